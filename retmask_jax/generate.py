@@ -1,0 +1,229 @@
+"""Generation: prefill, one compiled decode loop, sampling, and batching of prompts by length."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retmask_jax.model.cache import empty_cache
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.transformer import check_tokens, hidden, unembed
+from retmask_jax.progress import track
+
+MAX_STOP_IDS = 8
+_NO_STOP = -1
+
+
+@flax.struct.dataclass
+class Generated:
+    """tokens: i32[B,N], pad id after a stop id; lengths: i32[B], the stop id not counted.
+
+    argmax: i32[B,N,L,H] where probed: the key each head looked at most when it predicted tokens[:, n], else None.
+    """
+
+    tokens: Any
+    lengths: Any
+    argmax: Any = None
+
+
+def generate(
+    config: ModelConfig,
+    params,
+    tokens,
+    lengths,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed=0,
+    interventions: Interventions | None = None,
+    stop_ids: Sequence[int] | None = None,
+    probe: bool = False,
+) -> Generated:
+    """Continue each row of right-padded tokens i32[B,T] (lengths i32[B]) by up to max_new_tokens.
+
+    temperature 0 is greedy. seed is one integer, or i32[B] to make each row's draw independent of its batch.
+    stop_ids None: the model's EOS ids; (): never stop. Prompts are padded to a bucket of lengths; within a bucket one
+    program serves every mask, seed, temperature, top_p and set of stop ids.
+    """
+    tokens = np.asarray(tokens)
+    check_tokens(config, tokens, lengths, max_new_tokens)
+    lengths = np.asarray(lengths, np.int32)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if lengths.min(initial=1) < 1 or lengths.max(initial=1) > tokens.shape[1]:
+        raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}; tokens have 1 to {tokens.shape[1]}")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]")
+    width = min(bucket(tokens.shape[1]), config.max_length - max_new_tokens)
+    padded = np.pad(tokens.astype(np.int32), ((0, 0), (0, width - tokens.shape[1])), constant_values=config.pad_id)
+    seeds = np.asarray(seed)
+    rows = np.arange(len(tokens)) if seeds.ndim == 0 else np.zeros(len(tokens), int)
+    return _generate(
+        config,
+        params,
+        padded,
+        lengths,
+        (interventions or Interventions()).fill(config, len(tokens)),
+        _padded_stop_ids(config.eos_ids if stop_ids is None else stop_ids),
+        np.float32(temperature),
+        np.float32(top_p),
+        np.broadcast_to(seeds, len(tokens)).astype(np.uint32),
+        rows.astype(np.uint32),
+        max_new_tokens=max_new_tokens,
+        probe=probe,
+    )
+
+
+def generate_many(
+    config: ModelConfig,
+    params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    interventions: Interventions | None = None,
+    seeds: Sequence[int] | None = None,
+    what: str = "generate",
+    **options,
+) -> list[Generated]:
+    """Continue prompts of any lengths: sorted into batches of similar length, results in the order of the prompts.
+
+    interventions with a row axis have one row per prompt. Each result is one row, as NumPy arrays: tokens i32[n]
+    without pad or stop id, and argmax i32[n,L,H] when probed. seeds: one per prompt.
+    """
+    iv = (interventions or Interventions()).fill(config, len(prompts))
+    seeds = np.arange(len(prompts)) if seeds is None else np.asarray(seeds)
+    results: list[Any] = [None] * len(prompts)
+    with track(None, len(prompts), what, "prompt") as bar:
+        for rows in batches_by_length(prompts, batch_size):
+            tokens, lengths = pad_rows([prompts[i] for i in rows], config.pad_id)
+            out = generate(config, params, tokens, lengths, max_new_tokens=max_new_tokens,
+                           interventions=take_rows(iv, np.asarray(rows)), seed=seeds[rows], **options)  # fmt: skip
+            out = jax.tree.map(np.asarray, out)
+            for row, i in enumerate(rows):
+                n = out.lengths[row]
+                argmax = None if out.argmax is None else out.argmax[row, :n]
+                results[i] = Generated(out.tokens[row, :n], n, argmax)
+            bar.update(len(set(rows)))
+    return results
+
+
+def bucket(length: int) -> int:
+    """The padded length of a prompt: the next of 64, 128, 192, 256, 384, 512, 768, 1024, ..."""
+    size = 64
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 and size >= 128 else 2 ** size.bit_length()
+    return size
+
+
+def batches_by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Indices of prompts of one bucket, always batch_size of them: the last batch repeats its last prompt."""
+    by_bucket: dict[int, list[int]] = {}
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        by_bucket.setdefault(bucket(len(prompts[i])), []).append(i)
+    for rows in by_bucket.values():
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            yield batch + batch[-1:] * (batch_size - len(batch))
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens i32[B,T] right-padded, lengths i32[B])."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    width = -(-int(lengths.max()) // multiple_of) * multiple_of
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    for padded, row in zip(tokens, rows, strict=True):
+        padded[: len(row)] = row
+    return tokens, lengths
+
+
+def take_rows(iv: Interventions, rows) -> Interventions:
+    """The rows of per-row masks; shared masks as they are."""
+    return iv.replace(
+        head_mask=iv.head_mask if iv.head_mask.ndim == 2 else iv.head_mask[rows],
+        rope_mask=iv.rope_mask if iv.rope_mask.ndim == 3 else iv.rope_mask[rows],
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "probe"))
+def _generate(config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, top_p, seeds_B, rows_B, *,
+              max_new_tokens, probe):  # fmt: skip
+    batch, width = tokens_BT.shape
+    keys_B = jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds_B, rows_B)
+    dtype = jax.tree.leaves(params)[0].dtype
+    cache = empty_cache(config, batch, width + max_new_tokens, dtype)
+
+    def pick(out, row_BP, step):
+        """The next token of each row, from the hidden state of one position."""
+        x_B1E = jnp.take_along_axis(out.x_BTE, row_BP[:, :, None], axis=1)
+        step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
+        return sample(unembed(config, params, x_B1E)[:, 0], step_keys_B, temperature, top_p)
+
+    last_B1 = lengths_B[:, None] - 1
+    first = hidden(config, params, tokens_BT, iv, cache=cache, probe_BP=last_B1 if probe else None)
+    only_B1 = jnp.zeros((batch, 1), jnp.int32)
+
+    def record(buffers, out, token_B, done_B, step):
+        """Write one step's tokens (pad for rows that are done) and probes into the result."""
+        tokens_BN, argmax_BNLH = buffers
+        tokens_BN = tokens_BN.at[:, step].set(jnp.where(done_B, config.pad_id, token_B))
+        if probe:
+            argmax_BNLH = argmax_BNLH.at[:, step].set(out.argmax_BPLH[:, 0])
+        return tokens_BN, argmax_BNLH
+
+    def unfinished(state):
+        step, _, _, done_B, _, _ = state
+        return (step < max_new_tokens) & ~done_B.all()
+
+    def decode(state):
+        step, cache, token_B, done_B, count_B, buffers = state
+        out = hidden(config, params, token_B[:, None], iv, start_B=lengths_B + step - 1, cache=cache,
+                     probe_BP=only_B1 if probe else None)  # fmt: skip
+        token_B = pick(out, only_B1, step)
+        done_B |= jnp.isin(token_B, stop_ids)
+        buffers = record(buffers, out, token_B, done_B, step)
+        return step + 1, out.cache, token_B, done_B, count_B + ~done_B, buffers
+
+    empty = (
+        jnp.full((batch, max_new_tokens), config.pad_id, jnp.int32),
+        jnp.zeros((batch, max_new_tokens, config.n_layers, config.n_heads), jnp.int32) if probe else None,
+    )
+    token_B = pick(first, last_B1, 0)
+    done_B = jnp.isin(token_B, stop_ids)
+    buffers = record(empty, first, token_B, done_B, 0)
+    state = (jnp.int32(1), first.cache, token_B, done_B, (~done_B).astype(jnp.int32), buffers)
+    _, _, _, _, count_B, (tokens_BN, argmax_BNLH) = jax.lax.while_loop(unfinished, decode, state)
+    return Generated(tokens_BN, count_B, argmax_BNLH)
+
+
+def sample(logits_BV, keys_B, temperature, top_p):
+    """i32[B]: the most likely token at temperature 0, else a draw from the top_p nucleus."""
+
+    def draw():
+        scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
+        kept_BV = jax.lax.cond(top_p < 1, lambda: _nucleus(scaled_BV, top_p), lambda: scaled_BV)
+        return jax.vmap(jax.random.categorical)(keys_B, kept_BV)
+
+    return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+
+
+def _nucleus(logits_BV, top_p):
+    """Logits outside the smallest set of tokens with probability >= top_p at -inf."""
+    order_BV = jnp.argsort(-logits_BV, axis=-1)
+    probs_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1), axis=-1)
+    keep_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV < top_p
+    rank_BV = jnp.argsort(order_BV, axis=-1)
+    return jnp.where(jnp.take_along_axis(keep_BV, rank_BV, axis=-1), logits_BV, -jnp.inf)
+
+
+def _padded_stop_ids(stop_ids: Sequence[int]) -> np.ndarray:
+    stop_ids = [int(i) for i in stop_ids]
+    if len(stop_ids) > MAX_STOP_IDS:
+        raise ValueError(f"{len(stop_ids)} stop ids are given; at most {MAX_STOP_IDS} are supported")
+    return np.array(stop_ids + [_NO_STOP] * (MAX_STOP_IDS - len(stop_ids)), np.int32)

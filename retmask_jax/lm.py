@@ -1,0 +1,143 @@
+"""LanguageModel: configuration, parameters and tokenizer of one model, loaded from and saved to HF checkpoints."""
+
+import dataclasses
+import functools
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retmask_jax import weights
+from retmask_jax.generate import Generated, generate
+from retmask_jax.model.config import ModelConfig, to_hf
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.transformer import check_tokens, forward
+
+log = logging.getLogger(__name__)
+
+BUNDLED = Path(__file__).parent / "assets" / "tiny"
+DTYPES = ("float32", "bfloat16", "float16")
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model ready to use: config, params (a pytree) and tokenizer (None where the folder has none)."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Any
+    source: weights.Source
+
+    def logits(self, tokens, lengths=None, interventions=None, positions=None):
+        """f32[B,T,V] next-token logits of right-padded tokens i32[B,T], or f32[B,P,V] at positions i32[B,P].
+
+        Jitted: one program per shape, whatever the mask. Errors as in `forward`.
+        """
+        tokens = check_tokens(self.config, tokens, lengths)
+        filled = (interventions or Interventions()).fill(self.config, tokens.shape[0])
+        return _logits(self.config, self.params, tokens, filled, positions)
+
+    def generate(self, tokens, lengths, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, interventions=None,
+                 stop_ids=None) -> Generated:  # fmt: skip
+        """Continue right-padded prompts i32[B,T] of the given lengths i32[B]; see `retmask_jax.generate.generate`."""
+        return generate(
+            self.config, self.params, tokens, lengths, max_new_tokens=max_new_tokens, temperature=temperature,
+            top_p=top_p, seed=seed, interventions=interventions, stop_ids=stop_ids,
+        )  # fmt: skip
+
+    def replace(self, **changes) -> "LanguageModel":
+        """A copy with other params (or any other field)."""
+        return dataclasses.replace(self, **changes)
+
+
+def load(path_or_hub_id: str | os.PathLike, dtype: str = "float32", mesh=None) -> LanguageModel:
+    """Load an HF checkpoint: a local folder, a hub id such as "meta-llama/Llama-3.2-1B", or "bundled".
+
+    dtype is that of the parameters and the computation; mesh places the parameters by the sharding rules. Raises
+    ValueError in one line for a missing folder, an unsupported model or a damaged file.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    folder = _resolve(path_or_hub_id)
+    config, params, source = weights.read(folder, dtype, mesh)
+    return LanguageModel(config, params, load_tokenizer(folder), source)
+
+
+def save(lm: LanguageModel, folder: str | os.PathLike, interventions: Interventions | None = None,
+         dtype: str | None = None) -> None:  # fmt: skip
+    """Write an HF checkpoint that transformers and other tools load.
+
+    dtype None keeps each tensor's stored dtype, so an untouched model saves back bit for bit. A shared bool head_mask
+    is baked in (its columns of o_proj are zero); float, per-row and rotary masks cannot be and raise ValueError.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    folder = Path(folder)
+    weights.write(folder, lm.config, lm.params, lm.source, _bakeable(lm.config, interventions), dtype)
+    if lm.source.folder is not None:
+        for path in sorted(Path(lm.source.folder).iterdir()):
+            ours = path.name == "config.json" or path.name.endswith(".safetensors.index.json")
+            if path.suffix in _KEPT_SUFFIXES and not ours and path.resolve() != (folder / path.name).resolve():
+                shutil.copyfile(path, folder / path.name)
+    elif lm.tokenizer is not None:
+        lm.tokenizer.save_pretrained(folder)
+
+
+def from_params(config: ModelConfig, params, tokenizer=None) -> LanguageModel:
+    """A LanguageModel around parameters made here; `save` writes it in Llama's format."""
+    return LanguageModel(config, params, tokenizer, weights.Source(to_hf(config), {}))
+
+
+def load_tokenizer(folder: Path):
+    """The folder's tokenizer, or None if it has none."""
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, tokens, interventions, positions):
+    return forward(config, params, tokens, interventions=interventions, positions=positions)
+
+
+def _resolve(path_or_hub_id) -> Path:
+    if str(path_or_hub_id) == "bundled":
+        return BUNDLED
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(path_or_hub_id)
+    if isinstance(path_or_hub_id, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"model folder {name} does not exist (a hub id has the form owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name} is no local folder and could not be fetched from the hub: {reason}") from error
+
+
+def _bakeable(config: ModelConfig, interventions: Interventions | None):
+    """The shared bool head mask of interventions as an array, or None; ValueError for what weights cannot express."""
+    if interventions is None:
+        return None
+    iv = interventions.fill(config)
+    if iv.head_mask.dtype != jnp.bool_ or iv.head_mask.ndim != 2:
+        raise ValueError(
+            f"only a shared bool head_mask can be baked into weights, this one is {iv.head_mask.dtype}{iv.head_mask.shape}"
+        )
+    if bool(jnp.any(iv.rope_mask != 0)):
+        raise ValueError("a rotary mask cannot be baked into weights: save without it and apply it at run time")
+    return np.asarray(iv.head_mask)

@@ -1,0 +1,192 @@
+"""Interventions: what is taken out of a forward pass, as arrays, and their builders.
+
+A mask is an argument like any other: `jax.jit` compiles once for all of its values, `jax.vmap` runs many at a time
+and `jax.grad` differentiates with respect to a float one.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.rope import inverse_frequencies
+
+Head = tuple[int, int]
+
+SITES = ("rotary", "projection")
+
+
+@flax.struct.dataclass
+class Interventions:
+    """What is taken out of a forward pass.
+
+    head_mask: bool[L, H] or [B, L, H]. True: the head writes nothing (its output before o_proj is 0).
+    rope_mask: bool[L, H, R] or [B, L, H, R]. True: rotary pair r of this query head drops out of q.k.
+    Float arrays are gates in [0, 1], 1 = masked. None stands for all-False. Layers are in absolute order, pairs in
+    the order of the inverse frequencies (highest first).
+    rope_site: "rotary" takes the pair out of the query after norm and rotation, for that head alone;
+    "projection" zeroes it in the outputs of q_proj and k_proj before any norm, as arXiv 2606.21249 did, which
+    reaches every query head of the group.
+    """
+
+    head_mask: Any = None
+    rope_mask: Any = None
+    rope_site: str = flax.struct.field(pytree_node=False, default="rotary")
+
+    @classmethod
+    def none(cls, config: ModelConfig) -> "Interventions":
+        """The untouched model: both masks all-False."""
+        return cls().fill(config)
+
+    def fill(self, config: ModelConfig, batch: int | None = None) -> "Interventions":
+        """Both masks as arrays, missing ones all-False; raises ValueError where a shape or type does not fit."""
+        if self.rope_site not in SITES:
+            raise ValueError(f"rope_site is {self.rope_site!r}; it must be one of {', '.join(SITES)}")
+        heads = (config.n_layers, config.n_heads)
+        return self.replace(
+            head_mask=_checked("head_mask", self.head_mask, heads, batch),
+            rope_mask=_checked("rope_mask", self.rope_mask, (*heads, config.n_pairs), batch),
+        )
+
+    def __or__(self, other: "Interventions") -> "Interventions":
+        """Both at once: logical or, or the maximum where either is a float gate."""
+        if not isinstance(other, Interventions):
+            return NotImplemented
+        if self.rope_mask is None or other.rope_mask is None:
+            site = self.rope_site if other.rope_mask is None else other.rope_site
+        elif self.rope_site != other.rope_site:
+            raise ValueError(f"cannot combine rotary masks of site {self.rope_site!r} and {other.rope_site!r}")
+        else:
+            site = self.rope_site
+        return Interventions(
+            _either(self.head_mask, other.head_mask, 2), _either(self.rope_mask, other.rope_mask, 3), site
+        )
+
+
+def stack(interventions: Sequence[Interventions]) -> Interventions:
+    """Many shared masks as one with a leading axis: one mask per row of a batch, or the input of a `jax.vmap`."""
+    sites = {iv.rope_site for iv in interventions}
+    if len(sites) != 1:
+        raise ValueError(f"cannot stack interventions of different rotary sites: {sorted(sites)}")
+    return jax.tree.map(lambda *masks: jnp.stack(masks), *interventions)
+
+
+def mask_heads(config: ModelConfig, heads: Iterable[Head]) -> Interventions:
+    """Interventions with these (layer, head) masked; ValueError for an index the model does not have."""
+    head_mask = np.zeros((config.n_layers, config.n_heads), bool)
+    for layer, head in _valid_heads(config, heads):
+        head_mask[layer, head] = True
+    return Interventions(head_mask=jnp.asarray(head_mask))
+
+
+def mask_rope(
+    config: ModelConfig, heads: Iterable[Head], pairs: Iterable[int], site: str = "rotary"
+) -> Interventions:
+    """Interventions that take these rotary pairs out of these (layer, head)."""
+    if site not in SITES:
+        raise ValueError(f"site is {site!r}; it must be one of {', '.join(SITES)}")
+    pairs = [int(pair) for pair in pairs]
+    for pair in pairs:
+        if not 0 <= pair < config.n_pairs:
+            raise ValueError(f"rotary pair {pair} is out of range: the model has pairs 0 to {config.n_pairs - 1}")
+    rope_mask = np.zeros((config.n_layers, config.n_heads, config.n_pairs), bool)
+    for layer, head in _valid_heads(config, heads):
+        rope_mask[layer, head, pairs] = True
+    return Interventions(rope_mask=jnp.asarray(rope_mask), rope_site=site)
+
+
+def all_heads(config: ModelConfig) -> list[Head]:
+    """Every (layer, head) of the model."""
+    return [(layer, head) for layer in range(config.n_layers) for head in range(config.n_heads)]
+
+
+def random_heads(
+    config: ModelConfig,
+    n: int | None = None,
+    exclude: Iterable[Head] = (),
+    like: Iterable[Head] | None = None,
+    seed: int = 0,
+) -> list[Head]:
+    """Control heads: `n` of all heads outside `exclude`, or for each head in `like` one of the same layer.
+
+    Heads of `like` are themselves excluded. Raises ValueError if a layer (or the model) has too few left.
+    """
+    if (n is None) == (like is None):
+        raise ValueError("random_heads takes either n or like, not both and not neither")
+    exclude = set(_valid_heads(config, exclude))
+    rng = np.random.default_rng(seed)
+    if like is None:
+        free = [head for head in all_heads(config) if head not in exclude]
+        return _draw(rng, free, n, "the model")
+    like = _valid_heads(config, like)
+    exclude |= set(like)
+    chosen = []
+    for layer in sorted({layer for layer, _ in like}):
+        free = [(layer, head) for head in range(config.n_heads) if (layer, head) not in exclude]
+        chosen += _draw(rng, free, sum(1 for other, _ in like if other == layer), f"layer {layer}")
+    return chosen
+
+
+def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[int]:
+    """Indices of k rotary pairs: the "low"est or "high"est by frequency after scaling, or "random" by seed."""
+    if not 0 <= k <= config.n_pairs:
+        raise ValueError(f"k is {k}; the model has {config.n_pairs} rotary pairs")
+    by_frequency = np.argsort(inverse_frequencies(config), kind="stable")
+    match which:
+        case "low":
+            chosen = by_frequency[:k]
+        case "high":
+            chosen = by_frequency[::-1][:k]
+        case "random":
+            chosen = np.random.default_rng(seed).choice(config.n_pairs, size=k, replace=False)
+        case _:
+            raise ValueError(f'which is {which!r}; it must be "low", "high" or "random"')
+    return sorted(int(pair) for pair in chosen)
+
+
+def _checked(name: str, mask, shape: tuple[int, ...], batch: int | None):
+    if mask is None:
+        return jnp.zeros(shape, bool)
+    mask = jnp.asarray(mask)
+    if mask.dtype != jnp.bool_ and not jnp.issubdtype(mask.dtype, jnp.floating):
+        raise ValueError(f"{name} has type {mask.dtype}; it must be bool, or float for a gate in [0, 1]")
+    per_row = ("B" if batch is None else batch, *shape)
+    rows_fit = mask.ndim == len(per_row) and (batch is None or mask.shape[0] == batch)
+    if mask.shape != shape and not (rows_fit and mask.shape[1:] == shape):
+        raise ValueError(f"{name} has shape {mask.shape}; the model and batch need {shape} or {per_row}")
+    return mask
+
+
+def _either(a, b, shared_ndim: int):
+    if a is None or b is None:
+        return b if a is None else a
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    if a.ndim > shared_ndim and b.ndim == shared_ndim:
+        b = b[None]
+    if b.ndim > shared_ndim and a.ndim == shared_ndim:
+        a = a[None]
+    if a.dtype == b.dtype == jnp.bool_:
+        return a | b
+    dtype = jnp.result_type(*(mask.dtype for mask in (a, b) if mask.dtype != jnp.bool_))
+    return jnp.maximum(a.astype(dtype), b.astype(dtype))
+
+
+def _valid_heads(config: ModelConfig, heads: Iterable[Head]) -> list[Head]:
+    heads = [(int(layer), int(head)) for layer, head in heads]
+    for layer, head in heads:
+        if not (0 <= layer < config.n_layers and 0 <= head < config.n_heads):
+            raise ValueError(
+                f"head ({layer}, {head}) is out of range: the model has "
+                f"{config.n_layers} layers of {config.n_heads} query heads"
+            )
+    return heads
+
+
+def _draw(rng: np.random.Generator, free: list[Head], wanted: int, where: str) -> list[Head]:
+    if wanted > len(free):
+        raise ValueError(f"{where} has {len(free)} free heads, {wanted} are wanted: exclude fewer or ask for fewer")
+    return [free[i] for i in sorted(rng.choice(len(free), size=wanted, replace=False))]

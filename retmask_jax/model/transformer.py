@@ -1,0 +1,259 @@
+"""The transformer: blocks scanned over the repeats of the layer pattern, interventions as scanned inputs."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from retmask_jax.model.attention import attend, probe_argmax
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.layers import GatedMLP, RMSNorm, dense, precision
+from retmask_jax.model.rope import rotate, rotation
+
+
+@flax.struct.dataclass
+class Hidden:
+    """x_BTE: final normed states; cache: the updated cache or None; argmax_BPLH: probed keys or None."""
+
+    x_BTE: jax.Array
+    cache: Any = None
+    argmax_BPLH: jax.Array | None = None
+
+
+def forward(config: ModelConfig, params, tokens, lengths=None, interventions=None, positions=None):
+    """Next-token logits, a pure function of arrays: jit it with `config` static, vmap or differentiate it at will.
+
+    tokens: i32[B,T], right-padded. lengths: i32[B], accepted for symmetry with `generate`: under causal attention
+    padding on the right cannot reach a real position. interventions: `Interventions` or None.
+    Returns f32[B,T,V], or f32[B,P,V] for the rows positions: i32[B,P]. Raises ValueError for a wrong shape, a length
+    beyond the model's context or a mask that does not fit, before anything is compiled.
+    """
+    tokens = check_tokens(config, tokens, lengths)
+    x_BTE = hidden(config, params, tokens, interventions).x_BTE
+    if positions is not None:
+        positions = jnp.asarray(positions)
+        if positions.ndim != 2 or positions.shape[0] != tokens.shape[0]:
+            raise ValueError(f"positions has shape {positions.shape}; {tokens.shape[0]} rows of tokens need (B, P)")
+        x_BTE = jnp.take_along_axis(x_BTE, positions[:, :, None], axis=1)
+    return unembed(config, params, x_BTE)
+
+
+def hidden(config: ModelConfig, params, tokens_BT, interventions=None, *, start_B=None, cache=None, probe_BP=None,
+           remat: bool = False) -> Hidden:  # fmt: skip
+    """Final hidden states of T new positions per row.
+
+    Without start_B the rows begin at position 0 (with a cache: it is filled); with it, T is 1 and row b continues
+    its cache at position start_B[b]. probe_BP: query rows whose strongest key is wanted in every layer and head.
+    remat recomputes each block in the backward pass.
+    """
+    iv = (interventions or Interventions()).fill(config, tokens_BT.shape[0])
+    model = Transformer(config, remat=remat, rope_site=iv.rope_site)
+    return model.apply({"params": params}, tokens_BT, iv, start_B, cache, probe_BP)
+
+
+def unembed(config: ModelConfig, params, x_BTE):
+    """Logits in float32, f32[..., V]."""
+    table_EV = params["embed"]["embedding"].T if config.tied_embeddings else params["lm_head"]["kernel"]
+    return jnp.dot(x_BTE, table_EV, precision=precision(x_BTE.dtype), preferred_element_type=jnp.float32)
+
+
+def check_tokens(config: ModelConfig, tokens, lengths=None, new_tokens: int = 0):
+    """tokens as an array, or ValueError if their shape, type, length or ids do not suit the model."""
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers of shape (B, T), got {tokens.dtype}{tokens.shape}")
+    if tokens.shape[1] + new_tokens > config.max_length:
+        raise ValueError(
+            f"{tokens.shape[1]} prompt tokens and {new_tokens} new ones exceed the model's context of "
+            f"{config.max_length}: shorten the prompt"
+        )
+    if lengths is not None and jnp.shape(lengths) != tokens.shape[:1]:
+        raise ValueError(f"lengths has shape {jnp.shape(lengths)}; {tokens.shape[0]} rows of tokens need ({tokens.shape[0]},)")
+    return tokens
+
+
+def split_layers(config: ModelConfig, per_layer):
+    """Arrays in absolute layer order [L, ...] as {"blocks": {i: [repeats, ...]}, "tail": {j: [...]}}."""
+    period = len(config.layer_pattern)
+    scanned = period * config.repeats
+    return {
+        "blocks": {str(i): jax.tree.map(lambda x: x[i:scanned:period], per_layer) for i in range(period)},
+        "tail": {str(j): jax.tree.map(lambda x: x[scanned + j], per_layer) for j in range(len(config.tail))},
+    }
+
+
+def merge_layers(config: ModelConfig, grouped):
+    """The inverse of `split_layers` for arrays: [L, ...] in absolute layer order."""
+    blocks = jnp.stack([grouped["blocks"][str(i)] for i in range(len(config.layer_pattern))], axis=1)
+    tail = [grouped["tail"][str(j)][None] for j in range(len(config.tail))]
+    return jnp.concatenate([blocks.reshape(-1, *blocks.shape[2:]), *tail], axis=0)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with a head mask before o_proj and a rotary mask on q.k."""
+
+    config: ModelConfig
+    rope_site: str
+
+    @nn.compact
+    def __call__(self, x_BTE, masks, cache, repeat, context):
+        cfg = self.config
+        cos, sin, start_B, probe_BP = context
+        q_BTHD = self._heads(x_BTE, cfg.n_heads, "q")
+        k_BTKD = self._heads(x_BTE, cfg.n_kv_heads, "k")
+        v_BTKD = self._heads(x_BTE, cfg.n_kv_heads, "v")
+        if self.rope_site == "projection":
+            q_BTHD = _drop(q_BTHD, _both_halves(masks["rope"]))
+            k_BTKD = _drop(k_BTKD, _both_halves(_any_of_group(masks["rope"], cfg.n_kv_heads)))
+        q_BTHD, k_BTKD = rotate(q_BTHD, cos, sin), rotate(k_BTKD, cos, sin)
+        if self.rope_site == "rotary":
+            q_BTHD = _drop(q_BTHD, _both_halves(masks["rope"]))
+
+        first_B = jnp.zeros(x_BTE.shape[0], jnp.int32) if start_B is None else start_B
+        k_BKSD, v_BKSD = k_BTKD.swapaxes(1, 2), v_BTKD.swapaxes(1, 2)
+        if cache is not None:
+            cache = cache.write(repeat, k_BTKD, v_BTKD, first_B)
+            if start_B is not None:
+                k_BKSD, v_BKSD = cache.read(repeat)
+        out_BTHD = attend(q_BTHD, k_BKSD, v_BKSD, cfg.head_dim**-0.5, start_B)
+        out_BTHD = _drop(out_BTHD, masks["head"][:, :, None])
+        out_BTE = dense(out_BTHD.reshape(*x_BTE.shape[:2], -1), cfg.hidden_size, ("heads", "embed"), "o")
+        argmax_BPH = None if probe_BP is None else probe_argmax(q_BTHD, k_BKSD, probe_BP, first_B)
+        return out_BTE, cache, argmax_BPH
+
+    def _heads(self, x_BTE, heads: int, name: str):
+        flat = dense(x_BTE, heads * self.config.head_dim, ("embed", "heads"), name)
+        return flat.reshape(*x_BTE.shape[:2], heads, self.config.head_dim)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    config: ModelConfig
+    rope_site: str
+
+    @nn.compact
+    def __call__(self, x_BTE, masks, cache, repeat, context):
+        cfg = self.config
+        x_BTE = nn.with_logical_constraint(x_BTE, ("batch", "length", "embed_act"))
+        normed = RMSNorm(cfg.norm_eps, name="attn_norm")(x_BTE)
+        attended, cache, argmax = Attention(cfg, self.rope_site, name="attn")(normed, masks, cache, repeat, context)
+        x_BTE += attended
+        x_BTE += GatedMLP(cfg, name="mlp")(RMSNorm(cfg.norm_eps, name="mlp_norm")(x_BTE))
+        return x_BTE, cache, argmax
+
+
+class Group(nn.Module):
+    """One repeat of the layer pattern; the body of the scan."""
+
+    config: ModelConfig
+    rope_site: str
+    n_blocks: int
+
+    @nn.compact
+    def __call__(self, carry, per_repeat, context):
+        x_BTE, caches = carry
+        repeat, masks = per_repeat
+        argmax = {}
+        for i in map(str, range(self.n_blocks)):
+            block = Block(self.config, self.rope_site, name=i)
+            x_BTE, cache, argmax[i] = block(x_BTE, masks[i], caches and caches[i], repeat, context)
+            caches = caches and caches | {i: cache}
+        return (x_BTE, caches), argmax
+
+
+class Transformer(nn.Module):
+    """Embedding, scanned blocks, unrolled tail, final norm. Use it through `forward` and `hidden`."""
+
+    config: ModelConfig
+    remat: bool = False
+    rope_site: str = "rotary"
+
+    @nn.compact
+    def __call__(self, tokens_BT, interventions, start_B=None, cache=None, probe_BP=None) -> Hidden:
+        cfg = self.config
+        embed = Embedding(cfg, name="embed")
+        x_BTE = embed(tokens_BT)
+        first_B = jnp.zeros(tokens_BT.shape[0], jnp.int32) if start_B is None else start_B
+        positions_BT = first_B[:, None] + jnp.arange(tokens_BT.shape[1])
+        context = (*rotation(cfg, positions_BT), start_B, probe_BP)
+        masks = split_layers(cfg, {
+            "head": _layers_first(interventions.head_mask, 2), "rope": _layers_first(interventions.rope_mask, 3),
+        })  # fmt: skip
+        cache = cache or {"blocks": None, "tail": None}
+
+        body = nn.remat(Group, prevent_cse=False) if self.remat else Group
+        scanned = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=cfg.repeats,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        blocks = scanned(cfg, self.rope_site, len(cfg.layer_pattern), name="blocks")
+        (x_BTE, block_cache), argmax = blocks(
+            (x_BTE, cache["blocks"]), (jnp.arange(cfg.repeats), masks["blocks"]), context
+        )
+        tail_cache, tail_argmax = cache["tail"], {}
+        if cfg.tail:
+            tail = body(cfg, self.rope_site, len(cfg.tail), name="tail")
+            (x_BTE, tail_cache), tail_argmax = tail((x_BTE, tail_cache), (0, masks["tail"]), context)
+
+        x_BTE = RMSNorm(cfg.norm_eps, name="norm")(x_BTE)
+        if not cfg.tied_embeddings:
+            Unembedding(cfg, name="lm_head")()
+        if probe_BP is None:
+            argmax_BPLH = None
+        else:
+            argmax_BPLH = jnp.moveaxis(merge_layers(cfg, {"blocks": argmax, "tail": tail_argmax}), 0, 2)
+        cache = None if cache["blocks"] is None else {"blocks": block_cache, "tail": tail_cache}
+        return Hidden(x_BTE, cache, argmax_BPLH)
+
+
+class Embedding(nn.Module):
+    """Token embeddings, [V, E]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT):
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        return self.param("embedding", init, (self.config.vocab_size, self.config.hidden_size))[tokens_BT]
+
+
+class Unembedding(nn.Module):
+    """Declares the output matrix [E, V], which `unembed` applies to the rows that are wanted."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self):
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
+        return self.param("kernel", init, (self.config.hidden_size, self.config.vocab_size))
+
+
+def _layers_first(mask, shared_ndim: int):
+    """[L, ...] -> [L, 1, ...] and [B, L, ...] -> [L, B, ...]: what a block sees has a row axis to broadcast."""
+    return mask[:, None] if mask.ndim == shared_ndim else jnp.swapaxes(mask, 0, 1)
+
+
+def _drop(x_BTHD, mask_BHD):
+    """x with masked entries zero; a float mask is a gate. mask_BHD broadcasts over rows and widths."""
+    mask_BTHD = mask_BHD[:, None]
+    if mask_BHD.dtype == jnp.bool_:
+        return jnp.where(mask_BTHD, jnp.zeros((), x_BTHD.dtype), x_BTHD)
+    return x_BTHD * (1 - mask_BTHD).astype(x_BTHD.dtype)
+
+
+def _both_halves(mask_BHR):
+    """Rotary pair r is the dimensions r and r + R."""
+    return jnp.concatenate([mask_BHR, mask_BHR], axis=-1)
+
+
+def _any_of_group(mask_BHR, kv_heads: int):
+    """The mask of a KV head: the union (for gates, the maximum) over the query heads that share it."""
+    return mask_BHR.reshape(mask_BHR.shape[0], kv_heads, -1, mask_BHR.shape[-1]).max(axis=2)

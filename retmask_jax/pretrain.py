@@ -1,0 +1,123 @@
+"""The bundled tiny model's own training, from random numbers to a checkpoint folder, by the recipe of a config."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from retmask_jax.data import tiny_language
+from retmask_jax.model.config import ModelConfig, Rope
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.transformer import Transformer, hidden, unembed
+from retmask_jax.progress import track
+
+log = logging.getLogger(__name__)
+
+
+def pretrain(recipe, on_stage=lambda name, config, params: None):
+    """Train the recipe's stages in order; returns (ModelConfig, params).
+
+    recipe: the `pretrain` section of a config. Each stage has its own depth, active heads and optimiser; layers are
+    added with zero output projections, so that growing does not change the function. `on_stage` sees every stage's
+    result.
+    """
+    rng = np.random.default_rng(recipe.seed)
+    key = jax.random.key(recipe.seed)
+    params = None
+    for number, stage in enumerate(recipe.stages):
+        key, init_key, stage_key = jax.random.split(key, 3)
+        config = model_config(recipe.model, stage.layers)
+        fresh = _init(config, init_key)
+        params = fresh if params is None else _grow(params, fresh)
+        params = _run_stage(config, params, stage, rng, stage_key, f"stage {number + 1} of {len(recipe.stages)}")
+        on_stage(f"stage{number + 1}", config, params)
+    return config, params
+
+
+def model_config(model, layers: int) -> ModelConfig:
+    """The tiny model's architecture with so many layers."""
+    return ModelConfig(
+        vocab_size=len(tiny_language.VOCABULARY),
+        hidden_size=model.hidden_size,
+        mlp_size=model.mlp_size,
+        n_layers=layers,
+        n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads,
+        head_dim=model.head_dim,
+        max_length=model.max_length,
+        tied_embeddings=True,
+        rope=Rope(theta=model.rope_theta),
+        bos_id=tiny_language.BOS,
+        eos_ids=(tiny_language.EOS,),
+        pad_id=tiny_language.PAD,
+    )
+
+
+def weighted_loss(config: ModelConfig, params, tokens_BT, weights_BT, interventions=None):
+    """Mean negative log-probability per unit of weight; weights_BT[b, t] is that of predicting tokens_BT[b, t]."""
+    logits_BTV = unembed(config, params, hidden(config, params, tokens_BT[:, :-1], interventions).x_BTE)
+    loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT[:, 1:])
+    return jnp.sum(loss_BT * weights_BT[:, 1:]) / jnp.sum(weights_BT[:, 1:])
+
+
+def _run_stage(config, params, stage, rng, key, name):
+    steps = sum(phase.steps for phase in stage.phases)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, stage.lr, min(100, steps // 6), steps, 0.05 * stage.lr)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.05))
+    state = (params, optimizer.init(params))
+    step = functools.partial(_step, config, optimizer)
+    batches = ((phase, batch) for phase in stage.phases for batch in _batches(rng, phase))
+    for number, (phase, batch) in enumerate(track(batches, steps, name, "step")):
+        gate_BLH = _head_gate(config, jax.random.fold_in(key, number), phase, stage.active_heads)
+        state, loss = step(state, *batch, gate_BLH)
+        if number % 50 == 0 or number == steps - 1:
+            log.info("%s step %d: loss %.4f", name, number, loss)
+            if not np.isfinite(loss):
+                raise ValueError(f"the loss is {loss} at {name}, step {number}: lower its learning rate")
+    return state[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _step(config, optimizer, state, tokens_BT, weights_BT, gate_BLH):
+    params, opt_state = state
+    masked = Interventions(head_mask=gate_BLH)
+    loss, grads = jax.value_and_grad(lambda p: weighted_loss(config, p, tokens_BT, weights_BT, masked))(params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), loss
+
+
+def _batches(rng, phase):
+    mix = tiny_language.Mix(**phase.mix)
+    for _ in range(phase.steps):
+        yield tiny_language.training_batch(rng, phase.batch, phase.length, mix)
+
+
+def _head_gate(config, key, phase, active_heads: int):
+    """f32[B,L,H]: 1 for heads that do not take part yet; the others are dropped at random and rescaled if kept."""
+    shape = (phase.batch, config.n_layers, config.n_heads)
+    kept = jax.random.bernoulli(key, 1 - phase.head_drop, shape) / (1 - phase.head_drop)
+    return 1.0 - kept * (jnp.arange(config.n_heads) < active_heads)
+
+
+def _init(config, key):
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    variables = jax.jit(lambda k: Transformer(config).init(k, tokens, Interventions.none(config)))(key)
+    return nn.unbox(variables)["params"]
+
+
+def _grow(params, fresh):
+    """The trained layers with the fresh ones behind them, the latter writing nothing into the residual stream yet."""
+
+    def extend(path, old, new):
+        if path[0].key != "blocks":
+            return old
+        added = new[len(old):]
+        if {"o", "down"} & {entry.key for entry in path}:
+            added = jnp.zeros_like(added)
+        return jnp.concatenate([old, added])
+
+    return jax.tree_util.tree_map_with_path(extend, params, fresh)

@@ -1,0 +1,12 @@
+"""Progress of long work: a bar with the rate and the time left."""
+
+import sys
+from collections.abc import Iterable
+
+from tqdm import tqdm
+
+
+def track(items: Iterable, total: int, what: str, unit: str):
+    """Iterate over items under a progress bar; one line every ten seconds where the output is not a terminal."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(items, total=total, desc=what, unit=unit, mininterval=interval, dynamic_ncols=True, leave=False)

@@ -1,0 +1,240 @@
+"""Statistics of paired outcomes, score distributions and head sets (as in arXiv 2606.21249).
+
+NumPy and SciPy only. Intervals are plain dicts {"value", "low", "high", "n"} of Python numbers,
+ready for JSON, with `n` the number of independent samples. Everything random takes a seed and
+repeats exactly. No input, numbers that are not finite and shapes that do not fit raise ValueError.
+"""
+
+import math
+import statistics
+
+import numpy as np
+
+_BLOCK = 1 << 20  # numbers drawn at once: bounds memory whatever the number of resamples
+
+
+def gini(x):
+    """Gini coefficient of scores >= 0, any shape: 0 where all are equal, 1 - 1/n where one has all.
+
+    All zero counts as all equal. Negative scores raise.
+    """
+    x = np.sort(_numbers(x, "gini"), axis=None)
+    if x[0] < 0:
+        raise ValueError(f"gini has no meaning for signed scores, the smallest is {x[0]:g}")
+    total, n = x.sum(), x.size
+    if total == 0:
+        return 0.0
+    return float((2 * np.arange(1, n + 1) - n - 1) @ (x / total) / n)
+
+
+def mcnemar(a, b):
+    """Exact two-sided McNemar test of two conditions on the same samples.
+
+    a, b: bool[samples] outcomes, in the same order. Returns {"b": samples only `a` gets right,
+    "c": samples only `b` gets right, "n_discordant": b + c, "p_value": 1.0 where that is 0}.
+    """
+    from scipy.stats import binomtest  # takes most of a second to import
+
+    a, b = _outcomes(a, "mcnemar"), _outcomes(b, "mcnemar")
+    _same_length(a.size, b.size)
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    n = only_a + only_b
+    p_value = float(binomtest(only_a, n, 0.5).pvalue) if n else 1.0
+    return {"b": only_a, "c": only_b, "n_discordant": n, "p_value": p_value}
+
+
+def wilson(successes, n, level=0.95):
+    """Share of successes with its Wilson score interval: inside [0, 1], of width > 0 at 0 of n."""
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"wilson needs 0 <= successes <= n and n >= 1, got {successes} of {n}")
+    _check_level(level)
+    z, share = statistics.NormalDist().inv_cdf((1 + level) / 2), successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # At the ends the bound is exactly 0 or 1; rounding must not push it past the value.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == n else centre + half
+    return _interval(share, low, high, n)
+
+
+def proportion(outcomes, level=0.95):
+    """Share of true outcomes, bool[samples], with its Wilson interval."""
+    outcomes = _outcomes(outcomes, "proportion")
+    return wilson(int(outcomes.sum()), outcomes.size, level)
+
+
+def bootstrap_mean(x, n_resamples=10000, seed=0, level=0.95):
+    """Mean with its percentile bootstrap interval.
+
+    x: [samples], or [runs, samples] where several runs share the samples: the runs are averaged
+    first and the samples resampled, so more runs of the same samples are not more samples.
+    """
+    return _bootstrap(_per_sample(x, "bootstrap_mean"), n_resamples, seed, level)
+
+
+def paired_bootstrap(a, b, n_resamples=10000, seed=0, level=0.95):
+    """mean(a) - mean(b) with its percentile bootstrap interval, both sides resampled together.
+
+    a, b: [samples] or [runs, samples], the same samples in the same order; the numbers of runs may
+    differ (one retrieval mask against five random ones). Runs are averaged first, and held fixed.
+    """
+    a, b = _per_sample(a, "paired_bootstrap"), _per_sample(b, "paired_bootstrap")
+    _same_length(a.size, b.size)
+    return _bootstrap(a - b, n_resamples, seed, level)
+
+
+def jaccard(set_a, set_b):
+    """Shared over all members of two head sets, iterables of (layer, head); two empty sets: 1.0."""
+    set_a, set_b = _members(set_a), _members(set_b)
+    union = set_a | set_b
+    return len(set_a & set_b) / len(union) if union else 1.0
+
+
+def benjamini_hochberg(p):
+    """p-values adjusted for the false discovery rate over all of them: f64, in the shape given."""
+    p = _numbers(p, "benjamini_hochberg")
+    if p.min() < 0 or p.max() > 1:
+        raise ValueError(f"p-values lie in [0, 1], got {p.min():g} to {p.max():g}")
+    order = np.argsort(p, axis=None)
+    stepped = p.ravel()[order] * p.size / np.arange(1, p.size + 1)
+    adjusted = np.empty(p.size)
+    # Each takes the smallest of its own and all later steps, which keeps the order of the p-values.
+    adjusted[order] = np.minimum.accumulate(stepped[::-1])[::-1]
+    return np.minimum(adjusted, 1).reshape(p.shape)
+
+
+def layer_clustered_permutation(values_LH, labels_LH, n_permutations=10000, seed=0):
+    """Two-sided test of labelled against other heads, the labels permuted within each layer.
+
+    values_LH: [L, H] numbers; labels_LH: bool[L, H]. Returns {"value": mean of labelled - mean of
+    other heads, "expected": its mean under the permutations (what the layers alone explain),
+    "p_value": share of permutations at least as far from `expected`, "n": labelled heads}.
+    Raises where no layer has both kinds of heads.
+    """
+    values_LH, labels_LH = _numbers(values_LH, "values_LH"), np.asarray(labels_LH)
+    _check_labels(values_LH, labels_LH)
+    _check_draws(n_permutations, "n_permutations")
+    layer_means_LH = np.broadcast_to(values_LH.mean(axis=1, keepdims=True), values_LH.shape)
+    # With fixed counts the difference of means is linear in the labelled heads' sum, so the sum of
+    # their deviations from their layers' means tests it; layers of one kind only add nothing.
+    mixed_L = labels_LH.any(axis=1) & ~labels_LH.all(axis=1)
+    centred, labels = (values_LH - layer_means_LH)[mixed_L], labels_LH[mixed_L]
+    sums = _permuted_sums(centred, labels, n_permutations, seed)
+    slack = 1e-12 * np.abs(centred).sum()  # the same sum in another order is still a tie
+    n_extreme = int((np.abs(sums) >= abs(centred[labels].sum()) - slack).sum())
+    return {
+        "value": _mean_difference(values_LH, labels_LH),
+        "expected": _mean_difference(layer_means_LH, labels_LH),
+        "p_value": (1 + n_extreme) / (1 + n_permutations),  # the observed labels are one of them
+        "n": int(labels_LH.sum()),
+    }
+
+
+def cohens_d(a, b):
+    """(mean(a) - mean(b)) / pooled standard deviation (ddof 1); nan where both are constant."""
+    a, b = _numbers(a, "cohens_d").ravel(), _numbers(b, "cohens_d").ravel()
+    if min(a.size, b.size) < 2:
+        raise ValueError(f"cohens_d needs two values per side, got {a.size}, {b.size}")
+    if np.ptp(a) == 0 and np.ptp(b) == 0:
+        return math.nan
+    squares = (a.size - 1) * a.var(ddof=1) + (b.size - 1) * b.var(ddof=1)
+    return float((a.mean() - b.mean()) / math.sqrt(squares / (a.size + b.size - 2)))
+
+
+def spearman(x, y):
+    """Rank correlation over all entries: {"value", "p_value", "n"}, nan where one is constant."""
+    from scipy.stats import spearmanr
+
+    x, y = _numbers(x, "spearman").ravel(), _numbers(y, "spearman").ravel()
+    _same_length(x.size, y.size)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return {"value": math.nan, "p_value": math.nan, "n": x.size}
+    result = spearmanr(x, y)
+    return {"value": float(result.statistic), "p_value": float(result.pvalue), "n": x.size}
+
+
+def _bootstrap(x, n_resamples, seed, level):
+    _check_level(level)
+    _check_draws(n_resamples, "n_resamples")
+    rng, n = np.random.default_rng(seed), x.size
+    means = [x[rng.integers(n, size=(rows, n))].mean(axis=1) for rows in _blocks(n_resamples, n)]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return _interval(x.mean(), low, high, n)
+
+
+def _permuted_sums(values_LH, labels_LH, n_permutations, seed):
+    """Sums over the labelled places, each layer's values shuffled within it: f64[permutations]."""
+    rng, sums = np.random.default_rng(seed), []
+    for rows in _blocks(n_permutations, values_LH.size):
+        copies = np.broadcast_to(values_LH, (rows, *values_LH.shape))
+        sums.append(rng.permuted(copies, axis=-1)[:, labels_LH].sum(axis=1))
+    return np.concatenate(sums)
+
+
+def _blocks(n_draws, size):
+    """Splits n_draws of `size` numbers each into counts of draws that stay within _BLOCK."""
+    rows = max(1, _BLOCK // size)
+    return [min(rows, n_draws - start) for start in range(0, n_draws, rows)]
+
+
+def _mean_difference(values_LH, labels_LH):
+    return float(values_LH[labels_LH].mean() - values_LH[~labels_LH].mean())
+
+
+def _interval(value, low, high, n):
+    return {"value": float(value), "low": float(low), "high": float(high), "n": int(n)}
+
+
+def _numbers(x, name):
+    """f64 array with at least one entry, all finite."""
+    x = np.asarray(x, dtype=np.float64)
+    if x.size == 0:
+        raise ValueError(f"{name}: no values")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name}: {(~np.isfinite(x)).sum()} of {x.size} values are not finite")
+    return x
+
+
+def _outcomes(x, name):
+    x = _numbers(x, name)
+    if x.ndim != 1 or not np.isin(x, (0, 1)).all():
+        raise ValueError(
+            f"{name} needs right-or-wrong outcomes, bool[samples], "
+            f"got shape {x.shape} in [{x.min():g}, {x.max():g}]"
+        )
+    return x.astype(bool)
+
+
+def _per_sample(x, name):
+    x = _numbers(x, name)
+    if x.ndim not in (1, 2):
+        raise ValueError(f"{name} needs [samples] or [runs, samples], got shape {x.shape}")
+    return x if x.ndim == 1 else x.mean(axis=0)
+
+
+def _members(heads):
+    # Heads read from JSON are lists, which cannot be members of a set.
+    return {tuple(head) if isinstance(head, (list, np.ndarray)) else head for head in heads}
+
+
+def _same_length(n_a, n_b):
+    if n_a != n_b:
+        raise ValueError(f"the two sides must be paired, got {n_a} and {n_b} samples")
+
+
+def _check_labels(values_LH, labels_LH):
+    shapes = f"values {values_LH.shape} and labels {labels_LH.dtype}{labels_LH.shape}"
+    if values_LH.ndim != 2 or labels_LH.dtype != bool or labels_LH.shape != values_LH.shape:
+        raise ValueError(f"needs values [L, H] and labels bool[L, H], got {shapes}")
+    if not (labels_LH.any(axis=1) & ~labels_LH.all(axis=1)).any():
+        raise ValueError(f"no layer has both labelled and other heads to permute: {shapes}")
+
+
+def _check_level(level):
+    if not 0 < level < 1:
+        raise ValueError(f"level lies between 0 and 1, such as 0.95, got {level}")
+
+
+def _check_draws(n, name):
+    if n < 1:
+        raise ValueError(f"{name} must be at least 1, got {n}")

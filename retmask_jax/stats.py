@@ -100,7 +100,7 @@ def benjamini_hochberg(p):
     adjusted = np.empty(p.size)
     # Each takes the smallest of its own and all later steps, which keeps the order of the p-values.
     adjusted[order] = np.minimum.accumulate(stepped[::-1])[::-1]
-    return np.minimum(adjusted, 1).reshape(p.shape)
+    return adjusted.reshape(p.shape)
 
 
 def layer_clustered_permutation(values_LH, labels_LH, n_permutations=10000, seed=0):
@@ -116,12 +116,11 @@ def layer_clustered_permutation(values_LH, labels_LH, n_permutations=10000, seed
     _check_draws(n_permutations, "n_permutations")
     layer_means_LH = np.broadcast_to(values_LH.mean(axis=1, keepdims=True), values_LH.shape)
     # With fixed counts the difference of means is linear in the labelled heads' sum, so the sum of
-    # their deviations from their layers' means tests it; layers of one kind only add nothing.
-    mixed_L = labels_LH.any(axis=1) & ~labels_LH.all(axis=1)
-    centred, labels = (values_LH - layer_means_LH)[mixed_L], labels_LH[mixed_L]
-    sums = _permuted_sums(centred, labels, n_permutations, seed)
-    slack = 1e-12 * np.abs(centred).sum()  # the same sum in another order is still a tie
-    n_extreme = int((np.abs(sums) >= abs(centred[labels].sum()) - slack).sum())
+    # their deviations from their layers' means tests it, and is 0 on average.
+    centred_LH = values_LH - layer_means_LH
+    sums = _permuted_sums(centred_LH, labels_LH, n_permutations, seed)
+    slack = 1e-12 * np.abs(values_LH).sum()  # the same sum in another order is still a tie
+    n_extreme = int((np.abs(sums) >= abs(centred_LH[labels_LH].sum()) - slack).sum())
     return {
         "value": _mean_difference(values_LH, labels_LH),
         "expected": _mean_difference(layer_means_LH, labels_LH),

@@ -84,6 +84,13 @@ def test_groups_are_runs_of_query_heads_within_a_layer(n_kv_heads):
     assert result["full_group_fraction"] == pytest.approx(active.all(axis=1).mean())
 
 
+def test_sums_over_many_heads_keep_double_precision():
+    mean_LH = np.random.default_rng(0).random((64, 64), dtype=np.float32)
+    share = math.fsum(np.sort(mean_LH, axis=None)[-5:]) / math.fsum(mean_LH.ravel())
+    result = profile_of(mean_LH, n_kv_heads=8)
+    assert result["top5_share"] == pytest.approx(share, rel=1e-12)
+
+
 def test_nothing_detected_leaves_the_layout_undefined():
     result = profile_of(np.full((2, 4), 0.01), n_kv_heads=2)
     assert (result["n_heads"], result["frac"], result["zero_fraction"]) == (0, 0, 0)

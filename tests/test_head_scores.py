@@ -186,6 +186,7 @@ def test_heads_refuses_what_names_no_set(arguments, message):
         (lambda: HeadScores.from_array([[1e39]]), "head 0-0 needs finite"),
         (lambda: HeadScores(np.zeros((2, 3))), r"\[L, H, cases\], got shape \(2, 3\)"),
         (lambda: HeadScores(np.zeros((0, 3, 1))), "layers"),
+        (lambda: HeadScores([[], []]), r"widths \[0\]"),
         (lambda: HeadScores([[[0.5]], [[0.5], [0.5]]]), r"widths \[1, 2\]"),
         (lambda: HeadScores([[0.5]]), "head 0-0 needs finite scores"),
     ],

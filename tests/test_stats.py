@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,12 @@ def test_wilson_agrees_with_scipy(n, share, level):
     assert 0 <= result["low"] <= result["value"] <= result["high"] <= 1
 
 
+def test_wilson_of_none_and_of_all_ends_exactly_at_the_edge():
+    for n in range(1, 200):
+        assert stats.wilson(0, n)["low"] == 0
+        assert stats.wilson(n, n)["high"] == 1
+
+
 def test_wilson_refuses_impossible_counts_and_levels():
     for successes, n in ((3, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match=f"{successes} of {n}"):
@@ -109,6 +116,15 @@ def test_bootstrap_does_not_depend_on_how_many_numbers_are_drawn_at_once(monkeyp
     whole = stats.bootstrap_mean(x, n_resamples=101, seed=5)
     monkeypatch.setattr(stats, "_BLOCK", 150)
     assert stats.bootstrap_mean(x, n_resamples=101, seed=5) == whole
+
+
+def test_bootstrap_memory_does_not_grow_with_the_number_of_resamples():
+    x = np.random.default_rng(1).normal(size=5000)
+    tracemalloc.start()
+    stats.bootstrap_mean(x, n_resamples=4000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6  # one index per drawn sample would be 160 MB
 
 
 def test_bootstrap_repeats_by_seed_and_differs_between_seeds():
@@ -214,6 +230,17 @@ def test_permutation_test_reaches_the_exact_p_value(seed):
     assert result["n"] == 6
 
 
+def test_permutation_test_repeats_by_seed_and_differs_between_seeds():
+    values_LH = np.random.default_rng(7).normal(size=(4, 8))
+    labels_LH = np.arange(32).reshape(4, 8) % 3 == 0
+    first, again, other = (
+        stats.layer_clustered_permutation(values_LH, labels_LH, n_permutations=999, seed=seed)
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first["p_value"] != other["p_value"]
+
+
 def test_permutation_test_is_blind_to_differences_between_layers():
     values_LH = np.repeat([[0.0], [1.0]], 8, axis=1)
     values_LH[:, 0] += 1e-3
@@ -242,7 +269,7 @@ def test_permutation_test_refuses_labels_that_cannot_be_permuted():
     with pytest.raises(ValueError, match="no layer has both"):
         stats.layer_clustered_permutation(values_LH, np.array([[True] * 3, [False] * 3]))
     with pytest.raises(ValueError, match=r"\(2, 3\).*bool\(3, 2\)"):
-        stats.layer_clustered_permutation(values_LH, np.ones((3, 2), dtype=bool))
+        stats.layer_clustered_permutation(values_LH, np.eye(3, 2, dtype=bool))
     with pytest.raises(ValueError, match="int64"):
         stats.layer_clustered_permutation(values_LH, np.eye(2, 3, dtype=np.int64))
     with pytest.raises(ValueError, match="n_permutations"):

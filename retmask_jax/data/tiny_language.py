@@ -273,9 +273,19 @@ def _conversation(rng, length, given, asked, turn_weights, free):
     turns = np.pad(asked, ((0, 0), (0, 1)))
     turns[np.arange(len(asked)), np.count_nonzero(asked, axis=1)] = EOS
     text, text_weights = _text(rng, length - 1 - np.count_nonzero(turns), given, free)
-    turns_weights = np.broadcast_to(turn_weights, turns.shape)
-    ids = np.concatenate([[BOS], text[text != PAD], turns[turns != PAD]])
-    return ids, np.concatenate([[0], text_weights[text != PAD], turns_weights[turns != PAD]])
+    # A question stands anywhere behind what it asks for: only at the end, the model would learn to answer only there.
+    stated = np.array([_place_of(text, row) for row in asked])
+    asked_at = stated + (len(text) - stated) * rng.random(len(asked))
+    order = np.argsort(np.concatenate([np.arange(len(text)), asked_at]), kind="stable")
+    ids = np.concatenate([np.pad(text, ((0, 0), (0, 1))), turns])[order]
+    weights = np.concatenate([np.pad(text_weights, ((0, 0), (0, 1))), np.broadcast_to(turn_weights, turns.shape)])[order]
+    return np.append(BOS, ids[ids != PAD]), np.append(0, weights[ids != PAD])
+
+
+def _place_of(text, sentence):
+    """Where the row of `text` that is `sentence` ends, half a row on; before the text if there is none."""
+    found = np.flatnonzero((text == sentence).all(axis=1))
+    return found[0] + 0.5 if len(found) else -0.5
 
 
 def _text(rng, room, given, free):

@@ -1,0 +1,224 @@
+"""Needle cases: a needle sentence in a haystack, a question at the end, and the exact token span of the answer.
+
+What a case is made of (`Spec`: order of the haystack, needle, depth, distractors) depends on the seed alone, never on
+a tokenizer, so that two models get the same cases.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retmask_jax.files import read_jsonl
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Needle:
+    """A statement, the question it answers and the part of it that is the answer.
+
+    key: what the statement is about; sentences of the haystack that mention it are left out. memory: the answer the
+    model gives without the context, where that is known.
+    """
+
+    needle: str
+    question: str
+    answer: str
+    key: str | None = None
+    memory: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What one case is made of, independent of any tokenizer. length counts the tokens of the whole prompt."""
+
+    length: int
+    depth: float
+    needle: int
+    distractors: tuple[int, ...]
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A prompt with the token span [start, end) of the needle's answer part (0, 0 where there is no needle)."""
+
+    tokens: tuple[int, ...]
+    span: tuple[int, int]
+    needle: Needle
+    spec: Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompter:
+    """Turns a context and a question into the tokens of a prompt.
+
+    prompt: a format string with {context} and {question}. chat: put it in the tokenizer's chat template, with
+    template_kwargs (such as enable_thinking=False) handed on.
+    """
+
+    tokenizer: Any
+    prompt: str = "{context} {question}"
+    chat: bool = True
+    template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.tokenizer is None:
+            raise ValueError("the model folder has no tokenizer, which text prompts need")
+        if not self.tokenizer.is_fast:
+            raise ValueError("the tokenizer reports no character offsets; a fast one (tokenizer.json) is needed")
+        if self.chat and not self.tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template: add one to it, or set the config key chat to False")
+
+    def render(self, context: str, question: str) -> str:
+        """The prompt as the model sees it, before tokenization."""
+        return self.render_messages([{"role": "user", "content": self._fill(context, question)}])
+
+    def render_messages(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of a conversation, ready for the model's answer."""
+        if not self.chat:
+            return "\n".join(message["content"] for message in messages)
+        kwargs = dict(self.template_kwargs) | {"tokenize": False, "add_generation_prompt": True}
+        return self.tokenizer.apply_chat_template(list(messages), **kwargs)
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """(token ids, their character ranges). A chat template writes its own special tokens."""
+        encoded = self.tokenizer(text, add_special_tokens=not self.chat, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    def _fill(self, context: str, question: str) -> str:
+        return self.prompt.format(context=context, question=question).strip()
+
+
+def read_sentences(path: str | Path) -> list[str]:
+    """The sentences of a text file; ValueError if it is missing or empty."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"haystack file {path} does not exist")
+    sentences = [s.strip() for s in _SENTENCE_END.split(path.read_text(encoding="utf-8")) if s.strip()]
+    if not sentences:
+        raise ValueError(f"haystack file {path} has no text")
+    return sentences
+
+
+def read_needles(path: str | Path) -> list[Needle]:
+    """Needles of a JSONL file with needle, question and answer (or real_needle), and optionally key and memory."""
+    needles = []
+    for number, record in enumerate(read_jsonl(path), 1):
+        answer = record.get("answer", record.get("real_needle"))
+        if "question" not in record or answer is None:
+            raise ValueError(f"{path}, line {number}: a needle has question and answer, this one {sorted(record)}")
+        needles.append(Needle(record.get("needle", ""), record["question"], answer, record.get("key"), record.get("memory")))
+    if not needles:
+        raise ValueError(f"{path} holds no needles")
+    return needles
+
+
+def draw_specs(needles: Sequence[Needle], lengths: Sequence[int], depths: Sequence[float], *, per_length: int | None,
+               distractors: int = 0, seed: int = 0) -> list[Spec]:  # fmt: skip
+    """Specs of the full grid lengths x depths x needles, or of per_length cases a length with depths in turn.
+
+    distractors: how many other needles stand in the same haystack.
+    """
+    rng = np.random.default_rng(seed)
+    cells = []
+    for length in lengths:
+        if per_length is None:
+            cells += [(length, depth, needle) for depth in depths for needle in range(len(needles))]
+        else:
+            order = np.resize(rng.permutation(len(needles)), per_length)
+            cells += [(length, depths[i % len(depths)], int(needle)) for i, needle in enumerate(order)]
+    return [
+        Spec(length, float(depth), needle, _distractors(rng, needles, needle, distractors), int(rng.integers(2**31)))
+        for length, depth, needle in cells
+    ]
+
+
+def build_cases(prompter: Prompter, sentences: Sequence[str], needles: Sequence[Needle], specs: Sequence[Spec], *,
+                shuffle: bool = True, at_start: bool = False) -> list[Case]:  # fmt: skip
+    """The cases of specs, each as near below its length as whole sentences allow.
+
+    shuffle: order the haystack's sentences by the spec's seed, else keep the text's order. at_start: put the needle
+    at the very start unless the depth is 1, as the detector released with arXiv 2601.11020 did. Raises ValueError if a
+    length has no room for needle and question, or the answer part cannot be located.
+    """
+    sizes = np.array([len(prompter.tokenizer(" " + s, add_special_tokens=False)["input_ids"]) for s in sentences])
+    return [_build(prompter, sentences, sizes, needles, spec, shuffle, at_start) for spec in specs]
+
+
+def question_case(prompter: Prompter, needle: Needle) -> Case:
+    """A case without any context: what does the model answer from memory?"""
+    tokens, _ = prompter.encode(prompter.render("", needle.question))
+    return Case(tuple(tokens), (0, 0), needle, Spec(len(tokens), 0.0, 0, (), 0))
+
+
+def answer_span(text: str, offsets: Sequence[tuple[int, int]], needle: Needle) -> tuple[int, int]:
+    """Token span [start, end) of the needle's answer part in a rendered prompt.
+
+    The needle is found by its characters, case-insensitively, and so is the answer inside it; ValueError if either is
+    absent or ambiguous.
+    """
+    needle_at = _only(text, needle.needle, "the needle")
+    answer_at = needle_at + _only(needle.needle, needle.answer, "the answer part")
+    end_at = answer_at + len(needle.answer)
+    inside = [i for i, (begin, end) in enumerate(offsets) if begin < end_at and end > answer_at]
+    return inside[0], inside[-1] + 1
+
+
+def _build(prompter, sentences, sizes, needles, spec, shuffle, at_start) -> Case:
+    needle = needles[spec.needle]
+    rng = np.random.default_rng(spec.seed)
+    planted = [needles[i].needle for i in spec.distractors]
+    keys = [needles[i].key for i in (spec.needle, *spec.distractors) if needles[i].key]
+    order = rng.permutation(len(sentences)) if shuffle else np.arange(len(sentences))
+    order = [i for i in order if not any(key in sentences[i] for key in keys)] if keys else order
+    places = np.sort(rng.random(len(planted)))
+    fixed, _ = prompter.encode(prompter.render(" ".join([needle.needle, *planted]), needle.question))
+    room = spec.length - len(fixed)
+    if room < 0:
+        raise ValueError(f"a case of {spec.length} tokens has no room for its {len(fixed)} of needles and question")
+    count = int(np.searchsorted(np.cumsum(sizes[order]), room, side="right"))
+    if count == len(order) and room > sizes[order].sum() + sizes.max():
+        raise ValueError(f"the haystack has {sizes[order].sum()} tokens, too few for a case of {spec.length}")
+    depth = 0.0 if at_start and spec.depth < 1 else spec.depth
+    while True:
+        context = _plant([sentences[i] for i in order[:count]], planted, places, needle.needle, depth)
+        text = prompter.render(context, needle.question)
+        tokens, offsets = prompter.encode(text)
+        if len(tokens) <= spec.length or count == 0:
+            return Case(tuple(tokens), answer_span(text, offsets, needle), needle, spec)
+        count -= 1  # joining sentences can cost a token or two
+
+
+def _plant(hay: list[str], planted: list[str], places, needle: str, depth: float) -> str:
+    """The haystack with distractors at their places and the needle behind the share `depth` of its sentences."""
+    for place, sentence in sorted(zip(places, planted, strict=True), reverse=True):
+        hay.insert(int(place * (len(hay) + 1)), sentence)
+    hay.insert(round(depth * len(hay)), needle)
+    return " ".join(hay)
+
+
+def _distractors(rng, needles, needle: int, n: int) -> tuple[int, ...]:
+    """n other needles with keys of their own."""
+    chosen, keys = [], {needles[needle].key}
+    for i in rng.permutation(len(needles)):
+        if len(chosen) == n:
+            break
+        if i != needle and needles[i].key not in keys:
+            chosen.append(int(i))
+            keys.add(needles[i].key)
+    if len(chosen) < n:
+        raise ValueError(f"{n} distractors are wanted, only {len(chosen)} needles have other keys: add needles")
+    return tuple(chosen)
+
+
+def _only(text: str, part: str, what: str) -> int:
+    text, part = text.lower(), part.lower()
+    found = text.count(part)
+    if not part or found != 1:
+        raise ValueError(f"{what} {part!r} occurs {found} times in {text[:80]!r}..., it must occur exactly once")
+    return text.index(part)

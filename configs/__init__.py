@@ -1,0 +1,1 @@
+"""Recipes shipped with the package; `retmask STAGE --config=NAME` finds them by name."""

@@ -1,0 +1,93 @@
+"""Every key of the pipeline with its default and its reason. Recipes start from here and override.
+
+Tasks are named sections under `tasks`; a recipe adds its own. Data files starting with "bundled/" are in the package.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    config.model = "bundled"  # folder of an HF checkpoint, hub id, or "bundled": the tiny model of the package
+    config.dtype = "float32"  # of the parameters in every stage but training; bfloat16 halves the memory
+    config.seed = 0
+    config.batch_size = 32  # rows per forward pass where no gradient is taken
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices per axis; -1 takes what is left
+
+    config.prompt = ConfigDict()
+    config.prompt.template = "{context}\n\n{question}"
+    config.prompt.chat = True  # put it in the tokenizer's chat template
+    config.prompt.template_kwargs = ConfigDict()  # handed to the template, such as enable_thinking=False
+
+    config.tasks = ConfigDict()
+
+    # Detection: Wu et al. 2404.15574, as RetMask uses it.
+    config.detect = ConfigDict()
+    config.detect.task = "detect"
+    config.detect.max_new_tokens = 50  # the published limit
+    config.detect.threshold = 0.1  # RetMask: 0.1 for Llama-3.1, 0.05 for Qwen3 and Olmo-3
+    config.detect.top_k = None  # instead of the threshold (which is then None)
+    config.detect.released = False  # True: the published detector with its accumulating score
+
+    config.knockout = ConfigDict()
+    config.knockout.tasks = ()
+    config.knockout.draws = 5  # random control sets of each kind: one draw can mislead
+    config.knockout.activity_windows = 16  # texts on which the activity of a head is measured
+    config.knockout.seed = 0
+
+    config.rope = ConfigDict()
+    config.rope.tasks = ()
+    config.rope.pairs = ()  # numbers of rotary pairs; empty: an eighth, a quarter and a half of them
+    config.rope.draws = 3
+    config.rope.seed = 0
+
+    # Contrastive responses: RetMask samples at temperature 0.6, top_p 1, up to 2048 tokens.
+    config.pairs = ConfigDict()
+    config.pairs.prompts = ""  # JSONL of {id, messages}
+    config.pairs.n_prompts = 294_000
+    config.pairs.temperature = 0.6
+    config.pairs.top_p = 1.0
+    config.pairs.max_new_tokens = 2048
+
+    # Training: RetMask's DPO.
+    config.train = ConfigDict()
+    config.train.arms = ("retmask",)  # what is trained; the controls are listed in retmask_jax/stages.py
+    config.train.seeds = (0,)
+    config.train.beta = 0.1
+    config.train.label_smoothing = 0.0
+    config.train.learning_rate = 5e-7
+    config.train.final_learning_rate = 5e-8  # where the cosine ends
+    config.train.warmup = 0.1  # share of the steps
+    config.train.steps = 1148  # 2 epochs of 294K pairs
+    config.train.batch_size = 512  # pairs per update
+    config.train.microbatch_size = 16  # pairs per forward and backward pass; gradients are accumulated
+    config.train.b1 = 0.9
+    config.train.b2 = 0.95
+    config.train.eps = 1e-8
+    config.train.weight_decay = 0.1
+    config.train.clip = 1.0
+    config.train.max_tokens = 1024  # prompt and answer; answers are cut
+    config.train.max_prompt_tokens = 512  # prompts keep their end
+    config.train.compute_dtype = "bfloat16"  # the weights stay float32: 5e-7 vanishes in bfloat16
+    config.train.remat = True  # recompute blocks in the backward pass: less memory, a third more work
+    config.train.checkpoint_every = 50
+
+    config.eval = ConfigDict()
+    config.eval.tasks = ()
+    config.eval.grids = ()  # tasks shown as heat maps over length and depth
+
+    # Loss on plain text: what a mask or a training costs in general.
+    config.text = ConfigDict()
+    config.text.file = ""
+    config.text.length = 256
+    config.text.windows = 32
+
+    config.headlines = ()  # names of numbers in the table that `run` ends with; summary.json has all
+    return config
+
+
+def task(needles, haystack="", lengths=(), depths=(0.1, 0.3, 0.5, 0.7, 0.9), per_length=None, distractors=0, seed=0,
+         shuffle=True, at_start=False, max_new_tokens=50) -> ConfigDict:  # fmt: skip
+    """A section under `tasks`. per_length None: the full grid lengths x depths x needles. No lengths: bare questions."""
+    return ConfigDict(locals())

@@ -1,0 +1,89 @@
+"""The `retmask` command: parses, dispatches, nothing else."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from retmask_jax import __version__
+
+_STAGES = {
+    "detect": "score every head by copying from needles and pick the retrieval heads",
+    "knockout": "mask the retrieval heads and random others, measure every task",
+    "rope": "take rotary pairs out of the retrieval heads, lowest or highest frequency first",
+    "pairs": "sample normal and ablated answers to unlabelled prompts",
+    "train": "train with DPO to prefer the normal answers, and the controls",
+    "eval": "recall, context-following, closed-book recall and text loss before and after",
+    "report": "write report.html from the results of all stages",
+    "run": "all stages above in order, each skipped if its inputs have not changed",
+    "pretrain": "train the tiny model from its recipe, with its data files",
+    "export": "write a masked or trained model as a Hugging Face checkpoint",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, or 2 after one line about a user's mistake."""
+    try:
+        arguments, overrides = _parse(sys.argv[1:] if argv is None else argv)
+        _dispatch(arguments, overrides)
+    except ValueError as error:
+        print(f"retmask: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("retmask: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message} (`{self.prog} --help` lists what there is)")
+
+
+def _parse(argv: list[str]):
+    parser = _Parser(prog="retmask", description="Find retrieval heads, mask them, train against the masked model.")
+    parser.add_argument("--version", action="version", version=__version__)
+    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    for name, text in _STAGES.items():
+        stage = stages.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False,
+            epilog="Any key of the config can be set: --config.train.steps=10",
+        )  # fmt: skip
+        stage.add_argument("--config", default="tiny", help="name of a recipe or path of a .py file (default: tiny)")
+        stage.add_argument("--workdir", help="folder for all results (default: runs/NAME_OF_CONFIG)")
+        if name == "export":
+            stage.add_argument("--what", default="masked", help='"masked" (retrieval heads) or a run such as retmask-0')
+            stage.add_argument("--out", required=True, help="folder to write")
+    arguments, rest = parser.parse_known_args(argv)
+    return arguments, [_override(text) for text in rest]
+
+
+def _override(text: str) -> tuple[str, str]:
+    key, equals, value = text.removeprefix("--config.").partition("=")
+    if not text.startswith("--config.") or not equals:
+        raise ValueError(f"unknown argument {text!r}; config keys are set as --config.KEY=VALUE")
+    return key, value
+
+
+def _dispatch(arguments, overrides) -> None:
+    from retmask_jax import recipes
+
+    config = recipes.load_recipe(arguments.config, overrides)
+    root = Path(arguments.workdir or Path("runs") / Path(arguments.config).stem)
+    # Only now: these bring in jax and take seconds.
+    from retmask_jax import pipeline
+
+    begin = time.time()
+    if arguments.stage == "pretrain":
+        pipeline.pretrain(config, root)
+    elif arguments.stage == "export":
+        pipeline.export(config, root, arguments.what, Path(arguments.out))
+    elif arguments.stage == "run":
+        pipeline.run(config, root)
+    else:
+        pipeline.one_stage(config, root, arguments.stage)
+    print(f"{arguments.stage}: {time.time() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

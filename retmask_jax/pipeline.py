@@ -1,0 +1,92 @@
+"""What the command's stages do around their work: open the work directory, run, show a table, write the summary."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+
+from retmask_jax import assets
+from retmask_jax.files import write_json
+from retmask_jax.lm import save
+from retmask_jax.model.interventions import mask_heads
+from retmask_jax.stages import STAGES, Context, check_config, run_stage
+from retmask_jax.workdir import Workdir
+
+
+def run(config, root: Path) -> None:
+    """All stages in order; ends with the table of headline numbers, the report's path and summary.json."""
+    context = _open(config, root)
+    numbers = {}
+    for name in STAGES:
+        result, skipped = run_stage(context, name)
+        numbers |= result["numbers"]
+        state = "unchanged" if skipped else f"done in {result['seconds']:.0f} s"
+        print(f"{name:<9} {state}", flush=True)
+        if not skipped:
+            _table(result["numbers"])
+    write_json(root / "summary.json", numbers)
+    print()
+    _table({name: numbers[name] for name in config.headlines if name in numbers})
+    print(f"every number: {root / 'summary.json'}\nreport:       {root / 'report.html'}")
+
+
+def one_stage(config, root: Path, name: str) -> None:
+    """One stage, on the results of those before it."""
+    result, skipped = run_stage(_open(config, root), name)
+    if skipped:
+        print(f"{name}: unchanged since {result['provenance']['created']}")
+    _table(result["numbers"])
+
+
+def export(config, root: Path, what: str, out: Path) -> None:
+    """The start model with its retrieval heads masked in the weights, or a trained model, as an HF checkpoint."""
+    context = _open(config, root)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder: choose another --out")
+    if what == "masked":
+        save(context.lm, out, mask_heads(context.lm.config, context.heads()))
+    else:
+        from retmask_jax.lm import load
+
+        runs = context.workdir.result("train")["runs"]
+        if what not in runs:
+            raise ValueError(f"--what is {what!r}; it must be masked or one of {', '.join(runs)}")
+        save(load(context.workdir.folder("train") / what / "model", config.dtype), out)
+    print(f"wrote {out}")
+
+
+def pretrain(config, root: Path) -> None:
+    """Train the tiny model and write it with its data files, in the layout of the package's assets."""
+    if "pretrain" not in config:
+        raise ValueError("this config has no section `pretrain`: use --config=tiny")
+    _log()
+    assets.build(config.pretrain, root)
+    print(f"wrote {root}")
+
+
+def _open(config, root: Path) -> Context:
+    _log()
+    check_config(config)
+    context = Context(config, Workdir.open(root, config))
+    return context
+
+
+def _log() -> None:
+    logging.basicConfig(format="%(message)s", level=os.environ.get("RETMASK_LOG", "WARNING").upper())
+
+
+def _table(numbers: dict) -> None:
+    """name, value, 95% interval, n."""
+    if not numbers:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "value", "95% interval", "n", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, number in numbers.items():
+        interval = "" if number["low"] is None else f"[{number['low']:.3f}, {number['high']:.3f}]"
+        table.add_row(name, f"{number['value']:.3f}", interval.replace("[", r"\["), str(number["n"]))
+    Console(file=sys.stdout, width=max(100, 100 if not sys.stdout.isatty() else 0), highlight=False).print(table)

@@ -1,0 +1,106 @@
+"""Recipes: configs by name or path, locked, with overrides from the command line."""
+
+import ast
+import difflib
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path to a .py file, or the name of one shipped in `retmask_jax.configs`."""
+    if name.endswith(".py"):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"config file {name} does not exist")
+        return path
+    folder = _shipped()
+    path = folder / f"{name}.py"
+    if not path.is_file():
+        known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+        raise ValueError(f"there is no config named {name!r}{_hint(name, known)}; shipped are {', '.join(known)}")
+    return path
+
+
+def load_recipe(name: str, overrides: Sequence[tuple[str, str]] = ()):
+    """The locked ConfigDict of a recipe with overrides (("train.steps", "10"), ...) applied.
+
+    Raises ValueError for an unknown recipe or key, or a value of another type than the key has.
+    """
+    path = find_recipe(name)
+    spec = importlib.util.spec_from_file_location(f"retmask_recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"config file {path} has no function get_config()")
+    config = module.get_config()
+    for key, text in overrides:
+        _override(config, key, text)
+    return config.lock()
+
+
+def as_json(config) -> dict[str, Any]:
+    """The config as plain JSON values."""
+    return json.loads(json.dumps(config.to_dict(), default=lambda value: value.to_dict()))
+
+
+def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
+    """Keys in which two configs (as JSON) differ, as "key: value in a, value in b"."""
+    found = []
+    for key in sorted(a.keys() | b.keys()):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key}: {left!r} there, {right!r} here")
+    return found
+
+
+def _shipped() -> Path:
+    """The folder `configs`: beside the package in a clone, inside it when installed."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def _override(config, key: str, text: str) -> None:
+    *parents, last = key.split(".")
+    node = config
+    for part in (*parents, last):
+        if not hasattr(node, "keys") or part not in node:
+            raise ValueError(f"there is no config key {key!r}{_hint(key, _all_keys(config))}")
+        parent, node = node, node[part]
+    with parent.unlocked():
+        parent[last] = _parse(key, text, node)
+
+
+def _parse(key: str, text: str, current: Any) -> Any:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if current is None:
+        return value
+    if isinstance(current, str):
+        return text
+    if isinstance(current, float) and type(value) is int:
+        return float(value)
+    if isinstance(current, tuple):
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if type(value) is not type(current) and value is not None:
+        raise ValueError(f"config key {key} is of type {type(current).__name__} (now {current!r}), got {text!r}")
+    return value
+
+
+def _all_keys(config, prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in config.items():
+        keys += _all_keys(value, f"{prefix}{name}.") if hasattr(value, "items") else [prefix + name]
+    return keys
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

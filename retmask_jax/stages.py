@@ -1,0 +1,396 @@
+"""The stages of the pipeline: each reads a config and earlier results and returns its own result as JSON values."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retmask_jax import causal, pairs, stats
+from retmask_jax.data.preferences import encode_pairs
+from retmask_jax.detect import detect, stability
+from retmask_jax.evals.perplexity import text_loss, text_windows
+from retmask_jax.evals.recall import by_cell, task_cases
+from retmask_jax.files import read_jsonl, write_jsonl
+from retmask_jax.haystack import Prompter, read_sentences
+from retmask_jax.head_profile import profile
+from retmask_jax.head_scores import HeadScores
+from retmask_jax.lm import BUNDLED, LanguageModel, load, save
+from retmask_jax.model.interventions import Interventions, mask_heads, random_heads
+from retmask_jax.model.rope import inverse_frequencies
+from retmask_jax.sharding import make_mesh
+from retmask_jax.train import Settings, train
+from retmask_jax.workdir import Workdir, digest, fingerprint
+
+log = logging.getLogger(__name__)
+
+# What an arm's rejected answer comes from; "no_fact" asks the unmasked model without the stated fact.
+MASKED_ARMS = ("retmask", "any_layer", "layer_matched", "activity_matched")
+ARMS = (*MASKED_ARMS, "no_fact", "sft_filtered", "sft_unfiltered")
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every stage needs: the config and its work directory; the model is loaded when first asked for."""
+
+    config: Any
+    workdir: Workdir
+
+    @functools.cached_property
+    def mesh(self):
+        return make_mesh(self.config.mesh)
+
+    @functools.cached_property
+    def lm(self) -> LanguageModel:
+        return load(self.config.model, self.config.dtype, self.mesh)
+
+    @functools.cached_property
+    def prompter(self) -> Prompter:
+        section = self.config.prompt
+        return Prompter(self.lm.tokenizer, section.template, section.chat, section.template_kwargs.to_dict())
+
+    def resolve(self, name: str) -> Path:
+        """A data file of the config; "bundled/..." is in the package."""
+        return BUNDLED.parent / "data" / name.removeprefix("bundled/") if name.startswith("bundled/") else Path(name)
+
+    def cases(self, task: str):
+        return task_cases(self.prompter, self.config.tasks[task], self.resolve)
+
+    def heads(self) -> list[tuple[int, int]]:
+        return [tuple(head) for head in self.workdir.result("detect")["heads"]]
+
+    def windows(self) -> np.ndarray:
+        text = self.config.text
+        return text_windows(self.lm.tokenizer, read_sentences(self.resolve(text.file)), text.length, text.windows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage: the stages it reads, the function, and one line of help."""
+
+    upstream: tuple[str, ...]
+    function: Callable[[Context, Path], dict[str, Any]]
+    help: str
+
+
+def run_stage(context: Context, name: str) -> tuple[dict[str, Any], bool]:
+    """(result, skipped) of one stage."""
+    stage = STAGES[name]
+    for needed in stage.upstream:
+        context.workdir.result(needed)
+    return context.workdir.run(name, stage.upstream, _inputs(context), functools.partial(stage.function, context))
+
+
+def check_config(config) -> None:
+    """Raise ValueError for settings that could only fail later, after expensive work."""
+    unknown = [arm for arm in config.train.arms if arm not in ARMS]
+    if unknown:
+        raise ValueError(f"train.arms has {', '.join(unknown)}; known arms are {', '.join(ARMS)}")
+    if (config.detect.threshold is None) == (config.detect.top_k is None):
+        raise ValueError("set one of detect.threshold and detect.top_k, and the other to None")
+    named = [config.detect.task, *config.knockout.tasks, *config.rope.tasks, *config.eval.tasks, *config.eval.grids]
+    missing = [task for task in named if task not in config.tasks]
+    if missing:
+        raise ValueError(f"there is no task {missing[0]!r} under tasks; there are {', '.join(config.tasks)}")
+    if config.train.steps < 1 or config.train.batch_size < 1:
+        raise ValueError(f"train.steps {config.train.steps} and train.batch_size {config.train.batch_size} must be >= 1")
+    make_mesh(config.mesh)
+    _settings(config, "retmask", 0)
+
+
+def detect_stage(context: Context, folder: Path) -> dict[str, Any]:
+    """Head scores, the head set, its stability, and why cases did not count."""
+    lm, section = context.lm, context.config.detect
+    cases = context.cases(section.task)
+    found = detect(lm, cases, max_new_tokens=section.max_new_tokens, batch_size=context.config.batch_size,
+                   released=section.released)  # fmt: skip
+    selection = {"top_k": section.top_k} if section.threshold is None else {"threshold": section.threshold}
+    heads = found.scores.heads(**selection)
+    if not heads:
+        best = float(found.scores.mean.max())
+        raise ValueError(f"no head reaches detect.threshold {section.threshold}: the best score is {best:.3f}")
+    found.scores.save(folder / "scores.json")
+    rows = [
+        {"length": c.spec.length, "depth": c.spec.depth, "expected": c.needle.answer, "answer": a, "outcome": o}
+        for c, a, o in zip(cases, found.answers, found.outcomes, strict=True)
+    ]
+    write_jsonl(folder / "cases.jsonl", rows)
+    shape = profile(found.scores, lm.config.n_kv_heads, section.threshold or float(found.scores.mean[heads[-1]]))
+    counted = stats.proportion(np.array([outcome == "counted" for outcome in found.outcomes]))
+    return {
+        "heads": heads, "scores": [float(found.scores.mean[head]) for head in heads],
+        "mean": found.scores.mean.tolist(), "threshold": section.threshold, "outcomes": found.reasons,
+        "profile": {name: value if np.isfinite(value) else None for name, value in shape.items()},
+        "stability": stability(found.scores, **selection), "mask_hash": _mask_hash(lm, heads),
+        "numbers": {
+            "detect/cases counted": counted,
+            "detect/heads": _number(len(heads), counted["n"]),
+            "detect/top score": stats.bootstrap_mean(found.scores.per_case[heads[0]]),
+            "detect/gini": _number(shape["gini"], counted["n"]),
+        },
+    }  # fmt: skip
+
+
+def knockout_stage(context: Context, folder: Path) -> dict[str, Any]:
+    """Every task, and the loss on plain text, with the retrieval heads or random others masked."""
+    lm, section, heads = context.lm, context.config.knockout, context.heads()
+    windows = context.windows()
+    activity_LH = causal.activity(lm, windows[: section.activity_windows].tolist(), batch_size=section.activity_windows)
+    conditions = causal.knockout_conditions(lm.config, heads, activity_LH, draws=section.draws, seed=section.seed)
+    outcomes, _ = _outcomes(context, section.tasks, conditions)
+    losses = np.stack([
+        text_loss(lm, windows, c.interventions.fill(lm.config), batch_size=context.config.batch_size) for c in conditions
+    ])  # fmt: skip
+    numbers = {
+        f"knockout/{task}/{kind}": causal.mean_over_draws(conditions, outcome_CN, kind)
+        for task, outcome_CN in outcomes.items()
+        for kind in _kinds(conditions)
+    }
+    for kind in _kinds(conditions):
+        chosen = [i for i, c in enumerate(conditions) if c.kind == kind]
+        numbers[f"knockout/text loss/{kind}"] = stats.bootstrap_mean(losses[chosen].mean(axis=0))
+    idle = int((activity_LH < causal.IDLE).sum())
+    numbers["knockout/idle heads"] = _number(idle, activity_LH.size)
+    return {
+        "rows": causal.summarise(conditions, outcomes), "activity": activity_LH.tolist(), "idle": idle,
+        "idle_below": causal.IDLE, "numbers": numbers,
+        "text_loss": [{"kind": c.kind, "draw": c.draw, **stats.bootstrap_mean(loss)}
+                      for c, loss in zip(conditions, losses, strict=True)],
+    }  # fmt: skip
+
+
+def rope_stage(context: Context, folder: Path) -> dict[str, Any]:
+    """Recall against the number of rotary pairs taken out of the retrieval heads, lowest, highest or random first."""
+    lm, section = context.lm, context.config.rope
+    ks = section.pairs or tuple(k for k in (lm.config.n_pairs // 8, lm.config.n_pairs // 4, lm.config.n_pairs // 2) if k)
+    conditions = causal.rope_conditions(lm.config, context.heads(), ks, draws=section.draws, seed=section.seed)
+    outcomes, _ = _outcomes(context, section.tasks, conditions)
+    numbers = {
+        f"rope/{task}/{kind} {k} pairs": causal.mean_over_draws(conditions, outcome_CN, kind, k)
+        for task, outcome_CN in outcomes.items()
+        for kind in _kinds(conditions) if kind != "none"
+        for k in ks
+    }  # fmt: skip
+    quarter = lm.config.n_pairs // 4
+    for task, outcome_CN in outcomes.items():
+        numbers[f"rope/{task}/none"] = causal.mean_over_draws(conditions, outcome_CN, "none")
+        if quarter in ks:
+            low, high = (_only(conditions, outcome_CN, kind, quarter) for kind in ("lowest", "highest"))
+            numbers[f"rope/{task}/highest minus lowest quarter"] = stats.paired_bootstrap(high, low)
+    return {
+        "rows": causal.summarise(conditions, outcomes), "pairs": list(ks), "n_pairs": lm.config.n_pairs,
+        "wavelengths": (2 * np.pi / inverse_frequencies(lm.config)).tolist(), "numbers": numbers,
+    }  # fmt: skip
+
+
+def pairs_stage(context: Context, folder: Path) -> dict[str, Any]:
+    """Normal and ablated answers to unlabelled prompts, per training seed, as one preference file per arm."""
+    config, lm, heads = context.config, context.lm, context.heads()
+    section = config.pairs
+    prompts = read_jsonl(context.resolve(section.prompts))[: section.n_prompts]
+    _check_prompts(prompts, config)
+    activity_LH = np.array(context.workdir.result("knockout")["activity"])
+    sample = functools.partial(
+        pairs.sample_responses, lm, context.prompter, prompts, temperature=section.temperature, top_p=section.top_p,
+        max_new_tokens=section.max_new_tokens, batch_size=config.batch_size,
+    )  # fmt: skip
+    counts, masks = {}, {}
+    for seed in config.train.seeds:
+        chosen_heads = _arm_heads(lm, heads, activity_LH, config.train.arms, seed)
+        variants = {"normal": Interventions()} | {a: mask_heads(lm.config, h) for a, h in chosen_heads.items()}
+        responses = sample(variants=variants, seed=seed)
+        if "no_fact" in config.train.arms:
+            responses["no_fact"] = sample(
+                variants={"no_fact": Interventions()}, seed=seed, messages_key="messages_without"
+            )["no_fact"]
+        for arm in config.train.arms:
+            if arm == "sft_unfiltered":
+                records, counts[f"{arm}-{seed}"] = pairs.make_demonstrations(prompts, responses["normal"])
+            else:
+                rejected = responses["retmask" if arm == "sft_filtered" else arm]
+                records, counts[f"{arm}-{seed}"] = pairs.make_pairs(prompts, responses["normal"], rejected)
+            masks[f"{arm}-{seed}"] = chosen_heads.get(arm, [])
+            write_jsonl(folder / f"{arm}-{seed}.jsonl.gz", records)
+    numbers = {
+        f"pairs/{name}/kept": stats.wilson(count["kept"], len(prompts)) for name, count in counts.items()
+    }
+    return {"counts": counts, "heads": masks, "prompts": len(prompts), "numbers": numbers}
+
+
+def train_stage(context: Context, folder: Path) -> dict[str, Any]:
+    """Every arm and seed trained from the same start, exported as an HF checkpoint."""
+    config, lm = context.config, context.lm
+    runs = {}
+    for arm in config.train.arms:
+        for seed in config.train.seeds:
+            name = f"{arm}-{seed}"
+            source = context.workdir.folder("pairs") / f"{name}.jsonl.gz"
+            rows = encode_pairs(
+                context.prompter, read_jsonl(source), eos_id=lm.config.eos_ids[0],
+                max_tokens=config.train.max_tokens, max_prompt_tokens=config.train.max_prompt_tokens,
+            )  # fmt: skip
+            target = folder / name
+            if not (target / "model").exists():
+                identity = digest([fingerprint(source), _model_fingerprint(context), config.train.compute_dtype])
+                params = train(lm.config, lm.params, rows, _settings(config, arm, seed), target, context.mesh,
+                               fingerprint=identity, what=f"train {name}")  # fmt: skip
+                save(lm.replace(params=params), target / "model.part")
+                (target / "model.part").rename(target / "model")
+            runs[name] = {
+                "arm": arm, "seed": seed, "examples": len(rows), "answers_cut": rows.cut,
+                "prompts_cut": rows.prompts_cut, "steps": read_jsonl(target / "metrics.jsonl"),
+            }  # fmt: skip
+    numbers = {f"train/{name}/final loss": _number(run["steps"][-1]["loss"], run["examples"]) for name, run in runs.items()}
+    return {"runs": runs, "numbers": numbers}
+
+
+def eval_stage(context: Context, folder: Path) -> dict[str, Any]:
+    """The start model and every trained one on all tasks, paired by case, pooled over seeds."""
+    config = context.config
+    windows = context.windows()
+    trained = {f"{arm}-{seed}": (arm, seed) for arm in config.train.arms for seed in config.train.seeds}
+    measured = {"start": _evaluate(context, context.lm, windows, "start")}
+    for name in trained:
+        lm = load(context.workdir.folder("train") / name / "model", config.dtype, context.mesh)
+        measured[name] = _evaluate(context, lm, windows, name)
+    rows, numbers, grids = [], {}, []
+    for name, values in measured.items():
+        arm, seed = trained.get(name, ("start", 0))
+        for task in values["samples"]:
+            rows.append({"model": name, "arm": arm, "seed": seed, "task": task, **_paired(measured, [name], task)})
+        grids += [{"model": name, "arm": arm, "seed": seed, **cell} for cell in values["grid"]]
+    for arm in ("start", *config.train.arms):
+        names = ["start"] if arm == "start" else [f"{arm}-{seed}" for seed in config.train.seeds]
+        for task in measured["start"]["samples"]:
+            pooled = _paired(measured, names, task)
+            numbers[f"eval/{task}/{arm}"] = {key: pooled[key] for key in ("value", "low", "high", "n")}
+            if arm != "start":
+                numbers[f"eval/{task}/{arm} minus start"] = pooled["change"]
+    return {"rows": rows, "grids": grids, "numbers": numbers}
+
+
+def report_stage(context: Context, folder: Path) -> dict[str, Any]:
+    """One self-contained HTML page from the results of all stages."""
+    from retmask_jax.report import write_report
+
+    results = {name: context.workdir.result(name) for name in STAGES["report"].upstream}
+    path = context.workdir.root / "report.html"
+    write_report(path, results, str(context.config.model))
+    return {"path": path.name, "numbers": {}}
+
+
+STAGES = {
+    "detect": Stage((), detect_stage, "score every head by copying from needles and pick the retrieval heads"),
+    "knockout": Stage(("detect",), knockout_stage, "mask the retrieval heads and random others, measure every task"),
+    "rope": Stage(("detect",), rope_stage, "take rotary pairs out of the retrieval heads, lowest or highest first"),
+    "pairs": Stage(("detect", "knockout"), pairs_stage, "sample normal and ablated answers to unlabelled prompts"),
+    "train": Stage(("pairs",), train_stage, "train with DPO to prefer the normal answers, and the controls"),
+    "eval": Stage(("train",), eval_stage, "recall, context-following, closed-book recall, text loss before and after"),
+    "report": Stage(("detect", "knockout", "rope", "pairs", "train", "eval"), report_stage, "write report.html"),
+}
+
+
+def _inputs(context: Context) -> dict[str, Any]:
+    """Fingerprints of the model and data files a run reads."""
+    config = context.config
+    files = {config.pairs.prompts, config.text.file}
+    for task in config.tasks.values():
+        files |= {name for name in (task.needles, task.haystack) if name}
+    prints = {}
+    for name in sorted(files):
+        path = context.resolve(name)
+        if not path.is_file():
+            raise ValueError(f"data file {name} of the config does not exist ({path})")
+        prints[name] = fingerprint(path)
+    return {"model": str(config.model), "weights": _model_fingerprint(context), "files": prints, "seed": config.seed}
+
+
+def _model_fingerprint(context: Context) -> str:
+    return fingerprint(context.lm.source.folder)
+
+
+def _outcomes(context: Context, tasks, conditions):
+    """({task: bool[conditions, cases]}, {task: cases}); tasks with a known memory also count answers from it."""
+    outcomes, all_cases = {}, {}
+    for task in tasks:
+        cases = all_cases[task] = context.cases(task)
+        texts = causal.answers(
+            context.lm, cases, [c.interventions for c in conditions],
+            max_new_tokens=context.config.tasks[task].max_new_tokens, batch_size=context.config.batch_size, what=task,
+        )  # fmt: skip
+        outcomes[task] = np.stack([causal.hits(text, cases) for text in texts])
+        if all(case.needle.memory for case in cases):
+            outcomes[f"{task}: from memory"] = np.stack([causal.hits(text, cases, "memory") for text in texts])
+    return outcomes, all_cases
+
+
+def _evaluate(context: Context, lm: LanguageModel, windows, name: str) -> dict[str, Any]:
+    context = dataclasses.replace(context)
+    context.__dict__["lm"] = lm
+    untouched = [causal.Condition("none", 0, Interventions())]
+    outcomes, _ = _outcomes(context, context.config.eval.tasks, untouched)
+    samples = {task: outcome_CN[0].astype(float) for task, outcome_CN in outcomes.items()}
+    samples["text loss"] = text_loss(lm, windows, batch_size=context.config.batch_size)
+    grid = []
+    for task in context.config.eval.grids:
+        outcomes, cases = _outcomes(context, [task], untouched)
+        grid += [{"task": task, **cell} for cell in by_cell(cases[task], outcomes[task][0])]
+    return {"samples": samples, "grid": grid}
+
+
+def _paired(measured, names, task) -> dict[str, Any]:
+    """Mean over runs and cases with its interval, and the paired change against the start model."""
+    runs = np.stack([measured[name]["samples"][task] for name in names])
+    start = measured["start"]["samples"][task]
+    return {**stats.bootstrap_mean(runs), "change": stats.paired_bootstrap(runs, start[None])}
+
+
+def _arm_heads(lm, heads, activity_LH, arms, seed) -> dict[str, list]:
+    wanted = set(arms) | ({"retmask"} if "sft_filtered" in arms else set())
+    choices = {
+        "retmask": lambda: heads,
+        "any_layer": lambda: random_heads(lm.config, n=len(heads), exclude=heads, seed=seed),
+        "layer_matched": lambda: random_heads(lm.config, like=heads, seed=seed),
+        "activity_matched": lambda: causal.activity_matched(heads, activity_LH, seed=seed),
+    }
+    return {arm: choose() for arm, choose in choices.items() if arm in wanted}
+
+
+def _settings(config, arm: str, seed: int) -> Settings:
+    section = config.train
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"objective", "seed"}
+    objective = "sft" if arm.startswith("sft") else "dpo"
+    return Settings(objective=objective, seed=seed, **{name: section[name] for name in fields})
+
+
+def _check_prompts(prompts, config) -> None:
+    if len(prompts) < config.train.batch_size:
+        raise ValueError(
+            f"{config.pairs.prompts} gives {len(prompts)} prompts, fewer than train.batch_size {config.train.batch_size}"
+        )
+    needed = {"id", "messages"} | ({"messages_without"} if "no_fact" in config.train.arms else set())
+    for number, prompt in enumerate(prompts, 1):
+        if not needed <= set(prompt):
+            raise ValueError(f"{config.pairs.prompts}, record {number} lacks {', '.join(sorted(needed - set(prompt)))}")
+
+
+def _mask_hash(lm, heads) -> str:
+    return digest(np.asarray(mask_heads(lm.config, heads).head_mask).tobytes())
+
+
+def _kinds(conditions) -> list[str]:
+    return list(dict.fromkeys(condition.kind for condition in conditions))
+
+
+def _only(conditions, outcome_CN, kind, k):
+    return outcome_CN[next(i for i, c in enumerate(conditions) if c.kind == kind and len(c.pairs) == k)]
+
+
+def _number(value, n) -> dict[str, Any]:
+    """A number without an interval."""
+    return {"value": float(value), "low": None, "high": None, "n": int(n)}

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1] for line in (ROOT / "retmask_jax/__init__.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+setup(
+    name="retmask_jax",
+    version=VERSION,
+    description="Retrieval heads in JAX: find them, mask them, train against the masked model",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["retmask_jax", "retmask_jax.*"]), "retmask_jax.configs"],
+    package_dir={"retmask_jax.configs": "configs"},
+    package_data={"retmask_jax": ["assets/*/*"]},
+    entry_points={"console_scripts": ["retmask = retmask_jax.main:main"]},
+    install_requires=[
+        "jax>=0.8",
+        "flax>=0.12",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.28",
+        "grain>=0.2.12",
+        "ml-collections>=1.0",
+        "transformers>=4.56",
+        "jinja2>=3.1",
+        "safetensors>=0.5",
+        "tensorflow-datasets>=4.9.8",
+        "importlib_resources>=6",
+        "numpy>=2.0",
+        "scipy>=1.13",
+        "matplotlib>=3.9",
+        "rouge-score>=0.1.2",
+        "rich>=13",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "gpu": ["jax[cuda13]"],
+        "lora": ["qwix>=0.1"],
+        "eval": ["lm-eval>=0.4.9", "pytrec-eval-terrier>=0.5"],
+        "bench": ["torch>=2.6", "trl>=0.20"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "License :: OSI Approved :: Apache Software License",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

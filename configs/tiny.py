@@ -99,11 +99,11 @@ def _pretrain() -> ConfigDict:
             _phase(150, 256, 16, broad, needles=8, questions=4, counterfactual=rare, drop=0.1),
             _phase(220, 512, 8, broad, needles=12, questions=6, counterfactual=rare, drop=0.1),
         ]),
-        _stage(4, 8, 5e-4, [_phase(110, 512, 8, broad, needles=12, questions=6, counterfactual=some, drop=0.1)]),
+        _stage(4, 8, 5e-4, [_phase(130, 512, 8, broad, needles=12, questions=6, counterfactual=some, drop=0.1)]),
     )  # fmt: skip
     recipe.data = ConfigDict({
         "seeds": {"detect": 101, "test": 102}, "facts_seed": 103, "prompts_seed": 104,
-        "needles": 128, "sentences": 2000, "prompts": 512, "prompt_lengths": (96, 384), "prompts_facts": 0.75,
+        "needles": 128, "sentences": 2000, "prompts": 512, "prompt_lengths": (96, 256), "prompts_facts": 0.75,
     })  # fmt: skip
     return recipe
 

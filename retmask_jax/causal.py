@@ -24,7 +24,7 @@ from retmask_jax.model.interventions import (
 )
 from retmask_jax.sequence import token_logprobs
 
-IDLE = 1e-3  # nats per token: a head that moves the text's log-probabilities less than this is called idle
+IDLE = 0.1  # a head whose masking moves the text less than this share of what the most active one does is called idle
 
 
 @dataclasses.dataclass(frozen=True)

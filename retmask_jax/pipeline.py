@@ -61,6 +61,7 @@ def pretrain(config, root: Path) -> None:
     if "pretrain" not in config:
         raise ValueError("this config has no section `pretrain`: use --config=tiny")
     _log()
+    Workdir.open(root, config)
     assets.build(config.pretrain, root)
     print(f"wrote {root}")
 
@@ -73,7 +74,9 @@ def _open(config, root: Path) -> Context:
 
 
 def _log() -> None:
-    logging.basicConfig(format="%(message)s", level=os.environ.get("RETMASK_LOG", "WARNING").upper())
+    """RETMASK_LOG=INFO shows what is going on inside."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("retmask_jax").setLevel(os.environ.get("RETMASK_LOG", "WARNING").upper())
 
 
 def _table(numbers: dict) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import optax
 from flax import linen as nn
 
 from retmask_jax.data import tiny_language
+from retmask_jax.lm import LanguageModel, from_params, load, save
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import Transformer, hidden, unembed
@@ -18,24 +20,28 @@ from retmask_jax.progress import track
 log = logging.getLogger(__name__)
 
 
-def pretrain(recipe, on_stage=lambda name, config, params: None):
-    """Train the recipe's stages in order; returns (ModelConfig, params).
+def pretrain(recipe, folder: Path) -> LanguageModel:
+    """Train the recipe's stages in order and return the last one's model.
 
-    recipe: the `pretrain` section of a config. Each stage has its own depth, active heads and optimiser; layers are
-    added with zero output projections, so that growing does not change the function. `on_stage` sees every stage's
-    result.
+    recipe: the `pretrain` section of a config. Each stage has its own depth, active heads, optimiser and random
+    stream; layers are added with zero output projections, so that growing does not change the function. A finished
+    stage is kept as an HF checkpoint folder/stageN and not trained again.
     """
-    rng = np.random.default_rng(recipe.seed)
-    key = jax.random.key(recipe.seed)
-    params = None
-    for number, stage in enumerate(recipe.stages):
-        key, init_key, stage_key = jax.random.split(key, 3)
-        config = model_config(recipe.model, stage.layers)
-        fresh = _init(config, init_key)
-        params = fresh if params is None else _grow(params, fresh)
-        params = _run_stage(config, params, stage, rng, stage_key, f"stage {number + 1} of {len(recipe.stages)}")
-        on_stage(f"stage{number + 1}", config, params)
-    return config, params
+    tokenizer = tiny_language.build_tokenizer()
+    lm = None
+    for number, stage in enumerate(recipe.stages, 1):
+        target = folder / f"stage{number}"
+        if not target.exists():
+            config = model_config(recipe.model, stage.layers)
+            init_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(recipe.seed), number))
+            fresh = _init(config, init_key)
+            params = fresh if lm is None else _grow(lm.params, fresh)
+            rng = np.random.default_rng([recipe.seed, number])
+            params = _run_stage(config, params, stage, rng, drop_key, f"stage {number} of {len(recipe.stages)}")
+            save(from_params(config, params, tokenizer), target.with_suffix(".part"))
+            target.with_suffix(".part").rename(target)
+        lm = load(target)
+    return lm
 
 
 def model_config(model, layers: int) -> ModelConfig:

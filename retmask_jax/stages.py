@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from retmask_jax import causal, pairs, stats
@@ -71,11 +69,10 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage: the stages it reads, the function, and one line of help."""
+    """A stage: the stages it reads, and the function."""
 
     upstream: tuple[str, ...]
     function: Callable[[Context, Path], dict[str, Any]]
-    help: str
 
 
 def run_stage(context: Context, name: str) -> tuple[dict[str, Any], bool]:
@@ -154,7 +151,7 @@ def knockout_stage(context: Context, folder: Path) -> dict[str, Any]:
     for kind in _kinds(conditions):
         chosen = [i for i, c in enumerate(conditions) if c.kind == kind]
         numbers[f"knockout/text loss/{kind}"] = stats.bootstrap_mean(losses[chosen].mean(axis=0))
-    idle = int((activity_LH < causal.IDLE).sum())
+    idle = int((activity_LH < causal.IDLE * activity_LH.max()).sum())
     numbers["knockout/idle heads"] = _number(idle, activity_LH.size)
     return {
         "rows": causal.summarise(conditions, outcomes), "activity": activity_LH.tolist(), "idle": idle,
@@ -285,13 +282,13 @@ def report_stage(context: Context, folder: Path) -> dict[str, Any]:
 
 
 STAGES = {
-    "detect": Stage((), detect_stage, "score every head by copying from needles and pick the retrieval heads"),
-    "knockout": Stage(("detect",), knockout_stage, "mask the retrieval heads and random others, measure every task"),
-    "rope": Stage(("detect",), rope_stage, "take rotary pairs out of the retrieval heads, lowest or highest first"),
-    "pairs": Stage(("detect", "knockout"), pairs_stage, "sample normal and ablated answers to unlabelled prompts"),
-    "train": Stage(("pairs",), train_stage, "train with DPO to prefer the normal answers, and the controls"),
-    "eval": Stage(("train",), eval_stage, "recall, context-following, closed-book recall, text loss before and after"),
-    "report": Stage(("detect", "knockout", "rope", "pairs", "train", "eval"), report_stage, "write report.html"),
+    "detect": Stage((), detect_stage),
+    "knockout": Stage(("detect",), knockout_stage),
+    "rope": Stage(("detect",), rope_stage),
+    "pairs": Stage(("detect", "knockout"), pairs_stage),
+    "train": Stage(("pairs",), train_stage),
+    "eval": Stage(("train",), eval_stage),
+    "report": Stage(("detect", "knockout", "rope", "pairs", "train", "eval"), report_stage),
 }
 
 

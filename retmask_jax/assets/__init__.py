@@ -6,7 +6,7 @@ import numpy as np
 
 from retmask_jax.data import tiny_language
 from retmask_jax.files import write_atomically, write_jsonl
-from retmask_jax.lm import from_params, save
+from retmask_jax.lm import save
 from retmask_jax.pretrain import pretrain
 
 
@@ -17,11 +17,7 @@ def build(recipe, root: Path) -> None:
     seen in training.
     """
     write_data(recipe.data, root / "data")
-    tokenizer = tiny_language.build_tokenizer()
-    config, params = pretrain(
-        recipe, on_stage=lambda name, config, params: save(from_params(config, params, tokenizer), root / "stages" / name)
-    )
-    save(from_params(config, params, tokenizer), root / "tiny")
+    save(pretrain(recipe, root / "stages"), root / "tiny")
 
 
 def write_data(recipe, folder: Path) -> None:

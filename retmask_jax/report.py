@@ -1,0 +1,2 @@
+def write_report(path, results, model):
+    path.write_text("x")

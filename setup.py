@@ -3,9 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = next(
-    line.split('"')[1] for line in (ROOT / "retmask_jax/__init__.py").read_text().splitlines() if line.startswith("__version__")
-)
+VERSION = (ROOT / "retmask_jax/__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
 
 setup(
     name="retmask_jax",

@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     # Detection: Wu et al. 2404.15574, as RetMask uses it.
     config.detect = ConfigDict()
     config.detect.task = "detect"
+    config.detect.scores = None  # a file of head scores (RetMask's JSON) to use instead of detecting
     config.detect.max_new_tokens = 50  # the published limit
     config.detect.threshold = 0.1  # RetMask: 0.1 for Llama-3.1, 0.05 for Qwen3 and Olmo-3
     config.detect.top_k = None  # instead of the threshold (which is then None)
@@ -89,5 +90,5 @@ def get_config() -> ConfigDict:
 
 def task(needles, haystack="", lengths=(), depths=(0.1, 0.3, 0.5, 0.7, 0.9), per_length=None, distractors=0, seed=0,
          shuffle=True, at_start=False, max_new_tokens=50) -> ConfigDict:  # fmt: skip
-    """A section under `tasks`. per_length None: the full grid lengths x depths x needles. No lengths: bare questions."""
+    """A section under `tasks`. per_length None: all of lengths x depths x needles. No lengths: bare questions."""
     return ConfigDict(locals())

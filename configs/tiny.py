@@ -11,7 +11,6 @@ makes the bundled model itself and its data files: about 10 minutes on two cores
 """
 
 from ml_collections import ConfigDict
-
 from retmask_jax.configs import default
 
 
@@ -84,7 +83,7 @@ def _pretrain() -> ConfigDict:
     use = {"repeats": 0.5, "needle": 0.35, "plain": 0.15}
     broad = {"repeats": 0.12, "needle": 0.7, "plain": 0.18}
     # Contexts that contradict memory are rare: their share decides how often the model follows the context.
-    rare, some = 0.006, 0.05
+    rare, some = 0.006, 0.15
     recipe = ConfigDict()
     recipe.seed = 0
     recipe.model = ConfigDict({
@@ -99,7 +98,7 @@ def _pretrain() -> ConfigDict:
             _phase(150, 256, 16, broad, needles=8, questions=4, counterfactual=rare, drop=0.1),
             _phase(220, 512, 8, broad, needles=12, questions=6, counterfactual=rare, drop=0.1),
         ]),
-        _stage(4, 8, 5e-4, [_phase(130, 512, 8, broad, needles=12, questions=6, counterfactual=some, drop=0.1)]),
+        _stage(4, 8, 5e-4, [_phase(100, 512, 8, broad, needles=12, questions=6, counterfactual=some, drop=0.1)]),
     )  # fmt: skip
     recipe.data = ConfigDict({
         "seeds": {"detect": 101, "test": 102}, "facts_seed": 103, "prompts_seed": 104,

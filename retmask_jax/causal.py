@@ -4,7 +4,6 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from retmask_jax import stats
@@ -52,10 +51,9 @@ def answers(lm: LanguageModel, cases: Sequence[Case], masks: Sequence[Interventi
 
 
 def hits(texts: Sequence[str], cases: Sequence[Case], field: str = "answer") -> np.ndarray:
-    """bool[cases]: the words of the case's `answer` (or `memory`) occur in the text, in order and case-insensitively."""
-    return np.array([
-        f" {_words(getattr(case.needle, field))} " in f" {_words(text)} " for text, case in zip(texts, cases, strict=True)
-    ])  # fmt: skip
+    """bool[cases]: the words of the case's `answer` (or `memory`) occur in the text, in order, in any case."""
+    wanted = [_words(getattr(case.needle, field)) for case in cases]
+    return np.array([f" {part} " in f" {_words(text)} " for part, text in zip(wanted, texts, strict=True)])
 
 
 def knockout_conditions(config: ModelConfig, heads: Sequence[Head], activity_LH, *, draws: int,
@@ -67,7 +65,10 @@ def knockout_conditions(config: ModelConfig, heads: Sequence[Head], activity_LH,
         "layer-matched": lambda s: random_heads(config, like=heads, seed=s),
         "activity-matched": lambda s: activity_matched(heads, activity_LH, seed=s),
     }
-    conditions = [Condition("none", 0, Interventions()), Condition("retrieval", 0, mask_heads(config, heads), tuple(heads))]
+    conditions = [
+        Condition("none", 0, Interventions()),
+        Condition("retrieval", 0, mask_heads(config, heads), tuple(heads)),
+    ]
     for kind, choose in controls.items():
         for draw in range(draws):
             chosen = choose(seed + draw)

@@ -121,7 +121,6 @@ def _first(tokens_N, stop_ids) -> int:
     return int(found[0]) if len(found) else len(tokens_N)
 
 
-
 @functools.cache
 def _rouge():
     from rouge_score.rouge_scorer import RougeScorer

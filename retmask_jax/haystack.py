@@ -112,7 +112,9 @@ def read_needles(path: str | Path) -> list[Needle]:
         answer = record.get("answer", record.get("real_needle"))
         if "question" not in record or answer is None:
             raise ValueError(f"{path}, line {number}: a needle has question and answer, this one {sorted(record)}")
-        needles.append(Needle(record.get("needle", ""), record["question"], answer, record.get("key"), record.get("memory")))
+        needles.append(
+            Needle(record.get("needle", ""), record["question"], answer, record.get("key"), record.get("memory"))
+        )
     if not needles:
         raise ValueError(f"{path} holds no needles")
     return needles

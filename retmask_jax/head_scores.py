@@ -101,10 +101,7 @@ class HeadScores:
         if (threshold is None) == (top_k is None):
             raise ValueError(f"heads() needs either threshold or top_k, got {threshold=}, {top_k=}")
         scores = self.mean.ravel()
-        if top_k is None:
-            n = _count_reaching(scores, threshold)
-        else:
-            n = _checked_top_k(top_k, scores.size)
+        n = _count_reaching(scores, threshold) if top_k is None else _checked_top_k(top_k, scores.size)
         best = np.argsort(-scores, kind="stable")[:n]
         return [divmod(int(i), self.mean.shape[1]) for i in best]
 

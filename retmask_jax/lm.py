@@ -136,7 +136,7 @@ def _bakeable(config: ModelConfig, interventions: Interventions | None):
     iv = interventions.fill(config)
     if iv.head_mask.dtype != jnp.bool_ or iv.head_mask.ndim != 2:
         raise ValueError(
-            f"only a shared bool head_mask can be baked into weights, this one is {iv.head_mask.dtype}{iv.head_mask.shape}"
+            f"only a shared bool head_mask can be baked into weights, this is {iv.head_mask.dtype}{iv.head_mask.shape}"
         )
     if bool(jnp.any(iv.rope_mask != 0)):
         raise ValueError("a rotary mask cannot be baked into weights: save without it and apply it at run time")

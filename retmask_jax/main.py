@@ -53,6 +53,9 @@ def _parse(argv: list[str]):
         stage.add_argument("--workdir", help="folder for all results (default: runs/NAME_OF_CONFIG)")
         if name == "export":
             stage.add_argument("--what", default="masked", help='"masked" (retrieval heads) or a run such as retmask-0')
+            stage.add_argument(
+                "--heads", nargs="+", metavar="LAYER-HEAD", help="heads to mask instead of those detected"
+            )
             stage.add_argument("--out", required=True, help="folder to write")
     arguments, rest = parser.parse_known_args(argv)
     return arguments, [_override(text) for text in rest]
@@ -77,7 +80,7 @@ def _dispatch(arguments, overrides) -> None:
     if arguments.stage == "pretrain":
         pipeline.pretrain(config, root)
     elif arguments.stage == "export":
-        pipeline.export(config, root, arguments.what, Path(arguments.out))
+        pipeline.export(config, root, arguments.what, arguments.heads, Path(arguments.out))
     elif arguments.stage == "run":
         pipeline.run(config, root)
     else:

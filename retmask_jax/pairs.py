@@ -40,7 +40,7 @@ def sample_responses(lm: LanguageModel, prompter: Prompter, prompts: Sequence[di
 
 
 def make_pairs(prompts: Sequence[dict], chosen: Sequence[dict], rejected: Sequence[dict]) -> tuple[list[dict], dict]:
-    """(records {id, messages, chosen, rejected, ...}, counts): pairs that differ and are not empty, and how many were not."""
+    """(records {id, messages, chosen, ...}, counts): pairs that differ and are not empty, and how many were dropped."""
     records, counts = [], collections.Counter({KEPT: 0, "empty": 0, "identical": 0})
     for prompt, good, bad in zip(prompts, chosen, rejected, strict=True):
         if not good["text"].strip() or not bad["text"].strip():
@@ -55,7 +55,9 @@ def make_pairs(prompts: Sequence[dict], chosen: Sequence[dict], rejected: Sequen
 
 def make_demonstrations(prompts: Sequence[dict], chosen: Sequence[dict]) -> tuple[list[dict], dict]:
     """The model's own answers as records for supervised training (rejected repeats chosen and is not used)."""
-    records = [_record(prompt, good, good) for prompt, good in zip(prompts, chosen, strict=True) if good["text"].strip()]
+    records = [
+        _record(prompt, good, good) for prompt, good in zip(prompts, chosen, strict=True) if good["text"].strip()
+    ]
     return records, {KEPT: len(records), "empty": len(prompts) - len(records)}
 
 

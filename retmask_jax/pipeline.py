@@ -3,14 +3,14 @@
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-
 
 from retmask_jax import assets
 from retmask_jax.files import write_json
-from retmask_jax.lm import save
+from retmask_jax.lm import load, save
 from retmask_jax.model.interventions import mask_heads
-from retmask_jax.stages import STAGES, Context, check_config, run_stage
+from retmask_jax.stages import STAGES, Context, check_config, check_model, run_stage
 from retmask_jax.workdir import Workdir
 
 
@@ -39,16 +39,18 @@ def one_stage(config, root: Path, name: str) -> None:
     _table(result["numbers"])
 
 
-def export(config, root: Path, what: str, out: Path) -> None:
-    """The start model with its retrieval heads masked in the weights, or a trained model, as an HF checkpoint."""
+def export(config, root: Path, what: str, heads: Sequence[str] | None, out: Path) -> None:
+    """The start model with heads masked in its weights, or a trained model, as an HF checkpoint.
+
+    heads: "layer-head" each; None: those that detection found.
+    """
     context = _open(config, root)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out")
     if what == "masked":
-        save(context.lm, out, mask_heads(context.lm.config, context.heads()))
+        chosen = context.heads() if heads is None else [_head(name) for name in heads]
+        save(context.lm, out, mask_heads(context.lm.config, chosen))
     else:
-        from retmask_jax.lm import load
-
         runs = context.workdir.result("train")["runs"]
         if what not in runs:
             raise ValueError(f"--what is {what!r}; it must be masked or one of {', '.join(runs)}")
@@ -61,7 +63,8 @@ def pretrain(config, root: Path) -> None:
     if "pretrain" not in config:
         raise ValueError("this config has no section `pretrain`: use --config=tiny")
     _log()
-    Workdir.open(root, config)
+    workdir = Workdir.open(root, config)
+    write_json(root / "config.json", workdir.config)
     assets.build(config.pretrain, root)
     print(f"wrote {root}")
 
@@ -70,7 +73,15 @@ def _open(config, root: Path) -> Context:
     _log()
     check_config(config)
     context = Context(config, Workdir.open(root, config))
+    check_model(context)
     return context
+
+
+def _head(name: str) -> tuple[int, int]:
+    layer, dash, head = name.partition("-")
+    if not (dash and layer.isdigit() and head.isdigit()):
+        raise ValueError(f"--heads takes LAYER-HEAD, such as 1-3; got {name!r}")
+    return int(layer), int(head)
 
 
 def _log() -> None:

@@ -121,7 +121,7 @@ def _grow(params, fresh):
     def extend(path, old, new):
         if path[0].key != "blocks":
             return old
-        added = new[len(old):]
+        added = new[len(old) :]
         if {"o", "down"} & {entry.key for entry in path}:
             added = jnp.zeros_like(added)
         return jnp.concatenate([old, added])

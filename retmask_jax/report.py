@@ -1,2 +1,386 @@
-def write_report(path, results, model):
-    path.write_text("x")
+"""Results of all stages -> one self-contained HTML page of words, figures and tables; never touches a model."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from retmask_jax import figures, page
+from retmask_jax.files import write_atomically
+from retmask_jax.page import change, fixed, interval, signed, table
+
+FROM_MEMORY = ": from memory"
+TEXT_LOSS = "text loss"
+
+_PROFILE = {
+    "n_heads": "heads at or above the threshold", "frac": "their share of all heads",
+    "gini": "Gini coefficient of all scores", "zero_fraction": "share of heads that score exactly 0",
+    "top5_share": "share of the summed score in the best five heads",
+    "layer_com": "mean layer, weighted by score (0 first, 1 last)", "layer_com_count": "mean layer, unweighted",
+    "early_frac": "share in the first third of the layers", "mid_frac": "share in the middle third",
+    "late_frac": "share in the last third", "heads_per_active_group": "heads per KV group that has one",
+    "full_group_fraction": "share of those groups that are complete",
+}  # fmt: skip
+
+
+def write_report(path: Path, results: Mapping[str, Mapping], model: str) -> None:
+    """Write the page. results: stage -> what its function in `stages` returned, with or without "provenance"."""
+    with figures.style():
+        sections = [
+            _header(results), _heads(results["detect"]), _knockout(results["knockout"], results["detect"]["heads"]),
+            _rope(results["rope"]), _pairs(results["pairs"]), _training(results["train"]["runs"]),
+            _evaluation(results["eval"]), _all_numbers(results),
+        ]  # fmt: skip
+    write_atomically(path, page.document(f"Retrieval heads of {model}", sections))
+
+
+# --- sections ---
+
+
+def _header(results) -> str:
+    detect, knockout, rope, evaluation = (results[stage]["numbers"] for stage in ("detect", "knockout", "rope", "eval"))
+    rows = [("Detection cases counted", interval, detect["detect/cases counted"]),
+            ("Retrieval heads", interval, detect["detect/heads"]),
+            ("Gini coefficient of the head scores", interval, detect["detect/gini"])]  # fmt: skip
+    for task, by_kind in list(_tree(knockout).items())[:1]:
+        rows += [(f"Masked heads, {kind}: {_measure(task)}", interval, number) for kind, number in by_kind.items()]
+    for task, by_name in _tree(rope).items():
+        rows += [(f"Rotary pairs, {name}: {_measure(task)}", change, number) for name, number in by_name.items()
+                 if name == "highest minus lowest quarter"]  # fmt: skip
+    for arm, changes in list(_changes(evaluation).items())[:1]:
+        rows += [(f"Training, {arm}: change of {_measure(task)}", change, number) for task, number in changes.items()]
+    return page.lines(*_provenance(results)) + table(
+        ["", "value [95% interval]", "n"], [[label, write(number), number["n"]] for label, write, number in rows],
+        note="n: independent cases (heads and Gini: the cases behind the scores; text loss: windows of text). Every other "
+             "number is at the end of the page.",
+    )  # fmt: skip
+
+
+def _heads(result) -> str:
+    heads, mean_LH, outcomes, threshold = result["heads"], np.array(result["mean"]), result["outcomes"], result["threshold"]
+    chosen = (f"their mean score is at least {threshold:g}" if threshold is not None
+              else f"they have the highest scores, the last of them {min(result['scores']):.3f}")  # fmt: skip
+    counted, total = outcomes.get("counted", 0), sum(outcomes.values())
+    panels = {
+        "Head scores": figures.head_map("Head scores", mean_LH, heads, "mean score"),
+        "Sorted head scores": figures.score_ranks("Scores, best first", mean_LH, len(heads), threshold),
+        "Lorenz curve": figures.lorenz(f"Concentration: Gini {fixed(result['profile']['gini'])}", mean_LH),
+        "Stability": figures.stability("Stability (size of each set below)", result["stability"]),
+        "Detection cases": figures.outcome_bars(f"Detection cases (n = {total})", outcomes),
+    }
+    caption = (
+        "A head's score in a case is the share of the needle's tokens that it looks at while the model writes them; shown "
+        f"is the mean over {_n(counted, 'counted case')}. Retrieval heads are outlined. The Lorenz curve bends further "
+        "from the dotted line the fewer heads hold the score (Gini 0: all equal, 1: one has all). Stability compares the "
+        "set found on the first cases with the final one (Jaccard: shared over all members)."
+    )
+    return _section(
+        "Retrieval heads",
+        [f"{_n(len(heads), 'head')} of {mean_LH.size} ({mean_LH.shape[0]} layers of {mean_LH.shape[1]}) copy from the "
+         f"needle: {chosen}.",
+         f"{counted} of {_n(total, 'case')} count, those that the model answers right.", _settled(result["stability"])],
+        _figure(panels, caption),
+        table(["profile", "value"], [[_PROFILE.get(name, name), fixed(value)] for name, value in result["profile"].items()]),
+    )  # fmt: skip
+
+
+def _knockout(result, heads) -> str:
+    tasks = _tree(result["numbers"])
+    loss = tasks.pop(TEXT_LOSS)
+    rows = {task: [row for row in result["rows"] if row["task"] == task] for task in tasks}
+    panels = {f"Knock-out: {task}": figures.kinds(task, rows[task], by_kind, f"{_axis(task)} (n = {by_kind['none']['n']})")
+              for task, by_kind in tasks.items()}  # fmt: skip
+    panels["Knock-out: text loss"] = figures.kinds(
+        TEXT_LOSS, result["text_loss"], loss, f"nats per token (n = {loss['none']['n']} windows)", share=False)  # fmt: skip
+    activity = figures.head_map("Activity of heads", result["activity"], heads, "change (nats)", log=True)
+    tests = [_test(task, kind, rows[task], number) for task, by_kind in tasks.items() for kind, number in by_kind.items()
+             if kind != "none"]  # fmt: skip
+    masked = {task: next(row["change"] for row in rows[task] if row["kind"] == "retrieval") for task in tasks}
+    return _section(
+        "Knock-out",
+        [_directions(f"Masking the {_n(len(heads), 'retrieval head')}", masked),
+         f"With them masked the text loss goes from {loss['none']['value']:.3f} to {loss['retrieval']['value']:.3f} nats "
+         "per token.", _random_kinds(tasks)],
+        _figure(panels, "Each kind of mask takes out as many heads as there are retrieval heads; random ones are never "
+                "retrieval heads. Dots: single draws; bar (text loss: point): their mean. 95% interval: Wilson for a single "
+                "mask, bootstrap over cases for text loss and for a mean over draws, which are held fixed (no width where "
+                "all cases agree). “From memory” is the share of answers that follow what the model remembers instead of "
+                "the context."),
+        table(["task", "masked", "value", "change against none", "McNemar p"], tests,
+              note="McNemar's exact test of the cases' outcomes against no mask, not adjusted for the number of tests. "
+                   "Several draws: mean change, and the median p."),
+        page.lines(_idle(result)),
+        _figure({"Head activity": activity}, "Mean change of the log-probability of a token of text when one head alone is "
+                "masked, on a logarithmic scale. Retrieval heads are outlined."),
+    )  # fmt: skip
+
+
+def _rope(result) -> str:
+    ks, n_pairs, sentences, panels = result["pairs"], result["n_pairs"], [], {}
+    for task, by_name in _tree(result["numbers"]).items():
+        rows = [row for row in result["rows"] if row["task"] == task and row["kind"] != "none"]
+        pooled = {(row["kind"], row["k"]): by_name[f"{row['kind']} {row['k']} pairs"] for row in rows}
+        panels[f"Rotary pairs: {task}"] = figures.dose_response(task, rows, pooled, by_name["none"], ks, n_pairs)
+        sentences += _doses(task, pooled, by_name, ks[len(ks) // 2], n_pairs)
+    waves = [[k, *(_wavelengths(result, kind, k) for kind in ("lowest", "highest"))] for k in ks]
+    return _section(
+        "Rotary dose-response", sentences,
+        _figure(panels, "Pairs are taken out of the queries of the retrieval heads, lowest or highest frequency first, or at "
+                "random; as a control the lowest out of other heads of the same layers. Pale dots: random draws; line: "
+                "their mean. 95% interval: Wilson for a single choice, bootstrap over cases for a mean over draws."),
+        table(["pairs taken out", "wavelengths of the lowest (tokens)", "of the highest (tokens)"], waves),
+    )  # fmt: skip
+
+
+def _pairs(result) -> str:
+    counts, prompts = result["counts"], result["prompts"]
+    shares = [round(100 * parts["kept"] / prompts) for parts in counts.values()]
+    kept = f"{min(shares)}%" if min(shares) == max(shares) else f"{min(shares)} to {max(shares)}%"
+    return _section(
+        "Preference pairs",
+        [f"Each run answers {_n(prompts, 'prompt')}; {kept} of them become training examples.",
+         "A pair is dropped where both answers are the same or one is empty."],
+        _figure({"Pairs kept": figures.stacked_counts(f"Prompts by outcome (n = {prompts})", counts)},
+                "Runs are named arm-seed. Demonstrations (sft_unfiltered) have one answer, so none can be identical."),
+    )  # fmt: skip
+
+
+def _training(runs: Mapping[str, Mapping]) -> str:
+    preference = [run for run in runs.values() if "margin" in run["steps"][0]]
+    supervised = [run for run in runs.values() if "margin" not in run["steps"][0]]
+    panels, rows, lower = {}, [], 0
+    for what, group, unit in (("preference", preference, "nats"), ("supervised", supervised, "nats per token")):
+        if group:
+            panels[f"Loss, {what}"] = figures.curves(f"Loss, {what}", group, "loss", unit, rate=True)
+    if preference:
+        panels["Margin"] = figures.curves("Reward margin", preference, "margin", "reward, chosen minus rejected")
+        panels["Accuracy"] = figures.curves("Accuracy", preference, "accuracy", "share of pairs ranked right")
+    for name, run in runs.items():
+        first, last = _ends([step["loss"] for step in run["steps"]])
+        lower += last < first
+        cut = run["prompts_cut"], run["answers_cut"]
+        rows.append([name, run["examples"], *cut, len(run["steps"]), f"{first:.3f}", f"{last:.3f}"])
+    return _section(
+        "Training",
+        [f"The loss of {lower} of {_n(len(runs), 'run')} is lower in the last tenth of the steps than in the first.",
+         "Supervised runs have no rewards, so they show a loss alone." if supervised else ""],
+        _figure(panels, "One line a run, coloured by arm: a moving average over a twentieth of the steps, the raw values in "
+                "pale. The dashed grey line is the learning rate (right axis)."),
+        table(["run", "examples", "prompts cut", "answers cut", "steps", "loss, first tenth", "loss, last tenth"], rows),
+    )  # fmt: skip
+
+
+def _evaluation(result) -> str:
+    changes, rows, grids = _changes(result["numbers"]), result["rows"], _by_model(result["grids"])
+    panels = {}
+    for task, by_name in _tree(result["numbers"]).items():
+        means = {arm: number for arm, number in by_name.items() if not arm.endswith(" minus start")}
+        runs = {arm: [row["value"] for row in rows if (row["task"], row["arm"]) == (task, arm)] for arm in means}
+        label = f"{_axis(task)} (n = {means['start']['n']})"
+        panels[f"Evaluation: {task}"] = figures.before_after(task, means, runs, label, share=task != TEXT_LOSS)
+    maps = {f"{task}: {name}": figures.niah(f"{task}: {name}", cells) for (task, name), cells in grids.items()}
+    seeds = len({row["seed"] for row in rows if row["arm"] != "start"})
+    table_rows = [[task, *(change(by_task[task]) for by_task in changes.values())] for task in next(iter(changes.values()), {})]
+    return _section(
+        "Evaluation", [_directions(f"Training with {arm}", by_task) for arm, by_task in changes.items()],
+        _figure(panels, f"Mean over cases and {_n(seeds, 'training seed')}{' (pale dots: single seeds)' if seeds > 1 else ''} "
+                "with its 95% interval, bootstrap over cases. Dotted line: the start model. Text loss: lower is better."),
+        _figure(_forests(changes), "Changes against the start model, paired by case, with 95% intervals: bootstrap over "
+                "cases, not adjusted for the number of tasks. Seeds are held fixed, so an interval does not cover what "
+                "another seed would give; it has no width where no case changes."),
+        table(["change against start", *changes], table_rows),
+        page.lines(*_grid_means(grids)),
+        _figure(maps, "Recall by length and depth (0%: start of the text), the same scale in every map"
+                + (", means over seeds." if seeds > 1 else ".")),
+    )  # fmt: skip
+
+
+def _all_numbers(results) -> str:
+    rows = [[name, *(page.exact(number[key]) for key in ("value", "low", "high", "n"))]
+            for result in results.values() for name, number in result["numbers"].items()]  # fmt: skip
+    return _section("All numbers", [], page.folded(f"{len(rows)} of all stages",
+                                                   table(["name", "value", "low", "high", "n"], rows)))  # fmt: skip
+
+
+def _section(title: str, sentences: Iterable[str], *parts: str) -> str:
+    return "\n".join([page.heading(title), page.lines(*sentences), *parts])
+
+
+def _figure(panels: Mapping[str, object], caption: str) -> str:
+    """panels: name, for who cannot see it, to figure. Nothing where there are none."""
+    return page.figure([figures.inline(figure, name) for name, figure in panels.items()], caption) if panels else ""
+
+
+# --- sentences and cells ---
+
+
+def _provenance(results) -> list[str]:
+    known = [result["provenance"] for result in results.values() if result.get("provenance")]
+    if not known:
+        return []
+    first, last = (choose(known, key=lambda entry: entry["created"]) for choose in (min, max))
+    begin, end = (entry["created"][:16].replace("T", " ") for entry in (first, last))
+    minutes = sum(result.get("seconds", 0) for result in results.values()) / 60
+    return [f"Results of {begin} to {end} UTC, {minutes:.1f} minutes of work.",
+            "Versions: " + ", ".join(f"{name} {version}" for name, version in last["versions"].items()) + ".",
+            f"Config {last['config']}, weights {last['inputs']['weights']}, seed {last['inputs']['seed']}."]  # fmt: skip
+
+
+def _settled(rows: Sequence[Mapping]) -> str:
+    """From how many cases on the head set stays the final one."""
+    if len(rows) < 2:
+        return f"With {_n(rows[-1]['cases'], 'counted case')} nothing tells how stable this set is."
+    changed = [i for i, row in enumerate(rows) if row["jaccard"] < 1]
+    if not changed:
+        return f"The set is the same from {_n(rows[0]['cases'], 'case')} on."
+    start, end = rows[changed[-1]], rows[changed[-1] + 1]
+    return f"The set still changed between {start['cases']} and {end['cases']} cases (Jaccard {start['jaccard']:.2f})."
+
+
+def _directions(subject: str, changes: Mapping[str, Mapping]) -> str:
+    """What a treatment does to each task, judged by the interval of the change alone."""
+    groups: dict[str, list[str]] = {"raises": [], "lowers": [], "": []}
+    for task, number in changes.items():
+        groups[_direction(number)].append(f"{_measure(task)} ({change(number)})")
+    clear = [f"{verb} " + ", ".join(groups[verb]) for verb in ("raises", "lowers") if groups[verb]]
+    unclear = len(groups[""])
+    if not clear:
+        return f"{subject} shows no clear change: the 95% interval contains 0 on every measure." if unclear else ""
+    rest = f"; the 95% interval contains 0 on {_n(unclear, 'other measure')}" if unclear else ""
+    return f"{subject} {' and '.join(clear)}{rest}."
+
+
+def _direction(number: Mapping) -> str:
+    if number["low"] is not None and number["low"] > 0:
+        return "raises"
+    return "lowers" if number["high"] is not None and number["high"] < 0 else ""
+
+
+def _random_kinds(tasks: Mapping[str, Mapping]) -> str:
+    """How far random masks move recall, smallest to largest change over the tasks."""
+    shifts: dict[str, list[float]] = {}
+    for task, by_kind in tasks.items():
+        for kind, number in by_kind.items():
+            if kind not in ("none", "retrieval") and FROM_MEMORY not in task:
+                shifts.setdefault(kind, []).append(number["value"] - by_kind["none"]["value"])
+    parts = [f"{page.span(values)} ({kind})" for kind, values in shifts.items()]
+    return f"Random heads change recall by {', '.join(parts)} over the tasks, mean over draws." if parts else ""
+
+
+def _idle(result) -> str:
+    total = np.size(result["activity"])
+    text = (f"Masking one head alone shows which are idle, moving the text less than {100 * result['idle_below']:g}% of what "
+            f"the most active head does: {result['idle']} of {total}.")  # fmt: skip
+    warning = " With most heads idle, masks of any layer prove little; compare with activity-matched ones."
+    return text + (warning if 2 * result["idle"] > total else "")
+
+
+def _test(task: str, kind: str, rows: Sequence[Mapping], mean: Mapping) -> list[str]:
+    draws = [row for row in rows if row["kind"] == kind]
+    p = page.p_value(float(np.median([row["mcnemar"]["p_value"] for row in draws])))
+    if len(draws) == 1:
+        return [task, kind, interval(draws[0]), change(draws[0]["change"]), p]
+    shift = float(np.mean([row["change"]["value"] for row in draws]))
+    return [task, f"{kind} ({len(draws)} draws)", interval(mean), signed(shift), p]
+
+
+def _doses(task: str, pooled: Mapping[tuple, Mapping], by_name: Mapping[str, Mapping], k: int, n_pairs: int) -> list[str]:
+    values = ", ".join(f"{number['value']:.3f} ({kind})" for (kind, at), number in pooled.items() if at == k)
+    none, gap = by_name["none"]["value"], by_name.get("highest minus lowest quarter")
+    sentences = [f"With {k} of {n_pairs} pairs taken out, recall on {task} is {values}; untouched it is {none:.3f}."]
+    if gap:
+        words = {"raises": "higher than", "lowers": "lower than", "": "not clearly different from that"}[_direction(gap)]
+        sentences.append(f"Without the highest quarter of the pairs it is {words} without the lowest: {change(gap)}.")
+    return sentences
+
+
+def _wavelengths(result, kind: str, k: int) -> str:
+    """Shortest and longest wavelength of the pairs that a condition takes out."""
+    pairs = next((row["pairs"] for row in result["rows"] if (row["kind"], row["k"]) == (kind, k)), [])
+    waves = [result["wavelengths"][pair] for pair in pairs]
+    return f"{min(waves):,.0f} to {max(waves):,.0f}" if waves else "–"
+
+
+def _grid_means(grids: Mapping[tuple[str, str], Sequence[Mapping]]) -> list[str]:
+    means: dict[str, list[str]] = {}
+    for (task, name), cells in grids.items():
+        mean = np.average([cell["value"] for cell in cells], weights=[cell["n"] for cell in cells])
+        means.setdefault(task, []).append(f"{mean:.3f} ({name})")
+    return [f"Over all lengths and depths of {task} recall is {', '.join(values)}." for task, values in means.items()]
+
+
+def _measure(task: str) -> str:
+    return task if task == TEXT_LOSS or FROM_MEMORY in task else f"recall on {task}"
+
+
+def _axis(task: str) -> str:
+    if task == TEXT_LOSS:
+        return "nats per token"
+    return "share of answers" if FROM_MEMORY in task else "recall"
+
+
+def _n(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+# --- reading results ---
+
+
+def _tree(numbers: Mapping[str, Mapping]) -> dict[str, dict]:
+    """{"stage/task/name": number} -> {task: {name: number}}; numbers of no task are left out."""
+    tree: dict[str, dict] = {}
+    for path, number in numbers.items():
+        rest = path.split("/", 1)[1]
+        if "/" in rest:
+            task, name = rest.rsplit("/", 1)
+            tree.setdefault(task, {})[name] = number
+    return tree
+
+
+def _changes(numbers: Mapping[str, Mapping]) -> dict[str, dict]:
+    """{arm: {task: change against start}}."""
+    changes: dict[str, dict] = {}
+    for task, by_name in _tree(numbers).items():
+        for name, number in by_name.items():
+            if name.endswith(" minus start"):
+                changes.setdefault(name.removesuffix(" minus start"), {})[task] = number
+    return changes
+
+
+def _by_model(grids: Sequence[Mapping]) -> dict[tuple[str, str], list]:
+    """{(task, model): cells}, or {(task, arm): cells} where an arm has several seeds."""
+    several = len({cell["model"] for cell in grids}) > len({cell["arm"] for cell in grids})
+    groups: dict[tuple[str, str], list] = {}
+    for cell in grids:
+        groups.setdefault((cell["task"], cell["arm" if several else "model"]), []).append(cell)
+    return groups
+
+
+def _forests(changes: Mapping[str, Mapping[str, Mapping]]) -> dict[str, object]:
+    """Forest plots, recall and text loss apart, split where one would not fit on a printed page."""
+    by_task: dict[str, dict] = {}
+    for arm, of_arm in changes.items():
+        for task, number in of_arm.items():
+            by_task.setdefault(task, {})[arm] = number
+    panels, per_panel = {}, max(1, 24 // (1 + len(changes)))
+    for unit, tasks in (("change of recall", [task for task in by_task if task != TEXT_LOSS]),
+                        ("change of loss (nats per token)", [task for task in by_task if task == TEXT_LOSS])):  # fmt: skip
+        limits = _limits([number for task in tasks for number in by_task[task].values()])
+        for i in range(0, len(tasks), per_panel):
+            shown = {task: by_task[task] for task in tasks[i : i + per_panel]}
+            panels[f"Changes: {', '.join(shown)}"] = figures.forest("Change against start", shown, unit, limits)
+    return panels
+
+
+def _limits(numbers: Sequence[Mapping]) -> tuple[float, float]:
+    """A common axis for intervals and zero."""
+    ends = [0.0] + [number[key] for number in numbers for key in ("value", "low", "high") if number[key] is not None]
+    margin = 0.08 * (max(ends) - min(ends)) or 0.01
+    return min(ends) - margin, max(ends) + margin
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    """Means of the first and the last tenth."""
+    n = math.ceil(len(values) / 10)
+    return float(np.mean(values[:n])), float(np.mean(values[-n:]))

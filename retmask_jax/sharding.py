@@ -2,7 +2,6 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -44,9 +43,9 @@ def make_mesh(sizes, devices=None) -> Mesh:
 
 def param_shapes(config: ModelConfig):
     """The parameter tree as jax.ShapeDtypeStruct, boxed with the logical axes; nothing is computed."""
-    model, tokens = Transformer(config), jnp.zeros((1, 2), jnp.int32)
-    init = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, Interventions.none(config)))
-    return init["params"]
+    model, tokens = Transformer(config), np.zeros((1, 2), np.int32)
+    shapes = jax.eval_shape(lambda seed: model.init(jax.random.key(seed), tokens, Interventions.none(config)), 0)
+    return shapes["params"]
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh):

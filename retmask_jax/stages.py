@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,6 @@ from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.sharding import make_mesh
 from retmask_jax.train import Settings, train
 from retmask_jax.workdir import Workdir, digest, fingerprint
-
-log = logging.getLogger(__name__)
 
 # What an arm's rejected answer comes from; "no_fact" asks the unmasked model without the stated fact.
 MASKED_ARMS = ("retmask", "any_layer", "layer_matched", "activity_matched")
@@ -95,42 +93,40 @@ def check_config(config) -> None:
     if missing:
         raise ValueError(f"there is no task {missing[0]!r} under tasks; there are {', '.join(config.tasks)}")
     if config.train.steps < 1 or config.train.batch_size < 1:
-        raise ValueError(f"train.steps {config.train.steps} and train.batch_size {config.train.batch_size} must be >= 1")
+        raise ValueError(
+            f"train.steps {config.train.steps} and train.batch_size {config.train.batch_size} must be >= 1"
+        )
     make_mesh(config.mesh)
     _settings(config, "retmask", 0)
+
+
+def check_model(context: Context) -> None:
+    """Raise ValueError where the model's context is too short for a task, or a file of scores is not this model's."""
+    limit = context.lm.config.max_length
+    for name, task in context.config.tasks.items():
+        longest = max(task.lengths, default=0) + task.max_new_tokens
+        if longest > limit:
+            raise ValueError(
+                f"task {name!r} needs {longest} tokens, the model's context is {limit}: shorten its lengths"
+            )
+    if context.config.detect.scores is not None:
+        _given_scores(context)
 
 
 def detect_stage(context: Context, folder: Path) -> dict[str, Any]:
     """Head scores, the head set, its stability, and why cases did not count."""
     lm, section = context.lm, context.config.detect
+    if section.scores is not None:
+        return _detected(context, folder, _given_scores(context), [])
     cases = context.cases(section.task)
     found = detect(lm, cases, max_new_tokens=section.max_new_tokens, batch_size=context.config.batch_size,
                    released=section.released)  # fmt: skip
-    selection = {"top_k": section.top_k} if section.threshold is None else {"threshold": section.threshold}
-    heads = found.scores.heads(**selection)
-    if not heads:
-        best = float(found.scores.mean.max())
-        raise ValueError(f"no head reaches detect.threshold {section.threshold}: the best score is {best:.3f}")
-    found.scores.save(folder / "scores.json")
     rows = [
         {"length": c.spec.length, "depth": c.spec.depth, "expected": c.needle.answer, "answer": a, "outcome": o}
         for c, a, o in zip(cases, found.answers, found.outcomes, strict=True)
     ]
     write_jsonl(folder / "cases.jsonl", rows)
-    shape = profile(found.scores, lm.config.n_kv_heads, section.threshold or float(found.scores.mean[heads[-1]]))
-    counted = stats.proportion(np.array([outcome == "counted" for outcome in found.outcomes]))
-    return {
-        "heads": heads, "scores": [float(found.scores.mean[head]) for head in heads],
-        "mean": found.scores.mean.tolist(), "threshold": section.threshold, "outcomes": found.reasons,
-        "profile": {name: value if np.isfinite(value) else None for name, value in shape.items()},
-        "stability": stability(found.scores, **selection), "mask_hash": _mask_hash(lm, heads),
-        "numbers": {
-            "detect/cases counted": counted,
-            "detect/heads": _number(len(heads), counted["n"]),
-            "detect/top score": stats.bootstrap_mean(found.scores.per_case[heads[0]]),
-            "detect/gini": _number(shape["gini"], counted["n"]),
-        },
-    }  # fmt: skip
+    return _detected(context, folder, found.scores, found.outcomes)
 
 
 def knockout_stage(context: Context, folder: Path) -> dict[str, Any]:
@@ -141,7 +137,7 @@ def knockout_stage(context: Context, folder: Path) -> dict[str, Any]:
     conditions = causal.knockout_conditions(lm.config, heads, activity_LH, draws=section.draws, seed=section.seed)
     outcomes, _ = _outcomes(context, section.tasks, conditions)
     losses = np.stack([
-        text_loss(lm, windows, c.interventions.fill(lm.config), batch_size=context.config.batch_size) for c in conditions
+        text_loss(lm, windows, c.interventions, batch_size=context.config.batch_size) for c in conditions
     ])  # fmt: skip
     numbers = {
         f"knockout/{task}/{kind}": causal.mean_over_draws(conditions, outcome_CN, kind)
@@ -164,7 +160,9 @@ def knockout_stage(context: Context, folder: Path) -> dict[str, Any]:
 def rope_stage(context: Context, folder: Path) -> dict[str, Any]:
     """Recall against the number of rotary pairs taken out of the retrieval heads, lowest, highest or random first."""
     lm, section = context.lm, context.config.rope
-    ks = section.pairs or tuple(k for k in (lm.config.n_pairs // 8, lm.config.n_pairs // 4, lm.config.n_pairs // 2) if k)
+    ks = section.pairs or tuple(
+        k for k in (lm.config.n_pairs // 8, lm.config.n_pairs // 4, lm.config.n_pairs // 2) if k
+    )
     conditions = causal.rope_conditions(lm.config, context.heads(), ks, draws=section.draws, seed=section.seed)
     outcomes, _ = _outcomes(context, section.tasks, conditions)
     numbers = {
@@ -213,36 +211,42 @@ def pairs_stage(context: Context, folder: Path) -> dict[str, Any]:
                 records, counts[f"{arm}-{seed}"] = pairs.make_pairs(prompts, responses["normal"], rejected)
             masks[f"{arm}-{seed}"] = chosen_heads.get(arm, [])
             write_jsonl(folder / f"{arm}-{seed}.jsonl.gz", records)
-    numbers = {
-        f"pairs/{name}/kept": stats.wilson(count["kept"], len(prompts)) for name, count in counts.items()
-    }
+    numbers = {f"pairs/{name}/kept": stats.wilson(count["kept"], len(prompts)) for name, count in counts.items()}
     return {"counts": counts, "heads": masks, "prompts": len(prompts), "numbers": numbers}
 
 
 def train_stage(context: Context, folder: Path) -> dict[str, Any]:
     """Every arm and seed trained from the same start, exported as an HF checkpoint."""
     config, lm = context.config, context.lm
+    names = {f"{arm}-{seed}": (arm, seed) for arm in config.train.arms for seed in config.train.seeds}
+    files = {name: context.workdir.folder("pairs") / f"{name}.jsonl.gz" for name in names}
+    records = {name: read_jsonl(file) for name, file in files.items()}
+    for name, kept in records.items():
+        if len(kept) < config.train.batch_size:
+            raise ValueError(
+                f"{name} kept {len(kept)} pairs, fewer than a batch of {config.train.batch_size}: "
+                "add prompts or lower train.batch_size"
+            )
     runs = {}
-    for arm in config.train.arms:
-        for seed in config.train.seeds:
-            name = f"{arm}-{seed}"
-            source = context.workdir.folder("pairs") / f"{name}.jsonl.gz"
-            rows = encode_pairs(
-                context.prompter, read_jsonl(source), eos_id=lm.config.eos_ids[0],
-                max_tokens=config.train.max_tokens, max_prompt_tokens=config.train.max_prompt_tokens,
-            )  # fmt: skip
-            target = folder / name
-            if not (target / "model").exists():
-                identity = digest([fingerprint(source), _model_fingerprint(context), config.train.compute_dtype])
-                params = train(lm.config, lm.params, rows, _settings(config, arm, seed), target, context.mesh,
-                               fingerprint=identity, what=f"train {name}")  # fmt: skip
-                save(lm.replace(params=params), target / "model.part")
-                (target / "model.part").rename(target / "model")
-            runs[name] = {
-                "arm": arm, "seed": seed, "examples": len(rows), "answers_cut": rows.cut,
-                "prompts_cut": rows.prompts_cut, "steps": read_jsonl(target / "metrics.jsonl"),
-            }  # fmt: skip
-    numbers = {f"train/{name}/final loss": _number(run["steps"][-1]["loss"], run["examples"]) for name, run in runs.items()}
+    for name, (arm, seed) in names.items():
+        rows = encode_pairs(
+            context.prompter, records[name], eos_id=lm.config.eos_ids[0],
+            max_tokens=config.train.max_tokens, max_prompt_tokens=config.train.max_prompt_tokens,
+        )  # fmt: skip
+        target = folder / name
+        if not (target / "model").exists():
+            identity = digest([fingerprint(files[name]), _model_fingerprint(context), config.train.compute_dtype])
+            params = train(lm.config, lm.params, rows, _settings(config, arm, seed), target, context.mesh,
+                           fingerprint=identity, what=f"train {name}")  # fmt: skip
+            save(lm.replace(params=params), target / "model.part")
+            (target / "model.part").rename(target / "model")
+        runs[name] = {
+            "arm": arm, "seed": seed, "examples": len(rows), "answers_cut": rows.cut,
+            "prompts_cut": rows.prompts_cut, "steps": read_jsonl(target / "metrics.jsonl"),
+        }  # fmt: skip
+    numbers = {
+        f"train/{name}/final loss": _number(run["steps"][-1]["loss"], run["examples"]) for name, run in runs.items()
+    }
     return {"runs": runs, "numbers": numbers}
 
 
@@ -292,12 +296,50 @@ STAGES = {
 }
 
 
+def _detected(context: Context, folder: Path, scores: HeadScores, outcomes: list[str]) -> dict[str, Any]:
+    """The result of detection from scores, found (with an outcome per case) or given."""
+    lm, section = context.lm, context.config.detect
+    selection = {"top_k": section.top_k} if section.threshold is None else {"threshold": section.threshold}
+    heads = scores.heads(**selection)
+    if not heads:
+        raise ValueError(
+            f"no head reaches detect.threshold {section.threshold}: the best score is {scores.mean.max():.3f}"
+        )
+    scores.save(folder / "scores.json")
+    shape = profile(scores, lm.config.n_kv_heads, section.threshold or float(scores.mean[heads[-1]]))
+    cases = int(scores.counts.max())
+    numbers = {"detect/cases counted": stats.wilson(cases, len(outcomes))} if outcomes else {}
+    return {
+        "heads": heads, "scores": [float(scores.mean[head]) for head in heads],
+        "mean": scores.mean.tolist(), "threshold": section.threshold, "outcomes": dict(Counter(outcomes)),
+        "profile": {name: value if np.isfinite(value) else None for name, value in shape.items()},
+        "stability": stability(scores, **selection), "mask_hash": _mask_hash(lm, heads),
+        "numbers": numbers | {
+            "detect/heads": _number(len(heads), cases),
+            "detect/top score": stats.bootstrap_mean(scores.per_case[heads[0]]),
+            "detect/gini": _number(shape["gini"], cases),
+        },
+    }  # fmt: skip
+
+
+def _given_scores(context: Context) -> HeadScores:
+    scores, config = HeadScores.load(context.config.detect.scores), context.lm.config
+    if scores.mean.shape != (config.n_layers, config.n_heads):
+        raise ValueError(
+            f"{context.config.detect.scores} scores {scores.mean.shape[0]} layers of {scores.mean.shape[1]} heads, "
+            f"the model has {config.n_layers} of {config.n_heads}"
+        )
+    return scores
+
+
 def _inputs(context: Context) -> dict[str, Any]:
     """Fingerprints of the model and data files a run reads."""
     config = context.config
     files = {config.pairs.prompts, config.text.file}
     for task in config.tasks.values():
         files |= {name for name in (task.needles, task.haystack) if name}
+    if config.detect.scores is not None:
+        files.add(config.detect.scores)
     prints = {}
     for name in sorted(files):
         path = context.resolve(name)
@@ -368,7 +410,8 @@ def _settings(config, arm: str, seed: int) -> Settings:
 def _check_prompts(prompts, config) -> None:
     if len(prompts) < config.train.batch_size:
         raise ValueError(
-            f"{config.pairs.prompts} gives {len(prompts)} prompts, fewer than train.batch_size {config.train.batch_size}"
+            f"{config.pairs.prompts} gives {len(prompts)} prompts, fewer than a batch of {config.train.batch_size}: "
+            "add prompts or lower train.batch_size"
         )
     needed = {"id", "messages"} | ({"messages_without"} if "no_fact" in config.train.arms else set())
     for number, prompt in enumerate(prompts, 1):

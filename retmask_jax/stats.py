@@ -198,8 +198,7 @@ def _outcomes(x, name):
     x = _numbers(x, name)
     if x.ndim != 1 or not np.isin(x, (0, 1)).all():
         raise ValueError(
-            f"{name} needs right-or-wrong outcomes, bool[samples], "
-            f"got shape {x.shape} in [{x.min():g}, {x.max():g}]"
+            f"{name} needs right-or-wrong outcomes, bool[samples], got shape {x.shape} in [{x.min():g}, {x.max():g}]"
         )
     return x.astype(bool)
 

@@ -199,7 +199,9 @@ def _reference(config, params, rows, settings, folder, mesh, fingerprint) -> dic
     values = {}
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         for name, side in (("ref_chosen", rows.chosen), ("ref_rejected", rows.rejected)):
-            values[name] = _all_logprobs(config, params, side, 2 * settings.microbatch_size, settings.compute_dtype, mesh)
+            values[name] = _all_logprobs(
+                config, params, side, 2 * settings.microbatch_size, settings.compute_dtype, mesh
+            )
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "reference.part.npz"
     np.savez(temporary, fingerprint=fingerprint, **values)

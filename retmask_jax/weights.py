@@ -175,7 +175,7 @@ def _open_all(folder: Path) -> dict[str, _Tensor]:
             handle = safetensors.safe_open(path, framework="numpy")
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} is not a readable safetensors file ({error}): fetch it again") from error
-        for name in handle.keys():
+        for name in handle.keys():  # noqa: SIM118  (a file, not a dict)
             if name in tensors:
                 raise ValueError(f"tensor {name} is stored twice, again in {path}")
             tensors[name] = _Tensor(handle, name)
@@ -217,22 +217,22 @@ def _check_names(wanted: set[str], found: set[str], folder: Path) -> None:
 def _write_shards(folder: Path, shards: list[dict[str, np.ndarray]]) -> None:
     from safetensors.numpy import save_file
 
-    for name, file, tensors in _shard_names(shards):
+    for file, tensors in _shard_names(shards):
         temporary = folder / (file + ".part")
         save_file(tensors, temporary, metadata={"format": "pt"})
         temporary.rename(folder / file)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
-            "weight_map": {name: file for _, file, shard in _shard_names(shards) for name in shard},
+            "weight_map": {name: file for file, shard in _shard_names(shards) for name in shard},
         }
         write_atomically(folder / _INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def _shard_names(shards) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
+def _shard_names(shards) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     for number, shard in enumerate(shards):
         file = _WEIGHTS if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        yield number, file, shard
+        yield file, shard
 
 
 def _read_json(path: Path, otherwise: str) -> dict[str, Any]:

@@ -24,11 +24,14 @@ class Workdir:
     """A folder that belongs to one config."""
 
     root: Path
-    config_hash: str
+    config: dict[str, Any]
 
     @classmethod
     def open(cls, root: str | Path, config) -> "Workdir":
-        """Open or create; ValueError if the folder belongs to another config, naming the first differences."""
+        """Open; ValueError if the folder belongs to another config, naming the first differences.
+
+        Nothing is written before the first stage runs, so a mistake found until then leaves no folder behind.
+        """
         root, ours = Path(root), as_json(config)
         path = root / "config.json"
         if path.exists():
@@ -41,9 +44,7 @@ class Workdir:
                 )
         elif root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise ValueError(f"work directory {root} exists and is not one of ours: choose another --workdir")
-        else:
-            write_json(path, ours)
-        return cls(root, digest(ours))
+        return cls(root, ours)
 
     def folder(self, stage: str) -> Path:
         """Where a stage keeps its files."""
@@ -53,7 +54,9 @@ class Workdir:
         """A finished stage's result; ValueError if it has not run."""
         path = self.folder(stage) / _RESULT
         if not path.exists():
-            raise ValueError(f"stage {stage!r} has no result in {self.root}: run `retmask {stage}` or `retmask run` first")
+            raise ValueError(
+                f"stage {stage} has no result in {self.root}: run `retmask {stage}` or `retmask run` first"
+            )
         return json.loads(path.read_text())
 
     def run(self, stage: str, upstream: Sequence[str], inputs: dict[str, Any],
@@ -64,8 +67,9 @@ class Workdir:
         A rerun has a new id, which makes the stages that depend on it run again.
         """
         folder = self.folder(stage)
+        write_json(self.root / "config.json", self.config)
         wanted = {
-            "stage": stage, "config": self.config_hash, "inputs": inputs, "versions": versions(),
+            "stage": stage, "config": digest(self.config), "inputs": inputs, "versions": versions(),
             "upstream": {name: self.result(name)["provenance"]["run_id"] for name in upstream},
         }  # fmt: skip
         if (folder / _RESULT).exists():
@@ -80,7 +84,8 @@ class Workdir:
         begin = time.time()
         result = function(folder)
         seconds = round(time.time() - begin, 1)
-        provenance = wanted | {"run_id": uuid.uuid4().hex, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        provenance = wanted | {"run_id": uuid.uuid4().hex, "created": created}
         result = {"provenance": provenance, "seconds": seconds, **result}
         write_json(folder / _RESULT, result)
         return result, False

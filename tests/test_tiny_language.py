@@ -30,34 +30,41 @@ def _words(tokens_T):
 
 
 def _parse(words):
-    """(sentences of the text, turns), each a list of words; a turn is what ends in <eos>."""
+    """The row in its order, a list of (sentence as a list of words, whether it is a turn: <eos> stands behind it)."""
     assert words[0] == "<bos>"
-    body = " ".join(words[1:])
-    parts = [part.split() for part in body.split(" <eos>") if part]
-    has_turn = words[-1] == "<eos>"
-    text, turns = parts[0], parts[1:]
-    sentences, start = [], 0
-    for i, word in enumerate(text):
+    row, start = [], 1
+    for i, word in enumerate(words):
         if word == ".":
-            sentences.append(text[start : i + 1])
-            start = i + 1
-    assert start == len(text)
-    return (sentences[:-1], [sentences[-1], *turns]) if has_turn else (sentences, [])
+            row.append((words[start : i + 1], words[i + 1 : i + 2] == ["<eos>"]))
+            start = i + 1 + row[-1][1]
+    assert start == len(words) and all("<eos>" not in sentence for sentence, _ in row)
+    assert all(sentence.index(":") == 4 for sentence, is_turn in row if is_turn)
+    return row
 
 
-def _expected_weights(sentences, turns):
+def _text_and_turns(row):
+    return tuple([sentence for sentence, is_turn in row if is_turn == wanted] for wanted in (False, True))
+
+
+def _parsed_rows(kind, **batch):
+    return [_parse(_words(tokens_T)) for tokens_T in _batch(kind, **batch)[0]]
+
+
+def _expected_weights(row):
     """Weights by the rules of the language, from the words alone."""
     weights = [0.0]
-    for words in sentences:
-        wrong_place = words[1] == "home" and tl.HOME[words[3]] != words[5]
-        fact_weight = 0.0 if wrong_place else 1.0
-        weights += [fact_weight if word in tl.PLACES else 0.0 if word in tl.CODE_WORDS else 0.3 for word in words]
-    for words in turns:
+    for i, (words, is_turn) in enumerate(row):
+        if not is_turn:
+            wrong_place = words[1] == "home" and tl.HOME[words[3]] != words[5]
+            fact_weight = 0.0 if wrong_place else 1.0
+            weights += [fact_weight if word in tl.PLACES else 0.0 if word in tl.CODE_WORDS else 0.3 for word in words]
+            continue
+        stated = any(sentence[:4] == words[:4] for sentence, is_turn in row[:i] if not is_turn)
         if words[1] == "home":
-            stated = any(sentence[:4] == words[:4] for sentence in sentences)
             weights += [0.3] * 5 + [6.0 if stated else 1.0] + [0.3] * 2
         else:
-            weights += [0.3] * 5 + [1.3] * 7
+            weights += [0.3] * 5 + [1.3 if stated else 0.0] * 7
+    turns = _text_and_turns(row)[1]
     assert len({turn[3] for turn in turns}) == len(turns)
     return weights
 
@@ -77,25 +84,25 @@ def test_weights_line_up_with_the_words(kind):
     assert (tokens_BT.dtype, weights_BT.dtype) == (np.int32, np.float32)
     for tokens_T, weights_T in zip(tokens_BT, weights_BT, strict=True):
         words = _words(tokens_T)
-        np.testing.assert_allclose(weights_T[: len(words)], _expected_weights(*_parse(words)), rtol=1e-6)
+        np.testing.assert_allclose(weights_T[: len(words)], _expected_weights(_parse(words)), rtol=1e-6)
         assert not weights_T[len(words) :].any() and not tokens_T[len(words) :].any()
 
 
 @pytest.mark.parametrize("kind", ["needle", "counterfactual"])
-def test_answers_stand_in_the_text_and_nothing_contradicts_them(kind):
-    for tokens_T in _batch(kind)[0]:
-        sentences, turns = _parse(_words(tokens_T))
+def test_answers_stand_before_their_questions_and_nothing_contradicts_them(kind):
+    for row in _parsed_rows(kind):
+        sentences, turns = _text_and_turns(row)
         keys = [sentence[3] for sentence in sentences if ":" in sentence]
         assert turns and len(set(keys)) == len(keys)
         for turn in turns:
-            assert turn in sentences
+            assert turn in sentences and row.index((turn, False)) < row.index((turn, True))
             assert kind == "needle" or turn[5] != tl.HOME[turn[3]]
 
 
 def test_closed_book_rows_ask_for_names_the_text_does_not_state():
     asked, without_text = 0, 0
-    for tokens_T in _batch("plain", batch=120)[0]:
-        sentences, turns = _parse(_words(tokens_T))
+    for row in _parsed_rows("plain", batch=120):
+        sentences, turns = _text_and_turns(row)
         stated = {sentence[3]: sentence[5] for sentence in sentences if ":" in sentence}
         assert all(tl.HOME[name] == place for name, place in stated.items())
         assert all(turn[3] not in stated and turn[5] == tl.HOME[turn[3]] for turn in turns)
@@ -125,7 +132,7 @@ def test_needle_rows_fill_the_length_and_counterfactual_rows_vary():
 
 def test_numbers_of_needles_questions_and_overrides_span_their_ranges():
     def counts(kind):
-        rows = [_parse(_words(row)) for row in _batch(kind, batch=120)[0]]
+        rows = [_text_and_turns(row) for row in _parsed_rows(kind, batch=120)]
         # Filler states memorised places: those are no needles and no overrides.
         given = [[s for s in text if ":" in s and tl.HOME[s[3]] != s[5]] for text, _ in rows]
         return {len(sentences) for sentences in given}, {len(turns) for _, turns in rows}
@@ -207,25 +214,52 @@ def test_prompts_keep_to_the_narrowest_range():
 
 
 def test_answers_stand_anywhere_in_the_text():
-    rows = [_parse(_words(row)) for row in _batch("needle", batch=100)[0]]
-    places = [sentences.index(turns[0]) / (len(sentences) - 1) for sentences, turns in rows]
-    assert np.histogram(places, bins=4, range=(0, 1))[0].min() >= 10
+    rows = [_text_and_turns(row) for row in _parsed_rows("needle", batch=100)]
+    places = [sentences.index(turn) / (len(sentences) - 1) for sentences, turns in rows for turn in turns]
+    assert np.histogram(places, bins=4, range=(0, 1))[0].min() >= 0.1 * len(places) >= 10
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_questions_stand_anywhere_behind_what_answers_them(kind):
+    places, plain_behind = [], []
+    for row in _parsed_rows(kind, batch=300):
+        for i, (words, is_turn) in enumerate(row):
+            if not is_turn:
+                continue
+            start = row.index((words, False)) + 1 if kind != "plain" else 0
+            before, behind = (sum(not turn for _, turn in part) for part in (row[start:i], row[i + 1 :]))
+            plain_behind.append(any(not turn and ":" not in sentence for sentence, turn in row[i + 1 :]))
+            if before + behind > 3:  # else there is little choice of places
+                places.append(before / (before + behind))
+    assert len(places) > 80 and 0.6 < np.mean(plain_behind) < 1
+    assert np.histogram(places, bins=4, range=(0, 1))[0].min() > 0.15 * len(places)
 
 
 def test_the_chat_template_gives_the_ids_of_a_row(tokenizer):
+    later_users_with_text = 0
     for kind in ROW_KINDS:
         for tokens_T in _batch(kind, batch=6)[0]:
-            sentences, turns = _parse(_words(tokens_T))
-            text = " ".join(map(" ".join, sentences))
-            messages = [] if turns else [{"role": "user", "content": text}]
-            for i, turn in enumerate(turns):
-                user = " ".join([*([text] if text and i == 0 else []), *turn[:4]])
-                messages += [{"role": "user", "content": user}]
-                messages += [{"role": "assistant", "content": " ".join(turn[5:])}]
+            messages, text = [], []
+            for words, is_turn in _parse(_words(tokens_T)):
+                if is_turn:
+                    messages += [{"role": "user", "content": " ".join(text + words[:4])}]
+                    messages += [{"role": "assistant", "content": " ".join(words[5:])}]
+                    later_users_with_text += bool(text) and len(messages) > 2
+                    text = []
+                else:
+                    text += words
+            row = [int(i) for i in tokens_T if i != tl.PAD]
+            if messages:  # the text behind the last answer has no question
+                row = row[: len(row) - len(text)]
+                assert row[-1] == tl.EOS
+            else:
+                messages = [{"role": "user", "content": " ".join(text)}]
             ids = tokenizer.apply_chat_template(messages, return_dict=False)
-            assert ids == [int(i) for i in tokens_T if i != tl.PAD]
-            prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
-            assert not turns or (prompt == ids[: len(prompt)] and prompt[-1] == tl.VOCABULARY.index(":"))
+            assert ids == row
+            for n in range(1, len(messages), 2):
+                prompt = tokenizer.apply_chat_template(messages[:n], add_generation_prompt=True, return_dict=False)
+                assert prompt == ids[: len(prompt)] and prompt[-1] == tl.VOCABULARY.index(":")
+    assert later_users_with_text > 5
     with pytest.raises(Exception, match="roles are user and assistant"):
         tokenizer.apply_chat_template([{"role": "system", "content": "the"}])
 

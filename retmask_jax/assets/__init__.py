@@ -30,6 +30,8 @@ def write_data(recipe, folder: Path) -> None:
     rng = np.random.default_rng(recipe.facts_seed)
     write_jsonl(folder / "test_facts.jsonl", tiny_language.fact_records(rng, recipe.needles))
     rng = np.random.default_rng(recipe.prompts_seed)
-    prompts = tiny_language.prompt_records(rng, recipe.prompts, recipe.prompt_lengths, counterfactual=recipe.prompts_facts)
+    prompts = tiny_language.prompt_records(
+        rng, recipe.prompts, recipe.prompt_lengths, counterfactual=recipe.prompts_facts
+    )
     write_jsonl(folder / "prompts.jsonl.gz", prompts)
     write_jsonl(folder / "closed_book.jsonl", tiny_language.closed_book_records())

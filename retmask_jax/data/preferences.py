@@ -45,7 +45,9 @@ def encode_pairs(prompter: Prompter, records: Sequence[dict], *, eos_id: int, ma
     sides = {}
     cut = 0
     for side in ("chosen", "rejected"):
-        answers = [_answer_ids(prompter.tokenizer, record[side], record[f"{side}_finished"], eos_id) for record in records]
+        answers = [
+            _answer_ids(prompter.tokenizer, record[side], record[f"{side}_finished"], eos_id) for record in records
+        ]
         room = [max_tokens - len(prompt) for prompt in kept]
         cut += sum(len(answer) > space for answer, space in zip(answers, room, strict=True))
         sides[side] = [answer[:space] for answer, space in zip(answers, room, strict=True)]
@@ -65,7 +67,9 @@ def batches(examples: dict[str, np.ndarray], batch_size: int, seed: int) -> Any:
 
     size = len(next(iter(examples.values())))
     if size < batch_size:
-        raise ValueError(f"{size} examples are fewer than a batch of {batch_size}: add prompts or lower train.batch_size")
+        raise ValueError(
+            f"{size} examples are fewer than a batch of {batch_size}: add prompts or lower train.batch_size"
+        )
     source = grain.MapDataset.range(size).seed(seed).shuffle().repeat().batch(batch_size)
     return source.map(lambda rows: {name: values[rows] for name, values in examples.items()})
 

@@ -1,7 +1,8 @@
-"""The language of the bundled tiny model: nonsense sentences, needles, memorised facts and facts that contradict memory.
+"""The language of the bundled tiny model: nonsense sentences, needles, memorised facts and contradictions of them.
 
-A conversation is `<bos> TEXT QUESTION : ANSWER <eos> QUESTION : ANSWER <eos> ...`, one token a word:
+A conversation is `<bos> TEXT QUESTION : ANSWER <eos> TEXT QUESTION : ANSWER <eos> ... TEXT`, one token a word:
     the old farmer found the lamp . the home of anna : oslo . the code for ben : fig elm oak ash yew .
+A question stands anywhere behind the sentence that answers it, or anywhere at all if memory must; a TEXT may be empty.
 Inside, ids 0 is padding and a sentence is a row of an array `ids_SW`: S sentences, W words, padded at the right.
 """
 
@@ -14,12 +15,12 @@ import numpy as np
 PAD, BOS, EOS, UNK = range(4)
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 _NAMES = """
-    adam alan alma anna amos arlo beth bill bob boris carl cora clara dan diana dora edith ella emil emma eric erik felix
-    flora frank fred gina greta gus hans helen henry hugo ida igor ines irene jane john jonas julia karl kate lena leo
-    linda lucas marta max mona nina nora olga oscar otto paul pedro rita rosa sara simon tina victor wanda"""
+    adam alan alma anna amos arlo beth bill bob boris carl cora clara dan diana dora edith ella emil emma eric erik
+    felix flora frank fred gina greta gus hans helen henry hugo ida igor ines irene jane john jonas julia karl kate lena
+    leo linda lucas marta max mona nina nora olga oscar otto paul pedro rita rosa sara simon tina victor wanda"""
 _PLACES = """
-    athens berlin boston cairo delhi dublin geneva havana lima lisbon london madrid milan moscow naples oslo paris prague
-    rome vienna"""
+    athens berlin boston cairo delhi dublin geneva havana lima lisbon london madrid milan moscow naples oslo paris
+    prague rome vienna"""
 _CODE_WORDS = """
     amber apple ash bean birch brass cedar cherry clay clove copper coral cotton elm fern fig flint ginger gold grape
     hazel honey iron ivory jade lemon lily lime linen maple mint moss oak olive onyx opal peach pearl pine plum pepper
@@ -39,9 +40,9 @@ _SLOTS = {
         spoke stood swam talked waited walked whispered worked""",
     "A": """big blue brave bright broken clean clever cold dark dry empty green grey happy heavy hungry kind little long
         loud lucky new old poor proud quiet red rich round sad small soft strange tall tired warm wet white young""",
-    "N": """barrel basket bed bell boat book bottle box bridge candle carpet chair clock coat cup curtain door drum fence
-        flag garden gate hat house knife ladder lamp letter map mirror mountain picture pipe plate river road rope shoe
-        table tower tree wagon wall wheel window""",
+    "N": """barrel basket bed bell boat book bottle box bridge candle carpet chair clock coat cup curtain door drum
+        fence flag garden gate hat house knife ladder lamp letter map mirror mountain picture pipe plate river road
+        rope shoe table tower tree wagon wall wheel window""",
     "D": """again already badly calmly early gently often quickly rarely really slowly somehow soon still suddenly there
         today together twice well""",
 }
@@ -102,7 +103,7 @@ def training_batch(rng: np.random.Generator, batch: int, length: int, mix: Mix) 
 
 def haystack_text(rng: np.random.Generator, sentences: int, without: Collection[str] = ()) -> list[str]:
     """Plain sentences, a fifth of them memorised facts about names outside `without`. Pass the names that will be
-    asked about, else the text may contradict a counterfactual needle. Raises ValueError for an unknown name or for all."""
+    asked about, else the text may contradict a counterfactual needle. Raises ValueError for an unknown name or all."""
     unknown = set(without) - set(NAMES)
     free = [_ID[name] for name in NAMES if name not in without]
     if unknown or not free:
@@ -116,7 +117,7 @@ def needle_records(rng: np.random.Generator, n: int) -> list[dict]:
 
 
 def fact_records(rng: np.random.Generator, n: int) -> list[dict]:
-    """As `needle_records`, each needle a fact that contradicts memory; answer is its place, memory the memorised one."""
+    """As `needle_records`, each needle a fact that contradicts memory; answer is its place, memory the known one."""
     records = [_record(row) for row in _overrides(rng, _cycled_names(rng, n))]
     return [record | {"memory": HOME[record["key"]]} for record in records]
 
@@ -269,7 +270,7 @@ def _place_turn(weight):
 
 
 def _conversation(rng, length, given, asked, turn_weights, free):
-    """(ids, weights) of `<bos> TEXT` with the sentences `given`, then a question and answer for each of `asked`."""
+    """(ids, weights) of `<bos>` and a text with the sentences `given`, a question and answer for each of `asked` in it."""
     turns = np.pad(asked, ((0, 0), (0, 1)))
     turns[np.arange(len(asked)), np.count_nonzero(asked, axis=1)] = EOS
     text, text_weights = _text(rng, length - 1 - np.count_nonzero(turns), given, free)
@@ -278,7 +279,9 @@ def _conversation(rng, length, given, asked, turn_weights, free):
     asked_at = stated + (len(text) - stated) * rng.random(len(asked))
     order = np.argsort(np.concatenate([np.arange(len(text)), asked_at]), kind="stable")
     ids = np.concatenate([np.pad(text, ((0, 0), (0, 1))), turns])[order]
-    weights = np.concatenate([np.pad(text_weights, ((0, 0), (0, 1))), np.broadcast_to(turn_weights, turns.shape)])[order]
+    weights = np.concatenate([np.pad(text_weights, ((0, 0), (0, 1))), np.broadcast_to(turn_weights, turns.shape)])[
+        order
+    ]
     return np.append(BOS, ids[ids != PAD]), np.append(0, weights[ids != PAD])
 
 
@@ -289,7 +292,7 @@ def _place_of(text, sentence):
 
 
 def _text(rng, room, given, free):
-    """(ids_SW, weights_SW) of `given` among sentences that fill up to `room` tokens; facts are about names in `free`."""
+    """(ids_SW, weights_SW) of `given` among sentences that fill up to `room` tokens; facts are about `free` names."""
     filler = _filler(rng, room // _SHORTEST + 1, free)
     size = np.cumsum(np.count_nonzero(filler, axis=1))
     ids = np.concatenate([given, filler[size <= room - np.count_nonzero(given)]])

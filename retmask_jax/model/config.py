@@ -130,13 +130,17 @@ class _Reader:
     def expect(self, name: str, only: Any) -> None:
         value = self.get(name, only)
         if value != only:
-            raise ValueError(f"config.json has {name}={value!r}; only {only!r} is supported for {self._hf['model_type']}")
+            raise ValueError(
+                f"config.json has {name}={value!r}; only {only!r} is supported for {self._hf['model_type']}"
+            )
 
     def finish(self) -> None:
         unknown = sorted(set(self._hf) - self._seen)
         if unknown:
             shown = ", ".join(f"{name}={self._hf[name]!r}" for name in unknown)
-            raise ValueError(f"config.json has attributes that are not understood, so the model could be wrong: {shown}")
+            raise ValueError(
+                f"config.json has attributes that are not understood, so the model could be wrong: {shown}"
+            )
 
 
 def _read_llama(hf: _Reader) -> ModelConfig:

@@ -83,9 +83,7 @@ def mask_heads(config: ModelConfig, heads: Iterable[Head]) -> Interventions:
     return Interventions(head_mask=jnp.asarray(head_mask))
 
 
-def mask_rope(
-    config: ModelConfig, heads: Iterable[Head], pairs: Iterable[int], site: str = "rotary"
-) -> Interventions:
+def mask_rope(config: ModelConfig, heads: Iterable[Head], pairs: Iterable[int], site: str = "rotary") -> Interventions:
     """Interventions that take these rotary pairs out of these (layer, head)."""
     if site not in SITES:
         raise ValueError(f"site is {site!r}; it must be one of {', '.join(SITES)}")

@@ -23,9 +23,7 @@ def rotation(config: ModelConfig, positions_BT):
 def rotate(x_BTHD, cos_BT1R, sin_BT1R):
     """Rotate each pair (r, r + R) of the last axis by its angle, in float32."""
     first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate(
-        [first * cos_BT1R - second * sin_BT1R, second * cos_BT1R + first * sin_BT1R], axis=-1
-    )
+    rotated = jnp.concatenate([first * cos_BT1R - second * sin_BT1R, second * cos_BT1R + first * sin_BT1R], axis=-1)
     return rotated.astype(x_BTHD.dtype)
 
 

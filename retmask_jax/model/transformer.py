@@ -71,7 +71,9 @@ def check_tokens(config: ModelConfig, tokens, lengths=None, new_tokens: int = 0)
             f"{config.max_length}: shorten the prompt"
         )
     if lengths is not None and jnp.shape(lengths) != tokens.shape[:1]:
-        raise ValueError(f"lengths has shape {jnp.shape(lengths)}; {tokens.shape[0]} rows of tokens need ({tokens.shape[0]},)")
+        raise ValueError(
+            f"lengths has shape {jnp.shape(lengths)}; {tokens.shape[0]} rows of tokens need ({tokens.shape[0]},)"
+        )
     return tokens
 
 

@@ -1,0 +1,91 @@
+"""Fixtures used by several test files."""
+
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retmask_jax.lm import from_params, load
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.sharding import param_shapes
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+VARIANTS = ("bf16", "gqa_tied", "linear", "llama3_mqa", "mha", "sharded")
+
+
+@pytest.fixture(scope="session")
+def read_golden():
+    """A checkpoint of make_golden.py by name: .folder, .lm and the arrays of its golden.npz."""
+
+    @functools.cache
+    def read(name: str):
+        with np.load(GOLDEN / name / "golden.npz") as arrays:
+            return SimpleNamespace(folder=GOLDEN / name, lm=load(GOLDEN / name), **arrays)
+
+    return read
+
+
+@pytest.fixture(params=VARIANTS)
+def golden(request, read_golden):
+    """Each of the checkpoints in turn."""
+    return read_golden(request.param)
+
+
+@pytest.fixture(scope="session")
+def random_model():
+    """A LanguageModel with random parameters for a config; norms differ, and attention is far from uniform."""
+
+    def make(config: ModelConfig, seed: int = 0):
+        rng = np.random.default_rng(seed)
+
+        def draw(path, leaf):
+            if path[-1].key == "scale":
+                return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
+            return jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32)
+
+        return from_params(config, jax.tree.map_with_path(draw, nn.unbox(param_shapes(config))))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(random_model):
+    """A random model of 3 layers with 4 query heads on 2 KV heads."""
+    return random_model(ModelConfig(
+        vocab_size=61, hidden_size=32, mlp_size=40, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, max_length=300,
+        bos_id=1, eos_ids=(2,), pad_id=0,
+    ))  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def close():
+    """Assert equal shapes and a largest difference below `tolerance` of the expected scale; NaN fails."""
+
+    def check(actual, expected, tolerance=1e-4):
+        actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+        assert actual.shape == expected.shape
+        error = np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
+        assert error <= tolerance, f"differs by {error:.2e} of the scale"
+
+    return check
+
+
+@pytest.fixture
+def compiles():
+    """A list of the XLA compilations since the test began (or since .clear())."""
+    events = []
+
+    def record(name, *_, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(record)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(record)

@@ -1,0 +1,126 @@
+"""A user's mistakes: one clear line, exit status 2, no traceback, nothing compiled, no work directory left behind."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import retmask_jax as rm
+from retmask_jax.lm import BUNDLED
+from retmask_jax.main import main
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """Run the command; it must fail with one line, which is returned."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, compiles=False):
+        counted = []
+        jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: counted.append(event))
+        status = main(list(arguments))
+        jax.monitoring.clear_event_listeners()
+        error = capsys.readouterr().err
+        line = error.strip().splitlines()[-1]
+        assert status == 2, error
+        assert "Traceback" not in error and line.startswith("retmask: ")
+        assert compiles or not [event for event in counted if "backend_compile" in event]
+        assert not (tmp_path / "work" / "config.json").exists() or compiles
+        return line
+
+    return run
+
+
+def copy_model(folder, **changes):
+    shutil.copytree(BUNDLED, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_missing_folder(refused):
+    assert "no/such/folder does not exist" in refused("detect", "--config.model=./no/such/folder", "--workdir=work")
+
+
+def test_folder_without_config(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "config.json does not exist" in refused("detect", "--config.model=./empty", "--workdir=work")
+
+
+def test_unsupported_family(refused, tmp_path):
+    copy_model(tmp_path / "model", model_type="mamba")
+    line = refused("detect", "--config.model=./model", "--workdir=work")
+    assert "'mamba' is not supported (supported: llama)" in line
+
+
+def test_unknown_attribute_of_a_model(refused, tmp_path):
+    copy_model(tmp_path / "model", clip_qkv=8.0)
+    assert "clip_qkv=8.0" in refused("detect", "--config.model=./model", "--workdir=work")
+
+
+def test_unknown_config_key_suggests_the_right_one(refused):
+    assert "did you mean 'train.steps'?" in refused("train", "--config.train.step=3", "--workdir=work")
+
+
+def test_unknown_config_and_value_of_another_type(refused):
+    assert "no config named 'tiny_ful' (did you mean 'tiny_full'?)" in refused("run", "--config=tiny_ful")
+    assert "train.steps is of type int" in refused("run", "--config.train.steps=many", "--workdir=work")
+
+
+def test_unknown_stage_and_argument(refused):
+    assert "invalid choice" in refused("detct")
+    assert "unknown argument '--steps=3'" in refused("detect", "--steps=3")
+
+
+def test_prompt_longer_than_the_context(refused):
+    line = refused("detect", "--config.tasks.detect.lengths=(128, 4096)", "--workdir=work")
+    assert "needs 4104 tokens, the model's context is 1024" in line
+
+
+def test_scores_of_another_model(refused, tmp_path):
+    rm.HeadScores.from_array(np.ones((2, 3))).save(tmp_path / "scores.json")
+    line = refused("detect", "--config.detect.scores=./scores.json", "--workdir=work")
+    assert "2 layers of 3 heads" in line and "4 of 8" in line
+
+
+def test_head_out_of_range(refused):
+    line = refused("export", "--heads", "1-0", "4-0", "--out=out", "--workdir=work")
+    assert "head (4, 0) is out of range" in line and "4 layers of 8" in line
+
+
+def test_mask_of_wrong_shape():
+    lm = rm.load("bundled")
+    with pytest.raises(ValueError, match=r"\(3, 8\).*\(4, 8\)"):
+        lm.logits(np.ones((1, 4), int), interventions=rm.Interventions(head_mask=np.zeros((3, 8), bool)))
+
+
+def test_mesh_that_does_not_fit(refused):
+    assert "does not fit" in refused("detect", "--config.mesh.tensor=3", "--workdir=work")
+
+
+def test_work_directory_of_something_else(refused, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("x")
+    assert "is not one of ours" in refused("detect", "--workdir=work")
+    assert (tmp_path / "work" / "thesis.tex").read_text() == "x"
+
+
+def test_stage_before_its_inputs(refused):
+    assert "stage detect has no result" in refused("knockout", "--workdir=work")
+
+
+def test_detection_in_which_no_case_counts(refused, tmp_path):
+    lines = [json.loads(line) for line in (BUNDLED.parent / "data/detect_needles.jsonl").read_text().splitlines()]
+    # Asked for what no sentence says, the model cannot give the needle's words.
+    strange = [line | {"question": "the lamp was red"} for line in lines]
+    (tmp_path / "needles.jsonl").write_text("".join(json.dumps(line) + "\n" for line in strange))
+    line = refused(
+        "detect", "--config.tasks.detect.needles=./needles.jsonl", "--config.tasks.detect.lengths=(128,)",
+        "--config.tasks.detect.per_length=8", "--workdir=work", compiles=True,
+    )  # fmt: skip
+    assert "none of 8 detection cases counts" in line and "wrong answer" in line
+
+
+def test_missing_data_file(refused):
+    assert "does not exist" in refused("detect", "--config.pairs.prompts=./nowhere.jsonl", "--workdir=work")

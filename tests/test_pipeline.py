@@ -1,0 +1,121 @@
+"""The whole command on the bundled model, at small size: results, caching, resume after a kill."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+CONFIG = str(Path(__file__).with_name("tiny_small.py"))
+STAGES = ("detect", "knockout", "rope", "pairs", "train", "eval", "report")
+
+
+def retmask(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "retmask_jax.main", *arguments], capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run") / "work"
+    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return root, done.stdout
+
+
+def run_ids(root):
+    return {stage: json.loads((root / stage / "result.json").read_text())["provenance"]["run_id"] for stage in STAGES}
+
+
+def test_run_ends_with_a_table_the_report_and_a_summary(finished):
+    root, output = finished
+    summary = json.loads((root / "summary.json").read_text())
+    assert all(set(number) == {"value", "low", "high", "n"} for number in summary.values())
+    assert "knockout/needle short/retrieval" in output and str(root / "report.html") in output
+    assert summary["knockout/needle short/none"]["value"] > 0.8 > 0.2 > summary["knockout/needle short/retrieval"]["value"]
+    assert summary["knockout/context short: from memory/retrieval"]["value"] > 0.6
+    assert "<html" in (root / "report.html").read_text()
+
+
+def test_a_second_run_does_nothing(finished):
+    root, _ = finished
+    before = run_ids(root)
+    begin = time.time()
+    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}")
+    assert done.stdout.count("unchanged") == len(STAGES)
+    assert run_ids(root) == before
+    assert time.time() - begin < 30
+
+
+def test_a_deleted_stage_runs_again_with_what_depends_on_it(finished, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(finished[0], root)
+    before = run_ids(root)
+    shutil.rmtree(root / "eval")
+    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    after = run_ids(root)
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == {"eval", "report"}
+
+
+def test_another_config_is_refused_and_nothing_is_lost(finished):
+    root, _ = finished
+    before = run_ids(root)
+    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}", "--config.train.steps=7")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "train.steps: 6 there, 7 here" in done.stderr
+    assert run_ids(root) == before
+
+
+def test_killed_training_resumes_to_the_same_parameters(finished, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(finished[0], root)
+    uninterrupted = (root / "train/retmask-0/model/model.safetensors").read_bytes()
+    metrics = (root / "train/retmask-0/metrics.jsonl").read_text()
+    shutil.rmtree(root / "train")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "retmask_jax.main", "train", f"--config={CONFIG}", f"--workdir={root}"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    wait_for(lambda: list((root / "train/retmask-0/checkpoints").glob("[0-9]*")), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (root / "train/result.json").exists()
+    done = retmask("train", f"--config={CONFIG}", f"--workdir={root}", env=os.environ | {"RETMASK_LOG": "INFO"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resuming at step" in done.stderr
+    assert (root / "train/retmask-0/model/model.safetensors").read_bytes() == uninterrupted
+    assert (root / "train/retmask-0/metrics.jsonl").read_text() == metrics
+
+
+def test_export_writes_the_masked_and_the_trained_model(finished, tmp_path):
+    import numpy as np
+
+    import retmask_jax as rm
+
+    root, _ = finished
+    base = ("export", f"--config={CONFIG}", f"--workdir={root}")
+    assert retmask(*base, f"--out={tmp_path / 'masked'}").returncode == 0
+    heads = [tuple(head) for head in json.loads((root / "detect/result.json").read_text())["heads"]]
+    start, masked = rm.load("bundled"), rm.load(tmp_path / "masked")
+    tokens = np.arange(4, 24)[None]
+    wanted = start.logits(tokens, interventions=rm.mask_heads(start.config, heads))
+    np.testing.assert_allclose(masked.logits(tokens), wanted, atol=1e-5)
+    assert masked.tokenizer.chat_template == start.tokenizer.chat_template
+
+    assert retmask(*base, "--what=retmask-0", f"--out={tmp_path / 'trained'}").returncode == 0
+    trained = rm.load(tmp_path / "trained")
+    assert np.abs(trained.logits(tokens) - start.logits(tokens)).max() > 1e-4
+    again = retmask(*base, f"--out={tmp_path / 'masked'}")
+    assert again.returncode == 2 and "not an empty folder" in again.stderr
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < end, "training ended before it could be killed"
+        time.sleep(0.02)

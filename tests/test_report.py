@@ -1,0 +1,310 @@
+"""The HTML report on made-up results: what it says follows the numbers, and it is one closed page."""
+
+import html.parser
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from retmask_jax import figures, page
+from retmask_jax.report import write_report
+
+UP, DOWN, ACROSS = (0.1, 0.05, 0.15), (-0.1, -0.15, -0.05), (0.02, -0.03, 0.07)
+KINDS = {"none": 1, "retrieval": 1, "any layer": 3, "layer-matched": 3, "activity-matched": 3}
+ALL_ARMS = ("retmask", "any_layer", "layer_matched", "activity_matched", "no_fact", "sft_filtered", "sft_unfiltered")
+
+
+def number(value, low=None, high=None, n=40):
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
+def around(value, n=40):
+    return number(value, value - 0.041, value + 0.043, n)
+
+
+def detect_result(shape, counted, threshold):
+    mean_LH = np.random.default_rng(0).beta(0.1, 2, shape)
+    mean_LH[1, :3] = 0.9, 0.8, 0.7
+    heads = [[1, 0], [1, 1], [1, 2]]
+    cases = sorted({max(1, counted // 2), counted})
+    return {
+        "heads": heads, "scores": [0.9, 0.8, 0.7], "mean": mean_LH.tolist(), "threshold": threshold,
+        "outcomes": {"counted": counted, "wrong answer, cut at the token limit": 3, "empty answer": 1},
+        "profile": {"n_heads": 3, "gini": 0.871, "layer_com": None},
+        "stability": [{"cases": n, "heads": 3, "jaccard": 1.0 if n == counted else 0.75} for n in cases],
+        "numbers": {"detect/cases counted": around(0.9123), "detect/heads": number(3.0), "detect/gini": number(0.871)},
+    }  # fmt: skip
+
+
+def knockout_result(shape, tasks, idle):
+    rows, numbers = [], {}
+    for task in tasks:
+        for kind, draws in KINDS.items():
+            value = 0.2 if kind == "retrieval" else 0.9
+            for draw in range(draws):
+                test = {"b": 3, "c": 1, "n_discordant": 4, "p_value": 0.5**draw}
+                rows.append({"task": task, "kind": kind, "draw": draw, "mcnemar": test, **around(value - 0.02 * draw),
+                             "change": around(value - 0.9)})  # fmt: skip
+            numbers[f"knockout/{task}/{kind}"] = around(value - 0.01)
+    for i, kind in enumerate(KINDS):
+        numbers[f"knockout/text loss/{kind}"] = around(2.1 + 0.1 * i)
+    activity = np.random.default_rng(1).exponential(size=shape)
+    activity[0, 0] = 0.0
+    return {
+        "rows": rows, "activity": activity.tolist(), "idle": idle, "idle_below": 0.1,
+        "text_loss": [{"kind": kind, "draw": d, **around(2.1)} for kind, draws in KINDS.items() for d in range(draws)],
+        "numbers": numbers | {"knockout/idle heads": number(float(idle))},
+    }  # fmt: skip
+
+
+def rope_result(tasks, gap):
+    kinds = {"lowest": 1, "highest": 1, "control heads, lowest": 1, "random": 2}
+    rows, numbers = [], {}
+    for task in tasks:
+        rows.append({"task": task, "kind": "none", "draw": 0, "k": 0, "pairs": [], **around(0.9)})
+        for k in (1, 2, 4):
+            for kind, draws in kinds.items():
+                pairs = list(range(8 - k, 8) if "lowest" in kind else range(k))
+                numbers[f"rope/{task}/{kind} {k} pairs"] = around(0.9 - 0.1 * k)
+                rows += [{"task": task, "kind": kind, "draw": draw, "k": k, "pairs": pairs, **around(0.8)}
+                         for draw in range(draws)]  # fmt: skip
+        numbers |= {f"rope/{task}/none": around(0.9), f"rope/{task}/highest minus lowest quarter": number(*gap)}
+    return {"rows": rows, "pairs": [1, 2, 4], "n_pairs": 8, "wavelengths": [10.0**i for i in range(8)], "numbers": numbers}
+
+
+def train_results(arms, seeds, n_steps):
+    counts, runs = {}, {}
+    for arm in arms:
+        for seed in seeds:
+            loss = np.linspace(0.7, 0.3, n_steps) + np.random.default_rng(seed).normal(0, 0.01, n_steps)
+            rewards = {} if arm.startswith("sft") else {"margin": 0.1, "accuracy": 0.75}
+            steps = [{"step": i + 1, "loss": float(loss[i]), "learning_rate": 1e-5, **rewards} for i in range(n_steps)]
+            counts[f"{arm}-{seed}"] = {"kept": 30, "empty": 4, "identical": 6}
+            if arm == "sft_unfiltered":
+                counts[f"{arm}-{seed}"] = {"kept": 38, "empty": 2}
+            runs[f"{arm}-{seed}"] = {"arm": arm, "seed": seed, "examples": 30, "answers_cut": 2, "prompts_cut": 0,
+                                     "steps": steps}  # fmt: skip
+    return (
+        {"counts": counts, "prompts": 40, "numbers": {f"pairs/{name}/kept": around(0.75) for name in counts}},
+        {"runs": runs, "numbers": {f"train/{name}/final loss": number(0.31) for name in runs}},
+    )
+
+
+def eval_result(arms, seeds, changes):
+    """changes: task -> (value, low, high) of every arm's change against start."""
+    models = [("start", "start", 0), *((f"{arm}-{seed}", arm, seed) for arm in arms for seed in seeds)]
+    numbers, rows = {}, []
+    for task, change in changes.items():
+        numbers[f"eval/{task}/start"] = around(0.5)
+        for arm in arms:
+            numbers[f"eval/{task}/{arm}"] = around(0.5 + change[0])
+            numbers[f"eval/{task}/{arm} minus start"] = number(*change)
+        rows += [{"model": model, "arm": arm, "seed": seed, "task": task, **around(0.5), "change": number(*change)}
+                 for model, arm, seed in models]  # fmt: skip
+    grids = [{"model": model, "arm": arm, "seed": seed, "task": "niah", "length": length, "depth": depth,
+              **number(0.2 if seed else 0.7, 0, 1, 8)}
+             for model, arm, seed in models for length in (128, 256) for depth in (0.0, 0.5, 1.0)]  # fmt: skip
+    return {"rows": rows, "grids": grids, "numbers": numbers}
+
+
+def make_results(shape=(4, 8), tasks=("needle", "facts: from memory"), arms=("retmask",), seeds=(0,), counted=20, threshold=0.1,
+                 idle=3, gap=UP, n_steps=12, changes=None):  # fmt: skip
+    pairs, train = train_results(arms, seeds, n_steps)
+    return {
+        "detect": detect_result(shape, counted, threshold), "knockout": knockout_result(shape, tasks, idle),
+        "rope": rope_result(tasks[:1], gap), "pairs": pairs, "train": train,
+        "eval": eval_result(arms, seeds, changes or {"needle": UP, "facts: from memory": DOWN, "text loss": ACROSS}),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def render(tmp_path):
+    def write(model="some/model", **options):
+        path = tmp_path / "report.html"
+        write_report(path, json.loads(json.dumps(make_results(**options))), model)
+        return path.read_text()
+
+    return write
+
+
+@pytest.fixture
+def words(render, monkeypatch):
+    """The words of a page whose drawings are left out, which is quicker."""
+    monkeypatch.setattr(figures, "inline", lambda figure, alt: "")
+    return lambda **options: Page(render(tasks=(), **options)).text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The page of one arm and seed."""
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(path, make_results(), "some/model")
+    return path.read_text()
+
+
+class Page(html.parser.HTMLParser):
+    """Headings, table rows, text outside of figures, and the names of the drawings."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.headings, self.rows, self.drawings, self.text, self.tags, self._open = [], [], [], "", [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        if tag in ("svg", "img"):
+            self.drawings.append(attributes.get("aria-label") or attributes["alt"])
+        if tag == "tr":
+            self.rows.append([])
+        if tag not in ("meta", "img"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if self._open and self._open[-1] == "h2":
+            self.headings.append(data)
+        if self._open and self._open[-1] in ("td", "th"):
+            self.rows[-1].append(data)
+        if "svg" not in self._open and "style" not in self._open:
+            self.text += data
+
+
+def test_every_number_of_every_stage_is_in_the_last_table(small):
+    numbers = {name: value for result in make_results().values() for name, value in result["numbers"].items()}
+    shown = {row[0]: row[1:] for row in Page(small).rows if row[0] in numbers}
+    assert shown == {
+        name: ["–" if value[key] is None else f"{value[key]:.6g}" for key in ("value", "low", "high", "n")]
+        for name, value in numbers.items()
+    }
+
+
+def test_sections_and_drawings(small):
+    found = Page(small)
+    assert found.headings == ["Retrieval heads", "Knock-out", "Rotary dose-response", "Preference pairs", "Training",
+                              "Evaluation", "All numbers"]  # fmt: skip
+    assert found.drawings == [
+        "Head scores", "Sorted head scores", "Lorenz curve", "Stability", "Detection cases",
+        "Knock-out: needle", "Knock-out: facts: from memory", "Knock-out: text loss", "Head activity",
+        "Rotary pairs: needle", "Pairs kept", "Loss, preference", "Margin", "Accuracy",
+        "Evaluation: needle", "Evaluation: facts: from memory", "Evaluation: text loss",
+        "Changes: needle, facts: from memory", "Changes: text loss", "niah: start", "niah: retmask-0",
+    ]  # fmt: skip
+
+
+def test_the_page_is_closed_and_small(small):
+    assert "http" not in small and len(small) < 600_000
+    for tag, attributes in Page(small).tags:
+        assert tag not in ("script", "link", "iframe")
+        for name in ("href", "xlink:href", "src"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/png"))
+
+
+def test_names_that_a_user_gives_are_escaped(render):
+    text = render(model="<script>x</script> & \"y\"", tasks=("<i>$a$ & b_{c}",), arms=("<u>",), changes={"<i>$a$": UP})
+    assert "<script>" not in text and "<i>" not in text and "<u>" not in text
+    found = Page(text)
+    assert 'Retrieval heads of <script>x</script> & "y"' in found.text
+    assert "Knock-out: <i>$a$ & b_{c}" in found.drawings  # and the dollars did not turn it into a formula
+    assert "&lt;i&gt;$a$ &amp; b_{c}</text>" in text
+
+
+@pytest.mark.parametrize("shift, said", [
+    (UP, "Training with retmask raises recall on needle (+0.100 [+0.050, +0.150])."),
+    (DOWN, "Training with retmask lowers recall on needle (−0.100 [−0.150, −0.050])."),
+    (ACROSS, "Training with retmask shows no clear change: the 95% interval contains 0 on every measure."),
+    ((0.0, 0.0, 0.0), "Training with retmask shows no clear change: the 95% interval contains 0 on every measure."),
+])  # fmt: skip
+def test_the_training_sentence_follows_the_interval(words, shift, said):
+    assert said in words(changes={"needle": shift})
+
+
+def test_clear_and_unclear_changes_are_told_apart(small):
+    said = Page(small).text.replace("\N{NO-BREAK SPACE}", " ")
+    assert ("Training with retmask raises recall on needle (+0.100 [+0.050, +0.150]) and lowers facts: from memory "
+            "(−0.100 [−0.150, −0.050]); the 95% interval contains 0 on 1 other measure.") in said  # fmt: skip
+    assert "Masking the 3 retrieval heads lowers recall on needle (−0.700 [" in said
+    assert "Without the highest quarter of the pairs it is higher than without the lowest: +0.100" in said
+    assert "The set still changed between 10 and 20 cases (Jaccard 0.75)." in said
+    assert "less than 10% of what the most active head does: 3 of 32." in said and "prove little" not in said
+
+
+def test_many_draws_show_their_mean_and_median_p(small):
+    row = next(row for row in Page(small).rows if row[:2] == ["needle", "any layer (3 draws)"])
+    assert row[2].startswith("0.890 [") and row[3:] == ["0.000", "0.5000"]
+
+
+def test_several_seeds_share_one_map_per_arm(render):
+    text = render(tasks=(), seeds=(0, 1))
+    drawings = Page(text).drawings
+    assert drawings[-2:] == ["niah: start", "niah: retmask"]
+    start, arm = text[text.index('aria-label="niah: start"') :].split('aria-label="niah: retmask"')
+    assert start.count(">0.70</text>") == 6 and arm.count(">0.45</text>") == 6  # the mean of 0.7 and 0.2
+    assert "2 training seeds" in text and "Over all lengths and depths of niah recall is 0.700 (start), 0.450 (retmask)." in text
+
+
+def test_supervised_runs_have_a_loss_alone(render):
+    drawings = Page(render(tasks=(), arms=("sft_unfiltered",))).drawings
+    assert "Loss, supervised" in drawings and not {"Loss, preference", "Margin", "Accuracy"} & set(drawings)
+
+
+def test_one_counted_case_no_threshold_and_mostly_idle_heads(render):
+    said = Page(render(tasks=("needle",), counted=1, threshold=None, idle=20, gap=ACROSS)).text
+    assert "Without the highest quarter of the pairs it is not clearly different from that without the lowest" in said
+    assert "With 1 counted case nothing tells how stable this set is." in said
+    assert "they have the highest scores, the last of them 0.700" in said
+    assert "20 of 32. With most heads idle, masks of any layer prove little" in said
+
+
+def test_large_results_fit(render, monkeypatch):
+    """Every arm, several seeds, 32 x 32 heads, long names: nothing is cut off or crowded, and the page stays small."""
+    drawn = {}
+    inline = figures.inline
+    monkeypatch.setattr(figures, "inline", lambda figure, alt: drawn.setdefault(alt, figure) and inline(figure, alt))
+    long = "multi_key needle in a haystack of essays, eight times as long"
+    changes = {long: UP} | {f"task {i}": ACROSS for i in range(4)} | {"text loss": DOWN}
+    text = render(shape=(32, 32), tasks=(long,), arms=ALL_ARMS, seeds=(0, 1, 2), n_steps=300, changes=changes)
+    assert len(text) < 1_500_000
+    for name, figure in drawn.items():
+        box, width, height = figure.get_tightbbox(), *figure.get_size_inches()
+        assert box.x0 > -0.02 and box.y0 > -0.02 and box.x1 < width + 0.02 and box.y1 < height + 0.02, name
+        assert height < 9, name  # inches, of a printed page
+    ticks = drawn["Head scores"].axes[0].get_xticks()
+    assert 4 <= len(ticks) <= 11 and all(tick == int(tick) for tick in ticks)
+
+
+def test_a_kind_and_its_arm_share_a_colour_and_others_differ():
+    assert figures.colour("any layer") == figures.colour("any_layer")
+    assert figures.colour("layer-matched") == figures.colour("layer_matched")
+    assert figures.colour("retrieval") == figures.colour("retmask")
+    assert len({figures.colour(arm) for arm in ("start", *ALL_ARMS)}) == 8
+
+
+def test_a_large_drawing_becomes_an_image():
+    with figures.style():
+        steps = [{"step": i, "loss": float(x)} for i, x in enumerate(np.random.default_rng(0).normal(size=5000))]
+        text = figures.inline(figures.curves("Loss", [{"arm": "retmask", "steps": steps}], "loss", "nats"), "a <b>")
+    assert re.match(r'<img width="\d+" alt="a &lt;b&gt;" src="data:image/png;base64,', text) and len(text) < 300_000
+
+
+def test_smoothing_is_a_centred_mean():
+    values = np.random.default_rng(0).normal(size=100)
+    expected = [values[max(0, i - 2) : i + 3].mean() for i in range(100)]
+    np.testing.assert_allclose(figures.smooth(values), expected)
+    assert figures.smooth([3.0]) == [3.0]
+
+
+def test_how_numbers_are_written():
+    assert page.signed(-0.0001) == "0.000" and page.signed(-0.25) == "−0.250"
+    assert page.interval(number(3.0)) == "3" and page.change(number(0.5)) == "+0.500"
+    assert page.p_value(5e-5) == "< 0.0001" and page.exact(None) == page.fixed(None) == "–"
+
+
+def test_importing_the_report_loads_no_plotting():
+    code = "import sys, retmask_jax.report; assert 'matplotlib' not in sys.modules and 'scipy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

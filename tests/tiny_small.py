@@ -1,0 +1,20 @@
+"""The tiny recipe with everything small: the whole pipeline in about a minute."""
+
+from retmask_jax.configs import tiny
+
+
+def get_config():
+    config = tiny.get_config()
+    for task in config.tasks.values():
+        if task.lengths:
+            task.lengths, task.per_length = (128,), 8
+    config.batch_size = 16
+    config.text.length, config.text.windows = 64, 8
+    config.knockout.draws = 1
+    config.knockout.tasks = ("needle short", "context short")
+    config.rope.pairs, config.rope.draws = (4,), 1
+    config.pairs.n_prompts = 48
+    config.train.steps, config.train.batch_size, config.train.microbatch_size = 6, 4, 2
+    config.train.checkpoint_every = 2
+    config.eval.tasks = ("context short", "closed-book")
+    return config

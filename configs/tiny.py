@@ -98,7 +98,7 @@ def _pretrain() -> ConfigDict:
             _phase(150, 256, 16, broad, needles=8, questions=4, counterfactual=rare, drop=0.1),
             _phase(220, 512, 8, broad, needles=12, questions=6, counterfactual=rare, drop=0.1),
         ]),
-        _stage(4, 8, 5e-4, [_phase(100, 512, 8, broad, needles=12, questions=6, counterfactual=some, drop=0.1)]),
+        _stage(4, 8, 5e-4, [_phase(140, 512, 8, broad, needles=12, questions=6, counterfactual=some, drop=0.1)]),
     )  # fmt: skip
     recipe.data = ConfigDict({
         "seeds": {"detect": 101, "test": 102}, "facts_seed": 103, "prompts_seed": 104,

@@ -6,7 +6,9 @@ A panel is as wide as a phone, so that a page can set several side by side or be
 
 import base64
 import contextlib
+import html
 import io
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -49,8 +51,6 @@ def style():
 
 def inline(figure, alt: str) -> str:
     """A figure as HTML text without links: <svg>, or <img> with a PNG where an SVG would be large and larger."""
-    import html
-
     import matplotlib
 
     stream, png = io.StringIO(), io.BytesIO()
@@ -106,7 +106,8 @@ def score_ranks(title: str, mean_LH, n_detected: int, threshold: float | None):
     ranked = np.sort(np.asarray(mean_LH, float), axis=None)[::-1]
     figure, ax = _panel(title)
     ranks = np.arange(1, ranked.size + 1)
-    ax.plot(ranks[n_detected:], ranked[n_detected:], ".", color=colour("none"), label="other heads")
+    dots = "." if ranked.size <= 100 else ""  # a thousand of them are a heavy picture
+    ax.plot(ranks[n_detected:], ranked[n_detected:], "-", marker=dots, color=colour("none"), label="other heads")
     ax.plot(ranks[:n_detected], ranked[:n_detected], "o", color=colour("retrieval"), label="retrieval heads")
     if threshold is not None:
         ax.axhline(threshold, color="black", linestyle="--", linewidth=0.9, label=f"threshold {threshold:g}")
@@ -223,7 +224,7 @@ def stacked_counts(title: str, counts: Mapping[str, Mapping[str, int]]):
 
 def curves(title: str, runs: Sequence[Mapping], key: str, label: str, rate: bool = False):
     """A number per step, a line a run: lightly smoothed, over the raw values in pale; rate adds the learning rate."""
-    figure, ax = _panel(title, 2.8)
+    figure, ax = _panel(title, 2.3 + 0.2 * math.ceil((len({run["arm"] for run in runs}) + rate) / 2))
     seen = {}
     for run in runs:
         steps, values = ([row[name] for row in run["steps"]] for name in ("step", key))
@@ -233,7 +234,9 @@ def curves(title: str, runs: Sequence[Mapping], key: str, label: str, rate: bool
         twin = ax.twinx()
         steps, rates = ([row[name] for row in runs[0]["steps"]] for name in ("step", "learning_rate"))
         (seen["learning rate"],) = twin.plot(steps, rates, color="#999999", linewidth=0.8, linestyle="--")
-        twin.set(ylabel="learning rate", ylim=(0, None))
+        top = max(rates) or 1.0
+        twin.set_yticks([0, top / 2, top], ["0", f"{top / 2:.2g}", f"{top:.2g}"])
+        twin.set(ylabel="learning rate", ylim=(0, 1.05 * top))
         twin.spines["right"].set_visible(True)
     ax.set(xlabel="step", ylabel=label)
     figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=2)
@@ -242,11 +245,8 @@ def curves(title: str, runs: Sequence[Mapping], key: str, label: str, rate: bool
 
 def smooth(values: Sequence[float]) -> np.ndarray:
     """Centred moving average over about a twentieth of the values, over what there is at the ends."""
-    half = len(values) // 40
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(len(values))
-    first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
-    return (sums[last] - sums[first]) / (last - first)
+    window = np.ones(2 * (len(values) // 40) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 # --- evaluation ---
@@ -270,11 +270,14 @@ def before_after(title: str, pooled: Mapping[str, Mapping], runs: Mapping[str, S
 
 def forest(title: str, changes: Mapping[str, Mapping[str, Mapping]], xlabel: str, limits: tuple[float, float]):
     """Paired changes against the start model with a line at zero: task -> arm -> number."""
+    from matplotlib.transforms import blended_transform_factory
+
     figure, ax = _panel(title, 0.9 + 0.2 * sum(1 + len(arms) for arms in changes.values()))
     labels = []
     for task, arms in changes.items():
-        ax.text(0.01, len(labels), task, transform=ax.get_yaxis_transform(), va="center", style="italic", fontsize=8.5,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
+        across = blended_transform_factory(figure.transFigure, ax.transData)
+        ax.text(0.02, len(labels), textwrap.shorten(task, 44, placeholder=" …"), transform=across, va="center",
+                style="italic", in_layout=False, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
         labels.append("")
         for i, (arm, number) in enumerate(arms.items()):
             _interval(ax, number, len(labels), colour(arm), marker=_MARKERS[(i + 1) % 5])
@@ -312,6 +315,7 @@ def _panel(title: str, height: float = 2.6, width: float = WIDTH):
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08)  # inches; a row's name may be a little wider than measured
     ax = figure.subplots()
     figure.suptitle(textwrap.fill(title, round(11 * width)), x=0.02, ha="left")
     return figure, ax

@@ -31,12 +31,13 @@ def run(config, root: Path) -> None:
     print(f"every number: {root / 'summary.json'}\nreport:       {root / 'report.html'}")
 
 
-def one_stage(config, root: Path, name: str) -> None:
-    """One stage, on the results of those before it."""
+def one_stage(config, root: Path, name: str) -> dict:
+    """One stage, on the results of those before it; returns its result."""
     result, skipped = run_stage(_open(config, root), name)
     if skipped:
         print(f"{name}: unchanged since {result['provenance']['created']}")
     _table(result["numbers"])
+    return result
 
 
 def export(config, root: Path, what: str, heads: Sequence[str] | None, out: Path) -> None:

@@ -135,6 +135,8 @@ def _rope(result) -> str:
 
 def _pairs(result) -> str:
     counts, prompts = result["counts"], result["prompts"]
+    if not counts:
+        return _section("Preference pairs", ["No arm is trained."])
     shares = [round(100 * parts["kept"] / prompts) for parts in counts.values()]
     kept = f"{min(shares)}%" if min(shares) == max(shares) else f"{min(shares)} to {max(shares)}%"
     return _section(
@@ -154,8 +156,8 @@ def _training(runs: Mapping[str, Mapping]) -> str:
         if group:
             panels[f"Loss, {what}"] = figures.curves(f"Loss, {what}", group, "loss", unit, rate=True)
     if preference:
-        panels["Margin"] = figures.curves("Reward margin", preference, "margin", "reward, chosen minus rejected")
-        panels["Accuracy"] = figures.curves("Accuracy", preference, "accuracy", "share of pairs ranked right")
+        panels["Margin"] = figures.curves("Reward margin", preference, "margin", "chosen minus rejected")
+        panels["Accuracy"] = figures.curves("Accuracy", preference, "accuracy", "share ranked right")
     for name, run in runs.items():
         first, last = _ends([step["loss"] for step in run["steps"]])
         lower += last < first
@@ -270,8 +272,8 @@ def _random_kinds(tasks: Mapping[str, Mapping]) -> str:
 
 def _idle(result) -> str:
     total = np.size(result["activity"])
-    text = (f"Masking one head alone shows which are idle, moving the text less than {100 * result['idle_below']:g}% of what "
-            f"the most active head does: {result['idle']} of {total}.")  # fmt: skip
+    text = (f"{result['idle']} of {total} heads {'is' if result['idle'] == 1 else 'are'} idle: masking one of them alone moves "
+            f"the text by less than {100 * result['idle_below']:g}% of what masking the most active head does.")  # fmt: skip
     warning = " With most heads idle, masks of any layer prove little; compare with activity-matched ones."
     return text + (warning if 2 * result["idle"] > total else "")
 
@@ -299,7 +301,8 @@ def _wavelengths(result, kind: str, k: int) -> str:
     """Shortest and longest wavelength of the pairs that a condition takes out."""
     pairs = next((row["pairs"] for row in result["rows"] if (row["kind"], row["k"]) == (kind, k)), [])
     waves = [result["wavelengths"][pair] for pair in pairs]
-    return f"{min(waves):,.0f} to {max(waves):,.0f}" if waves else "–"
+    ends = dict.fromkeys(f"{choose(waves):,.0f}" for choose in (min, max)) if waves else ["–"]
+    return " to ".join(ends)
 
 
 def _grid_means(grids: Mapping[tuple[str, str], Sequence[Mapping]]) -> list[str]:

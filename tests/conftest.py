@@ -1,5 +1,6 @@
 """Fixtures used by several test files."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 
 from retmask_jax.lm import from_params, load
 from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.transformer import split_layers
 from retmask_jax.sharding import param_shapes
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -62,6 +64,18 @@ def tiny(random_model):
         vocab_size=61, hidden_size=32, mlp_size=40, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, max_length=300,
         bos_id=1, eos_ids=(2,), pad_id=0,
     ))  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def five_layers(random_model):
+    """Five layers in a row, and the same model as two repeats of two layers and a tail of one."""
+    config = ModelConfig(
+        vocab_size=31, hidden_size=16, mlp_size=20, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=4, max_length=80,
+    )  # fmt: skip
+    lm = random_model(config)
+    paired = dataclasses.replace(config, layer_pattern=("full", "full"))
+    regrouped = {**lm.params, **split_layers(paired, lm.params["blocks"]["0"])}
+    return lm, lm.replace(config=paired, params=regrouped)
 
 
 @pytest.fixture(scope="session")

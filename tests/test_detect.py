@@ -164,7 +164,9 @@ def test_copies_behind_a_newline_do_not_score(slow):
 
 
 def test_no_counted_case_raises_with_the_reasons():
-    with pytest.raises(ValueError, match="none of 10 detection cases counts: .*'wrong answer, cut at the token limit': "):
+    with pytest.raises(
+        ValueError, match="none of 10 detection cases counts: .*'wrong answer, cut at the token limit': "
+    ):
         _detect(_cases(["nothing of it"] * 10))
 
 

@@ -115,9 +115,7 @@ def _plain_loss(plain, batch, settings):
         margin = settings.beta * (args[0] - args[2] - args[1] + args[3])
         slope = settings.beta * (_sigmoid(margin) - (1 - settings.label_smoothing)) / 2
         slopes = {"chosen": slope, "rejected": -slope}
-    terms = [
-        jax.tree.map(lambda g, s=slopes[name][i]: s * g, plain[name][i][1]) for name in ROWS for i in range(2)
-    ]
+    terms = [jax.tree.map(lambda g, s=slopes[name][i]: s * g, plain[name][i][1]) for name in ROWS for i in range(2)]
     return loss, jax.tree.map(lambda *parts: sum(parts), *terms)
 
 
@@ -137,7 +135,9 @@ def test_training_loss_starts_at_log_2_and_reports_rewards(batch):
     """With the start model's own log-probabilities as the reference; then with rewards of known size."""
     params, settings = in_float64(copying_params()), _settings(label_smoothing=0.0)
     own = {
-        f"ref_{name}": np.float32([reference_logprob(params, batch[name][i], batch[f"{name}_mask"][i]) for i in range(2)])
+        f"ref_{name}": np.float32(
+            [reference_logprob(params, batch[name][i], batch[f"{name}_mask"][i]) for i in range(2)]
+        )
         for name in ROWS
     }
     loss = jax.jit(lambda p, b: pair_loss(CONFIG, settings, p, b))

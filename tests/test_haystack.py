@@ -28,9 +28,13 @@ PUBLISHED = os.environ.get("RETMASK_PUBLISHED")
 needs_published = pytest.mark.skipif(not PUBLISHED, reason="RETMASK_PUBLISHED is not set")
 
 NEEDLES = [
-    Needle("The best thing to do in Oslo is to see the White Ship.", "What is best in Oslo?", "see the white ship", "Oslo"),
+    Needle(
+        "The best thing to do in Oslo is to see the White Ship.", "What is best in Oslo?", "see the white ship", "Oslo"
+    ),
     Needle("The secret word of Anna is maple-umbrella 7.", "What is the word of Anna?", "maple-umbrella 7", "Anna"),
-    Needle("The duke of Rome hides gold, silver and a lamp.", "What does Rome hide?", "gold, silver and a lamp", "Rome"),
+    Needle(
+        "The duke of Rome hides gold, silver and a lamp.", "What does Rome hide?", "gold, silver and a lamp", "Rome"
+    ),
 ]
 WITHOUT_KEYS = [dataclasses.replace(needle, key=None) for needle in NEEDLES]
 
@@ -199,7 +203,10 @@ def test_sentences_about_the_keys_are_left_out(large):
 def test_without_keys_the_whole_haystack_is_used(large):
     specs = draw_specs(WITHOUT_KEYS, [1500], [0.5], per_length=None)
     for case in build_cases(large, SENTENCES, WITHOUT_KEYS, specs):
-        assert {key for key in ("Oslo", "Anna", "Rome") for s in _hay(large, case) if f"In {key}," in s} >= {"Oslo", "Anna"}
+        assert {key for key in ("Oslo", "Anna", "Rome") for s in _hay(large, case) if f"In {key}," in s} >= {
+            "Oslo",
+            "Anna",
+        }
 
 
 def test_distractors_stand_in_the_haystack_and_have_other_keys(large):

@@ -69,12 +69,6 @@ def test_an_empty_mask_of_another_program_changes_nothing(logits, zeros):
     np.testing.assert_array_equal(logits(zeros), logits(None))
 
 
-def test_the_untouched_model_is_what_forward_computes_without_masks(tiny, logits, close):
-    """`forward` by itself, in a user's jit, closes over no mask at all."""
-    own = jax.jit(lambda params: forward(tiny.config, params, TOKENS))
-    close(own(tiny.params), logits(None), 1e-6)
-
-
 # --- values ---
 
 
@@ -88,13 +82,12 @@ def test_a_mask_changes_the_logits_of_every_layer_head_and_pair(tiny, logits):
     assert len(np.unique(results.reshape(len(single), -1), axis=0)) == len(single)
 
 
-@pytest.mark.parametrize("form", ["shared", "per row", "gates", "gates per row", "projection"])
+@pytest.mark.parametrize("form", ["shared", "per row", "gates", "projection"])
 def test_a_change_of_value_compiles_nothing(logits, compiles, form):
-    rows = (2,) if "per row" in form else ()
 
     def masks(seed):
-        iv = _random_masks(seed, rows)
-        iv = _gates(iv) if "gates" in form else iv
+        iv = _random_masks(seed, rows=(2,) if form == "per row" else ())
+        iv = _gates(iv) if form == "gates" else iv
         return iv.replace(rope_site="projection") if form == "projection" else iv
 
     first = logits(masks(1))
@@ -103,9 +96,8 @@ def test_a_change_of_value_compiles_nothing(logits, compiles, form):
     assert not compiles
 
 
-def test_a_new_form_is_seen_by_the_counter_of_compilations(tiny, compiles):
-    """The counter of the tests above counts: a shape that no other test uses compiles a program."""
-    tiny.logits(TOKENS[:, :3])
+def test_the_counter_of_compilations_counts(compiles):
+    jax.jit(lambda x: 3 * x - 1)(TOKENS)
     assert compiles
 
 
@@ -250,9 +242,10 @@ def test_rotary_masks_of_different_sites_do_not_join(tiny):
 
 def test_mask_heads_and_mask_rope_set_exactly_what_they_are_given(tiny):
     heads = [(2, 1), (0, 3)]
-    assert np.argwhere(mask_heads(tiny.config, heads).head_mask).tolist() == [[0, 3], [2, 1]]
+    masked = np.argwhere(np.asarray(mask_heads(tiny.config, heads).head_mask))
+    assert masked.tolist() == [[0, 3], [2, 1]]
     iv = mask_rope(tiny.config, heads, [3, 1], site="projection")
-    assert np.argwhere(iv.rope_mask).tolist() == [[0, 3, 1], [0, 3, 3], [2, 1, 1], [2, 1, 3]]
+    assert np.argwhere(np.asarray(iv.rope_mask)).tolist() == [[0, 3, 1], [0, 3, 3], [2, 1, 1], [2, 1, 3]]
     assert (iv.head_mask, iv.rope_site) == (None, "projection")
     assert mask_rope(tiny.config, heads, [0]).rope_site == "rotary"
 

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retmask_jax.generate import generate
 from retmask_jax.model.attention import attend, probe_argmax
 from retmask_jax.model.config import ModelConfig, Rope, from_hf, to_hf
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.transformer import forward, hidden, merge_layers, split_layers
+from retmask_jax.model.transformer import forward, merge_layers, split_layers
 
 TOKENS = np.random.default_rng(0).integers(3, 61, (2, 24)).astype(np.int32)
 
@@ -163,54 +162,26 @@ def test_probe_finds_the_largest_full_attention_weight():
 
 # --- layout of the layers ---
 
-FIVE = ModelConfig(vocab_size=31, hidden_size=16, mlp_size=20, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=4,
-                   max_length=80)  # fmt: skip
-IN_PAIRS = dataclasses.replace(FIVE, layer_pattern=("full", "full"))
-
-
-@pytest.fixture(scope="module")
-def five(random_model):
-    """Five layers in a row, and the same model as two repeats of two layers and a tail of one."""
-    lm = random_model(FIVE)
-    regrouped = {**lm.params, **split_layers(IN_PAIRS, lm.params["blocks"]["0"])}
-    return lm, lm.replace(config=IN_PAIRS, params=regrouped)
-
-
-def test_split_layers_keeps_absolute_order_and_merge_inverts_it():
+def test_split_layers_keeps_absolute_order_and_merge_inverts_it(five_layers):
+    flat, paired = (lm.config for lm in five_layers)
     layers = np.arange(10).reshape(5, 2)
-    split = split_layers(IN_PAIRS, {"x": layers})
+    split = split_layers(paired, {"x": layers})
     np.testing.assert_array_equal(split["blocks"]["0"]["x"], layers[[0, 2]])
     np.testing.assert_array_equal(split["blocks"]["1"]["x"], layers[[1, 3]])
     np.testing.assert_array_equal(split["tail"]["0"]["x"], layers[4])
-    for config in (FIVE, IN_PAIRS, dataclasses.replace(FIVE, layer_pattern=("full",) * 3)):
+    for config in (flat, paired, dataclasses.replace(flat, layer_pattern=("full",) * 3)):
         np.testing.assert_array_equal(merge_layers(config, split_layers(config, layers)), layers)
 
 
-def test_a_layer_pattern_changes_the_layout_and_nothing_else(five, close):
-    flat, paired = five
-    assert FIVE.tail == () and IN_PAIRS.tail == ("full",) and IN_PAIRS.repeats == 2
+def test_a_layer_pattern_changes_the_layout_and_nothing_else(five_layers, close):
+    flat, paired = five_layers
+    assert flat.config.tail == () and paired.config.tail == ("full",)
+    assert (flat.config.repeats, paired.config.repeats) == (5, 2)
     rng = np.random.default_rng(4)
     iv = Interventions(rng.random((5, 4)) < 0.3, rng.random((5, 4, 2)) < 0.3)
-    tokens = np.pad(TOKENS % 31, ((0, 0), (0, 4)))
     for interventions in (None, iv):
-        expected = flat.logits(tokens, interventions=interventions)
-        close(paired.logits(tokens, interventions=interventions), expected, 1e-5)
-
-
-def test_a_layer_pattern_has_its_own_cache_and_probes(five):
-    """Greedy decoding with probes, tail included, against forward passes of the other layout."""
-    flat, paired = five
-    prompt, lengths, new = TOKENS % 31, np.array([24, 10]), 4
-    options = {"max_new_tokens": new, "stop_ids": (), "probe": True}
-    out = generate(IN_PAIRS, paired.params, prompt, lengths, **options)
-    tokens = np.pad(prompt, ((0, 0), (0, new)))
-    for row, length in enumerate(lengths):
-        tokens[row, length : length + new] = out.tokens[row]
-    rows_BN = lengths[:, None] - 1 + np.arange(new)
-    best_BT = np.argmax(flat.logits(tokens), axis=-1)
-    np.testing.assert_array_equal(out.tokens, np.take_along_axis(best_BT, rows_BN, axis=1))
-    probe = jax.jit(lambda params: hidden(FIVE, params, tokens, probe_BP=rows_BN).argmax_BPLH)
-    np.testing.assert_array_equal(out.argmax, probe(flat.params))
+        expected = flat.logits(TOKENS % 31, interventions=interventions)
+        close(paired.logits(TOKENS % 31, interventions=interventions), expected, 1e-5)
 
 
 # --- configs ---

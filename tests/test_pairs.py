@@ -126,9 +126,7 @@ def _record(prompt, chosen, rejected, finished=(True, True)):
 
 
 def _encode(records, max_tokens=40, max_prompt_tokens=20):
-    return encode_pairs(
-        PROMPTER, records, eos_id=tl.EOS, max_tokens=max_tokens, max_prompt_tokens=max_prompt_tokens
-    )
+    return encode_pairs(PROMPTER, records, eos_id=tl.EOS, max_tokens=max_tokens, max_prompt_tokens=max_prompt_tokens)
 
 
 def _split(rows, i):
@@ -211,5 +209,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 
 def test_too_few_examples_raise():
-    with pytest.raises(ValueError, match="3 examples are fewer than a batch of 4: add prompts or lower train.batch_size"):
+    with pytest.raises(
+        ValueError, match="3 examples are fewer than a batch of 4: add prompts or lower train.batch_size"
+    ):
         batches({"row": np.arange(3)}, 4, seed=0)

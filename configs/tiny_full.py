@@ -8,7 +8,6 @@ are over evaluation cases; the table is in the README.
 """
 
 from ml_collections import ConfigDict
-
 from retmask_jax.configs import tiny
 
 ARMS = ("retmask", "any_layer", "layer_matched", "activity_matched", "no_fact", "sft_filtered", "sft_unfiltered")

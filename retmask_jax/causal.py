@@ -145,9 +145,10 @@ def summarise(conditions: Sequence[Condition], outcomes: Mapping[str, np.ndarray
 
 
 def mean_over_draws(conditions: Sequence[Condition], outcome_CN, kind: str, k: int | None = None) -> dict:
-    """Mean outcome over the draws of a kind (and number of pairs k), its interval over cases."""
+    """Mean outcome over the draws of a kind (and number of pairs k), with its interval over cases."""
     chosen = [i for i, c in enumerate(conditions) if c.kind == kind and (k is None or len(c.pairs) == k)]
-    return stats.bootstrap_mean(np.asarray(outcome_CN)[chosen].mean(axis=0))
+    outcomes = np.asarray(outcome_CN)[chosen]
+    return stats.proportion(outcomes[0]) if len(chosen) == 1 else stats.bootstrap_mean(outcomes.mean(axis=0))
 
 
 def _words(text: str) -> str:

@@ -88,7 +88,9 @@ def head_map(title: str, values_LH, heads: Sequence[Sequence[int]], label: str, 
     image = ax.imshow(values_LH, cmap=colours, norm=norm, aspect="auto", interpolation="none",
                       **({} if norm else {"vmin": 0}))  # fmt: skip
     for layer, head in heads:
-        ax.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=colour("retrieval"), linewidth=1.3))
+        ax.add_patch(
+            Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=colour("retrieval"), linewidth=1.3)
+        )
     ax.spines[:].set_visible(False)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(9, integer=True, min_n_ticks=1))
@@ -193,7 +195,9 @@ def dose_response(title: str, rows: Sequence[Mapping], pooled: Mapping[tuple[str
             number = draws[0] if len(draws) == 1 else pooled[kind, k]
             _interval(ax, number, x + shift, colour(kind), marker="", vertical=True)
             if len(draws) > 1:
-                ax.plot([x + shift + 0.05] * len(draws), [row["value"] for row in draws], ".", color=colour(kind), alpha=0.5)
+                ax.plot(
+                    [x + shift + 0.05] * len(draws), [row["value"] for row in draws], ".", color=colour(kind), alpha=0.5
+                )
         values = [pooled[kind, k]["value"] for k in ks]
         ax.plot(np.arange(len(ks)) + shift, values, color=colour(kind), marker=_MARKERS[i % 5], label=kind)
     ax.set_xticks(range(len(ks)), [str(k) for k in ks])
@@ -208,7 +212,11 @@ def dose_response(title: str, rows: Sequence[Mapping], pooled: Mapping[tuple[str
 
 def stacked_counts(title: str, counts: Mapping[str, Mapping[str, int]]):
     """Prompts per run, split into kept, identical and empty."""
-    looks = {"kept": {"color": "#666666"}, "identical": {"color": "#cccccc"}, "empty": {"color": "white", "hatch": "////"}}
+    looks = {
+        "kept": {"color": "#666666"},
+        "identical": {"color": "#cccccc"},
+        "empty": {"color": "white", "hatch": "////"},
+    }
     figure, ax = _panel(title, 1.2 + 0.26 * len(counts))
     for y, parts in enumerate(counts.values()):
         left = 0
@@ -302,7 +310,9 @@ def niah(title: str, cells: Sequence[Mapping]):
     image = ax.imshow(mean, cmap=_colormap(), vmin=0, vmax=1, aspect="auto", interpolation="none")
     for (y, x), value in np.ndenumerate(mean):
         if count[y, x]:
-            ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value < 0.6 else "black")
+            ax.text(
+                x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value < 0.6 else "black"
+            )
     ax.set_xticks(range(len(lengths)), [str(n) for n in lengths], rotation=90 if len(lengths) > 6 else 0)
     ax.set_yticks(range(len(depths)), [f"{100 * depth:.0f}%" for depth in depths])
     ax.spines[:].set_visible(False)

@@ -40,9 +40,9 @@ def write_report(path: Path, results: Mapping[str, Mapping], model: str) -> None
 
 def _header(results) -> str:
     detect, knockout, rope, evaluation = (results[stage]["numbers"] for stage in ("detect", "knockout", "rope", "eval"))
-    rows = [("Detection cases counted", interval, detect["detect/cases counted"]),
-            ("Retrieval heads", interval, detect["detect/heads"]),
-            ("Gini coefficient of the head scores", interval, detect["detect/gini"])]  # fmt: skip
+    rows = [(label, interval, detect[name])
+            for label, name in (("Detection cases counted", "detect/cases counted"), ("Retrieval heads", "detect/heads"),
+                                ("Gini coefficient of the head scores", "detect/gini")) if name in detect]  # fmt: skip
     for task, by_kind in list(_tree(knockout).items())[:1]:
         rows += [(f"Masked heads, {kind}: {_measure(task)}", interval, number) for kind, number in by_kind.items()]
     for task, by_name in _tree(rope).items():
@@ -58,17 +58,25 @@ def _header(results) -> str:
 
 
 def _heads(result) -> str:
-    heads, mean_LH, outcomes, threshold = result["heads"], np.array(result["mean"]), result["outcomes"], result["threshold"]
+    heads, mean_LH, outcomes, threshold = (
+        result["heads"],
+        np.array(result["mean"]),
+        result["outcomes"],
+        result["threshold"],
+    )
     chosen = (f"their mean score is at least {threshold:g}" if threshold is not None
               else f"they have the highest scores, the last of them {min(result['scores']):.3f}")  # fmt: skip
-    counted, total = outcomes.get("counted", 0), sum(outcomes.values())
+    counted, total = result["numbers"]["detect/heads"]["n"], sum(outcomes.values())
+    source = (f"{counted} of {_n(total, 'case')} count, those that the model answers right." if outcomes
+              else f"The scores were given, of {_n(counted, 'case')}; none was measured here.")  # fmt: skip
     panels = {
         "Head scores": figures.head_map("Head scores", mean_LH, heads, "mean score"),
         "Sorted head scores": figures.score_ranks("Scores, best first", mean_LH, len(heads), threshold),
         "Lorenz curve": figures.lorenz(f"Concentration: Gini {fixed(result['profile']['gini'])}", mean_LH),
         "Stability": figures.stability("Stability (size of each set below)", result["stability"]),
-        "Detection cases": figures.outcome_bars(f"Detection cases (n = {total})", outcomes),
     }
+    if outcomes:
+        panels["Detection cases"] = figures.outcome_bars(f"Detection cases (n = {total})", outcomes)
     caption = (
         "A head's score in a case is the share of the needle's tokens that it looks at while the model writes them; shown "
         f"is the mean over {_n(counted, 'counted case')}. Retrieval heads are outlined. The Lorenz curve bends further "
@@ -78,8 +86,7 @@ def _heads(result) -> str:
     return _section(
         "Retrieval heads",
         [f"{_n(len(heads), 'head')} of {mean_LH.size} ({mean_LH.shape[0]} layers of {mean_LH.shape[1]}) copy from the "
-         f"needle: {chosen}.",
-         f"{counted} of {_n(total, 'case')} count, those that the model answers right.", _settled(result["stability"])],
+         f"needle: {chosen}.", source, _settled(result["stability"])],
         _figure(panels, caption),
         table(["profile", "value"], [[_PROFILE.get(name, name), fixed(value)] for name, value in result["profile"].items()]),
     )  # fmt: skip
@@ -183,7 +190,9 @@ def _evaluation(result) -> str:
         panels[f"Evaluation: {task}"] = figures.before_after(task, means, runs, label, share=task != TEXT_LOSS)
     maps = {f"{task}: {name}": figures.niah(f"{task}: {name}", cells) for (task, name), cells in grids.items()}
     seeds = len({row["seed"] for row in rows if row["arm"] != "start"})
-    table_rows = [[task, *(change(by_task[task]) for by_task in changes.values())] for task in next(iter(changes.values()), {})]
+    table_rows = [
+        [task, *(change(by_task[task]) for by_task in changes.values())] for task in next(iter(changes.values()), {})
+    ]
     return _section(
         "Evaluation", [_directions(f"Training with {arm}", by_task) for arm, by_task in changes.items()],
         _figure(panels, f"Mean over cases and {_n(seeds, 'training seed')}{' (pale dots: single seeds)' if seeds > 1 else ''} "
@@ -287,12 +296,16 @@ def _test(task: str, kind: str, rows: Sequence[Mapping], mean: Mapping) -> list[
     return [task, f"{kind} ({len(draws)} draws)", interval(mean), signed(shift), p]
 
 
-def _doses(task: str, pooled: Mapping[tuple, Mapping], by_name: Mapping[str, Mapping], k: int, n_pairs: int) -> list[str]:
+def _doses(
+    task: str, pooled: Mapping[tuple, Mapping], by_name: Mapping[str, Mapping], k: int, n_pairs: int
+) -> list[str]:
     values = ", ".join(f"{number['value']:.3f} ({kind})" for (kind, at), number in pooled.items() if at == k)
     none, gap = by_name["none"]["value"], by_name.get("highest minus lowest quarter")
     sentences = [f"With {k} of {n_pairs} pairs taken out, recall on {task} is {values}; untouched it is {none:.3f}."]
     if gap:
-        words = {"raises": "higher than", "lowers": "lower than", "": "not clearly different from that"}[_direction(gap)]
+        words = {"raises": "higher than", "lowers": "lower than", "": "not clearly different from that"}[
+            _direction(gap)
+        ]
         sentences.append(f"Without the highest quarter of the pairs it is {words} without the lowest: {change(gap)}.")
     return sentences
 

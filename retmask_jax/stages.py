@@ -12,6 +12,7 @@ import numpy as np
 from retmask_jax import causal, pairs, stats
 from retmask_jax.data.preferences import encode_pairs
 from retmask_jax.detect import detect, stability
+from retmask_jax.evals.compare import arm_numbers, run_rows
 from retmask_jax.evals.perplexity import text_loss, text_windows
 from retmask_jax.evals.recall import by_cell, task_cases
 from retmask_jax.files import read_jsonl, write_jsonl
@@ -259,20 +260,14 @@ def eval_stage(context: Context, folder: Path) -> dict[str, Any]:
     for name in trained:
         lm = load(context.workdir.folder("train") / name / "model", config.dtype, context.mesh)
         measured[name] = _evaluate(context, lm, windows, name)
-    rows, numbers, grids = [], {}, []
-    for name, values in measured.items():
-        arm, seed = trained.get(name, ("start", 0))
-        for task in values["samples"]:
-            rows.append({"model": name, "arm": arm, "seed": seed, "task": task, **_paired(measured, [name], task)})
-        grids += [{"model": name, "arm": arm, "seed": seed, **cell} for cell in values["grid"]]
-    for arm in ("start", *config.train.arms):
-        names = ["start"] if arm == "start" else [f"{arm}-{seed}" for seed in config.train.seeds]
-        for task in measured["start"]["samples"]:
-            pooled = _paired(measured, names, task)
-            numbers[f"eval/{task}/{arm}"] = {key: pooled[key] for key in ("value", "low", "high", "n")}
-            if arm != "start":
-                numbers[f"eval/{task}/{arm} minus start"] = pooled["change"]
-    return {"rows": rows, "grids": grids, "numbers": numbers}
+    samples = {name: values["samples"] for name, values in measured.items()}
+    arms = {arm: [f"{arm}-{seed}" for seed in config.train.seeds] for arm in config.train.arms}
+    grids = [
+        {"model": name, "arm": trained.get(name, ("start", 0))[0], "seed": trained.get(name, ("start", 0))[1], **cell}
+        for name, values in measured.items()
+        for cell in values["grid"]
+    ]
+    return {"rows": run_rows(samples, trained), "grids": grids, "numbers": arm_numbers(samples, arms)}
 
 
 def report_stage(context: Context, folder: Path) -> dict[str, Any]:
@@ -373,20 +368,13 @@ def _evaluate(context: Context, lm: LanguageModel, windows, name: str) -> dict[s
     context.__dict__["lm"] = lm
     untouched = [causal.Condition("none", 0, Interventions())]
     outcomes, _ = _outcomes(context, context.config.eval.tasks, untouched)
-    samples = {task: outcome_CN[0].astype(float) for task, outcome_CN in outcomes.items()}
+    samples = {task: outcome_CN[0] for task, outcome_CN in outcomes.items()}
     samples["text loss"] = text_loss(lm, windows, batch_size=context.config.batch_size)
     grid = []
     for task in context.config.eval.grids:
         outcomes, cases = _outcomes(context, [task], untouched)
         grid += [{"task": task, **cell} for cell in by_cell(cases[task], outcomes[task][0])]
     return {"samples": samples, "grid": grid}
-
-
-def _paired(measured, names, task) -> dict[str, Any]:
-    """Mean over runs and cases with its interval, and the paired change against the start model."""
-    runs = np.stack([measured[name]["samples"][task] for name in names])
-    start = measured["start"]["samples"][task]
-    return {**stats.bootstrap_mean(runs), "change": stats.paired_bootstrap(runs, start[None])}
 
 
 def _arm_heads(lm, heads, activity_LH, arms, seed) -> dict[str, list]:

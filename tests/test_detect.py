@@ -221,7 +221,7 @@ def _score(prompt, span, tokens, keys, released=False):
         ([7, 8, 9, 7], [2, 3, 4, 2], 1, 4 / 3),
         ([8, 7], [2, 3], 0, 0),  # looks into the needle, at another token
         ([7, 8], [0, 5], 0, 0),  # equal tokens outside the span
-        ([7, 8, 9], [2, 6, 7], 1 / 3, 1 / 3),  # keys behind the prompt are generated tokens
+        ([7, 8, 9], [2, 9, 10], 1 / 3, 1 / 3),  # keys behind the prompt are generated tokens
         ([7], [5], 0, 0),  # the end of the span is outside
         ([], np.zeros(0, int), 0, 0),
     ],

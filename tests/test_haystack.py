@@ -50,14 +50,19 @@ def _sentences(n=300):
 SENTENCES = _sentences()
 
 
-def _byte_pairs(vocab_size, template="{{ bos_token }}USER: {{ messages[0]['content'] }}\nBOT:"):
-    """A byte-level BPE tokenizer trained on the haystack."""
+def _byte_pairs(vocab_size, template="{{ bos_token }}USER: {{ messages[0]['content'] }}\nBOT:", normalizer=None):
+    """A byte-level BPE tokenizer trained on the haystack; like its template, it begins a text with <s>."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.normalizer = normalizer
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<s>"], initial_alphabet=alphabet)
     model.train_from_iterator(SENTENCES, trainer)
+    model.post_processor = tokenizers.processors.Sequence([
+        tokenizers.processors.ByteLevel(trim_offsets=True),
+        tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)]),
+    ])  # fmt: skip
     return transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", chat_template=template)
 
 
@@ -167,7 +172,7 @@ def test_released_form_places_all_but_the_last_depth_at_the_start(large):
 @pytest.mark.parametrize("distractors", [0, 2])
 def test_prompts_fill_their_length_to_within_a_sentence(large, small, distractors):
     for prompter in (large, small):
-        longest = max(len(prompter.tokenizer(" " + s)["input_ids"]) for s in SENTENCES)
+        longest = max(len(prompter.tokenizer(s)["input_ids"]) for s in SENTENCES)
         cases = build_cases(
             prompter, SENTENCES, NEEDLES, _grid([300, 301, 302, 450, 900], [0.5], distractors=distractors)
         )
@@ -175,6 +180,15 @@ def test_prompts_fill_their_length_to_within_a_sentence(large, small, distractor
         assert min(missing) >= 0
         assert max(missing) < longest
         assert len(set(missing)) > 1
+
+
+def test_prompts_stay_within_their_length_where_joining_costs_tokens():
+    """A tokenizer that strips its text: the space between sentences, a token of its own, shows in no single sentence."""
+    prompter = Prompter(_byte_pairs(257, normalizer=tokenizers.normalizers.Strip()), "{context}\n\n{question}")
+    longest = max(map(len, SENTENCES)) + 1
+    for case in build_cases(prompter, SENTENCES, NEEDLES, _grid([1500, 2501], [0.5])):
+        assert 0 <= case.spec.length - len(case.tokens) < longest
+        assert _is_tightest(prompter.tokenizer, case)
 
 
 def test_text_order_is_kept_unless_shuffled(large):
@@ -305,7 +319,7 @@ def test_base_models_get_the_bare_text(large):
     prompter = dataclasses.replace(large, chat=False)
     (case,) = build_cases(prompter, SENTENCES, NEEDLES[:1], [Spec(200, 0.0, 0, (), 0)])
     text = _text(prompter, case)
-    assert text.startswith(NEEDLES[0].needle)
+    assert text.startswith("<s>" + NEEDLES[0].needle)
     assert text.endswith(NEEDLES[0].question)
     assert _is_tightest(prompter.tokenizer, case)
 
@@ -341,7 +355,7 @@ def test_lengths_that_cannot_be_met(large):
     assert "of 20 tokens has no room" in _message(build_cases, large, SENTENCES, NEEDLES, specs)
     few = SENTENCES[1:10]
     assert "too few for a case of 900" in _message(build_cases, large, few, NEEDLES, [Spec(900, 0.5, 0, (), 0)])
-    room = sum(len(large.tokenizer(" " + s)["input_ids"]) for s in few)
+    room = sum(len(large.tokenizer(s)["input_ids"]) for s in few)
     (case,) = build_cases(large, few, NEEDLES, [Spec(room + 60, 0.5, 0, (), 0)])
     assert len(_hay(large, case)) == len(few) + 1  # all of it is enough
 

@@ -36,7 +36,8 @@ def detect_result(shape, counted, threshold):
         "outcomes": {"counted": counted, "wrong answer, cut at the token limit": 3, "empty answer": 1},
         "profile": {"n_heads": 3, "gini": 0.871, "layer_com": None},
         "stability": [{"cases": n, "heads": 3, "jaccard": 1.0 if n == counted else 0.75} for n in cases],
-        "numbers": {"detect/cases counted": around(0.9123), "detect/heads": number(3.0), "detect/gini": number(0.871)},
+        "numbers": {"detect/cases counted": around(0.9123), "detect/heads": number(3.0, n=counted),
+                    "detect/gini": number(0.871, n=counted)},
     }  # fmt: skip
 
 
@@ -263,6 +264,17 @@ def test_one_counted_case_no_threshold_and_mostly_idle_heads(render):
     assert "With most heads idle, masks of any layer prove little" in said
 
 
+def test_given_scores_have_no_detection_cases(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "inline", lambda figure, name: f'<img alt="{name}">')
+    results = make_results()
+    results["detect"]["outcomes"] = {}
+    del results["detect"]["numbers"]["detect/cases counted"]
+    write_report(tmp_path / "report.html", results, "some/model")
+    found = Page((tmp_path / "report.html").read_text())
+    assert "The scores were given, of 20 cases; none was measured here." in found.text
+    assert "Detection cases" not in found.drawings
+
+
 def test_nothing_trained_and_no_tasks(render):
     found = Page(render(tasks=(), arms=(), changes={"text loss": ACROSS}))
     assert "No arm is trained." in found.text
@@ -275,14 +287,14 @@ def test_large_results_fit(tmp_path, monkeypatch):
     drawn, inline = {}, figures.inline
     monkeypatch.setattr(figures, "inline", lambda figure, name: inline(drawn.setdefault(name, figure), name))
     long = "multi_key needle in a haystack of essays, eight times as long"
-    changes = {long: UP} | {"b": ACROSS, "c": ACROSS, "text loss": DOWN}
+    changes = {long: UP} | {"b": ACROSS, "c": ACROSS, "d": ACROSS, "text loss": DOWN}
     results = make_results(shape=(32, 32), tasks=(long,), arms=ALL_ARMS, seeds=(0, 1), n_steps=200, changes=changes)
     write_report(tmp_path / "report.html", results, "some/model")
     assert (tmp_path / "report.html").stat().st_size < 1_500_000
     for name, figure in drawn.items():
         box, width, height = figure.get_tightbbox(), *figure.get_size_inches()
         assert box.x0 > -0.02 and box.y0 > -0.02 and box.x1 < width + 0.02 and box.y1 < height + 0.02, name
-        assert height < 9, name  # inches, of a printed page
+        assert height < 7, name  # inches: two rows of panels fit on a printed page
     ticks = drawn["Head scores"].axes[0].get_xticks()
     assert 4 <= len(ticks) <= 11 and all(tick == int(tick) for tick in ticks)
 

@@ -208,9 +208,8 @@ class Transformer(nn.Module):
         x_BTE = RMSNorm(cfg.norm_eps, name="norm")(x_BTE)
         if not cfg.tied_embeddings:
             Unembedding(cfg, name="lm_head")()
-        if probe_BP is None:
-            argmax_BPLH = None
-        else:
+        argmax_BPLH = None
+        if probe_BP is not None:
             argmax_BPLH = jnp.moveaxis(merge_layers(cfg, {"blocks": argmax, "tail": tail_argmax}), 0, 2)
         cache = None if cache["blocks"] is None else {"blocks": block_cache, "tail": tail_cache}
         return Hidden(x_BTE, cache, argmax_BPLH)

@@ -19,18 +19,18 @@ def get_config() -> ConfigDict:
     config.model = "bundled"
     config.prompt.template = "{context} {question}"
 
-    # The model was trained on up to 512 tokens: 128 is short, 768 is beyond what it has seen.
+    # The model was trained on up to 512 tokens: 128 is short, 640 is beyond what it has seen.
     needles = {"needles": "bundled/test_needles.jsonl", "haystack": "bundled/test_text.txt", "max_new_tokens": 8}
     facts = needles | {"needles": "bundled/test_facts.jsonl", "max_new_tokens": 3}
     config.tasks = ConfigDict({
         "detect": default.task("bundled/detect_needles.jsonl", "bundled/detect_text.txt", lengths=(128, 256, 384),
                                per_length=40, distractors=5, seed=1, max_new_tokens=8),
         "needle short": default.task(**needles, lengths=(128,), per_length=96, distractors=3, seed=2),
-        "needle long": default.task(**needles, lengths=(768,), per_length=96, distractors=15, seed=3),
+        "needle long": default.task(**needles, lengths=(640,), per_length=96, distractors=15, seed=3),
         "context short": default.task(**facts, lengths=(128,), per_length=96, distractors=3, seed=4),
         "context long": default.task(**facts, lengths=(512,), per_length=256, distractors=3, seed=5),
         "closed-book": default.task("bundled/closed_book.jsonl", max_new_tokens=3),
-        "niah": default.task(**needles, lengths=(128, 256, 384, 512, 640, 768), depths=(0.0, 0.25, 0.5, 0.75, 1.0),
+        "niah": default.task(**needles, lengths=(128, 256, 384, 512, 640), depths=(0.0, 0.25, 0.5, 0.75, 1.0),
                              per_length=40, distractors=7, seed=6),
     })  # fmt: skip
     config.text.file = "bundled/test_text.txt"
@@ -82,8 +82,9 @@ def _pretrain() -> ConfigDict:
     learn = {"repeats": 0.7, "needle": 0.2, "plain": 0.1}
     use = {"repeats": 0.5, "needle": 0.35, "plain": 0.15}
     broad = {"repeats": 0.12, "needle": 0.7, "plain": 0.18}
-    # Contexts that contradict memory are rare: their share decides how often the model follows the context.
-    rare, some = 0.006, 0.15
+    settle = {"repeats": 0.1, "needle": 0.45, "plain": 0.45}
+    # Contexts that contradict memory are rare until the end: their number decides how often the model follows them.
+    rare, some = 0.006, 0.3
     recipe = ConfigDict()
     recipe.seed = 0
     recipe.model = ConfigDict({
@@ -98,11 +99,11 @@ def _pretrain() -> ConfigDict:
             _phase(150, 256, 16, broad, needles=8, questions=4, counterfactual=rare, drop=0.1),
             _phase(220, 512, 8, broad, needles=12, questions=6, counterfactual=rare, drop=0.1),
         ]),
-        _stage(4, 8, 5e-4, [_phase(140, 512, 8, broad, needles=12, questions=6, counterfactual=some, drop=0.1)]),
+        _stage(4, 8, 5e-4, [_phase(140, 512, 8, settle, needles=12, questions=6, counterfactual=some, drop=0.3)]),
     )  # fmt: skip
     recipe.data = ConfigDict({
         "seeds": {"detect": 101, "test": 102}, "facts_seed": 103, "prompts_seed": 104,
-        "needles": 128, "sentences": 2000, "prompts": 512, "prompt_lengths": (96, 256), "prompts_facts": 0.75,
+        "needles": 128, "sentences": 2000, "prompts": 512, "prompt_lengths": (96, 248), "prompts_facts": 0.75,
     })  # fmt: skip
     return recipe
 

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config = tiny.get_config()
     config.train.arms = ARMS
     config.train.seeds = (0, 1, 2)
+    config.eval.grids = ()
     config.headlines = tuple(
         f"eval/{task}/{arm} minus start"
         for task in ("context long", "context short", "needle long", "closed-book", "text loss")

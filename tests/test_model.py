@@ -37,7 +37,7 @@ def test_a_logit_depends_on_its_own_and_earlier_tokens_only(tiny):
 
 
 def test_padding_on_the_right_reaches_no_real_position(tiny):
-    lengths = [24, 9]
+    lengths = np.array([24, 9])
     logits = tiny.logits(TOKENS, lengths)
     repadded = TOKENS.copy()
     repadded[1, 9:] = np.random.default_rng(1).integers(0, 61, 15)
@@ -64,7 +64,7 @@ def test_rows_of_a_batch_do_not_meet(tiny):
     (TOKENS[0], None, r"tokens must be integers of shape \(B, T\), got int32\(24,\)"),
     (TOKENS * 1.0, None, r"tokens must be integers .* got float"),
     (np.zeros((1, 301), np.int32), None, "301 prompt tokens .* context of 300"),
-    (TOKENS, [24], r"lengths has shape \(1,\); 2 rows of tokens need \(2,\)"),
+    (TOKENS, np.array([24]), r"lengths has shape \(1,\); 2 rows of tokens need \(2,\)"),
 ])  # fmt: skip
 def test_unfit_tokens_raise_before_any_compile(tiny, compiles, tokens, lengths, message):
     jnp.asarray(tokens)  # moving an array to the device may itself compile a copy

@@ -40,7 +40,7 @@ def test_the_stored_masks_change_the_logits(golden):
 def test_greedy_tokens_agree_with_torch(read_golden, variant):
     golden = read_golden(variant)
     rows, length = golden.tokens.shape
-    out = golden.lm.generate(golden.tokens, [length] * rows, golden.greedy.shape[1], stop_ids=())
+    out = golden.lm.generate(golden.tokens, np.full(rows, length), golden.greedy.shape[1], stop_ids=())
     np.testing.assert_array_equal(out.tokens, golden.greedy)
 
 

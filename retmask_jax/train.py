@@ -82,7 +82,8 @@ def train(config: ModelConfig, start_params, rows: PairRows, settings: Settings,
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES), _checkpoints(folder, settings) as checkpoints:
         state = _restore(checkpoints, state)
         metrics = _Metrics(folder / "metrics.jsonl", int(state.step))
-        update = functools.partial(_update, config, settings, optimizer)
+        # One program for all seeds: the seed orders the data and is no part of an update.
+        update = functools.partial(_update, config, dataclasses.replace(settings, seed=0))
         with track(None, settings.steps, what, "step") as bar:
             bar.update(int(state.step))
             for step in range(int(state.step), settings.steps):
@@ -149,8 +150,8 @@ def pair_loss(config: ModelConfig, settings: Settings, params, batch):
     return losses.mean(), metrics
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def _update(config, settings, optimizer, state, batch):
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _update(config, settings, state, batch):
     """One optimiser step: gradients averaged over microbatches, then AdamW."""
     parts = settings.batch_size // settings.microbatch_size
     micro = jax.tree.map(lambda x: x.reshape(parts, settings.microbatch_size, *x.shape[1:]), batch)
@@ -162,7 +163,7 @@ def _update(config, settings, optimizer, state, batch):
     shapes = jax.eval_shape(grad, state.params, jax.tree.map(lambda x: x[0], micro))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (grads, metrics), _ = jax.lax.scan(accumulate, zeros, micro)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = make_optimizer(settings).update(grads, state.opt_state, state.params)
     metrics |= {"gradient_norm": optax.tree.norm(grads), "learning_rate": schedule(settings)(state.step)}
     return State(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
 

@@ -42,7 +42,7 @@ def golden(request, read_golden):
 
 @pytest.fixture(scope="session")
 def random_model():
-    """A LanguageModel with random parameters for a config; norms differ, and attention is far from uniform."""
+    """A LanguageModel of random parameters for a config; norms differ, attention is not uniform."""
 
     def make(config: ModelConfig, seed: int = 0):
         rng = np.random.default_rng(seed)
@@ -61,8 +61,8 @@ def random_model():
 def tiny(random_model):
     """A random model of 3 layers with 4 query heads on 2 KV heads."""
     return random_model(ModelConfig(
-        vocab_size=61, hidden_size=32, mlp_size=40, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, max_length=300,
-        bos_id=1, eos_ids=(2,), pad_id=0,
+        vocab_size=61, hidden_size=32, mlp_size=40, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8,
+        max_length=300, bos_id=1, eos_ids=(2,), pad_id=0,
     ))  # fmt: skip
 
 
@@ -70,7 +70,8 @@ def tiny(random_model):
 def five_layers(random_model):
     """Five layers in a row, and the same model as two repeats of two layers and a tail of one."""
     config = ModelConfig(
-        vocab_size=31, hidden_size=16, mlp_size=20, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=4, max_length=80,
+        vocab_size=31, hidden_size=16, mlp_size=20, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=4,
+        max_length=80,
     )  # fmt: skip
     lm = random_model(config)
     paired = dataclasses.replace(config, layer_pattern=("full", "full"))
@@ -80,7 +81,7 @@ def five_layers(random_model):
 
 @pytest.fixture(scope="session")
 def close():
-    """Assert equal shapes and a largest difference below `tolerance` of the expected scale; NaN fails."""
+    """Assert equal shapes and differences below `tolerance` of the expected scale; NaN fails."""
 
     def check(actual, expected, tolerance=1e-4):
         actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)

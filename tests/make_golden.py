@@ -1,10 +1,10 @@
-"""Write tests/golden: small random Llama checkpoints and what transformers on torch computes with them.
+"""Write tests/golden: small random Llama checkpoints, and what transformers computes with them.
 
-    python tests/make_golden.py            # needs torch and transformers; the tests themselves do not
+    python tests/make_golden.py      # needs torch and transformers; the tests themselves do not
 
-Each folder is a checkpoint as transformers saves it, and golden.npz: tokens i32[B,T], head_mask bool[L,H],
-rope_mask bool[L,H,R], logits f32[B,T,V] under no mask, each mask alone and the rotary mask at both sites (float32,
-eager attention, nothing padded), and the greedy continuation i32[B,12].
+Each folder is a checkpoint as transformers saves it, and golden.npz: tokens i32[B,T], head_mask
+bool[L,H], rope_mask bool[L,H,R], logits f32[B,T,V] under no mask, each mask alone and the rotary
+mask at both sites (float32, eager attention, no padding), and the greedy continuation i32[B,12].
 """
 
 import contextlib
@@ -24,8 +24,9 @@ SEED = 60
 
 _SHAPE = dict(
     vocab_size=61, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=96, rms_norm_eps=1e-5, initializer_range=0.25,
-    bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=96, rms_norm_eps=1e-5,
+    initializer_range=0.25, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    tie_word_embeddings=False,
 )  # fmt: skip
 _LLAMA3 = dict(
     rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -51,7 +52,8 @@ VARIANTS = {
 def build(changes, seed: int) -> LlamaForCausalLM:
     """A random model whose norms differ from one another, so that none can be taken for another."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM._from_config(LlamaConfig(**_SHAPE | changes), attn_implementation="eager")
+    config = LlamaConfig(**_SHAPE | changes)
+    model = LlamaForCausalLM._from_config(config, attn_implementation="eager")
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -66,7 +68,7 @@ def load(folder: Path) -> LlamaForCausalLM:
 
 
 def random_masks(config: LlamaConfig, rng: np.random.Generator):
-    """(bool[L,H], bool[L,H,R]): a third of the heads; about half of the pairs in half of the heads."""
+    """(bool[L,H], bool[L,H,R]): a third of the heads; about half the pairs of half the heads."""
     shape = (config.num_hidden_layers, config.num_attention_heads)
     order_LH, other_LH = (rng.permutation(np.prod(shape)).reshape(shape) for _ in range(2))
     pairs_LHR = rng.random((*shape, config.head_dim // 2)) < 1 / 2
@@ -89,18 +91,24 @@ def torch_greedy(model, tokens) -> np.ndarray:
     tokens = torch.tensor(tokens, dtype=torch.long)
     model.generation_config.eos_token_id = None
     out = model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
     )
     logits = torch_logits(model, out.numpy())[:, LENGTH - 1 : -1]
-    first, second = np.sort(logits, axis=-1)[..., -1], np.sort(logits, axis=-1)[..., -2]
-    assert (first - second).min() > 1e-3 * np.abs(logits).max(), "two tokens nearly tie: choose another seed"
+    ordered = np.sort(logits, axis=-1)
+    lead = (ordered[..., -1] - ordered[..., -2]).min()
+    assert lead > 1e-3 * np.abs(logits).max(), "two tokens nearly tie: choose another seed"
     return out[:, LENGTH:].numpy().astype(np.int32)
 
 
 def _mask_heads(stack, model, head_mask):
     for layer, block in enumerate(model.model.layers):
         kept = (~head_mask[layer]).repeat_interleave(model.config.head_dim)
-        hook = block.self_attn.o_proj.register_forward_pre_hook(lambda _, args, kept=kept: (args[0] * kept,))
+        o_proj = block.self_attn.o_proj
+        hook = o_proj.register_forward_pre_hook(lambda _, args, kept=kept: (args[0] * kept,))
         stack.callback(hook.remove)
 
 
@@ -109,7 +117,8 @@ def _mask_rotated_queries(stack, model, rope_mask):
     eager = modeling_llama.eager_attention_forward
 
     def masked(module, query, *args, **kwargs):
-        return eager(module, query * ~_dims(rope_mask[module.layer_idx])[None, :, None], *args, **kwargs)
+        kept_HD = ~_dims(rope_mask[module.layer_idx])
+        return eager(module, query * kept_HD[None, :, None], *args, **kwargs)
 
     stack.enter_context(mock.patch.object(modeling_llama, "eager_attention_forward", masked))
 
@@ -117,10 +126,14 @@ def _mask_rotated_queries(stack, model, rope_mask):
 def _mask_projections(stack, model, rope_mask):
     """A KV head loses the pair when any query head of its group names it."""
     for layer, block in enumerate(model.model.layers):
+        attention = block.self_attn
         groups = rope_mask[layer].reshape(model.config.num_key_value_heads, -1, rope_mask.shape[-1])
-        for linear, pairs in (("q_proj", rope_mask[layer]), ("k_proj", groups.any(dim=1))):
+        for linear, pairs in (
+            (attention.q_proj, rope_mask[layer]),
+            (attention.k_proj, groups.any(dim=1)),
+        ):
             kept = ~_dims(pairs).flatten()
-            hook = getattr(block.self_attn, linear).register_forward_hook(lambda _, __, out, kept=kept: out * kept)
+            hook = linear.register_forward_hook(lambda _, __, out, kept=kept: out * kept)
             stack.callback(hook.remove)
 
 

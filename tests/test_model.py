@@ -91,7 +91,8 @@ def _weights(q_BTHD, k_BKSD, scale, start_B=0):
     k_BHSD = np.repeat(k_BKSD.astype(np.float64), q_BTHD.shape[2] // k_BKSD.shape[1], axis=1)
     scores_BHTS = np.einsum("bthd,bhsd->bhts", q_BTHD.astype(np.float64), k_BHSD) * scale
     last_BT = np.asarray(start_B)[..., None] + np.arange(q_BTHD.shape[1])
-    seen = np.arange(k_BKSD.shape[2]) <= np.broadcast_to(last_BT, q_BTHD.shape[:2])[:, None, :, None]
+    last_BT = np.broadcast_to(last_BT, q_BTHD.shape[:2])
+    seen = np.arange(k_BKSD.shape[2]) <= last_BT[:, None, :, None]
     weights_BHTS = np.where(seen, np.exp(scores_BHTS - scores_BHTS.max(-1, keepdims=True)), 0)
     return weights_BHTS / weights_BHTS.sum(-1, keepdims=True)
 
@@ -153,14 +154,16 @@ def test_probe_finds_the_largest_full_attention_weight():
     q, k, _ = _random_qkv(12, keys=20, batch=3, heads=4, kv_heads=2)
     start_B, rows_BP = np.array([0, 5, 8]), np.array([[0, 11], [3, 7], [11, 2]])
     weights_BHTS = _weights(q, k, 0.3, start_B)
-    expected = np.take_along_axis(weights_BHTS.argmax(-1).swapaxes(1, 2), rows_BP[:, :, None], axis=1)
-    actual = probe_argmax(jnp.asarray(q), jnp.asarray(k), jnp.asarray(rows_BP), jnp.asarray(start_B))
+    best_BTH = weights_BHTS.argmax(-1).swapaxes(1, 2)
+    expected = np.take_along_axis(best_BTH, rows_BP[:, :, None], axis=1)
+    actual = probe_argmax(*map(jnp.asarray, (q, k, rows_BP, start_B)))
     np.testing.assert_array_equal(actual, expected)
     unmasked = np.einsum("bthd,bhsd->bths", q, np.repeat(k, 2, axis=1)).argmax(-1)
     assert (np.take_along_axis(unmasked, rows_BP[:, :, None], axis=1) != expected).any()
 
 
 # --- layout of the layers ---
+
 
 def test_split_layers_keeps_absolute_order_and_merge_inverts_it(five_layers):
     flat, paired = (lm.config for lm in five_layers)
@@ -187,11 +190,11 @@ def test_a_layer_pattern_changes_the_layout_and_nothing_else(five_layers, close)
 # --- configs ---
 
 OLD_FORM = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, "hidden_size": 64,
-    "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
-    "head_dim": 16, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-    "tie_word_embeddings": True, "attention_bias": False, "bos_token_id": 5, "eos_token_id": [7, 8],
-    "pad_token_id": 3, "torch_dtype": "bfloat16", "rope_theta": 5e5,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "tie_word_embeddings": True, "attention_bias": False, "bos_token_id": 5,
+    "eos_token_id": [7, 8], "pad_token_id": 3, "torch_dtype": "bfloat16", "rope_theta": 5e5,
     "rope_scaling": {
         "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.5, "high_freq_factor": 3.0,
         "original_max_position_embeddings": 1024,
@@ -205,9 +208,9 @@ def _without(form, *names, **changes):
 
 def test_every_attribute_is_read_into_its_field():
     assert from_hf(OLD_FORM) == ModelConfig(
-        vocab_size=128, hidden_size=64, mlp_size=96, n_layers=3, n_heads=8, n_kv_heads=2, head_dim=16,
-        max_length=4096, norm_eps=1e-6, activation="silu", tied_embeddings=True, bos_id=5, eos_ids=(7, 8), pad_id=3,
-        rope=Rope("llama3", 5e5, 32.0, 1.5, 3.0, 1024),
+        vocab_size=128, hidden_size=64, mlp_size=96, n_layers=3, n_heads=8, n_kv_heads=2,
+        head_dim=16, max_length=4096, norm_eps=1e-6, activation="silu", tied_embeddings=True,
+        bos_id=5, eos_ids=(7, 8), pad_id=3, rope=Rope("llama3", 5e5, 32.0, 1.5, 3.0, 1024),
     )  # fmt: skip
 
 
@@ -229,8 +232,9 @@ def test_both_forms_of_rope_settings_read_the_same():
 
 
 def test_what_a_config_may_leave_out_has_hfs_default():
-    left_out = ("head_dim", "num_key_value_heads", "tie_word_embeddings", "eos_token_id", "pad_token_id")
-    config = from_hf(_without(OLD_FORM, *left_out, "rope_theta", "rope_scaling"))
+    left_out = ("head_dim", "num_key_value_heads", "tie_word_embeddings", "eos_token_id")
+    left_out += ("pad_token_id", "rope_theta", "rope_scaling")
+    config = from_hf(_without(OLD_FORM, *left_out))
     assert (config.head_dim, config.n_kv_heads, config.tied_embeddings) == (8, 8, False)
     assert (config.eos_ids, config.pad_id, config.rope) == ((), 0, Rope(theta=10000.0))
     assert from_hf(_without(OLD_FORM, eos_token_id=7, pad_token_id=-1)).eos_ids == (7,)
@@ -244,13 +248,13 @@ def test_what_a_config_may_leave_out_has_hfs_default():
     ({"mlp_bias": True}, r"mlp_bias=True"),
     ({"hidden_act": "gelu"}, r"hidden_act='gelu'"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"RoPE type 'yarn' is not supported"),
-    ({"rope_scaling": {"rope_type": "linear"}}, r"'linear' takes \['factor'\], config.json has \[\]"),
+    ({"rope_scaling": {"rope_type": "linear"}}, r"'linear' takes \['factor'\], .* has \[\]"),
     ({"rope_scaling": {"rope_type": "default", "beta": 1}}, r"'default' takes \[\].*beta"),
-    ({"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2.0}}, "two RoPE types: dynamic, linear"),
+    ({"rope_scaling": {"rope_type": "linear", "type": "dynamic"}}, "types: dynamic, linear"),
     ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, r"must be numbers.*'4'"),
     ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "must be numbers"),
     ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported \(supported: .*llama"),
-    ({"num_attention_heads": 6, "num_key_value_heads": 4}, "6 query heads cannot share 4 key/value heads"),
+    ({"num_attention_heads": 6, "num_key_value_heads": 4}, "6 query heads cannot share 4"),
     ({"head_dim": 15}, "head_dim 15 is odd"),
 ])  # fmt: skip
 def test_a_config_that_is_not_fully_understood_raises_by_name(changes, message):
@@ -258,8 +262,10 @@ def test_a_config_that_is_not_fully_understood_raises_by_name(changes, message):
         from_hf(OLD_FORM | changes)
 
 
-@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                  "num_attention_heads", "max_position_embeddings"])  # fmt: skip
+@pytest.mark.parametrize("name", [
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+])  # fmt: skip
 def test_a_missing_attribute_raises_by_name(name):
     with pytest.raises(ValueError, match=f"no '{name}'"):
         from_hf(_without(OLD_FORM, name))

@@ -5,6 +5,8 @@ import io
 import re
 from pathlib import Path
 
+import pytest
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -16,7 +18,7 @@ def test_the_experiment_runs_as_printed_with_one_compile_per_use(caplog):
     output, scope = io.StringIO(), {}
     with contextlib.redirect_stdout(output):
         exec(code, scope)
-    assert numbers(output.getvalue()) == numbers(printed)
+    assert numbers(output.getvalue()) == pytest.approx(numbers(printed), abs=0.02)
 
     compiled = jax.jit(jax.vmap(scope["logp"]))
     compiled(scope["masks"])

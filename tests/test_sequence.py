@@ -25,8 +25,9 @@ def _masks(rows=()):
 def _plain(logits_BTV, loss_mask):
     """f[B] by the definition."""
     logps_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
-    chosen_BT = jnp.take_along_axis(logps_BTV[:, :-1], TOKENS[:, 1 : logits_BTV.shape[1], None], axis=-1)
-    return jnp.where(loss_mask[:, 1:], chosen_BT[..., 0], 0).sum(axis=1)
+    target_BT = TOKENS[:, 1 : logits_BTV.shape[1]]
+    chosen_BT = jnp.take_along_axis(logps_BTV[:, :-1], target_BT[..., None], axis=-1)[..., 0]
+    return jnp.where(loss_mask[:, 1:], chosen_BT, 0).sum(axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +64,10 @@ def test_the_loss_mask_chooses_what_counts(tiny, summed, close):
 
 
 def test_padding_behind_the_last_counted_token_does_not_matter(tiny, summed, close):
-    loss_mask = LOSS_MASK & (np.arange(LENGTH) < np.array([[100], [128]]))
-    expected = [_plain(tiny.logits(TOKENS)[:, :n], LOSS_MASK[:, :n])[row] for row, n in enumerate((100, 128))]
-    close(summed(loss_mask=loss_mask), expected, 1e-5)
+    lengths, logits_BTV = (100, 128), tiny.logits(TOKENS)
+    loss_mask = LOSS_MASK & (np.arange(LENGTH) < np.array(lengths)[:, None])
+    alone = [_plain(logits_BTV[:, :length], LOSS_MASK[:, :length]) for length in lengths]
+    close(summed(loss_mask=loss_mask), [alone[0][0], alone[1][1]], 1e-5)
 
 
 def test_interventions_reach_the_sum(tiny, summed, close):
@@ -82,9 +84,8 @@ def test_the_gradient_is_that_of_a_plain_log_softmax(tiny, close):
     """With respect to every parameter and to gates of both kinds; blocks are recomputed."""
 
     def chunked(params, iv):
-        return sequence_logprobs(
-            tiny.config, params, TOKENS, LOSS_MASK, interventions=iv, remat=True
-        )
+        options = {"interventions": iv, "remat": True}
+        return sequence_logprobs(tiny.config, params, TOKENS, LOSS_MASK, **options)
 
     def plain(params, iv):
         return _plain(forward(tiny.config, params, TOKENS, interventions=iv), LOSS_MASK)
@@ -100,14 +101,14 @@ def test_the_gradient_is_that_of_a_plain_log_softmax(tiny, close):
 
 def test_token_logprobs_are_the_terms_of_the_sum(tiny, close):
     iv = _masks()
-    logps_BTV = jax.nn.log_softmax(tiny.logits(TOKENS, interventions=iv), axis=-1)
-    expected = np.take_along_axis(np.asarray(logps_BTV)[:, :-1], TOKENS[:, 1:, None], axis=-1)[..., 0]
+    logps_BTV = np.asarray(jax.nn.log_softmax(tiny.logits(TOKENS, interventions=iv), axis=-1))
+    expected = np.take_along_axis(logps_BTV[:, :-1], TOKENS[:, 1:, None], axis=-1)[..., 0]
     close(token_logprobs(tiny.config, tiny.params, TOKENS, iv), expected, 1e-5)
 
 
 @pytest.mark.parametrize("changes, message", [
     ({"loss_mask": LOSS_MASK[:, 1:]}, r"loss_mask has shape \(2, 129\); tokens have \(2, 130\)"),
-    ({"tokens": TOKENS[0], "loss_mask": LOSS_MASK[0]}, r"tokens must be integers of shape \(B, T\)"),
+    ({"tokens": TOKENS[0], "loss_mask": LOSS_MASK[0]}, r"integers of shape \(B, T\)"),
     ({"lengths": np.array([130])}, r"lengths has shape \(1,\); 2 rows"),
     ({"interventions": Interventions(np.zeros((4, 4), bool))}, r"head_mask has shape \(4, 4\)"),
     ({"tokens": np.zeros((2, 301), np.int32)}, "exceed the model's context of 300"),

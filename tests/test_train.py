@@ -322,7 +322,10 @@ def several_devices(folder: Path):
     settings = dataclasses.replace(SETTINGS, steps=3, microbatch_size=4)
     mesh = make_mesh({"data": 2, "fsdp": -1, "tensor": 2})
     placed = jax.device_put(copying_params(), param_shardings(CONFIG, mesh))
+    update, shares = training._update, []
+    training._update = lambda *args: shares.append(args[-1]["chosen"].addressable_shards[0].data.shape) or update(*args)
     many = train(CONFIG, placed, ROWS, settings, folder / "many", mesh, fingerprint="f")
+    assert shares == [(1, 16)] * 3  # a batch of 4 over data x fsdp
     kernel = many["blocks"]["0"]["mlp"]["gate"]["kernel"]
     assert kernel.addressable_shards[0].data.size * 4 == kernel.size
     assert len(kernel.sharding.device_set) == 8

@@ -27,11 +27,16 @@ def _stored(folder):
     return tensors
 
 
+def _read_config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
 def _assert_same_bits(actual, expected):
     assert sorted(actual) == sorted(expected)
     for name, tensor in expected.items():
         assert actual[name].dtype == tensor.dtype, name
-        np.testing.assert_array_equal(actual[name].view(np.uint8), tensor.view(np.uint8), err_msg=name)
+        assert actual[name].shape == tensor.shape, name
+        assert actual[name].tobytes() == tensor.tobytes(), name
 
 
 @pytest.fixture
@@ -58,14 +63,14 @@ def _edit(folder, change):
 
 def test_an_untouched_load_saves_back_bit_for_bit(golden, tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(golden.lm.params)} == {jnp.dtype("float32")}
-    save(golden.lm, tmp_path / "deep" / "folder")
-    _assert_same_bits(_stored(tmp_path / "deep" / "folder"), _stored(golden.folder))
-    read = [json.loads((folder / "config.json").read_text()) for folder in (golden.folder, tmp_path / "deep" / "folder")]
-    assert read[0] == read[1]
-    again = load(tmp_path / "deep" / "folder")
+    new = tmp_path / "deep" / "folder"
+    save(golden.lm, new)
+    _assert_same_bits(_stored(new), _stored(golden.folder))
+    assert _read_config(new) == _read_config(golden.folder)
+    again = load(new)
     assert again.config == golden.lm.config
     jax.tree.map(np.testing.assert_array_equal, again.params, golden.lm.params)
-    assert not list((tmp_path / "deep" / "folder").glob("*.part"))
+    assert not list(new.glob("*.part"))
 
 
 def test_the_stored_forms_are_what_their_names_say(read_golden):
@@ -96,7 +101,7 @@ def test_save_casts_to_the_dtype_asked_for_and_says_so(read_golden, tmp_path):
     save(golden.lm, tmp_path, dtype="bfloat16")
     rounded = {name: tensor.astype(jnp.bfloat16) for name, tensor in _stored(golden.folder).items()}
     _assert_same_bits(_stored(tmp_path), rounded)
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert _read_config(tmp_path)["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("call", [
@@ -104,7 +109,7 @@ def test_save_casts_to_the_dtype_asked_for_and_says_so(read_golden, tmp_path):
     lambda lm, folder: save(lm, folder / "new", dtype="int8"),
 ])  # fmt: skip
 def test_another_dtype_raises_with_those_there_are(golden, call):
-    with pytest.raises(ValueError, match="dtype is 'int8'; it must be one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="'int8'; it must be one of float32, bfloat16, float16"):
         call(golden.lm, golden.folder)
     assert not (golden.folder / "new").exists()
 
@@ -112,7 +117,7 @@ def test_another_dtype_raises_with_those_there_are(golden, call):
 def test_other_files_of_the_folder_are_copied_and_weights_are_not(copy, tmp_path):
     folder = copy("sharded")
     lm = load(folder)
-    texts = {"special_tokens_map.json": "{}", "chat_template.jinja": "{{ messages }}", "merges.txt": "a b"}
+    texts = {"special_tokens_map.json": "{}", "chat_template.jinja": "{{ x }}", "merges.txt": "a b"}
     for name, text in texts.items():
         (folder / name).write_text(text)
     (folder / "tokenizer.model").write_bytes(b"\x00\x01")
@@ -138,8 +143,10 @@ def test_the_tokenizer_comes_along(copy, tmp_path, tiny):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("rope", [Rope("linear", 500.0, 2.0), Rope("llama3", 1e4, 8.0, 1.0, 4.0, 64)])
-def test_a_model_made_here_is_saved_in_hf_names_and_read_back(tiny, tmp_path, rope, tied):
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_a_model_made_here_is_saved_in_hf_names_and_read_back(tiny, tmp_path, kind, tied):
+    llama3 = Rope("llama3", 1e4, 8.0, low_freq_factor=2.0, high_freq_factor=3.0, original_length=64)
+    rope = {"linear": Rope("linear", 500.0, 2.0), "llama3": llama3}[kind]
     config = dataclasses.replace(tiny.config, rope=rope, tied_embeddings=tied)
     params = {name: part for name, part in tiny.params.items() if not tied or name != "lm_head"}
     save(from_params(config, params), tmp_path)
@@ -159,8 +166,9 @@ def test_transformers_loads_what_is_saved_and_agrees(golden, tmp_path, close):
     save(golden.lm, tmp_path / "same")
     save(golden.lm, tmp_path / "masked", interventions=Interventions(head_mask=golden.head_mask))
     for name, expected in (("same", golden.logits), ("masked", golden.logits_heads)):
-        # torch itself wrote `expected`: only the checkpoint stands between the two.
-        close(make_golden.torch_logits(make_golden.load(tmp_path / name), golden.tokens), expected, 1e-5)
+        # torch itself made `expected`: only the checkpoint stands between the two.
+        model = make_golden.load(tmp_path / name)
+        close(make_golden.torch_logits(model, golden.tokens), expected, 1e-5)
 
 
 def test_transformers_loads_a_model_made_here(tiny, tmp_path, close):
@@ -191,15 +199,16 @@ def test_a_baked_head_mask_is_the_traced_one(read_golden, tmp_path, variant, clo
     width = golden.lm.config.head_dim
     for layer, heads in enumerate(golden.head_mask):
         name = f"model.layers.{layer}.self_attn.o_proj.weight"
-        np.testing.assert_array_equal(after[name], np.where(np.repeat(heads, width), 0, before[name]))
+        expected = np.where(np.repeat(heads, width), 0, before[name])
+        np.testing.assert_array_equal(after[name], expected)
 
 
 @pytest.mark.parametrize("iv, message", [
-    (Interventions(np.full((3, 4), 0.5, np.float32)), r"only a shared bool head_mask .* float32\(3, 4\)"),
+    (Interventions(np.full((3, 4), 0.5, np.float32)), r"only a shared bool .* float32\(3, 4\)"),
     (Interventions(np.ones((2, 3, 4), bool)), r"only a shared bool head_mask .* bool\(2, 3, 4\)"),
     (Interventions(np.ones((3, 5), bool)), r"head_mask has shape \(3, 5\)"),
     (Interventions(rope_mask=np.ones((3, 4, 4), bool)), "a rotary mask cannot be baked"),
-    (Interventions(np.ones((3, 4), bool), np.ones((3, 4, 4), bool), "projection"), "a rotary mask cannot"),
+    (Interventions(rope_mask=np.ones((3, 4, 4), bool), rope_site="projection"), "a rotary mask"),
 ])  # fmt: skip
 def test_what_weights_cannot_express_is_refused_and_nothing_written(tiny, tmp_path, iv, message):
     with pytest.raises(ValueError, match=message):
@@ -256,7 +265,8 @@ def _drop(folder):
 
 
 def _add(folder):
-    _edit(folder, lambda tensors: tensors.update({"model.layers.9.mlp.up_proj.bias": np.zeros(2, np.float32)}))
+    bias = np.zeros(2, np.float32)
+    _edit(folder, lambda tensors: tensors.update({"model.layers.9.mlp.up_proj.bias": bias}))
 
 
 def _misshape(folder):
@@ -325,7 +335,7 @@ def test_a_missing_folder_raises_by_name_without_asking_the_hub(tmp_path):
 def test_a_shard_that_is_not_there_raises_by_name(copy):
     folder = copy("sharded")
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=rf"{INDEX} names model-00002-of-00002\.safetensors, which is not there"):
+    with pytest.raises(ValueError, match=rf"{INDEX} names model-00002-of-00002\.safetensors"):
         load(folder)
 
 

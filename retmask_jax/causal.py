@@ -116,7 +116,8 @@ def activity_matched(heads: Sequence[Head], activity_LH, seed: int = 0, nearest:
     """For each head one outside `heads`, drawn from the `nearest` by ratio of activity that are not taken yet."""
     rng = np.random.default_rng(seed)
     log_activity = np.log(np.asarray(activity_LH, np.float64) + 1e-9)
-    free = [tuple(map(int, index)) for index in np.ndindex(log_activity.shape) if tuple(index) not in set(heads)]
+    heads = [tuple(head) for head in heads]
+    free = [index for index in np.ndindex(log_activity.shape) if index not in set(heads)]
     if len(free) < len(heads):
         raise ValueError(f"{len(heads)} control heads are wanted, the model has only {len(free)} others")
     chosen = []

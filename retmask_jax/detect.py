@@ -92,11 +92,12 @@ def stability(scores: HeadScores, steps: int = 10, **selection) -> list[dict]:
 
     selection: threshold=... or top_k=..., as in `HeadScores.heads`.
     """
-    total = scores.per_case.shape[-1]
+    total = int(scores.counts.max())
     final = scores.heads(**selection)
     rows = []
     for n in sorted({max(1, round(total * (i + 1) / steps)) for i in range(steps)}):
-        heads = HeadScores(scores.per_case[..., :n]).heads(**selection)
+        first = HeadScores([[cases[:n] for cases in row] for row in scores.per_case])
+        heads = first.heads(**selection)
         rows.append({"cases": n, "heads": len(heads), "jaccard": stats.jaccard(heads, final)})
     return rows
 

@@ -187,13 +187,21 @@ def _build(prompter, sentences, sizes, needles, spec, shuffle, at_start) -> Case
     if count == len(order) and room > sizes[order].sum() + sizes.max():
         raise ValueError(f"the haystack has {sizes[order].sum()} tokens, too few for a case of {spec.length}")
     depth = 0.0 if at_start and spec.depth < 1 else spec.depth
-    while True:
+
+    def build(count):
         context = _plant([sentences[i] for i in order[:count]], planted, places, needle.needle, depth)
         text = prompter.render(context, needle.question)
-        tokens, offsets = prompter.encode(text)
-        if len(tokens) <= spec.length or count == 0:
-            return Case(tuple(tokens), answer_span(text, offsets, needle), needle, spec)
-        count -= 1  # joining sentences can cost a token or two
+        return text, *prompter.encode(text)
+
+    # Sentences can cost a token more or less together than apart.
+    text, tokens, offsets = build(count)
+    while len(tokens) > spec.length and count > 0:
+        count -= 1
+        text, tokens, offsets = build(count)
+    while count < len(order) and len((longer := build(count + 1))[1]) <= spec.length:
+        count += 1
+        text, tokens, offsets = longer
+    return Case(tuple(tokens), answer_span(text, offsets, needle), needle, spec)
 
 
 def _plant(hay: list[str], planted: list[str], places, needle: str, depth: float) -> str:
@@ -219,8 +227,7 @@ def _distractors(rng, needles, needle: int, n: int) -> tuple[int, ...]:
 
 
 def _only(text: str, part: str, what: str) -> int:
-    text, part = text.lower(), part.lower()
-    found = text.count(part)
-    if not part or found != 1:
-        raise ValueError(f"{what} {part!r} occurs {found} times in {text[:80]!r}..., it must occur exactly once")
-    return text.index(part)
+    found = [match.start() for match in re.finditer(re.escape(part), text, re.IGNORECASE)] if part else []
+    if len(found) != 1:
+        raise ValueError(f"{what} {part!r} occurs {len(found)} times in {text[:80]!r}..., it must occur exactly once")
+    return found[0]

@@ -26,7 +26,8 @@ def sample_responses(lm: LanguageModel, prompter: Prompter, prompts: Sequence[di
     rows = np.repeat(np.arange(len(variants)), len(prompts))
     filled = stack([iv.fill(lm.config) for iv in variants.values()])
     per_row = filled.replace(head_mask=filled.head_mask[rows], rope_mask=filled.rope_mask[rows])
-    row_seeds = np.random.SeedSequence(seed).generate_state(len(rows))
+    streams = [np.random.SeedSequence([seed, number]) for number in range(len(variants))]
+    row_seeds = np.concatenate([stream.generate_state(len(prompts)) for stream in streams])
     results = generate_many(
         lm.config, lm.params, ids * len(variants), batch_size=batch_size, max_new_tokens=max_new_tokens,
         interventions=per_row, seeds=row_seeds, temperature=temperature, top_p=top_p, what="sample",

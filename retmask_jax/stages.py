@@ -97,6 +97,11 @@ def check_config(config) -> None:
         raise ValueError(
             f"train.steps {config.train.steps} and train.batch_size {config.train.batch_size} must be >= 1"
         )
+    if config.train.max_prompt_tokens >= config.train.max_tokens:
+        raise ValueError(
+            f"train.max_prompt_tokens {config.train.max_prompt_tokens} must be less than train.max_tokens "
+            f"{config.train.max_tokens}, which also holds the answer"
+        )
     make_mesh(config.mesh)
     _settings(config, "retmask", 0)
 

@@ -89,8 +89,9 @@ def train(config: ModelConfig, start_params, rows: PairRows, settings: Settings,
             for step in range(int(state.step), settings.steps):
                 state, values = update(state, _place(loader[step], mesh))
                 values = {name: float(value) for name, value in values.items()}
-                if not np.isfinite(values["loss"]):
-                    raise ValueError(f"{what}: the loss is {values['loss']} at step {step}; lower train.learning_rate")
+                wild = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
+                if wild:
+                    raise ValueError(f"{what}: {', '.join(wild)} at step {step}; lower train.learning_rate")
                 metrics.add({"step": step + 1, **values})
                 bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
                 bar.update()
@@ -111,7 +112,7 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
 
 def schedule(settings: Settings) -> optax.Schedule:
     """Learning rate by update: up over the share `warmup` of the steps, then a cosine to final_learning_rate."""
-    warmup = max(1, round(settings.warmup * settings.steps))
+    warmup = min(max(1, round(settings.warmup * settings.steps)), settings.steps - 1)
     return optax.warmup_cosine_decay_schedule(
         0.0, settings.learning_rate, warmup, settings.steps, settings.final_learning_rate
     )
@@ -136,7 +137,7 @@ def pair_loss(config: ModelConfig, settings: Settings, params, batch):
     params = jax.tree.map(lambda x: x.astype(settings.compute_dtype), params)
     if settings.objective == "sft":
         logps = sequence_logprobs(config, params, batch["chosen"], batch["chosen_mask"], remat=settings.remat)
-        return sft_loss(logps, batch["chosen_mask"].sum()), {}
+        return sft_loss(logps, batch["n_tokens"]), {}
     tokens = jnp.concatenate([batch["chosen"], batch["rejected"]])
     mask = jnp.concatenate([batch["chosen_mask"], batch["rejected_mask"]])
     chosen, rejected = jnp.split(sequence_logprobs(config, params, tokens, mask, remat=settings.remat), 2)
@@ -154,6 +155,8 @@ def pair_loss(config: ModelConfig, settings: Settings, params, batch):
 def _update(config, settings, state, batch):
     """One optimiser step: gradients averaged over microbatches, then AdamW."""
     parts = settings.batch_size // settings.microbatch_size
+    # Every answer token of the batch weighs the same, in whichever microbatch it is.
+    batch |= {"n_tokens": jnp.full(settings.batch_size, batch["chosen_mask"].sum() / settings.batch_size)}
     micro = jax.tree.map(lambda x: x.reshape(parts, settings.microbatch_size, *x.shape[1:]), batch)
     grad = jax.grad(lambda p, b: _with_loss(pair_loss(config, settings, p, b)), has_aux=True)
 
@@ -164,8 +167,12 @@ def _update(config, settings, state, batch):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (grads, metrics), _ = jax.lax.scan(accumulate, zeros, micro)
     updates, opt_state = make_optimizer(settings).update(grads, state.opt_state, state.params)
-    metrics |= {"gradient_norm": optax.tree.norm(grads), "learning_rate": schedule(settings)(state.step)}
-    return State(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+    params = optax.apply_updates(state.params, updates)
+    metrics |= {
+        "gradient_norm": optax.tree.norm(grads), "parameter_norm": optax.tree.norm(params),
+        "learning_rate": schedule(settings)(state.step),
+    }  # fmt: skip
+    return State(params, opt_state, state.step + 1), metrics
 
 
 def _with_loss(loss_and_metrics):

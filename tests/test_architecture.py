@@ -62,7 +62,9 @@ def test_families_are_named_in_the_tables_only():
         tree = ast.parse(path.read_text())
         words = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
         words += [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-        docs = {ast.get_docstring(n, clean=False) for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.Module))}
+        docs = {
+            ast.get_docstring(n, clean=False) for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.Module))
+        }
         # RoPE kinds carry the name their HF form has.
         assert not [w for w in words if family.search(w) and w not in docs and w not in ("llama3", "_llama3")], name
 

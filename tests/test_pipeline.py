@@ -16,7 +16,9 @@ STAGES = ("detect", "knockout", "rope", "pairs", "train", "eval", "report")
 
 
 def retmask(*arguments, **options):
-    return subprocess.run([sys.executable, "-m", "retmask_jax.main", *arguments], capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "retmask_jax.main", *arguments], capture_output=True, text=True, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,9 @@ def test_run_ends_with_a_table_the_report_and_a_summary(finished):
     summary = json.loads((root / "summary.json").read_text())
     assert all(set(number) == {"value", "low", "high", "n"} for number in summary.values())
     assert "knockout/needle short/retrieval" in output and str(root / "report.html") in output
-    assert summary["knockout/needle short/none"]["value"] > 0.8 > 0.2 > summary["knockout/needle short/retrieval"]["value"]
+    assert (
+        summary["knockout/needle short/none"]["value"] > 0.8 > 0.2 > summary["knockout/needle short/retrieval"]["value"]
+    )
     assert summary["knockout/context short: from memory/retrieval"]["value"] > 0.6
     assert "<html" in (root / "report.html").read_text()
 

@@ -74,7 +74,13 @@ def rope_result(tasks, gap):
                 rows += [{"task": task, "kind": kind, "draw": draw, "k": k, "pairs": pairs, **around(0.8)}
                          for draw in range(draws)]  # fmt: skip
         numbers |= {f"rope/{task}/none": around(0.9), f"rope/{task}/highest minus lowest quarter": number(*gap)}
-    return {"rows": rows, "pairs": [1, 2, 4], "n_pairs": 8, "wavelengths": [10.0**i for i in range(8)], "numbers": numbers}
+    return {
+        "rows": rows,
+        "pairs": [1, 2, 4],
+        "n_pairs": 8,
+        "wavelengths": [10.0**i for i in range(8)],
+        "numbers": numbers,
+    }
 
 
 def train_results(arms, seeds, n_steps):
@@ -248,7 +254,10 @@ def test_several_seeds_share_one_map_per_arm(render):
     assert drawings[-2:] == ["niah: start", "niah: retmask"]
     start, arm = text[text.index('aria-label="niah: start"') :].split('aria-label="niah: retmask"')
     assert start.count(">0.70</text>") == 6 and arm.count(">0.45</text>") == 6  # the mean of 0.7 and 0.2
-    assert "2 training seeds" in text and "Over all lengths and depths of niah recall is 0.700 (start), 0.450 (retmask)." in text
+    assert (
+        "2 training seeds" in text
+        and "Over all lengths and depths of niah recall is 0.700 (start), 0.450 (retmask)." in text
+    )
 
 
 def test_supervised_runs_have_a_loss_alone(render):

@@ -234,8 +234,7 @@ def test_permutation_test_repeats_by_seed_and_differs_between_seeds():
     values_LH = np.random.default_rng(7).normal(size=(4, 8))
     labels_LH = np.arange(32).reshape(4, 8) % 3 == 0
     first, again, other = (
-        stats.layer_clustered_permutation(values_LH, labels_LH, n_permutations=999, seed=seed)
-        for seed in (1, 1, 2)
+        stats.layer_clustered_permutation(values_LH, labels_LH, n_permutations=999, seed=seed) for seed in (1, 1, 2)
     )
     assert first == again
     assert first["p_value"] != other["p_value"]

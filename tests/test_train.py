@@ -59,14 +59,6 @@ def run(folder, settings=SETTINGS, params=None, fingerprint="f"):
     return params, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_program_per_settings():
-    """Equal settings make one optimiser object: the tests share the compiled step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_optimizer", functools.cache(make_optimizer))
-        yield
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run: (params, metrics, folder)."""
@@ -194,7 +186,7 @@ def test_supervised_training_lowers_the_loss_of_its_rows(tmp_path):
 def test_a_bfloat16_model_is_trained_in_float32(whole):
     """An update of 1e-6 would vanish in a bfloat16 parameter."""
     start = jax.tree.map(lambda x: x.astype(jnp.bfloat16), copying_params())
-    state = training.init_state(start, training.make_optimizer(SETTINGS), one_device())
+    state = training.init_state(start, make_optimizer(SETTINGS), one_device())
     kinds = {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state, whole[0]))}
     assert kinds == {np.dtype("float32"), np.dtype("int32")}  # integers count the updates
 
@@ -281,10 +273,10 @@ def test_updates_are_adamw_with_clipping_and_norm_scales_do_not_decay():
     params = {"attn": {"kernel": rng.normal(size=(3, 4))}, "norm": {"scale": rng.normal(size=4)}}
     grads = [jax.tree.map(lambda x, c=c: c * rng.normal(size=x.shape), params) for c in (0.01, 3.0, 0.1, 0.0)]
     optimizer = make_optimizer(settings)
-    ours = jax.tree.map(jnp.float32, params)
+    ours, update = jax.tree.map(jnp.float32, params), jax.jit(optimizer.update)
     state = optimizer.init(ours)
     for grad in grads:
-        updates, state = optimizer.update(jax.tree.map(jnp.float32, grad), state, ours)
+        updates, state = update(jax.tree.map(jnp.float32, grad), state, ours)
         ours = optax.apply_updates(ours, updates)
 
     m, v = jax.tree.map(np.zeros_like, params), jax.tree.map(np.zeros_like, params)

@@ -52,17 +52,23 @@ def generate(
     program serves every mask, seed, temperature, top_p and set of stop ids.
     """
     tokens = np.asarray(tokens)
+    if lengths is None or tokens.size == 0:
+        raise ValueError(
+            f"generate needs at least one prompt and the length of each, got tokens of shape {tokens.shape}"
+        )
     check_tokens(config, tokens, lengths, max_new_tokens)
     lengths = np.asarray(lengths, np.int32)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if lengths.min(initial=1) < 1 or lengths.max(initial=1) > tokens.shape[1]:
         raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}; tokens have 1 to {tokens.shape[1]}")
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]")
     width = min(bucket(tokens.shape[1]), config.max_length - max_new_tokens)
     padded = np.pad(tokens.astype(np.int32), ((0, 0), (0, width - tokens.shape[1])), constant_values=config.pad_id)
     seeds = np.asarray(seed)
+    if seeds.shape not in ((), (len(tokens),)):
+        raise ValueError(f"seed has shape {seeds.shape}; it must be one number or one for each of {len(tokens)} rows")
     rows = np.arange(len(tokens)) if seeds.ndim == 0 else np.zeros(len(tokens), int)
     return _generate(
         config,

@@ -36,6 +36,7 @@ _LLAMA = {
 # HF tensor name -> our parameter, by model_type; "{}" is the absolute layer there and the block's place here.
 NAMES = {"llama": _LLAMA}
 
+_INPUT = "model.embed_tokens.weight"
 _OUTPUT = "lm_head.weight"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -88,12 +89,13 @@ def write(folder: Path, config: ModelConfig, params, source: Source, head_mask=N
     shards: list[dict[str, np.ndarray]] = [{}]
     for name in source.dtypes or table:
         tied_copy = name == _OUTPUT and config.tied_embeddings
-        tensor = _export(table["model.embed_tokens.weight" if tied_copy else name], leaves, config, head_mask)
+        tensor = _export(table[_INPUT if tied_copy else name], leaves, config, head_mask)
         tensor = np.ascontiguousarray(tensor.astype(jnp.dtype(dtype or source.dtypes.get(name, tensor.dtype))))
         if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > _MAX_SHARD_BYTES:
             shards.append({})
         shards[-1][name] = tensor
     _write_shards(folder, shards)
+    _remove_stale(folder, {file for file, _ in _shard_names(shards)})
     hf_config = dict(source.hf_config)
     if dtype is not None:
         hf_config["dtype" if "dtype" in hf_config else "torch_dtype"] = str(jnp.dtype(dtype))
@@ -184,7 +186,10 @@ def _open_all(folder: Path) -> dict[str, _Tensor]:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / _INDEX).exists():
-        names = sorted(set(_read_json(folder / _INDEX, "")["weight_map"].values()))
+        weight_map = _read_json(folder / _INDEX, "").get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{folder / _INDEX} has no weight_map: fetch it again")
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise ValueError(f"{folder / _INDEX} names {', '.join(missing)}, which is not there: fetch it again")
@@ -201,8 +206,8 @@ def _drop_known_extras(config: ModelConfig, tensors: dict[str, _Tensor]) -> None
     for name in [name for name in tensors if name.endswith(_INV_FREQ)]:
         log.info("dropped %s: frequencies are computed", name)
         del tensors[name]
-    if config.tied_embeddings and _OUTPUT in tensors:
-        output, table = tensors.pop(_OUTPUT).read(), tensors["model.embed_tokens.weight"].read()
+    if config.tied_embeddings and {_OUTPUT, _INPUT} <= set(tensors):
+        output, table = tensors.pop(_OUTPUT).read(), tensors[_INPUT].read()
         if output.shape != table.shape or output.tobytes() != table.tobytes():
             raise ValueError(f"{_OUTPUT} differs from the embeddings it is tied to: set tie_word_embeddings to false")
 
@@ -227,6 +232,15 @@ def _write_shards(folder: Path, shards: list[dict[str, np.ndarray]]) -> None:
             "weight_map": {name: file for file, shard in _shard_names(shards) for name in shard},
         }
         write_atomically(folder / _INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _remove_stale(folder: Path, written: set[str]) -> None:
+    """Weights of an earlier checkpoint in the same folder, which a reader would take for these."""
+    for path in [*folder.glob("model-*-of-*.safetensors"), folder / _WEIGHTS]:
+        if path.name not in written:
+            path.unlink(missing_ok=True)
+    if _WEIGHTS in written:
+        (folder / _INDEX).unlink(missing_ok=True)
 
 
 def _shard_names(shards) -> Iterator[tuple[str, dict[str, np.ndarray]]]:

@@ -46,6 +46,15 @@ class ModelConfig:
     pad_id: int = 0
 
     def __post_init__(self):
+        sizes = ("vocab_size", "hidden_size", "mlp_size", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_length")
+        for name in sizes:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if type(self.tied_embeddings) is not bool:
+            raise ValueError(f"tied_embeddings is {self.tied_embeddings!r}; it must be True or False")
+        if not 1 <= len(self.layer_pattern) <= self.n_layers:
+            raise ValueError(f"layer_pattern has {len(self.layer_pattern)} layers, the model {self.n_layers}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
         if self.head_dim % 2:
@@ -127,6 +136,12 @@ class _Reader:
             raise ValueError(f"config.json has no {name!r}, which a {self._hf['model_type']} model needs")
         return default
 
+    def size(self, name: str) -> int:
+        value = self.get(name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"config.json has {name}={value!r}; it must be a whole number of at least 1")
+        return value
+
     def expect(self, name: str, only: Any) -> None:
         value = self.get(name, only)
         if value != only:
@@ -146,7 +161,7 @@ class _Reader:
 def _read_llama(hf: _Reader) -> ModelConfig:
     hf.expect("attention_bias", False)
     hf.expect("mlp_bias", False)
-    heads, hidden = hf.get("num_attention_heads"), hf.get("hidden_size")
+    heads, hidden = hf.size("num_attention_heads"), hf.size("hidden_size")
     eos = hf.get("eos_token_id", ())
     max_length = hf.get("max_position_embeddings")
     return ModelConfig(
@@ -196,6 +211,8 @@ def _read_rope(hf: _Reader, max_length: int) -> Rope:
     scaling = dict(hf.get("rope_scaling", None) or {})
     scaling |= dict(hf.get("rope_parameters", None) or {})
     theta = scaling.pop("rope_theta", top_theta or 10000.0)
+    if top_theta not in (None, theta):
+        raise ValueError(f"config.json has rope_theta={top_theta!r} and, in its RoPE parameters, {theta!r}: keep one")
     kinds = {scaling.pop("rope_type", None), scaling.pop("type", None)} - {None} or {"default"}
     if len(kinds) > 1:
         raise ValueError(f"config.json names two RoPE types: {', '.join(sorted(kinds))}")

@@ -56,8 +56,8 @@ class Interventions:
         """Both at once: logical or, or the maximum where either is a float gate."""
         if not isinstance(other, Interventions):
             return NotImplemented
-        if self.rope_mask is None or other.rope_mask is None:
-            site = self.rope_site if other.rope_mask is None else other.rope_site
+        if _is_empty(self.rope_mask) or _is_empty(other.rope_mask):
+            site = self.rope_site if _is_empty(other.rope_mask) else other.rope_site
         elif self.rope_site != other.rope_site:
             raise ValueError(f"cannot combine rotary masks of site {self.rope_site!r} and {other.rope_site!r}")
         else:
@@ -72,7 +72,9 @@ def stack(interventions: Sequence[Interventions]) -> Interventions:
     sites = {iv.rope_site for iv in interventions}
     if len(sites) != 1:
         raise ValueError(f"cannot stack interventions of different rotary sites: {sorted(sites)}")
-    return jax.tree.map(lambda *masks: jnp.stack(masks), *interventions)
+    return Interventions(
+        _stack([iv.head_mask for iv in interventions]), _stack([iv.rope_mask for iv in interventions]), sites.pop()
+    )
 
 
 def mask_heads(config: ModelConfig, heads: Iterable[Head]) -> Interventions:
@@ -159,6 +161,17 @@ def _checked(name: str, mask, shape: tuple[int, ...], batch: int | None):
     return mask
 
 
+def _is_empty(mask) -> bool:
+    """Whether a mask certainly takes nothing out; one that is being traced could."""
+    return mask is None or (not isinstance(mask, jax.core.Tracer) and not np.any(mask))
+
+
+def _stack(masks):
+    """Masks with a new leading axis; a missing one among others is all-False."""
+    given = [mask for mask in masks if mask is not None]
+    return jnp.stack([jnp.zeros_like(given[0]) if mask is None else mask for mask in masks]) if given else None
+
+
 def _either(a, b, shared_ndim: int):
     if a is None or b is None:
         return b if a is None else a
@@ -167,6 +180,9 @@ def _either(a, b, shared_ndim: int):
         b = b[None]
     if b.ndim > shared_ndim and a.ndim == shared_ndim:
         a = a[None]
+    rows_differ = a.ndim > shared_ndim and 1 not in (a.shape[0], b.shape[0]) and a.shape[0] != b.shape[0]
+    if a.shape[-shared_ndim:] != b.shape[-shared_ndim:] or rows_differ:
+        raise ValueError(f"masks of shapes {a.shape} and {b.shape} cannot be combined")
     if a.dtype == b.dtype == jnp.bool_:
         return a | b
     dtype = jnp.result_type(*(mask.dtype for mask in (a, b) if mask.dtype != jnp.bool_))

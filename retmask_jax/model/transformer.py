@@ -6,6 +6,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from retmask_jax.model.attention import attend, probe_argmax
 from retmask_jax.model.config import ModelConfig
@@ -37,6 +38,7 @@ def forward(config: ModelConfig, params, tokens, lengths=None, interventions=Non
         positions = jnp.asarray(positions)
         if positions.ndim != 2 or positions.shape[0] != tokens.shape[0]:
             raise ValueError(f"positions has shape {positions.shape}; {tokens.shape[0]} rows of tokens need (B, P)")
+        _check_range("positions", positions, tokens.shape[1])
         x_BTE = jnp.take_along_axis(x_BTE, positions[:, :, None], axis=1)
     return unembed(config, params, x_BTE)
 
@@ -70,10 +72,13 @@ def check_tokens(config: ModelConfig, tokens, lengths=None, new_tokens: int = 0)
             f"{tokens.shape[1]} prompt tokens and {new_tokens} new ones exceed the model's context of "
             f"{config.max_length}: shorten the prompt"
         )
-    if lengths is not None and jnp.shape(lengths) != tokens.shape[:1]:
+    _check_range("tokens", tokens, config.vocab_size)
+    if lengths is not None and np.shape(lengths) != tokens.shape[:1]:
         raise ValueError(
-            f"lengths has shape {jnp.shape(lengths)}; {tokens.shape[0]} rows of tokens need ({tokens.shape[0]},)"
+            f"lengths has shape {np.shape(lengths)}; {tokens.shape[0]} rows of tokens need ({tokens.shape[0]},)"
         )
+    if lengths is not None:
+        _check_range("lengths", lengths, tokens.shape[1] + 1)
     return tokens
 
 
@@ -235,6 +240,15 @@ class Unembedding(nn.Module):
     def __call__(self):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
         return self.param("kernel", init, (self.config.hidden_size, self.config.vocab_size))
+
+
+def _check_range(name: str, values, end: int) -> None:
+    """ValueError unless 0 <= values < end; values that are being traced cannot be looked at."""
+    if isinstance(values, jax.core.Tracer) or np.size(values) == 0:
+        return
+    low, high = int(np.min(values)), int(np.max(values))
+    if low < 0 or high >= end:
+        raise ValueError(f"{name} run from {low} to {high}; they must lie in 0 to {end - 1}")
 
 
 def _layers_first(mask, shared_ndim: int):

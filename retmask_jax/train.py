@@ -89,9 +89,10 @@ def train(config: ModelConfig, start_params, rows: PairRows, settings: Settings,
             for step in range(int(state.step), settings.steps):
                 state, values = update(state, _place(loader[step], mesh))
                 values = {name: float(value) for name, value in values.items()}
-                wild = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
-                if wild:
-                    raise ValueError(f"{what}: {', '.join(wild)} at step {step}; lower train.learning_rate")
+                for name in ("loss", "gradient_norm", "parameter_norm"):
+                    if not np.isfinite(values[name]):
+                        mistake = f"the {name.replace('_', ' ')} is {values[name]}"
+                        raise ValueError(f"{what}: {mistake} at step {step}; lower train.learning_rate")
                 metrics.add({"step": step + 1, **values})
                 bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
                 bar.update()
@@ -137,7 +138,8 @@ def pair_loss(config: ModelConfig, settings: Settings, params, batch):
     params = jax.tree.map(lambda x: x.astype(settings.compute_dtype), params)
     if settings.objective == "sft":
         logps = sequence_logprobs(config, params, batch["chosen"], batch["chosen_mask"], remat=settings.remat)
-        return sft_loss(logps, batch["n_tokens"]), {}
+        # n_tokens: the answer tokens these rows stand for within the whole batch; alone, their own.
+        return sft_loss(logps, batch.get("n_tokens", batch["chosen_mask"].sum())), {}
     tokens = jnp.concatenate([batch["chosen"], batch["rejected"]])
     mask = jnp.concatenate([batch["chosen_mask"], batch["rejected_mask"]])
     chosen, rejected = jnp.split(sequence_logprobs(config, params, tokens, mask, remat=settings.remat), 2)

@@ -154,6 +154,7 @@ def test_activity_matched_heads_are_disjoint():
     for seed in range(10):
         drawn = activity_matched(heads, active, seed=seed)
         assert len(set(drawn)) == 4 and not set(drawn) & set(heads)
+    assert activity_matched([list(head) for head in heads], active, seed=3) == activity_matched(heads, active, seed=3)
     with pytest.raises(ValueError, match="19 control heads are wanted, the model has only 17 others"):
         activity_matched(all_heads(WIDE)[:19], active)
 

@@ -131,6 +131,13 @@ def test_answer_part_is_found_whatever_its_case(large):
     assert large.tokenizer.decode(cases[0].tokens[slice(*cases[0].span)]).strip(" .") == "see the White Ship"
 
 
+def test_span_behind_letters_that_grow_in_lower_case():
+    """Lower-case 'İ' is two characters long."""
+    text = "İzmir, İstanbul: is it oak or Ash then"
+    start, end = answer_span(text, [(i, i + 1) for i in range(len(text))], Needle("OAK or ash", "which", "ash"))
+    assert text[start:end] == "Ash"
+
+
 def test_absent_or_ambiguous_answer_raises():
     needle = Needle("oak or ash", "which", "oak")
     offsets = [(i, i + 1) for i in range(40)]
@@ -189,6 +196,16 @@ def test_prompts_stay_within_their_length_where_joining_costs_tokens():
     for case in build_cases(prompter, SENTENCES, NEEDLES, _grid([1500, 2501], [0.5])):
         assert 0 <= case.spec.length - len(case.tokens) < longest
         assert _is_tightest(prompter.tokenizer, case)
+
+
+def test_prompts_fill_their_length_where_joining_saves_tokens():
+    """A tokenizer that puts a space before its text, as Llama-2's: a sentence costs a token more alone than in a text."""
+    space = tokenizers.normalizers.Prepend(" ")
+    prompter = Prompter(_byte_pairs(600, normalizer=space), "{context}\n\n{question}")
+    assert len(prompter.tokenizer("  The")["input_ids"]) > len(prompter.tokenizer(" The")["input_ids"])
+    longest = max(len(prompter.tokenizer(s)["input_ids"]) for s in SENTENCES)
+    for case in build_cases(prompter, SENTENCES, NEEDLES, _grid([900, 1802], [0.5])):
+        assert 0 <= case.spec.length - len(case.tokens) < longest
 
 
 def test_text_order_is_kept_unless_shuffled(large):

@@ -53,9 +53,14 @@ def test_rows_of_one_batch_equal_runs_of_one_model():
     assert all(a["text"] != b["text"] for a, b in zip(mixed["ablated"], only_normal["ablated"], strict=True))
 
 
-def test_draws_depend_on_seed_and_variant():
+def test_draws_depend_on_seed_variant_and_prompt_alone():
     first = _sample({"a": NORMAL, "b": NORMAL})
     assert _sample({"a": NORMAL, "b": NORMAL}) == first
+    fewer = sample_responses(
+        LM, PROMPTER, PROMPTS[:2], {"a": NORMAL, "b": NORMAL}, temperature=1.5, top_p=1.0, max_new_tokens=NEW,
+        batch_size=BATCH, seed=7,
+    )  # fmt: skip
+    assert fewer == {name: responses[:2] for name, responses in first.items()}
     for other in (first["b"], _sample({"a": NORMAL, "b": NORMAL}, seed=8)["a"]):
         assert all(x["text"] != y["text"] for x, y in zip(first["a"], other, strict=True))
 

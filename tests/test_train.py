@@ -169,16 +169,21 @@ def test_batch_size_must_be_a_multiple_of_the_microbatch():
 
 
 def test_supervised_training_lowers_the_loss_of_its_rows(tmp_path):
-    settings = dataclasses.replace(SETTINGS, objective="sft", steps=20, microbatch_size=4, checkpoint_every=20)
+    """The loss is per answer token of the whole batch, though its two microbatches have different numbers of them."""
+    settings = dataclasses.replace(SETTINGS, objective="sft", steps=20, checkpoint_every=20)
     start = copying_params()
     params, metrics = run(tmp_path, settings, start)
 
-    def loss(params):
-        rows = zip(ROWS.chosen.tokens, ROWS.chosen.loss_mask, strict=True)
-        total = sum(reference_logprob(in_float64(params), tokens, mask) for tokens, mask in rows)
-        return -total / ROWS.chosen.loss_mask.sum()
+    def loss(params, rows):
+        tokens, masks = ROWS.chosen.tokens[rows], ROWS.chosen.loss_mask[rows]
+        total = sum(reference_logprob(in_float64(params), *row) for row in zip(tokens, masks, strict=True))
+        return -total / masks.sum()
 
-    assert loss(params) < 0.7 * loss(start)
+    first = batches({"row": np.arange(len(ROWS))}, SETTINGS.batch_size, SETTINGS.seed)[0]["row"]
+    halves = ROWS.chosen.loss_mask[first].reshape(2, -1).sum(axis=1)
+    assert halves[0] != halves[1]
+    assert metrics[0]["loss"] == pytest.approx(loss(start, first), rel=1e-4)
+    assert loss(params, slice(None)) < 0.7 * loss(start, slice(None))
     assert len(metrics) == 20
     assert not (tmp_path / "reference.npz").exists()
 
@@ -195,7 +200,7 @@ def test_a_bfloat16_model_is_trained_in_float32(whole):
 def test_weights_enter_products_in_the_compute_dtype_and_gradients_leave_in_float32(dtype, short):
     """Traced only: bfloat16 is slow on a CPU."""
     settings = dataclasses.replace(SETTINGS, objective="sft", compute_dtype=dtype)
-    batch = {"chosen": ROWS.chosen.tokens, "chosen_mask": ROWS.chosen.loss_mask}
+    batch = {"chosen": ROWS.chosen.tokens, "chosen_mask": ROWS.chosen.loss_mask, "n_tokens": np.ones(len(ROWS))}
     traced = jax.make_jaxpr(jax.grad(lambda p: training.pair_loss(CONFIG, settings, p, batch)[0]))(copying_params())
     assert {aval.dtype for aval in traced.out_avals} == {np.dtype("float32")}
     kernel = f"[{CONFIG.mlp_size},{CONFIG.hidden_size}]"
@@ -246,10 +251,26 @@ def test_a_loss_that_is_not_finite_raises_naming_the_step(tmp_path, whole):
     broken = _reference(whole[2])["ref_chosen"].copy()
     broken[row] = np.nan
     _plant(tmp_path, whole, ref_chosen=broken)
-    with pytest.raises(ValueError, match="train: the loss is nan at step 2; lower train.learning_rate"):
+    with pytest.raises(ValueError, match=r"train: .*\bloss is nan.* at step 2; lower train\.learning_rate"):
         run(tmp_path)
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert kept == whole[1][:2]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2"]
+
+
+def test_a_step_that_breaks_the_parameters_raises_though_its_loss_was_finite(tmp_path, monkeypatch, whole):
+    """Its loss is that of the parameters before it: the broken ones must not reach a checkpoint."""
+    params, metrics, _ = whole
+    assert metrics[-1]["parameter_norm"] == pytest.approx(float(optax.tree.norm(params)), rel=1e-5)
+    update = training._update
+
+    def breaking(*args):
+        state, values = update(*args)
+        return state, values | ({"parameter_norm": np.inf} if int(state.step) == 4 else {})
+
+    monkeypatch.setattr(training, "_update", breaking)
+    with pytest.raises(ValueError, match="train: parameter_norm is inf at step 3; lower train.learning_rate"):
+        run(tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2"]
 
 
@@ -264,6 +285,8 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     cosine = 1e-3 + 3e-3 * (1 + np.cos(np.pi * np.arange(181) / 180)) / 2
     np.testing.assert_allclose(rate[20:], cosine, rtol=1e-4)
     assert float(schedule(dataclasses.replace(settings, warmup=0.0))(1)) == pytest.approx(4e-3)
+    assert float(schedule(dataclasses.replace(settings, steps=1))(0)) == pytest.approx(4e-3)  # its only step counts
+    assert float(schedule(dataclasses.replace(settings, steps=5, warmup=1.0))(4)) == pytest.approx(4e-3)
 
 
 def test_updates_are_adamw_with_clipping_and_norm_scales_do_not_decay():

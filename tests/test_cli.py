@@ -1,6 +1,7 @@
 """A user's mistakes: one clear line, exit status 2, no traceback, nothing compiled, no work directory left behind."""
 
 import json
+import logging
 import shutil
 
 import jax
@@ -16,6 +17,8 @@ from retmask_jax.main import main
 def refused(capsys, tmp_path, monkeypatch):
     """Run the command; it must fail with one line, which is returned."""
     monkeypatch.chdir(tmp_path)
+    # The command sets its logger's level for the whole process.
+    monkeypatch.setattr(logging.getLogger("retmask_jax"), "level", logging.NOTSET)
 
     def run(*arguments, compiles=False):
         counted = []

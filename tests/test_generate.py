@@ -316,7 +316,7 @@ def test_pad_rows_pads_on_the_right_to_a_multiple():
 @pytest.mark.parametrize("changes, message", [
     ({"tokens": np.zeros((3, 293), np.int32)}, "293 prompt tokens and 8 new ones .* of 300"),
     ({"lengths": np.array([20, 0, 13])}, "lengths run from 0 to 20; tokens have 1 to 20"),
-    ({"lengths": np.array([20, 1, 21])}, "lengths run from 1 to 21; tokens have 1 to 20"),
+    ({"lengths": np.array([20, 1, 21])}, "lengths run from 1 to 21; they must lie in 0 to 20"),
     ({"lengths": np.array([20, 1])}, r"lengths has shape \(2,\)"),
     ({"temperature": -0.1}, "temperature -0.1"),
     ({"top_p": 0.0}, r"top_p 0\.0 in \(0, 1\]"),

@@ -19,6 +19,7 @@ def test_notebook_runs(path, tmp_path):
             cell.source = ""
         cell.source = cell.source.replace('CONFIG = "tiny"', f"CONFIG = {SMALL!r}")
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
-    texts = [o.text for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "stream"]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    texts = [output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs]
     assert any("knockout/needle short/retrieval" in text for text in texts)
     assert (tmp_path / "quickstart" / "report.html").stat().st_size > 10_000

@@ -246,7 +246,8 @@ def _check_range(name: str, values, end: int) -> None:
     """ValueError unless 0 <= values < end; values that are being traced cannot be looked at."""
     if isinstance(values, jax.core.Tracer) or np.size(values) == 0:
         return
-    low, high = int(np.min(values)), int(np.max(values))
+    values = np.asarray(values)
+    low, high = int(values.min()), int(values.max())
     if low < 0 or high >= end:
         raise ValueError(f"{name} run from {low} to {high}; they must lie in 0 to {end - 1}")
 

@@ -25,6 +25,7 @@ setup(
         "grain>=0.2.12",
         "ml-collections>=1.0",
         "transformers>=4.56",
+        "huggingface_hub>=0.34",
         "jinja2>=3.1",
         "safetensors>=0.5",
         "tensorflow-datasets>=4.9.8",

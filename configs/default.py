@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
 
     config.model = "bundled"  # folder of an HF checkpoint, hub id, or "bundled": the tiny model of the package
+    config.revision = ""  # branch, tag or commit of a hub id (empty: its main branch); a commit pins the weights
     config.dtype = "float32"  # of the parameters in every stage but training; bfloat16 halves the memory
     config.seed = 0
     config.batch_size = 32  # rows per forward pass where no gradient is taken

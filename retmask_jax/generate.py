@@ -1,6 +1,7 @@
 """Generation: prefill, one compiled decode loop, sampling, and batching of prompts by length."""
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, hidden, unembed
 from retmask_jax.progress import track
+
+log = logging.getLogger(__name__)
 
 MAX_STOP_IDS = 8
 _NO_STOP = -1
@@ -49,7 +52,8 @@ def generate(
 
     temperature 0 is greedy. seed is one integer, or i32[B] to make each row's draw independent of its batch.
     stop_ids None: the model's EOS ids; (): never stop. Prompts are padded to a bucket of lengths; within a bucket one
-    program serves every mask, seed, temperature, top_p and set of stop ids.
+    program serves every mask, seed, temperature, top_p and set of stop ids. Where rotary frequencies depend on the
+    length (dynamic, longrope), those of the longest prompt and max_new_tokens hold from the first token on.
     """
     tokens = np.asarray(tokens)
     if lengths is None or tokens.size == 0:
@@ -69,6 +73,9 @@ def generate(
     seeds = np.asarray(seed)
     if seeds.shape not in ((), (len(tokens),)):
         raise ValueError(f"seed has shape {seeds.shape}; it must be one number or one for each of {len(tokens)} rows")
+    if config.depends_on_length:
+        longest = lengths.max() + max_new_tokens
+        log.info("rotary frequencies are those of %d tokens, the longest prompt and max_new_tokens", longest)
     rows = np.arange(len(tokens)) if seeds.ndim == 0 else np.zeros(len(tokens), int)
     return _generate(
         config,
@@ -172,7 +179,8 @@ def _generate(config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, t
         return sample(unembed(config, params, x_B1E)[:, 0], step_keys_B, temperature, top_p)
 
     last_B1 = lengths_B[:, None] - 1
-    first = hidden(config, params, tokens_BT, iv, cache=cache, probe_BP=last_B1 if probe else None)
+    longest = lengths_B.max() + max_new_tokens
+    first = hidden(config, params, tokens_BT, iv, cache=cache, probe_BP=last_B1 if probe else None, longest=longest)
     only_B1 = jnp.zeros((batch, 1), jnp.int32)
 
     def record(buffers, out, token_B, done_B, step):
@@ -190,7 +198,7 @@ def _generate(config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, t
     def decode(state):
         step, cache, token_B, done_B, count_B, buffers = state
         out = hidden(config, params, token_B[:, None], iv, start_B=lengths_B + step - 1, cache=cache,
-                     probe_BP=only_B1 if probe else None)  # fmt: skip
+                     probe_BP=only_B1 if probe else None, longest=longest)  # fmt: skip
         token_B = pick(out, only_B1, step)
         done_B |= jnp.isin(token_B, stop_ids)
         buffers = record(buffers, out, token_B, done_B, step)

@@ -12,18 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retmask_jax import weights
+from retmask_jax import hub, weights
 from retmask_jax.generate import Generated, generate
-from retmask_jax.model.config import ModelConfig, to_hf
+from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, forward
 
 log = logging.getLogger(__name__)
 
-BUNDLED = Path(__file__).parent / "assets" / "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 
 
@@ -43,7 +42,8 @@ class LanguageModel:
         """
         tokens = check_tokens(self.config, tokens, lengths)
         filled = (interventions or Interventions()).fill(self.config, tokens.shape[0])
-        return _logits(self.config, self.params, tokens, filled, positions)
+        lengths = lengths if self.config.depends_on_length else None  # else they change nothing but the program
+        return _logits(self.config, self.params, tokens, lengths, filled, positions)
 
     def generate(self, tokens, lengths, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, interventions=None,
                  stop_ids=None) -> Generated:  # fmt: skip
@@ -58,15 +58,17 @@ class LanguageModel:
         return dataclasses.replace(self, **changes)
 
 
-def load(path_or_hub_id: str | os.PathLike, dtype: str = "float32", mesh=None) -> LanguageModel:
+def load(path_or_hub_id: str | os.PathLike, dtype: str = "float32", mesh=None, *, revision: str | None = None,
+         token: str | bool | None = None, cache_dir: str | os.PathLike | None = None) -> LanguageModel:  # fmt: skip
     """Load an HF checkpoint: a local folder, a hub id such as "meta-llama/Llama-3.2-1B", or "bundled".
 
-    dtype is that of the parameters and the computation; mesh places the parameters by the sharding rules. Raises
-    ValueError in one line for a missing folder, an unsupported model or a damaged file.
+    dtype is that of the parameters and the computation; mesh places the parameters by the sharding rules; revision,
+    token and cache_dir are for a hub id, see `retmask_jax.hub.resolve`. Raises ValueError in one line for a missing
+    folder, a model the hub does not give out, an unsupported model or a damaged file.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    folder = _resolve(path_or_hub_id)
+    folder = hub.resolve(path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir)
     config, params, source = weights.read(folder, dtype, mesh)
     return LanguageModel(config, params, load_tokenizer(folder), source)
 
@@ -92,41 +94,22 @@ def save(lm: LanguageModel, folder: str | os.PathLike, interventions: Interventi
 
 
 def from_params(config: ModelConfig, params, tokenizer=None) -> LanguageModel:
-    """A LanguageModel around parameters made here; `save` writes it in Llama's format."""
-    return LanguageModel(config, params, tokenizer, weights.Source(to_hf(config), {}))
+    """A LanguageModel around parameters made here; `save` writes it in Llama's format, where that can express it."""
+    return LanguageModel(config, params, tokenizer, weights.Source(None, {}))
 
 
 def load_tokenizer(folder: Path):
     """The folder's tokenizer, or None if it has none."""
-    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config, params, tokens, interventions, positions):
-    return forward(config, params, tokens, interventions=interventions, positions=positions)
-
-
-def _resolve(path_or_hub_id) -> Path:
-    if str(path_or_hub_id) == "bundled":
-        return BUNDLED
-    folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
-        return folder
-    name = str(path_or_hub_id)
-    if isinstance(path_or_hub_id, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"model folder {name} does not exist (a hub id has the form owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name} is no local folder and could not be fetched from the hub: {reason}") from error
+def _logits(config, params, tokens, lengths, interventions, positions):
+    return forward(config, params, tokens, lengths, interventions=interventions, positions=positions)
 
 
 def _bakeable(config: ModelConfig, interventions: Interventions | None):

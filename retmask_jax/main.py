@@ -18,6 +18,7 @@ _STAGES = {
     "run": "all stages above in order, each skipped if its inputs have not changed",
     "pretrain": "train the tiny model from its recipe, with its data files",
     "export": "write a masked or trained model as a Hugging Face checkpoint",
+    "inspect": "show a model as it is read from its config.json: layers, heads, RoPE, memory",
 }
 
 
@@ -45,10 +46,12 @@ def _parse(argv: list[str]):
     parser.add_argument("--version", action="version", version=__version__)
     stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
     for name, text in _STAGES.items():
-        stage = stages.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False,
-            epilog="Any key of the config can be set: --config.train.steps=10",
-        )  # fmt: skip
+        stage = stages.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+        if name == "inspect":
+            stage.add_argument("model", metavar="MODEL", help='folder, hub id or "bundled"; no weights are read')
+            stage.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+            continue
+        stage.epilog = "Any key of the config can be set: --config.train.steps=10"
         stage.add_argument("--config", default="tiny", help="name of a recipe or path of a .py file (default: tiny)")
         stage.add_argument("--workdir", help="folder for all results (default: runs/NAME_OF_CONFIG)")
         if name == "export":
@@ -69,6 +72,13 @@ def _override(text: str) -> tuple[str, str]:
 
 
 def _dispatch(arguments, overrides) -> None:
+    if arguments.stage == "inspect":
+        if overrides:
+            raise ValueError(f"inspect reads a model, not a config: --config.{overrides[0][0]} does not apply")
+        from retmask_jax import pipeline
+
+        return pipeline.inspect(arguments.model, arguments.json)
+
     from retmask_jax import recipes
 
     config = recipes.load_recipe(arguments.config, overrides)

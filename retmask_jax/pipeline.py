@@ -1,13 +1,15 @@
 """What the command's stages do around their work: open the work directory, run, show a table, write the summary."""
 
+import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from retmask_jax import assets
+from retmask_jax import assets, inspection
 from retmask_jax.files import write_json
+from retmask_jax.hub import config_folder
 from retmask_jax.lm import load, save
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.stages import STAGES, Context, check_config, check_model, run_stage
@@ -16,6 +18,7 @@ from retmask_jax.workdir import Workdir
 
 def run(config, root: Path) -> None:
     """All stages in order; ends with the table of headline numbers, the report's path and summary.json."""
+    _check_prompts(config)
     context = _open(config, root)
     numbers = {}
     for name in STAGES:
@@ -33,6 +36,8 @@ def run(config, root: Path) -> None:
 
 def one_stage(config, root: Path, name: str) -> dict:
     """One stage, on the results of those before it; returns its result."""
+    if name == "pairs":
+        _check_prompts(config)
     result, skipped = run_stage(_open(config, root), name)
     if skipped:
         print(f"{name}: unchanged since {result['provenance']['created']}")
@@ -70,12 +75,27 @@ def pretrain(config, root: Path) -> None:
     print(f"wrote {root}")
 
 
+def inspect(model: str, as_json: bool) -> None:
+    """What a model (folder, hub id or "bundled") is, from its config.json: a table, or one JSON object."""
+    facts = inspection.describe(config_folder(model))
+    if as_json:
+        print(json.dumps({"model": model} | facts, indent=1))
+    else:
+        _print_table(("model", model), inspection.rows(facts))
+
+
 def _open(config, root: Path) -> Context:
     _log()
     check_config(config)
     context = Context(config, Workdir.open(root, config))
     check_model(context)
     return context
+
+
+def _check_prompts(config) -> None:
+    """A recipe may stop before pairs are sampled; it cannot be run further."""
+    if not config.pairs.prompts:
+        raise ValueError("pairs.prompts names no file of prompts: set it, or run detect, knockout and rope one by one")
 
 
 def _head(name: str) -> tuple[int, int]:
@@ -95,13 +115,22 @@ def _table(numbers: dict) -> None:
     """name, value, 95% interval, n."""
     if not numbers:
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "value", "95% interval", "n", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    rows = []
     for name, number in numbers.items():
         interval = "" if number["low"] is None else f"[{number['low']:.3f}, {number['high']:.3f}]"
-        table.add_row(name, f"{number['value']:.3f}", interval.replace("[", r"\["), str(number["n"]))
+        rows.append((name, f"{number['value']:.3f}", interval, str(number["n"])))
+    _print_table(("", "value", "95% interval", "n"), rows, justify="right")
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], justify="left") -> None:
+    """justify: of all columns but the first."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(escape(name), justify=justify if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
     Console(file=sys.stdout, width=max(100, 100 if not sys.stdout.isatty() else 0), highlight=False).print(table)

@@ -7,6 +7,12 @@ from tqdm import tqdm
 
 
 def track(items: Iterable, total: int, what: str, unit: str):
-    """Iterate over items under a progress bar; one line every ten seconds where the output is not a terminal."""
+    """Iterate over items under a progress bar; one line every ten seconds where the output is not a terminal.
+
+    Work of less than a second shows none.
+    """
     interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(items, total=total, desc=what, unit=unit, mininterval=interval, dynamic_ncols=True, leave=False)
+    return tqdm(
+        items, total=total, desc=what, unit=unit, unit_scale=unit == "B", mininterval=interval, delay=1.0,
+        dynamic_ncols=True, leave=False,
+    )  # fmt: skip

@@ -19,7 +19,7 @@ def find_recipe(name: str) -> Path:
     folder = _shipped()
     path = folder / f"{name}.py"
     if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+        known = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
         raise ValueError(f"there is no config named {name!r}{_hint(name, known)}; shipped are {', '.join(known)}")
     return path
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.transformer import check_tokens, hidden, unembed
+from retmask_jax.model.transformer import check_tokens, hidden, longest_row, unembed
 
 _CHUNK = 128
 
@@ -23,7 +23,7 @@ def sequence_logprobs(config: ModelConfig, params, tokens, loss_mask, lengths=No
     tokens = check_tokens(config, tokens, lengths)
     if jnp.shape(loss_mask) != tokens.shape:
         raise ValueError(f"loss_mask has shape {jnp.shape(loss_mask)}; tokens have {tokens.shape}")
-    logps_BT = _logprobs(config, params, tokens, interventions, remat)
+    logps_BT = _logprobs(config, params, tokens, interventions, remat, longest_row(tokens, lengths))
     return jnp.sum(jnp.where(jnp.asarray(loss_mask)[:, 1:] != 0, logps_BT, 0.0), axis=1)
 
 
@@ -39,8 +39,8 @@ def _jitted(config, params, tokens, interventions):
     return _logprobs(config, params, tokens, interventions, remat=False)
 
 
-def _logprobs(config, params, tokens_BT, interventions, remat):
-    x_BTE = hidden(config, params, tokens_BT, interventions, remat=remat).x_BTE[:, :-1]
+def _logprobs(config, params, tokens_BT, interventions, remat, longest=None):
+    x_BTE = hidden(config, params, tokens_BT, interventions, longest=longest, remat=remat).x_BTE[:, :-1]
     batch, length, width = x_BTE.shape
     pad = -length % _CHUNK
     x_CBTE = jnp.pad(x_BTE, ((0, 0), (0, pad), (0, 0))).reshape(batch, -1, _CHUNK, width).swapaxes(0, 1)

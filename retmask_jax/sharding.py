@@ -1,5 +1,9 @@
 """The device mesh and the one table that maps logical axes (declared at the parameters) to mesh axes."""
 
+import itertools
+import logging
+import math
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -8,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import Transformer
+
+log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -18,6 +24,7 @@ RULES = (
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
+    ("experts", None),
     ("layers", None),
     ("norm", None),
     ("length", None),
@@ -49,9 +56,21 @@ def param_shapes(config: ModelConfig):
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh):
-    """A NamedSharding per parameter."""
-    logical = nn.get_partition_spec(param_shapes(config))
-    return nn.logical_to_mesh_sharding(logical, mesh, RULES)
+    """A NamedSharding per parameter; an axis that the mesh does not divide evenly stays whole on every device."""
+    boxed = param_shapes(config)
+    wanted = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    return jax.tree.map_with_path(lambda path, *args: _divided(path, mesh, *args), wanted, nn.unbox(boxed))
+
+
+def _divided(path, mesh: Mesh, sharding: NamedSharding, leaf) -> NamedSharding:
+    parts = []
+    for size, axes in itertools.zip_longest(leaf.shape, sharding.spec):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        shares = math.prod(mesh.shape[name] for name in names)
+        if size % shares:
+            log.info("%s: %d does not divide by %s=%d and stays whole", jax.tree_util.keystr(path), size, axes, shares)
+        parts.append(None if size % shares else axes)
+    return NamedSharding(mesh, PartitionSpec(*parts))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

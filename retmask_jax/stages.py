@@ -19,7 +19,8 @@ from retmask_jax.files import read_jsonl, write_jsonl
 from retmask_jax.haystack import Prompter, read_sentences
 from retmask_jax.head_profile import profile
 from retmask_jax.head_scores import HeadScores
-from retmask_jax.lm import BUNDLED, LanguageModel, load, save
+from retmask_jax.hub import BUNDLED
+from retmask_jax.lm import LanguageModel, load, save
 from retmask_jax.model.interventions import Interventions, mask_heads, random_heads
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.sharding import make_mesh
@@ -44,7 +45,7 @@ class Context:
 
     @functools.cached_property
     def lm(self) -> LanguageModel:
-        return load(self.config.model, self.config.dtype, self.mesh)
+        return load(self.config.model, self.config.dtype, self.mesh, revision=self.config.revision or None)
 
     @functools.cached_property
     def prompter(self) -> Prompter:
@@ -335,7 +336,7 @@ def _given_scores(context: Context) -> HeadScores:
 def _inputs(context: Context) -> dict[str, Any]:
     """Fingerprints of the model and data files a run reads."""
     config = context.config
-    files = {config.pairs.prompts, config.text.file}
+    files = {name for name in (config.pairs.prompts, config.text.file) if name}
     for task in config.tasks.values():
         files |= {name for name in (task.needles, task.haystack) if name}
     if config.detect.scores is not None:

@@ -1,8 +1,11 @@
-"""Hugging Face safetensors <-> parameters, both ways, by one table of names per family; closed-world."""
+"""Hugging Face safetensors <-> parameters, both ways, by each family's table of names; closed-world, streamed."""
 
+import concurrent.futures
 import dataclasses
+import functools
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,41 +16,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from retmask_jax.families import family, from_hf, to_hf
 from retmask_jax.files import write_atomically
-from retmask_jax.model.config import ModelConfig, from_hf
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.progress import track
 from retmask_jax.sharding import param_shapes, param_shardings
 
 log = logging.getLogger(__name__)
-
-_LLAMA = {
-    "model.embed_tokens.weight": "embed/embedding",
-    "model.norm.weight": "norm/scale",
-    "lm_head.weight": "lm_head/kernel",
-    "model.layers.{}.input_layernorm.weight": "{}/attn_norm/scale",
-    "model.layers.{}.self_attn.q_proj.weight": "{}/attn/q/kernel",
-    "model.layers.{}.self_attn.k_proj.weight": "{}/attn/k/kernel",
-    "model.layers.{}.self_attn.v_proj.weight": "{}/attn/v/kernel",
-    "model.layers.{}.self_attn.o_proj.weight": "{}/attn/o/kernel",
-    "model.layers.{}.post_attention_layernorm.weight": "{}/mlp_norm/scale",
-    "model.layers.{}.mlp.gate_proj.weight": "{}/mlp/gate/kernel",
-    "model.layers.{}.mlp.up_proj.weight": "{}/mlp/up/kernel",
-    "model.layers.{}.mlp.down_proj.weight": "{}/mlp/down/kernel",
-}
-# HF tensor name -> our parameter, by model_type; "{}" is the absolute layer there and the block's place here.
-NAMES = {"llama": _LLAMA}
 
 _INPUT = "model.embed_tokens.weight"
 _OUTPUT = "lm_head.weight"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_SHARD_BYTES = 5 * 10**9
+_STRIPE = 128  # rows read at a time
+_READERS = 4  # threads
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Where a model came from: its HF config, the dtype of each stored tensor, and the folder (None: made here)."""
 
-    hf_config: dict[str, Any]
+    hf_config: dict[str, Any] | None
     dtypes: dict[str, str]
     folder: Path | None = None
 
@@ -55,26 +45,37 @@ class Source:
 def read(folder: Path, dtype: str, mesh=None) -> tuple[ModelConfig, Any, Source]:
     """(config, params, source) of an HF checkpoint folder, cast to dtype, placed by the mesh's shardings if given.
 
-    Raises ValueError naming the file, attribute or tensor that is missing, extra, misshapen or unreadable.
+    Tensors are read lazily, only the part each device holds, so host memory beyond the parameters stays near one
+    device's shard of one parameter. Raises ValueError naming the file, attribute or tensor that is missing, extra,
+    misshapen or unreadable before any weight is read.
     """
-    hf_config = _read_json(folder / "config.json", "not a Hugging Face checkpoint folder")
+    hf_config = read_config(folder)
     config = from_hf(hf_config)
-    table = _entries(config, hf_config["model_type"])
-    tensors = _open_all(folder)
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    _drop_known_extras(config, tensors)
-    _check_names({entry.name for entry in table}, set(tensors), folder)
-
     shapes = flatten_dict(nn.unbox(param_shapes(config)), sep="/")
+    table = _table(config, hf_config, shapes)
+    tensors = _open_all(folder)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if not name.endswith(_INV_FREQ)}
+    _drop_known_extras(config, tensors)
+    _check_names(set(table), set(tensors), folder)
+    for name, pieces in table.items():
+        if tensors[name].shape != (wanted := _stored_shape(pieces)):
+            raise ValueError(f"tensor {name} has shape {tensors[name].shape}; config.json asks for {wanted}")
+
     shardings = flatten_dict(param_shardings(config, mesh), sep="/") if mesh else {}
-    params = {}
-    for path, leaf in shapes.items():
-        host = np.empty(leaf.shape, jnp.dtype(dtype))
-        for entry in (entry for entry in table if entry.path == path):
-            _fill(host if entry.repeat is None else host[entry.repeat], entry, tensors[entry.name].read())
-        params[path] = jax.device_put(host, shardings.get(path))
-    kept = {name: dtype for name, dtype in dtypes.items() if not name.endswith(_INV_FREQ)}
-    return config, unflatten_dict(params, sep="/"), Source(hf_config, kept, folder)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    of_path: dict[str, list[_Piece]] = {path: [] for path in shapes}
+    for piece in (piece for pieces in table.values() for piece in pieces):
+        of_path[piece.path].append(piece)
+    params, begin = {}, time.perf_counter()
+    size = sum(leaf.size for leaf in shapes.values()) * jnp.dtype(dtype).itemsize
+    with track(None, size, f"load {folder.name}", "B") as bar:
+        for path, leaf in shapes.items():
+            fill = functools.partial(_fill, of_path[path], tensors)
+            params[path] = _place(leaf.shape, jnp.dtype(dtype), shardings.get(path, here), fill)
+            bar.update(params[path].nbytes)
+    rate = size / (time.perf_counter() - begin) / 1e9
+    log.info("%s: %.3g GB of parameters at %.2g GB/s", folder, size / 1e9, rate)
+    return config, unflatten_dict(params, sep="/"), Source(hf_config, dtypes, folder)
 
 
 def write(folder: Path, config: ModelConfig, params, source: Source, head_mask=None, dtype: str | None = None) -> None:
@@ -83,68 +84,128 @@ def write(folder: Path, config: ModelConfig, params, source: Source, head_mask=N
     Each tensor gets the dtype it was read in unless `dtype` is given. head_mask bool[L,H] zeroes the columns of
     o_proj that read the masked heads.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    hf_config = dict(source.hf_config or to_hf(config))
     leaves = flatten_dict(params, sep="/")
-    table = {entry.name: entry for entry in _entries(config, source.hf_config["model_type"])}
+    table = _table(config, hf_config, leaves)
+    folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, np.ndarray]] = [{}]
     for name in source.dtypes or table:
         tied_copy = name == _OUTPUT and config.tied_embeddings
-        tensor = _export(table[_INPUT if tied_copy else name], leaves, config, head_mask)
+        parts = [_export(piece, leaves, config, head_mask) for piece in table[_INPUT if tied_copy else name]]
+        tensor = np.concatenate(parts) if len(parts) > 1 else parts[0]
         tensor = np.ascontiguousarray(tensor.astype(jnp.dtype(dtype or source.dtypes.get(name, tensor.dtype))))
         if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > _MAX_SHARD_BYTES:
             shards.append({})
         shards[-1][name] = tensor
     _write_shards(folder, shards)
     _remove_stale(folder, {file for file, _ in _shard_names(shards)})
-    hf_config = dict(source.hf_config)
     if dtype is not None:
         hf_config["dtype" if "dtype" in hf_config else "torch_dtype"] = str(jnp.dtype(dtype))
     write_atomically(folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The HF config of a checkpoint folder; ValueError if it is missing or no JSON object."""
+    return _read_json(folder / "config.json", "not a Hugging Face checkpoint folder")
+
+
 @dataclasses.dataclass(frozen=True)
-class _Entry:
-    name: str  # in the checkpoint
-    path: str  # of the parameter
-    layer: int | None  # absolute
-    repeat: int | None  # index into the stacked parameter; None where it is not stacked
+class _Piece:
+    """The part of a parameter that one stored tensor holds: leaf[lead], in HF's axes the rows from `row` on."""
+
+    name: str
+    path: str
+    lead: tuple[int, ...]  # repeat of the layer pattern, expert; none where the parameter is not stacked
+    shape: tuple[int, ...]  # of leaf[lead], in HF's order of axes
+    row: int
+    layer: int | None
 
     @property
     def transposed(self) -> bool:
-        return self.path.endswith("/kernel")
+        return len(self.shape) == 2 and self.path != "embed/embedding"
 
 
-def _entries(config: ModelConfig, family: str) -> list[_Entry]:
+def _table(config: ModelConfig, hf_config, leaves) -> dict[str, list[_Piece]]:
+    """Stored tensor -> its pieces, for every tensor a model with these parameters has."""
+    table = {}
+    for name, paths in family(hf_config).names.items():
+        paths = (paths,) if isinstance(paths, str) else paths
+        for layer, block, repeat in _blocks(config) if "{layer}" in name else [(None, "", ())]:
+            full = [f"{block}{path}" for path in paths]
+            if not all(path in leaves for path in full):
+                continue
+            for expert in range(config.n_experts) if "{expert}" in name else [None]:
+                lead = repeat if expert is None else (*repeat, expert)
+                stored = name.format(layer=layer, expert=expert)
+                table[stored] = _below_each_other(stored, full, lead, leaves, layer)
+    return table
+
+
+def _blocks(config: ModelConfig):
+    """(absolute layer, prefix of its parameters, index into their stack) of each layer."""
     period = len(config.layer_pattern)
-    entries = []
-    for name, path in NAMES[family].items():
-        if name == _OUTPUT and config.tied_embeddings:
-            continue
-        if "{}" not in name:
-            entries.append(_Entry(name, path, None, None))
-            continue
-        for layer in range(config.n_layers):
-            repeat, place = divmod(layer, period)
-            in_tail = repeat == config.repeats
-            block = f"tail/{place}" if in_tail else f"blocks/{place}"
-            entries.append(_Entry(name.format(layer), path.format(block), layer, None if in_tail else repeat))
-    return entries
+    for layer in range(config.n_layers):
+        repeat, place = divmod(layer, period)
+        in_tail = repeat == config.repeats
+        yield layer, f"tail/{place}/" if in_tail else f"blocks/{place}/", () if in_tail else (repeat,)
 
 
-def _fill(target: np.ndarray, entry: _Entry, tensor: np.ndarray) -> None:
-    wanted = target.shape[::-1] if entry.transposed else target.shape
-    if tensor.shape != wanted:
-        raise ValueError(f"tensor {entry.name} has shape {tensor.shape}; config.json asks for {wanted}")
-    target[...] = (tensor.T if entry.transposed else tensor).astype(target.dtype)
+def _below_each_other(name: str, paths, lead, leaves, layer) -> list[_Piece]:
+    """The pieces of one stored tensor, in the order of its rows."""
+    pieces, row = [], 0
+    for path in paths:
+        shape = leaves[path].shape[len(lead) :]
+        stored = shape if path == "embed/embedding" else shape[::-1]
+        pieces.append(_Piece(name, path, lead, stored, row, layer))
+        row += stored[0]
+    return pieces
 
 
-def _export(entry: _Entry, leaves, config: ModelConfig, head_mask) -> np.ndarray:
-    leaf = leaves[entry.path]
-    tensor = np.asarray(leaf if entry.repeat is None else leaf[entry.repeat])
-    if head_mask is not None and entry.path.endswith("attn/o/kernel"):
-        columns = np.repeat(np.asarray(head_mask)[entry.layer], config.head_dim)
+def _stored_shape(pieces: list[_Piece]) -> tuple[int, ...]:
+    return (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
+
+
+def _place(shape, dtype, sharding, fill) -> jax.Array:
+    """A parameter on its devices; fill(host array, index) reads one device's part of it. One part at a time."""
+    devices: dict[tuple, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, holders in devices.items():
+        host = np.empty([end - begin for begin, end in bounds], dtype)
+        fill(host, bounds)
+        shards += [jax.device_put(host, device) for device in holders]
+        jax.block_until_ready(shards)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _fill(pieces: list[_Piece], tensors, host: np.ndarray, bounds) -> None:
+    """Read what lies within bounds, (begin, end) along each axis of the parameter, stripe by stripe."""
+
+    def fill(piece: _Piece) -> None:
+        stacked = list(zip(piece.lead, bounds, strict=False))
+        if not all(begin <= i < end for i, (begin, end) in stacked):
+            return
+        target = host[tuple(i - begin for i, (begin, _) in stacked)]
+        rest = bounds[len(stacked) :]
+        (first, last), *columns = rest[::-1] if piece.transposed else rest
+        turned = target.T if piece.transposed else target
+        for row in range(first, last, _STRIPE):
+            end = min(row + _STRIPE, last)
+            block = tensors[piece.name].read((piece.row + row, piece.row + end), *columns)
+            turned[row - first : end - first] = block.astype(target.dtype)
+
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        list(pool.map(fill, pieces))
+
+
+def _export(piece: _Piece, leaves, config: ModelConfig, head_mask) -> np.ndarray:
+    tensor = np.asarray(leaves[piece.path][piece.lead])
+    if head_mask is not None and piece.path.endswith("attn/o/kernel"):
+        columns = np.repeat(np.asarray(head_mask)[piece.layer], config.head_dim)
         tensor = np.where(columns[:, None], np.zeros((), tensor.dtype), tensor)
-    return tensor.T if entry.transposed else tensor
+    return tensor.T if piece.transposed else tensor
 
 
 # --- files ---
@@ -154,14 +215,16 @@ class _Tensor:
     """One tensor of an open safetensors file, read when asked for."""
 
     def __init__(self, handle, name: str):
-        self._handle, self._name = handle, name
-        self.dtype = _DTYPES.get(handle.get_slice(name).get_dtype())
+        self._slice = handle.get_slice(name)
+        self.shape = tuple(self._slice.get_shape())
+        self.dtype = _DTYPES.get(self._slice.get_dtype())
         if self.dtype is None:
-            kind = handle.get_slice(name).get_dtype()
+            kind = self._slice.get_dtype()
             raise ValueError(f"tensor {name} has type {kind}: quantised checkpoints are not supported, use a float one")
 
-    def read(self) -> np.ndarray:
-        return self._handle.get_tensor(self._name)
+    def read(self, *bounds: tuple[int, int]) -> np.ndarray:
+        """The block with these (begin, end) along each axis."""
+        return self._slice[tuple(slice(begin, end) for begin, end in bounds)]
 
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -207,9 +270,16 @@ def _drop_known_extras(config: ModelConfig, tensors: dict[str, _Tensor]) -> None
         log.info("dropped %s: frequencies are computed", name)
         del tensors[name]
     if config.tied_embeddings and {_OUTPUT, _INPUT} <= set(tensors):
-        output, table = tensors.pop(_OUTPUT).read(), tensors[_INPUT].read()
-        if output.shape != table.shape or output.tobytes() != table.tobytes():
+        output, table = tensors.pop(_OUTPUT), tensors[_INPUT]
+        if output.shape != table.shape or output.dtype != table.dtype or not _same_bits(output, table):
             raise ValueError(f"{_OUTPUT} differs from the embeddings it is tied to: set tie_word_embeddings to false")
+
+
+def _same_bits(a: _Tensor, b: _Tensor) -> bool:
+    rows, columns = a.shape
+    step = 64 * _STRIPE
+    stripes = [(first, min(first + step, rows)) for first in range(0, rows, step)]
+    return all(a.read(s, (0, columns)).tobytes() == b.read(s, (0, columns)).tobytes() for s in stripes)
 
 
 def _check_names(wanted: set[str], found: set[str], folder: Path) -> None:

@@ -13,25 +13,36 @@ import pytest
 
 from retmask_jax.lm import from_params, load
 from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import split_layers
 from retmask_jax.sharding import param_shapes
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
-VARIANTS = ("bf16", "gqa_tied", "linear", "llama3_mqa", "mha", "sharded")
+VARIANTS = tuple(sorted(path.name for path in GOLDEN.iterdir() if path.name != "example"))
+STORED = slice(2, None, 3)  # positions whose logits are stored, POSITIONS of make_golden.py
 
 
 @pytest.fixture(scope="session")
 def read_golden():
-    """A checkpoint of make_golden.py by name: .folder, .lm and the arrays of its golden.npz."""
+    """A checkpoint of make_golden.py by name: .folder, .lm and the arrays of its golden.npz.
+
+    .compute(**masks): our logits for its tokens at the positions that are stored.
+    """
 
     @functools.cache
     def read(name: str):
         with np.load(GOLDEN / name / "golden.npz") as arrays:
-            return SimpleNamespace(folder=GOLDEN / name, lm=load(GOLDEN / name), **arrays)
+            lm = load(GOLDEN / name)
+            logits = functools.partial(_stored_logits, lm, arrays["tokens"])
+            return SimpleNamespace(name=name, folder=GOLDEN / name, lm=lm, compute=logits, **arrays)
 
     return read
+
+
+def _stored_logits(lm, tokens, **masks):
+    return lm.logits(tokens, interventions=Interventions(**masks))[:, STORED]
 
 
 @pytest.fixture(params=VARIANTS)

@@ -10,10 +10,11 @@ PACKAGE = Path(__file__).parent.parent / "retmask_jax"
 
 # A module imports only what stands above it.
 ORDER = """
-files progress model.config model.rope model.layers model.interventions model.attention model.cache
-model.transformer sharding weights generate lm sequence stats haystack head_scores detect causal head_profile
+files progress model.config model.rope hf_config families model.layers model.experts model.interventions
+model.attention model.cache model.transformer sharding weights hub generate lm
+sequence stats haystack head_scores detect causal head_profile
 data.tiny_language data.preferences pairs dpo train evals.recall evals.perplexity evals.compare page figures
-report pretrain assets recipes workdir stages pipeline main
+report pretrain assets inspection recipes workdir stages pipeline main
 """.split()
 
 

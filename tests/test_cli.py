@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import retmask_jax as rm
-from retmask_jax.lm import BUNDLED
+from retmask_jax.hub import BUNDLED
 from retmask_jax.main import main
 
 
@@ -54,7 +54,7 @@ def test_folder_without_config(refused, tmp_path):
 def test_unsupported_family(refused, tmp_path):
     copy_model(tmp_path / "model", model_type="mamba")
     line = refused("detect", "--config.model=./model", "--workdir=work")
-    assert "'mamba' is not supported (supported: llama)" in line
+    assert "'mamba' is not supported (supported: gemma2, gemma3_text, llama, " in line
 
 
 def test_unknown_attribute_of_a_model(refused, tmp_path):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retmask_jax.model.attention import attend, probe_argmax
-from retmask_jax.model.config import ModelConfig, Rope, from_hf, to_hf
+from retmask_jax.families import from_hf, to_hf
+from retmask_jax.model.attention import Scores, attend, probe_argmax
+from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import forward, merge_layers, split_layers
 
@@ -86,77 +87,86 @@ def _random_qkv(length, keys=None, batch=2, heads=2, kv_heads=1, width=4, seed=0
     return q_BTHD, kv[0], kv[1]
 
 
-def _weights(q_BTHD, k_BKSD, scale, start_B=0):
-    """f64[B,H,T,S] by the definition: everything at once, one softmax."""
+def _weights(q_BTHD, k_BKSD, scores, start_B=0):
+    """(f64[B,H,T,S], capped scores) by the definition: everything at once, one softmax."""
     k_BHSD = np.repeat(k_BKSD.astype(np.float64), q_BTHD.shape[2] // k_BKSD.shape[1], axis=1)
-    scores_BHTS = np.einsum("bthd,bhsd->bhts", q_BTHD.astype(np.float64), k_BHSD) * scale
+    raw_BHTS = np.einsum("bthd,bhsd->bhts", q_BTHD.astype(np.float64), k_BHSD) * scores.scale
+    capped_BHTS = scores.cap * np.tanh(raw_BHTS / scores.cap) if scores.cap else raw_BHTS
     last_BT = np.asarray(start_B)[..., None] + np.arange(q_BTHD.shape[1])
-    last_BT = np.broadcast_to(last_BT, q_BTHD.shape[:2])
-    seen = np.arange(k_BKSD.shape[2]) <= last_BT[:, None, :, None]
-    weights_BHTS = np.where(seen, np.exp(scores_BHTS - scores_BHTS.max(-1, keepdims=True)), 0)
-    return weights_BHTS / weights_BHTS.sum(-1, keepdims=True)
+    last_BHTS = np.broadcast_to(last_BT, q_BTHD.shape[:2])[:, None, :, None]
+    keys = np.arange(k_BKSD.shape[2])
+    seen = (keys <= last_BHTS) & (keys > last_BHTS - (scores.window or 10**6))
+    weights_BHTS = np.where(seen, np.exp(capped_BHTS - capped_BHTS.max(-1, keepdims=True)), 0)
+    return weights_BHTS / weights_BHTS.sum(-1, keepdims=True), capped_BHTS
 
 
-def _plain(q_BTHD, k_BKSD, v_BKSD, scale, start_B=0):
+def _plain(q_BTHD, k_BKSD, v_BKSD, scores, start_B=0):
     v_BHSD = np.repeat(v_BKSD.astype(np.float64), q_BTHD.shape[2] // v_BKSD.shape[1], axis=1)
-    return np.einsum("bhts,bhsd->bthd", _weights(q_BTHD, k_BKSD, scale, start_B), v_BHSD)
+    return np.einsum("bhts,bhsd->bthd", _weights(q_BTHD, k_BKSD, scores, start_B)[0], v_BHSD)
 
 
-def _plain_gradients(q_BTHD, k_BKSD, v_BKSD, scale, out_BTHD):
+def _plain_gradients(q_BTHD, k_BKSD, v_BKSD, scores, out_BTHD):
     """Gradients of sum(attention * out_BTHD) with respect to q, k and v, by hand, float64."""
-    weights = _weights(q_BTHD, k_BKSD, scale)
+    weights, capped = _weights(q_BTHD, k_BKSD, scores)
     batch, kv_heads, keys, width = k_BKSD.shape
     share = q_BTHD.shape[2] // kv_heads
     k_BHSD, v_BHSD = (np.repeat(x.astype(np.float64), share, axis=1) for x in (k_BKSD, v_BKSD))
     wanted = np.einsum("bthd,bhsd->bhts", out_BTHD, v_BHSD)
-    scores = weights * (wanted - (wanted * weights).sum(-1, keepdims=True)) * scale
+    raw = weights * (wanted - (wanted * weights).sum(-1, keepdims=True)) * scores.scale
+    raw *= 1 - (capped / scores.cap) ** 2 if scores.cap else 1
 
     def per_kv_head(x_BHSD):
         return x_BHSD.reshape(batch, kv_heads, share, keys, width).sum(axis=2)
 
     return (
-        np.einsum("bhts,bhsd->bthd", scores, k_BHSD),
-        per_kv_head(np.einsum("bhts,bthd->bhsd", scores, q_BTHD)),
+        np.einsum("bhts,bhsd->bthd", raw, k_BHSD),
+        per_kv_head(np.einsum("bhts,bthd->bhsd", raw, q_BTHD)),
         per_kv_head(np.einsum("bhts,bthd->bhsd", weights, out_BTHD)),
     )
 
 
-@pytest.mark.parametrize("length", [1, 127, 128, 129, 300, 1100])
-def test_attention_in_chunks_is_one_softmax(length, close):
+@pytest.mark.parametrize("length, scores", [
+    *((length, Scores(0.7)) for length in (1, 127, 128, 129, 300, 1100)),
+    (300, Scores(0.7, window=1)), (300, Scores(0.7, window=37)), (1100, Scores(0.4, window=130, cap=1.5)),
+    (1100, Scores(0.4, window=5000)), (129, Scores(0.7, cap=0.8)),
+])  # fmt: skip
+def test_attention_in_chunks_is_one_softmax(length, scores, close):
     qkv = _random_qkv(length, batch=1 if length > 200 else 2)
     out_BTHD = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
 
     @jax.jit
     def both(*qkv):
-        out, pull = jax.vjp(lambda *qkv: attend(*qkv, scale=0.7), *qkv)
+        out, pull = jax.vjp(lambda *qkv: attend(*qkv, scores), *qkv)
         return out, pull(jnp.asarray(out_BTHD))
 
     out, gradients = both(*qkv)
-    close(out, _plain(*qkv, 0.7), 1e-5)
-    expected = _plain_gradients(*qkv, 0.7, out_BTHD)
+    close(out, _plain(*qkv, scores), 1e-5)
+    expected = _plain_gradients(*qkv, scores, out_BTHD)
     scale = max(np.abs(gradient).max() for gradient in expected)
-    for actual, gradient in zip(gradients, expected, strict=True):  # at length 1, q and k have none
+    for actual, gradient in zip(gradients, expected, strict=True):  # of one key, q and k have none
         np.testing.assert_allclose(actual, gradient, rtol=0, atol=1e-5 * scale)
 
 
 def test_attention_shares_kv_heads_in_order(close):
     qkv = _random_qkv(5, heads=6, kv_heads=3)
-    close(attend(*qkv, scale=0.5), _plain(*qkv, 0.5), 1e-5)
+    close(attend(*qkv, Scores(0.5)), _plain(*qkv, Scores(0.5)), 1e-5)
 
 
-def test_attention_over_a_cache_ends_at_each_rows_position(close):
+@pytest.mark.parametrize("scores", [Scores(0.5), Scores(0.5, window=3, cap=0.9)])
+def test_attention_over_a_cache_ends_at_each_rows_position(scores, close):
     start_B = np.array([3, 0, 6])
     qkv = _random_qkv(2, keys=9, batch=3, heads=4, kv_heads=2)
-    close(attend(*qkv, 0.5, jnp.asarray(start_B)), _plain(*qkv, 0.5, start_B), 1e-5)
+    close(attend(*qkv, scores, jnp.asarray(start_B)), _plain(*qkv, scores, start_B), 1e-5)
 
 
-def test_probe_finds_the_largest_full_attention_weight():
+@pytest.mark.parametrize("window", [None, 4])
+def test_probe_finds_the_largest_attention_weight_by_absolute_position(window):
     q, k, _ = _random_qkv(12, keys=20, batch=3, heads=4, kv_heads=2)
     start_B, rows_BP = np.array([0, 5, 8]), np.array([[0, 11], [3, 7], [11, 2]])
-    weights_BHTS = _weights(q, k, 0.3, start_B)
-    best_BTH = weights_BHTS.argmax(-1).swapaxes(1, 2)
+    scores = Scores(0.3, window, cap=2.0)
+    best_BTH = _weights(q, k, scores, start_B)[0].argmax(-1).swapaxes(1, 2)
     expected = np.take_along_axis(best_BTH, rows_BP[:, :, None], axis=1)
-    actual = probe_argmax(*map(jnp.asarray, (q, k, rows_BP, start_B)))
+    actual = probe_argmax(*map(jnp.asarray, (q, k, rows_BP, start_B)), scores)
     np.testing.assert_array_equal(actual, expected)
     unmasked = np.einsum("bthd,bhsd->bths", q, np.repeat(k, 2, axis=1)).argmax(-1)
     assert (np.take_along_axis(unmasked, rows_BP[:, :, None], axis=1) != expected).any()
@@ -246,8 +256,11 @@ def test_what_a_config_may_leave_out_has_hfs_default():
     ({"sliding_window": 512}, r"sliding_window=512"),
     ({"attention_bias": True}, r"attention_bias=True; only False is supported"),
     ({"mlp_bias": True}, r"mlp_bias=True"),
-    ({"hidden_act": "gelu"}, r"hidden_act='gelu'"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"RoPE type 'yarn' is not supported"),
+    ({"hidden_act": "relu"}, r"activation 'relu'; supported are silu"),
+    ({"rope_scaling": {"rope_type": "mrope", "factor": 4.0}}, r"RoPE type 'mrope' is not supported"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "gamma": 2}}, r"'yarn' takes .*'gamma'"),
+    ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 2e4}}, "two values for rope_theta: 10000.0 and 20000.0"),
+    ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\): use the unquantised one"),
     ({"rope_scaling": {"rope_type": "linear"}}, r"'linear' takes \['factor'\], .* has \[\]"),
     ({"rope_scaling": {"rope_type": "default", "beta": 1}}, r"'default' takes \[\].*beta"),
     ({"rope_scaling": {"rope_type": "linear", "type": "dynamic"}}, "types: dynamic, linear"),
@@ -255,7 +268,7 @@ def test_what_a_config_may_leave_out_has_hfs_default():
     ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "must be numbers"),
     ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported \(supported: .*llama"),
     ({"num_attention_heads": 6, "num_key_value_heads": 4}, "6 query heads cannot share 4"),
-    ({"head_dim": 15}, "head_dim 15 is odd"),
+    ({"head_dim": 15}, "rotary width 15 must be even"),
 ])  # fmt: skip
 def test_a_config_that_is_not_fully_understood_raises_by_name(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -1,20 +1,19 @@
-"""Model architecture as data: `ModelConfig`, read from and written to the Hugging Face config format."""
+"""Model architecture as data: every difference between models is a field of `ModelConfig`."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
-# Attributes of an HF config that change nothing in a forward pass at inference or here in training.
-_IRRELEVANT = frozenset({
-    "_name_or_path", "architectures", "attention_dropout", "dtype", "initializer_range", "model_type",
-    "pretraining_tp", "torch_dtype", "transformers_version", "use_cache", "_attn_implementation_autoset",
-})  # fmt: skip
+LAYER_KINDS = ("full", "sliding")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding. `kind` is default, linear or llama3; the other fields are those of its HF form."""
+    """Rotary position embedding; which fields count depends on `kind`, see `rope.inverse_frequencies`.
+
+    original_length: tokens of the context before scaling. attention_scale: cos and sin are multiplied by it.
+    """
 
     kind: str = "default"
     theta: float = 10000.0
@@ -22,11 +21,31 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 0
+    attention_scale: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(f"RoPE type {self.kind!r} is not supported (supported: {', '.join(ROPE_KINDS)})")
+        if self.kind == "longrope" and not (self.short_factors and self.long_factors):
+            raise ValueError("RoPE type 'longrope' needs short_factors and long_factors, one per rotary pair")
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the frequencies change with the length of the text."""
+        return self.kind in ("dynamic", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Every architectural difference is a field. Frozen and hashable, so it can be a static argument of `jax.jit`."""
+    """Every architectural difference is a field. Frozen and hashable, so it can be a static argument of `jax.jit`.
+
+    Layer i is of kind layer_pattern[i % period]; the repeats of the pattern are scanned, what remains is the tail.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -37,33 +56,44 @@ class ModelConfig:
     head_dim: int
     max_length: int
     norm_eps: float = 1e-5
+    norm_placement: str = "pre"  # "pre": x + f(norm(x)); "post": x + norm(f(x)); "both"
+    norm_offset: float = 0.0  # added to every norm's weight
+    qk_norm: str | None = None  # of queries and keys: "head", each over its width; "projection", all heads at once
+    qkv_bias: bool = False
     activation: str = "silu"
     tied_embeddings: bool = False
+    embed_scale: float | None = None  # embeddings are multiplied by it, rounded to their dtype
+    query_scale: float | None = None  # of q.k; None: head_dim ** -0.5
+    attention_softcap: float | None = None  # cap * tanh(scores / cap)
+    logit_softcap: float | None = None
+    layer_pattern: tuple[str, ...] = ("full",)  # "full" or "sliding"
+    window: int | None = None  # keys a query of a sliding layer sees, its own included
     rope: Rope = Rope()
-    layer_pattern: tuple[str, ...] = ("full",)
+    sliding_rope: Rope | None = None  # of sliding layers; None: the same
+    rotary_dim: int | None = None  # rotated dimensions at the front of a head; None: all
+    expert_pattern: tuple[bool, ...] = (False,)  # which layers of the pattern have experts; one entry: all alike
+    n_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    normalise_router: bool = False  # the chosen experts' weights sum to one
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
 
     def __post_init__(self):
-        sizes = ("vocab_size", "hidden_size", "mlp_size", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_length")
-        for name in sizes:
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if type(self.tied_embeddings) is not bool:
-            raise ValueError(f"tied_embeddings is {self.tied_embeddings!r}; it must be True or False")
-        if not 1 <= len(self.layer_pattern) <= self.n_layers:
-            raise ValueError(f"layer_pattern has {len(self.layer_pattern)} layers, the model {self.n_layers}")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary pairs need an even width")
+        self._check_sizes()
+        self._check_choices()
+        self._check_layers()
 
     @property
     def n_pairs(self) -> int:
         """Number of rotary pairs of a head, R."""
-        return self.head_dim // 2
+        return (self.rotary_dim or self.head_dim) // 2
+
+    @property
+    def attention_scale(self) -> float:
+        """What q.k is multiplied by before the softmax."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
     @property
     def repeats(self) -> int:
@@ -75,162 +105,70 @@ class ModelConfig:
         """Layer kinds behind the last whole repeat of the pattern."""
         return self.layer_pattern[: self.n_layers - self.repeats * len(self.layer_pattern)]
 
+    @property
+    def ropes(self) -> dict[str, Rope]:
+        """The rotary embedding of each layer kind that occurs."""
+        own = {"full": self.rope, "sliding": self.sliding_rope or self.rope}
+        return {kind: own[kind] for kind in LAYER_KINDS if kind in self.layer_pattern}
 
-def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Read an HF config (the content of config.json), closed-world.
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether rotary frequencies change with the length of the text."""
+        return any(rope.depends_on_length for rope in self.ropes.values())
 
-    Raises ValueError naming the model type if it is unsupported, or the attribute if one is not understood.
-    """
-    family = hf.get("model_type")
-    if family not in _READERS:
-        raise ValueError(
-            f"model_type {family!r} is not supported (supported: {', '.join(sorted(_READERS))}); "
-            "CONTRIBUTING.md says how to add a family"
-        )
-    reader = _Reader(hf)
-    config = _READERS[family](reader)
-    reader.finish()
-    return config
+    def has_experts(self, place: int) -> bool:
+        """Whether the layers at this place of the pattern have experts instead of one MLP."""
+        return self.expert_pattern[place % len(self.expert_pattern)]
 
+    def _check_sizes(self):
+        names = ["vocab_size", "hidden_size", "mlp_size", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_length"]
+        names += ["n_experts", "experts_per_token", "expert_size"] if any(self.expert_pattern) else []
+        names += ["window"] if "sliding" in self.layer_pattern else []
+        for name in names:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
+        rotary = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        if rotary % 2 or not 0 < rotary <= self.head_dim:
+            raise ValueError(f"rotary width {rotary} must be even and at most head_dim {self.head_dim}")
+        if self.experts_per_token > self.n_experts:
+            raise ValueError(f"{self.experts_per_token} experts per token of only {self.n_experts}")
+        for name in ("norm_eps", "embed_scale", "query_scale", "attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ValueError(f"{name} is {value!r}; it must be a positive number")
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The HF config of a model made here, as the content of a config.json (Llama's form)."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.mlp_size,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_length,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": config.activation,
-        "tie_word_embeddings": config.tied_embeddings,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": _rope_to_hf(config.rope),
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": list(config.eos_ids),
-        "pad_token_id": config.pad_id,
-        "torch_dtype": "float32",
-    }
+    def _check_choices(self):
+        choices = {
+            "norm_placement": ("pre", "post", "both"), "qk_norm": (None, "head", "projection"),
+            "activation": ACTIVATIONS, "tied_embeddings": (False, True), "qkv_bias": (False, True),
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if not any(value is one or (type(value) is str and value == one) for one in allowed):
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
 
-
-class _Reader:
-    """Hands out the attributes of an HF config and remembers which were asked for."""
-
-    def __init__(self, hf: Mapping[str, Any]):
-        self._hf = hf
-        self._seen = set(_IRRELEVANT)
-
-    def get(self, name: str, default: Any = ...) -> Any:
-        self._seen.add(name)
-        value = self._hf.get(name)
-        if value is not None:
-            return value
-        if default is ...:
-            raise ValueError(f"config.json has no {name!r}, which a {self._hf['model_type']} model needs")
-        return default
-
-    def size(self, name: str) -> int:
-        value = self.get(name)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"config.json has {name}={value!r}; it must be a whole number of at least 1")
-        return value
-
-    def expect(self, name: str, only: Any) -> None:
-        value = self.get(name, only)
-        if value != only:
-            raise ValueError(
-                f"config.json has {name}={value!r}; only {only!r} is supported for {self._hf['model_type']}"
-            )
-
-    def finish(self) -> None:
-        unknown = sorted(set(self._hf) - self._seen)
+    def _check_layers(self):
+        if not 1 <= len(self.layer_pattern) <= self.n_layers:
+            raise ValueError(f"layer_pattern has {len(self.layer_pattern)} layers, the model {self.n_layers}")
+        unknown = set(self.layer_pattern) - set(LAYER_KINDS)
         if unknown:
-            shown = ", ".join(f"{name}={self._hf[name]!r}" for name in unknown)
+            raise ValueError(f"layer kind {unknown.pop()!r} is unknown; known are {', '.join(LAYER_KINDS)}")
+        if len(self.expert_pattern) not in (1, len(self.layer_pattern)):
             raise ValueError(
-                f"config.json has attributes that are not understood, so the model could be wrong: {shown}"
+                f"expert_pattern has {len(self.expert_pattern)} entries, layer_pattern {len(self.layer_pattern)}"
             )
+        for rope in self.ropes.values():
+            for factors in (rope.short_factors, rope.long_factors):
+                if factors and len(factors) != self.n_pairs:
+                    raise ValueError(f"longrope has {len(factors)} factors, a head {self.n_pairs} rotary pairs")
 
 
-def _read_llama(hf: _Reader) -> ModelConfig:
-    hf.expect("attention_bias", False)
-    hf.expect("mlp_bias", False)
-    heads, hidden = hf.size("num_attention_heads"), hf.size("hidden_size")
-    eos = hf.get("eos_token_id", ())
-    max_length = hf.get("max_position_embeddings")
-    return ModelConfig(
-        vocab_size=hf.get("vocab_size"),
-        hidden_size=hidden,
-        mlp_size=hf.get("intermediate_size"),
-        n_layers=hf.get("num_hidden_layers"),
-        n_heads=heads,
-        n_kv_heads=hf.get("num_key_value_heads", heads),
-        head_dim=hf.get("head_dim", hidden // heads),
-        max_length=max_length,
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        activation=_activation(hf.get("hidden_act", "silu")),
-        tied_embeddings=hf.get("tie_word_embeddings", False),
-        rope=_read_rope(hf, max_length),
-        bos_id=hf.get("bos_token_id", None),
-        eos_ids=tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
-        pad_id=max(0, hf.get("pad_token_id", 0)),
-    )
-
-
-_READERS = {"llama": _read_llama}
-
-
-def _activation(name: str) -> str:
-    if name != "silu":
-        raise ValueError(f"config.json has hidden_act={name!r}; only 'silu' is supported")
-    return name
-
-
-# The parameters of each RoPE kind: HF name -> field of Rope.
-_ROPE_FIELDS = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_length",
-    },
-}
-
-
-def _read_rope(hf: _Reader, max_length: int) -> Rope:
-    """Both forms: `rope_theta` and `rope_scaling` at the top, or everything in `rope_parameters`."""
-    top_theta = hf.get("rope_theta", None)
-    scaling = dict(hf.get("rope_scaling", None) or {})
-    scaling |= dict(hf.get("rope_parameters", None) or {})
-    theta = scaling.pop("rope_theta", top_theta or 10000.0)
-    if top_theta not in (None, theta):
-        raise ValueError(f"config.json has rope_theta={top_theta!r} and, in its RoPE parameters, {theta!r}: keep one")
-    kinds = {scaling.pop("rope_type", None), scaling.pop("type", None)} - {None} or {"default"}
-    if len(kinds) > 1:
-        raise ValueError(f"config.json names two RoPE types: {', '.join(sorted(kinds))}")
-    kind = kinds.pop()
-    if kind not in _ROPE_FIELDS:
-        raise ValueError(f"RoPE type {kind!r} is not supported (supported: {', '.join(_ROPE_FIELDS)})")
-    wanted = _ROPE_FIELDS[kind]
-    if kind == "llama3":
-        scaling.setdefault("original_max_position_embeddings", max_length)
-    if set(scaling) != set(wanted):
-        raise ValueError(f"RoPE type {kind!r} takes {sorted(wanted)}, config.json has {sorted(scaling)}")
-    values = {field: scaling[name] for name, field in wanted.items()}
-    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values.values()):
-        raise ValueError(f"RoPE parameters must be numbers, config.json has {scaling}")
-    return Rope(kind=kind, theta=float(theta), **values)
-
-
-def _rope_to_hf(rope: Rope) -> dict[str, Any] | None:
-    if rope.kind == "default":
-        return None
-    return {"rope_type": rope.kind} | {name: getattr(rope, field) for name, field in _ROPE_FIELDS[rope.kind].items()}
+def shortest_pattern(layers: tuple) -> tuple:
+    """The shortest pattern that gives `layers` when repeated and cut: ("a", "b", "a") -> ("a", "b")."""
+    for period in range(1, len(layers) + 1):
+        if all(layer == layers[i % period] for i, layer in enumerate(layers)):
+            return layers[:period]
+    return layers

@@ -1,0 +1,292 @@
+"""Reading and writing the Hugging Face config format, closed-world: nothing that is written there goes unnoticed."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from retmask_jax.model.config import ModelConfig, Rope, shortest_pattern
+from retmask_jax.model.rope import longrope_attention_scale, yarn_attention_scale
+
+# Attributes that change nothing in a forward pass at inference or here in training.
+_IRRELEVANT = frozenset({
+    "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "_attn_implementation_autoset",
+    "auto_map", "cache_implementation", "dtype", "embd_pdrop", "initializer_range", "model_type",
+    "output_router_logits", "pretraining_tp", "resid_pdrop", "router_aux_loss_coef", "router_jitter_noise",
+    "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
+})  # fmt: skip
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+_KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
+
+
+class Reader:
+    """Hands out the attributes of an HF config and remembers which were asked for."""
+
+    def __init__(self, hf: Mapping[str, Any]):
+        self._hf = hf
+        self._seen = set(_IRRELEVANT)
+
+    def get(self, name: str, default: Any = ...) -> Any:
+        """The attribute, or the default where it is absent or null; ValueError if there is no default."""
+        self._seen.add(name)
+        value = self._hf.get(name)
+        if value is not None:
+            return value
+        if default is ...:
+            raise ValueError(f"config.json has no {name!r}, which a {self._hf['model_type']} model needs")
+        return default
+
+    def size(self, name: str, default: Any = ...) -> Any:
+        """A whole number of at least 1."""
+        value = self.get(name, default)
+        if value is not default and (type(value) is not int or value < 1):
+            raise ValueError(f"config.json has {name}={value!r}; it must be a whole number of at least 1")
+        return value
+
+    def expect(self, **only: Any) -> None:
+        """ValueError unless each attribute has the one value that is supported, or is absent."""
+        for name, value in only.items():
+            if (found := self.get(name, value)) != value:
+                raise ValueError(
+                    f"config.json has {name}={found!r}; only {value!r} is supported for {self._hf['model_type']}"
+                )
+
+    def ignore(self, *names: str) -> None:
+        """Attributes that do not matter in this family."""
+        self._seen |= set(names)
+
+    def finish(self) -> None:
+        """ValueError for attributes nobody asked for; null ones are as good as absent."""
+        if "quantization_config" in self._hf:
+            method = (self._hf["quantization_config"] or {}).get("quant_method", "quantised")
+            raise ValueError(f"the checkpoint is quantised ({method}): use the unquantised one")
+        unknown = sorted({name for name, value in self._hf.items() if value is not None} - self._seen)
+        if unknown:
+            shown = ", ".join(f"{name}={self._hf[name]!r}" for name in unknown)
+            raise ValueError(
+                f"config.json has attributes that are not understood, so the model could be wrong: {shown}"
+            )
+
+
+def common(hf: Reader, *, tied: bool = False, act: str = "hidden_act", head_dim: int | None = None,
+           default_act: str = "silu", norm_eps: float = 1e-6, theta: float = 1e4, partial_rotary: bool = False,
+           **fields) -> ModelConfig:  # fmt: skip
+    """The ModelConfig of attributes all families share, with `fields` beside or instead of them.
+
+    The keyword arguments are what an absent attribute stands for in the family at hand.
+    """
+    heads, hidden = hf.size("num_attention_heads"), hf.size("hidden_size")
+    max_length = hf.size("max_position_embeddings")
+    head_dim = hf.size("head_dim", head_dim or hidden // heads)
+    eos = hf.get("eos_token_id", ())
+    if "rope" not in fields:
+        rope, rotary_share = read_rope(hf, max_length, theta)
+        fields |= {"rope": rope}
+        if rotary_share != 1:
+            if not partial_rotary:
+                raise ValueError(f"config.json has partial_rotary_factor={rotary_share}; only 1 is supported here")
+            fields |= {"rotary_dim": int(head_dim * rotary_share)}
+    return ModelConfig(**{
+        "vocab_size": hf.size("vocab_size"),
+        "hidden_size": hidden,
+        "mlp_size": hf.size("intermediate_size"),
+        "n_layers": hf.size("num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": hf.size("num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "max_length": _context(max_length, fields["rope"]),
+        "norm_eps": hf.get("rms_norm_eps", norm_eps),
+        "activation": _activation(hf.get(act, default_act)),
+        "tied_embeddings": hf.get("tie_word_embeddings", tied),
+        "bos_id": hf.get("bos_token_id", None),
+        "eos_ids": tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+        "pad_id": max(0, hf.get("pad_token_id", 0)),
+    } | fields)  # fmt: skip
+
+
+def one_window(hf: Reader) -> dict[str, Any]:
+    """Fields of a model whose layers all slide if config.json names a window."""
+    window = hf.size("sliding_window", None)
+    return {} if window is None else {"layer_pattern": ("sliding",), "window": window}
+
+
+def layer_windows(hf: Reader, default_kinds: list[str]) -> dict[str, Any]:
+    """Fields of a model with full and sliding layers; default_kinds: of each layer, where config.json has no list."""
+    kinds = hf.get("layer_types", default_kinds)
+    layers = hf.size("num_hidden_layers")
+    if len(kinds) != layers or not set(kinds) <= set(_KINDS):
+        raise ValueError(
+            f"config.json has layer_types={kinds!r}; it must name {' or '.join(_KINDS)} for each of {layers} layers"
+        )
+    pattern = shortest_pattern(tuple(_KINDS[kind] for kind in kinds))
+    window = hf.size("sliding_window", None)
+    return {"layer_pattern": pattern, "window": window if "sliding" in pattern else None}
+
+
+def every_nth_full(hf: Reader, n: int) -> list[str]:
+    """Layer types where each nth layer is full and the others slide."""
+    layers = range(1, hf.size("num_hidden_layers") + 1)
+    return ["sliding_attention" if layer % n else "full_attention" for layer in layers]
+
+
+# --- RoPE ---
+
+# The parameters of each RoPE type: HF name -> field of Rope.
+_FIELDS = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "dynamic": {"factor": "factor", "original_max_position_embeddings": "original_length"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_length",
+    },
+    "yarn": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_length",
+        "attention_factor": "attention_scale",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "truncate": "truncate",
+    },
+    "longrope": {
+        "short_factor": "short_factors",
+        "long_factor": "long_factors",
+        "original_max_position_embeddings": "original_length",
+        "attention_factor": "attention_scale",
+    },
+}
+_OLD_NAMES = {"su": "longrope"}
+
+
+def read_rope(hf: Reader, max_length: int, theta: float) -> tuple[Rope, float]:
+    """(RoPE, rotated share of a head) in either form: `rope_theta` and `rope_scaling` at the top, or all of it in
+    `rope_parameters`. theta: where neither says."""
+    scaling = dict(hf.get("rope_scaling", None) or {})
+    parameters = dict(hf.get("rope_parameters", None) or {})
+    # Families that write it beside the RoPE parameters mean the same.
+    top = {
+        "rope_theta": hf.get("rope_theta", None),
+        "partial_rotary_factor": hf.get("partial_rotary_factor", None),
+        "original_max_position_embeddings": hf.get("original_max_position_embeddings", None),
+    }
+    top = {name: value for name, value in top.items() if value is not None}
+    merged: dict[str, Any] = {}
+    for part in (top, scaling, parameters):
+        for name, value in part.items():
+            if name in merged and merged[name] != value:
+                raise ValueError(f"config.json gives two values for {name}: {merged[name]!r} and {value!r}: keep one")
+            merged[name] = value
+    merged.setdefault("rope_theta", theta)
+    share = float(merged.pop("partial_rotary_factor", 1.0))
+    return make_rope(merged, max_length), share
+
+
+def read_ropes(hf: Reader, *, theta: float, sliding_theta: float, sliding_key: str | None = None) -> dict[str, Rope]:
+    """Fields `rope` and `sliding_rope` of a family that scales its full layers only.
+
+    theta, sliding_theta: where config.json does not say; sliding_key: the attribute with the sliding layers' base in
+    the older form (None: they share rope_theta).
+    """
+    max_length = hf.size("max_position_embeddings")
+    nested = dict(hf.get("rope_parameters", None) or {})
+    if not set(nested) <= set(_KINDS):
+        raise ValueError(
+            f"config.json has rope_parameters with {', '.join(sorted(nested))}; this family has them per layer type, "
+            f"under {' and '.join(_KINDS)}"
+        )
+    top_theta = hf.get("rope_theta", None)
+    local_theta = hf.get(sliding_key, None) if sliding_key else top_theta
+    full = {"rope_theta": top_theta or theta} | dict(hf.get("rope_scaling", None) or {})
+    sliding = {"rope_theta": local_theta or sliding_theta}
+    full |= nested.get("full_attention") or {}
+    sliding |= nested.get("sliding_attention") or {}
+    rope, sliding_rope = make_rope(full, max_length), make_rope(sliding, max_length)
+    return {"rope": rope, "sliding_rope": None if sliding_rope == rope else sliding_rope}
+
+
+def make_rope(parameters: Mapping[str, Any], max_length: int) -> Rope:
+    """Rope of HF's RoPE parameters, closed-world."""
+    parameters = dict(parameters)
+    theta = parameters.pop("rope_theta")
+    kinds = {parameters.pop("rope_type", None), parameters.pop("type", None)} - {None} or {"default"}
+    if len(kinds) > 1:
+        raise ValueError(f"config.json names two RoPE types: {', '.join(sorted(kinds))}")
+    kind = _OLD_NAMES.get(name := kinds.pop(), name)
+    if kind not in _FIELDS:
+        raise ValueError(f"RoPE type {kind!r} is not supported (supported: {', '.join(_FIELDS)})")
+    if kind in ("default", "linear"):
+        parameters.pop("original_max_position_embeddings", None)  # written by some, used by none
+    parameters = {name: value for name, value in parameters.items() if value is not None}
+    if kind in ("dynamic", "llama3", "yarn", "longrope"):
+        parameters.setdefault("original_max_position_embeddings", max_length)
+    if kind == "dynamic" and parameters["original_max_position_embeddings"] != max_length:
+        raise ValueError("RoPE type 'dynamic' starts from max_position_embeddings; config.json names another length")
+    if kind in ("yarn", "longrope"):
+        _settle_attention_scale(kind, parameters, max_length)
+    wanted = _FIELDS[kind]
+    missing, unknown = set(wanted) - set(parameters), set(parameters) - set(wanted)
+    missing -= {"beta_fast", "beta_slow", "truncate"}
+    if missing or unknown:
+        raise ValueError(f"RoPE type {kind!r} takes {sorted(wanted)}, config.json has {sorted(parameters)}")
+    values = {field: parameters[name] for name, field in wanted.items() if name in parameters}
+    values = {field: tuple(value) if isinstance(value, list) else value for field, value in values.items()}
+    numbers = [theta, *(n for value in values.values() for n in (value if isinstance(value, tuple) else (value,)))]
+    if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+        raise ValueError(f"RoPE parameters must be numbers, config.json has {dict(parameters) | {'rope_theta': theta}}")
+    return Rope(kind=kind, theta=float(theta), **values)
+
+
+def _settle_attention_scale(kind: str, parameters: dict[str, Any], max_length: int) -> None:
+    """Replace the ways to say it by its value, `attention_factor`."""
+    original = parameters["original_max_position_embeddings"]
+    factor = parameters.get("factor", max_length / original)
+    mscales = parameters.pop("mscale", None), parameters.pop("mscale_all_dim", None)
+    if kind == "yarn":
+        parameters["factor"] = factor
+        parameters.setdefault("attention_factor", yarn_attention_scale(factor, *mscales))
+    else:
+        parameters.pop("factor", None)
+        parameters.setdefault("attention_factor", longrope_attention_scale(factor, original))
+
+
+def _context(max_length: int, rope: Rope) -> int:
+    """Tokens a model takes: where RoPE is stretched, configs name the context before or after it."""
+    stretched = rope.kind in ("dynamic", "yarn")
+    return max(max_length, int(rope.factor * rope.original_length)) if stretched else max_length
+
+
+def _activation(name: str) -> str:
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"config.json has activation {name!r}; supported are {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def write_plain(config: ModelConfig) -> dict[str, Any]:
+    """config.json in Llama's form, for a model made here; what that form cannot say is lost, see `families.to_hf`."""
+    rope = config.rope
+    scaling = {name: getattr(rope, field) for name, field in _FIELDS[rope.kind].items()}
+    scaling = {name: list(value) if isinstance(value, tuple) else value for name, value in scaling.items()}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_size,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_length,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": next(name for name, ours in _ACTIVATIONS.items() if ours == config.activation),
+        "tie_word_embeddings": config.tied_embeddings,
+        "rope_theta": rope.theta,
+        "rope_scaling": None if rope.kind == "default" else {"rope_type": rope.kind} | scaling,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": list(config.eos_ids),
+        "pad_token_id": config.pad_id,
+        "torch_dtype": "float32",
+    }

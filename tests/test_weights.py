@@ -249,7 +249,7 @@ def test_stored_rotary_frequencies_are_dropped_and_named(copy, tmp_path, read_go
     folder = copy("mha")
     name = "model.layers.1.self_attn.rotary_emb.inv_freq"
     _edit(folder, lambda tensors: tensors.update({name: np.ones(3, np.float32)}))
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="retmask_jax"):
         lm = load(folder)
     assert name in caplog.text
     save(lm, tmp_path / "new")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +17,6 @@ from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import split_layers
 from retmask_jax.sharding import param_shapes
 
-# Tests compile many small programs and run each once or twice.
-_FAST_COMPILES = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -28,12 +25,9 @@ STORED = slice(2, None, 3)  # positions whose logits are stored, POSITIONS of ma
 
 
 @pytest.fixture(scope="session", autouse=True)
-def fast_compiles(tmp_path_factory):
-    """Programs of this process are compiled without optimisation; processes started from here share theirs."""
+def shared_programs(tmp_path_factory):
+    """Processes started from here share what they compile; this one has read its settings already."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {_FAST_COMPILES}")
-        jax.jit(lambda x: x + 1)(1)  # the flags are read once, now
-        patch.undo()
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
         yield

@@ -215,16 +215,16 @@ def make_rope(parameters: Mapping[str, Any], max_length: int) -> Rope:
     kind = _OLD_NAMES.get(name := kinds.pop(), name)
     if kind not in _FIELDS:
         raise ValueError(f"RoPE type {kind!r} is not supported (supported: {', '.join(_FIELDS)})")
-    if kind in ("default", "linear"):
-        parameters.pop("original_max_position_embeddings", None)  # written by some, used by none
+    wanted = _FIELDS[kind]
     parameters = {name: value for name, value in parameters.items() if value is not None}
-    if kind in ("dynamic", "llama3", "yarn", "longrope"):
+    if "original_max_position_embeddings" in wanted:
         parameters.setdefault("original_max_position_embeddings", max_length)
+    else:
+        parameters.pop("original_max_position_embeddings", None)  # written by some, used by none
     if kind == "dynamic" and parameters["original_max_position_embeddings"] != max_length:
         raise ValueError("RoPE type 'dynamic' starts from max_position_embeddings; config.json names another length")
-    if kind in ("yarn", "longrope"):
+    if "attention_factor" in wanted:
         _settle_attention_scale(kind, parameters, max_length)
-    wanted = _FIELDS[kind]
     missing, unknown = set(wanted) - set(parameters), set(parameters) - set(wanted)
     missing -= {"beta_fast", "beta_slow", "truncate"}
     if missing or unknown:

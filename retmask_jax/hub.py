@@ -3,19 +3,16 @@
 import contextlib
 import dataclasses
 import errno
-import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from retmask_jax.families import from_hf
-from retmask_jax.weights import read_config
+from retmask_jax.weights import INDEX, read_config, weight_names
 
 BUNDLED = Path(__file__).parent / "assets" / "tiny"
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")
 _OTHER_FORMS = ("*/*", "*consolidated*", "*.bin.index.json")  # of the same weights: original/, onnx/, pickles
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -122,12 +119,10 @@ class _Repo:
             )  # fmt: skip
 
     def _weight_files(self, folder: Path) -> list[str]:
-        if not (folder / _INDEX).exists():
-            return [_WEIGHTS]
         try:
-            return sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.name} has a {_INDEX} without a readable weight_map: tell its owner") from error
+            return weight_names(folder)
+        except ValueError as error:
+            raise ValueError(f"{self.name} has a {INDEX} without a readable weight_map: tell its owner") from error
 
     @contextlib.contextmanager
     def _explained(self):

@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 _INPUT = "model.embed_tokens.weight"
 _OUTPUT = "lm_head.weight"
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _MAX_SHARD_BYTES = 5 * 10**9
 _STRIPE = 128  # rows read at a time
 _READERS = 4  # threads
@@ -35,7 +35,10 @@ _READERS = 4  # threads
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a model came from: its HF config, the dtype of each stored tensor, and the folder (None: made here)."""
+    """Where a model came from: its HF config, the dtype of each stored tensor, and the folder.
+
+    Of a model made here there is none of these.
+    """
 
     hf_config: dict[str, Any] | None
     dtypes: dict[str, str]
@@ -102,6 +105,16 @@ def write(folder: Path, config: ModelConfig, params, source: Source, head_mask=N
     if dtype is not None:
         hf_config["dtype" if "dtype" in hf_config else "torch_dtype"] = str(jnp.dtype(dtype))
     write_atomically(folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
+
+
+def weight_names(folder: Path) -> list[str]:
+    """The files a checkpoint's weights lie in, by its index if it has one; ValueError if that has no weight_map."""
+    if not (folder / INDEX).exists():
+        return [WEIGHTS]
+    weight_map = _read_json(folder / INDEX, "").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{folder / INDEX} has no weight_map: fetch it again")
+    return sorted(set(weight_map.values()))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -191,13 +204,18 @@ def _fill(pieces: list[_Piece], tensors, host: np.ndarray, bounds) -> None:
         rest = bounds[len(stacked) :]
         (first, last), *columns = rest[::-1] if piece.transposed else rest
         turned = target.T if piece.transposed else target
-        for row in range(first, last, _STRIPE):
-            end = min(row + _STRIPE, last)
-            block = tensors[piece.name].read((piece.row + row, piece.row + end), *columns)
-            turned[row - first : end - first] = block.astype(target.dtype)
+        for begin, end in _stripes(first, last):
+            block = tensors[piece.name].read((piece.row + begin, piece.row + end), *columns)
+            turned[begin - first : end - first] = block.astype(target.dtype)
 
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         list(pool.map(fill, pieces))
+
+
+def _stripes(first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Rows first to last in parts (begin, end) of a few at a time."""
+    for begin in range(first, last, _STRIPE):
+        yield begin, min(begin + _STRIPE, last)
 
 
 def _export(piece: _Piece, leaves, config: ModelConfig, head_mask) -> np.ndarray:
@@ -248,20 +266,15 @@ def _open_all(folder: Path) -> dict[str, _Tensor]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _INDEX).exists():
-        weight_map = _read_json(folder / _INDEX, "").get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{folder / _INDEX} has no weight_map: fetch it again")
-        names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing:
-            raise ValueError(f"{folder / _INDEX} names {', '.join(missing)}, which is not there: fetch it again")
+    names = weight_names(folder)
+    missing = [name for name in names if not (folder / name).exists()]
+    if not missing:
         return [folder / name for name in names]
-    if (folder / _WEIGHTS).exists():
-        return [folder / _WEIGHTS]
+    if (folder / INDEX).exists():
+        raise ValueError(f"{folder / INDEX} names {', '.join(missing)}, which is not there: fetch it again")
     if any(folder.glob("*.bin")):
         raise ValueError(f"{folder} holds pickled weights (.bin), which are never opened: convert them to safetensors")
-    raise ValueError(f"{folder} holds no {_WEIGHTS} and no {_INDEX}")
+    raise ValueError(f"{folder} holds no {WEIGHTS} and no {INDEX}")
 
 
 def _drop_known_extras(config: ModelConfig, tensors: dict[str, _Tensor]) -> None:
@@ -277,9 +290,9 @@ def _drop_known_extras(config: ModelConfig, tensors: dict[str, _Tensor]) -> None
 
 def _same_bits(a: _Tensor, b: _Tensor) -> bool:
     rows, columns = a.shape
-    step = 64 * _STRIPE
-    stripes = [(first, min(first + step, rows)) for first in range(0, rows, step)]
-    return all(a.read(s, (0, columns)).tobytes() == b.read(s, (0, columns)).tobytes() for s in stripes)
+    return all(
+        a.read(part, (0, columns)).tobytes() == b.read(part, (0, columns)).tobytes() for part in _stripes(0, rows)
+    )
 
 
 def _check_names(wanted: set[str], found: set[str], folder: Path) -> None:
@@ -301,21 +314,21 @@ def _write_shards(folder: Path, shards: list[dict[str, np.ndarray]]) -> None:
             "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
             "weight_map": {name: file for file, shard in _shard_names(shards) for name in shard},
         }
-        write_atomically(folder / _INDEX, json.dumps(index, indent=2) + "\n")
+        write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _remove_stale(folder: Path, written: set[str]) -> None:
     """Weights of an earlier checkpoint in the same folder, which a reader would take for these."""
-    for path in [*folder.glob("model-*-of-*.safetensors"), folder / _WEIGHTS]:
+    for path in [*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS]:
         if path.name not in written:
             path.unlink(missing_ok=True)
-    if _WEIGHTS in written:
-        (folder / _INDEX).unlink(missing_ok=True)
+    if WEIGHTS in written:
+        (folder / INDEX).unlink(missing_ok=True)
 
 
 def _shard_names(shards) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     for number, shard in enumerate(shards):
-        file = _WEIGHTS if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         yield file, shard
 
 

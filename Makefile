@@ -18,7 +18,7 @@ demo: .venv/.installed
 	$(BIN)/retmask run --config=tiny --workdir=runs/tiny
 
 test: .venv/.tested lint
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests
 
 test-slow: .venv/.tested
 	$(BIN)/python -m pytest -q -m slow tests

@@ -133,4 +133,5 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], justify="
         table.add_column(escape(name), justify=justify if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    Console(file=sys.stdout, width=max(100, 100 if not sys.stdout.isatty() else 0), highlight=False).print(table)
+    width = None if sys.stdout.isatty() else 10_000  # lines of a file are never broken
+    Console(file=sys.stdout, width=width, highlight=False).print(table)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,12 @@ from retmask_jax.sharding import param_shapes
 
 GOLDEN = Path(__file__).parent / "golden"
 
+# Most time goes into compiling programs that run once on little data: compile those quickly. What a test starts as a
+# process of its own is compiled as users have it.
+with pytest.MonkeyPatch.context() as quick:
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    quick.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {flags}")
+    jax.devices()  # reads them, once
 
 VARIANTS = tuple(sorted(path.name for path in GOLDEN.iterdir() if path.name != "example"))
 STORED = slice(2, None, 3)  # positions whose logits are stored, POSITIONS of make_golden.py

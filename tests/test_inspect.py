@@ -35,6 +35,7 @@ def shown(capsys):
         facts = json.loads(capsys.readouterr().out)
         assert main(["inspect", str(model)]) == 0
         lines = [line.strip().split("  ", 1) for line in capsys.readouterr().out.splitlines()]
+        assert all(len(line) == 2 for line in lines), lines
         return facts, {name: text.strip() for name, text in lines}
 
     return run
@@ -126,6 +127,12 @@ def test_the_bundled_model_has_as_many_parameters_as_its_file(shown):
     assert facts["tied_embeddings"] and "model.embed_tokens.weight" in header and "lm_head.weight" not in header
     assert table["tokenizer"] == table["chat template"] == "present"
     assert list(facts["kv_cache_bytes"]) == ["1024"]  # which is its whole context
+
+
+def test_a_long_path_breaks_no_line(tmp_path, shown):
+    folder = tmp_path / ("long" * 40) / "model"
+    shutil.copytree(BUNDLED, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert shown(folder)[1]["model"] == str(folder)
 
 
 def test_weights_are_not_read_and_a_tokenizer_is_not_needed(tmp_path, shown):

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import STORED
+from conftest import STORED, VARIANTS
 from safetensors.numpy import load_file
 
 from retmask_jax.lm import load
@@ -36,7 +36,15 @@ def test_the_stored_masks_change_the_logits(golden):
         assert difference > 1e-3 * np.abs(golden.logits).max(), f"{a} and {b} are the same"
 
 
-def test_greedy_tokens_agree_with_torch(golden):
+# Generation of these differs in what a cache or a compiled loop can get wrong; `make test-slow` has all the others.
+GENERATED = ("dynamic", "gemma2", "gemma3", "gqa_tied", "mixtral_window", "olmo3", "phi3_longrope", "qwen2_window_yarn")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in GENERATED else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
+def test_greedy_tokens_agree_with_torch(read_golden, name):
+    golden = read_golden(name)
     rows, length = golden.tokens.shape
     new = golden.greedy.shape[1]
     out = golden.lm.generate(golden.tokens, np.full(rows, length), new, stop_ids=())

@@ -48,11 +48,9 @@ def test_run_ends_with_a_table_the_report_and_a_summary(finished):
 def test_a_second_run_does_nothing(finished):
     root, _ = finished
     before = run_ids(root)
-    begin = time.time()
     done = retmask("run", f"--config={CONFIG}", f"--workdir={root}")
     assert done.stdout.count("unchanged") == len(STAGES)
     assert run_ids(root) == before
-    assert time.time() - begin < 30
 
 
 def test_a_deleted_stage_runs_again_with_what_depends_on_it(finished, tmp_path):

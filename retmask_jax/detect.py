@@ -5,19 +5,30 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from retmask_jax import stats
-from retmask_jax.generate import generate_many
+from retmask_jax import memory, stats
+from retmask_jax.generate import bucket, generate_many, pad_rows
 from retmask_jax.haystack import Case
 from retmask_jax.head_scores import HeadScores
 from retmask_jax.lm import LanguageModel
+from retmask_jax.model.attention import Probe
+from retmask_jax.model.cache import empty_cache
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.transformer import check_tokens, unembed
+from retmask_jax.prefill import Shared, prefill, share_prefixes, slots_for
+from retmask_jax.progress import track
 
 log = logging.getLogger(__name__)
 
 RIGHT_RECALL = 0.5
 COUNTED = "counted"
+_WORTH_READING = 0.5  # share of a first batch that must answer with the needle's own words, or the others are decoded
+READ_CHUNK = 256  # tokens at once behind a shared beginning: little is wasted where continuations differ in length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,22 +46,28 @@ class Detection:
 
 
 def detect(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50, batch_size: int = 16,
-           released: bool = False) -> Detection:  # fmt: skip
+           released: bool = False, read: bool = True) -> Detection:  # fmt: skip
     """Copy scores by greedy decoding: METHODS of arXiv 2404.15574, one score per head and counted case.
 
     A case counts if the ROUGE-1 recall of the answer against the needle's answer part is above 0.5. Decoding ends at
-    EOS or a newline. released=True repeats the published detector: it never stops before max_new_tokens and adds up
-    repeated copies, so that scores can exceed 1. Raises ValueError if no case counts.
+    EOS or a newline. read: try the needle's answer part as the answer first, in one pass (`read_answers`), and decode
+    only where the model would have said something else; the result is the same. released=True repeats the published
+    detector: it never stops before max_new_tokens and adds up repeated copies, so that scores can exceed 1. Raises
+    ValueError if no case counts.
     """
     newline = _newline_ids(lm.tokenizer)
-    results = generate_many(
-        lm.config, lm.params, [case.tokens for case in cases], batch_size=batch_size, max_new_tokens=max_new_tokens,
+    results = _read_greedy(lm, cases, max_new_tokens, batch_size) if read and not released else [None] * len(cases)
+    rest = [i for i, result in enumerate(results) if result is None]
+    decoded = generate_many(
+        lm.config, lm.params, [cases[i].tokens for i in rest], batch_size=batch_size, max_new_tokens=max_new_tokens,
         stop_ids=() if released else None, probe=True, what="detect",
     )  # fmt: skip
+    for i, result in zip(rest, decoded, strict=True):
+        results[i] = result.tokens, result.argmax
     answers, outcomes, per_case = [], [], []
-    for case, result in zip(cases, results, strict=True):
-        end = len(result.tokens) if released else _first(result.tokens, newline)
-        tokens_N, argmax_NLH = result.tokens[:end], result.argmax[:end]
+    for case, (tokens_N, argmax_NLH) in zip(cases, results, strict=True):
+        end = len(tokens_N) if released else _first(tokens_N, newline)
+        tokens_N, argmax_NLH = tokens_N[:end], argmax_NLH[:end]
         answer = lm.tokenizer.decode(tokens_N, skip_special_tokens=True)
         answers.append(answer)
         outcomes.append(_outcome(answer, case.needle.answer, cut=end == max_new_tokens))
@@ -63,6 +80,50 @@ def detect(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50
         )
     log.info("%d of %d cases counted: %s", len(per_case), len(cases), dict(collections.Counter(outcomes)))
     return Detection(HeadScores(np.stack(per_case, axis=-1)), answers, outcomes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forced:
+    """One answer read by the model, as NumPy arrays: predicted i32[n], its own choice at each token of the answer, and
+    argmax i32[n,L,H], the position of the key each head looked at most when it predicted that token."""
+
+    predicted: np.ndarray
+    argmax: np.ndarray
+
+
+def read_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *,
+                 batch_size: int = 16, interventions: Interventions | None = None,
+                 what: str = "read answers") -> list[Forced]:  # fmt: skip
+    """Read given answers behind their prompts in one pass per batch, without decoding.
+
+    What prompts have in common at their beginning is computed once (`share_prefixes`). Where predicted equals the
+    answer, argmax is what greedy decoding would have given.
+    """
+    if not all(prompts) or not all(answers) or len(prompts) != len(answers):
+        raise ValueError(f"{len(prompts)} prompts need as many answers, and none of them may be empty")
+    config, width = lm.config, max(map(len, answers))
+    check_tokens(config, np.zeros((1, max(map(len, prompts))), np.int32), new_tokens=width)
+    iv = (interventions or Interventions()).fill(config)
+    longest = np.int32(max(map(len, prompts)) + width)
+    results: list[Any] = [None] * len(prompts)
+
+    def run(batch_size: int) -> None:
+        todo = [i for i, result in enumerate(results) if result is None]
+        for group in share_prefixes([prompts[i] for i in todo]):
+            group = dataclasses.replace(group, members=[todo[i] for i in group.members])
+            cache = _read_prefix(config, lm.params, group.prefix, iv, longest)
+            for batch in _batches(group, prompts, batch_size):
+                out = _read(config, lm.params, cache, *_continuations(config, batch, prompts, answers, width), iv,
+                            longest)  # fmt: skip
+                predicted_BN, argmax_BNLH = map(np.asarray, out)
+                for row, (i, _) in enumerate(batch):
+                    n = len(answers[i])
+                    results[i] = Forced(predicted_BN[row, :n], argmax_BNLH[row, :n])
+                bar.update(len(dict(batch)))
+
+    with track(None, len(prompts), what, "answer") as bar:
+        memory.in_smaller_batches(run, batch_size, what)
+    return results
 
 
 def copy_score(prompt_S, span: tuple[int, int], tokens_N, argmax_NLH, released: bool = False) -> np.ndarray:
@@ -108,6 +169,85 @@ def _outcome(answer: str, reference: str, cut: bool) -> str:
     if rouge1_recall(answer, reference) > RIGHT_RECALL:
         return COUNTED
     return "wrong answer, cut at the token limit" if cut else "wrong answer"
+
+
+def _read_greedy(lm, cases, max_new_tokens: int, batch_size: int) -> list:
+    """(tokens, argmax) of each case whose greedy answer is the needle's answer part and then a stop id; else None."""
+    results = [None] * len(cases)
+    if not lm.config.eos_ids:
+        return results
+    drafts = [(*case.tokens[slice(*case.span)], lm.config.eos_ids[0]) for case in cases]
+    possible = [i for i, draft in enumerate(drafts) if 1 < len(draft) <= max_new_tokens]
+
+    def accept(chosen) -> float:
+        """Read some cases; the share that said so."""
+        found = read_answers(lm, [cases[i].tokens for i in chosen], [drafts[i] for i in chosen], batch_size=batch_size,
+                             what="detect")  # fmt: skip
+        for i, forced in zip(chosen, found, strict=True):
+            *said, last = forced.predicted
+            if tuple(said) == drafts[i][:-1] and last in lm.config.eos_ids:
+                results[i] = forced.predicted[:-1], forced.argmax[:-1]
+        return sum(results[i] is not None for i in chosen) / len(chosen)
+
+    first = possible[:: max(1, len(possible) // batch_size)][:batch_size]
+    rest = [i for i in possible if i not in set(first)]
+    if first and accept(first) >= _WORTH_READING and rest:
+        accept(rest)
+    return results
+
+
+def _batches(group: Shared, prompts, batch_size: int):
+    """Lists of batch_size (prompt, start), the longest continuations first; the last list repeats its last."""
+    members = sorted(zip(group.members, group.starts, strict=True), key=lambda m: m[1] - len(prompts[m[0]]))
+    for i in range(0, len(members), batch_size):
+        batch = members[i : i + batch_size]
+        yield batch + batch[-1:] * (batch_size - len(batch))
+
+
+def _continuations(config, batch, prompts, answers, width: int):
+    """(tokens i32[B,T] behind the shared beginning, start_B, end_B, rows i32[B,N] that predict the answer)."""
+    rows = [(*prompts[i][start:], *answers[i][:-1]) for i, start in batch]
+    tokens_BT, lengths_B = pad_rows(rows, config.pad_id)
+    tokens_BT = np.pad(tokens_BT, ((0, 0), (0, bucket(tokens_BT.shape[1]) - tokens_BT.shape[1])))
+    start_B = np.array([start for _, start in batch], np.int32)
+    asked_B = np.array([len(prompts[i]) - start - 1 for i, start in batch], np.int32)
+    return tokens_BT, start_B, start_B + lengths_B, asked_B[:, None] + np.arange(width, dtype=np.int32)
+
+
+def _read_prefix(config, params, prefix, iv, longest):
+    """The cache of a shared beginning (one row, every position), or None where there is none."""
+    if not prefix:
+        return None
+    length = bucket(len(prefix))
+    tokens_1T = np.pad(np.array([prefix], np.int32), ((0, 0), (0, length - len(prefix))))
+    return _prefix_cache(config, params, tokens_1T, np.array([len(prefix)], np.int32), iv, longest)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefix_cache(config, params, tokens_1T, end_1, iv, longest):
+    dtype = jax.tree.leaves(params)[0].dtype
+    cache = empty_cache(config, 1, slots_for(tokens_1T.shape[1]), dtype, rings=False)
+    return prefill(config, params, tokens_1T, end_1, iv, cache, jnp.zeros((1, 1), jnp.int32), longest=longest).cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(config, params, prefix, tokens_BT, start_B, end_B, rows_BN, iv, longest):
+    """(predicted i32[B,N], argmax i32[B,N,L,H]) of rows that continue a cached prefix, or begin (prefix None)."""
+    batch, length = tokens_BT.shape
+    dtype = jax.tree.leaves(params)[0].dtype
+    n_prefix = 0 if prefix is None else prefix["blocks"]["0"].slots
+    cache = empty_cache(config, batch, n_prefix + slots_for(length, READ_CHUNK), dtype, rings=False)
+    if prefix is not None:
+        cache = jax.tree.map(lambda new, old: new.at[_corner(new, old)].set(old), cache, prefix)
+    rows_BN = jnp.minimum(rows_BN, (end_B - start_B)[:, None] - 1)
+    out = prefill(config, params, tokens_BT, end_B, iv, cache, rows_BN, start_B=start_B, probe=Probe(rows_BN),
+                  longest=longest, chunk=READ_CHUNK)  # fmt: skip
+    return jnp.argmax(unembed(config, params, out.x_BPE), axis=-1), out.probed.keys[..., 0]
+
+
+def _corner(new, old):
+    """Where [R,1,K,...] of fewer slots goes into [R,B,K,...]: to every row, from the first slot on."""
+    return (slice(None), slice(None), *(slice(size) for size in old.shape[2:]))
 
 
 def _newline_ids(tokenizer) -> np.ndarray:

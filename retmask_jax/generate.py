@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from retmask_jax import memory
+from retmask_jax.model.attention import Probe
 from retmask_jax.model.cache import empty_cache
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, hidden, unembed
+from retmask_jax.prefill import prefill, slots_for
 from retmask_jax.progress import track
 
 log = logging.getLogger(__name__)
@@ -107,23 +110,30 @@ def generate_many(
 ) -> list[Generated]:
     """Continue prompts of any lengths: sorted into batches of similar length, results in the order of the prompts.
 
-    interventions with a row axis have one row per prompt. Each result is one row, as NumPy arrays: tokens i32[n]
+    Where memory runs out the batch is halved and the work goes on. interventions with a row axis have one row per
+    prompt. Each result is one row, as NumPy arrays: tokens i32[n]
     without pad or stop id, and argmax i32[n,L,H] when probed. seeds: one per prompt.
     """
     iv = (interventions or Interventions()).fill(config, len(prompts))
     seeds = np.arange(len(prompts)) if seeds is None else np.asarray(seeds)
     results: list[Any] = [None] * len(prompts)
-    with track(None, len(prompts), what, "prompt") as bar:
-        for rows in batches_by_length(prompts, batch_size):
+
+    def run(batch_size: int) -> None:
+        todo = np.array([i for i, result in enumerate(results) if result is None], int)
+        for batch in batches_by_length([prompts[i] for i in todo], batch_size):
+            rows = todo[batch]
             tokens, lengths = pad_rows([prompts[i] for i in rows], config.pad_id)
             out = generate(config, params, tokens, lengths, max_new_tokens=max_new_tokens,
-                           interventions=take_rows(iv, np.asarray(rows)), seed=seeds[rows], **options)  # fmt: skip
+                           interventions=take_rows(iv, rows), seed=seeds[rows], **options)  # fmt: skip
             out = jax.tree.map(np.asarray, out)
             for row, i in enumerate(rows):
                 n = out.lengths[row]
                 argmax = None if out.argmax is None else out.argmax[row, :n]
                 results[i] = Generated(out.tokens[row, :n], n, argmax)
-            bar.update(len(set(rows)))
+            bar.update(len(set(batch)))
+
+    with track(None, len(prompts), what, "prompt") as bar:
+        memory.in_smaller_batches(run, batch_size, what)
     return results
 
 
@@ -170,25 +180,25 @@ def _generate(config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, t
     batch, width = tokens_BT.shape
     keys_B = jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds_B, rows_B)
     dtype = jax.tree.leaves(params)[0].dtype
-    cache = empty_cache(config, batch, width + max_new_tokens, dtype)
+    cache = empty_cache(config, batch, max(slots_for(width), width + max_new_tokens), dtype)
 
-    def pick(out, row_BP, step):
-        """The next token of each row, from the hidden state of one position."""
-        x_B1E = jnp.take_along_axis(out.x_BTE, row_BP[:, :, None], axis=1)
+    def pick(x_B1E, step):
+        """The next token of each row, from its last hidden state."""
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
         return sample(unembed(config, params, x_B1E)[:, 0], step_keys_B, temperature, top_p)
 
     last_B1 = lengths_B[:, None] - 1
     longest = lengths_B.max() + max_new_tokens
-    first = hidden(config, params, tokens_BT, iv, cache=cache, probe_BP=last_B1 if probe else None, longest=longest)
-    only_B1 = jnp.zeros((batch, 1), jnp.int32)
+    first = prefill(config, params, tokens_BT, lengths_B, iv, cache, last_B1, longest=longest,
+                    probe=Probe(last_B1) if probe else None)  # fmt: skip
+    only = Probe(jnp.zeros((batch, 1), jnp.int32)) if probe else None
 
-    def record(buffers, out, token_B, done_B, step):
+    def record(buffers, probed, token_B, done_B, step):
         """Write one step's tokens (pad for rows that are done) and probes into the result."""
         tokens_BN, argmax_BNLH = buffers
         tokens_BN = tokens_BN.at[:, step].set(jnp.where(done_B, config.pad_id, token_B))
         if probe:
-            argmax_BNLH = argmax_BNLH.at[:, step].set(out.argmax_BPLH[:, 0])
+            argmax_BNLH = argmax_BNLH.at[:, step].set(probed.keys[:, 0, :, :, 0])
         return tokens_BN, argmax_BNLH
 
     def unfinished(state):
@@ -197,20 +207,21 @@ def _generate(config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, t
 
     def decode(state):
         step, cache, token_B, done_B, count_B, buffers = state
-        out = hidden(config, params, token_B[:, None], iv, start_B=lengths_B + step - 1, cache=cache,
-                     probe_BP=only_B1 if probe else None, longest=longest)  # fmt: skip
-        token_B = pick(out, only_B1, step)
+        start_B = lengths_B + step - 1
+        out = hidden(config, params, token_B[:, None], iv, cache=cache, start_B=start_B, end_B=start_B + 1, probe=only,
+                     longest=longest)  # fmt: skip
+        token_B = pick(out.x_BTE, step)
         done_B |= jnp.isin(token_B, stop_ids)
-        buffers = record(buffers, out, token_B, done_B, step)
+        buffers = record(buffers, out.probed, token_B, done_B, step)
         return step + 1, out.cache, token_B, done_B, count_B + ~done_B, buffers
 
     empty = (
         jnp.full((batch, max_new_tokens), config.pad_id, jnp.int32),
         jnp.zeros((batch, max_new_tokens, config.n_layers, config.n_heads), jnp.int32) if probe else None,
     )
-    token_B = pick(first, last_B1, 0)
+    token_B = pick(first.x_BPE, 0)
     done_B = jnp.isin(token_B, stop_ids)
-    buffers = record(empty, first, token_B, done_B, 0)
+    buffers = record(empty, first.probed, token_B, done_B, 0)
     state = (jnp.int32(1), first.cache, token_B, done_B, (~done_B).astype(jnp.int32), buffers)
     _, _, _, _, count_B, (tokens_BN, argmax_BNLH) = jax.lax.while_loop(unfinished, decode, state)
     return Generated(tokens_BN, count_B, argmax_BNLH)

@@ -15,6 +15,7 @@ from retmask_jax.generate import (
     sample,
     take_rows,
 )
+from retmask_jax.model.attention import Probe
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import hidden
 
@@ -121,8 +122,8 @@ def test_probes_see_what_full_forward_passes_see(five_layers):
 
     @jax.jit
     def full_pass(params):
-        full = hidden(flat.config, params, tokens, probe_BP=rows_BN)
-        return full.argmax_BPLH, full.x_BTE @ params["lm_head"]["kernel"]
+        full = hidden(flat.config, params, tokens, probe=Probe(rows_BN))
+        return full.probed.keys[..., 0], full.x_BTE @ params["lm_head"]["kernel"]
 
     argmax_BNLH, logits_BTV = full_pass(flat.params)
     np.testing.assert_array_equal(out.argmax, argmax_BNLH)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from retmask_jax.families import from_hf, to_hf
-from retmask_jax.model.attention import Scores, attend, probe_argmax
+from retmask_jax.model.attention import Keys, Probe, Scores, attend, probe
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import forward, merge_layers, split_layers
@@ -87,6 +87,10 @@ def _random_qkv(length, keys=None, batch=2, heads=2, kv_heads=1, width=4, seed=0
     return q_BTHD, kv[0], kv[1]
 
 
+def _keys(k_BKSD, v_BKSD):
+    return Keys.of(k_BKSD.swapaxes(1, 2), v_BKSD.swapaxes(1, 2))
+
+
 def _weights(q_BTHD, k_BKSD, scores, start_B=0):
     """(f64[B,H,T,S], capped scores) by the definition: everything at once, one softmax."""
     k_BHSD = np.repeat(k_BKSD.astype(np.float64), q_BTHD.shape[2] // k_BKSD.shape[1], axis=1)
@@ -136,7 +140,7 @@ def test_attention_in_chunks_is_one_softmax(length, scores, close):
 
     @jax.jit
     def both(*qkv):
-        out, pull = jax.vjp(lambda *qkv: attend(*qkv, scores), *qkv)
+        out, pull = jax.vjp(lambda q, *kv: attend(q, _keys(*kv), scores), *qkv)
         return out, pull(jnp.asarray(out_BTHD))
 
     out, gradients = both(*qkv)
@@ -148,25 +152,25 @@ def test_attention_in_chunks_is_one_softmax(length, scores, close):
 
 
 def test_attention_shares_kv_heads_in_order(close):
-    qkv = _random_qkv(5, heads=6, kv_heads=3)
-    close(attend(*qkv, Scores(0.5)), _plain(*qkv, Scores(0.5)), 1e-5)
+    q, *kv = qkv = _random_qkv(5, heads=6, kv_heads=3)
+    close(attend(q, _keys(*kv), Scores(0.5)), _plain(*qkv, Scores(0.5)), 1e-5)
 
 
 @pytest.mark.parametrize("scores", [Scores(0.5), Scores(0.5, window=3, cap=0.9)])
 def test_attention_over_a_cache_ends_at_each_rows_position(scores, close):
     start_B = np.array([3, 0, 6])
-    qkv = _random_qkv(2, keys=9, batch=3, heads=4, kv_heads=2)
-    close(attend(*qkv, scores, jnp.asarray(start_B)), _plain(*qkv, scores, start_B), 1e-5)
+    q, *kv = qkv = _random_qkv(2, keys=9, batch=3, heads=4, kv_heads=2)
+    close(attend(q, _keys(*kv), scores, jnp.asarray(start_B)), _plain(*qkv, scores, start_B), 1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_probe_finds_the_largest_attention_weight_by_absolute_position(window):
-    q, k, _ = _random_qkv(12, keys=20, batch=3, heads=4, kv_heads=2)
+    q, k, v = _random_qkv(12, keys=20, batch=3, heads=4, kv_heads=2)
     start_B, rows_BP = np.array([0, 5, 8]), np.array([[0, 11], [3, 7], [11, 2]])
     scores = Scores(0.3, window, cap=2.0)
     best_BTH = _weights(q, k, scores, start_B)[0].argmax(-1).swapaxes(1, 2)
     expected = np.take_along_axis(best_BTH, rows_BP[:, :, None], axis=1)
-    actual = probe_argmax(*map(jnp.asarray, (q, k, rows_BP, start_B)), scores)
+    actual = probe(jnp.asarray(q), _keys(k, v), Probe(jnp.asarray(rows_BP)), jnp.asarray(start_B), scores).keys[..., 0]
     np.testing.assert_array_equal(actual, expected)
     unmasked = np.einsum("bthd,bhsd->bths", q, np.repeat(k, 2, axis=1)).argmax(-1)
     assert (np.take_along_axis(unmasked, rows_BP[:, :, None], axis=1) != expected).any()

@@ -1,105 +1,186 @@
-"""Attention over keys in slots of absolute position, memory-linear in the number of queries; and probes of rows."""
+"""Attention with the best kernel at hand, and probes: what chosen query rows look at, whichever kernel did the rest."""
 
-import dataclasses
+import functools
+import logging
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
-from retmask_jax.model.layers import precision, softcap
+from retmask_jax.model.config import KERNELS
+from retmask_jax.model.kernels import HIDDEN, Scores, blocked, dot, plain
 
-_QUERY_CHUNK = 128
-_SEGMENTS = 8
-_HIDDEN = -1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """How a query weighs keys: scale * q.k, capped where `cap` is given, over the last `window` keys (None: all)."""
-
-    scale: float
-    window: int | None = None
-    cap: float | None = None
-
-    def seen(self, query_positions, key_positions):
-        """Whether a query sees a key, by their absolute positions (broadcast against each other)."""
-        seen = key_positions <= query_positions
-        return seen if self.window is None else seen & (key_positions > query_positions - self.window)
+log = logging.getLogger(__name__)
 
 
-def attend(q_BTHD, k_BKSD, v_BKSD, scores: Scores, start_B=None):
+@flax.struct.dataclass
+class Keys:
+    """Keys [R,B,K,D,S] and values [R,B,K,S,D] of R layers, of which one, `layer`, is meant; and the absolute position
+    of each slot, i32[B,S]; a negative one is empty.
+
+    contiguous: positions of a row follow each other.
+    """
+
+    k_RBKDS: jax.Array
+    v_RBKSD: jax.Array
+    positions_BS: jax.Array
+    layer: jax.Array | int = 0
+    contiguous: bool = flax.struct.field(pytree_node=False, default=True)
+
+    @classmethod
+    def of(cls, k_BSKD, v_BSKD) -> "Keys":
+        """Keys at positions 0, 1, ..."""
+        positions_BS = jnp.broadcast_to(jnp.arange(k_BSKD.shape[1]), k_BSKD.shape[:2])
+        return cls(k_BSKD.transpose(0, 2, 3, 1)[None], v_BSKD.swapaxes(1, 2)[None], positions_BS)
+
+    @property
+    def k_BKDS(self):
+        return self.k_RBKDS[self.layer]
+
+    @property
+    def v_BKSD(self):
+        return self.v_RBKSD[self.layer]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k_RBKDS.shape[2]
+
+
+@flax.struct.dataclass
+class Probe:
+    """What to ask of attention: for the query rows rows_BP i32[B,P] of a call, per layer and head, the `top` keys with
+    the largest weights and the mass of the weights in token spans [start, end), spans_BN2 i32[B,N,2] (None: none)."""
+
+    rows_BP: Any
+    spans_BN2: Any = None
+    top: int = flax.struct.field(pytree_node=False, default=1)
+
+
+@flax.struct.dataclass
+class Probed:
+    """keys: i32[B,P,...,H,top], absolute positions, the largest weight first, -1 where fewer keys are seen.
+
+    mass: f32[B,P,...,H,N], or None.
+    """
+
+    keys: jax.Array
+    mass: jax.Array | None = None
+
+
+def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto"):
     """Causal attention with softmax in float32; returns the heads' outputs, [B,T,H,D]. Head h reads kv head h // G.
 
-    start_B None: queries and keys are the same T positions. Else query t of row b stands at start_B[b] + t and sees
-    the cache slots up to there, slot s holding position s.
+    start_B None: queries and keys are the same T positions from 0 on. Else query t of row b stands at start_B[b] + t
+    among keys at any positions. kernel: one of KERNELS; "auto" takes the fastest that the call and the device allow.
     """
     batch, length, heads, width = q_BTHD.shape
-    kv_heads = k_BKSD.shape[1]
-    q_BKGTD = q_BTHD.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
-    if start_B is None:
-        q_NGTD, k_NSD, v_NSD = (x.reshape(batch * kv_heads, *x.shape[2:]) for x in (q_BKGTD, k_BKSD, v_BKSD))
-        out = _over_rows(lambda q, k, v: _causal(q, k, v, scores))(q_NGTD, k_NSD, v_NSD)
+    chosen = _choose(kernel, jax.default_backend(), q_BTHD.dtype.name, length, width, start_B is None, scores)
+    if chosen == "splash":
+        from retmask_jax.model.splash import splash_attend
+
+        return splash_attend(q_BTHD, keys.k_BKDS.swapaxes(2, 3), keys.v_BKSD, scores)
+    if chosen == "cudnn":
+        return _cudnn(q_BTHD, keys, scores)
+    q_BKGTD = q_BTHD.reshape(batch, length, keys.kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    first_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
+    if chosen == "blocked" and keys.contiguous:
+
+        def one(row, q_GTD, k_DS, v_SD):
+            return blocked(q_GTD, k_DS, v_SD, first_B[row], keys.positions_BS[row, 0], scores)
     else:
-        positions_BT = start_B[:, None] + jnp.arange(length)
-        over_heads = jax.vmap(lambda q, k, v, p: _weighted(q, k, v, p, 0, scores), (0, 0, 0, None))
-        out = jax.vmap(over_heads)(q_BKGTD, k_BKSD, v_BKSD, positions_BT)
-    return out.reshape(batch, heads, length, width).swapaxes(1, 2)
+
+        def one(row, q_GTD, k_DS, v_SD):
+            return plain(q_GTD, k_DS, v_SD, first_B[row] + jnp.arange(length), keys.positions_BS[row], scores)
+
+    return _over_heads(one, q_BKGTD, keys).reshape(batch, heads, length, width).swapaxes(1, 2)
 
 
-def probe_argmax(q_BTHD, k_BKSD, rows_BP, start_B, scores: Scores):
-    """i32[B,P,H]: absolute position of the key with the largest attention weight, for the query rows rows_BP."""
+def probe(q_BTHD, keys: Keys, request: Probe, start_B, scores: Scores) -> Probed:
+    """Probed of the request's query rows, each [B,P,H,...]; one row's weights exist at a time."""
     batch, _, heads, width = q_BTHD.shape
-    kv_heads = k_BKSD.shape[1]
-    q_BPHD = jnp.take_along_axis(q_BTHD, rows_BP[:, :, None, None], axis=1)
-    q_BPKGD = q_BPHD.reshape(batch, -1, kv_heads, heads // kv_heads, width)
-    # Neither a positive scale nor a cap changes which is largest.
-    raw_BPKGS = jnp.einsum("bpkgd,bksd->bpkgs", q_BPKGD, k_BKSD, precision=precision(q_BTHD.dtype),
-                           preferred_element_type=jnp.float32)  # fmt: skip
-    seen_BPS = scores.seen((start_B[:, None] + rows_BP)[:, :, None], jnp.arange(k_BKSD.shape[2]))
-    best_BPKG = jnp.argmax(jnp.where(seen_BPS[:, :, None, None], raw_BPKGS, _HIDDEN), axis=-1)
-    return best_BPKG.reshape(batch, -1, heads)
+    q_BPHD = jnp.take_along_axis(q_BTHD, request.rows_BP[:, :, None, None], axis=1)
+    query_PB = (start_B[:, None] + request.rows_BP).T
+
+    def one(args):
+        q_BHD, query_B = args
+        q_BKGTD = q_BHD.reshape(batch, keys.kv_heads, -1, 1, width)
+        products_BKGS = _over_heads(lambda row, q_GTD, k_DS, v_SD: dot(q_GTD[:, 0], k_DS, (1, 0)), q_BKGTD, keys)
+        products_BHS = products_BKGS.reshape(batch, heads, -1)
+        seen_B1S = scores.seen(query_B[:, None], keys.positions_BS)[:, None]
+        # Neither a positive scale nor a cap changes the order.
+        found = Probed(_top(jnp.where(seen_B1S, products_BHS, HIDDEN), keys.positions_BS, request.top))
+        if request.spans_BN2 is None:
+            return found
+        first_BN1, end_BN1 = jnp.split(request.spans_BN2, 2, axis=-1)
+        inside_BNS = (keys.positions_BS[:, None] >= first_BN1) & (keys.positions_BS[:, None] < end_BN1)
+        weights_BHS = jax.nn.softmax(jnp.where(seen_B1S, scores.of(products_BHS), HIDDEN), axis=-1)
+        return found.replace(mass=jnp.einsum("bhs,bns->bhn", weights_BHS, inside_BNS.astype(jnp.float32)))
+
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), jax.lax.map(one, (q_BPHD.swapaxes(0, 1), query_PB)))
 
 
-def _over_rows(function):
-    """One (row, kv head) at a time on a CPU, where its scores then stay in the cache; all at once elsewhere."""
-    if jax.default_backend() == "cpu":
-        return lambda *xs: jax.lax.map(lambda x: function(*x), xs)
-    return jax.vmap(function)
+def _top(products_BHS, positions_BS, n: int):
+    """i32[B,H,n]: positions of the n largest, the earlier slot first among equals; -1 for hidden ones."""
+    if n == 1:
+        slots_BHN = jnp.argmax(products_BHS, axis=-1)[..., None]
+    else:
+        n_slots = products_BHS.shape[-1]
+        slots_BHN = jax.lax.top_k(products_BHS, min(n, n_slots))[1]
+        slots_BHN = jnp.pad(slots_BHN, ((0, 0), (0, 0), (0, n - slots_BHN.shape[-1])), constant_values=n_slots)
+    found_BHN = jax.vmap(lambda positions_S, slots: positions_S.at[slots].get(mode="fill", fill_value=-1))(
+        positions_BS, slots_BHN
+    )
+    hidden = jnp.take_along_axis(products_BHS, slots_BHN, axis=-1, mode="fill", fill_value=HIDDEN) == HIDDEN
+    return jnp.where(hidden, -1, found_BHN)
 
 
-def _causal(q_GTD, k_SD, v_SD, scores):
-    """Self-attention of one kv head: queries in segments, each against the keys that some query of it sees."""
-    length = q_GTD.shape[1]
-    chunks = -(-length // _QUERY_CHUNK)
-    per_segment = -(-chunks // _SEGMENTS)
-    step = per_segment * _QUERY_CHUNK
-    out = []
-    for begin in range(0, length, step):
-        end = min(begin + step, length)
-        first = 0 if scores.window is None else max(0, begin - scores.window + 1)
-        out.append(_segment(q_GTD[:, begin:end], k_SD[first:end], v_SD[first:end], begin, first, scores))
-    return jnp.concatenate(out, axis=1)
+def _over_heads(function, q_BKGTD, keys: Keys):
+    """[B,K,...]: function(row, q_GTD, k_DS, v_SD) of each row and kv head.
+
+    One at a time on a CPU, where its blocks then stay in the cache; all at once elsewhere.
+    """
+    batch, kv_heads = q_BKGTD.shape[:2]
+    if jax.default_backend() != "cpu":
+        over_kv_heads = jax.vmap(function, (None, 0, 0, 0))
+        return jax.vmap(over_kv_heads)(jnp.arange(batch), q_BKGTD, keys.k_BKDS, keys.v_BKSD)
+    layers, n = keys.k_RBKDS.shape[0], batch * kv_heads
+    q_NGTD = q_BKGTD.reshape(n, *q_BKGTD.shape[2:])
+    rows_N = jnp.repeat(jnp.arange(batch), kv_heads)
+    k_NDS, v_NSD = (x.reshape(layers * n, *x.shape[3:]) for x in (keys.k_RBKDS, keys.v_RBKSD))
+    if layers == 1:
+        out = jax.lax.map(lambda args: function(*args), (rows_N, q_NGTD, k_NDS, v_NSD))
+    else:  # each is read where it lies: nothing of a long cache is copied
+        offset = keys.layer * n
+        out = jax.lax.map(
+            lambda i: function(rows_N[i], q_NGTD[i], k_NDS[offset + i], v_NSD[offset + i]), jnp.arange(n)
+        )
+    return out.reshape(batch, kv_heads, *out.shape[1:])
 
 
-def _segment(q_GTD, k_SD, v_SD, begin, first, scores):
-    """Queries begin, begin + 1, ... against keys first, first + 1, ...; recomputed in the backward pass."""
-    groups, length, width = q_GTD.shape
-    attend_chunk = jax.checkpoint(lambda q, p: _weighted(q, k_SD, v_SD, p, first, scores))
-    positions_T = begin + jnp.arange(length)
-    if length <= _QUERY_CHUNK:
-        return attend_chunk(q_GTD, positions_T)
-    pad = -length % _QUERY_CHUNK
-    q_CGTD = jnp.pad(q_GTD, ((0, 0), (0, pad), (0, 0))).reshape(groups, -1, _QUERY_CHUNK, width).swapaxes(0, 1)
-    # Padded queries stand where the first one does, so that they see a key.
-    positions_CT = jnp.pad(positions_T, (0, pad), constant_values=begin).reshape(-1, _QUERY_CHUNK)
-    out_CGTD = jax.lax.map(lambda args: attend_chunk(*args), (q_CGTD, positions_CT))
-    return out_CGTD.swapaxes(0, 1).reshape(groups, -1, width)[:, :length]
+@functools.cache
+def _choose(kernel: str, backend: str, dtype: str, length: int, width: int, alone: bool, scores: Scores) -> str:
+    """The kernel of `length` queries, alone with their own keys or behind others; logged once per kind of call."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel is {kernel!r}; it must be one of {', '.join(KERNELS)}")
+    if kernel in ("splash", "cudnn") and not alone:
+        kernel = "auto"  # these know no keys before the queries
+    if kernel != "auto":
+        return kernel
+    chosen = "plain" if length == 1 else "blocked"
+    if alone and backend == "tpu":
+        chosen = "splash"
+    elif alone and backend == "gpu" and dtype != "float32" and scores.cap is None and width <= 128:
+        chosen = "cudnn"
+    where = "alone" if alone else "behind a cache"
+    log.info("attention of %d positions %s, %s on %s: %s kernel", length, where, dtype, backend, chosen)
+    return chosen
 
 
-def _weighted(q_GTD, k_SD, v_SD, positions_T, first, scores):
-    """Queries at positions_T against keys at first, first + 1, ..."""
-    exact = precision(q_GTD.dtype)
-    raw_GTS = jnp.einsum("gtd,sd->gts", q_GTD, k_SD, precision=exact, preferred_element_type=jnp.float32)
-    capped_GTS = softcap(raw_GTS * scores.scale, scores.cap)
-    seen_TS = scores.seen(positions_T[:, None], first + jnp.arange(k_SD.shape[0]))
-    weights_GTS = jax.nn.softmax(jnp.where(seen_TS, capped_GTS, _HIDDEN), axis=-1).astype(v_SD.dtype)
-    return jnp.einsum("gts,sd->gtd", weights_GTS, v_SD, precision=exact)
+def _cudnn(q_BTHD, keys: Keys, scores: Scores):
+    if scores.cap is not None:
+        raise ValueError(f"the cudnn kernel has no soft cap, the model has {scores.cap}: choose another kernel")
+    window = None if scores.window is None else (scores.window - 1, 0)
+    k_BSKD, v_BSKD = keys.k_BKDS.transpose(0, 3, 1, 2), keys.v_BKSD.swapaxes(1, 2)
+    return jax.nn.dot_product_attention(q_BTHD, k_BSKD, v_BSKD, scale=scores.scale, is_causal=True,
+                                        local_window_size=window, implementation="cudnn")  # fmt: skip

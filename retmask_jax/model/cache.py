@@ -4,46 +4,90 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from retmask_jax.model.attention import Keys
 from retmask_jax.model.config import ModelConfig
 
 
 @flax.struct.dataclass
 class KV:
-    """Keys (rotated) and values of `repeats` layers, each [repeats, B, K, S, D]; slot s holds absolute position s."""
+    """Keys (rotated) [repeats, B, K, D, S] and values [repeats, B, K, S, D] of the layers at one place of the pattern.
+
+    Slot s holds position s; in a ring of S slots, the latest position p with p % S == s.
+    """
 
     k: jax.Array
     v: jax.Array
+    ring: bool = flax.struct.field(pytree_node=False, default=False)
 
-    def write(self, repeat, k_BTKD, v_BTKD, start_B) -> "KV":
-        """The cache with T new positions of layer `repeat`, row b at slots start_B[b] and on."""
-        return KV(_write(self.k, repeat, k_BTKD, start_B), _write(self.v, repeat, v_BTKD, start_B))
+    @property
+    def slots(self) -> int:
+        return self.v.shape[3]
 
-    def read(self, repeat):
-        """(k_BKSD, v_BKSD) of layer `repeat`."""
-        return self.k[repeat], self.v[repeat]
+    def extend(self, repeat, k_BTKD, v_BTKD, start_B, end_B) -> tuple[Keys, "KV"]:
+        """(the keys that T new queries of layer `repeat` may see, the cache with the new positions in it).
+
+        Row b's new positions are start_B[b] and on; those from end_B[b] on are padding, which a ring does not take.
+        Without a ring all T need slots, or those that have none are written over others.
+        """
+        k_BKDT, v_BKTD = k_BTKD.transpose(0, 2, 3, 1).astype(self.k.dtype), v_BTKD.swapaxes(1, 2).astype(self.v.dtype)
+        length = v_BKTD.shape[2]
+        if not self.ring:
+            new = KV(_write(self.k, k_BKDT, repeat, start_B, 2), _write(self.v, v_BKTD, repeat, start_B, 1))
+            positions_BS = jnp.broadcast_to(jnp.arange(self.slots), (len(start_B), self.slots))
+            return Keys(new.k, new.v, positions_BS, repeat), new
+        if length == 1:
+            slot_B = start_B % self.slots
+            new = KV(_write(self.k, k_BKDT, repeat, slot_B, 2), _write(self.v, v_BKTD, repeat, slot_B, 1), ring=True)
+            return Keys(new.k, new.v, self._held(start_B + 1), repeat, contiguous=False), new
+        # What the ring held before, in order, then the new ones: a long chunk may push out what its first queries see.
+        order_BS = (start_B[:, None] + jnp.arange(self.slots)) % self.slots
+        k_BKDS = jnp.concatenate([_take(self.k[repeat], order_BS, 3), k_BKDT], axis=3)
+        v_BKSD = jnp.concatenate([_take(self.v[repeat], order_BS, 2), v_BKTD], axis=2)
+        positions_BS = start_B[:, None] - self.slots + jnp.arange(self.slots + length)
+        # Each slot takes its latest real position, if that is a new one: the index of it among those just put together.
+        index_BS = self._held(jnp.minimum(start_B + length, end_B)) - start_B[:, None] + self.slots
+        index_BS = jnp.where(index_BS >= self.slots, index_BS, jnp.argsort(order_BS, axis=1))
+        new = KV(self.k.at[repeat].set(_take(k_BKDS, index_BS, 3)), self.v.at[repeat].set(_take(v_BKSD, index_BS, 2)),
+                 ring=True)  # fmt: skip
+        return Keys(k_BKDS[None], v_BKSD[None], positions_BS), new
+
+    def _held(self, end_B):
+        """i32[B,S]: position in each slot of a ring once positions up to end_B are in it; negative where empty."""
+        last_B1 = end_B[:, None] - 1
+        return last_B1 - (last_B1 - jnp.arange(self.slots)) % self.slots
 
 
-def empty_cache(config: ModelConfig, batch: int, length: int, dtype) -> dict[str, dict[str, KV]]:
-    """A zeroed cache for `length` positions: {"blocks": {position in the pattern: KV}, "tail": {...}}."""
+def empty_cache(config: ModelConfig, batch: int, length: int, dtype, *, rings: bool = True):
+    """A zeroed cache for `length` positions: {"blocks": {position in the pattern: KV}, "tail": {...}}.
 
-    def kv(repeats):
-        shape = (repeats, batch, config.n_kv_heads, length, config.head_dim)
-        return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    rings: sliding layers store their window only (else all positions, which a row may then continue from any of).
+    """
+
+    def kv(place: int, repeats: int):
+        ring = rings and config.layer_pattern[place] == "sliding" and config.window < length
+        slots = config.window if ring else length
+        shape = (repeats, batch, config.n_kv_heads)
+        keys, values = (*shape, config.head_dim, slots), (*shape, slots, config.head_dim)
+        return KV(jnp.zeros(keys, dtype), jnp.zeros(values, dtype), ring)
 
     return {
-        "blocks": {str(i): kv(config.repeats) for i in range(len(config.layer_pattern))},
-        "tail": {str(i): kv(1) for i in range(len(config.tail))},
+        "blocks": {str(i): kv(i, config.repeats) for i in range(len(config.layer_pattern))},
+        "tail": {str(i): kv(i, 1) for i in range(len(config.tail))},
     }
 
 
-def _write(cache_RBKSD, repeat, new_BTKD, start_B):
-    new_BKTD = new_BTKD.swapaxes(1, 2).astype(cache_RBKSD.dtype)
+def _write(cache_RBKXX, new_BKXX, repeat, start_B, axis: int):
+    """new written at slot start_B[b] of each row, in place; axis: of the slots in [K,...]."""
 
-    def one_row(cache_KSD, new_KTD, start):
-        return jax.lax.dynamic_update_slice_in_dim(cache_KSD, new_KTD, start, axis=1)
+    def one_row(cache_RKXX, new_KXX, start):
+        at = [repeat, 0, 0, 0]
+        at[axis + 1] = start
+        return jax.lax.dynamic_update_slice(cache_RKXX, new_KXX[None], at)
 
-    if new_BKTD.shape[2] > 1:
-        rows_BKSD = jax.vmap(one_row)(cache_RBKSD[repeat], new_BKTD, start_B)
-        return jax.lax.dynamic_update_index_in_dim(cache_RBKSD, rows_BKSD, repeat, axis=0)
-    rows = jnp.arange(cache_RBKSD.shape[1])
-    return cache_RBKSD.at[repeat, rows, :, start_B].set(new_BKTD[:, :, 0])
+    return jax.vmap(one_row, (1, 0, 0), 1)(cache_RBKXX, new_BKXX, start_B)
+
+
+def _take(x_BKXX, index_BS, axis: int):
+    """Slots index_BS of each row along `axis`."""
+    index = index_BS[:, None, None, :] if axis == 3 else index_BS[:, None, :, None]
+    return jnp.take_along_axis(x_BKXX, index, axis=axis)

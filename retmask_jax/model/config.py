@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+KERNELS = ("auto", "plain", "blocked", "cudnn", "splash")
 LAYER_KINDS = ("full", "sliding")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -79,6 +80,7 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
+    kernel: str = "auto"  # of attention, see `attend`: how it is computed, not what comes out
 
     def __post_init__(self):
         self._check_sizes()
@@ -144,6 +146,7 @@ class ModelConfig:
         choices = {
             "norm_placement": ("pre", "post", "both"), "qk_norm": (None, "head", "projection"),
             "activation": ACTIVATIONS, "tied_embeddings": (False, True), "qkv_bias": (False, True),
+            "kernel": KERNELS,
         }  # fmt: skip
         for name, allowed in choices.items():
             value = getattr(self, name)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retmask_jax.model.attention import Scores, attend, probe_argmax
+from retmask_jax.model.attention import Keys, Probe, Probed, Scores, attend, probe
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.experts import Experts
 from retmask_jax.model.interventions import Interventions
@@ -18,11 +18,11 @@ from retmask_jax.model.rope import rotate, rotation
 
 @flax.struct.dataclass
 class Hidden:
-    """x_BTE: final normed states; cache: the updated cache or None; argmax_BPLH: probed keys or None."""
+    """x_BTE: final normed states; cache: the updated cache or None; probed: answers [B,P,L,H,...] or None."""
 
     x_BTE: jax.Array
     cache: Any = None
-    argmax_BPLH: jax.Array | None = None
+    probed: Probed | None = None
 
 
 def forward(config: ModelConfig, params, tokens, lengths=None, interventions=None, positions=None):
@@ -45,18 +45,18 @@ def forward(config: ModelConfig, params, tokens, lengths=None, interventions=Non
     return unembed(config, params, x_BTE)
 
 
-def hidden(config: ModelConfig, params, tokens_BT, interventions=None, *, start_B=None, cache=None, probe_BP=None,
-           longest=None, remat: bool = False) -> Hidden:  # fmt: skip
+def hidden(config: ModelConfig, params, tokens_BT, interventions=None, *, cache=None, start_B=None, end_B=None,
+           probe: Probe | None = None, longest=None, remat: bool = False) -> Hidden:  # fmt: skip
     """Final hidden states of T new positions per row.
 
-    Without start_B the rows begin at position 0 (with a cache: it is filled); with it, T is 1 and row b continues
-    its cache at position start_B[b]. probe_BP: query rows whose strongest key is wanted in every layer and head.
-    longest: tokens of the longest row, for models whose rotary frequencies depend on it (None: T). remat recomputes
-    each block in the backward pass.
+    Without start_B the rows begin at position 0 (with a cache: it is filled); with it, row b continues its cache at
+    position start_B[b]. end_B: where the real tokens of each row end (None: at T). probe: what to ask of attention, by
+    rows among the T. longest: tokens of the longest row, for models whose rotary frequencies depend on it (None: T).
+    remat recomputes each block in the backward pass.
     """
     iv = (interventions or Interventions()).fill(config, tokens_BT.shape[0])
     model = Transformer(config, remat=remat, rope_site=iv.rope_site)
-    return model.apply({"params": params}, tokens_BT, iv, start_B, cache, probe_BP, longest)
+    return model.apply({"params": params}, tokens_BT, iv, start_B, end_B, cache, probe, longest)
 
 
 def longest_row(tokens_BT, lengths):
@@ -102,20 +102,54 @@ def split_layers(config: ModelConfig, per_layer):
 
 
 def merge_layers(config: ModelConfig, grouped):
-    """The inverse of `split_layers` for arrays: [L, ...] in absolute layer order."""
-    blocks = jnp.stack([grouped["blocks"][str(i)] for i in range(len(config.layer_pattern))], axis=1)
-    tail = [grouped["tail"][str(j)][None] for j in range(len(config.tail))]
-    return jnp.concatenate([blocks.reshape(-1, *blocks.shape[2:]), *tail], axis=0)
+    """The inverse of `split_layers`: arrays [L, ...] in absolute layer order."""
+
+    def merge(*arrays):
+        blocks, tail = jnp.stack(arrays[:period], axis=1), [x[None] for x in arrays[period:]]
+        return jnp.concatenate([blocks.reshape(-1, *blocks.shape[2:]), *tail], axis=0)
+
+    period = len(config.layer_pattern)
+    blocks = [grouped["blocks"][str(i)] for i in range(period)]
+    return jax.tree.map(merge, *blocks, *(grouped["tail"][str(j)] for j in range(len(config.tail))))
 
 
 @flax.struct.dataclass
 class Call:
-    """What all blocks of one call share. rotations: (cos, sin) by layer kind."""
+    """What all blocks of one call share. rotations: (cos, sin) by layer kind; start_B None: rows begin at 0.
+
+    only_B: the one position of each row that is wanted from the last block of a group (None: all).
+    """
 
     rotations: dict[str, Any]
-    first_B: jax.Array
-    probe_BP: jax.Array | None
-    decoding: bool = flax.struct.field(pytree_node=False)
+    start_B: jax.Array | None
+    end_B: jax.Array
+    probe: Probe | None = None
+    only_B: jax.Array | None = None
+
+    @property
+    def first_B(self) -> jax.Array:
+        return jnp.zeros_like(self.end_B) if self.start_B is None else self.start_B
+
+
+def make_call(config: ModelConfig, length: int, start_B, end_B, longest=None, probe: Probe | None = None) -> Call:
+    """The Call of `length` positions per row."""
+    call = Call({}, start_B, end_B, probe)
+    positions_BT = call.first_B[:, None] + jnp.arange(length)
+    longest = length if longest is None else longest
+    return call.replace(rotations={kind: rotation(config, kind, positions_BT, longest) for kind in config.ropes})
+
+
+def split_masks(config: ModelConfig, interventions: Interventions):
+    """Filled masks as `split_layers` arranges them, with a row axis."""
+    iv = interventions
+    return split_layers(config, {"head": _layers_first(iv.head_mask, 2), "rope": _layers_first(iv.rope_mask, 3)})
+
+
+def only(x_BTX, only_B):
+    """[B,1,...]: one position of each row; all of them where only_B is None."""
+    if only_B is None:
+        return x_BTX
+    return jnp.take_along_axis(x_BTX, only_B.reshape(-1, *(1,) * (x_BTX.ndim - 1)), axis=1)
 
 
 class Attention(nn.Module):
@@ -128,30 +162,31 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTE, masks, cache, repeat, call: Call):
         cfg = self.config
-        q_BTHD = self._project(x_BTE, cfg.n_heads, "q")
+        wanted_BTE = only(x_BTE, call.only_B)
+        q_BTHD = self._project(wanted_BTE, cfg.n_heads, "q")
         k_BTKD = self._project(x_BTE, cfg.n_kv_heads, "k")
         v_BTKD = self._project(x_BTE, cfg.n_kv_heads, "v")
         if self.rope_site == "projection":
             q_BTHD = _drop(q_BTHD, _dims(cfg, masks["rope"]))
             k_BTKD = _drop(k_BTKD, _dims(cfg, _any_of_group(masks["rope"], cfg.n_kv_heads)))
         q_BTHD, k_BTKD = self._normed(q_BTHD, "q_norm"), self._normed(k_BTKD, "k_norm")
-        q_BTHD, k_BTKD = (rotate(x, *call.rotations[self.kind]) for x in (q_BTHD, k_BTKD))
+        rotations = call.rotations[self.kind]
+        q_BTHD = rotate(q_BTHD, *(only(x, call.only_B) for x in rotations))
+        k_BTKD = rotate(k_BTKD, *rotations)
         if self.rope_site == "rotary":
             q_BTHD = _drop(q_BTHD, _dims(cfg, masks["rope"]))
 
-        k_BKSD, v_BKSD = k_BTKD.swapaxes(1, 2), v_BTKD.swapaxes(1, 2)
+        keys = Keys.of(k_BTKD, v_BTKD)
         if cache is not None:
-            cache = cache.write(repeat, k_BTKD, v_BTKD, call.first_B)
-            if call.decoding:
-                k_BKSD, v_BKSD = cache.read(repeat)
+            seen, cache = cache.extend(repeat, k_BTKD, v_BTKD, call.first_B, call.end_B)
+            keys = keys if call.start_B is None else seen
         scores = Scores(cfg.attention_scale, cfg.window if self.kind == "sliding" else None, cfg.attention_softcap)
-        out_BTHD = attend(q_BTHD, k_BKSD, v_BKSD, scores, call.first_B if call.decoding else None)
+        start_B = call.start_B if call.only_B is None else call.first_B + call.only_B
+        out_BTHD = attend(q_BTHD, keys, scores, start_B, cfg.kernel)
         out_BTHD = _drop(out_BTHD, masks["head"][:, :, None])
-        out_BTE = dense(out_BTHD.reshape(*x_BTE.shape[:2], -1), cfg.hidden_size, ("heads", "embed"), "o")
-        argmax_BPH = None
-        if call.probe_BP is not None:
-            argmax_BPH = probe_argmax(q_BTHD, k_BKSD, call.probe_BP, call.first_B, scores)
-        return out_BTE, cache, argmax_BPH
+        out_BTE = dense(out_BTHD.reshape(*wanted_BTE.shape[:2], -1), cfg.hidden_size, ("heads", "embed"), "o")
+        probed = None if call.probe is None else probe(q_BTHD, keys, call.probe, call.first_B, scores)
+        return out_BTE, cache, probed
 
     def _project(self, x_BTE, heads: int, name: str):
         flat = dense(x_BTE, heads * self.config.head_dim, ("embed", "heads"), name, bias=self.config.qkv_bias)
@@ -181,11 +216,11 @@ class Block(nn.Module):
         cfg = self.config
         x_BTE = nn.with_logical_constraint(x_BTE, ("batch", "length", "embed_act"))
         attention = Attention(cfg, cfg.layer_pattern[self.place], self.rope_site, name="attn")
-        out_BTE, cache, argmax = attention(self._before("attn_norm", x_BTE), masks, cache, repeat, call)
-        x_BTE += self._behind("attn_post_norm", out_BTE)
+        out_BTE, cache, probed = attention(self._before("attn_norm", x_BTE), masks, cache, repeat, call)
+        x_BTE = only(x_BTE, call.only_B) + self._behind("attn_post_norm", out_BTE)
         mlp = Experts(cfg, name="experts") if cfg.has_experts(self.place) else GatedMLP(cfg, name="mlp")
         x_BTE += self._behind("mlp_post_norm", mlp(self._before("mlp_norm", x_BTE)))
-        return x_BTE, cache, argmax
+        return x_BTE, cache, probed
 
     def _before(self, name: str, x_BTE):
         return x_BTE if self.config.norm_placement == "post" else norm(self.config, name)(x_BTE)
@@ -205,13 +240,15 @@ class Group(nn.Module):
     def __call__(self, carry, per_repeat, call: Call):
         x_BTE, caches = carry
         repeat, masks = per_repeat
-        argmax = {}
+        probed = {}
         for place in range(self.n_blocks):
             i = str(place)
             block = Block(self.config, place, self.rope_site, name=i)
-            x_BTE, cache, argmax[i] = block(x_BTE, masks[i], caches and caches[i], repeat, call)
+            last = place == self.n_blocks - 1
+            block_call = call if last else call.replace(only_B=None)
+            x_BTE, cache, probed[i] = block(x_BTE, masks[i], caches and caches[i], repeat, block_call)
             caches = caches and caches | {i: cache}
-        return (x_BTE, caches), argmax
+        return (x_BTE, caches), probed
 
 
 class Transformer(nn.Module):
@@ -222,17 +259,12 @@ class Transformer(nn.Module):
     rope_site: str = "rotary"
 
     @nn.compact
-    def __call__(self, tokens_BT, interventions, start_B=None, cache=None, probe_BP=None, longest=None) -> Hidden:
-        cfg = self.config
+    def __call__(self, tokens_BT, interventions, start_B=None, end_B=None, cache=None, probe=None, longest=None):
+        cfg, (batch, length) = self.config, tokens_BT.shape
         x_BTE = Embedding(cfg, name="embed")(tokens_BT)
-        first_B = jnp.zeros(tokens_BT.shape[0], jnp.int32) if start_B is None else start_B
-        positions_BT = first_B[:, None] + jnp.arange(tokens_BT.shape[1])
-        longest = tokens_BT.shape[1] if longest is None else longest
-        rotations = {kind: rotation(cfg, kind, positions_BT, longest) for kind in cfg.ropes}
-        call = Call(rotations, first_B, probe_BP, decoding=start_B is not None)
-        masks = split_layers(cfg, {
-            "head": _layers_first(interventions.head_mask, 2), "rope": _layers_first(interventions.rope_mask, 3),
-        })  # fmt: skip
+        end_B = jnp.full(batch, length) if end_B is None else end_B
+        call = make_call(cfg, length, start_B, end_B, longest, probe)
+        masks = split_masks(cfg, interventions)
         cache = cache or {"blocks": None, "tail": None}
 
         body = nn.remat(Group, prevent_cse=False) if self.remat else Group
@@ -245,22 +277,22 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         blocks = scanned(cfg, self.rope_site, len(cfg.layer_pattern), name="blocks")
-        (x_BTE, block_cache), argmax = blocks(
+        (x_BTE, block_cache), probed = blocks(
             (x_BTE, cache["blocks"]), (jnp.arange(cfg.repeats), masks["blocks"]), call
         )
-        tail_cache, tail_argmax = cache["tail"], {}
+        tail_cache, tail_probed = cache["tail"], {}
         if cfg.tail:
             tail = body(cfg, self.rope_site, len(cfg.tail), name="tail")
-            (x_BTE, tail_cache), tail_argmax = tail((x_BTE, tail_cache), (0, masks["tail"]), call)
+            (x_BTE, tail_cache), tail_probed = tail((x_BTE, tail_cache), (0, masks["tail"]), call)
 
         x_BTE = norm(cfg, "norm")(x_BTE)
         if not cfg.tied_embeddings:
             Unembedding(cfg, name="lm_head")()
-        argmax_BPLH = None
-        if probe_BP is not None:
-            argmax_BPLH = jnp.moveaxis(merge_layers(cfg, {"blocks": argmax, "tail": tail_argmax}), 0, 2)
+        if probe is not None:
+            probed = merge_layers(cfg, {"blocks": probed, "tail": tail_probed})
+            probed = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), probed)
         cache = None if cache["blocks"] is None else {"blocks": block_cache, "tail": tail_cache}
-        return Hidden(x_BTE, cache, argmax_BPLH)
+        return Hidden(x_BTE, cache, None if probe is None else probed)
 
 
 class Embedding(nn.Module):

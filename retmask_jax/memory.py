@@ -1,0 +1,81 @@
+"""Memory: what a compiled program needs, what the device has, and what to say when it is not enough."""
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+log = logging.getLogger(__name__)
+
+_SIZE = re.compile(r"allocat\w* (\d+) bytes|allocat\w* ([\d.]+ ?[KMGT]i?B)", re.IGNORECASE)
+
+
+class OutOfMemory(ValueError):
+    """The device ran out of memory; the message says where, how much was wanted and what to change."""
+
+
+def limit() -> int:
+    """Bytes free on the first device; on a CPU, of the machine."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def needed(compiled) -> int:
+    """Bytes a compiled program takes beside its arguments, by the compiler's report."""
+    report = compiled.memory_analysis()
+    return report.temp_size_in_bytes + report.output_size_in_bytes
+
+
+def largest_batch(compile_for: Callable[[int], Any], wanted: int, what: str) -> tuple[int, Any]:
+    """(batch size, compiled program): `wanted`, or the first of its halves that fits the device's free memory.
+
+    compile_for(batch size) compiles ahead of time. Raises OutOfMemory if a batch of one does not fit.
+    """
+    batch_size = wanted
+    while True:
+        compiled, free = compile_for(batch_size), limit()
+        if needed(compiled) <= free:
+            return batch_size, compiled
+        if batch_size == 1:
+            raise OutOfMemory(f"{what}: one row needs {_gib(needed(compiled))}, {_gib(free)} are free: shorten the rows")
+        log.warning("%s: a batch of %d needs %s, %s are free; trying half", what, batch_size, _gib(needed(compiled)),
+                    _gib(free))  # fmt: skip
+        batch_size = max(1, batch_size // 2)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception of JAX says that a device has no memory left."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def explain(error: Exception, what: str, advice: str) -> OutOfMemory:
+    """The error in one line: the stage, the bytes wanted where the error names them, and the setting to change."""
+    found = _SIZE.search(str(error))
+    wanted = "" if found is None else f" when {_gib(int(found[1])) if found[1] else found[2]} more were wanted"
+    return OutOfMemory(f"{what} ran out of memory{wanted}: {advice}")
+
+
+def in_smaller_batches(run: Callable[[int], Any], batch_size: int, what: str, setting: str = "batch_size"):
+    """run(batch size); when memory runs out, again with half the batch, down to one row.
+
+    Raises OutOfMemory where one row is too many.
+    """
+    while True:
+        try:
+            return run(batch_size)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if batch_size == 1:
+                raise explain(error, what, "one row is too many: shorten it, or use a bigger device or mesh") from error
+            log.warning("%s; going on with half", explain(error, what, f"{setting} is {batch_size}"))
+        batch_size //= 2
+
+
+def _gib(n: float) -> str:
+    return f"{n / 2**30:.2f} GiB"

@@ -1,0 +1,178 @@
+"""Causal attention of one KV head in plain JAX: in one softmax, or in blocks with memory linear in the length.
+
+Keys come as k_DS, width first: a single query then reads them in long runs, twice as fast on a CPU.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from retmask_jax.model.layers import precision, softcap
+
+QUERY_BLOCK, KEY_BLOCK = 128, 256  # fastest on CPUs, where a block's scores stay in the cache; a wide optimum
+HIDDEN = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How a query weighs keys: scale * q.k, capped where `cap` is given, over the last `window` keys (None: all)."""
+
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+
+    def seen(self, query_positions, key_positions):
+        """Whether a query sees a key, by their absolute positions (broadcast against each other)."""
+        seen = (key_positions <= query_positions) & (key_positions >= 0)
+        return seen if self.window is None else seen & (key_positions > query_positions - self.window)
+
+    def of(self, products):
+        """What the softmax is taken of, from products q.k."""
+        return softcap(products * self.scale, self.cap)
+
+
+def plain(q_GTD, k_DS, v_SD, query_positions_T, key_positions_S, scores: Scores):
+    """Attention in one softmax over all S keys; stores G*T*S weights, differentiable to any order."""
+    groups, length, width = q_GTD.shape
+    raw_GTS = scores.of(dot(q_GTD.reshape(-1, width), k_DS, (1, 0))).reshape(groups, length, -1)
+    seen_TS = scores.seen(query_positions_T[:, None], key_positions_S)
+    weights_GTS = jax.nn.softmax(jnp.where(seen_TS, raw_GTS, HIDDEN), axis=-1).astype(v_SD.dtype)
+    return jnp.einsum("gts,sd->gtd", weights_GTS, v_SD, precision=precision(v_SD.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def blocked(q_GTD, k_DS, v_SD, first_query, first_key, scores: Scores):
+    """Attention block by block, for queries at first_query, first_query + 1, ... and keys at first_key, ...
+
+    Keys at negative positions do not exist. Only blocks that some query sees are computed, so a window costs what its
+    keys cost. The gradient recomputes the weights block by block from their normalisers (arXiv 2205.14135); it can be
+    taken once, and not in forward mode.
+    """
+    return _forward(q_GTD, k_DS, v_SD, first_query, first_key, scores)[0]
+
+
+def _forward(q_GTD, k_DS, v_SD, first_query, first_key, scores):
+    """(output, log of the normaliser f32[C,N] per block of queries)."""
+    tiles = _Tiles(q_GTD.shape, k_DS.shape[1], first_query, first_key, scores)
+    q_CND, k_DS, v_SD = tiles.queries(q_GTD), tiles.keys(k_DS, 1), tiles.keys(v_SD, 0)
+
+    def block_of_queries(c):
+        def add(s, state):
+            top_N, total_N, sum_ND = state
+            raw_NS = tiles.scores(q_CND[c], k_DS, c, s)
+            new_top_N = jnp.maximum(top_N, raw_NS.max(axis=1))
+            weights_NS = jnp.exp(raw_NS - new_top_N[:, None])
+            shrink_N = jnp.exp(top_N - new_top_N)
+            sum_ND = sum_ND * shrink_N[:, None] + dot(weights_NS.astype(v_SD.dtype), tiles.block(v_SD, s, 0), (1, 0))
+            return new_top_N, total_N * shrink_N + weights_NS.sum(axis=1), sum_ND
+
+        rows, width = q_CND.shape[1], v_SD.shape[1]
+        start = (jnp.full(rows, HIDDEN), jnp.zeros(rows), jnp.zeros((rows, width)))
+        top_N, total_N, sum_ND = jax.lax.fori_loop(*tiles.seen_by(c), add, start)
+        total_N = jnp.where(total_N > 0, total_N, 1.0)  # queries of padding may see no key
+        return (sum_ND / total_N[:, None]).astype(q_GTD.dtype), top_N + jnp.log(total_N)
+
+    out_CND, normaliser_CN = jax.lax.map(block_of_queries, jnp.arange(len(q_CND)))
+    return tiles.unblocked(out_CND), normaliser_CN
+
+
+def _forward_saving(q_GTD, k_DS, v_SD, first_query, first_key, scores):
+    out_GTD, normaliser_CN = _forward(q_GTD, k_DS, v_SD, first_query, first_key, scores)
+    return out_GTD, (q_GTD, k_DS, v_SD, first_query, first_key, out_GTD, normaliser_CN)
+
+
+def _backward(scores, saved, d_out_GTD):
+    q_GTD, k_DS, v_SD, first_query, first_key, out_GTD, normaliser_CN = saved
+    tiles = _Tiles(q_GTD.shape, k_DS.shape[1], first_query, first_key, scores)
+    q_CND, d_out_CND = tiles.queries(q_GTD), tiles.queries(d_out_GTD)
+    keys_DS, values_SD = tiles.keys(k_DS, 1), tiles.keys(v_SD, 0)
+    # The softmax's own term: the mean of the gradient of the weights under the weights.
+    mean_CN = jnp.sum(d_out_CND.astype(jnp.float32) * tiles.queries(out_GTD), axis=-1)
+
+    def block_of_queries(sums, c):
+        def add(s, state):
+            d_q_ND, d_k_DS, d_v_DS = state
+            raw_NS = tiles.scores(q_CND[c], keys_DS, c, s)
+            weights_NS = jnp.exp(raw_NS - normaliser_CN[c][:, None])
+            d_weights_NS = dot(d_out_CND[c], tiles.block(values_SD, s, 0), (1, 1))
+            d_raw_NS = weights_NS * (d_weights_NS - mean_CN[c][:, None])
+            if scores.cap is not None:  # of a hidden score the weight is 0 already
+                d_raw_NS *= 1 - jnp.square(jnp.where(raw_NS == HIDDEN, 0.0, raw_NS) / scores.cap)
+            d_raw_NS = (d_raw_NS * scores.scale).astype(q_GTD.dtype)
+            d_q_ND += dot(d_raw_NS, tiles.block(keys_DS, s, 1), (1, 1))
+            # The values' sum has its width first, too: a product then turns round its narrow factor, not the weights.
+            d_k_DS = tiles.add(d_k_DS, s, dot(q_CND[c], d_raw_NS, (0, 0)))
+            d_v_DS = tiles.add(d_v_DS, s, dot(d_out_CND[c], weights_NS.astype(d_out_GTD.dtype), (0, 0)))
+            return d_q_ND, d_k_DS, d_v_DS
+
+        d_q_ND, *sums = jax.lax.fori_loop(*tiles.seen_by(c), add, (jnp.zeros(q_CND.shape[1:]), *sums))
+        return tuple(sums), d_q_ND.astype(q_GTD.dtype)
+
+    zeros = jnp.zeros(keys_DS.shape, jnp.float32), jnp.zeros(values_SD.shape[::-1], jnp.float32)
+    (d_k_DS, d_v_DS), d_q_CND = jax.lax.scan(block_of_queries, zeros, jnp.arange(len(q_CND)))
+    n_keys = k_DS.shape[1]
+    d_k_DS, d_v_SD = d_k_DS[:, :n_keys].astype(k_DS.dtype), d_v_DS.T[:n_keys].astype(v_SD.dtype)
+    return tiles.unblocked(d_q_CND), d_k_DS, d_v_SD, None, None
+
+
+blocked.defvjp(_forward_saving, _backward)
+
+
+class _Tiles:
+    """How queries and keys are cut into blocks, and which blocks meet."""
+
+    def __init__(self, query_shape, n_keys: int, first_query, first_key, scores: Scores):
+        self.groups, self.length, self.width = query_shape
+        self.query_block = min(QUERY_BLOCK, self.length)
+        self.key_block = min(KEY_BLOCK, n_keys)
+        self.n_key_blocks = -(-n_keys // self.key_block)
+        self.first_query, self.first_key, self.n_keys, self.rule = first_query, first_key, n_keys, scores
+
+    def queries(self, x_GTD):
+        """[blocks, groups * queries of a block, D], padded."""
+        x_GTD = _padded(x_GTD, 1, self.query_block)
+        x_GCTD = x_GTD.reshape(self.groups, -1, self.query_block, x_GTD.shape[-1])
+        return x_GCTD.swapaxes(0, 1).reshape(-1, self.groups * self.query_block, x_GTD.shape[-1])
+
+    def unblocked(self, x_CND):
+        """The inverse of `queries`."""
+        x_CGTD = x_CND.reshape(len(x_CND), self.groups, self.query_block, -1)
+        return x_CGTD.swapaxes(0, 1).reshape(self.groups, -1, x_CND.shape[-1])[:, : self.length]
+
+    def keys(self, x, axis: int):
+        return _padded(x, axis, self.key_block)
+
+    def block(self, x, s, axis: int):
+        return jax.lax.dynamic_slice_in_dim(x, s * self.key_block, self.key_block, axis)
+
+    def add(self, sum_DS, s, term_DS):
+        sum_block_DS = self.block(sum_DS, s, 1) + term_DS
+        return jax.lax.dynamic_update_slice_in_dim(sum_DS, sum_block_DS, s * self.key_block, axis=1)
+
+    def seen_by(self, c):
+        """The range [begin, end) of key blocks that hold a key some query of block c sees."""
+        first = self.first_query + c * self.query_block - self.first_key  # as an index of keys
+        end = jnp.clip((first + self.query_block - 1) // self.key_block + 1, 0, self.n_key_blocks)
+        begin = -self.first_key if self.rule.window is None else jnp.maximum(-self.first_key, first - self.rule.window + 1)
+        return jnp.clip(begin // self.key_block, 0, end), end
+
+    def scores(self, q_ND, k_DS, c, s):
+        """f32[N,S] of query block c and key block s, HIDDEN where a query does not see a key."""
+        query_T = self.first_query + c * self.query_block + jnp.arange(self.query_block)
+        index_S = s * self.key_block + jnp.arange(self.key_block)
+        seen_NS = self.rule.seen(jnp.tile(query_T, self.groups)[:, None], self.first_key + index_S)
+        return jnp.where(seen_NS & (index_S < self.n_keys), self.rule.of(dot(q_ND, self.block(k_DS, s, 1), (1, 0))), HIDDEN)
+
+
+def _padded(x, axis: int, multiple_of: int):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple_of)
+    return jnp.pad(x, widths)
+
+
+def dot(a, b, axes: tuple[int, int]):
+    """f32: a and b contracted over one axis each."""
+    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision(a.dtype),
+                               preferred_element_type=jnp.float32)  # fmt: skip

@@ -1,0 +1,136 @@
+"""Prefill: prompts through the model in chunks, with a cache; and prompts that share their beginnings."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retmask_jax.model.attention import Probe
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.transformer import hidden
+
+CHUNK = 1024  # tokens of a row that pass through the model at once: bounds the memory of activations at any length
+_WORTH_SHARING = 64  # tokens of a common beginning below which reuse saves nothing
+
+
+@flax.struct.dataclass
+class Prefilled:
+    """x_BPE: final states of the rows asked for; cache; probed: [B,P,L,H,...], or None."""
+
+    x_BPE: jax.Array
+    cache: Any
+    probed: Any = None
+
+
+def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *, start_B=None,
+            probe: Probe | None = None, longest=None, chunk: int = CHUNK) -> Prefilled:  # fmt: skip
+    """Run tokens through the model, filling the cache, and keep the final states of rows rows_BP i32[B,P] among the T.
+
+    start_B: how many positions of each row the cache holds already (None: none). end_B: where each row's tokens end,
+    as a position. Chunks behind the longest row are not computed. probe: asked of its rows, likewise among the T. The
+    cache needs `slots_for` as many positions. Pure, to be called under jit.
+    """
+    batch, length = tokens_BT.shape
+    if length <= chunk:
+        out = hidden(config, params, tokens_BT, iv, cache=cache, start_B=start_B, end_B=end_B, probe=probe,
+                     longest=longest)  # fmt: skip
+        return Prefilled(jnp.take_along_axis(out.x_BTE, rows_BP[:, :, None], axis=1), out.cache, out.probed)
+    start_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
+    tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -length % chunk)))
+
+    def one(c, cache) -> tuple[Prefilled, jax.Array, jax.Array | None]:
+        """(its result, which of the rows lie in chunk c, which of the probed rows do)."""
+        begin = c * chunk
+        part_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, begin, chunk, axis=1)
+        local_BP, inside_BP = _within(rows_BP, begin, chunk)
+        asked, probed_inside = probe, None
+        if probe is not None:
+            local_rows, probed_inside = _within(probe.rows_BP, begin, chunk)
+            asked = probe.replace(rows_BP=local_rows)
+        out = hidden(config, params, part_BT, iv, cache=cache, start_B=start_B + begin, end_B=end_B, probe=asked,
+                     longest=longest)  # fmt: skip
+        x_BPE = jnp.take_along_axis(out.x_BTE, local_BP[:, :, None], axis=1)
+        return Prefilled(x_BPE, out.cache, out.probed), inside_BP, probed_inside
+
+    def add(c, state: Prefilled) -> Prefilled:
+        new, inside_BP, probed_inside = one(c, state.cache)
+        x_BPE = jnp.where(inside_BP[:, :, None], new.x_BPE, state.x_BPE)
+        probed = jax.tree.map(lambda x, old: _where_rows(probed_inside, x, old), new.probed, state.probed)
+        return Prefilled(x_BPE, new.cache, probed)
+
+    shapes = jax.eval_shape(lambda cache: one(0, cache)[0], cache)
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.replace(cache=None))
+    n_chunks = -(-jnp.max(end_B - start_B) // chunk)
+    return jax.lax.fori_loop(0, n_chunks, add, empty.replace(cache=cache))
+
+
+def slots_for(length: int, chunk: int = CHUNK) -> int:
+    """Slots a cache needs for `length` new tokens, with the padding of the last chunk."""
+    return length if length <= chunk else -(-length // chunk) * chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """Prompts that share beginnings: prefix is computed once, prompt members[i] continues it from starts[i] on."""
+
+    prefix: tuple[int, ...]
+    members: tuple[int, ...]
+    starts: tuple[int, ...]
+
+
+def share_prefixes(prompts: Sequence[Sequence[int]]) -> list[Shared]:
+    """Groups of prompts and what each shares with its group's prefix, so that least is computed.
+
+    The prefix is the prompt that shares most with the others of its group, without its last token, which its own row
+    computes. Prompts that share too little stand alone, with an empty prefix.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and common_prefix(prompts[groups[-1][0]], prompts[i]) >= _WORTH_SHARING:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    shared, alone = [], []
+    for group in groups:
+        # In sorted order two prompts share the least of what their neighbours between them share.
+        steps = [common_prefix(prompts[a], prompts[b]) for a, b in zip(group, group[1:], strict=False)]
+        best, starts = max(
+            ((i, _shared_with(i, steps)) for i in range(len(group))), key=lambda choice: sum(choice[1])
+        )
+        prefix = tuple(prompts[group[best]][:-1])
+        starts = [min(start, len(prompts[i]) - 1, len(prefix)) for i, start in zip(group, starts, strict=True)]
+        saved = sum(starts) - len(prefix)
+        if saved > 0:
+            shared.append(Shared(prefix, tuple(group), tuple(starts)))
+        else:
+            alone += group
+    return shared + ([Shared((), tuple(sorted(alone)), (0,) * len(alone))] if alone else [])
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of tokens with which both begin."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(differs[0]) if len(differs) else n
+
+
+def _shared_with(i: int, steps: list[int]) -> list[int]:
+    """How much of prompt i each of the sorted prompts shares, from what neighbours share."""
+    before = np.minimum.accumulate(steps[:i][::-1])[::-1] if i else []
+    behind = np.minimum.accumulate(steps[i:]) if i < len(steps) else []
+    return [*map(int, before), 10**9, *map(int, behind)]
+
+
+def _within(rows_BP, begin, chunk: int):
+    """(rows as indices of the chunk, whether they lie in it)."""
+    local_BP = rows_BP - begin
+    return jnp.clip(local_BP, 0, chunk - 1), (local_BP >= 0) & (local_BP < chunk)
+
+
+def _where_rows(inside_BP, new, old):
+    return jnp.where(inside_BP.reshape(*inside_BP.shape, *(1,) * (new.ndim - 2)), new, old)

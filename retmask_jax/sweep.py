@@ -1,0 +1,126 @@
+"""Mask sweeps: many masks on the same prompts in one compiled program."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from retmask_jax import memory
+from retmask_jax.generate import bucket
+from retmask_jax.lm import LanguageModel
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.interventions import Interventions, stack
+from retmask_jax.model.layers import norm
+from retmask_jax.model.transformer import (
+    Embedding,
+    Group,
+    check_tokens,
+    make_call,
+    only,
+    split_masks,
+    unembed,
+)
+from retmask_jax.progress import track
+from retmask_jax.sharding import batch_sharding
+
+
+def sweep(lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *, wanted=None,
+          batch_size: int | None = None) -> np.ndarray:  # fmt: skip
+    """f32[N,M,V]: next-token logits behind each of M prompts under each of N shared masks.
+
+    tokens: i32[M,T], right-padded; lengths: i32[M]. wanted: i32[M,K], tokens of which the log-probability is returned
+    instead, f32[N,M,K]. Every mask starts at the first layer it touches, from what the untouched model computed up to
+    there, and computes the last layer for the last token only. batch_size: prompts at once; None: as many as fit the
+    memory by the compiler's report. One program serves all masks. Raises ValueError for shapes that do not fit and
+    OutOfMemory where one prompt is too much.
+    """
+    config = lm.config
+    tokens, lengths = np.asarray(check_tokens(config, tokens, lengths)), np.asarray(lengths, np.int32)
+    if not masks:
+        raise ValueError("a sweep needs at least one mask")
+    if lengths.min(initial=1) < 1:
+        raise ValueError("a prompt of a sweep is empty: every length must be at least 1")
+    filled = [mask.fill(config) for mask in masks]
+    if any(mask.head_mask.ndim != 2 or mask.rope_mask.ndim != 3 for mask in filled):
+        raise ValueError("the masks of a sweep are shared by all prompts: [L, H] and [L, H, R], without a row axis")
+    starts_N = np.array([_first_group(config, mask) for mask in filled], np.int32)
+    stacked = stack(filled)
+    width = min(bucket(tokens.shape[1]), config.max_length)
+    tokens = np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])), constant_values=config.pad_id)
+    wanted = np.zeros((len(tokens), 0), np.int32) if wanted is None else np.asarray(wanted, np.int32)
+    longest = np.int32(lengths.max())
+
+    def arguments(rows):
+        return lm.params, *_placed(lm.params, (tokens[rows], lengths[rows] - 1, wanted[rows])), stacked, starts_N, longest
+
+    @functools.cache
+    def compile_for(size):
+        return _sweep.lower(config, *arguments(np.zeros(size, int))).compile()
+
+    def run(size):
+        batch, program = memory.largest_batch(compile_for, size, "sweep")
+        parts = []
+        for begin in track(range(0, len(tokens), batch), -(-len(tokens) // batch), "sweep", "batch"):
+            rows = np.minimum(np.arange(begin, begin + batch), len(tokens) - 1)
+            parts.append(np.asarray(program(*arguments(rows))))
+        return np.concatenate(parts, axis=1)[:, : len(tokens)]
+
+    return memory.in_smaller_batches(run, batch_size or len(tokens), "sweep")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sweep(config: ModelConfig, params, tokens_MT, last_M, wanted_MK, masks, starts_N, longest):
+    call = make_call(config, tokens_MT.shape[1], None, last_M + 1, longest)
+    body = Group(config, masks.rope_site, len(config.layer_pattern))
+    n_body = config.repeats if config.tail else config.repeats - 1  # groups before the last one
+
+    def through(r, x_MTE, split):
+        at_r = jax.tree.map(lambda leaf: leaf[r], (params["blocks"], split["blocks"]))
+        return body.apply({"params": at_r[0]}, (x_MTE, None), (r, at_r[1]), call)[0][0]
+
+    def finish(x_MTE, split):
+        """Logits of the last token: the last group computes nothing else of its last layer."""
+        at_last = jax.tree.map(lambda leaf: leaf[-1], (params["blocks"], split["blocks"]))
+        group, weights, part = body, *at_last
+        if config.tail:
+            group, weights, part = Group(config, masks.rope_site, len(config.tail)), params["tail"], split["tail"]
+        (x_M1E, _), _ = group.apply({"params": weights}, (x_MTE, None), (0, part), call.replace(only_B=last_M))
+        x_M1E = norm(config, None).apply({"params": params["norm"]}, x_M1E)
+        logits_MV = unembed(config, params, x_M1E)[:, 0]
+        if not wanted_MK.shape[1]:
+            return logits_MV
+        return jnp.take_along_axis(jax.nn.log_softmax(logits_MV), wanted_MK, axis=1)
+
+    untouched = split_masks(config, Interventions(rope_site=masks.rope_site).fill(config))
+    x_MTE = Embedding(config).apply({"params": params["embed"]}, tokens_MT)
+    x_MTE, before_RMTE = jax.lax.scan(lambda x, r: (through(r, x, untouched), x), x_MTE, jnp.arange(n_body))
+    inputs_RMTE = jnp.concatenate([before_RMTE, x_MTE[None]])
+
+    def one(args):
+        mask, start = args
+        split = split_masks(config, mask)
+        x_MTE = jax.lax.fori_loop(start, n_body, lambda r, x: through(r, x, split), inputs_RMTE[start])
+        return finish(x_MTE, split)
+
+    return jax.lax.map(one, (masks, starts_N))
+
+
+def _first_group(config: ModelConfig, mask: Interventions) -> int:
+    """The first repeat of the layer pattern that a mask touches, at most the last group."""
+    touched = np.flatnonzero(np.any(mask.head_mask != 0, axis=1) | np.any(mask.rope_mask != 0, axis=(1, 2)))
+    last = config.repeats if config.tail else config.repeats - 1
+    return min(int(touched[0]) // len(config.layer_pattern), last) if len(touched) else last
+
+
+def _placed(params, rows):
+    """Rows on the devices of the parameters, split over them where the number divides."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if not isinstance(sharding, NamedSharding):
+        return rows
+    split = batch_sharding(sharding.mesh)
+    if len(rows[0]) % (sharding.mesh.shape["data"] * sharding.mesh.shape["fsdp"]):
+        return rows
+    return jax.device_put(rows, split)

@@ -1,0 +1,226 @@
+"""Benchmarks: what they report and when they fail, and that the peers compute what we do. No time is asserted."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import retmask_jax as rm
+from retmask_jax.benchmarks import detect, generate, harness, masks, models, peers
+from retmask_jax.benchmarks.harness import Bound, Report, Row, Timed, alternate, speed_row
+from retmask_jax.benchmarks.memory import growth_rows
+from retmask_jax.benchmarks.peak import Peak
+from retmask_jax.causal import sweep
+from retmask_jax.detect import detect as our_detect
+from retmask_jax.detect import forced_argmax
+from retmask_jax.generate import pad_rows
+from retmask_jax.hub import BUNDLED
+from retmask_jax.main import main
+from retmask_jax.model.config import ModelConfig
+
+SMALL = ModelConfig(vocab_size=96, hidden_size=32, mlp_size=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8,
+                    max_length=256)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The folder of a random model of two layers with four heads."""
+    folder = tmp_path_factory.mktemp("small")
+    models.write_random(SMALL, folder, "float32")
+    return folder
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+# --- harness ---
+
+
+def test_contenders_alternate_and_the_first_run_stands_apart():
+    calls = []
+    timed = alternate({name: lambda name=name: calls.append(name) or len(calls) for name in ("ours", "peer")}, 3)
+    assert calls == ["ours", "peer"] * 4
+    assert [timed[name].result for name in ("ours", "peer")] == [1, 2]
+    assert all(len(timed[name].runs) == 3 for name in timed)
+
+
+def test_ratio_is_of_medians():
+    row = speed_row("x", Timed(9.0, (1.0, 2.0, 30.0)), Timed(8.0, (50.0, 6.0, 5.0)), work=12, what="cases", target=4)
+    assert (row.ours, row.peer, row.ratio) == (2.0, 6.0, 3.0)
+    assert row.facts["cases/s"] == 6 and row.facts["cases/s of peer"] == 2
+    assert not row.target.holds and not Report("b", {}, [row]).violated  # a missed target is no disagreement
+
+
+@pytest.mark.parametrize("value, relation, limit, holds", [
+    (1e-6, "<=", 1e-6, True), (2e-6, "<=", 1e-6, False), (0.999, ">=", 0.999, True), (2, "==", 1, False),
+    (float("nan"), "<=", 1, False), (float("nan"), ">=", 1, False),
+])  # fmt: skip
+def test_bounds(value, relation, limit, holds):
+    assert Bound("x", value, relation, limit).holds == holds
+
+
+def test_table_and_json(tmp_path):
+    wrong = Bound("difference", float("nan"), "<=", 1e-6)
+    rows = [Row("one", "bytes", 3 * 2**20, bounds=(Bound("growth", 2.0, "<=", 2.2),)), Row("two", "bytes", 2**20, 2**22,
+            0.25, Bound("ratio", 0.25, "<=", 0.5), (wrong,))]  # fmt: skip
+    report = Report("memory", {"size": "30m"}, rows)
+    header, texts = harness.table_rows(report)
+    assert list(header) == ["memory", "ours", "peer", "ratio", "target", "must hold"]  # nothing ran first
+    assert texts[0] == ["one", "3 MiB", "", "", "", "growth 2 <= 2.2"]
+    assert texts[1] == ["two", "1 MiB", "4 MiB", "0.25x", "<= 0.5", "difference nan VIOLATES <= 1e-06"]
+    harness.write_report(report, tmp_path / "out.json")
+    stored = json.loads((tmp_path / "out.json").read_text())
+    assert stored["violated"] == ["two: difference nan VIOLATES <= 1e-06"]
+    assert stored["rows"][1]["target"]["holds"] and not stored["rows"][1]["bounds"][0]["holds"]
+    assert stored["environment"]["versions"]["jax"] and stored["environment"]["devices"]
+
+
+@pytest.mark.parametrize("difference, status", [(1e-7, 0), (1e-5, 1)])
+def test_results_that_disagree_end_in_status_1(monkeypatch, capsys, tmp_path, difference, status):
+    row = Row("a row", "s", 1.0, 2.0, 2.0, bounds=(Bound("difference", difference, "<=", 1e-6),))
+    monkeypatch.setattr(masks, "run", lambda **options: Report("masks", options, [row]))
+    assert main(["bench", "masks", "--masks=3", f"--out={tmp_path / 'out.json'}"]) == status
+    out, err = capsys.readouterr()
+    assert "a row" in out and ("results disagree: a row: difference" in err) == bool(status)
+    stored = json.loads((tmp_path / "out.json").read_text())
+    assert stored["setting"] == {"size": "bundled", "length": None, "layers": None, "repeats": 5, "masks": 3,
+                                 "prompts": None}  # fmt: skip
+
+
+@pytest.mark.parametrize("package, arguments", [("torch", ["generate"]), ("torch", ["detect"]), ("trl", ["dpo"])])
+def test_missing_package_is_one_line(monkeypatch, capsys, package, arguments):
+    if package != "torch":
+        pytest.importorskip("torch")
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"retmask: {package} cannot be imported") and "install retmask_jax[bench]" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["memory", "--length=8192"], "leaves no doubling"),
+    (["masks", "--repeats=0"], "--repeats is 0; it must be at least 1"),
+    (["generate", "--layers=2"], "the bundled model is what it is"),
+    (["detect", "--masks=2"], "unknown argument '--masks=2'"),
+    (["dpo", "--size=bundled"], "invalid choice: 'bundled'"),
+])  # fmt: skip
+def test_mistakes(capsys, arguments, message):
+    if arguments[0] == "generate":
+        pytest.importorskip("torch")
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_growth():
+    rows = growth_rows("prefill", [8, 16, 32], [100, 200, 450])
+    assert [bound.value for row in rows for bound in row.bounds] == [2.0, 2.25]
+    assert Report("memory", {}, rows).violated == ["prefill, 32: growth 2.25 VIOLATES <= 2.2"]
+
+
+def test_peak_sees_memory_that_is_gone_again():
+    with Peak() as peak:
+        np.ones(2**26, np.uint8).sum()
+    assert 2**26 <= peak.bytes < 2**26 * 1.3
+
+
+# --- what is compared ---
+
+
+def test_fixed_cases_share_a_haystack():
+    prompts, answers, spans = detect.fixed_cases(500, 200, depths=3, needles=2)
+    assert {len(prompt) for prompt in prompts} == {200} and len(prompts) == 6
+    assert [prompt[start:end] for prompt, (start, end) in zip(prompts, spans, strict=True)] == answers
+    hay = [prompt[:start] + prompt[end:-16] for prompt, (start, end) in zip(prompts, spans, strict=True)]
+    assert all(text == hay[0] for text in hay) and [start for start, _ in spans[:3]] == [0, 84, 168]
+
+
+def test_agreement_names_the_weight_between_different_keys():
+    theirs = [np.zeros((2, 1, 2), int), np.zeros((2, 1, 2), int)]
+    ours = [theirs[0], theirs[1].copy()]
+    ours[1][1, 0, 1] = 3
+    weights = [[np.full((2, 4), 0.25)], [np.array([[0.25] * 4, [0.4, 0.1, 0.2, 0.3]])]]
+    asked = []
+    share, gap = detect.agreement(ours, theirs, lambda case: asked.append(case) or weights)
+    assert share == 7 / 8 and np.isclose(gap, 0.1) and asked == [1]
+
+
+def test_first_difference_of_continuations():
+    ours, theirs = np.array([[5, 6, 7], [5, 6, 7]]), np.array([[5, 6, 7], [5, 1, 2]])
+    seen = []
+    logits = np.array([0, 2.0, 0, 0, 0, 0, 1.5, -4.0])
+    found = generate.compare(ours, theirs, [[9], [9, 9]], lambda tokens: seen.append(tokens) or logits)
+    assert seen == [[9, 9, 5]]
+    assert (found.share, found.first, found.parted) == (4 / 6, 1, [(1, 1, 0.125)])
+
+
+def test_masks_spread_over_layers():
+    by_layer = masks.spread_masks(SMALL, 4)
+    assert [list(mask) for mask in by_layer] == [[0], [0], [1], [1]]
+
+
+# --- peers compute what we do ---
+
+
+def test_published_detection_scores_as_ours(torch):
+    lm = rm.load("bundled")
+    cases = detect.bundled_cases(96, depths=2, needles=1)
+    peer = peers.load_peer(BUNDLED, "float32", "eager")
+    ours = our_detect(lm, cases, max_new_tokens=8, batch_size=2, released=True)
+    assert ours.reasons == {"counted": 2} and ours.scores.mean.max() > 0.5
+    np.testing.assert_allclose(detect.peer_scores(peer, lm.tokenizer, cases, 8), ours.scores.mean, atol=1e-6)
+
+
+def test_published_detection_looks_at_our_keys(torch, small):
+    lm, peer = rm.load(small), peers.load_peer(small, "float32", "eager")
+    prompts, answers, spans = detect.fixed_cases(SMALL.vocab_size, 64, depths=2, needles=1)
+    found = [
+        peers.published_detection(peer, prompt, span, max_new_tokens=0, fixed=answer, keep_weights=True)
+        for prompt, answer, span in zip(prompts, answers, spans, strict=True)
+    ]
+    ours = forced_argmax(lm, prompts, answers, batch_size=2)
+    share, gap = detect.agreement(ours, [one.argmax for one in found], lambda case: found[case].weights)
+    assert share >= 0.99 and gap < 1e-5
+    assert found[0].argmax.shape == (16, 2, 4) and len(np.unique(found[0].argmax)) > 8
+
+
+def test_hooks_mask_what_we_mask(torch, small, close):
+    lm, peer = rm.load(small), peers.load_peer(small, "float32")
+    tokens = models.random_tokens(SMALL.vocab_size, 3, 20)
+    by_layer = [{0: [1, 2]}, {1: [0]}, {}]
+    ours = sweep(lm, tokens, np.full(3, 20, np.int32), [masks.as_interventions(lm.config, mask) for mask in by_layer])
+    for one_by_one in (False, True):
+        theirs = peers.hooked_sweep(peer, tokens, by_layer, one_by_one)
+        close(ours, theirs)
+    assert all(np.abs(theirs[i] - theirs[2]).max() > 1e-3 * np.abs(theirs).max() for i in (0, 1))
+
+
+def test_transformers_generates_what_we_do(torch):
+    lm, peer = rm.load("bundled"), peers.load_peer(BUNDLED, "float32")
+    prompts = [row[:n] for row, n in zip(models.text_or_random(BUNDLED, 3, 40).tolist(), (12, 29, 40), strict=True)]
+    tokens, lengths = pad_rows(prompts, lm.config.pad_id)
+    ours = lm.generate(tokens, lengths, max_new_tokens=6, stop_ids=())
+    np.testing.assert_array_equal(peers.generate(peer, prompts, 6, lm.config.pad_id), ours.tokens)
+
+
+@pytest.mark.slow  # TRL takes long to import
+def test_trl_takes_our_step(torch, small, tmp_path):
+    pytest.importorskip("trl")
+    from retmask_jax.benchmarks.dpo import Ours
+    from retmask_jax.benchmarks.programs import dpo_settings, random_pairs
+    from retmask_jax.benchmarks.trl_peer import TrlPeer
+    from retmask_jax.train import schedule
+
+    settings = dpo_settings(2, "float32")
+    pairs = random_pairs(SMALL.vocab_size, 24, 2)
+    ours = Ours(small, pairs, settings)
+    peer = TrlPeer(small, pairs, settings, tmp_path, precomputed=True)
+    np.testing.assert_array_equal(peer.tokens, np.concatenate([pairs["chosen"], pairs["rejected"]]))
+    np.testing.assert_allclose(peer.reference, ours.reference, rtol=1e-5)
+    rate = schedule(settings)
+    losses = np.array([(ours.step(), peer.step(float(rate(i)))) for i in range(4)])
+    np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-4)
+    assert losses[-1, 0] < losses[0, 0] - 1e-4

@@ -23,35 +23,47 @@ def sequence_logprobs(config: ModelConfig, params, tokens, loss_mask, lengths=No
     tokens = check_tokens(config, tokens, lengths)
     if jnp.shape(loss_mask) != tokens.shape:
         raise ValueError(f"loss_mask has shape {jnp.shape(loss_mask)}; tokens have {tokens.shape}")
-    logps_BT = _logprobs(config, params, tokens, interventions, remat, longest_row(tokens, lengths))
-    return jnp.sum(jnp.where(jnp.asarray(loss_mask)[:, 1:] != 0, logps_BT, 0.0), axis=1)
+    longest = longest_row(tokens, lengths)
+    x_BTE = hidden(config, params, tokens, interventions, longest=longest, remat=remat).x_BTE[:, :-1]
+    counted_BT = jnp.asarray(loss_mask)[:, 1:] != 0
+    # Counted positions first: the chunks behind the last of them are never unembedded.
+    order_BT = jnp.argsort(~counted_BT, axis=1, stable=True)
+    ordered = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens[:, 1:], counted_BT))
+    x_BTE = jnp.take_along_axis(x_BTE, order_BT[..., None], axis=1)
+    return jnp.sum(_chosen_logprobs(config, params, x_BTE, *ordered), axis=1)
 
 
 def token_logprobs(config: ModelConfig, params, tokens, interventions=None):
     """f32[B,T-1]: log p(tokens[b, t] | tokens[b, :t]) for t = 1..T-1, jitted."""
     tokens = check_tokens(config, tokens)
     filled = (interventions or Interventions()).fill(config, tokens.shape[0])
-    return _jitted(config, params, tokens, filled)
+    return _token_logprobs(config, params, tokens, filled)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _jitted(config, params, tokens, interventions):
-    return _logprobs(config, params, tokens, interventions, remat=False)
+def _token_logprobs(config, params, tokens_BT, interventions):
+    x_BTE = hidden(config, params, tokens_BT, interventions).x_BTE[:, :-1]
+    return _chosen_logprobs(config, params, x_BTE, tokens_BT[:, 1:], jnp.ones(x_BTE.shape[:2], bool))
 
 
-def _logprobs(config, params, tokens_BT, interventions, remat, longest=None):
-    x_BTE = hidden(config, params, tokens_BT, interventions, longest=longest, remat=remat).x_BTE[:, :-1]
+def _chosen_logprobs(config, params, x_BTE, target_BT, counted_BT):
+    """f32[B,T]: log-probability of each target, 0 where it is not counted; one chunk of logits exists at a time."""
     batch, length, width = x_BTE.shape
-    pad = -length % _CHUNK
-    x_CBTE = jnp.pad(x_BTE, ((0, 0), (0, pad), (0, 0))).reshape(batch, -1, _CHUNK, width).swapaxes(0, 1)
-    target_CBT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, pad))).reshape(batch, -1, _CHUNK).swapaxes(0, 1)
+    chunk = max(1, min(_CHUNK, length))
+    pad = ((0, 0), (0, -length % chunk))
+    x_CBTE = jnp.pad(x_BTE, (*pad, (0, 0))).reshape(batch, -1, chunk, width).swapaxes(0, 1)
+    target_CBT, counted_CBT = (
+        jnp.pad(x, pad).reshape(batch, -1, chunk).swapaxes(0, 1) for x in (target_BT, counted_BT)
+    )
 
     @jax.checkpoint
-    def chunk(args):
-        x_BTE, target_BT = args
+    def logprobs(x_BTE, target_BT, counted_BT):
         logits_BTV = unembed(config, params, x_BTE)
         chosen_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
-        return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+        return jnp.where(counted_BT, chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1), 0.0)
 
-    logps_CBT = jax.lax.map(chunk, (x_CBTE, target_CBT))
+    def one(args):
+        return jax.lax.cond(args[2].any(), logprobs, lambda *args: jnp.zeros(args[1].shape, jnp.float32), *args)
+
+    logps_CBT = jax.lax.map(one, (x_CBTE, target_CBT, counted_CBT))
     return logps_CBT.swapaxes(0, 1).reshape(batch, -1)[:, :length]

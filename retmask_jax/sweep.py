@@ -12,7 +12,7 @@ from retmask_jax import memory
 from retmask_jax.generate import bucket
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions, stack
+from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.layers import norm
 from retmask_jax.model.transformer import (
     Embedding,
@@ -43,11 +43,14 @@ def sweep(lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *,
         raise ValueError("a sweep needs at least one mask")
     if lengths.min(initial=1) < 1:
         raise ValueError("a prompt of a sweep is empty: every length must be at least 1")
-    filled = [mask.fill(config) for mask in masks]
+    sites = {mask.rope_site for mask in masks}
+    if len(sites) > 1:
+        raise ValueError(f"the masks of a sweep have different rotary sites: {', '.join(sorted(sites))}")
+    filled = [jax.tree.map(np.asarray, mask.fill(config)) for mask in masks]
     if any(mask.head_mask.ndim != 2 or mask.rope_mask.ndim != 3 for mask in filled):
         raise ValueError("the masks of a sweep are shared by all prompts: [L, H] and [L, H, R], without a row axis")
     starts_N = np.array([_first_group(config, mask) for mask in filled], np.int32)
-    stacked = stack(filled)
+    stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *filled)
     width = min(bucket(tokens.shape[1]), config.max_length)
     tokens = np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])), constant_values=config.pad_id)
     wanted = np.zeros((len(tokens), 0), np.int32) if wanted is None else np.asarray(wanted, np.int32)

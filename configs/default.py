@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     config.revision = ""  # branch, tag or commit of a hub id (empty: its main branch); a commit pins the weights
     config.dtype = "float32"  # of the parameters in every stage but training; bfloat16 halves the memory
     config.seed = 0
+    config.kernel = "auto"  # of attention: the fastest for the device; or plain, blocked, cudnn, splash
     config.batch_size = 32  # rows per forward pass where no gradient is taken
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices per axis; -1 takes what is left
 

@@ -53,6 +53,10 @@ class LanguageModel:
             top_p=top_p, seed=seed, interventions=interventions, stop_ids=stop_ids,
         )  # fmt: skip
 
+    def with_kernel(self, kernel: str) -> "LanguageModel":
+        """The same model with another attention kernel ("auto", "plain", "blocked", "cudnn" or "splash")."""
+        return self.replace(config=dataclasses.replace(self.config, kernel=kernel))
+
     def replace(self, **changes) -> "LanguageModel":
         """A copy with other params (or any other field)."""
         return dataclasses.replace(self, **changes)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from retmask_jax import causal, pairs, stats
+from retmask_jax import causal, memory, pairs, stats
 from retmask_jax.data.preferences import encode_pairs
 from retmask_jax.detect import detect, stability
 from retmask_jax.evals.compare import arm_numbers, run_rows
@@ -45,7 +46,11 @@ class Context:
 
     @functools.cached_property
     def lm(self) -> LanguageModel:
-        return load(self.config.model, self.config.dtype, self.mesh, revision=self.config.revision or None)
+        return self.load(self.config.model, revision=self.config.revision or None)
+
+    def load(self, path, **options) -> LanguageModel:
+        """A model as the config wants it: dtype, mesh, kernel."""
+        return load(path, self.config.dtype, self.mesh, **options).with_kernel(self.config.kernel)
 
     @functools.cached_property
     def prompter(self) -> Prompter:
@@ -80,7 +85,14 @@ def run_stage(context: Context, name: str) -> tuple[dict[str, Any], bool]:
     stage = STAGES[name]
     for needed in stage.upstream:
         context.workdir.result(needed)
-    return context.workdir.run(name, stage.upstream, _inputs(context), functools.partial(stage.function, context))
+    run = functools.partial(stage.function, context)
+    try:
+        return context.workdir.run(name, stage.upstream, _inputs(context), run)
+    except jax.errors.JaxRuntimeError as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        setting = "train.microbatch_size" if name == "train" else "batch_size"
+        raise memory.explain(error, name, f"lower {setting}, shorten the texts, or use more devices") from error
 
 
 def check_config(config) -> None:
@@ -264,7 +276,7 @@ def eval_stage(context: Context, folder: Path) -> dict[str, Any]:
     trained = {f"{arm}-{seed}": (arm, seed) for arm in config.train.arms for seed in config.train.seeds}
     measured = {"start": _evaluate(context, context.lm, windows, "start")}
     for name in trained:
-        lm = load(context.workdir.folder("train") / name / "model", config.dtype, context.mesh)
+        lm = context.load(context.workdir.folder("train") / name / "model")
         measured[name] = _evaluate(context, lm, windows, name)
     samples = {name: values["samples"] for name, values in measured.items()}
     arms = {arm: [f"{arm}-{seed}" for seed in config.train.seeds] for arm in config.train.arms}

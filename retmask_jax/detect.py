@@ -22,6 +22,7 @@ from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, unembed
 from retmask_jax.prefill import Shared, prefill, share_prefixes, slots_for
 from retmask_jax.progress import track
+from retmask_jax.sharding import mesh_of
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def read_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: S
                     results[i] = Forced(predicted_BN[row, :n], argmax_BNLH[row, :n])
                 bar.update(len(dict(batch)))
 
-    with track(None, len(prompts), what, "answer") as bar:
+    with track(None, len(prompts), what, "answer") as bar, mesh_of(lm.params):
         memory.in_smaller_batches(run, batch_size, what)
     return results
 

@@ -18,6 +18,7 @@ from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, hidden, unembed
 from retmask_jax.prefill import prefill, slots_for
 from retmask_jax.progress import track
+from retmask_jax.sharding import mesh_of
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +81,7 @@ def generate(
         longest = lengths.max() + max_new_tokens
         log.info("rotary frequencies are those of %d tokens, the longest prompt and max_new_tokens", longest)
     rows = np.arange(len(tokens)) if seeds.ndim == 0 else np.zeros(len(tokens), int)
-    return _generate(
-        config,
-        params,
+    arguments = (
         padded,
         lengths,
         (interventions or Interventions()).fill(config, len(tokens)),
@@ -91,9 +90,9 @@ def generate(
         np.float32(top_p),
         np.broadcast_to(seeds, len(tokens)).astype(np.uint32),
         rows.astype(np.uint32),
-        max_new_tokens=max_new_tokens,
-        probe=probe,
     )
+    with mesh_of(params):
+        return _generate(config, params, *arguments, max_new_tokens=max_new_tokens, probe=probe)
 
 
 def generate_many(

@@ -17,6 +17,7 @@ from retmask_jax.generate import Generated, generate
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, forward
+from retmask_jax.sharding import mesh_of
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ class LanguageModel:
         tokens = check_tokens(self.config, tokens, lengths)
         filled = (interventions or Interventions()).fill(self.config, tokens.shape[0])
         lengths = lengths if self.config.depends_on_length else None  # else they change nothing but the program
-        return _logits(self.config, self.params, tokens, lengths, filled, positions)
+        with mesh_of(self.params):
+            return _logits(self.config, self.params, tokens, lengths, filled, positions)
 
     def generate(self, tokens, lengths, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, interventions=None,
                  stop_ids=None) -> Generated:  # fmt: skip

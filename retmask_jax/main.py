@@ -19,21 +19,40 @@ _STAGES = {
     "pretrain": "train the tiny model from its recipe, with its data files",
     "export": "write a masked or trained model as a Hugging Face checkpoint",
     "inspect": "show a model as it is read from its config.json: layers, heads, RoPE, memory",
+    "bench": "compare speed, memory and results with what others run",
 }
+
+# Flags of each benchmark: what is compared, then name -> (default, help). None: depends on the size.
+_BENCHMARKS = {
+    "detect": ("the published detector on transformers", {
+        "depths": (5, "depths of a needle"), "needles": (2, "needles put at each depth"),
+        "max_new_tokens": (50, "tokens decoded per real case"),
+    }),
+    "masks": ("masks by hooks on transformers", {
+        "masks": (None, "number of masks"), "prompts": (None, "number of prompts"),
+    }),
+    "generate": ("transformers' generate", {
+        "batch": (16, "number of prompts"), "new_tokens": (64, "tokens generated for each"),
+    }),
+    "dpo": ("TRL's DPOTrainer", {
+        "pairs": (2, "pairs in a step"), "memory_length": (2048, "tokens of a row where memory is measured; 0: not"),
+    }),
+    "memory": ("our memory at one length and at twice it", {}),
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, or 2 after one line about a user's mistake."""
+    """Entry point; returns the exit status: 0, 1 where a benchmark's results disagree, or 2 after one line about a
+    user's mistake."""
     try:
         arguments, overrides = _parse(sys.argv[1:] if argv is None else argv)
-        _dispatch(arguments, overrides)
+        return _dispatch(arguments, overrides)
     except ValueError as error:
         print(f"retmask: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("retmask: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-    return 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,6 +70,9 @@ def _parse(argv: list[str]):
             stage.add_argument("model", metavar="MODEL", help='folder, hub id or "bundled"; no weights are read')
             stage.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
             continue
+        if name == "bench":
+            _add_benchmarks(stage)
+            continue
         stage.epilog = "Any key of the config can be set: --config.train.steps=10"
         stage.add_argument("--config", default="tiny", help="name of a recipe or path of a .py file (default: tiny)")
         stage.add_argument("--workdir", help="folder for all results (default: runs/NAME_OF_CONFIG)")
@@ -64,6 +86,25 @@ def _parse(argv: list[str]):
     return arguments, [_override(text) for text in rest]
 
 
+def _add_benchmarks(stage) -> None:
+    benchmarks = stage.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+    for name, (text, flags) in _BENCHMARKS.items():
+        one = benchmarks.add_parser(name, help=text, description=f"Measure {text}.", allow_abbrev=False)
+        sizes = ("bundled", "30m", "8b") if name not in ("dpo", "memory") else ("30m", "8b")
+        one.add_argument("--size", choices=sizes, default=sizes[0], help=f"model (default: {sizes[0]})")
+        one.add_argument("--length", type=int, help="tokens of a prompt or row (default: as in the tables)")
+        one.add_argument("--layers", type=int, help="layers of a random model, to try a large shape on a small machine")
+        if name == "memory":
+            one.add_argument("--measured", action="store_true", help="also measure the peak memory of runs")
+        else:
+            one.add_argument("--repeats", type=int, default=5, help="timed runs of each side (default: 5)")
+        if name == "dpo":
+            one.add_argument("--no-remat", dest="remat", action="store_false", help="keep all activations, both sides")
+        for flag, (default, about) in flags.items():
+            one.add_argument(f"--{flag.replace('_', '-')}", type=int, default=default, help=about)
+        one.add_argument("--out", type=Path, help="file for the result as JSON")
+
+
 def _override(text: str) -> tuple[str, str]:
     key, equals, value = text.removeprefix("--config.").partition("=")
     if not text.startswith("--config.") or not equals:
@@ -71,13 +112,17 @@ def _override(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _dispatch(arguments, overrides) -> None:
-    if arguments.stage == "inspect":
+def _dispatch(arguments, overrides) -> int:
+    if arguments.stage in ("inspect", "bench"):
         if overrides:
-            raise ValueError(f"inspect reads a model, not a config: --config.{overrides[0][0]} does not apply")
+            raise ValueError(f"{arguments.stage} reads no config: --config.{overrides[0][0]} does not apply")
         from retmask_jax import pipeline
 
-        return pipeline.inspect(arguments.model, arguments.json)
+        if arguments.stage == "inspect":
+            pipeline.inspect(arguments.model, arguments.json)
+            return 0
+        options = {name: value for name, value in vars(arguments).items() if name not in ("stage", "benchmark", "out")}
+        return 0 if pipeline.bench(arguments.benchmark, arguments.out, options) else 1
 
     from retmask_jax import recipes
 
@@ -96,6 +141,7 @@ def _dispatch(arguments, overrides) -> None:
     else:
         pipeline.one_stage(config, root, arguments.stage)
     print(f"{arguments.stage}: {time.time() - begin:.0f} s")
+    return 0
 
 
 if __name__ == "__main__":

@@ -84,6 +84,29 @@ def inspect(model: str, as_json: bool) -> None:
         _print_table(("model", model), inspection.rows(facts))
 
 
+def bench(name: str, out: Path | None, options: dict) -> bool:
+    """Run one benchmark, print its table, write its JSON; False if results that must agree do not.
+
+    options: the benchmark's own flags.
+    """
+    # Both sides may share one GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from retmask_jax.benchmarks import detect, dpo, generate, harness, masks, memory
+
+    benchmarks = {"detect": detect, "masks": masks, "generate": generate, "dpo": dpo, "memory": memory}
+    for option, value in options.items():
+        least = 0 if option == "memory_length" else 1
+        if type(value) is int and value < least:
+            raise ValueError(f"--{option.replace('_', '-')} is {value}; it must be at least {least}")
+    report = benchmarks[name].run(**options)
+    _print_table(*harness.table_rows(report))
+    if out is not None:
+        harness.write_report(report, out)
+    for line in report.violated:
+        print(f"retmask: results disagree: {line}", file=sys.stderr)
+    return not report.violated
+
+
 def _open(config, root: Path) -> Context:
     _log()
     check_config(config)

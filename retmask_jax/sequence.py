@@ -2,12 +2,14 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.transformer import check_tokens, hidden, longest_row, unembed
+from retmask_jax.model.transformer import check_tokens, hidden, logits, longest_row, unembedding
+from retmask_jax.sharding import mesh_of
 
 _CHUNK = 128
 
@@ -37,7 +39,8 @@ def token_logprobs(config: ModelConfig, params, tokens, interventions=None):
     """f32[B,T-1]: log p(tokens[b, t] | tokens[b, :t]) for t = 1..T-1, jitted."""
     tokens = check_tokens(config, tokens)
     filled = (interventions or Interventions()).fill(config, tokens.shape[0])
-    return _token_logprobs(config, params, tokens, filled)
+    with mesh_of(params):
+        return _token_logprobs(config, params, tokens, filled)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -56,12 +59,17 @@ def _chosen_logprobs(config, params, x_BTE, target_BT, counted_BT):
         jnp.pad(x, pad).reshape(batch, -1, chunk).swapaxes(0, 1) for x in (target_BT, counted_BT)
     )
 
-    @jax.checkpoint
+    # Every device keeps its part of the vocabulary for all chunks; moving the matrix to the rows would cost more.
+    table_EV = nn.with_logical_constraint(unembedding(config, params), (None, "unembed_vocab"))
+
     def logprobs(x_BTE, target_BT, counted_BT):
-        logits_BTV = unembed(config, params, x_BTE)
+        x_BTE = nn.with_logical_constraint(x_BTE, ("unembed_rows", None, None))
+        logits_BTV = logits(config, table_EV, x_BTE)
+        logits_BTV = nn.with_logical_constraint(logits_BTV, ("unembed_rows", None, "unembed_vocab"))
         chosen_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
         return jnp.where(counted_BT, chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1), 0.0)
 
+    @jax.checkpoint
     def one(args):
         return jax.lax.cond(args[2].any(), logprobs, lambda *args: jnp.zeros(args[1].shape, jnp.float32), *args)
 

@@ -1,5 +1,6 @@
 """The device mesh and the one table that maps logical axes (declared at the parameters) to mesh axes."""
 
+import contextlib
 import itertools
 import logging
 import math
@@ -17,7 +18,8 @@ log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. Batches are split over data and fsdp, weights over fsdp and tensor.
+# Logical axis -> mesh axes. Batches are split over data and fsdp, weights over fsdp and tensor; log-probabilities over
+# the vocabulary instead of the rows.
 RULES = (
     ("batch", ("data", "fsdp")),
     ("embed", "fsdp"),
@@ -29,6 +31,8 @@ RULES = (
     ("norm", None),
     ("length", None),
     ("embed_act", None),
+    ("unembed_rows", "data"),
+    ("unembed_vocab", ("fsdp", "tensor")),
 )
 
 
@@ -71,6 +75,18 @@ def _divided(path, mesh: Mesh, sharding: NamedSharding, leaf) -> NamedSharding:
             log.info("%s: %d does not divide by %s=%d and stays whole", jax.tree_util.keystr(path), size, axes, shares)
         parts.append(None if size % shares else axes)
     return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+@contextlib.contextmanager
+def mesh_of(params):
+    """Within it the parameters' mesh and the rules are set, as kernels and constraints need; without a mesh, nothing."""
+    leaf = jax.tree.leaves(params)[0]
+    placed = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    if placed and isinstance(leaf.sharding, NamedSharding):
+        with jax.set_mesh(leaf.sharding.mesh), nn.logical_axis_rules(RULES):
+            yield
+    else:
+        yield
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

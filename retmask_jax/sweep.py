@@ -24,7 +24,7 @@ from retmask_jax.model.transformer import (
     unembed,
 )
 from retmask_jax.progress import track
-from retmask_jax.sharding import batch_sharding
+from retmask_jax.sharding import batch_sharding, mesh_of
 
 
 def sweep(lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *, wanted=None,
@@ -71,7 +71,8 @@ def sweep(lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *,
             parts.append(np.asarray(program(*arguments(rows))))
         return np.concatenate(parts, axis=1)[:, : len(tokens)]
 
-    return memory.in_smaller_batches(run, batch_size or len(tokens), "sweep")
+    with mesh_of(lm.params):
+        return memory.in_smaller_batches(run, batch_size or len(tokens), "sweep")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -34,7 +34,7 @@ interpreted = functools.partial(splash.splash_attend, interpret=True)
 
 
 def plain(q, k, v, scores):
-    return attend(q, Keys.of(k, v), scores, kernel="plain")
+    return attend(q, Keys.of(k.swapaxes(1, 2), v.swapaxes(1, 2)), scores, kernel="plain")
 
 
 @pytest.mark.parametrize(("shape", "scores"), [

@@ -77,9 +77,14 @@ def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto
     batch, length, heads, width = q_BTHD.shape
     chosen = _choose(kernel, jax.default_backend(), q_BTHD.dtype.name, length, width, start_B is None, scores)
     if chosen == "splash":
-        from retmask_jax.model.splash import splash_attend
+        from retmask_jax.model.splash import splash_attend, unsupported
 
-        return splash_attend(q_BTHD, keys.k_BKDS.swapaxes(2, 3), keys.v_BKSD, scores)
+        qkv = q_BTHD, keys.k_BKDS.swapaxes(2, 3), keys.v_BKSD
+        reason = unsupported(*qkv) if kernel == "auto" else None
+        if reason is None:
+            return splash_attend(*qkv, scores)
+        log.info("the blocked kernel instead of splash: %s", reason)
+        chosen = "blocked"
     if chosen == "cudnn":
         return _cudnn(q_BTHD, keys, scores)
     q_BKGTD = q_BTHD.reshape(batch, length, keys.kv_heads, -1, width).transpose(0, 2, 3, 1, 4)

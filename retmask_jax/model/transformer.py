@@ -66,9 +66,18 @@ def longest_row(tokens_BT, lengths):
 
 def unembed(config: ModelConfig, params, x_BTE):
     """Logits in float32, f32[..., V]."""
-    table_EV = params["embed"]["embedding"].T if config.tied_embeddings else params["lm_head"]["kernel"]
-    logits = jnp.dot(x_BTE, table_EV, precision=precision(x_BTE.dtype), preferred_element_type=jnp.float32)
-    return softcap(logits, config.logit_softcap)
+    return logits(config, unembedding(config, params), x_BTE)
+
+
+def unembedding(config: ModelConfig, params):
+    """The output matrix [E, V]."""
+    return params["embed"]["embedding"].T if config.tied_embeddings else params["lm_head"]["kernel"]
+
+
+def logits(config: ModelConfig, table_EV, x_BTE):
+    """f32[..., V] of states and the output matrix."""
+    product = jnp.dot(x_BTE, table_EV, precision=precision(x_BTE.dtype), preferred_element_type=jnp.float32)
+    return softcap(product, config.logit_softcap)
 
 
 def check_tokens(config: ModelConfig, tokens, lengths=None, new_tokens: int = 0):

@@ -11,65 +11,25 @@ import jax
 import numpy as np
 
 from retmask_jax import causal, memory, pairs, stats
+from retmask_jax.context import Context
 from retmask_jax.data.preferences import encode_pairs
 from retmask_jax.detect import detect, stability
 from retmask_jax.evals.compare import arm_numbers, run_rows
-from retmask_jax.evals.perplexity import text_loss, text_windows
-from retmask_jax.evals.recall import by_cell, task_cases
+from retmask_jax.evals.perplexity import text_loss
+from retmask_jax.evals.recall import by_cell
 from retmask_jax.files import read_jsonl, write_jsonl
-from retmask_jax.haystack import Prompter, read_sentences
 from retmask_jax.head_profile import profile
 from retmask_jax.head_scores import HeadScores
-from retmask_jax.hub import BUNDLED
-from retmask_jax.lm import LanguageModel, load, save
+from retmask_jax.lm import LanguageModel, save
 from retmask_jax.model.interventions import Interventions, mask_heads, random_heads
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.sharding import make_mesh
 from retmask_jax.train import Settings, train
-from retmask_jax.workdir import Workdir, digest, fingerprint
+from retmask_jax.workdir import digest, fingerprint
 
 # What an arm's rejected answer comes from; "no_fact" asks the unmasked model without the stated fact.
 MASKED_ARMS = ("retmask", "any_layer", "layer_matched", "activity_matched")
 ARMS = (*MASKED_ARMS, "no_fact", "sft_filtered", "sft_unfiltered")
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What every stage needs: the config and its work directory; the model is loaded when first asked for."""
-
-    config: Any
-    workdir: Workdir
-
-    @functools.cached_property
-    def mesh(self):
-        return make_mesh(self.config.mesh)
-
-    @functools.cached_property
-    def lm(self) -> LanguageModel:
-        return self.load(self.config.model, revision=self.config.revision or None)
-
-    def load(self, path, **options) -> LanguageModel:
-        """A model as the config wants it: dtype, mesh, kernel."""
-        return load(path, self.config.dtype, self.mesh, **options).with_kernel(self.config.kernel)
-
-    @functools.cached_property
-    def prompter(self) -> Prompter:
-        section = self.config.prompt
-        return Prompter(self.lm.tokenizer, section.template, section.chat, section.template_kwargs.to_dict())
-
-    def resolve(self, name: str) -> Path:
-        """A data file of the config; "bundled/..." is in the package."""
-        return BUNDLED.parent / "data" / name.removeprefix("bundled/") if name.startswith("bundled/") else Path(name)
-
-    def cases(self, task: str):
-        return task_cases(self.prompter, self.config.tasks[task], self.resolve)
-
-    def heads(self) -> list[tuple[int, int]]:
-        return [tuple(head) for head in self.workdir.result("detect")["heads"]]
-
-    def windows(self) -> np.ndarray:
-        text = self.config.text
-        return text_windows(self.lm.tokenizer, read_sentences(self.resolve(text.file)), text.length, text.windows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +47,7 @@ def run_stage(context: Context, name: str) -> tuple[dict[str, Any], bool]:
         context.workdir.result(needed)
     run = functools.partial(stage.function, context)
     try:
-        return context.workdir.run(name, stage.upstream, _inputs(context), run)
+        return context.workdir.run(name, stage.upstream, context.inputs(), run)
     except jax.errors.JaxRuntimeError as error:
         if not memory.is_out_of_memory(error):
             raise
@@ -254,7 +214,7 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
         )  # fmt: skip
         target = folder / name
         if not (target / "model").exists():
-            identity = digest([fingerprint(files[name]), _model_fingerprint(context), config.train.compute_dtype])
+            identity = digest([fingerprint(files[name]), context.model_fingerprint(), config.train.compute_dtype])
             params = train(lm.config, lm.params, rows, _settings(config, arm, seed), target, context.mesh,
                            fingerprint=identity, what=f"train {name}")  # fmt: skip
             save(lm.replace(params=params), target / "model.part")
@@ -343,27 +303,6 @@ def _given_scores(context: Context) -> HeadScores:
             f"the model has {config.n_layers} of {config.n_heads}"
         )
     return scores
-
-
-def _inputs(context: Context) -> dict[str, Any]:
-    """Fingerprints of the model and data files a run reads."""
-    config = context.config
-    files = {name for name in (config.pairs.prompts, config.text.file) if name}
-    for task in config.tasks.values():
-        files |= {name for name in (task.needles, task.haystack) if name}
-    if config.detect.scores is not None:
-        files.add(config.detect.scores)
-    prints = {}
-    for name in sorted(files):
-        path = context.resolve(name)
-        if not path.is_file():
-            raise ValueError(f"data file {name} of the config does not exist ({path})")
-        prints[name] = fingerprint(path)
-    return {"model": str(config.model), "weights": _model_fingerprint(context), "files": prints, "seed": config.seed}
-
-
-def _model_fingerprint(context: Context) -> str:
-    return fingerprint(context.lm.source.folder)
 
 
 def _outcomes(context: Context, tasks, conditions):

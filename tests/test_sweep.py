@@ -138,12 +138,14 @@ except memory.OutOfMemory as error:
 
 
 def test_a_stage_that_runs_out_of_memory_says_what_to_lower(monkeypatch, tmp_path):
-    from retmask_jax import stages
     from retmask_jax.configs import tiny
+
+    from retmask_jax import stages
+    from retmask_jax.context import Context
     from retmask_jax.workdir import Workdir
 
     monkeypatch.setitem(stages.STAGES, "detect", stages.Stage((), lambda context, folder: _exhausted(3 * 2**30)))
     config = tiny.get_config()
-    context = stages.Context(config, Workdir.open(tmp_path / "work", config))
+    context = Context(config, Workdir.open(tmp_path / "work", config))
     with pytest.raises(memory.OutOfMemory, match="^detect ran out of memory when 3.00 GiB .*: lower batch_size"):
         stages.run_stage(context, "detect")

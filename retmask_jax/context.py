@@ -1,0 +1,74 @@
+"""What every stage of the pipeline needs: the config, its work directory, and what they name."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retmask_jax.evals.perplexity import text_windows
+from retmask_jax.evals.recall import task_cases
+from retmask_jax.haystack import Prompter, read_sentences
+from retmask_jax.hub import BUNDLED
+from retmask_jax.lm import LanguageModel, load
+from retmask_jax.sharding import make_mesh
+from retmask_jax.workdir import Workdir, fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every stage needs: the config and its work directory; the model is loaded when first asked for."""
+
+    config: Any
+    workdir: Workdir
+
+    @functools.cached_property
+    def mesh(self):
+        return make_mesh(self.config.mesh)
+
+    @functools.cached_property
+    def lm(self) -> LanguageModel:
+        return self.load(self.config.model, revision=self.config.revision or None)
+
+    def load(self, path, **options) -> LanguageModel:
+        """A model as the config wants it: dtype, mesh, kernel."""
+        return load(path, self.config.dtype, self.mesh, **options).with_kernel(self.config.kernel)
+
+    @functools.cached_property
+    def prompter(self) -> Prompter:
+        section = self.config.prompt
+        return Prompter(self.lm.tokenizer, section.template, section.chat, section.template_kwargs.to_dict())
+
+    def resolve(self, name: str) -> Path:
+        """A data file of the config; "bundled/..." is in the package."""
+        return BUNDLED.parent / "data" / name.removeprefix("bundled/") if name.startswith("bundled/") else Path(name)
+
+    def cases(self, task: str):
+        return task_cases(self.prompter, self.config.tasks[task], self.resolve)
+
+    def heads(self) -> list[tuple[int, int]]:
+        return [tuple(head) for head in self.workdir.result("detect")["heads"]]
+
+    def windows(self) -> np.ndarray:
+        text = self.config.text
+        return text_windows(self.lm.tokenizer, read_sentences(self.resolve(text.file)), text.length, text.windows)
+
+    def inputs(self) -> dict[str, Any]:
+        """Fingerprints of the model and data files a run reads; ValueError for one that is missing."""
+        config = self.config
+        files = {name for name in (config.pairs.prompts, config.text.file) if name}
+        for task in config.tasks.values():
+            files |= {name for name in (task.needles, task.haystack) if name}
+        if config.detect.scores is not None:
+            files.add(config.detect.scores)
+        prints = {}
+        for name in sorted(files):
+            path = self.resolve(name)
+            if not path.is_file():
+                raise ValueError(f"data file {name} of the config does not exist ({path})")
+            prints[name] = fingerprint(path)
+        return {"model": str(config.model), "weights": self.model_fingerprint(), "files": prints, "seed": config.seed}
+
+    def model_fingerprint(self) -> str:
+        return fingerprint(self.lm.source.folder)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retmask_jax import memory, stats
-from retmask_jax.generate import bucket, generate_many, pad_rows
+from retmask_jax.generate import batches_by_length, bucket, generate_many, pad_rows
 from retmask_jax.haystack import Case
 from retmask_jax.head_scores import HeadScores
 from retmask_jax.lm import LanguageModel
@@ -20,7 +20,7 @@ from retmask_jax.model.attention import Probe
 from retmask_jax.model.cache import empty_cache
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, unembed
-from retmask_jax.prefill import Shared, prefill, share_prefixes, slots_for
+from retmask_jax.prefill import CHUNK, Shared, prefill, share_prefixes, slots_for
 from retmask_jax.progress import track
 from retmask_jax.sharding import mesh_of
 
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 RIGHT_RECALL = 0.5
 COUNTED = "counted"
-_WORTH_READING = 0.5  # share of a first batch that must answer with the needle's own words, or the others are decoded
 READ_CHUNK = 256  # tokens at once behind a shared beginning: little is wasted where continuations differ in length
 
 
@@ -51,20 +50,13 @@ def detect(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50
     """Copy scores by greedy decoding: METHODS of arXiv 2404.15574, one score per head and counted case.
 
     A case counts if the ROUGE-1 recall of the answer against the needle's answer part is above 0.5. Decoding ends at
-    EOS or a newline. read: try the needle's answer part as the answer first, in one pass (`read_answers`), and decode
-    only where the model would have said something else; the result is the same. released=True repeats the published
-    detector: it never stops before max_new_tokens and adds up repeated copies, so that scores can exceed 1. Raises
-    ValueError if no case counts.
+    EOS or a newline. read: where a first batch answers with the needle's words, read the others' in one pass each
+    (`read_answers`) and decode only where the model says something else; the result is the same. released=True
+    repeats the published detector: it never stops before max_new_tokens and adds up repeated copies, so that scores
+    can exceed 1. Raises ValueError if no case counts.
     """
     newline = _newline_ids(lm.tokenizer)
-    results = _read_greedy(lm, cases, max_new_tokens, batch_size) if read and not released else [None] * len(cases)
-    rest = [i for i, result in enumerate(results) if result is None]
-    decoded = generate_many(
-        lm.config, lm.params, [cases[i].tokens for i in rest], batch_size=batch_size, max_new_tokens=max_new_tokens,
-        stop_ids=() if released else None, probe=True, what="detect",
-    )  # fmt: skip
-    for i, result in zip(rest, decoded, strict=True):
-        results[i] = result.tokens, result.argmax
+    results = _greedy(lm, cases, max_new_tokens, batch_size, released, read)
     answers, outcomes, per_case = [], [], []
     for case, (tokens_N, argmax_NLH) in zip(cases, results, strict=True):
         end = len(tokens_N) if released else _first(tokens_N, newline)
@@ -172,29 +164,51 @@ def _outcome(answer: str, reference: str, cut: bool) -> str:
     return "wrong answer, cut at the token limit" if cut else "wrong answer"
 
 
-def _read_greedy(lm, cases, max_new_tokens: int, batch_size: int) -> list:
-    """(tokens, argmax) of each case whose greedy answer is the needle's answer part and then a stop id; else None."""
-    results = [None] * len(cases)
-    if not lm.config.eos_ids:
-        return results
-    drafts = [(*case.tokens[slice(*case.span)], lm.config.eos_ids[0]) for case in cases]
-    possible = [i for i, draft in enumerate(drafts) if 1 < len(draft) <= max_new_tokens]
+def _greedy(lm, cases, max_new_tokens: int, batch_size: int, released: bool, read: bool) -> list:
+    """(tokens, argmax) of each case's greedy answer."""
+    results: list[Any] = [None] * len(cases)
 
-    def accept(chosen) -> float:
-        """Read some cases; the share that said so."""
-        found = read_answers(lm, [cases[i].tokens for i in chosen], [drafts[i] for i in chosen], batch_size=batch_size,
-                             what="detect")  # fmt: skip
-        for i, forced in zip(chosen, found, strict=True):
-            *said, last = forced.predicted
-            if tuple(said) == drafts[i][:-1] and last in lm.config.eos_ids:
-                results[i] = forced.predicted[:-1], forced.argmax[:-1]
-        return sum(results[i] is not None for i in chosen) / len(chosen)
+    def decode(chosen) -> None:
+        decoded = generate_many(
+            lm.config, lm.params, [cases[i].tokens for i in chosen], batch_size=batch_size,
+            max_new_tokens=max_new_tokens, stop_ids=() if released else None, probe=True, what="detect",
+        )  # fmt: skip
+        for i, result in zip(chosen, decoded, strict=True):
+            results[i] = result.tokens, result.argmax
 
-    first = possible[:: max(1, len(possible) // batch_size)][:batch_size]
-    rest = [i for i in possible if i not in set(first)]
-    if first and accept(first) >= _WORTH_READING and rest:
-        accept(rest)
+    first = sorted(set(next(batches_by_length([case.tokens for case in cases], batch_size))))
+    if not released and read and lm.config.eos_ids and len(first) < len(cases):
+        decode(first)
+        closing = _usual_closing([cases[i] for i in first], [results[i][0] for i in first], max_new_tokens)
+        if closing is not None:
+            stop = lm.config.eos_ids[0]
+            drafts = {
+                i: (*_words_of(case), *closing, stop) for i, case in enumerate(cases) if results[i] is None
+            }
+            drafts = {i: draft for i, draft in drafts.items() if len(draft) <= max_new_tokens}
+            found = read_answers(lm, [cases[i].tokens for i in drafts], list(drafts.values()), batch_size=batch_size,
+                                 what="detect") if drafts else []  # fmt: skip
+            for (i, draft), forced in zip(drafts.items(), found, strict=True):
+                if tuple(forced.predicted[:-1]) == draft[:-1] and forced.predicted[-1] in lm.config.eos_ids:
+                    results[i] = forced.predicted[:-1], forced.argmax[:-1]
+    decode([i for i, result in enumerate(results) if result is None])
     return results
+
+
+def _usual_closing(cases, answers, max_new_tokens: int) -> tuple[int, ...] | None:
+    """What most answers say behind the needle's words before they stop; None if most say something else."""
+    closings = collections.Counter(
+        tuple(map(int, tokens[len(words) :]))
+        for tokens, words in zip(answers, map(_words_of, cases), strict=True)
+        if len(tokens) < max_new_tokens and tuple(tokens[: len(words)]) == words
+    )
+    (closing, count), *_ = closings.most_common(1) or [(None, 0)]
+    return closing if count > len(cases) / 2 else None
+
+
+def _words_of(case: Case) -> tuple[int, ...]:
+    """The tokens of the needle's answer part, as they stand in the prompt."""
+    return tuple(case.tokens[slice(*case.span)])
 
 
 def _batches(group: Shared, prompts, batch_size: int):
@@ -208,8 +222,7 @@ def _batches(group: Shared, prompts, batch_size: int):
 def _continuations(config, batch, prompts, answers, width: int):
     """(tokens i32[B,T] behind the shared beginning, start_B, end_B, rows i32[B,N] that predict the answer)."""
     rows = [(*prompts[i][start:], *answers[i][:-1]) for i, start in batch]
-    tokens_BT, lengths_B = pad_rows(rows, config.pad_id)
-    tokens_BT = np.pad(tokens_BT, ((0, 0), (0, bucket(tokens_BT.shape[1]) - tokens_BT.shape[1])))
+    tokens_BT, lengths_B = pad_rows(rows, config.pad_id, multiple_of=READ_CHUNK // 4)
     start_B = np.array([start for _, start in batch], np.int32)
     asked_B = np.array([len(prompts[i]) - start - 1 for i, start in batch], np.int32)
     return tokens_BT, start_B, start_B + lengths_B, asked_B[:, None] + np.arange(width, dtype=np.int32)
@@ -235,14 +248,16 @@ def _prefix_cache(config, params, tokens_1T, end_1, iv, longest):
 def _read(config, params, prefix, tokens_BT, start_B, end_B, rows_BN, iv, longest):
     """(predicted i32[B,N], argmax i32[B,N,L,H]) of rows that continue a cached prefix, or begin (prefix None)."""
     batch, length = tokens_BT.shape
-    dtype = jax.tree.leaves(params)[0].dtype
-    n_prefix = 0 if prefix is None else prefix["blocks"]["0"].slots
-    cache = empty_cache(config, batch, n_prefix + slots_for(length, READ_CHUNK), dtype, rings=False)
+    n_prefix, chunk = (0, CHUNK) if prefix is None else (prefix["blocks"]["0"].slots, READ_CHUNK)
+    cache = None
+    if prefix is not None or length > chunk:
+        dtype = jax.tree.leaves(params)[0].dtype
+        cache = empty_cache(config, batch, n_prefix + slots_for(length, chunk), dtype, rings=False)
     if prefix is not None:
         cache = jax.tree.map(lambda new, old: new.at[_corner(new, old)].set(old), cache, prefix)
     rows_BN = jnp.minimum(rows_BN, (end_B - start_B)[:, None] - 1)
-    out = prefill(config, params, tokens_BT, end_B, iv, cache, rows_BN, start_B=start_B, probe=Probe(rows_BN),
-                  longest=longest, chunk=READ_CHUNK)  # fmt: skip
+    out = prefill(config, params, tokens_BT, end_B, iv, cache, rows_BN, start_B=None if prefix is None else start_B,
+                  probe=Probe(rows_BN), longest=longest, chunk=chunk)  # fmt: skip
     return jnp.argmax(unembed(config, params, out.x_BPE), axis=-1), out.probed.keys[..., 0]
 
 

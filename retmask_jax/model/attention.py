@@ -13,6 +13,8 @@ from retmask_jax.model.kernels import HIDDEN, Scores, blocked, dot, plain
 
 log = logging.getLogger(__name__)
 
+_PROBED_AT_ONCE = 8
+
 
 @flax.struct.dataclass
 class Keys:
@@ -102,7 +104,7 @@ def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto
 
 
 def probe(q_BTHD, keys: Keys, request: Probe, start_B, scores: Scores) -> Probed:
-    """Probed of the request's query rows, each [B,P,H,...]; one row's weights exist at a time."""
+    """Probed of the request's query rows, each [B,P,H,...]; the weights of a few rows exist at a time."""
     batch, _, heads, width = q_BTHD.shape
     q_BPHD = jnp.take_along_axis(q_BTHD, request.rows_BP[:, :, None, None], axis=1)
     query_PB = (start_B[:, None] + request.rows_BP).T
@@ -122,7 +124,8 @@ def probe(q_BTHD, keys: Keys, request: Probe, start_B, scores: Scores) -> Probed
         weights_BHS = jax.nn.softmax(jnp.where(seen_B1S, scores.of(products_BHS), HIDDEN), axis=-1)
         return found.replace(mass=jnp.einsum("bhs,bns->bhn", weights_BHS, inside_BNS.astype(jnp.float32)))
 
-    return jax.tree.map(lambda x: x.swapaxes(0, 1), jax.lax.map(one, (q_BPHD.swapaxes(0, 1), query_PB)))
+    found = jax.lax.map(one, (q_BPHD.swapaxes(0, 1), query_PB), batch_size=_PROBED_AT_ONCE)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 
 def _top(products_BHS, positions_BS, n: int):

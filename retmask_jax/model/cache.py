@@ -32,12 +32,12 @@ class KV:
         k_BKDT, v_BKTD = k_BTKD.transpose(0, 2, 3, 1).astype(self.k.dtype), v_BTKD.swapaxes(1, 2).astype(self.v.dtype)
         length = v_BKTD.shape[2]
         if not self.ring:
-            new = KV(_write(self.k, k_BKDT, repeat, start_B, 2), _write(self.v, v_BKTD, repeat, start_B, 1))
+            new = KV(_write(self.k, k_BKDT, repeat, start_B, 4), _write(self.v, v_BKTD, repeat, start_B, 3))
             positions_BS = jnp.broadcast_to(jnp.arange(self.slots), (len(start_B), self.slots))
             return Keys(new.k, new.v, positions_BS, repeat), new
         if length == 1:
             slot_B = start_B % self.slots
-            new = KV(_write(self.k, k_BKDT, repeat, slot_B, 2), _write(self.v, v_BKTD, repeat, slot_B, 1), ring=True)
+            new = KV(_write(self.k, k_BKDT, repeat, slot_B, 4), _write(self.v, v_BKTD, repeat, slot_B, 3), ring=True)
             return Keys(new.k, new.v, self._held(start_B + 1), repeat, contiguous=False), new
         # What the ring held before, in order, then the new ones: a long chunk may push out what its first queries see.
         order_BS = (start_B[:, None] + jnp.arange(self.slots)) % self.slots
@@ -77,14 +77,19 @@ def empty_cache(config: ModelConfig, batch: int, length: int, dtype, *, rings: b
 
 
 def _write(cache_RBKXX, new_BKXX, repeat, start_B, axis: int):
-    """new written at slot start_B[b] of each row, in place; axis: of the slots in [K,...]."""
+    """new written in place at slot start_B[b] of each row and on; axis: of the slots in [R,B,K,...]."""
+    rows_B = jnp.arange(len(start_B))
+    if new_BKXX.shape[axis - 1] == 1:
+        new_BKD = jnp.squeeze(new_BKXX, axis - 1)
+        at = (repeat, rows_B, slice(None), *((start_B, slice(None)) if axis == 3 else (slice(None), start_B)))
+        return cache_RBKXX.at[at].set(new_BKD)
 
-    def one_row(cache_RKXX, new_KXX, start):
-        at = [repeat, 0, 0, 0]
-        at[axis + 1] = start
-        return jax.lax.dynamic_update_slice(cache_RKXX, new_KXX[None], at)
+    def write_row(b, cache_RBKXX):
+        at = [repeat, b, 0, 0, 0]
+        at[axis] = start_B[b]
+        return jax.lax.dynamic_update_slice(cache_RBKXX, new_BKXX[b][None, None], at)
 
-    return jax.vmap(one_row, (1, 0, 0), 1)(cache_RBKXX, new_BKXX, start_B)
+    return jax.lax.fori_loop(0, len(start_B), write_row, cache_RBKXX)
 
 
 def _take(x_BKXX, index_BS, axis: int):

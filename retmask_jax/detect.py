@@ -105,9 +105,13 @@ def read_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: S
         for group in share_prefixes([prompts[i] for i in todo]):
             group = dataclasses.replace(group, members=[todo[i] for i in group.members])
             cache = _read_prefix(config, lm.params, group.prefix, iv, longest)
-            for batch in _batches(group, prompts, batch_size):
-                out = _read(config, lm.params, cache, *_continuations(config, batch, prompts, answers, width), iv,
-                            longest)  # fmt: skip
+            # Behind a beginning chunks are computed as far as the longest row of a batch goes: rows of one length, and
+            # one program for all. On a CPU two rows fill a product.
+            shared = cache is not None
+            size = min(batch_size, 2) if shared and jax.default_backend() == "cpu" else batch_size
+            for batch in _batches(group, prompts, size):
+                inputs = _continuations(config, batch, prompts, answers, width, group if shared else None)
+                out = _read(config, lm.params, cache, *inputs, iv, longest)
                 predicted_BN, argmax_BNLH = map(np.asarray, out)
                 for row, (i, _) in enumerate(batch):
                     n = len(answers[i])
@@ -219,10 +223,17 @@ def _batches(group: Shared, prompts, batch_size: int):
         yield batch + batch[-1:] * (batch_size - len(batch))
 
 
-def _continuations(config, batch, prompts, answers, width: int):
-    """(tokens i32[B,T] behind the shared beginning, start_B, end_B, rows i32[B,N] that predict the answer)."""
+def _continuations(config, batch, prompts, answers, width: int, group: Shared | None):
+    """(tokens i32[B,T] behind the shared beginning, start_B, end_B, rows i32[B,N] that predict the answer).
+
+    T fits all members of a group that shares one.
+    """
     rows = [(*prompts[i][start:], *answers[i][:-1]) for i, start in batch]
     tokens_BT, lengths_B = pad_rows(rows, config.pad_id, multiple_of=READ_CHUNK // 4)
+    if group is not None:
+        members = zip(group.members, group.starts, strict=True)
+        longest = max(len(prompts[i]) - start + len(answers[i]) - 1 for i, start in members)
+        tokens_BT = np.pad(tokens_BT, ((0, 0), (0, max(0, slots_for(longest, READ_CHUNK) - tokens_BT.shape[1]))))
     start_B = np.array([start for _, start in batch], np.int32)
     asked_B = np.array([len(prompts[i]) - start - 1 for i, start in batch], np.int32)
     return tokens_BT, start_B, start_B + lengths_B, asked_B[:, None] + np.arange(width, dtype=np.int32)

@@ -19,7 +19,6 @@ from retmask_jax.model.transformer import (
     Group,
     check_tokens,
     make_call,
-    only,
     split_masks,
     unembed,
 )

@@ -1,0 +1,129 @@
+"""Detection against the published algorithm: one case at a time, attention weights returned, a loop over heads."""
+
+from collections.abc import Collection
+
+import numpy as np
+
+from retmask_jax import recipes
+from retmask_jax.benchmarks import models
+from retmask_jax.benchmarks.harness import Bound, Report, Row, alternate, speed_row
+from retmask_jax.benchmarks.peers import Looked, load_peer, published_detection, require
+from retmask_jax.detect import RIGHT_RECALL, _newline_ids, detect, read_answers, rouge1_recall
+from retmask_jax.evals.recall import task_cases
+from retmask_jax.lm import LanguageModel, load
+
+_NEEDLE = 16  # tokens of a needle, and of a question, of the random model
+_BATCH = 16
+
+
+def run(size: str, length: int | None, layers: int | None, repeats: int, depths: int, needles: int,
+        max_new_tokens: int) -> Report:  # fmt: skip
+    """Cases a second: depths x needles cases of one length. Real cases for the bundled model, else fixed answers."""
+    require("torch")
+    length = length or (512 if size == "bundled" else 2048)
+    with models.checkpoint(size, n_layers=layers) as folder:
+        lm = load(folder, models.DTYPES[size])
+        peer = load_peer(folder, models.DTYPES[size], "eager")
+        if size == "bundled":
+            cases = bundled_cases(length, depths, needles)
+            rows = [_real(lm, peer, cases, max_new_tokens, repeats, released) for released in (True, False)]
+        else:
+            rows = [_fixed(lm, peer, *fixed_cases(lm.config.vocab_size, length, depths, needles), repeats, size)]
+    setting = {"size": size, "dtype": models.DTYPES[size], "length": length, "layers": lm.config.n_layers,
+               "depths": depths, "needles": needles, "max_new_tokens": max_new_tokens}  # fmt: skip
+    return Report("detect", setting, rows)
+
+
+def bundled_cases(length: int, depths: int, needles: int) -> list:
+    """Needle cases of the bundled data, as the tiny recipe has them."""
+    overrides = {
+        "lengths": (length,), "depths": tuple(np.linspace(0, 1, depths).tolist()), "per_length": depths * needles,
+    }  # fmt: skip
+    config = recipes.load_recipe("tiny", [(f"tasks.detect.{name}", repr(value)) for name, value in overrides.items()])
+    return task_cases(models.bundled_prompter(), config.tasks.detect, models.bundled_file)
+
+
+def fixed_cases(vocab_size: int, length: int, depths: int, needles: int):
+    """(prompts, answers, spans) of random tokens, a grid as published: one haystack, each needle at each depth."""
+    hay = models.random_tokens(vocab_size, length - 2 * _NEEDLE, seed=1).tolist()
+    prompts, answers, spans = [], [], []
+    for seed in range(needles):
+        needle, question = models.random_tokens(vocab_size, 2, _NEEDLE, seed=2 + seed).tolist()
+        for depth in np.linspace(0, 1, depths):
+            at = round(depth * len(hay))
+            prompts.append(hay[:at] + needle + hay[at:] + question)
+            answers.append(needle)
+            spans.append((at, at + _NEEDLE))
+    return prompts, answers, spans
+
+
+def peer_scores(peer, tokenizer, cases, max_new_tokens: int, stop_ids: Collection[int] | None) -> np.ndarray:
+    """f64[L,H]: the published detector's mean score over the cases that count.
+
+    stop_ids None: as released, it never stops and counts repeats; else a head's score is the share of the needle's
+    tokens it copied, as defined in arXiv 2404.15574.
+    """
+    counted, options = [], {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids or ()}
+    for case in cases:
+        found = published_detection(peer, case.tokens, case.span, **options)
+        answer = tokenizer.decode(found.tokens, skip_special_tokens=True)
+        if rouge1_recall(answer, case.needle.answer) > RIGHT_RECALL:
+            needle = case.tokens[slice(*case.span)]
+            counted.append([
+                [len(tokens) / len(needle) if stop_ids is None else len(set(tokens)) / len(set(needle)) for tokens in heads]
+                for heads in found.copied
+            ])  # fmt: skip
+    return np.mean(counted, axis=0)
+
+
+def _real(lm: LanguageModel, peer, cases, max_new_tokens: int, repeats: int, released: bool) -> Row:
+    batch_size = min(_BATCH, len(cases))
+    stop_ids = None if released else {*lm.config.eos_ids, *_newline_ids(lm.tokenizer).tolist()}
+    timed = alternate({
+        "ours": lambda: detect(lm, cases, max_new_tokens=max_new_tokens, batch_size=batch_size, released=released),
+        "peer": lambda: peer_scores(peer, lm.tokenizer, cases, max_new_tokens, stop_ids),
+    }, repeats)  # fmt: skip
+    ours = timed["ours"].result
+    bounds = [
+        Bound("score difference", float(np.abs(ours.scores.mean - timed["peer"].result).max()), "<=", 1e-6),
+        Bound("cases counted", ours.reasons.get("counted", 0), ">=", 1),
+    ]
+    how = f"{max_new_tokens} tokens decoded, as released" if released else "answers end at EOS or newline"
+    name = f"bundled, {len(cases)} cases of {cases[0].spec.length}; {how}"
+    return speed_row(name, timed["ours"], timed["peer"], work=len(cases), what="cases", target=25, bounds=bounds,
+                     facts={"outcomes": ours.reasons})  # fmt: skip
+
+
+def _fixed(lm: LanguageModel, peer, prompts, answers, spans, repeats: int, size: str) -> Row:
+    def peer_one(i: int, **options) -> Looked:
+        return published_detection(peer, prompts[i], spans[i], max_new_tokens=_NEEDLE, fixed=answers[i], **options)
+
+    batch_size = min(_BATCH, len(prompts))
+    contenders = {
+        "ours": lambda: [found.argmax for found in read_answers(lm, prompts, answers, batch_size=batch_size)],
+        "peer": lambda: [peer_one(i).argmax for i in range(len(prompts))],
+    }
+    timed = alternate(contenders, repeats)
+    share, gap = agreement(timed["ours"].result, timed["peer"].result, lambda i: peer_one(i, keep_weights=True).weights)
+    bounds = [Bound("equal keys", share, ">=", 0.999), Bound("weight between keys", gap, "<=", 1e-5)]
+    name = f"{size}, {len(prompts)} cases of {len(prompts[0])} tokens, {_NEEDLE} fixed"
+    target = {"30m": 1.5, "8b": 5}[size]
+    return speed_row(name, timed["ours"], timed["peer"], work=len(prompts), what="cases", target=target, bounds=bounds,
+                     facts={"keys compared": int(sum(keys.size for keys in timed["peer"].result))})  # fmt: skip
+
+
+def agreement(ours, theirs, weights_of) -> tuple[float, float]:
+    """(share of equal keys, largest difference in attention weight between two keys that differ).
+
+    ours, theirs: i[N,L,H] per case. weights_of(case): the peer's weights [N][L][H,S], asked for where keys differ.
+    """
+    equal, total, gap = 0, 0, 0.0
+    for case, (a_NLH, b_NLH) in enumerate(zip(ours, theirs, strict=True)):
+        a_NLH = np.asarray(a_NLH)
+        differ = np.argwhere(a_NLH != b_NLH)
+        equal, total = equal + a_NLH.size - len(differ), total + a_NLH.size
+        weights = weights_of(case) if len(differ) else None
+        for n, layer, head in differ:
+            weight_S = weights[n][layer][head]
+            gap = max(gap, abs(float(weight_S[b_NLH[n, layer, head]] - weight_S[a_NLH[n, layer, head]])))
+    return equal / total, gap

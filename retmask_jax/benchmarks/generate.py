@@ -1,0 +1,82 @@
+"""Greedy generation for a batch of prompts of different lengths against transformers' generate; the cost of masks."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from retmask_jax.benchmarks import models
+from retmask_jax.benchmarks.harness import Bound, Report, Row, alternate, speed_row
+from retmask_jax.benchmarks.peers import generate as peer_generate
+from retmask_jax.benchmarks.peers import load_peer, next_logits, require
+from retmask_jax.generate import pad_rows
+from retmask_jax.lm import LanguageModel, load
+from retmask_jax.model.interventions import mask_heads, random_heads, stack
+
+_TARGETS = {"bundled": 15, "30m": 2, "8b": None}
+_MASK_COST = 0.05
+
+
+def run(size: str, length: int | None, layers: int | None, repeats: int, batch: int, new_tokens: int) -> Report:
+    """Seconds a batch, no stop ids; prompts from a quarter of the length to all of it."""
+    require("torch")
+    length = length or 512
+    with models.checkpoint(size, n_layers=layers) as folder:
+        lm = load(folder, models.DTYPES[size])
+        peer = load_peer(folder, models.DTYPES[size])
+        rows = models.text_or_random(folder, batch, length).tolist()
+    lengths = np.linspace(length // 4, length, batch).astype(int)
+    prompts = [row[:n] for row, n in zip(rows, lengths, strict=True)]
+    masks = stack([mask_heads(lm.config, random_heads(lm.config, n=4, seed=seed)) for seed in range(batch)])
+    timed = alternate({
+        "ours": lambda: _ours(lm, prompts, new_tokens),
+        "masked": lambda: _ours(lm, prompts, new_tokens, masks),
+        "peer": lambda: peer_generate(peer, prompts, new_tokens, lm.config.pad_id),
+    }, repeats)  # fmt: skip
+    found = compare(timed["ours"].result, timed["peer"].result, prompts, lambda tokens: next_logits(peer, tokens))
+    tolerance = 1e-4 if models.DTYPES[size] == "float32" else 3e-2
+    name = f"{size}, {batch} prompts of {lengths[0]} to {lengths[-1]}, {new_tokens} new"
+    cost = timed["masked"].median / timed["ours"].median - 1
+    setting = {"size": size, "dtype": models.DTYPES[size], "length": length, "layers": lm.config.n_layers,
+               "batch": batch, "new_tokens": new_tokens}  # fmt: skip
+    return Report("generate", setting, [
+        speed_row(name, timed["ours"], timed["peer"], work=batch * new_tokens, what="tokens", target=_TARGETS[size],
+                  bounds=[Bound("logit gap where tokens part", found.gap, "<=", tolerance)],
+                  facts=dataclasses.asdict(found)),
+        Row(f"{name}; a head mask per row, peer: ours without", "s", timed["masked"].median, timed["ours"].median,
+            1 + cost, Bound("time with masks", 1 + cost, "<=", 1 + _MASK_COST),
+            facts={"first run s": timed["masked"].first, "runs s": timed["masked"].runs}),
+    ])  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How two sets of continuations compare; parted: (row, step, logit gap) of the first difference in each row.
+
+    share: of equal tokens. gap: the largest distance between the logits of the two tokens at a first difference, as a
+    share of the largest logit there; behind a first difference the two sides continue different texts.
+    """
+
+    share: float
+    first: int | None
+    gap: float
+    parted: list[tuple[int, int, float]]
+
+
+def compare(ours: np.ndarray, theirs: np.ndarray, prompts: Sequence[Sequence[int]],
+            logits_after: Callable[[list[int]], np.ndarray]) -> Comparison:  # fmt: skip
+    """Compare tokens i[B,N]; logits_after: the logits f32[V] that follow given tokens."""
+    parted = []
+    for row in np.flatnonzero((ours != theirs).any(axis=1)).tolist():
+        step = int(np.argmax(ours[row] != theirs[row]))
+        logits_V = logits_after([*prompts[row], *theirs[row, :step].tolist()])
+        gap = abs(logits_V[ours[row, step]] - logits_V[theirs[row, step]]) / np.abs(logits_V).max()
+        parted.append((row, step, float(gap)))
+    first = min((step for _, step, _ in parted), default=None)
+    return Comparison(float((ours == theirs).mean()), first, max((gap for *_, gap in parted), default=0.0), parted)
+
+
+def _ours(lm: LanguageModel, prompts, new_tokens: int, interventions=None) -> np.ndarray:
+    tokens, lengths = pad_rows(prompts, lm.config.pad_id)
+    out = lm.generate(tokens, lengths, max_new_tokens=new_tokens, interventions=interventions, stop_ids=())
+    return np.asarray(out.tokens)

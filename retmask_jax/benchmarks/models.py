@@ -1,0 +1,104 @@
+"""The models that are compared: the bundled one, and shapes with random weights as a real HF checkpoint."""
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retmask_jax import recipes
+from retmask_jax.families import from_hf
+from retmask_jax.haystack import Prompter, read_sentences
+from retmask_jax.hub import BUNDLED
+from retmask_jax.lm import from_params, load_tokenizer, save
+from retmask_jax.model.config import ModelConfig, Rope
+from retmask_jax.sharding import make_mesh, param_shapes
+from retmask_jax.weights import read_config
+
+_SPREAD = 0.02  # standard deviation of random weights, transformers' initializer_range
+
+_SHAPES = {
+    "30m": ModelConfig(
+        vocab_size=8192, hidden_size=512, mlp_size=1408, n_layers=8, n_heads=8, n_kv_heads=4, head_dim=64,
+        max_length=2**17, rope=Rope(theta=5e5),
+    ),
+    # Llama-3.1-8B
+    "8b": ModelConfig(
+        vocab_size=128256, hidden_size=4096, mlp_size=14336, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128,
+        max_length=2**17, rope=Rope("llama3", 5e5, 8.0, 1.0, 4.0, 8192),
+    ),
+}  # fmt: skip
+SIZES = ("bundled", *_SHAPES)
+DTYPES = {"bundled": "float32", "30m": "float32", "8b": "bfloat16"}
+
+
+def shape(size: str, **changes) -> ModelConfig:
+    """The config of a random model; changes: fields set otherwise, None leaves a field as it is."""
+    return dataclasses.replace(_SHAPES[size], **{name: value for name, value in changes.items() if value is not None})
+
+
+@contextlib.contextmanager
+def checkpoint(size: str, **changes) -> Iterator[Path]:
+    """The folder of a model, removed afterwards if it was made here; changes as in `shape`."""
+    if size == "bundled":
+        if any(value is not None for value in changes.values()):
+            raise ValueError("the bundled model is what it is: --layers and --vocab need --size=30m or 8b")
+        yield BUNDLED
+        return
+    with tempfile.TemporaryDirectory(prefix="retmask-bench-") as folder:
+        write_random(shape(size, **changes), Path(folder), DTYPES[size])
+        yield Path(folder)
+
+
+def read_shape(folder: Path) -> ModelConfig:
+    """The config of a checkpoint folder."""
+    return from_hf(read_config(folder))
+
+
+def one_device_mesh():
+    """The mesh of a single device, which is what a peer uses too."""
+    return make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+
+
+def write_random(config: ModelConfig, folder: Path, dtype: str) -> None:
+    """A checkpoint of weights drawn from a normal distribution; norm scales are one."""
+    flat, tree = jax.tree.flatten_with_path(param_shapes(config), is_leaf=lambda x: hasattr(x, "unbox"))
+    rng = np.random.default_rng(0)
+    leaves = [_draw(rng, path, boxed.unbox(), dtype) for path, boxed in flat]
+    save(from_params(config, jax.tree.unflatten(tree, leaves)), folder)
+
+
+def random_tokens(vocab_size: int, *shape: int, seed: int = 0) -> np.ndarray:
+    """i32[shape]: any token but the first 16 ids, where special tokens are."""
+    return np.random.default_rng(seed).integers(16, vocab_size, shape, dtype=np.int32)
+
+
+def bundled_prompter() -> Prompter:
+    """Turns the bundled cases into prompts as the tiny recipe does."""
+    section = recipes.load_recipe("tiny").prompt
+    return Prompter(load_tokenizer(BUNDLED), section.template, section.chat, section.template_kwargs.to_dict())
+
+
+def bundled_file(name: str) -> Path:
+    """A data file of the package by its name in a recipe, "bundled/..."."""
+    return BUNDLED.parent / "data" / name.removeprefix("bundled/")
+
+
+def text_or_random(folder: Path, n: int, length: int) -> np.ndarray:
+    """i32[n, length]: windows of the bundled text where the folder has its tokenizer, else random tokens."""
+    if folder != BUNDLED:
+        return random_tokens(read_shape(folder).vocab_size, n, length)
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer(" ".join(read_sentences(bundled_file("test_text.txt"))), add_special_tokens=False)["input_ids"]
+    starts = np.linspace(0, len(ids) - length, n).astype(int)
+    return np.array([ids[start : start + length] for start in starts], np.int32)
+
+
+def _draw(rng, path, leaf, dtype: str):
+    if path[-1].key == "scale":
+        return jnp.ones(leaf.shape, dtype)
+    return jnp.asarray(_SPREAD * rng.standard_normal(leaf.shape, np.float32), dtype)

@@ -48,7 +48,8 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, masks: 
     rows = []
     for kind, target in (("batched", _TARGETS[size]), ("one by one", None)):
         error = relative_difference(timed["ours"].result, timed[kind].result)
-        bounds = [Bound("logit difference", error, "<=", tolerance), Bound("compiles of the sweep", sum("_sweep" in name for name in compiles), "==", 1)]
+        programs = sum("_sweep" in name for name in compiles)
+        bounds = [Bound("logit difference", error, "<=", tolerance), Bound("compiles of the sweep", programs, "==", 1)]
         name = f"{size}, {masks} masks x {prompts} prompts of {length}; peer {kind}"
         rows.append(speed_row(name, timed["ours"], timed[kind], work=masks * prompts, what="prompts", target=target,
                               bounds=bounds))  # fmt: skip

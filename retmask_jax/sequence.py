@@ -28,11 +28,7 @@ def sequence_logprobs(config: ModelConfig, params, tokens, loss_mask, lengths=No
     longest = longest_row(tokens, lengths)
     x_BTE = hidden(config, params, tokens, interventions, longest=longest, remat=remat).x_BTE[:, :-1]
     counted_BT = jnp.asarray(loss_mask)[:, 1:] != 0
-    # Counted positions first: the chunks behind the last of them are never unembedded.
-    order_BT = jnp.argsort(~counted_BT, axis=1, stable=True)
-    ordered = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens[:, 1:], counted_BT))
-    x_BTE = jnp.take_along_axis(x_BTE, order_BT[..., None], axis=1)
-    return jnp.sum(_chosen_logprobs(config, params, x_BTE, *ordered), axis=1)
+    return jnp.sum(_chosen_logprobs(config, params, x_BTE, tokens[:, 1:], counted_BT), axis=1)
 
 
 def token_logprobs(config: ModelConfig, params, tokens, interventions=None):
@@ -50,7 +46,10 @@ def _token_logprobs(config, params, tokens_BT, interventions):
 
 
 def _chosen_logprobs(config, params, x_BTE, target_BT, counted_BT):
-    """f32[B,T]: log-probability of each target, 0 where it is not counted; one chunk of logits exists at a time."""
+    """f32[B,T]: log-probability of each target, 0 where it is not counted.
+
+    One chunk of logits exists at a time, and none of a chunk in which no position counts.
+    """
     batch, length, width = x_BTE.shape
     chunk = max(1, min(_CHUNK, length))
     pad = ((0, 0), (0, -length % chunk))

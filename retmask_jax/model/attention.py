@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from typing import Any
 
 import flax.struct
@@ -14,6 +15,7 @@ from retmask_jax.model.kernels import HIDDEN, Scores, blocked, dot, plain
 log = logging.getLogger(__name__)
 
 _PROBED_AT_ONCE = 8
+_SMALL = 2**19  # bytes of a row's keys and values that a core's cache holds beside the rest
 
 
 @flax.struct.dataclass
@@ -146,13 +148,20 @@ def _top(products_BHS, positions_BS, n: int):
 def _over_heads(function, q_BKGTD, keys: Keys):
     """[B,K,...]: function(row, q_GTD, k_DS, v_SD) of each row and kv head.
 
-    One at a time on a CPU, where its blocks then stay in the cache; all at once elsewhere.
+    One at a time on a CPU, where its blocks then stay in the cache, or all of a row where they are small; all at once
+    elsewhere.
     """
     batch, kv_heads = q_BKGTD.shape[:2]
     if jax.default_backend() != "cpu":
         over_kv_heads = jax.vmap(function, (None, 0, 0, 0))
         return jax.vmap(over_kv_heads)(jnp.arange(batch), q_BKGTD, keys.k_BKDS, keys.v_BKSD)
     layers, n = keys.k_RBKDS.shape[0], batch * kv_heads
+    if layers > 1 and 2 * math.prod(keys.v_RBKSD.shape[2:]) * keys.v_RBKSD.dtype.itemsize <= _SMALL:
+        over_kv_heads = jax.vmap(function, (None, 0, 0, 0))
+        return jax.lax.map(
+            lambda b: over_kv_heads(b, q_BKGTD[b], keys.k_RBKDS[keys.layer, b], keys.v_RBKSD[keys.layer, b]),
+            jnp.arange(batch),
+        )
     q_NGTD = q_BKGTD.reshape(n, *q_BKGTD.shape[2:])
     rows_N = jnp.repeat(jnp.arange(batch), kv_heads)
     k_NDS, v_NSD = (x.reshape(layers * n, *x.shape[3:]) for x in (keys.k_RBKDS, keys.v_RBKSD))

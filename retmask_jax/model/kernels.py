@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from retmask_jax.model.layers import precision, softcap
 
 QUERY_BLOCK, KEY_BLOCK = 128, 256  # fastest on CPUs, where a block's scores stay in the cache; a wide optimum
+_ALIGNED = 16  # numbers that a vector unit takes at once
 HIDDEN = -1e30
 
 
@@ -125,8 +126,8 @@ class _Tiles:
 
     def __init__(self, query_shape, n_keys: int, first_query, first_key, scores: Scores):
         self.groups, self.length, self.width = query_shape
-        self.query_block = min(QUERY_BLOCK, self.length)
-        self.key_block = min(KEY_BLOCK, n_keys)
+        self.query_block = _even(self.length, QUERY_BLOCK)
+        self.key_block = _even(n_keys, QUERY_BLOCK if n_keys <= 2 * KEY_BLOCK else KEY_BLOCK)
         self.n_key_blocks = -(-n_keys // self.key_block)
         self.first_query, self.first_key, self.n_keys, self.rule = first_query, first_key, n_keys, scores
 
@@ -164,6 +165,11 @@ class _Tiles:
         index_S = s * self.key_block + jnp.arange(self.key_block)
         seen_NS = self.rule.seen(jnp.tile(query_T, self.groups)[:, None], self.first_key + index_S)
         return jnp.where(seen_NS & (index_S < self.n_keys), self.rule.of(dot(q_ND, self.block(k_DS, s, 1), (1, 0))), HIDDEN)
+
+
+def _even(length: int, most: int) -> int:
+    """The size of equal blocks, at most `most`, that pad a length least."""
+    return min(most, _ALIGNED * -(-length // (_ALIGNED * -(-length // most))))
 
 
 def _padded(x, axis: int, multiple_of: int):

@@ -33,10 +33,12 @@ STORED = slice(2, None, 3)  # positions whose logits are stored, POSITIONS of ma
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_programs(tmp_path_factory):
-    """Processes started from here share what they compile; this one has read its settings already."""
+    """Processes started by the tests of any worker share what they compile; this one has read its settings already."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(base / "programs"))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         yield
 
 

@@ -44,9 +44,8 @@ def _both(shape, scores):
     return both
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("scores", RULES, ids=str)
-@settings(max_examples=6, deadline=None)
+@pytest.mark.parametrize("shape, scores", [*zip(SHAPES, RULES[1:], strict=True), (SHAPES[0], RULES[0])], ids=str)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_blocks_equal_one_softmax(shape, scores, data):
     """Queries anywhere among the keys, of which those at negative positions do not exist."""

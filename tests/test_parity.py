@@ -71,6 +71,7 @@ WITHOUT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, without", [(name, fields) for name, cases in WITHOUT.items() for fields in cases])
 def test_what_a_family_has_of_its_own_matters(read_golden, name, without):
     golden = read_golden(name)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retmask_jax import memory, stats
-from retmask_jax.generate import batches_by_length, bucket, generate_many, pad_rows
+from retmask_jax.generate import batches_by_length, bucket, full_batches, generate_many, pad_rows
 from retmask_jax.haystack import Case
 from retmask_jax.head_scores import HeadScores
 from retmask_jax.lm import LanguageModel
@@ -103,13 +103,15 @@ def read_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: S
     def run(batch_size: int) -> None:
         todo = [i for i, result in enumerate(results) if result is None]
         for group in share_prefixes([prompts[i] for i in todo]):
-            group = dataclasses.replace(group, members=[todo[i] for i in group.members])
+            group = dataclasses.replace(group, members=tuple(todo[i] for i in group.members))
             cache = _read_prefix(config, lm.params, group.prefix, iv, longest)
             # Behind a beginning chunks are computed as far as the longest row of a batch goes: rows of one length, and
             # one program for all. On a CPU two rows fill a product.
             shared = cache is not None
             size = min(batch_size, 2) if shared and jax.default_backend() == "cpu" else batch_size
-            for batch in _batches(group, prompts, size):
+            # The longest continuations first.
+            members = sorted(zip(group.members, group.starts, strict=True), key=lambda m: m[1] - len(prompts[m[0]]))
+            for batch in full_batches(members, size):
                 inputs = _continuations(config, batch, prompts, answers, width, group if shared else None)
                 out = _read(config, lm.params, cache, *inputs, iv, longest)
                 predicted_BN, argmax_BNLH = map(np.asarray, out)
@@ -180,21 +182,28 @@ def _greedy(lm, cases, max_new_tokens: int, batch_size: int, released: bool, rea
         for i, result in zip(chosen, decoded, strict=True):
             results[i] = result.tokens, result.argmax
 
-    first = sorted(set(next(batches_by_length([case.tokens for case in cases], batch_size))))
-    if not released and read and lm.config.eos_ids and len(first) < len(cases):
+    def read_others(closing: tuple[int, ...]) -> None:
+        """Results of those that say the needle's words and the closing, and stop."""
+        drafts = {
+            i: (*_words_of(cases[i]), *closing, lm.config.eos_ids[0])
+            for i, result in enumerate(results) if result is None
+        }  # fmt: skip
+        drafts = {i: draft for i, draft in drafts.items() if len(draft) <= max_new_tokens}
+        if not drafts:
+            return
+        found = read_answers(lm, [cases[i].tokens for i in drafts], list(drafts.values()), batch_size=batch_size,
+                             what="detect")  # fmt: skip
+        for (i, draft), forced in zip(drafts.items(), found, strict=True):
+            *said, last = forced.predicted.tolist()
+            if tuple(said) == draft[:-1] and last in lm.config.eos_ids:
+                results[i] = forced.predicted[:-1], forced.argmax[:-1]
+
+    first = sorted(set(next(batches_by_length([case.tokens for case in cases], batch_size), [])))
+    if read and not released and lm.config.eos_ids and len(first) < len(cases):
         decode(first)
         closing = _usual_closing([cases[i] for i in first], [results[i][0] for i in first], max_new_tokens)
         if closing is not None:
-            stop = lm.config.eos_ids[0]
-            drafts = {
-                i: (*_words_of(case), *closing, stop) for i, case in enumerate(cases) if results[i] is None
-            }
-            drafts = {i: draft for i, draft in drafts.items() if len(draft) <= max_new_tokens}
-            found = read_answers(lm, [cases[i].tokens for i in drafts], list(drafts.values()), batch_size=batch_size,
-                                 what="detect") if drafts else []  # fmt: skip
-            for (i, draft), forced in zip(drafts.items(), found, strict=True):
-                if tuple(forced.predicted[:-1]) == draft[:-1] and forced.predicted[-1] in lm.config.eos_ids:
-                    results[i] = forced.predicted[:-1], forced.argmax[:-1]
+            read_others(closing)
     decode([i for i, result in enumerate(results) if result is None])
     return results
 
@@ -213,14 +222,6 @@ def _usual_closing(cases, answers, max_new_tokens: int) -> tuple[int, ...] | Non
 def _words_of(case: Case) -> tuple[int, ...]:
     """The tokens of the needle's answer part, as they stand in the prompt."""
     return tuple(case.tokens[slice(*case.span)])
-
-
-def _batches(group: Shared, prompts, batch_size: int):
-    """Lists of batch_size (prompt, start), the longest continuations first; the last list repeats its last."""
-    members = sorted(zip(group.members, group.starts, strict=True), key=lambda m: m[1] - len(prompts[m[0]]))
-    for i in range(0, len(members), batch_size):
-        batch = members[i : i + batch_size]
-        yield batch + batch[-1:] * (batch_size - len(batch))
 
 
 def _continuations(config, batch, prompts, answers, width: int, group: Shared | None):

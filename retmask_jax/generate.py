@@ -150,9 +150,14 @@ def batches_by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iter
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
         by_bucket.setdefault(bucket(len(prompts[i])), []).append(i)
     for rows in by_bucket.values():
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            yield batch + batch[-1:] * (batch_size - len(batch))
+        yield from full_batches(rows, batch_size)
+
+
+def full_batches(items: Sequence, batch_size: int) -> Iterator[list]:
+    """The items in order, batch_size at a time; the last batch repeats its last item, so that one program serves all."""
+    for start in range(0, len(items), batch_size):
+        batch = list(items[start : start + batch_size])
+        yield batch + batch[-1:] * (batch_size - len(batch))
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 1) -> tuple[np.ndarray, np.ndarray]:

@@ -58,7 +58,7 @@ def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *
 
     def add(c, state: Prefilled) -> Prefilled:
         new, inside_BP, probed_inside = one(c, state.cache)
-        x_BPE = jnp.where(inside_BP[:, :, None], new.x_BPE, state.x_BPE)
+        x_BPE = _where_rows(inside_BP, new.x_BPE, state.x_BPE)
         probed = jax.tree.map(lambda x, old: _where_rows(probed_inside, x, old), new.probed, state.probed)
         return Prefilled(x_BPE, new.cache, probed)
 

@@ -63,30 +63,36 @@ def param_shardings(config: ModelConfig, mesh: Mesh):
     """A NamedSharding per parameter; an axis that the mesh does not divide evenly stays whole on every device."""
     boxed = param_shapes(config)
     wanted = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
-    return jax.tree.map_with_path(lambda path, *args: _divided(path, mesh, *args), wanted, nn.unbox(boxed))
+    return jax.tree.map_with_path(
+        lambda path, sharding, leaf: divided(sharding, leaf.shape, jax.tree_util.keystr(path)), wanted, nn.unbox(boxed)
+    )
 
 
-def _divided(path, mesh: Mesh, sharding: NamedSharding, leaf) -> NamedSharding:
+def divided(sharding: NamedSharding, shape: tuple[int, ...], what: str) -> NamedSharding:
+    """The sharding of an array of this shape, with axes that the mesh does not divide evenly left whole."""
     parts = []
-    for size, axes in itertools.zip_longest(leaf.shape, sharding.spec):
+    for size, axes in itertools.zip_longest(shape, sharding.spec):
         names = (axes,) if isinstance(axes, str) else axes or ()
-        shares = math.prod(mesh.shape[name] for name in names)
+        shares = math.prod(sharding.mesh.shape[name] for name in names)
         if size % shares:
-            log.info("%s: %d does not divide by %s=%d and stays whole", jax.tree_util.keystr(path), size, axes, shares)
+            log.info("%s: %d does not divide by %s=%d and stays whole", what, size, axes, shares)
         parts.append(None if size % shares else axes)
-    return NamedSharding(mesh, PartitionSpec(*parts))
+    return NamedSharding(sharding.mesh, PartitionSpec(*parts))
 
 
 @contextlib.contextmanager
+def using(mesh: Mesh):
+    """Within it the mesh and the rules are set, as kernels and constraints need."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
 def mesh_of(params):
-    """Within it the parameters' mesh and the rules are set, as kernels and constraints need; without a mesh, nothing."""
+    """`using` the parameters' mesh; without one, a context that does nothing."""
     leaf = jax.tree.leaves(params)[0]
     placed = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    if placed and isinstance(leaf.sharding, NamedSharding):
-        with jax.set_mesh(leaf.sharding.mesh), nn.logical_axis_rules(RULES):
-            yield
-    else:
-        yield
+    on_mesh = placed and isinstance(leaf.sharding, NamedSharding)
+    return using(leaf.sharding.mesh) if on_mesh else contextlib.nullcontext()
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

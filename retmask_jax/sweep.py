@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from retmask_jax import memory
-from retmask_jax.generate import bucket
+from retmask_jax.generate import bucket, full_batches
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
@@ -23,7 +23,7 @@ from retmask_jax.model.transformer import (
     unembed,
 )
 from retmask_jax.progress import track
-from retmask_jax.sharding import batch_sharding, mesh_of
+from retmask_jax.sharding import batch_sharding, divided, mesh_of
 
 
 def sweep(lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *, wanted=None,
@@ -65,8 +65,8 @@ def sweep(lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *,
     def run(size):
         batch, program = memory.largest_batch(compile_for, size, "sweep")
         parts = []
-        for begin in track(range(0, len(tokens), batch), -(-len(tokens) // batch), "sweep", "batch"):
-            rows = np.minimum(np.arange(begin, begin + batch), len(tokens) - 1)
+        batches = list(full_batches(range(len(tokens)), batch))
+        for rows in track(batches, len(batches), "sweep", "batch"):
             parts.append(np.asarray(program(*arguments(rows))))
         return np.concatenate(parts, axis=1)[:, : len(tokens)]
 
@@ -78,7 +78,7 @@ def sweep(lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *,
 def _sweep(config: ModelConfig, params, tokens_MT, last_M, wanted_MK, masks, starts_N, longest):
     call = make_call(config, tokens_MT.shape[1], None, last_M + 1, longest)
     body = Group(config, masks.rope_site, len(config.layer_pattern))
-    n_body = config.repeats if config.tail else config.repeats - 1  # groups before the last one
+    n_body = _groups_before_last(config)
 
     def through(r, x_MTE, split):
         at_r = jax.tree.map(lambda leaf: leaf[r], (params["blocks"], split["blocks"]))
@@ -114,8 +114,13 @@ def _sweep(config: ModelConfig, params, tokens_MT, last_M, wanted_MK, masks, sta
 def _first_group(config: ModelConfig, mask: Interventions) -> int:
     """The first repeat of the layer pattern that a mask touches, at most the last group."""
     touched = np.flatnonzero(np.any(mask.head_mask != 0, axis=1) | np.any(mask.rope_mask != 0, axis=(1, 2)))
-    last = config.repeats if config.tail else config.repeats - 1
+    last = _groups_before_last(config)
     return min(int(touched[0]) // len(config.layer_pattern), last) if len(touched) else last
+
+
+def _groups_before_last(config: ModelConfig) -> int:
+    """Repeats of the pattern before the last group, which is the tail where there is one."""
+    return config.repeats if config.tail else config.repeats - 1
 
 
 def _placed(params, rows):
@@ -124,6 +129,4 @@ def _placed(params, rows):
     if not isinstance(sharding, NamedSharding):
         return rows
     split = batch_sharding(sharding.mesh)
-    if len(rows[0]) % (sharding.mesh.shape["data"] * sharding.mesh.shape["fsdp"]):
-        return rows
-    return jax.device_put(rows, split)
+    return tuple(jax.device_put(x, divided(split, x.shape, "prompts of a sweep")) for x in rows)

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from retmask_jax import sharding
 from retmask_jax.data.preferences import PairRows, batches
 from retmask_jax.dpo import dpo_loss, sft_loss
 from retmask_jax.files import write_atomically
+from retmask_jax.generate import full_batches
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.progress import track
 from retmask_jax.sequence import sequence_logprobs
@@ -79,7 +79,7 @@ def train(config: ModelConfig, start_params, rows: PairRows, settings: Settings,
     examples = _examples(rows) | _reference(config, start_params, rows, settings, folder, mesh, fingerprint)
     loader = batches(examples, settings.batch_size, settings.seed)
     state = init_state(start_params, optimizer, mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES), _checkpoints(folder, settings) as checkpoints:
+    with sharding.using(mesh), _checkpoints(folder, settings) as checkpoints:
         state = _restore(checkpoints, state)
         metrics = _Metrics(folder / "metrics.jsonl", int(state.step))
         # One program for all seeds: the seed orders the data and is no part of an update.
@@ -207,7 +207,7 @@ def _reference(config, params, rows, settings, folder, mesh, fingerprint) -> dic
             if str(stored["fingerprint"]) == fingerprint:
                 return {name: stored[name] for name in ("ref_chosen", "ref_rejected")}
     values = {}
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    with sharding.using(mesh):
         for name, side in (("ref_chosen", rows.chosen), ("ref_rejected", rows.rejected)):
             values[name] = _all_logprobs(
                 config, params, side, 2 * settings.microbatch_size, settings.compute_dtype, mesh
@@ -222,7 +222,7 @@ def _reference(config, params, rows, settings, folder, mesh, fingerprint) -> dic
 def _all_logprobs(config, params, rows, batch_size, compute_dtype, mesh) -> np.ndarray:
     params = jax.tree.map(lambda x: x.astype(compute_dtype), params)
     n = len(rows.tokens)
-    at = np.minimum(np.arange(-(-n // batch_size) * batch_size), n - 1).reshape(-1, batch_size)
+    at = list(full_batches(range(n), batch_size))
     parts = [
         _jitted_logprobs(config, params, *_place((rows.tokens[i], rows.loss_mask[i]), mesh))
         for i in track(at, len(at), "reference log-probabilities", "batch")

@@ -263,3 +263,8 @@ def test_stability_of_heads_with_different_numbers_of_cases():
     rows = stability(scores, 4, threshold=0.33)
     assert [(row["cases"], row["heads"]) for row in rows] == [(1, 1), (2, 2), (3, 3), (4, 3)]
     assert [row["jaccard"] for row in rows] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+
+
+def test_no_cases_at_all_are_refused_like_cases_that_do_not_count():
+    with pytest.raises(ValueError, match="none of 0 detection cases counts"):
+        detect(LM, [], max_new_tokens=NEW, batch_size=BATCH)

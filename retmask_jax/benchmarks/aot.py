@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from retmask_jax import train
 from retmask_jax.benchmarks.models import shape
@@ -35,7 +35,7 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import unembed
 from retmask_jax.prefill import prefill
-from retmask_jax.sharding import AXES, RULES, make_mesh, param_shapes, param_shardings
+from retmask_jax.sharding import AXES, RULES, divided, make_mesh, param_shapes, param_shardings, using
 
 TABLE = Path(__file__).parent / "topologies.json"
 # Generation -> the accelerator type of n chips, as Cloud TPU names it; v5p counts cores.
@@ -71,7 +71,7 @@ def compile_for(topology: str, what: str, model: str, length: int, batch: int, s
     config = dataclasses.replace(shape(model), kernel="splash")
     function, arguments = PROGRAMS[what](config, mesh, batch, length)
     begun = time.monotonic()
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    with using(mesh):
         lowered = function.lower(*arguments)
     try:
         memory, refused = _memory(lowered.compile()), None
@@ -196,11 +196,8 @@ def _shaped(mesh: Mesh, x, *axes: str | None) -> jax.ShapeDtypeStruct:
 
 def _array(mesh: Mesh, shape: tuple[int, ...], dtype, *axes: str | None) -> jax.ShapeDtypeStruct:
     """An argument split as the rules of its logical axes say, where the mesh divides it."""
-    parts = []
-    for size, names in zip(shape, nn.logical_to_mesh_axes(axes, RULES), strict=False):
-        shares = math.prod(mesh.shape[name] for name in ([names] if isinstance(names, str) else names or []))
-        parts.append(None if size % shares else names)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*parts)))
+    wanted = NamedSharding(mesh, nn.logical_to_mesh_axes(axes, RULES))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=divided(wanted, shape, "argument"))
 
 
 def _memory(compiled) -> dict[str, int]:

@@ -1,10 +1,8 @@
 """One DPO optimiser step against TRL's DPOTrainer, as RetMask ran it and with its reference precomputed; its memory."""
 
-import contextlib
 import tempfile
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -52,7 +50,7 @@ class Ours:
 
     def reference_pass(self) -> np.ndarray:
         """f32[2, pairs]: log-probabilities of chosen and rejected answers under the start model."""
-        with self._placed():
+        with sharding.using(self._mesh):
             return np.stack([
                 np.asarray(_jitted_logprobs(self._config, self._start, *_place(side, self._mesh)))
                 for side in self._sides
@@ -61,14 +59,9 @@ class Ours:
     def step(self) -> float:
         """One update; returns the loss before it."""
         batch = self._batch | {"ref_chosen": self.reference[0], "ref_rejected": self.reference[1]}
-        with self._placed():
+        with sharding.using(self._mesh):
             self._state, values = _update(self._config, self._settings, self._state, batch)
         return float(values["loss"])
-
-    @contextlib.contextmanager
-    def _placed(self):
-        with jax.set_mesh(self._mesh), nn.logical_axis_rules(sharding.RULES):
-            yield
 
 
 def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: int, size: str) -> list[Row]:

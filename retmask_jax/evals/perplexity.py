@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from retmask_jax.generate import full_batches
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.sequence import token_logprobs
@@ -27,8 +28,7 @@ def text_loss(lm: LanguageModel, windows: np.ndarray, interventions: Interventio
     """f64[windows]: mean negative log-probability per token, in nats."""
     batch_size = min(batch_size, len(windows))
     losses = []
-    for start in range(0, len(windows), batch_size):
-        rows = np.resize(windows[start : start + batch_size], (batch_size, windows.shape[1]))
-        logps = np.asarray(token_logprobs(lm.config, lm.params, rows, interventions), np.float64)
-        losses.append(-logps.mean(axis=1)[: len(windows) - start])
-    return np.concatenate(losses)
+    for rows in full_batches(range(len(windows)), batch_size):
+        logps = np.asarray(token_logprobs(lm.config, lm.params, windows[rows], interventions), np.float64)
+        losses.append(-logps.mean(axis=1))
+    return np.concatenate(losses)[: len(windows)]

@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.kernel = "auto"  # of attention: the fastest for the device; or plain, blocked, cudnn, splash
     config.batch_size = 32  # rows per forward pass where no gradient is taken
+    config.cpu_devices = 1  # most devices to make of a CPU's cores; each holds the parameters (see sharding.split_cpu)
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices per axis; -1 takes what is left
 
     config.prompt = ConfigDict()

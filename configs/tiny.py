@@ -17,6 +17,7 @@ from retmask_jax.configs import default
 def get_config() -> ConfigDict:
     config = default.get_config()
     config.model = "bundled"
+    config.cpu_devices = 8
     config.prompt.template = "{context} {question}"
 
     # The model was trained on up to 512 tokens: 128 is short, 640 is beyond what it has seen.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retmask_jax import memory, stats
-from retmask_jax.generate import batches_by_length, bucket, full_batches, generate_many, pad_rows
+from retmask_jax.generate import bucket, full_batches, generate_many, pad_rows
 from retmask_jax.haystack import Case
 from retmask_jax.head_scores import HeadScores
 from retmask_jax.lm import LanguageModel
@@ -22,7 +22,7 @@ from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, unembed
 from retmask_jax.prefill import CHUNK, Shared, prefill, share_prefixes, slots_for
 from retmask_jax.progress import track
-from retmask_jax.sharding import mesh_of
+from retmask_jax.sharding import by_rows, full_share, mesh_of
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ def read_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: S
     iv = (interventions or Interventions()).fill(config)
     longest = np.int32(max(map(len, prompts)) + width)
     results: list[Any] = [None] * len(prompts)
+    on_cpu = jax.default_backend() == "cpu"
 
     def run(batch_size: int) -> None:
         todo = [i for i, result in enumerate(results) if result is None]
@@ -106,9 +107,9 @@ def read_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: S
             group = dataclasses.replace(group, members=tuple(todo[i] for i in group.members))
             cache = _read_prefix(config, lm.params, group.prefix, iv, longest)
             # Behind a beginning chunks are computed as far as the longest row of a batch goes: rows of one length, and
-            # one program for all. On a CPU two rows fill a product.
+            # one program for all. On a CPU two rows fill a product, or one on each of its devices.
             shared = cache is not None
-            size = min(batch_size, 2) if shared and jax.default_backend() == "cpu" else batch_size
+            size = min(batch_size, full_share(lm.params, 2 if shared and on_cpu else len(group.members)))
             # The longest continuations first.
             members = sorted(zip(group.members, group.starts, strict=True), key=lambda m: m[1] - len(prompts[m[0]]))
             for batch in full_batches(members, size):
@@ -198,7 +199,7 @@ def _greedy(lm, cases, max_new_tokens: int, batch_size: int, released: bool, rea
             if tuple(said) == draft[:-1] and last in lm.config.eos_ids:
                 results[i] = forced.predicted[:-1], forced.argmax[:-1]
 
-    first = sorted(set(next(batches_by_length([case.tokens for case in cases], batch_size), [])))
+    first = sorted(range(len(cases)), key=lambda i: len(cases[i].tokens))[:batch_size]
     if read and not released and lm.config.eos_ids and len(first) < len(cases):
         decode(first)
         closing = _usual_closing([cases[i] for i in first], [results[i][0] for i in first], max_new_tokens)
@@ -259,6 +260,13 @@ def _prefix_cache(config, params, tokens_1T, end_1, iv, longest):
 @functools.partial(jax.jit, static_argnums=0)
 def _read(config, params, prefix, tokens_BT, start_B, end_B, rows_BN, iv, longest):
     """(predicted i32[B,N], argmax i32[B,N,L,H]) of rows that continue a cached prefix, or begin (prefix None)."""
+    rows = tokens_BT, start_B, end_B, rows_BN, iv.per_row(len(tokens_BT))
+    return by_rows(functools.partial(_read_rows, config), (params, prefix, longest), rows)
+
+
+def _read_rows(config, shared, rows):
+    params, prefix, longest = shared
+    tokens_BT, start_B, end_B, rows_BN, iv = rows
     batch, length = tokens_BT.shape
     n_prefix, chunk = (0, CHUNK) if prefix is None else (prefix["blocks"]["0"].slots, READ_CHUNK)
     cache = None

@@ -18,7 +18,7 @@ from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, hidden, unembed
 from retmask_jax.prefill import prefill, slots_for
 from retmask_jax.progress import track
-from retmask_jax.sharding import mesh_of
+from retmask_jax.sharding import by_rows, mesh_of
 
 log = logging.getLogger(__name__)
 
@@ -137,20 +137,14 @@ def generate_many(
 
 
 def bucket(length: int) -> int:
-    """The padded length of a prompt: the next of 64, 128, 192, 256, 384, 512, 768, 1024, ..."""
-    size = 64
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 and size >= 128 else 2 ** size.bit_length()
-    return size
+    """The padded length of a prompt: the next multiple of an eighth of the power of two above it, and of 64."""
+    step = max(64, 2 ** (length - 1).bit_length() // 8)
+    return -(-length // step) * step
 
 
 def batches_by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Indices of prompts of one bucket, always batch_size of them: the last batch repeats its last prompt."""
-    by_bucket: dict[int, list[int]] = {}
-    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        by_bucket.setdefault(bucket(len(prompts[i])), []).append(i)
-    for rows in by_bucket.values():
-        yield from full_batches(rows, batch_size)
+    """Indices of prompts, the longest first, always batch_size of them: the last batch repeats its last prompt."""
+    yield from full_batches(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), batch_size)
 
 
 def full_batches(items: Sequence, batch_size: int) -> Iterator[list]:
@@ -181,6 +175,14 @@ def take_rows(iv: Interventions, rows) -> Interventions:
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "probe"))
 def _generate(config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, top_p, seeds_B, rows_B, *,
               max_new_tokens, probe):  # fmt: skip
+    shared = params, stop_ids, temperature, top_p, lengths_B.max() + max_new_tokens
+    rows = tokens_BT, lengths_B, iv.per_row(len(tokens_BT)), seeds_B, rows_B
+    return by_rows(functools.partial(_generate_rows, config, max_new_tokens, probe), shared, rows)
+
+
+def _generate_rows(config, max_new_tokens, probe, shared, rows):
+    params, stop_ids, temperature, top_p, longest = shared
+    tokens_BT, lengths_B, iv, seeds_B, rows_B = rows
     batch, width = tokens_BT.shape
     keys_B = jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds_B, rows_B)
     dtype = jax.tree.leaves(params)[0].dtype
@@ -192,7 +194,6 @@ def _generate(config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, t
         return sample(unembed(config, params, x_B1E)[:, 0], step_keys_B, temperature, top_p)
 
     last_B1 = lengths_B[:, None] - 1
-    longest = lengths_B.max() + max_new_tokens
     first = prefill(config, params, tokens_BT, lengths_B, iv, cache, last_B1, longest=longest,
                     probe=Probe(last_B1) if probe else None)  # fmt: skip
     only = Probe(jnp.zeros((batch, 1), jnp.int32)) if probe else None

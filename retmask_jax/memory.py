@@ -18,11 +18,11 @@ class OutOfMemory(ValueError):
 
 
 def limit() -> int:
-    """Bytes free on the first device; on a CPU, of the machine."""
+    """Bytes free on the first device; on a CPU, its share of the machine's."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
 
 
 def needed(compiled) -> int:

@@ -14,6 +14,7 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.transformer import hidden
 
 CHUNK = 1024  # tokens of a row that pass through the model at once: bounds the memory of activations at any length
+_ALIGNED = 64  # tokens of which a larger chunk is a multiple
 _WORTH_SHARING = 64  # tokens of a common beginning below which reuse saves nothing
 
 
@@ -40,6 +41,7 @@ def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *
                      longest=longest)  # fmt: skip
         return Prefilled(jnp.take_along_axis(out.x_BTE, rows_BP[:, :, None], axis=1), out.cache, out.probed)
     start_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
+    chunk = _even(length, chunk)
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -length % chunk)))
 
     def one(c, cache) -> tuple[Prefilled, jax.Array, jax.Array | None]:
@@ -70,7 +72,16 @@ def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *
 
 def slots_for(length: int, chunk: int = CHUNK) -> int:
     """Slots a cache needs for `length` new tokens, with the padding of the last chunk."""
-    return length if length <= chunk else -(-length // chunk) * chunk
+    if length <= chunk:
+        return length
+    even = _even(length, chunk)
+    return -(-length // even) * even
+
+
+def _even(length: int, chunk: int) -> int:
+    """The size of as many equal chunks as `chunk` needs for a length: little of the last one is padding."""
+    n_chunks, aligned = -(-length // chunk), min(_ALIGNED, chunk)
+    return -(-length // (n_chunks * aligned)) * aligned
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, hidden, logits, longest_row, unembedding
-from retmask_jax.sharding import mesh_of
+from retmask_jax.sharding import by_rows, mesh_of
 
 _CHUNK = 128
 
@@ -41,8 +41,12 @@ def token_logprobs(config: ModelConfig, params, tokens, interventions=None):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _token_logprobs(config, params, tokens_BT, interventions):
-    x_BTE = hidden(config, params, tokens_BT, interventions).x_BTE[:, :-1]
-    return _chosen_logprobs(config, params, x_BTE, tokens_BT[:, 1:], jnp.ones(x_BTE.shape[:2], bool))
+    def one(params, rows):
+        tokens_BT, interventions = rows
+        x_BTE = hidden(config, params, tokens_BT, interventions).x_BTE[:, :-1]
+        return _chosen_logprobs(config, params, x_BTE, tokens_BT[:, 1:], jnp.ones(x_BTE.shape[:2], bool))
+
+    return by_rows(one, params, (tokens_BT, interventions.per_row(len(tokens_BT))))
 
 
 def _chosen_logprobs(config, params, x_BTE, target_BT, counted_BT):

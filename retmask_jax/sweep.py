@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from retmask_jax import memory
 from retmask_jax.generate import bucket, full_batches
@@ -23,7 +22,7 @@ from retmask_jax.model.transformer import (
     unembed,
 )
 from retmask_jax.progress import track
-from retmask_jax.sharding import batch_sharding, divided, mesh_of
+from retmask_jax.sharding import by_rows, mesh_of
 
 
 def sweep(lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *, wanted=None,
@@ -56,7 +55,7 @@ def sweep(lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *,
     longest = np.int32(lengths.max())
 
     def arguments(rows):
-        return lm.params, *_placed(lm.params, (tokens[rows], lengths[rows] - 1, wanted[rows])), stacked, starts_N, longest
+        return lm.params, tokens[rows], lengths[rows] - 1, wanted[rows], stacked, starts_N, longest
 
     @functools.cache
     def compile_for(size):
@@ -76,6 +75,14 @@ def sweep(lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *,
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sweep(config: ModelConfig, params, tokens_MT, last_M, wanted_MK, masks, starts_N, longest):
+    shared, rows = (params, masks, starts_N, longest), (tokens_MT, last_M, wanted_MK)
+    return by_rows(functools.partial(_sweep_rows, config), shared, rows).swapaxes(0, 1)
+
+
+def _sweep_rows(config: ModelConfig, shared, rows):
+    """f32[M,N,...]."""
+    params, masks, starts_N, longest = shared
+    tokens_MT, last_M, wanted_MK = rows
     call = make_call(config, tokens_MT.shape[1], None, last_M + 1, longest)
     body = Group(config, masks.rope_site, len(config.layer_pattern))
     n_body = _groups_before_last(config)
@@ -108,7 +115,7 @@ def _sweep(config: ModelConfig, params, tokens_MT, last_M, wanted_MK, masks, sta
         x_MTE = jax.lax.fori_loop(start, n_body, lambda r, x: through(r, x, split), inputs_RMTE[start])
         return finish(x_MTE, split)
 
-    return jax.lax.map(one, (masks, starts_N))
+    return jax.lax.map(one, (masks, starts_N)).swapaxes(0, 1)
 
 
 def _first_group(config: ModelConfig, mask: Interventions) -> int:
@@ -121,12 +128,3 @@ def _first_group(config: ModelConfig, mask: Interventions) -> int:
 def _groups_before_last(config: ModelConfig) -> int:
     """Repeats of the pattern before the last group, which is the tail where there is one."""
     return config.repeats if config.tail else config.repeats - 1
-
-
-def _placed(params, rows):
-    """Rows on the devices of the parameters, split over them where the number divides."""
-    sharding = jax.tree.leaves(params)[0].sharding
-    if not isinstance(sharding, NamedSharding):
-        return rows
-    split = batch_sharding(sharding.mesh)
-    return tuple(jax.device_put(x, divided(split, x.shape, "prompts of a sweep")) for x in rows)

@@ -160,7 +160,8 @@ def _update(config, settings, state, batch):
     # Every answer token of the batch weighs the same, in whichever microbatch it is.
     batch |= {"n_tokens": jnp.full(settings.batch_size, batch["chosen_mask"].sum() / settings.batch_size)}
     micro = jax.tree.map(lambda x: x.reshape(parts, settings.microbatch_size, *x.shape[1:]), batch)
-    grad = jax.grad(lambda p, b: _with_loss(pair_loss(config, settings, p, b)), has_aux=True)
+    one_grad = jax.grad(lambda p, b: _with_loss(pair_loss(config, settings, p, b)), has_aux=True)
+    grad = functools.partial(sharding.by_rows, one_grad, mean=True)
 
     def accumulate(total, part):
         return jax.tree.map(lambda a, b: a + b / parts, total, grad(state.params, part)), None
@@ -194,7 +195,8 @@ def _examples(rows: PairRows) -> dict[str, np.ndarray]:
 
 
 def _place(batch, mesh):
-    return jax.device_put(batch, sharding.batch_sharding(mesh))
+    split = sharding.batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.device_put(x, sharding.divided(split, x.shape, "rows of a batch")), batch)
 
 
 def _reference(config, params, rows, settings, folder, mesh, fingerprint) -> dict[str, np.ndarray]:
@@ -232,7 +234,7 @@ def _all_logprobs(config, params, rows, batch_size, compute_dtype, mesh) -> np.n
 
 @functools.partial(jax.jit, static_argnums=0)
 def _jitted_logprobs(config, params, tokens, loss_mask):
-    return sequence_logprobs(config, params, tokens, loss_mask)
+    return sharding.by_rows(lambda params, rows: sequence_logprobs(config, params, *rows), params, (tokens, loss_mask))
 
 
 # --- checkpoints and metrics ---

@@ -247,7 +247,8 @@ def test_sampling_follows_temperature_then_the_nucleus(frequencies, temperature,
 
 def test_buckets_grow_in_bounded_steps():
     sizes = sorted({bucket(length) for length in range(1, 5000)})
-    assert sizes == [64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144]
+    assert sizes[:12] == [64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
+    assert all(b <= a * 5 / 4 for a, b in zip(sizes[3:], sizes[4:], strict=False))
     assert all(bucket(size) == size for size in sizes)
     assert all(bucket(length) >= length for length in range(1, 5000))
 
@@ -271,15 +272,11 @@ def test_many_prompts_come_back_in_their_order(tiny, run, prompts):
         assert (result.lengths, result.argmax) == (NEW, None)
 
 
-def test_batches_hold_prompts_of_one_bucket_and_are_full():
+def test_batches_are_full_and_hold_prompts_of_similar_length():
     lengths = [70, 3, 64, 200, 65, 1, 128, 129, 2]
     batches = list(batches_by_length([[0] * n for n in lengths], batch_size=2))
-    assert [len(batch) for batch in batches] == [2] * len(batches)
+    assert [[lengths[i] for i in batch] for batch in batches] == [[200, 129], [128, 70], [65, 64], [3, 2], [1, 1]]
     assert sorted({i for batch in batches for i in batch}) == list(range(len(lengths)))
-    for batch in batches:
-        assert len({bucket(lengths[i]) for i in batch}) == 1
-    seen = [i for batch in batches for i in dict.fromkeys(batch)]
-    assert len(seen) == len(lengths), "a prompt is run twice, not only repeated to fill a batch"
 
 
 def test_many_prompts_cut_each_row_at_its_stop(tiny, prompts):

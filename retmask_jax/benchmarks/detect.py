@@ -22,7 +22,7 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, depths:
     require("torch")
     length = length or (512 if size == "bundled" else 2048)
     with models.checkpoint(size, n_layers=layers) as folder:
-        lm = load(folder, models.DTYPES[size])
+        lm = load(folder, models.DTYPES[size], models.mesh())
         peer = load_peer(folder, models.DTYPES[size], "eager")
         if size == "bundled":
             cases = bundled_cases(length, depths, needles)

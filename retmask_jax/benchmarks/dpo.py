@@ -40,7 +40,8 @@ class Ours:
     """Our trainer's state, stepped by hand."""
 
     def __init__(self, folder: Path, pairs: dict[str, np.ndarray], settings: Settings):
-        lm, self._mesh = load(folder), models.one_device_mesh()
+        self._mesh = models.mesh()
+        lm = load(folder, mesh=self._mesh)
         self._config, self._settings = lm.config, settings
         self._start = jax.tree.map(lambda x: x.astype(settings.compute_dtype), lm.params)
         self._sides = [(pairs["chosen"], pairs["chosen_mask"]), (pairs["rejected"], pairs["rejected_mask"])]

@@ -22,7 +22,7 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, batch: 
     require("torch")
     length = length or 512
     with models.checkpoint(size, n_layers=layers) as folder:
-        lm = load(folder, models.DTYPES[size])
+        lm = load(folder, models.DTYPES[size], models.mesh())
         peer = load_peer(folder, models.DTYPES[size])
         rows = models.text_or_random(folder, batch, length).tolist()
     lengths = np.linspace(length // 4, length, batch).astype(int)

@@ -27,7 +27,7 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, masks: 
     length = length or (128 if bundled else 512)
     masks, prompts = masks or (64 if bundled else 16), prompts or (32 if bundled else 8)
     with models.checkpoint(size, n_layers=layers) as folder:
-        lm = load(folder, models.DTYPES[size])
+        lm = load(folder, models.DTYPES[size], models.mesh())
         peer = load_peer(folder, models.DTYPES[size])
         tokens_MT = models.text_or_random(folder, prompts, length)
     heads = spread_masks(lm.config, masks)

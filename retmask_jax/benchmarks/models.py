@@ -59,9 +59,11 @@ def read_shape(folder: Path) -> ModelConfig:
     return from_hf(read_config(folder))
 
 
-def one_device_mesh():
-    """The mesh of a single device, which is what a peer uses too."""
-    return make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+def mesh(devices: int | None = None):
+    """A data mesh of so many devices. None: of what a peer uses too, one accelerator or all of a CPU's cores."""
+    if devices is None:
+        devices = jax.device_count() if jax.default_backend() == "cpu" else 1
+    return make_mesh({"data": devices, "fsdp": 1, "tensor": 1}, jax.devices()[:devices])
 
 
 def write_random(config: ModelConfig, folder: Path, dtype: str) -> None:

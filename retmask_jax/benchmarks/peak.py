@@ -67,7 +67,7 @@ def our_training(folder: str, length: int, pairs: int) -> dict[str, int]:
     batch = jax.device_put(batch) | {"ref_chosen": reference, "ref_rejected": reference}
     with Peak() as whole:
         lm = load(folder)
-        state = init_state(lm.params, make_optimizer(settings), models.one_device_mesh())
+        state = init_state(lm.params, make_optimizer(settings), models.mesh(1))
         del lm
         state, _ = jax.block_until_ready(step(state, batch))
     with Peak() as alone:

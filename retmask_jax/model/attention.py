@@ -163,15 +163,17 @@ def _over_heads(function, q_BKGTD, keys: Keys):
             jnp.arange(batch),
         )
     q_NGTD = q_BKGTD.reshape(n, *q_BKGTD.shape[2:])
-    rows_N = jnp.repeat(jnp.arange(batch), kv_heads)
-    k_NDS, v_NSD = (x.reshape(layers * n, *x.shape[3:]) for x in (keys.k_RBKDS, keys.v_RBKSD))
     if layers == 1:
+        k_NDS, v_NSD = (x.reshape(n, *x.shape[3:]) for x in (keys.k_RBKDS, keys.v_RBKSD))
+        rows_N = jnp.repeat(jnp.arange(batch), kv_heads)
         out = jax.lax.map(lambda args: function(*args), (rows_N, q_NGTD, k_NDS, v_NSD))
-    else:  # each is read where it lies: nothing of a long cache is copied
-        offset = keys.layer * n
-        out = jax.lax.map(
-            lambda i: function(rows_N[i], q_NGTD[i], k_NDS[offset + i], v_NSD[offset + i]), jnp.arange(n)
-        )
+    else:  # each is read where it lies, and in the cache's own shape: of a long cache nothing is copied
+
+        def one(i):
+            at = (keys.layer, i // kv_heads, i % kv_heads)
+            return function(i // kv_heads, q_NGTD[i], keys.k_RBKDS[at], keys.v_RBKSD[at])
+
+        out = jax.lax.map(one, jnp.arange(n))
     return out.reshape(batch, kv_heads, *out.shape[1:])
 
 

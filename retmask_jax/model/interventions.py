@@ -52,6 +52,14 @@ class Interventions:
             rope_mask=_checked("rope_mask", self.rope_mask, (*heads, config.n_pairs), batch),
         )
 
+    def per_row(self, batch: int) -> "Interventions":
+        """Filled masks with a row axis, a shared one repeated."""
+        head_mask, rope_mask = self.head_mask, self.rope_mask
+        return self.replace(
+            head_mask=head_mask if head_mask.ndim == 3 else jnp.broadcast_to(head_mask, (batch, *head_mask.shape)),
+            rope_mask=rope_mask if rope_mask.ndim == 4 else jnp.broadcast_to(rope_mask, (batch, *rope_mask.shape)),
+        )
+
     def __or__(self, other: "Interventions") -> "Interventions":
         """Both at once: logical or, or the maximum where either is a float gate."""
         if not isinstance(other, Interventions):

@@ -1,0 +1,105 @@
+"""Rows over the devices of a mesh: the same results, no word between devices, cores as devices."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import pytest
+
+from retmask_jax import sharding
+
+SPLIT = textwrap.dedent("""
+    import functools, json, re
+    import jax, numpy as np
+    from retmask_jax import sharding
+    from retmask_jax.benchmarks.programs import dpo_settings, random_pairs
+    from retmask_jax.detect import read_answers
+    from retmask_jax.generate import generate, _generate, _padded_stop_ids
+    from retmask_jax.hub import BUNDLED
+    from retmask_jax.lm import load
+    from retmask_jax.model.interventions import Interventions, mask_heads, stack
+    from retmask_jax.sequence import token_logprobs
+    from retmask_jax.sweep import sweep
+    from retmask_jax.train import _place, _update, init_state, make_optimizer
+
+    sharding.split_cpu(3)
+    assert jax.device_count() == 2, jax.devices()
+    meshes = [sharding.make_mesh({"data": n, "fsdp": 1, "tensor": 1}, jax.devices()[:n]) for n in (1, 2)]
+    rng = np.random.default_rng(0)
+    tokens, lengths = rng.integers(16, 256, (4, 70)).astype(np.int32), np.array([70, 3, 41, 70], np.int32)
+    prompts, answers = [row.tolist() for row in tokens], [[20, 21, 22]] * 4
+
+    def everything(mesh, rows):
+        lm = load(BUNDLED, mesh=mesh)
+        masks = [mask_heads(lm.config, [(0, i), (1, i)]) for i in range(4)]
+        per_row = stack(masks[:rows])
+        found = generate(lm.config, lm.params, tokens[:rows], lengths[:rows], max_new_tokens=4, stop_ids=(),
+                         interventions=per_row, probe=True)
+        sampled = generate(lm.config, lm.params, tokens[:rows], lengths[:rows], max_new_tokens=4, temperature=1.0,
+                           seed=7, interventions=masks[0])
+        read = read_answers(lm, prompts[:rows], answers[:rows], interventions=masks[0])
+        settings = dpo_settings(rows, "float32")
+        pairs = random_pairs(256, 64, rows)
+        state = init_state(lm.params, make_optimizer(settings), mesh)
+        reference = {name: -np.arange(rows, dtype=np.float32) for name in ("ref_chosen", "ref_rejected")}
+        with sharding.using(mesh):
+            state, metrics = _update(lm.config, settings, state, _place(pairs | reference, mesh))
+        moments = state.opt_state[1][0].mu  # the averaged gradients
+        return {
+            "tokens": found.tokens, "argmax": found.argmax, "sampled": sampled.tokens,
+            "read": np.stack([one.argmax for one in read]),
+            "logprobs": token_logprobs(lm.config, lm.params, tokens[:rows], per_row),
+            "sweep": sweep(lm, tokens[:rows], lengths[:rows], masks), "loss": metrics["loss"],
+            **{jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(moments)},
+        }
+
+    def difference(rows):
+        one, two = ({name: np.asarray(x, np.float64) for name, x in everything(mesh, rows).items()} for mesh in meshes)
+        return {name: float(np.abs(one[name] - two[name]).max() / max(np.abs(one[name]).max(), 1e-9)) for name in one}
+
+    def program(mesh):
+        lm = load(BUNDLED, mesh=mesh)
+        four = np.zeros(4, np.uint32)
+        with sharding.using(mesh):
+            lowered = _generate.lower(lm.config, lm.params, tokens, lengths, Interventions.none(lm.config),
+                                      _padded_stop_ids(()), np.float32(0), np.float32(1), four, four,
+                                      max_new_tokens=4, probe=False)
+        return lowered.compile().as_text()
+
+    print(json.dumps({
+        "split": difference(4), "whole": difference(3),
+        "talks": re.findall("all-gather|all-reduce|all-to-all|collective-permute", program(meshes[1])),
+    }))
+""")
+
+
+def _run(script: str, **environment) -> str:
+    # Only what this test sets may choose the number of devices.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    done = subprocess.run([sys.executable, "-c", script], env=inherited | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core makes one device")
+def test_rows_over_two_devices_give_what_one_gives_without_a_word_between_them():
+    found = json.loads(_run(SPLIT, JAX_PLATFORMS="cpu"))
+    for case in ("split", "whole"):  # 4 rows divide by 2 devices, 3 rows do not
+        worst = max(found[case], key=found[case].get)
+        assert found[case][worst] < 1e-4, (case, worst, found[case])
+    assert found["talks"] == []
+
+
+@pytest.mark.parametrize("chosen", [{"JAX_NUM_CPU_DEVICES": "3"}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}])
+def test_a_number_of_devices_that_the_user_chose_stays(chosen):
+    script = "import jax; from retmask_jax import sharding; sharding.split_cpu(8); print(jax.device_count())"
+    assert _run(script, JAX_PLATFORMS="cpu", **chosen) == "3\n"
+
+
+def test_splitting_a_cpu_that_is_in_use_changes_nothing():
+    devices = jax.devices()
+    sharding.split_cpu(8)
+    assert jax.devices() == devices

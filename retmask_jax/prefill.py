@@ -11,7 +11,7 @@ import numpy as np
 
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.transformer import hidden
+from retmask_jax.model.layerwise import hidden_rows
 
 CHUNK = 1024  # tokens of a row that pass through the model at once: bounds the memory of activations at any length
 _ALIGNED = 64  # tokens of which a larger chunk is a multiple
@@ -32,39 +32,36 @@ def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *
     """Run tokens through the model, filling the cache, and keep the final states of rows rows_BP i32[B,P] among the T.
 
     start_B: how many positions of each row the cache holds already (None: none). end_B: where each row's tokens end,
-    as a position. Chunks behind the longest row are not computed. probe: asked of its rows, likewise among the T. The
-    cache needs `slots_for` as many positions. Pure, to be called under jit.
+    as a position. Chunks behind the longest row are not computed. probe: asked of the same rows. The cache needs
+    `slots_for` as many positions. Pure, to be called under jit.
     """
     batch, length = tokens_BT.shape
     if length <= chunk:
-        out = hidden(config, params, tokens_BT, iv, cache=cache, start_B=start_B, end_B=end_B, probe=probe,
-                     longest=longest)  # fmt: skip
-        return Prefilled(jnp.take_along_axis(out.x_BTE, rows_BP[:, :, None], axis=1), out.cache, out.probed)
+        out = hidden_rows(config, params, tokens_BT, iv, rows_BP, cache=cache, start_B=start_B, end_B=end_B,
+                          probe=probe, longest=longest)  # fmt: skip
+        return Prefilled(out.x_BTE, out.cache, out.probed)
     start_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
     chunk = _even(length, chunk)
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -length % chunk)))
 
-    def one(c, cache) -> tuple[Prefilled, jax.Array, jax.Array | None]:
-        """(its result, which of the rows lie in chunk c, which of the probed rows do)."""
-        begin = c * chunk
-        part_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, begin, chunk, axis=1)
-        local_BP, inside_BP = _within(rows_BP, begin, chunk)
-        asked, probed_inside = probe, None
-        if probe is not None:
-            local_rows, probed_inside = _within(probe.rows_BP, begin, chunk)
-            asked = probe.replace(rows_BP=local_rows)
-        out = hidden(config, params, part_BT, iv, cache=cache, start_B=start_B + begin, end_B=end_B, probe=asked,
-                     longest=longest)  # fmt: skip
-        x_BPE = jnp.take_along_axis(out.x_BTE, local_BP[:, :, None], axis=1)
-        return Prefilled(x_BPE, out.cache, out.probed), inside_BP, probed_inside
+    def one(c, cache) -> Prefilled:
+        """The result of chunk c; what it says of rows that do not lie in it means nothing."""
+        part_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, c * chunk, chunk, axis=1)
+        local_BP = jnp.clip(rows_BP - c * chunk, 0, chunk - 1)
+        asked = None if probe is None else probe.replace(rows_BP=local_BP)
+        out = hidden_rows(config, params, part_BT, iv, local_BP, cache=cache, start_B=start_B + c * chunk, end_B=end_B,
+                          probe=asked, longest=longest)  # fmt: skip
+        return Prefilled(out.x_BTE, out.cache, out.probed)
 
     def add(c, state: Prefilled) -> Prefilled:
-        new, inside_BP, probed_inside = one(c, state.cache)
-        x_BPE = _where_rows(inside_BP, new.x_BPE, state.x_BPE)
-        probed = jax.tree.map(lambda x, old: _where_rows(probed_inside, x, old), new.probed, state.probed)
-        return Prefilled(x_BPE, new.cache, probed)
+        new, inside_BP = one(c, state.cache), rows_BP // chunk == c
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(inside_BP.reshape(*inside_BP.shape, *(1,) * (new.ndim - 2)), new, old),
+            new.replace(cache=None), state.replace(cache=None),
+        )  # fmt: skip
+        return kept.replace(cache=new.cache)
 
-    shapes = jax.eval_shape(lambda cache: one(0, cache)[0], cache)
+    shapes = jax.eval_shape(lambda cache: one(0, cache), cache)
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.replace(cache=None))
     n_chunks = -(-jnp.max(end_B - start_B) // chunk)
     return jax.lax.fori_loop(0, n_chunks, add, empty.replace(cache=cache))
@@ -135,13 +132,3 @@ def _shared_with(i: int, steps: list[int]) -> list[int]:
     before = np.minimum.accumulate(steps[:i][::-1])[::-1] if i else []
     behind = np.minimum.accumulate(steps[i:]) if i < len(steps) else []
     return [*map(int, before), 10**9, *map(int, behind)]
-
-
-def _within(rows_BP, begin, chunk: int):
-    """(rows as indices of the chunk, whether they lie in it)."""
-    local_BP = rows_BP - begin
-    return jnp.clip(local_BP, 0, chunk - 1), (local_BP >= 0) & (local_BP < chunk)
-
-
-def _where_rows(inside_BP, new, old):
-    return jnp.where(inside_BP.reshape(*inside_BP.shape, *(1,) * (new.ndim - 2)), new, old)

@@ -12,15 +12,8 @@ from retmask_jax.generate import bucket, full_batches
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.layers import norm
-from retmask_jax.model.transformer import (
-    Embedding,
-    Group,
-    check_tokens,
-    make_call,
-    split_masks,
-    unembed,
-)
+from retmask_jax.model.layerwise import Layers
+from retmask_jax.model.transformer import check_tokens, make_call, split_masks, unembed
 from retmask_jax.progress import track
 from retmask_jax.sharding import by_rows, mesh_of
 
@@ -84,29 +77,22 @@ def _sweep_rows(config: ModelConfig, shared, rows):
     params, masks, starts_N, longest = shared
     tokens_MT, last_M, wanted_MK = rows
     call = make_call(config, tokens_MT.shape[1], None, last_M + 1, longest)
-    body = Group(config, masks.rope_site, len(config.layer_pattern))
-    n_body = _groups_before_last(config)
+    layers = Layers(config, params, call, masks.rope_site)
+    n_body = layers.before_last
 
     def through(r, x_MTE, split):
-        at_r = jax.tree.map(lambda leaf: leaf[r], (params["blocks"], split["blocks"]))
-        return body.apply({"params": at_r[0]}, (x_MTE, None), (r, at_r[1]), call)[0][0]
+        (x_MTE, _), _ = layers.through(r, (x_MTE, None), split)
+        return x_MTE
 
     def finish(x_MTE, split):
-        """Logits of the last token: the last group computes nothing else of its last layer."""
-        at_last = jax.tree.map(lambda leaf: leaf[-1], (params["blocks"], split["blocks"]))
-        group, weights, part = body, *at_last
-        if config.tail:
-            group, weights, part = Group(config, masks.rope_site, len(config.tail)), params["tail"], split["tail"]
-        (x_M1E, _), _ = group.apply({"params": weights}, (x_MTE, None), (0, part), call.replace(only_B=last_M))
-        x_M1E = norm(config, None).apply({"params": params["norm"]}, x_M1E)
+        (x_M1E, _), _ = layers.last((x_MTE, None), split, last_M[:, None])
         logits_MV = unembed(config, params, x_M1E)[:, 0]
         if not wanted_MK.shape[1]:
             return logits_MV
         return jnp.take_along_axis(jax.nn.log_softmax(logits_MV), wanted_MK, axis=1)
 
     untouched = split_masks(config, Interventions(rope_site=masks.rope_site).fill(config))
-    x_MTE = Embedding(config).apply({"params": params["embed"]}, tokens_MT)
-    x_MTE, before_RMTE = jax.lax.scan(lambda x, r: (through(r, x, untouched), x), x_MTE, jnp.arange(n_body))
+    x_MTE, before_RMTE = jax.lax.scan(lambda x, r: (through(r, x, untouched), x), layers.embed(tokens_MT), jnp.arange(n_body))
     inputs_RMTE = jnp.concatenate([before_RMTE, x_MTE[None]])
 
     def one(args):
@@ -119,12 +105,7 @@ def _sweep_rows(config: ModelConfig, shared, rows):
 
 
 def _first_group(config: ModelConfig, mask: Interventions) -> int:
-    """The first repeat of the layer pattern that a mask touches, at most the last group."""
+    """The first group of layers that a mask touches; the last one for a mask that touches none."""
     touched = np.flatnonzero(np.any(mask.head_mask != 0, axis=1) | np.any(mask.rope_mask != 0, axis=(1, 2)))
-    last = _groups_before_last(config)
-    return min(int(touched[0]) // len(config.layer_pattern), last) if len(touched) else last
-
-
-def _groups_before_last(config: ModelConfig) -> int:
-    """Repeats of the pattern before the last group, which is the tail where there is one."""
-    return config.repeats if config.tail else config.repeats - 1
+    first = touched[0] if len(touched) else config.n_layers - 1
+    return int(first) // len(config.layer_pattern)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import retmask_jax as rm
-from retmask_jax.benchmarks import detect, generate, harness, masks, models, peers
+from retmask_jax.benchmarks import chip, detect, generate, harness, masks, models, peers
 from retmask_jax.benchmarks.harness import Bound, Report, Row, Timed, alternate, speed_row
 from retmask_jax.benchmarks.memory import growth_rows
 from retmask_jax.benchmarks.peak import Peak
@@ -226,3 +226,24 @@ def test_trl_takes_our_step(torch, small, tmp_path):
     losses = np.array([(ours.step(), peer.step(float(rate(i)))) for i in range(4)])
     np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-4)
     assert losses[-1, 0] < losses[0, 0] - 1e-4
+
+
+# --- shares of the machine's peaks ---
+
+
+def test_needed_work_is_counted_by_hand():
+    config = ModelConfig(vocab_size=100, hidden_size=8, mlp_size=12, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=4,
+                         max_length=64, layer_pattern=("sliding", "full"), window=3)  # fmt: skip
+    a_layer = 8 * 16 + 2 * 8 * 8 + 16 * 8 + 3 * 8 * 12
+    full, sliding = 1 + 2 + 3 + 4 + 5, 1 + 2 + 3 + 3 + 3  # layers 0 and 2 slide
+    attention = 4 * 4 * 4 * (2 * sliding + full)
+    assert chip.forward_flops(config, 5, counted=2) == 2 * 5 * 3 * a_layer + attention + 2 * 2 * 8 * 100
+    cached = 2 * 2 * 4 * (3 + 5 + 3)  # keys and values of two heads
+    assert chip.decode_bytes(config, rows=7, context=5, itemsize=2) == 2 * (3 * a_layer + 8 * 100 + 7 * cached)
+
+
+def test_shares_are_of_what_the_machine_did(small):
+    lm, mesh = rm.load(small, mesh=models.mesh()), models.mesh()
+    rows = chip.generation_rows(lm, mesh, 2, 16, 3, 1, lambda tokens, n: lm.generate(tokens, [16, 16], n).tokens)
+    assert [row.unit for row in rows] == ["GFLOP/s", "GB/s"]
+    assert all(row.ratio == pytest.approx(row.ours / row.peer) and row.peer > 0.01 for row in rows)

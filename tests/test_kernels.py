@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from retmask_jax.model.attention import Keys, Probe, attend, probe
 from retmask_jax.model.kernels import Scores, blocked, plain
+from retmask_jax.model.transformer import only
 
 WIDTH = 8
 RULES = [Scores(0.4), Scores(0.4, cap=1.5), Scores(0.4, window=37), Scores(0.4, window=300, cap=2.0)]
@@ -91,8 +92,9 @@ def test_probes_are_read_off_the_weights(scores):
     q_BTHD, k_BSKD = _draw(5, (2, 50, 4, WIDTH), (2, 60, 2, WIDTH))
     start_B, rows_BP = np.array([3, 10]), np.array([[0, 49, 7], [20, 1, 33]])
     spans_BN2 = np.array([[[0, 5], [4, 40]], [[9, 9], [0, 60]]])
-    found = probe(q_BTHD, Keys.of(k_BSKD, k_BSKD), Probe(jnp.asarray(rows_BP), jnp.asarray(spans_BN2), top=4),
-                  jnp.asarray(start_B), scores)  # fmt: skip
+    q_BPHD, positions_BP = only(q_BTHD, jnp.asarray(rows_BP)), jnp.asarray(start_B[:, None] + rows_BP)
+    request = Probe(jnp.asarray(rows_BP), jnp.asarray(spans_BN2), top=4)
+    found = probe(q_BPHD, positions_BP, Keys.of(k_BSKD, k_BSKD), request, scores)
     k_BSHD = np.repeat(np.asarray(k_BSKD, np.float64), 2, axis=2)
     q_BTHD = np.asarray(q_BTHD, np.float64)
     for b, p in np.ndindex(rows_BP.shape):

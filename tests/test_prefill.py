@@ -13,6 +13,7 @@ from retmask_jax.model.attention import Probe
 from retmask_jax.model.cache import empty_cache
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.layerwise import hidden_rows
 from retmask_jax.model.transformer import hidden
 from retmask_jax.prefill import common_prefix, prefill, share_prefixes, slots_for
 
@@ -60,6 +61,21 @@ def test_chunks_and_rings_equal_one_pass(windowed, close, start):
     np.put_along_axis(longer_BT, end_B[:, None], tokens_BT[:, :1], axis=1)
     longer = jax.jit(lambda params: hidden(config, params, longer_BT, iv).x_BTE)(params)
     close(next_BE, longer[np.arange(4), end_B], 1e-5)
+
+
+@pytest.mark.parametrize("grouping", ["repeats", "repeats and a tail"])
+def test_rows_of_the_last_layer_equal_those_of_a_whole_pass(five_layers, grouping, close):
+    lm = five_layers[grouping != "repeats"]
+    rng = np.random.default_rng(3)
+    tokens_BT = rng.integers(0, 31, (3, 20)).astype(np.int32)
+    rows_BP = jnp.asarray([[19, 4, 0], [7, 8, 9], [2, 2, 18]])
+    iv = Interventions(head_mask=rng.random((3, 5, 4)) < 0.3)
+    probe = Probe(rows_BP, spans_BN2=jnp.asarray([[[0, 4], [2, 9]]] * 3), top=2)
+    full = hidden(lm.config, lm.params, tokens_BT, iv, probe=probe)
+    rows = hidden_rows(lm.config, lm.params, tokens_BT, iv, rows_BP, probe=probe)
+    close(rows.x_BTE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)
+    np.testing.assert_array_equal(rows.probed.keys, full.probed.keys)
+    close(rows.probed.mass, full.probed.mass, 1e-5)
 
 
 def test_generation_over_several_chunks_equals_decoding_without_a_cache(windowed):

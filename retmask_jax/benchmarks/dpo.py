@@ -8,6 +8,7 @@ import numpy as np
 
 from retmask_jax import sharding
 from retmask_jax.benchmarks import models
+from retmask_jax.benchmarks.chip import forward_flops, product_peak, share_row
 from retmask_jax.benchmarks.harness import Bound, Report, Row, Timed, alternate, speed_row
 from retmask_jax.benchmarks.peak import measure
 from retmask_jax.benchmarks.peers import require
@@ -40,27 +41,27 @@ class Ours:
     """Our trainer's state, stepped by hand."""
 
     def __init__(self, folder: Path, pairs: dict[str, np.ndarray], settings: Settings):
-        self._mesh = models.mesh()
-        lm = load(folder, mesh=self._mesh)
+        self.mesh = models.mesh()
+        lm = load(folder, mesh=self.mesh)
         self._config, self._settings = lm.config, settings
         self._start = jax.tree.map(lambda x: x.astype(settings.compute_dtype), lm.params)
         self._sides = [(pairs["chosen"], pairs["chosen_mask"]), (pairs["rejected"], pairs["rejected_mask"])]
-        self._batch = _place(pairs, self._mesh)
-        self._state = init_state(lm.params, make_optimizer(settings), self._mesh)
+        self._batch = _place(pairs, self.mesh)
+        self._state = init_state(lm.params, make_optimizer(settings), self.mesh)
         self.reference = self.reference_pass()
 
     def reference_pass(self) -> np.ndarray:
         """f32[2, pairs]: log-probabilities of chosen and rejected answers under the start model."""
-        with sharding.using(self._mesh):
+        with sharding.using(self.mesh):
             return np.stack([
-                np.asarray(_jitted_logprobs(self._config, self._start, *_place(side, self._mesh)))
+                np.asarray(_jitted_logprobs(self._config, self._start, *_place(side, self.mesh)))
                 for side in self._sides
             ])  # fmt: skip
 
     def step(self) -> float:
         """One update; returns the loss before it."""
         batch = self._batch | {"ref_chosen": self.reference[0], "ref_rejected": self.reference[1]}
-        with sharding.using(self._mesh):
+        with sharding.using(self.mesh):
             self._state, values = _update(self._config, self._settings, self._state, batch)
         return float(values["loss"])
 
@@ -85,6 +86,8 @@ def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: i
     whole = Timed(step.first, tuple(s + r / _EPOCHS for s, r in zip(step.runs, reference.runs, strict=True)))
     ref_difference = _relative(ours.reference, peers["precomputed"].reference)
     shared = {"work": tokens, "what": "tokens"}
+    # Forward and backward, which is twice the forward; what is computed again is not counted.
+    flops = 3 * 2 * settings.batch_size * forward_flops(models.read_shape(folder), length, counted=length - length // 2)
     return [
         speed_row(f"{name}; peer: frozen reference in each step", step, timed["frozen"], target=1.5, **shared,
                   bounds=_equality(losses, "frozen", pairs, peers), facts={"losses": losses}),
@@ -93,6 +96,8 @@ def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: i
                   bounds=[*_equality(losses, "precomputed", pairs, peers),
                           Bound("reference log-probabilities", ref_difference, "<=", 1e-4)]),
         speed_row(f"{name}; our reference pass alone", reference, None, **shared),
+        share_row(f"{name}; peer: the machine's matrix-product peak", "FLOP", flops / step.median,
+                  product_peak(ours.mesh, np.dtype(settings.compute_dtype)), 0.4),
     ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from retmask_jax.benchmarks import models
+from retmask_jax.benchmarks.chip import generation_rows
 from retmask_jax.benchmarks.harness import Bound, Report, Row, alternate, speed_row
 from retmask_jax.benchmarks.peers import generate as peer_generate
 from retmask_jax.benchmarks.peers import load_peer, next_logits, require
@@ -18,11 +19,13 @@ _MASK_COST = 0.05
 
 
 def run(size: str, length: int | None, layers: int | None, repeats: int, batch: int, new_tokens: int) -> Report:
-    """Seconds a batch, no stop ids; prompts from a quarter of the length to all of it."""
+    """Seconds a batch, no stop ids; prompts from a quarter of the length to all of it. Then, at full length, the share
+    of the machine's peaks."""
     require("torch")
     length = length or 512
     with models.checkpoint(size, n_layers=layers) as folder:
-        lm = load(folder, models.DTYPES[size], models.mesh())
+        mesh = models.mesh()
+        lm = load(folder, models.DTYPES[size], mesh)
         peer = load_peer(folder, models.DTYPES[size])
         rows = models.text_or_random(folder, batch, length).tolist()
     lengths = np.linspace(length // 4, length, batch).astype(int)
@@ -46,6 +49,7 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, batch: 
         Row(f"{name}; a head mask per row, peer: ours without", "s", timed["masked"].median, timed["ours"].median,
             1 + cost, Bound("time with masks", 1 + cost, "<=", 1 + _MASK_COST),
             facts={"first run s": timed["masked"].first, "runs s": timed["masked"].runs}),
+        *generation_rows(lm, mesh, batch, length, new_tokens, repeats, lambda tokens, n: _ours(lm, tokens, n)),
     ])  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One comparison. ours and peer in `unit`, peer None where ours stands alone.
+    """One comparison. ours and peer in `unit`, peer None where ours stands alone; peer may be what the machine can do.
 
     target: what the ratio should be; times depend on the machine, so a missed target is shown and fails nothing.
     bounds: equality and the like; one that does not hold fails the benchmark.

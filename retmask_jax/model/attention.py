@@ -72,14 +72,17 @@ class Probed:
     mass: jax.Array | None = None
 
 
-def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto"):
+def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto", positions_BT=None):
     """Causal attention with softmax in float32; returns the heads' outputs, [B,T,H,D]. Head h reads kv head h // G.
 
     start_B None: queries and keys are the same T positions from 0 on. Else query t of row b stands at start_B[b] + t
-    among keys at any positions. kernel: one of KERNELS; "auto" takes the fastest that the call and the device allow.
+    among keys at any positions. positions_BT: where a few queries stand that do not follow each other. kernel: one of
+    KERNELS; "auto" takes the fastest that the call and the device allow.
     """
     batch, length, heads, width = q_BTHD.shape
-    chosen = _choose(kernel, jax.default_backend(), q_BTHD.dtype.name, length, width, start_B is None, scores)
+    chosen = "plain"
+    if positions_BT is None:
+        chosen = _choose(kernel, jax.default_backend(), q_BTHD.dtype.name, length, width, start_B is None, scores)
     if chosen == "splash":
         from retmask_jax.model.splash import splash_attend, unsupported
 
@@ -93,6 +96,7 @@ def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto
         return _cudnn(q_BTHD, keys, scores)
     q_BKGTD = q_BTHD.reshape(batch, length, keys.kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
     first_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
+    positions_BT = first_B[:, None] + jnp.arange(length) if positions_BT is None else positions_BT
     if chosen == "blocked" and keys.contiguous:
 
         def one(row, q_GTD, k_DS, v_SD):
@@ -100,16 +104,14 @@ def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto
     else:
 
         def one(row, q_GTD, k_DS, v_SD):
-            return plain(q_GTD, k_DS, v_SD, first_B[row] + jnp.arange(length), keys.positions_BS[row], scores)
+            return plain(q_GTD, k_DS, v_SD, positions_BT[row], keys.positions_BS[row], scores)
 
     return _over_heads(one, q_BKGTD, keys).reshape(batch, heads, length, width).swapaxes(1, 2)
 
 
-def probe(q_BTHD, keys: Keys, request: Probe, start_B, scores: Scores) -> Probed:
-    """Probed of the request's query rows, each [B,P,H,...]; the weights of a few rows exist at a time."""
-    batch, _, heads, width = q_BTHD.shape
-    q_BPHD = jnp.take_along_axis(q_BTHD, request.rows_BP[:, :, None, None], axis=1)
-    query_PB = (start_B[:, None] + request.rows_BP).T
+def probe(q_BPHD, positions_BP, keys: Keys, request: Probe, scores: Scores) -> Probed:
+    """Probed of query rows at these positions, each [B,P,H,...]; the weights of a few rows exist at a time."""
+    batch, _, heads, width = q_BPHD.shape
 
     def one(args):
         q_BHD, query_B = args
@@ -126,7 +128,7 @@ def probe(q_BTHD, keys: Keys, request: Probe, start_B, scores: Scores) -> Probed
         weights_BHS = jax.nn.softmax(jnp.where(seen_B1S, scores.of(products_BHS), HIDDEN), axis=-1)
         return found.replace(mass=jnp.einsum("bhs,bns->bhn", weights_BHS, inside_BNS.astype(jnp.float32)))
 
-    found = jax.lax.map(one, (q_BPHD.swapaxes(0, 1), query_PB), batch_size=_PROBED_AT_ONCE)
+    found = jax.lax.map(one, (q_BPHD.swapaxes(0, 1), positions_BP.T), batch_size=_PROBED_AT_ONCE)
     return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 

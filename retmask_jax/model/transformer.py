@@ -126,14 +126,14 @@ def merge_layers(config: ModelConfig, grouped):
 class Call:
     """What all blocks of one call share. rotations: (cos, sin) by layer kind; start_B None: rows begin at 0.
 
-    only_B: the one position of each row that is wanted from the last block of a group (None: all).
+    rows_BP: among the T, what is wanted from the last block of a group (None: all); a probe then asks about the same.
     """
 
     rotations: dict[str, Any]
     start_B: jax.Array | None
     end_B: jax.Array
     probe: Probe | None = None
-    only_B: jax.Array | None = None
+    rows_BP: jax.Array | None = None
 
     @property
     def first_B(self) -> jax.Array:
@@ -154,11 +154,17 @@ def split_masks(config: ModelConfig, interventions: Interventions):
     return split_layers(config, {"head": _layers_first(iv.head_mask, 2), "rope": _layers_first(iv.rope_mask, 3)})
 
 
-def only(x_BTX, only_B):
-    """[B,1,...]: one position of each row; all of them where only_B is None."""
-    if only_B is None:
+def merge_probed(config: ModelConfig, blocks, tail):
+    """[B,P,L,H,...] of what groups probed, as the blocks' scan and the tail give it."""
+    probed = merge_layers(config, {"blocks": blocks, "tail": tail})
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), probed)
+
+
+def only(x_BTX, rows_BP):
+    """[B,P,...]: some positions of each row; all of them where rows_BP is None."""
+    if rows_BP is None:
         return x_BTX
-    return jnp.take_along_axis(x_BTX, only_B.reshape(-1, *(1,) * (x_BTX.ndim - 1)), axis=1)
+    return jnp.take_along_axis(x_BTX, rows_BP.reshape(*rows_BP.shape, *(1,) * (x_BTX.ndim - 2)), axis=1)
 
 
 class Attention(nn.Module):
@@ -171,7 +177,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTE, masks, cache, repeat, call: Call):
         cfg = self.config
-        wanted_BTE = only(x_BTE, call.only_B)
+        wanted_BTE = only(x_BTE, call.rows_BP)
         q_BTHD = self._project(wanted_BTE, cfg.n_heads, "q")
         k_BTKD = self._project(x_BTE, cfg.n_kv_heads, "k")
         v_BTKD = self._project(x_BTE, cfg.n_kv_heads, "v")
@@ -180,7 +186,7 @@ class Attention(nn.Module):
             k_BTKD = _drop(k_BTKD, _dims(cfg, _any_of_group(masks["rope"], cfg.n_kv_heads)))
         q_BTHD, k_BTKD = self._normed(q_BTHD, "q_norm"), self._normed(k_BTKD, "k_norm")
         rotations = call.rotations[self.kind]
-        q_BTHD = rotate(q_BTHD, *(only(x, call.only_B) for x in rotations))
+        q_BTHD = rotate(q_BTHD, *(only(x, call.rows_BP) for x in rotations))
         k_BTKD = rotate(k_BTKD, *rotations)
         if self.rope_site == "rotary":
             q_BTHD = _drop(q_BTHD, _dims(cfg, masks["rope"]))
@@ -190,11 +196,15 @@ class Attention(nn.Module):
             seen, cache = cache.extend(repeat, k_BTKD, v_BTKD, call.first_B, call.end_B)
             keys = keys if call.start_B is None else seen
         scores = Scores(cfg.attention_scale, cfg.window if self.kind == "sliding" else None, cfg.attention_softcap)
-        start_B = call.start_B if call.only_B is None else call.first_B + call.only_B
-        out_BTHD = attend(q_BTHD, keys, scores, start_B, cfg.kernel)
+        positions_BT = None if call.rows_BP is None else call.first_B[:, None] + call.rows_BP
+        out_BTHD = attend(q_BTHD, keys, scores, call.start_B, cfg.kernel, positions_BT)
         out_BTHD = _drop(out_BTHD, masks["head"][:, :, None])
         out_BTE = dense(out_BTHD.reshape(*wanted_BTE.shape[:2], -1), cfg.hidden_size, ("heads", "embed"), "o")
-        probed = None if call.probe is None else probe(q_BTHD, keys, call.probe, call.first_B, scores)
+        probed = None
+        if call.probe is not None:
+            asked_BP = call.probe.rows_BP
+            q_BPHD = q_BTHD if call.rows_BP is not None else only(q_BTHD, asked_BP)
+            probed = probe(q_BPHD, call.first_B[:, None] + asked_BP, keys, call.probe, scores)
         return out_BTE, cache, probed
 
     def _project(self, x_BTE, heads: int, name: str):
@@ -226,7 +236,7 @@ class Block(nn.Module):
         x_BTE = nn.with_logical_constraint(x_BTE, ("batch", "length", "embed_act"))
         attention = Attention(cfg, cfg.layer_pattern[self.place], self.rope_site, name="attn")
         out_BTE, cache, probed = attention(self._before("attn_norm", x_BTE), masks, cache, repeat, call)
-        x_BTE = only(x_BTE, call.only_B) + self._behind("attn_post_norm", out_BTE)
+        x_BTE = only(x_BTE, call.rows_BP) + self._behind("attn_post_norm", out_BTE)
         mlp = Experts(cfg, name="experts") if cfg.has_experts(self.place) else GatedMLP(cfg, name="mlp")
         x_BTE += self._behind("mlp_post_norm", mlp(self._before("mlp_norm", x_BTE)))
         return x_BTE, cache, probed
@@ -254,7 +264,7 @@ class Group(nn.Module):
             i = str(place)
             block = Block(self.config, place, self.rope_site, name=i)
             last = place == self.n_blocks - 1
-            block_call = call if last else call.replace(only_B=None)
+            block_call = call if last else call.replace(rows_BP=None)
             x_BTE, cache, probed[i] = block(x_BTE, masks[i], caches and caches[i], repeat, block_call)
             caches = caches and caches | {i: cache}
         return (x_BTE, caches), probed
@@ -297,11 +307,8 @@ class Transformer(nn.Module):
         x_BTE = norm(cfg, "norm")(x_BTE)
         if not cfg.tied_embeddings:
             Unembedding(cfg, name="lm_head")()
-        if probe is not None:
-            probed = merge_layers(cfg, {"blocks": probed, "tail": tail_probed})
-            probed = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), probed)
         cache = None if cache["blocks"] is None else {"blocks": block_cache, "tail": tail_cache}
-        return Hidden(x_BTE, cache, None if probe is None else probed)
+        return Hidden(x_BTE, cache, None if probe is None else merge_probed(cfg, probed, tail_probed))
 
 
 class Embedding(nn.Module):

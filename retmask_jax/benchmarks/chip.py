@@ -1,0 +1,101 @@
+"""How much of what the machine can do is used: its peaks, measured, and the work that is needed at least."""
+
+import functools
+import statistics
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from retmask_jax.benchmarks.harness import Bound, Row, alternate
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.sharding import by_rows, param_shapes, using
+
+_PRODUCT = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # rows and columns of the matrices that are multiplied
+_COPIED = {"cpu": 2**28, "gpu": 2**31, "tpu": 2**30}  # bytes that are copied on each device
+
+
+def forward_flops(config: ModelConfig, tokens: int, counted: int) -> float:
+    """Operations a row of `tokens` needs, with logits of `counted` of them: two per weight and token that meet, and four
+    per dimension of a head for each pair of a query and a key that it sees."""
+    matrices = sum(leaf.size for path, leaf in _leaves(config) if path[-1].key == "kernel" and path[0].key != "lm_head")
+    pairs = sum(_seen(tokens, config.window if kind == "sliding" else None) for kind in _kinds(config))
+    attention = 4 * config.n_heads * config.head_dim * pairs
+    return 2.0 * matrices * tokens + attention + 2.0 * counted * config.hidden_size * config.vocab_size
+
+
+def decode_bytes(config: ModelConfig, rows: int, context: int, itemsize: int) -> float:
+    """Bytes that one decoding step of `rows` must read: every matrix once, and the keys and values that are seen."""
+    matrices = sum(leaf.size for path, leaf in _leaves(config) if path[-1].key == "kernel")
+    matrices += config.hidden_size * config.vocab_size if config.tied_embeddings else 0
+    seen = sum(min(context, config.window) if kind == "sliding" else context for kind in _kinds(config))
+    return float(itemsize) * (matrices + rows * 2 * config.n_kv_heads * config.head_dim * seen)
+
+
+def product_peak(mesh, dtype) -> float:
+    """Operations a second of square matrix products, on all devices of a data mesh at once; the best of ten."""
+    n = _PRODUCT[jax.default_backend()]
+    a, b = (_filled(mesh, (mesh.size * rows, n), dtype) for rows in (n, n))
+    multiply = jax.jit(lambda a, b: by_rows(lambda _, ab: ab[0] @ ab[1], (), (a, b)))
+    return 2.0 * mesh.size * n**3 / _best(mesh, lambda: multiply(a, b))
+
+
+def copy_bandwidth(mesh) -> float:
+    """Bytes a second, read and written, of copies on all devices of a data mesh at once; the best of ten."""
+    x = _filled(mesh, (mesh.size, _COPIED[jax.default_backend()] // 4), jnp.float32)
+    copy = jax.jit(lambda x: by_rows(lambda _, x: x + 1, (), x))
+    return 2.0 * x.nbytes / _best(mesh, lambda: copy(x))
+
+
+def share_row(name: str, unit: str, done: float, peak: float, target: float | None) -> Row:
+    """A row of giga-`unit` a second against the machine's peak."""
+    share = done / peak
+    bound = None if target is None or jax.default_backend() != "gpu" else Bound("share", share, ">=", target)
+    return Row(name, f"G{unit}/s", done / 1e9, peak / 1e9, share, bound)
+
+
+def generation_rows(lm, mesh, rows: int, length: int, new_tokens: int, repeats: int,
+                    generate: Callable[[np.ndarray, int], object]) -> list[Row]:  # fmt: skip
+    """Prefill's share of the matrix-product peak and decoding's share of the copy bandwidth, all rows of one length."""
+    config, dtype = lm.config, jax.tree.leaves(lm.params)[0].dtype
+    tokens = np.random.default_rng(6).integers(16, config.vocab_size, (rows, length), dtype=np.int32)
+    ends = {"prefill": 1, "both": new_tokens}
+    timed = alternate({name: functools.partial(generate, tokens, n) for name, n in ends.items()}, repeats)
+    flops = rows * forward_flops(config, length, counted=1)
+    about = f"{rows} prompts of {length}"
+    found = [share_row(f"prefill, {about}; peer: the machine's matrix-product peak", "FLOP",
+                       flops / timed["prefill"].median, product_peak(mesh, dtype), 0.5)]  # fmt: skip
+    if new_tokens > 1:
+        step = statistics.median(np.subtract(timed["both"].runs, timed["prefill"].runs)) / (new_tokens - 1)
+        needed = decode_bytes(config, rows, length + new_tokens // 2, dtype.itemsize)
+        found.append(share_row(f"decoding, {about}; peer: the machine's copy bandwidth", "B", needed / step,
+                               copy_bandwidth(mesh), 0.6))  # fmt: skip
+    return found
+
+
+def _leaves(config: ModelConfig):
+    return jax.tree.leaves_with_path(nn.unbox(param_shapes(config)))
+
+
+def _kinds(config: ModelConfig) -> tuple[str, ...]:
+    return config.layer_pattern * config.repeats + config.tail
+
+
+def _seen(tokens: int, window: int | None) -> float:
+    """Pairs of a query and a key that it sees."""
+    width = tokens if window is None else min(window, tokens)
+    return width * (width + 1) / 2 + (tokens - width) * width
+
+
+def _filled(mesh, shape, dtype):
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.jit(lambda: jnp.full(shape, 0.5, dtype), out_shardings=sharding)()
+
+
+def _best(mesh, run) -> float:
+    with using(mesh):
+        timed = alternate({"run": lambda: jax.block_until_ready(run())}, 10)
+    return min(timed["run"].runs)

@@ -1,0 +1,78 @@
+"""The forward pass group by group, for work that starts late or wants few rows of the last layer. Inference only: a
+gradient would hold one copy of all weights for each group."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from retmask_jax.model.attention import Probe
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.layers import norm
+from retmask_jax.model.transformer import Call, Embedding, Group, Hidden, make_call, merge_probed, split_masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The groups of a model in one call. A carry is (x_BTE, the cache's "blocks" or None); masks are split."""
+
+    config: ModelConfig
+    params: Any
+    call: Call
+    rope_site: str
+
+    @property
+    def before_last(self) -> int:
+        """Repeats of the pattern before the last group, which is the tail where there is one."""
+        return self.config.repeats if self.config.tail else self.config.repeats - 1
+
+    def embed(self, tokens_BT):
+        return Embedding(self.config).apply({"params": self.params["embed"]}, tokens_BT)
+
+    def through(self, r, carry, masks):
+        """(carry behind repeat r, what it probed)."""
+        weights, masks = jax.tree.map(lambda leaf: leaf[r], (self.params["blocks"], masks["blocks"]))
+        group = Group(self.config, self.rope_site, len(self.config.layer_pattern))
+        return group.apply({"params": weights}, carry, (r, masks), self.call)
+
+    def last(self, carry, masks, rows_BP):
+        """The last group: ((final normed states x_BPE of rows_BP, cache of the group), what it probed).
+
+        Its last layer computes keys and values of all positions and nothing else of those that are not asked for.
+        """
+        call = self.call.replace(rows_BP=rows_BP)
+        if self.config.tail:
+            group, repeat = Group(self.config, self.rope_site, len(self.config.tail)), 0
+            weights, masks = self.params["tail"], masks["tail"]
+        else:
+            group, repeat = Group(self.config, self.rope_site, len(self.config.layer_pattern)), self.config.repeats - 1
+            weights, masks = jax.tree.map(lambda leaf: leaf[repeat], (self.params["blocks"], masks["blocks"]))
+        (x_BPE, cache), probed = group.apply({"params": weights}, carry, (repeat, masks), call)
+        x_BPE = norm(self.config, None).apply({"params": self.params["norm"]}, x_BPE)
+        return (x_BPE, cache), probed
+
+
+def hidden_rows(config: ModelConfig, params, tokens_BT, interventions: Interventions, rows_BP, *, cache=None,
+                start_B=None, end_B=None, probe: Probe | None = None, longest=None) -> Hidden:  # fmt: skip
+    """As `hidden`, but final states x_BPE of the rows rows_BP i32[B,P] alone; a probe asks about the same rows."""
+    batch, length = tokens_BT.shape
+    iv = interventions.fill(config, batch)
+    end_B = jnp.full(batch, length) if end_B is None else end_B
+    layers = Layers(config, params, make_call(config, length, start_B, end_B, longest, probe), iv.rope_site)
+    masks = split_masks(config, iv)
+    cache = cache or {"blocks": None, "tail": None}
+    carry, probed = jax.lax.scan(
+        lambda carry, r: layers.through(r, carry, masks), (layers.embed(tokens_BT), cache["blocks"]),
+        jnp.arange(layers.before_last),
+    )  # fmt: skip
+    x_BTE, blocks = carry
+    (x_BPE, last_cache), last_probed = layers.last((x_BTE, cache["tail"] if config.tail else blocks), masks, rows_BP)
+    if config.tail:
+        tail, tail_probed = last_cache, last_probed
+    else:
+        blocks, tail, tail_probed = last_cache, cache["tail"], {}
+        probed = jax.tree.map(lambda first, last: jnp.concatenate([first, last[None]]), probed, last_probed)
+    cache = None if blocks is None else {"blocks": blocks, "tail": tail}
+    return Hidden(x_BPE, cache, None if probe is None else merge_probed(config, probed, tail_probed))

@@ -2,7 +2,7 @@
 
     retmask run --config=tiny_full
 
-About half an hour on two CPU cores. All arms start from the same model, use the same prompts, learning rate and number
+About 20 minutes on two CPU cores. All arms start from the same model, use the same prompts, learning rate and number
 of updates; what differs is where the rejected (or, for sft, the chosen) answers come from. Intervals pool the seeds and
 are over evaluation cases; the table is in the README.
 """

@@ -1,7 +1,6 @@
 """The `retmask` command: parses, dispatches, nothing else."""
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -117,12 +116,11 @@ def _dispatch(arguments, overrides) -> int:
     if arguments.stage in ("inspect", "bench"):
         if overrides:
             raise ValueError(f"{arguments.stage} reads no config: --config.{overrides[0][0]} does not apply")
-        from retmask_jax import pipeline, sharding
+        from retmask_jax import pipeline
 
         if arguments.stage == "inspect":
             pipeline.inspect(arguments.model, arguments.json)
             return 0
-        sharding.split_cpu(os.cpu_count())
         options = {name: value for name, value in vars(arguments).items() if name not in ("stage", "benchmark", "out")}
         return 0 if pipeline.bench(arguments.benchmark, arguments.out, options) else 1
 
@@ -131,9 +129,8 @@ def _dispatch(arguments, overrides) -> int:
     config = recipes.load_recipe(arguments.config, overrides)
     root = Path(arguments.workdir or Path("runs") / Path(arguments.config).stem)
     # Only now: these bring in jax and take seconds.
-    from retmask_jax import pipeline, sharding
+    from retmask_jax import pipeline
 
-    sharding.split_cpu(config.cpu_devices)
     begin = time.time()
     if arguments.stage == "pretrain":
         pipeline.pretrain(config, root)

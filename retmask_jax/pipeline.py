@@ -12,6 +12,7 @@ from retmask_jax.files import write_json
 from retmask_jax.hub import config_folder
 from retmask_jax.lm import load, save
 from retmask_jax.model.interventions import mask_heads
+from retmask_jax.sharding import split_cpu
 from retmask_jax.stages import STAGES, Context, check_config, check_model, run_stage
 from retmask_jax.workdir import Workdir
 
@@ -91,6 +92,7 @@ def bench(name: str, out: Path | None, options: dict) -> bool:
     """
     # Both sides may share one GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    split_cpu(os.cpu_count())
     from retmask_jax.benchmarks import detect, dpo, generate, harness, masks, memory
 
     benchmarks = {"detect": detect, "masks": masks, "generate": generate, "dpo": dpo, "memory": memory}
@@ -109,6 +111,7 @@ def bench(name: str, out: Path | None, options: dict) -> bool:
 
 def _open(config, root: Path) -> Context:
     _log()
+    split_cpu(config.cpu_devices)
     check_config(config)
     context = Context(config, Workdir.open(root, config))
     check_model(context)

@@ -242,7 +242,9 @@ def test_needed_work_is_counted_by_hand():
     assert chip.decode_bytes(config, rows=7, context=5, itemsize=2) == 2 * (3 * a_layer + 8 * 100 + 7 * cached)
 
 
-def test_shares_are_of_what_the_machine_did(small):
+def test_shares_are_of_what_the_machine_did(small, monkeypatch):
+    monkeypatch.setitem(chip._PRODUCT, "cpu", 128)
+    monkeypatch.setitem(chip._COPIED, "cpu", 2**20)
     lm, mesh = rm.load(small, mesh=models.mesh()), models.mesh()
     rows = chip.generation_rows(lm, mesh, 2, 16, 3, 1, lambda tokens, n: lm.generate(tokens, [16, 16], n).tokens)
     assert [row.unit for row in rows] == ["GFLOP/s", "GB/s"]

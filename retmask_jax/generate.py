@@ -81,10 +81,11 @@ def generate(
         longest = lengths.max() + max_new_tokens
         log.info("rotary frequencies are those of %d tokens, the longest prompt and max_new_tokens", longest)
     rows = np.arange(len(tokens)) if seeds.ndim == 0 else np.zeros(len(tokens), int)
+    iv = jax.tree.map(np.asarray, (interventions or Interventions()).fill(config, len(tokens)))
     arguments = (
         padded,
         lengths,
-        (interventions or Interventions()).fill(config, len(tokens)),
+        iv.per_row(len(tokens)),  # shared masks, too: one program for both
         _padded_stop_ids(config.eos_ids if stop_ids is None else stop_ids),
         np.float32(temperature),
         np.float32(top_p),

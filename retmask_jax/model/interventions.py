@@ -53,11 +53,9 @@ class Interventions:
         )
 
     def per_row(self, batch: int) -> "Interventions":
-        """Filled masks with a row axis, a shared one repeated."""
-        head_mask, rope_mask = self.head_mask, self.rope_mask
+        """Filled masks with a row axis, a shared one repeated; NumPy arrays stay such."""
         return self.replace(
-            head_mask=head_mask if head_mask.ndim == 3 else jnp.broadcast_to(head_mask, (batch, *head_mask.shape)),
-            rope_mask=rope_mask if rope_mask.ndim == 4 else jnp.broadcast_to(rope_mask, (batch, *rope_mask.shape)),
+            head_mask=_per_row(self.head_mask, 3, batch), rope_mask=_per_row(self.rope_mask, 4, batch)
         )
 
     def __or__(self, other: "Interventions") -> "Interventions":
@@ -154,6 +152,11 @@ def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[i
         case _:
             raise ValueError(f'which is {which!r}; it must be "low", "high" or "random"')
     return sorted(int(pair) for pair in chosen)
+
+
+def _per_row(mask, ndim: int, batch: int):
+    broadcast_to = np.broadcast_to if isinstance(mask, np.ndarray) else jnp.broadcast_to
+    return mask if mask.ndim == ndim else broadcast_to(mask, (batch, *mask.shape))
 
 
 def _checked(name: str, mask, shape: tuple[int, ...], batch: int | None):

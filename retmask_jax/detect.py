@@ -109,7 +109,7 @@ def read_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: S
             # Behind a beginning chunks are computed as far as the longest row of a batch goes: rows of one length, and
             # one program for all. On a CPU two rows fill a product, or one on each of its devices.
             shared = cache is not None
-            size = min(batch_size, full_share(lm.params, 2 if shared and on_cpu else len(group.members)))
+            size = min(batch_size, full_share(2 if shared and on_cpu else len(group.members)))
             # The longest continuations first.
             members = sorted(zip(group.members, group.starts, strict=True), key=lambda m: m[1] - len(prompts[m[0]]))
             for batch in full_batches(members, size):

@@ -92,9 +92,9 @@ def bench(name: str, out: Path | None, options: dict) -> bool:
     """
     # Both sides may share one GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    split_cpu(os.cpu_count())
     from retmask_jax.benchmarks import detect, dpo, generate, harness, masks, memory
 
+    split_cpu(harness.cores())
     benchmarks = {"detect": detect, "masks": masks, "generate": generate, "dpo": dpo, "memory": memory}
     for option, value in options.items():
         least = 0 if option == "memory_length" else 1

@@ -11,6 +11,7 @@ import numpy as np
 
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.kernels import even_size
 from retmask_jax.model.layerwise import hidden_rows
 
 CHUNK = 1024  # tokens of a row that pass through the model at once: bounds the memory of activations at any length
@@ -41,7 +42,7 @@ def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *
                           probe=probe, longest=longest)  # fmt: skip
         return Prefilled(out.x_BTE, out.cache, out.probed)
     start_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
-    chunk = _even(length, chunk)
+    chunk = even_size(length, chunk, min(_ALIGNED, chunk))
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -length % chunk)))
 
     def one(c, cache) -> Prefilled:
@@ -71,14 +72,8 @@ def slots_for(length: int, chunk: int = CHUNK) -> int:
     """Slots a cache needs for `length` new tokens, with the padding of the last chunk."""
     if length <= chunk:
         return length
-    even = _even(length, chunk)
+    even = even_size(length, chunk, min(_ALIGNED, chunk))
     return -(-length // even) * even
-
-
-def _even(length: int, chunk: int) -> int:
-    """The size of as many equal chunks as `chunk` needs for a length: little of the last one is padding."""
-    n_chunks, aligned = -(-length // chunk), min(_ALIGNED, chunk)
-    return -(-length // (n_chunks * aligned)) * aligned
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,10 +118,9 @@ def by_rows(function, shared, rows, *, mean: bool = False):
     return mapped(shared, rows)
 
 
-def full_share(params, rows: int) -> int:
-    """The number of rows, at least `rows`, that `by_rows` divides over the devices of the parameters."""
-    sharding = jax.tree.leaves(params)[0].sharding
-    devices = sharding.mesh.shape["data"] if isinstance(sharding, NamedSharding) else 1
+def full_share(rows: int) -> int:
+    """The number of rows, at least `rows`, that divides over the data axis of the mesh that is set."""
+    devices = jax.sharding.get_abstract_mesh().shape.get("data", 1)
     return -(-rows // devices) * devices
 
 

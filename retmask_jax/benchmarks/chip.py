@@ -21,16 +21,14 @@ _COPIED = {"cpu": 2**28, "gpu": 2**31, "tpu": 2**30}  # bytes that are copied on
 def forward_flops(config: ModelConfig, tokens: int, counted: int) -> float:
     """Operations a row of `tokens` needs, with logits of `counted` of them: two per weight and token that meet, and four
     per dimension of a head for each pair of a query and a key that it sees."""
-    matrices = sum(leaf.size for path, leaf in _leaves(config) if path[-1].key == "kernel" and path[0].key != "lm_head")
     pairs = sum(_seen(tokens, config.window if kind == "sliding" else None) for kind in _kinds(config))
     attention = 4 * config.n_heads * config.head_dim * pairs
-    return 2.0 * matrices * tokens + attention + 2.0 * counted * config.hidden_size * config.vocab_size
+    return 2.0 * _in_blocks(config) * tokens + attention + 2.0 * counted * config.hidden_size * config.vocab_size
 
 
 def decode_bytes(config: ModelConfig, rows: int, context: int, itemsize: int) -> float:
     """Bytes that one decoding step of `rows` must read: every matrix once, and the keys and values that are seen."""
-    matrices = sum(leaf.size for path, leaf in _leaves(config) if path[-1].key == "kernel")
-    matrices += config.hidden_size * config.vocab_size if config.tied_embeddings else 0
+    matrices = _in_blocks(config) + config.hidden_size * config.vocab_size
     seen = sum(min(context, config.window) if kind == "sliding" else context for kind in _kinds(config))
     return float(itemsize) * (matrices + rows * 2 * config.n_kv_heads * config.head_dim * seen)
 
@@ -38,7 +36,7 @@ def decode_bytes(config: ModelConfig, rows: int, context: int, itemsize: int) ->
 def product_peak(mesh, dtype) -> float:
     """Operations a second of square matrix products, on all devices of a data mesh at once; the best of ten."""
     n = _PRODUCT[jax.default_backend()]
-    a, b = (_filled(mesh, (mesh.size * rows, n), dtype) for rows in (n, n))
+    a, b = (_filled(mesh, (mesh.size * n, n), dtype) for _ in range(2))
     multiply = jax.jit(lambda a, b: by_rows(lambda _, ab: ab[0] @ ab[1], (), (a, b)))
     return 2.0 * mesh.size * n**3 / _best(mesh, lambda: multiply(a, b))
 
@@ -76,8 +74,10 @@ def generation_rows(lm, mesh, rows: int, length: int, new_tokens: int, repeats: 
     return found
 
 
-def _leaves(config: ModelConfig):
-    return jax.tree.leaves_with_path(nn.unbox(param_shapes(config)))
+def _in_blocks(config: ModelConfig) -> int:
+    """Weights of all matrices but the embedding and the output's."""
+    leaves = jax.tree.leaves_with_path(nn.unbox(param_shapes(config)))
+    return sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel" and path[0].key != "lm_head")
 
 
 def _kinds(config: ModelConfig) -> tuple[str, ...]:

@@ -117,7 +117,7 @@ def environment() -> dict[str, Any]:
             found[package] = None
     return {
         "versions": found, "python": platform.python_version(), "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)), "devices": [str(device.device_kind) for device in jax.devices()],
+        "cores": cores(), "devices": [str(device.device_kind) for device in jax.devices()],
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
 

@@ -126,8 +126,8 @@ class _Tiles:
 
     def __init__(self, query_shape, n_keys: int, first_query, first_key, scores: Scores):
         self.groups, self.length, self.width = query_shape
-        self.query_block = _even(self.length, QUERY_BLOCK)
-        self.key_block = _even(n_keys, QUERY_BLOCK if n_keys <= 2 * KEY_BLOCK else KEY_BLOCK)
+        self.query_block = even_size(self.length, QUERY_BLOCK)
+        self.key_block = even_size(n_keys, QUERY_BLOCK if n_keys <= 2 * KEY_BLOCK else KEY_BLOCK)
         self.n_key_blocks = -(-n_keys // self.key_block)
         self.first_query, self.first_key, self.n_keys, self.rule = first_query, first_key, n_keys, scores
 
@@ -167,9 +167,9 @@ class _Tiles:
         return jnp.where(seen_NS & (index_S < self.n_keys), self.rule.of(dot(q_ND, self.block(k_DS, s, 1), (1, 0))), HIDDEN)
 
 
-def _even(length: int, most: int) -> int:
-    """The size of equal blocks, at most `most`, that pad a length least."""
-    return min(most, _ALIGNED * -(-length // (_ALIGNED * -(-length // most))))
+def even_size(length: int, most: int, aligned: int = _ALIGNED) -> int:
+    """The size of equal parts, at most `most` and a multiple of `aligned`, that pad a length least."""
+    return min(most, aligned * -(-length // (aligned * -(-length // most))))
 
 
 def _padded(x, axis: int, multiple_of: int):

@@ -31,11 +31,10 @@ class Layers:
     def embed(self, tokens_BT):
         return Embedding(self.config).apply({"params": self.params["embed"]}, tokens_BT)
 
-    def through(self, r, carry, masks):
-        """(carry behind repeat r, what it probed)."""
+    def through(self, r, carry, masks, call: Call | None = None):
+        """(carry behind repeat r, what it probed); call: another one for this repeat."""
         weights, masks = jax.tree.map(lambda leaf: leaf[r], (self.params["blocks"], masks["blocks"]))
-        group = Group(self.config, self.rope_site, len(self.config.layer_pattern))
-        return group.apply({"params": weights}, carry, (r, masks), self.call)
+        return self._apply(self.config.layer_pattern, weights, carry, (r, masks), call or self.call)
 
     def last(self, carry, masks, rows_BP):
         """The last group: ((final normed states x_BPE of rows_BP, cache of the group), what it probed).
@@ -44,14 +43,16 @@ class Layers:
         """
         call = self.call.replace(rows_BP=rows_BP)
         if self.config.tail:
-            group, repeat = Group(self.config, self.rope_site, len(self.config.tail)), 0
-            weights, masks = self.params["tail"], masks["tail"]
+            out = self._apply(self.config.tail, self.params["tail"], carry, (0, masks["tail"]), call)
         else:
-            group, repeat = Group(self.config, self.rope_site, len(self.config.layer_pattern)), self.config.repeats - 1
-            weights, masks = jax.tree.map(lambda leaf: leaf[repeat], (self.params["blocks"], masks["blocks"]))
-        (x_BPE, cache), probed = group.apply({"params": weights}, carry, (repeat, masks), call)
+            out = self.through(self.before_last, carry, masks, call)
+        (x_BPE, cache), probed = out
         x_BPE = norm(self.config, None).apply({"params": self.params["norm"]}, x_BPE)
         return (x_BPE, cache), probed
+
+    def _apply(self, pattern, weights, carry, repeat_and_masks, call: Call):
+        group = Group(self.config, self.rope_site, len(pattern))
+        return group.apply({"params": weights}, carry, repeat_and_masks, call)
 
 
 def hidden_rows(config: ModelConfig, params, tokens_BT, interventions: Interventions, rows_BP, *, cache=None,

@@ -35,6 +35,12 @@ class Context:
         """A model as the config wants it: dtype, mesh, kernel."""
         return load(path, self.config.dtype, self.mesh, **options).with_kernel(self.config.kernel)
 
+    def release_params(self):
+        """The model's parameters, which this context then no longer holds; it loads them again when asked."""
+        params = self.lm.params
+        self.__dict__.pop("lm")
+        return params
+
     @functools.cached_property
     def prompter(self) -> Prompter:
         section = self.config.prompt

@@ -1,20 +1,36 @@
-"""Files that are either whole or not there: written under a temporary name, then renamed."""
+"""Files that are either whole or not there: written under a temporary name, then renamed; by the first of several
+hosts."""
 
 import gzip
+import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from retmask_jax.hosts import primary
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write text or bytes so that a killed process leaves the old file or the new one, never a part."""
+    if not primary():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
+
+
+def write_array(path: Path, array) -> None:
+    """One NumPy array in .npy format, which can be memory-mapped."""
+    import numpy as np
+
+    stream = io.BytesIO()
+    np.save(stream, array)
+    write_atomically(path, stream.getvalue())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -45,3 +61,9 @@ def read_jsonl(path: Path) -> list[Any]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
     return records
+
+
+def digest(value: Any) -> str:
+    """Hash of a JSON value or of bytes, 16 hex digits."""
+    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,7 +1,6 @@
 """The work directory: one folder per stage, results with provenance, stages skipped while their inputs are the same."""
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -11,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from retmask_jax.files import write_json
+from retmask_jax.files import digest, write_json
 from retmask_jax.recipes import as_json, differences
 
 _RESULT = "result.json"
@@ -89,12 +88,6 @@ class Workdir:
         result = {"provenance": provenance, "seconds": seconds, **result}
         write_json(folder / _RESULT, result)
         return result, False
-
-
-def digest(value: Any) -> str:
-    """Hash of a JSON value or of bytes, 16 hex digits."""
-    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def fingerprint(path: str | Path) -> str:

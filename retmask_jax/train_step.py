@@ -39,7 +39,7 @@ class Programs:
     freeze(start params) -> frozen.
     zeros() -> sums of nothing: (gradients, metrics).
     accumulate(params, frozen, sums, batch, ablated) -> sums with those of a part of a batch; consumes the old ones.
-    apply(state, sums) -> (State, metrics); consumes both.
+    apply(state, sums) -> (State, metrics); consumes the old state.
     finish(params, frozen) -> parameters of the whole model, adapters merged, float32.
     state: the State's shapes and shardings.
     """
@@ -109,7 +109,7 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
                        out_shardings=frozen_at),
         zeros=jax.jit(zeros, out_shardings=sums_at),
         accumulate=jax.jit(accumulate, donate_argnums=2, out_shardings=sums_at),
-        apply=jax.jit(apply, donate_argnums=(0, 1), out_shardings=(state_at, whole)),
+        apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_at, whole)),
         finish=jax.jit(finish, out_shardings=plain_at),
         state=state,
     )  # fmt: skip

@@ -51,7 +51,9 @@ def get_config() -> ConfigDict:
 
     # Contrastive responses: RetMask samples at temperature 0.6, top_p 1, up to 2048 tokens.
     config.pairs = ConfigDict()
-    config.pairs.prompts = ""  # JSONL of {id, messages}
+    config.pairs.prompts = ""  # .jsonl or .txt (or .gz), a glob of them, or tfds:NAME (see retmask_jax/data/prompts.py)
+    config.pairs.prompts_split = "train"  # of a TFDS set; a slice such as train[:10%] too
+    config.pairs.prompts_field = None  # where each record has its prompt; None: messages, conversation or prompt
     config.pairs.n_prompts = 294_000
     config.pairs.temperature = 0.6
     config.pairs.top_p = 1.0

@@ -10,7 +10,7 @@ from retmask_jax.dpo import contrast_loss
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, hidden, logits, longest_row, unembedding
-from retmask_jax.sharding import by_rows, mesh_of
+from retmask_jax.sharding import by_rows, mesh_of, split_vocab
 
 _CHUNK = 128
 
@@ -93,7 +93,7 @@ def _over_chunks(config, params, function, arrays, counted_BT):
         return x.reshape(batch, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     # Every device keeps its part of the vocabulary for all chunks; moving the matrix to the rows would cost more.
-    table_EV = nn.with_logical_constraint(unembedding(config, params), (None, "unembed_vocab"))
+    table_EV = split_vocab(unembedding(config, params))
 
     def logits_of(x_BTE):
         x_BTE = nn.with_logical_constraint(x_BTE, ("unembed_rows", None, None))

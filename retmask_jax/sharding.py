@@ -33,7 +33,7 @@ RULES = (
     ("length", "context"),
     ("embed_act", None),
     ("unembed_rows", "data"),
-    ("unembed_vocab", ("fsdp", "tensor")),
+    ("unembed_vocab", ("tensor", "fsdp")),  # in this order a part of what a device has of "vocab"
 )
 
 
@@ -120,6 +120,14 @@ def by_rows(function, shared, rows, *, total: bool = False):
     whole, split = PartitionSpec(), PartitionSpec("data")
     mapped = jax.shard_map(part, in_specs=(whole, split), out_specs=whole if total else split, check_vma=False)
     return mapped(shared, rows)
+
+
+def split_vocab(table_EV):
+    """The output matrix with its vocabulary over the tensor and fsdp axes, and whole columns."""
+    if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
+        # Step by step: in one, the compiler finds no other way than to copy the matrix to all devices.
+        table_EV = nn.with_logical_constraint(table_EV, (None, "vocab"))
+    return nn.with_logical_constraint(table_EV, (None, "unembed_vocab"))
 
 
 def full_share(rows: int) -> int:

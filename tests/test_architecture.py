@@ -17,7 +17,7 @@ data.tiny_language data.preferences data.chat data.prompts data.released data.pr
 training_settings optimizer objective reference train_step checkpoints metrics train
 evals.recall evals.perplexity evals.compare page figures report pretrain assets inspection recipes
 workdir context stages benchmarks.harness benchmarks.models benchmarks.chip benchmarks.peers benchmarks.trl_peer
-benchmarks.programs benchmarks.peak benchmarks.aot benchmarks.detect benchmarks.masks benchmarks.generate
+benchmarks.programs benchmarks.by_hand benchmarks.peak benchmarks.aot benchmarks.detect benchmarks.masks benchmarks.generate
 benchmarks.dpo benchmarks.memory pipeline main
 """.split()
 

@@ -1,13 +1,10 @@
-"""Contrastive pairs: sampling under masks, what is kept, token rows and the order of batches."""
-
-import collections
+"""Contrastive pairs: sampling under masks, and what is kept."""
 
 import numpy as np
 import pytest
 from helpers_tiny import BATCH, CONFIG, NEW, copying_lm, in_float64, reference_answer
 
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.data.preferences import batches, encode_pairs
 from retmask_jax.haystack import Prompter
 from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.pairs import make_demonstrations, make_pairs, sample_responses
@@ -118,103 +115,3 @@ def test_demonstrations_drop_empty_answers_only():
     records, counts = make_demonstrations(prompts, _responses("oslo", " ", "rome"))
     assert counts == {"kept": 2, "empty": 1}
     assert [(record["id"], record["chosen"]) for record in records] == [("0", "oslo"), ("2", "rome")]
-
-
-# --- token rows ---
-
-
-def _record(prompt, chosen, rejected, finished=(True, True)):
-    return {
-        "messages": [{"role": "user", "content": prompt}], "chosen": chosen, "rejected": rejected,
-        "chosen_finished": finished[0], "rejected_finished": finished[1],
-    }  # fmt: skip
-
-
-def _encode(records, max_tokens=40, max_prompt_tokens=20):
-    return encode_pairs(PROMPTER, records, eos_id=tl.EOS, max_tokens=max_tokens, max_prompt_tokens=max_prompt_tokens)
-
-
-def _split(rows, i):
-    """(words before the answer, words the loss counts, words behind) of row i."""
-    tokens, mask = rows.tokens[i], rows.loss_mask[i]
-    at = np.flatnonzero(mask)
-    words = [tl.VOCABULARY[token] for token in tokens]
-    assert mask[at[0] : at[-1] + 1].all()
-    return " ".join(words[: at[0]]), " ".join(words[at[0] : at[-1] + 1]), set(words[at[-1] + 1 :])
-
-
-def test_loss_counts_exactly_the_answer_and_its_end():
-    rows = _encode([
-        _record("the home of anna", "oslo", "fig elm oak", finished=(True, False)),
-        _record("every duke slept again near the lamp", "rome paris", "lima", finished=(False, True)),
-    ])  # fmt: skip
-    assert _split(rows.chosen, 0) == ("<bos> the home of anna :", "oslo <eos>", {"<eos>"})
-    assert _split(rows.rejected, 0) == ("<bos> the home of anna :", "fig elm oak", {"<eos>"})
-    assert _split(rows.chosen, 1)[:2] == ("<bos> every duke slept again near the lamp :", "rome paris")
-    assert _split(rows.rejected, 1)[:2] == ("<bos> every duke slept again near the lamp :", "lima <eos>")
-    assert (rows.cut, rows.prompts_cut, len(rows)) == (0, 0, 2)
-
-
-def test_long_prompts_keep_their_end():
-    rows = _encode([_record("amber apple ash bean birch", "oslo", "rome")], max_prompt_tokens=3)
-    assert _split(rows.chosen, 0)[0] == "bean birch :"
-    assert rows.prompts_cut == 1
-    exact = _encode([_record("amber apple ash bean birch", "oslo", "rome")], max_prompt_tokens=7)
-    assert _split(exact.chosen, 0)[0] == "<bos> amber apple ash bean birch :"
-    assert exact.prompts_cut == 0
-
-
-def test_long_answers_are_cut_and_have_no_end():
-    records = [
-        _record("anna", "fig elm oak ash", "fig elm oak"),  # 3 tokens of prompt
-        _record("anna", "fig elm oak ash yew plum", "fig"),
-    ]
-    rows = _encode(records, max_tokens=7)
-    assert _split(rows.chosen, 0)[1] == "fig elm oak ash"  # 4 answer tokens fit, the end does not
-    assert _split(rows.rejected, 0)[1] == "fig elm oak <eos>"
-    assert _split(rows.chosen, 1)[1] == "fig elm oak ash"
-    assert rows.cut == 2
-    assert rows.chosen.tokens.shape == (2, 7)  # never wider than the limit
-
-
-def test_both_sides_have_one_width():
-    long = " ".join(["fig"] * 90)
-    for chosen, rejected in ((long, "oslo"), ("oslo", long)):
-        rows = _encode([_record("anna", chosen, rejected)], max_tokens=1024)
-        shapes = [x.shape for side in (rows.chosen, rows.rejected) for x in (side.tokens, side.loss_mask)]
-        assert shapes == [(1, 128)] * 4  # 3 + 90 + 1 tokens, rounded up to limit the number of programs
-        assert rows.chosen.loss_mask.sum() == len(chosen.split()) + 1
-        assert rows.cut == 0
-
-
-# --- batches ---
-
-
-def _stream(loader, steps):
-    return [loader[step]["row"].tolist() for step in range(steps)]
-
-
-@pytest.mark.parametrize(("size", "batch"), [(12, 4), (10, 4), (5, 5)])
-def test_every_example_comes_once_an_epoch_and_epochs_differ(size, batch):
-    examples = {"row": np.arange(size), "twice": 2 * np.arange(size)[:, None]}
-    loader = batches(examples, batch, seed=0)
-    order = [row for rows in _stream(loader, -(-3 * size // batch)) for row in rows]
-    epochs = [order[i * size : (i + 1) * size] for i in range(3)]
-    assert all(collections.Counter(epoch) == collections.Counter(range(size)) for epoch in epochs)
-    assert len(set(map(tuple, epochs))) == 3
-    assert list(range(size)) not in epochs
-    assert (loader[1]["twice"] == 2 * loader[1]["row"][:, None]).all()
-
-
-def test_a_batch_depends_on_seed_and_step_alone():
-    examples = {"row": np.arange(12)}
-    walked = _stream(batches(examples, 4, seed=3), 9)
-    assert [batches(examples, 4, seed=3)[step]["row"].tolist() for step in (8, 2, 5)] == [walked[i] for i in (8, 2, 5)]
-    assert _stream(batches(examples, 4, seed=4), 9) != walked
-
-
-def test_too_few_examples_raise():
-    with pytest.raises(
-        ValueError, match="3 examples are fewer than a batch of 4: add prompts or lower train.batch_size"
-    ):
-        batches({"row": np.arange(3)}, 4, seed=0)

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from retmask_jax import sharding
 from retmask_jax.benchmarks import models
+from retmask_jax.benchmarks.by_hand import Ours
 from retmask_jax.benchmarks.chip import product_peak, share_row
 from retmask_jax.benchmarks.harness import Bound, Report, Row, Timed, alternate, speed_row
 from retmask_jax.benchmarks.peak import measure
@@ -16,10 +16,7 @@ from retmask_jax.benchmarks.peers import require
 from retmask_jax.benchmarks.programs import dpo_settings, random_pairs
 from retmask_jax.benchmarks.trl_peer import TrlPeer
 from retmask_jax.flops import training_flops
-from retmask_jax.lm import load
 from retmask_jax.optimizer import schedule
-from retmask_jax.reference import _logprobs
-from retmask_jax.train_step import make_programs
 from retmask_jax.training_settings import Settings
 
 _EPOCHS = 2  # of RetMask: a reference computed once serves so many steps
@@ -47,40 +44,6 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, pairs: 
                "remat": remat, "lora_rank": lora_rank, "memory_length": memory_length,
                "memory_shape": _MEMORY_SHAPE}  # fmt: skip
     return Report("dpo", setting, rows)
-
-
-class Ours:
-    """Our trainer's programs, stepped by hand. reference: f32[2, pairs], log-probabilities of both sides; None: those
-    of the checkpoint."""
-
-    def __init__(self, folder: Path, pairs: dict[str, np.ndarray], settings: Settings, mesh=None, reference=None):
-        self.mesh = models.mesh() if mesh is None else mesh
-        lm = load(folder, mesh=self.mesh)
-        self._config = lm.config
-        self._programs = make_programs(lm.config, settings, self.mesh)
-        n = settings.batch_size
-        self._batch = sharding.place_rows(self.mesh, n, lambda at: {name: x[at] for name, x in pairs.items()})
-        self._batch["weight"] = np.full(n, 1 / n, np.float32)
-        with sharding.using(self.mesh):
-            self._state = self._programs.begin(lm.params, 0)
-            self._frozen = self._programs.freeze(lm.params)
-        if reference is None:
-            self._start = jax.tree.map(lambda x: x.astype(settings.compute_dtype), lm.params)
-            reference = self.reference_pass()
-        self.reference = reference
-
-    def reference_pass(self) -> np.ndarray:
-        """f32[2, pairs]: log-probabilities of chosen and rejected answers under the start model."""
-        with sharding.using(self.mesh):
-            return np.stack(_logprobs(self._config, self._start, self._batch))
-
-    def step(self) -> dict[str, float]:
-        """One update; returns its metrics, the loss before it among them."""
-        batch = self._batch | {"ref_chosen": self.reference[0], "ref_rejected": self.reference[1]}
-        with sharding.using(self.mesh):
-            sums = self._programs.accumulate(self._state.params, self._frozen, self._programs.zeros(), batch, None)
-            self._state, values = self._programs.apply(self._state, sums)
-        return {name: float(value) for name, value in values.items()}
 
 
 def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: int, size: str) -> list[Row]:

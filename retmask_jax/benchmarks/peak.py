@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from retmask_jax.benchmarks import models
+from retmask_jax.benchmarks.by_hand import Ours
 from retmask_jax.benchmarks.programs import PROGRAMS, dpo_settings, random_pairs
 
 _STATUS = Path("/proc/self/status")
@@ -58,8 +59,6 @@ def program_peak(name: str, size: str, layers: int | None, length: int) -> dict[
 
 def our_training(folder: str, length: int, pairs: int) -> dict[str, int]:
     """DPO steps from a checkpoint. whole: all beyond the bare process; step: beyond parameters and moments."""
-    from retmask_jax.benchmarks.dpo import Ours
-
     settings = dpo_settings(pairs, "float32")
     vocab_size = models.read_shape(Path(folder)).vocab_size
     rows = random_pairs(vocab_size, length, pairs)

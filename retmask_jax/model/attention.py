@@ -8,6 +8,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from retmask_jax.model.config import KERNELS
 from retmask_jax.model.kernels import HIDDEN, Scores, blocked, dot, plain
@@ -80,6 +81,9 @@ def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto
     KERNELS; "auto" takes the fastest that the call and the device allow.
     """
     batch, length, heads, width = q_BTHD.shape
+    shards = _context_shards(length) if start_B is None and positions_BT is None else 1
+    if shards > 1:
+        return _over_context(q_BTHD, keys, scores, shards)
     chosen = "plain"
     if positions_BT is None:
         chosen = _choose(kernel, jax.default_backend(), q_BTHD.dtype.name, length, width, start_B is None, scores)
@@ -107,6 +111,27 @@ def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto
             return plain(q_GTD, k_DS, v_SD, positions_BT[row], keys.positions_BS[row], scores)
 
     return _over_heads(one, q_BKGTD, keys).reshape(batch, heads, length, width).swapaxes(1, 2)
+
+
+def _context_shards(length: int) -> int:
+    """Over how many devices the positions of a row are split, by the mesh that is set; 1 where they do not divide."""
+    shards = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    return shards if length % shards == 0 else 1
+
+
+def _over_context(q_BTHD, keys: Keys, scores: Scores, shards: int):
+    """Each device takes its own queries, behind one another along the context axis, against the keys of all."""
+    length = q_BTHD.shape[1] // shards
+    first_C = length * jnp.arange(shards)  # where the queries of each device begin
+
+    def own_queries(first_1, q_BTHD, keys):
+        start_B = jnp.broadcast_to(first_1, len(q_BTHD))
+        return attend(q_BTHD, keys, scores, start_B, "blocked")
+
+    split, whole = PartitionSpec(None, "context"), PartitionSpec()
+    mapped = jax.shard_map(own_queries, in_specs=(PartitionSpec("context"), split, whole), out_specs=split,
+                           axis_names={"context"}, check_vma=False)  # fmt: skip
+    return mapped(first_C, q_BTHD, keys)
 
 
 def probe(q_BPHD, positions_BP, keys: Keys, request: Probe, scores: Scores) -> Probed:

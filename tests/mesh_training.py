@@ -1,0 +1,63 @@
+"""Train on a mesh in a process of its own: `python mesh_training.py FOLDER '{"mesh": {...}, ...}'`.
+
+Prints nothing; writes params.npz (of the host that writes) and metrics.jsonl into FOLDER. Options: steps, at most (the
+run stops there as if it were killed), processes, process, port.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+
+
+def main(folder: Path, options: dict) -> None:
+    if options.get("processes"):
+        jax.distributed.initialize(f"127.0.0.1:{options['port']}", options["processes"], options["process"])
+    import numpy as np
+    from flax.traverse_util import flatten_dict
+    from helpers_tiny import CONFIG, copying_params
+    from test_train import ROWS, SETTINGS
+
+    from retmask_jax import train as training
+    from retmask_jax.hosts import primary, to_host
+    from retmask_jax.sharding import make_mesh, param_shardings
+
+    config = dataclasses.replace(CONFIG, vocab_size=CONFIG.vocab_size)
+    settings = dataclasses.replace(
+        SETTINGS, learning_rate=1e-3, final_learning_rate=1e-4, warmup=0.1, steps=10, checkpoint_every=3, batch_size=8,
+        microbatch_size=8, reference_batch_size=8,
+    )  # fmt: skip
+    mesh = make_mesh(options["mesh"])
+    update = training._update
+
+    def stopping(run, state, *rest):
+        at = options.get("stop_at")
+        if at is not None and int(state.step) == at:
+            os.kill(os.getpid(), signal.SIGTERM if options["how"] == "term" else signal.SIGKILL)
+        return update(run, state, *rest)
+
+    training._update = stopping
+
+    def load():
+        shardings = param_shardings(config, mesh)
+        return jax.tree.map(
+            lambda x, at: jax.make_array_from_callback(x.shape, at, lambda index: np.asarray(x)[index]),
+            copying_params(), shardings,
+        )  # fmt: skip
+
+    try:
+        params = training.train(config, load, ROWS, settings, folder, mesh, fingerprint="f")
+    except training.Stopped as stopped:
+        print(stopped)
+        return
+    arrays = {"/".join(path): x for path, x in flatten_dict(to_host(params)).items()}
+    if primary():
+        np.savez(folder / "params.npz", **arrays)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,7 +1,7 @@
 """Train on a mesh in a process of its own: `python mesh_training.py FOLDER '{"mesh": {...}, ...}'`.
 
-Prints nothing; writes params.npz (of the host that writes) and metrics.jsonl into FOLDER. Options: steps, at most (the
-run stops there as if it were killed), processes, process, port.
+Writes params.npz and metrics.jsonl into FOLDER. Options: mesh; stop_at, the step in which the process gets a signal, how
+("term" or "kill") and who (the host, 0); processes, process and port of several hosts.
 """
 
 import dataclasses
@@ -26,7 +26,6 @@ def main(folder: Path, options: dict) -> None:
     from retmask_jax.hosts import primary, to_host
     from retmask_jax.sharding import make_mesh, param_shardings
 
-    config = dataclasses.replace(CONFIG, vocab_size=CONFIG.vocab_size)
     settings = dataclasses.replace(
         SETTINGS, learning_rate=1e-3, final_learning_rate=1e-4, warmup=0.1, steps=10, checkpoint_every=3, batch_size=8,
         microbatch_size=8, reference_batch_size=8,
@@ -35,22 +34,21 @@ def main(folder: Path, options: dict) -> None:
     update = training._update
 
     def stopping(run, state, *rest):
-        at = options.get("stop_at")
-        if at is not None and int(state.step) == at:
+        if int(state.step) == options.get("stop_at") and jax.process_index() == options.get("who", 0):
             os.kill(os.getpid(), signal.SIGTERM if options["how"] == "term" else signal.SIGKILL)
         return update(run, state, *rest)
 
     training._update = stopping
 
     def load():
-        shardings = param_shardings(config, mesh)
+        shardings = param_shardings(CONFIG, mesh)
         return jax.tree.map(
             lambda x, at: jax.make_array_from_callback(x.shape, at, lambda index: np.asarray(x)[index]),
             copying_params(), shardings,
         )  # fmt: skip
 
     try:
-        params = training.train(config, load, ROWS, settings, folder, mesh, fingerprint="f")
+        params = training.train(CONFIG, load, ROWS, settings, folder, mesh, fingerprint="f")
     except training.Stopped as stopped:
         print(stopped)
         return

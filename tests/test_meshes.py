@@ -1,0 +1,102 @@
+"""One training run on meshes of simulated devices, on several hosts, killed and told to stop: always the same outcome."""
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from helpers_tiny import copying_params
+
+HERE = Path(__file__).parent
+MESHES = {
+    "8 x 1": {"data": 8}, "4 x 2": {"data": 4, "fsdp": 2}, "2 x 2 x 2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "context 2": {"data": 2, "fsdp": 2, "context": 2},
+}  # fmt: skip
+
+
+def _start(folder, devices, options) -> subprocess.Popen:
+    env = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    env |= {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+    }  # fmt: skip
+    command = [sys.executable, str(HERE / "mesh_training.py"), str(folder), json.dumps(options)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _run(folder, devices=1, status=0, hosts=1, **options):
+    """(losses, {path: parameter}) of a run; the parameters are empty for one that ended early."""
+    if hosts > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            options |= {"processes": hosts, "port": free.getsockname()[1]}
+    running = [_start(folder, devices, options | ({"process": i} if hosts > 1 else {})) for i in range(hosts)]
+    for process in running:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == status, errors[-3000:]
+    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    saved = folder / "params.npz"
+    return losses, dict(np.load(saved)) if saved.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The run on one device."""
+    return _run(tmp_path_factory.mktemp("one"), mesh={"data": 1})
+
+
+def _assert_same(found, one):
+    """Losses to 1e-5, and the change of the parameters to a thousandth of its norm."""
+    start = {"/".join(path): np.asarray(x, np.float64) for path, x in flatten_dict(copying_params()).items()}
+    np.testing.assert_allclose(found[0], one[0], rtol=1e-5)
+    norm = functools.partial(_norm_of_difference, one[1])
+    assert norm(start) > 0.1
+    assert norm(found[1]) < 1e-3 * norm(start)
+
+
+def _norm_of_difference(a, b):
+    return np.sqrt(sum(((a[name] - b[name].astype(np.float64)) ** 2).sum() for name in a))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "context 2" else pytest.mark.slow) for name in MESHES])
+def test_training_on_eight_devices_equals_training_on_one(tmp_path, one, name):
+    _assert_same(_run(tmp_path, 8, mesh=MESHES[name]), one)
+
+
+@pytest.mark.slow
+def test_training_on_two_hosts_equals_training_on_one(tmp_path, one):
+    """Four devices each; every host has half of the rows and writes its share of the checkpoints."""
+    _assert_same(_run(tmp_path, 4, hosts=2, mesh={"data": 2, "fsdp": 4}), one)
+
+
+@pytest.mark.slow
+def test_two_hosts_stop_at_the_same_step_when_one_is_told_to_and_go_on_as_one(tmp_path, one):
+    _run(tmp_path, 2, hosts=2, mesh={"data": 4}, stop_at=4, how="term", who=1)
+    stopped = len((tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert 5 <= stopped < 10
+    _assert_same(_run(tmp_path, 2, mesh={"data": 1, "fsdp": 2}), one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "status", "kept"), [("kill", -signal.SIGKILL, 5), ("term", 0, 6)])
+def test_a_run_that_was_ended_goes_on_to_the_same_bits(tmp_path, one, how, status, kept):
+    """Killed in step 6, with a checkpoint of step 3 behind it; told to stop in it, with one of step 6."""
+    losses, _ = _run(tmp_path, status=status, mesh={"data": 1}, stop_at=5, how=how)
+    assert losses == one[0][:kept]
+    losses, params = _run(tmp_path, mesh={"data": 1})
+    assert losses == one[0]
+    for name, value in params.items():
+        np.testing.assert_array_equal(value, one[1][name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path, one):
+    _run(tmp_path, 4, mesh={"data": 2, "fsdp": 2}, stop_at=5, how="term")
+    _assert_same(_run(tmp_path, 8, mesh=MESHES["2 x 2 x 2"]), one)

@@ -96,16 +96,18 @@ def mesh_of(params):
     return using(leaf.sharding.mesh) if on_mesh else contextlib.nullcontext()
 
 
-def by_rows(function, shared, rows, *, mean: bool = False):
+ROWS, STACKED_ROWS = PartitionSpec("data"), PartitionSpec(None, "data")  # arrays [B, ...], and [X, B, ...]
+
+
+def by_rows(function, shared, rows, *, mean: bool = False, split=(ROWS, ROWS)):
     """function(shared, rows), where rows and results are pytrees of arrays [B, ...] and no row needs another.
 
     Where the mesh that is set has devices on its data axis alone, and as many divide the rows, each device runs the
     function on its own rows, and loops end on each as soon as its rows are done. Else the compiler splits the work.
-    mean: of the results of all devices (such as gradients), in place of results by row.
+    mean: of the results of all devices (such as gradients), in place of results by row. split: where the rows of
+    `rows` and of the results lie, each a prefix of the pytree; the first array of `rows` is [B, ...] in any case.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = mesh.shape.get("data", 1)
-    if devices == 1 or devices != mesh.size or len(jax.tree.leaves(rows)[0]) % devices:
+    if row_shares(len(jax.tree.leaves(rows)[0])) == 1:
         return function(shared, rows)
 
     def part(shared, rows):
@@ -113,15 +115,37 @@ def by_rows(function, shared, rows, *, mean: bool = False):
             out = function(shared, rows)
         return jax.lax.pmean(out, "data") if mean else out
 
-    whole, split = PartitionSpec(), PartitionSpec("data")
-    mapped = jax.shard_map(part, in_specs=(whole, split), out_specs=whole if mean else split, check_vma=False)
+    whole, (of_rows, of_results) = PartitionSpec(), split
+    mapped = jax.shard_map(
+        part, in_specs=(whole, of_rows), out_specs=whole if mean else of_results, check_vma=False
+    )  # fmt: skip
     return mapped(shared, rows)
 
 
-def full_share(rows: int) -> int:
-    """The number of rows, at least `rows`, that divides over the data axis of the mesh that is set."""
-    devices = jax.sharding.get_abstract_mesh().shape.get("data", 1)
+def row_shares(rows: int) -> int:
+    """Over how many devices of the mesh that is set `by_rows` splits this many rows; 1 where it does not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = mesh.shape.get("data", 1)
+    return 1 if devices != mesh.size or rows % devices else devices
+
+
+def full_share(rows: int, axes=("data",)) -> int:
+    """The number of rows, at least `rows`, that divides over these axes of the mesh that is set."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    devices = math.prod(sizes.get(axis, 1) for axis in axes)
     return -(-rows // devices) * devices
+
+
+def constrain(tree, logical_axes):
+    """The arrays of a pytree, laid out on the mesh that is set by their first logical axes.
+
+    Results of one program that are arguments of the next then need no second program for the layout the compiler chose.
+    """
+    if not nn.get_logical_axis_rules():
+        return tree
+    mesh = jax.sharding.get_abstract_mesh()
+    wanted = NamedSharding(mesh, nn.logical_to_mesh_axes(logical_axes))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, divided(wanted, x.shape, "state")), tree)
 
 
 def split_cpu(most: int) -> None:

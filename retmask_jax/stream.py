@@ -190,9 +190,8 @@ def _refilled(job: _Job, group: Sequence[int], batch_size: int):
         with mesh_of(job.params):
             while waiting and (taken := _take(waiting, owner_B, at_once, shares)) is not None:
                 state = _admit(job, state, *taken)
-            patient = shares > 1 or not waiting
-            enough = batch // shares if patient else at_once
-            steps = _STEPS if shares > 1 and waiting else job.max_new_tokens
+            steps = _STEPS if waiting and shares > 1 else job.max_new_tokens
+            enough = at_once if waiting and shares == 1 else batch // shares
             state = _decode(job.config, job.shared, np.int32(steps), np.int32(enough), *state)
             rows = jax.tree.map(np.asarray, state[0])
         for row in np.flatnonzero(rows.done_B & (owner_B != _FREE)):

@@ -2,11 +2,10 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.sharding import param_shapes
+from retmask_jax.sharding import plain_shapes
 
 # Dense bfloat16 products, operations a second, by JAX's name of the device; from the vendors' data sheets.
 _PEAKS = {
@@ -40,7 +39,7 @@ def peak_flops() -> float | None:
 @functools.cache
 def block_weights(config: ModelConfig) -> int:
     """Weights of all matrices but the embedding and the output's."""
-    leaves = jax.tree.leaves_with_path(nn.unbox(param_shapes(config)))
+    leaves = jax.tree.leaves_with_path(plain_shapes(config))
     return sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel" and path[0].key != "lm_head")
 
 

@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retmask_jax import memory
+from retmask_jax.hosts import to_host
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.cache import empty_cache
 from retmask_jax.model.config import ModelConfig
@@ -66,14 +67,9 @@ def generate(
         )
     check_tokens(config, tokens, lengths, max_new_tokens)
     lengths = np.asarray(lengths, np.int32)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    check_options(max_new_tokens, temperature, top_p)
     if lengths.min(initial=1) < 1 or lengths.max(initial=1) > tokens.shape[1]:
         raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}; tokens have 1 to {tokens.shape[1]}")
-    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]")
-    width = min(bucket(tokens.shape[1]), config.max_length - max_new_tokens)
-    padded = np.pad(tokens.astype(np.int32), ((0, 0), (0, width - tokens.shape[1])), constant_values=config.pad_id)
     seeds = np.asarray(seed)
     if seeds.shape not in ((), (len(tokens),)):
         raise ValueError(f"seed has shape {seeds.shape}; it must be one number or one for each of {len(tokens)} rows")
@@ -83,12 +79,10 @@ def generate(
     rows = np.arange(len(tokens)) if seeds.ndim == 0 else np.zeros(len(tokens), int)
     iv = jax.tree.map(np.asarray, (interventions or Interventions()).fill(config, len(tokens)))
     arguments = (
-        padded,
+        pad_to_bucket(config, tokens, max_new_tokens),
         lengths,
         iv.per_row(len(tokens)),  # shared masks, too: one program for both
-        _padded_stop_ids(config.eos_ids if stop_ids is None else stop_ids),
-        np.float32(temperature),
-        np.float32(top_p),
+        *Draws.of(config, stop_ids, temperature, top_p),
         np.broadcast_to(seeds, len(tokens)).astype(np.uint32),
         rows.astype(np.uint32),
     )
@@ -125,7 +119,7 @@ def generate_many(
             tokens, lengths = pad_rows([prompts[i] for i in rows], config.pad_id)
             out = generate(config, params, tokens, lengths, max_new_tokens=max_new_tokens,
                            interventions=take_rows(iv, rows), seed=seeds[rows], **options)  # fmt: skip
-            out = jax.tree.map(np.asarray, out)
+            out = to_host(out)
             for row, i in enumerate(rows):
                 n = out.lengths[row]
                 argmax = None if out.argmax is None else out.argmax[row, :n]
@@ -135,6 +129,46 @@ def generate_many(
     with track(None, len(prompts), what, "prompt") as bar:
         memory.in_smaller_batches(run, batch_size, what)
     return results
+
+
+class Draws(NamedTuple):
+    """How tokens are drawn and what ends a row, as arrays: no value compiles anything."""
+
+    stop_ids: Any
+    temperature: Any
+    top_p: Any
+
+    @classmethod
+    def of(cls, config: ModelConfig, stop_ids: Sequence[int] | None, temperature: float, top_p: float) -> "Draws":
+        stop_ids = _padded_stop_ids(config.eos_ids if stop_ids is None else stop_ids)
+        return cls(stop_ids, np.float32(temperature), np.float32(top_p))
+
+
+def row_keys(seeds_B, rows_B):
+    """The random key of each row: of a seed, and the row's number under it."""
+    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds_B, rows_B)
+
+
+def next_tokens(config: ModelConfig, params, draws: Draws, x_B1E, keys_B, step):
+    """(token i32[B], whether it is a stop id) of each row from its last hidden state; step: of all rows, or of each."""
+    step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(step, keys_B.shape))
+    token_B = sample(unembed(config, params, x_B1E)[:, 0], step_keys_B, draws.temperature, draws.top_p)
+    return token_B, jnp.isin(token_B, draws.stop_ids)
+
+
+def check_options(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """ValueError for options that no prompt can be continued with."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]")
+
+
+def pad_to_bucket(config: ModelConfig, tokens_BT, max_new_tokens: int) -> np.ndarray:
+    """i32: tokens padded to their bucket, or to as much as the model's context leaves before the new ones."""
+    width = min(bucket(tokens_BT.shape[1]), config.max_length - max_new_tokens)
+    more = (0, 0), (0, width - tokens_BT.shape[1])
+    return np.pad(np.asarray(tokens_BT, np.int32), more, constant_values=config.pad_id)
 
 
 def bucket(length: int) -> int:
@@ -176,23 +210,18 @@ def take_rows(iv: Interventions, rows) -> Interventions:
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "probe"))
 def _generate(config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, top_p, seeds_B, rows_B, *,
               max_new_tokens, probe):  # fmt: skip
-    shared = params, stop_ids, temperature, top_p, lengths_B.max() + max_new_tokens
+    shared = params, Draws(stop_ids, temperature, top_p), lengths_B.max() + max_new_tokens
     rows = tokens_BT, lengths_B, iv.per_row(len(tokens_BT)), seeds_B, rows_B
     return by_rows(functools.partial(_generate_rows, config, max_new_tokens, probe), shared, rows)
 
 
 def _generate_rows(config, max_new_tokens, probe, shared, rows):
-    params, stop_ids, temperature, top_p, longest = shared
+    params, draws, longest = shared
     tokens_BT, lengths_B, iv, seeds_B, rows_B = rows
     batch, width = tokens_BT.shape
-    keys_B = jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds_B, rows_B)
+    keys_B = row_keys(seeds_B, rows_B)
     dtype = jax.tree.leaves(params)[0].dtype
     cache = empty_cache(config, batch, max(slots_for(width), width + max_new_tokens), dtype)
-
-    def pick(x_B1E, step):
-        """The next token of each row, from its last hidden state."""
-        step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-        return sample(unembed(config, params, x_B1E)[:, 0], step_keys_B, temperature, top_p)
 
     last_B1 = lengths_B[:, None] - 1
     first = prefill(config, params, tokens_BT, lengths_B, iv, cache, last_B1, longest=longest,
@@ -216,8 +245,8 @@ def _generate_rows(config, max_new_tokens, probe, shared, rows):
         start_B = lengths_B + step - 1
         out = hidden(config, params, token_B[:, None], iv, cache=cache, start_B=start_B, end_B=start_B + 1, probe=only,
                      longest=longest)  # fmt: skip
-        token_B = pick(out.x_BTE, step)
-        done_B |= jnp.isin(token_B, stop_ids)
+        token_B, stops_B = next_tokens(config, params, draws, out.x_BTE, keys_B, step)
+        done_B |= stops_B
         buffers = record(buffers, out.probed, token_B, done_B, step)
         return step + 1, out.cache, token_B, done_B, count_B + ~done_B, buffers
 
@@ -225,8 +254,7 @@ def _generate_rows(config, max_new_tokens, probe, shared, rows):
         jnp.full((batch, max_new_tokens), config.pad_id, jnp.int32),
         jnp.zeros((batch, max_new_tokens, config.n_layers, config.n_heads), jnp.int32) if probe else None,
     )
-    token_B = pick(first.x_BPE, 0)
-    done_B = jnp.isin(token_B, stop_ids)
+    token_B, done_B = next_tokens(config, params, draws, first.x_BPE, keys_B, 0)
     buffers = record(empty, first.probed, token_B, done_B, 0)
     state = (jnp.int32(1), first.cache, token_B, done_B, (~done_B).astype(jnp.int32), buffers)
     _, _, _, _, count_B, (tokens_BN, argmax_BNLH) = jax.lax.while_loop(unfinished, decode, state)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -16,7 +15,7 @@ from retmask_jax.families import from_hf
 from retmask_jax.lm import TOKENIZER_FILES
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.rope import inverse_frequencies
-from retmask_jax.sharding import param_shapes
+from retmask_jax.sharding import plain_shapes
 from retmask_jax.weights import read_config
 
 DTYPES = ("float32", "bfloat16")
@@ -72,7 +71,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """(all, active): tied embeddings count once; active leaves out the experts that a token is not sent to."""
-    sizes = {path: leaf.size for path, leaf in flatten_dict(nn.unbox(param_shapes(config))).items()}
+    sizes = {path: leaf.size for path, leaf in flatten_dict(plain_shapes(config)).items()}
     total = sum(sizes.values())
     routed = sum(size for path, size in sizes.items() if "experts" in path and "router" not in path)
     idle = routed // max(config.n_experts, 1) * (config.n_experts - config.experts_per_token)

@@ -69,12 +69,20 @@ def in_smaller_batches(run: Callable[[int], Any], batch_size: int, what: str, se
         try:
             return run(batch_size)
         except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if batch_size == 1:
-                raise explain(error, what, "one row is too many: shorten it, or use a bigger device or mesh") from error
-            log.warning("%s; going on with half", explain(error, what, f"{setting} is {batch_size}"))
-        batch_size //= 2
+            batch_size = halved(error, batch_size, what, setting)
+
+
+def halved(error: Exception, batch_size: int, what: str, setting: str = "batch_size") -> int:
+    """The batch size to go on with after an error of JAX.
+
+    Raises the error if it is not about memory, and OutOfMemory where one row is too many.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    if batch_size == 1:
+        raise explain(error, what, "one row is too many: shorten it, or use a bigger device or mesh") from error
+    log.warning("%s; going on with half", explain(error, what, f"{setting} is {batch_size}"))
+    return batch_size // 2
 
 
 def _gib(n: float) -> str:

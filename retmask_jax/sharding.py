@@ -57,6 +57,12 @@ def make_mesh(sizes, devices=None) -> Mesh:
     return jax.make_mesh(tuple(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def plain_shapes(config: ModelConfig):
+    """The parameter tree as jax.ShapeDtypeStruct; nothing is computed."""
+    return jax.tree.map(lambda boxed: boxed.unbox(apply_constraint=False), param_shapes(config),
+                        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))  # fmt: skip
+
+
 def param_shapes(config: ModelConfig):
     """The parameter tree as jax.ShapeDtypeStruct, boxed with the logical axes; nothing is computed."""
     model, tokens = transformer(config), np.zeros((1, 2), np.int32)
@@ -69,7 +75,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh):
     boxed = param_shapes(config)
     wanted = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
     return jax.tree.map_with_path(
-        lambda path, sharding, leaf: divided(sharding, leaf.shape, jax.tree_util.keystr(path)), wanted, nn.unbox(boxed)
+        lambda path, sharding, leaf: divided(sharding, leaf.shape, jax.tree_util.keystr(path)), wanted, plain_shapes(config)
     )
 
 
@@ -100,16 +106,19 @@ def mesh_of(params):
     return using(leaf.sharding.mesh) if on_mesh else contextlib.nullcontext()
 
 
-def by_rows(function, shared, rows, *, total: bool = False):
+ROWS, STACKED_ROWS = PartitionSpec("data"), PartitionSpec(None, "data")  # arrays [B, ...], and [X, B, ...]
+
+
+def by_rows(function, shared, rows, *, total: bool = False, split=(ROWS, ROWS)):
     """function(shared, rows), where rows and results are pytrees of arrays [B, ...] and no row needs another.
 
     Where the mesh that is set has devices on its data axis alone, and as many divide the rows, each device runs the
     function on its own rows, and loops end on each as soon as its rows are done. Else the compiler splits the work.
-    total: the sum of the results of all devices (such as gradients of sums), in place of results by row.
+    total: the sum of the results of all devices (such as gradients of sums), in place of results by row. split: where
+    the rows of `rows` and of the results lie, each a prefix of the pytree; the first array of `rows` is [B, ...] in any
+    case.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = mesh.shape.get("data", 1)
-    if devices == 1 or devices != mesh.size or len(jax.tree.leaves(rows)[0]) % devices:
+    if row_shares(len(jax.tree.leaves(rows)[0])) == 1:
         return function(shared, rows)
 
     def part(shared, rows):
@@ -117,9 +126,16 @@ def by_rows(function, shared, rows, *, total: bool = False):
             out = function(shared, rows)
         return jax.lax.psum(out, "data") if total else out
 
-    whole, split = PartitionSpec(), PartitionSpec("data")
-    mapped = jax.shard_map(part, in_specs=(whole, split), out_specs=whole if total else split, check_vma=False)
-    return mapped(shared, rows)
+    whole, (of_rows, of_results) = PartitionSpec(), split
+    results = whole if total else of_results
+    return jax.shard_map(part, in_specs=(whole, of_rows), out_specs=results, check_vma=False)(shared, rows)
+
+
+def row_shares(rows: int) -> int:
+    """Over how many devices of the mesh that is set `by_rows` splits this many rows; 1 where it does not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = mesh.shape.get("data", 1)
+    return 1 if devices != mesh.size or rows % devices else devices
 
 
 def split_vocab(table_EV):
@@ -130,10 +146,23 @@ def split_vocab(table_EV):
     return nn.with_logical_constraint(table_EV, (None, "unembed_vocab"))
 
 
-def full_share(rows: int) -> int:
-    """The number of rows, at least `rows`, that divides over the data axis of the mesh that is set."""
-    devices = jax.sharding.get_abstract_mesh().shape.get("data", 1)
+def full_share(rows: int, axes=("data",)) -> int:
+    """The number of rows, at least `rows`, that divides over these axes of the mesh that is set."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    devices = math.prod(sizes.get(axis, 1) for axis in axes)
     return -(-rows // devices) * devices
+
+
+def constrain(tree, logical_axes):
+    """The arrays of a pytree, laid out on the mesh that is set by their first logical axes.
+
+    Results of one program that are arguments of the next then need no second program for the layout the compiler chose.
+    """
+    if not nn.get_logical_axis_rules():
+        return tree
+    mesh = jax.sharding.get_abstract_mesh()
+    wanted = NamedSharding(mesh, nn.logical_to_mesh_axes(logical_axes))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, divided(wanted, x.shape, "state")), tree)
 
 
 def split_cpu(most: int) -> None:

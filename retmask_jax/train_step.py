@@ -129,7 +129,7 @@ def _new_adapters(config: ModelConfig, seed):
 
 def _plain_shapes(config: ModelConfig, shardings):
     """The parameters without adapters."""
-    shapes = nn.unbox(sharding.param_shapes(dataclasses.replace(config, lora=None)))
+    shapes = sharding.plain_shapes(dataclasses.replace(config, lora=None))
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +19,7 @@ from retmask_jax.families import family, from_hf, to_hf
 from retmask_jax.files import write_atomically
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.progress import track
-from retmask_jax.sharding import param_shapes, param_shardings
+from retmask_jax.sharding import param_shardings, plain_shapes
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def read(folder: Path, dtype: str, mesh=None) -> tuple[ModelConfig, Any, Source]
     """
     hf_config = read_config(folder)
     config = from_hf(hf_config)
-    shapes = flatten_dict(nn.unbox(param_shapes(config)), sep="/")
+    shapes = flatten_dict(plain_shapes(config), sep="/")
     table = _table(config, hf_config, shapes)
     tensors = _open_all(folder)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items() if not name.endswith(_INV_FREQ)}

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "retmask_jax"
 ORDER = """
 hosts files progress memory model.config model.rope hf_config families model.adapters model.layers model.experts
 model.interventions model.kernels model.splash model.attention model.cache model.transformer model.layerwise sharding
-flops weights hub prefill generate lm sweep dpo sequence stats haystack head_scores detect causal head_profile
+flops weights hub prefill generate stream lm sweep dpo sequence stats haystack head_scores detect causal head_profile
 data.tiny_language data.preferences data.chat data.prompts data.released data.preference_dataset pairs
 training_settings optimizer objective reference train_step checkpoints metrics train
 evals.recall evals.perplexity evals.compare page figures report pretrain assets inspection recipes

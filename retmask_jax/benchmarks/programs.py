@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,7 @@ from retmask_jax.generate import _generate
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import forward
-from retmask_jax.sharding import param_shapes
+from retmask_jax.sharding import plain_shapes
 from retmask_jax.train_step import make_programs
 from retmask_jax.training_settings import Settings
 
@@ -115,4 +114,4 @@ def random_pairs(vocab_size: int, length: int, pairs: int) -> dict[str, np.ndarr
 
 def _params(config: ModelConfig):
     """Small constants: what a program needs of memory does not depend on the values."""
-    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), nn.unbox(param_shapes(config)))
+    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), plain_shapes(config))

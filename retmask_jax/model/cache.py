@@ -76,6 +76,26 @@ def empty_cache(config: ModelConfig, batch: int, length: int, dtype, *, rings: b
     }
 
 
+def put_rows(cache, new, row_F):
+    """The cache with the rows of another one, of as many slots or fewer, in its rows row_F i32[F].
+
+    Indices behind the last row come last and leave theirs out. Slots behind the new ones keep what they held: no query
+    sees a slot before its own position is written there.
+    """
+
+    def put(kv: KV, new: KV) -> KV:
+        def row(f, kv: KV) -> KV:
+            at = (0, row_F[f], 0, 0, 0)
+            return kv.replace(
+                k=jax.lax.dynamic_update_slice(kv.k, jax.lax.dynamic_slice_in_dim(new.k, f, 1, axis=1), at),
+                v=jax.lax.dynamic_update_slice(kv.v, jax.lax.dynamic_slice_in_dim(new.v, f, 1, axis=1), at),
+            )
+
+        return jax.lax.fori_loop(0, jnp.sum(row_F < kv.k.shape[1]), row, kv)
+
+    return jax.tree.map(put, cache, new, is_leaf=lambda x: isinstance(x, KV))
+
+
 def _write(cache_RBKXX, new_BKXX, repeat, start_B, axis: int):
     """new written in place at slot start_B[b] of each row and on; axis: of the slots in [R,B,K,...]."""
     rows_B = jnp.arange(len(start_B))

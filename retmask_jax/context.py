@@ -40,6 +40,12 @@ class Context:
         section = self.config.prompt
         return Prompter(self.lm.tokenizer, section.template, section.chat, section.template_kwargs.to_dict())
 
+    @functools.cached_property
+    def pairs_prompter(self) -> Prompter:
+        """The prompter of answers that are sampled and trained on: its template may have other arguments."""
+        more = self.config.pairs.template_kwargs.to_dict()
+        return dataclasses.replace(self.prompter, template_kwargs=self.prompter.template_kwargs | more)
+
     def resolve(self, name: str) -> Path:
         """A data file of the config; "bundled/..." is in the package."""
         return BUNDLED.parent / "data" / name.removeprefix("bundled/") if name.startswith("bundled/") else Path(name)

@@ -1,20 +1,18 @@
 """Files that are either whole or not there: written under a temporary name, then renamed."""
 
+import contextlib
 import gzip
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write text or bytes so that a killed process leaves the old file or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    with _atomic(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -23,10 +21,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
-    """One JSON value a line; compressed where the name ends in .gz."""
-    data = "".join(json.dumps(record) + "\n" for record in records).encode()
-    # No time stamp in the archive: equal records give equal bytes.
-    write_atomically(path, gzip.compress(data, mtime=0) if Path(path).suffix == ".gz" else data)
+    """One JSON value a line, written as they come; compressed where the name ends in .gz."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(_atomic(path))
+        if Path(path).suffix == ".gz":
+            # No name and no time stamp in the archive: equal records give equal bytes.
+            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
+        for record in records:
+            file.write(json.dumps(record).encode() + b"\n")
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -45,3 +47,17 @@ def read_jsonl(path: Path) -> list[Any]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
     return records
+
+
+@contextlib.contextmanager
+def _atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name when it is complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

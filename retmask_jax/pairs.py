@@ -1,65 +1,119 @@
 """Contrastive responses: the model's answer against that of an ablated model or prompt (arXiv 2601.11020)."""
 
 import collections
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from retmask_jax.generate import generate_many
+from retmask_jax.generate import Generated, batches_by_length, generate_many, take_rows
 from retmask_jax.haystack import Prompter
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.interventions import Interventions, stack
+from retmask_jax.progress import with_rate
 
 KEPT = "kept"
+OUTCOMES = (KEPT, "empty", "identical")
+
+Variant = tuple[int, str]  # training seed and name of who answers
 
 
-def sample_responses(lm: LanguageModel, prompter: Prompter, prompts: Sequence[dict],
-                     variants: Mapping[str, Interventions], *, temperature: float, top_p: float, max_new_tokens: int,
-                     batch_size: int, seed: int, messages_key: str = "messages") -> dict[str, list[dict]]:  # fmt: skip
-    """One sampled response per prompt and variant: {variant: [{"text", "finished"}, ...]}.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Question:
+    """A conversation that one variant is to answer; the draws of its answer follow from `draw` alone."""
 
-    All variants share batches, each row with its own mask. A row's draw depends on seed, variant and prompt number
-    alone. messages_key: which of a prompt's conversations is asked.
+    variant: Variant
+    id: str | int
+    messages: Sequence[Mapping[str, str]]
+    tokens: Sequence[int]
+    draw: int
+
+    @property
+    def key(self) -> tuple[int, str, str | int]:
+        """What the answer is stored under."""
+        return (*self.variant, self.id)
+
+    def answer(self, text: str, finished: bool, tokens: int) -> dict[str, Any]:
+        """The record of an answer of so many tokens; finished: it was not cut off."""
+        return {"key": list(self.key), "text": text, "finished": finished, "tokens": tokens}
+
+
+def usable(prompter: Prompter, prompts: Sequence[dict], messages_keys: Sequence[str],
+           max_tokens: int) -> tuple[list[int], dict[str, list[list[int]]], dict[str, int]]:  # fmt: skip
+    """(numbers of the prompts to be asked, {messages key: tokens of each of them}, how many others there are and why).
+
+    Left out are records with "redacted" true and prompts of which a conversation is longer than max_tokens. Raises
+    ValueError where nothing is left.
     """
-    ids = [prompter.encode(prompter.render_messages(prompt[messages_key]))[0] for prompt in prompts]
-    _check_context(lm, ids, max_new_tokens)
-    rows = np.repeat(np.arange(len(variants)), len(prompts))
-    filled = stack([iv.fill(lm.config) for iv in variants.values()])
-    per_row = filled.replace(head_mask=filled.head_mask[rows], rope_mask=filled.rope_mask[rows])
-    streams = [np.random.SeedSequence([seed, number]) for number in range(len(variants))]
-    row_seeds = np.concatenate([stream.generate_state(len(prompts)) for stream in streams])
-    results = generate_many(
-        lm.config, lm.params, ids * len(variants), batch_size=batch_size, max_new_tokens=max_new_tokens,
-        interventions=per_row, seeds=row_seeds, temperature=temperature, top_p=top_p, what="sample",
+    numbers, tokens, left_out = [], {key: [] for key in messages_keys}, {"redacted": 0, "too long": 0}
+    for number, prompt in enumerate(prompts):
+        if prompt.get("redacted"):
+            left_out["redacted"] += 1
+            continue
+        ids = [prompter.encode(prompter.render_messages(prompt[key]))[0] for key in messages_keys]
+        if max(map(len, ids)) > max_tokens:
+            left_out["too long"] += 1
+            continue
+        numbers.append(number)
+        for key, row in zip(messages_keys, ids, strict=True):
+            tokens[key].append(row)
+    if not numbers:
+        raise ValueError(
+            f"none of {len(prompts)} prompts can be asked: {left_out['redacted']} are redacted and "
+            f"{left_out['too long']} have more than {max_tokens} tokens, which is the model's context less "
+            "pairs.max_new_tokens"
+        )
+    return numbers, tokens, left_out
+
+
+def draws(seed: int, stream: int, n: int) -> np.ndarray:
+    """u32[n]: the seeds of n prompts' draws in a stream of their own; those of the first do not depend on n."""
+    return np.random.SeedSequence([seed, stream]).generate_state(n)
+
+
+def sample(lm: LanguageModel, questions: Sequence[Question], masks: Mapping[Variant, Interventions], *,
+           temperature: float, top_p: float, max_new_tokens: int, batch_size: int) -> Iterator[dict]:  # fmt: skip
+    """The answers of the model, each under its variant's mask, as records in the order in which they finish.
+
+    All variants share batches. An answer depends on its question alone, not on what else is asked (up to rounding,
+    where another batch is padded to another length).
+    """
+    places = {variant: place for place, variant in enumerate(masks)}
+    requests = [Request(q.tokens, places[q.variant], q.draw) for q in questions]
+    filled = stack([iv.fill(lm.config) for iv in masks.values()])
+    stream = generate_stream(
+        lm.config, lm.params, requests, batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_p=top_p, masks=filled, what="sample",
     )  # fmt: skip
-    texts = lm.tokenizer.batch_decode([result.tokens for result in results], skip_special_tokens=True)
-    responses = [
-        {"text": text, "finished": len(result.tokens) < max_new_tokens}
-        for text, result in zip(texts, results, strict=True)
-    ]
-    return {name: responses[i * len(prompts) : (i + 1) * len(prompts)] for i, name in enumerate(variants)}
+    for i, result in stream:
+        text = lm.tokenizer.decode(result.tokens, skip_special_tokens=True)
+        n = len(result.tokens)
+        yield questions[i].answer(text, finished=n < max_new_tokens, tokens=n)
 
 
-def make_pairs(prompts: Sequence[dict], chosen: Sequence[dict], rejected: Sequence[dict]) -> tuple[list[dict], dict]:
-    """(records {id, messages, chosen, ...}, counts): pairs that differ and are not empty, and how many were dropped."""
-    records, counts = [], collections.Counter({KEPT: 0, "empty": 0, "identical": 0})
+def make_pairs(prompts: Iterable[dict], chosen: Iterable[dict], rejected: Iterable[dict],
+               counts: collections.Counter) -> Iterator[dict]:  # fmt: skip
+    """Records {id, messages, chosen, ...} of pairs that differ and are not empty; all are counted by OUTCOMES."""
     for prompt, good, bad in zip(prompts, chosen, rejected, strict=True):
-        if not good["text"].strip() or not bad["text"].strip():
-            counts["empty"] += 1
-        elif good["text"] == bad["text"]:
-            counts["identical"] += 1
-        else:
-            counts[KEPT] += 1
-            records.append(_record(prompt, good, bad))
-    return records, dict(counts)
+        outcome = _outcome(good["text"], bad["text"])
+        counts[outcome] += 1
+        if outcome == KEPT:
+            yield _record(prompt, good, bad)
 
 
-def make_demonstrations(prompts: Sequence[dict], chosen: Sequence[dict]) -> tuple[list[dict], dict]:
+def make_demonstrations(prompts: Iterable[dict], chosen: Iterable[dict], counts: collections.Counter) -> Iterator[dict]:
     """The model's own answers as records for supervised training (rejected repeats chosen and is not used)."""
-    records = [
-        _record(prompt, good, good) for prompt, good in zip(prompts, chosen, strict=True) if good["text"].strip()
-    ]
-    return records, {KEPT: len(records), "empty": len(prompts) - len(records)}
+    for prompt, good in zip(prompts, chosen, strict=True):
+        counts[KEPT if good["text"].strip() else "empty"] += 1
+        if good["text"].strip():
+            yield _record(prompt, good, good)
+
+
+def _outcome(good: str, bad: str) -> str:
+    if not good.strip() or not bad.strip():
+        return "empty"
+    return "identical" if good == bad else KEPT
 
 
 def _record(prompt: dict, good: dict, bad: dict) -> dict:
@@ -70,10 +124,28 @@ def _record(prompt: dict, good: dict, bad: dict) -> dict:
     }  # fmt: skip
 
 
-def _check_context(lm: LanguageModel, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    longest = max(map(len, ids))
-    if longest + max_new_tokens > lm.config.max_length:
-        raise ValueError(
-            f"the longest prompt has {longest} tokens; with {max_new_tokens} new ones it exceeds the model's context "
-            f"of {lm.config.max_length}"
-        )
+# To be replaced by retmask_jax/stream.py, which refills a batch as its rows finish.
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt's tokens, the number of the mask it runs under and the seed of its draws."""
+
+    tokens: Sequence[int]
+    mask: int = 0
+    seed: int = 0
+
+
+def generate_stream(config, params, requests, *, batch_size, masks, what, **options) -> Iterator[tuple[int, Generated]]:
+    """(index of a request, its result), batch by batch, the longest prompts first."""
+    def run():
+        for batch in batches_by_length([r.tokens for r in requests], batch_size):
+            rows = [requests[i] for i in batch]
+            results = generate_many(
+                config, params, [r.tokens for r in rows], batch_size=batch_size, what=what,
+                interventions=take_rows(masks, np.array([r.mask for r in rows])), seeds=[r.seed for r in rows],
+                **options,
+            )  # fmt: skip
+            yield from dict(zip(batch, results, strict=True)).items()
+
+    return with_rate(run(), lambda item: len(item[1].tokens), len(requests), what)

@@ -1,0 +1,209 @@
+"""The same answers from OpenAI-compatible servers, such as vLLM: one with the model, others with masked checkpoints.
+
+Known limit: draws are the server's. It is given the seed of each question, but what it makes of it depends on the
+server, its version and, with many, on what else it is answering; so answers differ from those of this package.
+"""
+
+import dataclasses
+import email.utils
+import http.client
+import json
+import os
+import queue
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from retmask_jax.pairs import Question, Variant
+from retmask_jax.progress import with_rate
+
+_PASSING = (408, 409, 425, 429)  # statuses below 500 that go away
+_LONGEST_WAIT, _LONGEST_ASKED = 60.0, 600.0  # seconds between two tries: ours, and what Retry-After may ask for
+_GONE = 2  # so many failed questions in a row, per thread, and nobody is there
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoints:
+    """Where each variant is answered, and how.
+
+    urls: base addresses, with or without /v1. model: the name it is served under. timeout: seconds for one answer.
+    retries: how often a failed call is repeated, after 1, 2, 4, ... up to 60 seconds, or what Retry-After says.
+    template_kwargs: handed to the server's chat template. thoughts_begin: what the model writes before its thoughts,
+    where the server has split them off. first_wait: seconds before the first retry.
+    """
+
+    urls: Mapping[Variant, str]
+    model: str
+    concurrency: int = 64
+    timeout: float = 600.0
+    retries: int = 8
+    template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    thoughts_begin: str = "<think>"
+    first_wait: float = 1.0
+
+    def __post_init__(self):
+        for url in self.urls.values():
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"endpoint {url!r} is no address: it must begin with http:// or https://")
+        if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
+            raise ValueError(
+                f"endpoints need concurrency >= 1, timeout > 0 and retries >= 0; they are {self.concurrency}, "
+                f"{self.timeout} and {self.retries}"
+            )
+
+
+def sample(endpoints: Endpoints, questions: Sequence[Question], *, temperature: float, top_p: float,
+           max_new_tokens: int) -> Iterator[dict]:  # fmt: skip
+    """The servers' answers as records in the order in which they come.
+
+    A question whose every try failed has none; where many in a row fail, the rest is not asked. Raises ValueError with
+    the server's words at once for what no retry can mend (status 401, 404, ...), and at the end where answers are
+    missing. The key is read from the environment: OPENAI_API_KEY.
+    """
+    options = {"model": endpoints.model, "temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens}
+    if endpoints.template_kwargs:
+        options["chat_template_kwargs"] = dict(endpoints.template_kwargs)
+    answers = _in_threads(endpoints, questions, options)
+    return with_rate(answers, lambda answer: answer["tokens"], len(questions), "ask the endpoints")
+
+
+class _Failed(Exception):
+    """A call that may go well another time; wait: seconds the server asks for."""
+
+    def __init__(self, reason: str, wait: float = 0.0):
+        super().__init__(reason)
+        self.wait = wait
+
+
+def _in_threads(endpoints: Endpoints, questions, options) -> Iterator[dict]:
+    todo, results, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    for question in questions:
+        todo.put(question)
+
+    def work():
+        while not stop.is_set():
+            try:
+                question = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                results.put(_patiently(endpoints, question, options, stop))
+            except Exception as error:  # raised where the results are read
+                results.put(error)
+
+    for _ in range(min(endpoints.concurrency, len(questions))):
+        # Daemons: an interrupted run does not wait for answers under way.
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        yield from _collect(results, len(questions), _GONE * endpoints.concurrency)
+    finally:
+        stop.set()
+
+
+def _collect(results: queue.SimpleQueue, total: int, most_failures: int) -> Iterator[dict]:
+    """The answers as they come; ValueError where some are missing, after all others."""
+    answered, in_a_row, failure = 0, 0, None
+    for _ in range(total):
+        result = results.get()
+        if isinstance(result, _Failed):
+            failure, in_a_row = result, in_a_row + 1
+            if in_a_row == most_failures:
+                break
+        elif isinstance(result, Exception):
+            raise result
+        else:
+            answered, in_a_row = answered + 1, 0
+            yield result
+    if failure is not None:
+        raise ValueError(
+            f"{total - answered} of {total} answers are missing (the last one because of {failure}); the others are "
+            "kept: run the same command again to go on"
+        )
+
+
+def _patiently(endpoints: Endpoints, question: Question, options, stop: threading.Event) -> dict | _Failed:
+    """The answer, or the last failure."""
+    for retry in range(endpoints.retries + 1):
+        try:
+            return _ask(endpoints, question, options)
+        except _Failed as error:
+            failure = error
+        wait = min(endpoints.first_wait * 2**retry, _LONGEST_WAIT) * random.uniform(0.5, 1)
+        if retry == endpoints.retries or stop.wait(max(wait, failure.wait)):
+            break
+    return failure
+
+
+def _ask(endpoints: Endpoints, question: Question, options) -> dict:
+    url = f"{endpoints.urls[question.variant].rstrip('/').removesuffix('/v1')}/v1/chat/completions"
+    body = options | {"messages": list(question.messages), "seed": question.draw}
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("OPENAI_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    deadline = time.monotonic() + endpoints.timeout
+    try:
+        with urllib.request.urlopen(request, timeout=endpoints.timeout) as response:
+            content = _read(response, deadline)
+    except urllib.error.HTTPError as error:
+        raise _refused(url, question, error) from error
+    except (OSError, http.client.HTTPException) as error:  # no connection, reset, timeout, cut short
+        raise _Failed(f"{url}: {error!r}") from error
+    return _parse(question, content, endpoints.thoughts_begin)
+
+
+def _read(response, deadline: float) -> bytes:
+    """The body; a server that sends a byte now and then is not waited for for ever."""
+    parts = []
+    while part := response.read1(2**16):
+        parts.append(part)
+        if time.monotonic() > deadline:
+            raise TimeoutError("the answer took too long")
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
+    return b"".join(parts)
+
+
+def _refused(url: str, question: Question, error: urllib.error.HTTPError) -> Exception:
+    try:
+        words = " ".join(error.read(2**16).decode(errors="replace").split())[:300]
+    except (OSError, http.client.HTTPException):
+        words = ""
+    if error.code >= 500 or error.code in _PASSING:
+        return _Failed(f"{url}: {error.code} {error.reason}: {words}", _asked_wait(error.headers.get("Retry-After")))
+    return ValueError(f"{url} refused prompt {question.id}: {error.code} {error.reason}: {words}")
+
+
+def _asked_wait(header: str | None) -> float:
+    """Seconds that Retry-After asks for, given as such or as a date."""
+    if header is None:
+        return 0.0
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(seconds, 0.0), _LONGEST_ASKED)
+
+
+def _parse(question: Question, content: bytes, thoughts_begin: str) -> dict:
+    """The record of a server's answer; thoughts that it has split off stand before the answer, as the model wrote."""
+    try:
+        body = json.loads(content)
+        choice = body["choices"][0]
+        message, reason = choice["message"], choice["finish_reason"]
+        thoughts, text = message.get("reasoning_content") or message.get("reasoning"), message.get("content")
+        tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _Failed(f"not an answer ({error!r}): {content[:200]!r}") from error
+    if not (isinstance(text, str) or thoughts) or reason in (None, "abort", "error"):
+        raise _Failed(f"not a whole answer: {content[:200]!r}")
+    if thoughts:
+        text = f"{thoughts_begin}{thoughts}" + (f"</think>{text}" if text else "")
+    return question.answer(text, finished=reason == "stop", tokens=tokens)

@@ -153,7 +153,10 @@ def _ask(endpoints: Endpoints, question: Question, options) -> dict:
         raise _refused(url, question, error) from error
     except (OSError, http.client.HTTPException) as error:  # no connection, reset, timeout, cut short
         raise _Failed(f"{url}: {error!r}") from error
-    return _parse(question, content, endpoints.thoughts_begin)
+    try:
+        return _parse(question, json.loads(content), endpoints.thoughts_begin)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _Failed(f"{url}: no whole answer but {content[:200]!r}") from error
 
 
 def _read(response, deadline: float) -> bytes:
@@ -192,18 +195,14 @@ def _asked_wait(header: str | None) -> float:
     return min(max(seconds, 0.0), _LONGEST_ASKED)
 
 
-def _parse(question: Question, content: bytes, thoughts_begin: str) -> dict:
+def _parse(question: Question, body: Any, thoughts_begin: str) -> dict:
     """The record of a server's answer; thoughts that it has split off stand before the answer, as the model wrote."""
-    try:
-        body = json.loads(content)
-        choice = body["choices"][0]
-        message, reason = choice["message"], choice["finish_reason"]
-        thoughts, text = message.get("reasoning_content") or message.get("reasoning"), message.get("content")
-        tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _Failed(f"not an answer ({error!r}): {content[:200]!r}") from error
+    choice = body["choices"][0]
+    message, reason = choice["message"], choice["finish_reason"]
+    thoughts, text = message.get("reasoning_content") or message.get("reasoning"), message.get("content")
     if not (isinstance(text, str) or thoughts) or reason in (None, "abort", "error"):
-        raise _Failed(f"not a whole answer: {content[:200]!r}")
+        raise ValueError("no text, or the server gave up on it")
     if thoughts:
         text = f"{thoughts_begin}{thoughts}" + (f"</think>{text}" if text else "")
+    tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
     return question.answer(text, finished=reason == "stop", tokens=tokens)

@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
     # server per training seed, "any_layer-0". These and how they are reached may change between runs of a work directory.
     config.pairs.endpoints = ConfigDict()
     config.pairs.endpoint_model = ""  # the name it is served under (empty: config.model)
-    config.pairs.concurrency = 64  # questions under way at once
+    config.pairs.concurrency = 64  # questions under way at once, for each server
     config.pairs.timeout = 600.0  # seconds for one answer
     config.pairs.retries = 8  # after 1, 2, 4, ... seconds: about four minutes, as a server takes to come back
 

@@ -1,6 +1,7 @@
 """The arms, what each is trained to prefer to what, and the stage that collects their answers."""
 
 import collections
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from retmask_jax.files import read_jsonl, write_jsonl
 from retmask_jax.model.interventions import mask_heads, random_heads
 from retmask_jax.pairs import Question, Variant
 from retmask_jax.records import Records
+
+log = logging.getLogger(__name__)
 
 # What an arm's rejected answer comes from; "no_fact" asks the unmasked model without the stated fact.
 MASKED_ARMS = ("retmask", "any_layer", "layer_matched", "activity_matched")
@@ -34,6 +37,8 @@ def pairs_stage(context: Context, folder: Path) -> dict[str, Any]:
     asked = {question.id for question in questions}
     prompts = [prompt for prompt in prompts if prompt["id"] in asked]
     with Records(folder / "answers") as answers:
+        if answers:
+            log.info("pairs: %d of %d answers are stored; asking for the others", len(answers), len(questions))
         missing = [question for question in questions if question.key not in answers]
         for answer in _answers(context, heads, missing):
             answers.add(answer)

@@ -30,7 +30,8 @@ _GONE = 2  # so many failed questions in a row, per thread, and nobody is there
 class Endpoints:
     """Where each variant is answered, and how.
 
-    urls: base addresses, with or without /v1. model: the name it is served under. timeout: seconds for one answer.
+    urls: base addresses, with or without /v1. model: the name it is served under. concurrency: questions under way at
+    once, for each server. timeout: seconds for one answer.
     retries: how often a failed call is repeated, after 1, 2, 4, ... up to 60 seconds, or what Retry-After says.
     template_kwargs: handed to the server's chat template. thoughts_begin: what the model writes before its thoughts,
     where the server has split them off. first_wait: seconds before the first retry.
@@ -60,9 +61,9 @@ def sample(endpoints: Endpoints, questions: Sequence[Question], *, temperature: 
            max_new_tokens: int) -> Iterator[dict]:  # fmt: skip
     """The servers' answers as records in the order in which they come.
 
-    A question whose every try failed has none; where many in a row fail, the rest is not asked. Raises ValueError with
-    the server's words at once for what no retry can mend (status 401, 404, ...), and at the end where answers are
-    missing. The key is read from the environment: OPENAI_API_KEY.
+    A question whose every try failed has none; where many in a row fail, that server is not asked again. Raises
+    ValueError with the server's words at once for what no retry can mend (status 401, 404, ...), and at the end where
+    answers are missing. The key is read from the environment: OPENAI_API_KEY.
     """
     options = {"model": endpoints.model, "temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens}
     if endpoints.template_kwargs:
@@ -79,44 +80,52 @@ class _Failed(Exception):
         self.wait = wait
 
 
-def _in_threads(endpoints: Endpoints, questions, options) -> Iterator[dict]:
-    todo, results, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-    for question in questions:
-        todo.put(question)
-
-    def work():
-        while not stop.is_set():
-            try:
-                question = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                results.put(_patiently(endpoints, question, options, stop))
-            except Exception as error:  # raised where the results are read
-                results.put(error)
-
-    for _ in range(min(endpoints.concurrency, len(questions))):
-        # Daemons: an interrupted run does not wait for answers under way.
-        threading.Thread(target=work, daemon=True).start()
+def _in_threads(endpoints: Endpoints, questions: Sequence[Question], options) -> Iterator[dict]:
+    """Every server has threads of its own, so that a slow one holds up no other; each ends with None."""
+    results, stops = queue.SimpleQueue(), {}
+    for url in set(endpoints.urls.values()):
+        todo, stops[url] = queue.SimpleQueue(), threading.Event()
+        for question in questions:
+            if endpoints.urls[question.variant] == url:
+                todo.put(question)
+        for _ in range(endpoints.concurrency):
+            # Daemons: an interrupted run does not wait for answers under way.
+            threading.Thread(
+                target=_work, args=(endpoints, url, todo, options, stops[url], results), daemon=True
+            ).start()
     try:
-        yield from _collect(results, len(questions), _GONE * endpoints.concurrency)
+        yield from _collect(results, stops, endpoints.concurrency, len(questions))
     finally:
-        stop.set()
+        for stop in stops.values():
+            stop.set()
 
 
-def _collect(results: queue.SimpleQueue, total: int, most_failures: int) -> Iterator[dict]:
+def _work(endpoints: Endpoints, url: str, todo, options, stop: threading.Event, results) -> None:
+    try:
+        while not stop.is_set():
+            results.put((url, _patiently(endpoints, todo.get_nowait(), options, stop)))
+    except queue.Empty:
+        pass
+    except Exception as error:  # raised where the results are read
+        results.put((url, error))
+    results.put((url, None))
+
+
+def _collect(results, stops: Mapping[str, threading.Event], concurrency: int, total: int) -> Iterator[dict]:
     """The answers as they come; ValueError where some are missing, after all others."""
-    answered, in_a_row, failure = 0, 0, None
-    for _ in range(total):
-        result = results.get()
-        if isinstance(result, _Failed):
-            failure, in_a_row = result, in_a_row + 1
-            if in_a_row == most_failures:
-                break
+    answered, in_a_row, failure, running = 0, dict.fromkeys(stops, 0), None, concurrency * len(stops)
+    while running:
+        url, result = results.get()
+        if result is None:
+            running -= 1
+        elif isinstance(result, _Failed):
+            failure, in_a_row[url] = result, in_a_row[url] + 1
+            if in_a_row[url] == _GONE * concurrency:
+                stops[url].set()
         elif isinstance(result, Exception):
             raise result
         else:
-            answered, in_a_row = answered + 1, 0
+            answered, in_a_row[url] = answered + 1, 0
             yield result
     if failure is not None:
         raise ValueError(

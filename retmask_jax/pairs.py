@@ -138,6 +138,7 @@ class Request:
 
 def generate_stream(config, params, requests, *, batch_size, masks, what, **options) -> Iterator[tuple[int, Generated]]:
     """(index of a request, its result), batch by batch, the longest prompts first."""
+
     def run():
         for batch in batches_by_length([r.tokens for r in requests], batch_size):
             rows = [requests[i] for i in batch]

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from helpers_tiny import BATCH, CONFIG, NEW, copying_lm
 from ml_collections import ConfigDict
+from retmask_jax.configs import default
 from test_endpoints import _plan, serve  # noqa: F401  (a fixture)
 
 from retmask_jax.arms import ARMS, pairs_stage
-from retmask_jax.configs import default
 from retmask_jax.context import Context
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.files import read_jsonl, write_json, write_jsonl
@@ -79,14 +79,16 @@ def _killed_once(context, folder, monkeypatch, after):
     assert not _files(folder)
 
 
-def test_killed_three_times_the_files_are_those_of_an_undisturbed_run(prepare, monkeypatch):
+def test_killed_three_times_the_files_are_those_of_an_undisturbed_run(prepare, monkeypatch, caplog):
     context, folder = prepare("whole")
     wanted = pairs_stage(context, folder)
     assert set(_files(folder)) == {f"{arm}-{seed}.jsonl.gz" for arm in ARMS for seed in SEEDS}
     context, killed = prepare("killed")
     for after in random.Random(1).sample(range(2, 30), 3):
         _killed_once(context, killed, monkeypatch, after)
+    caplog.set_level("INFO", "retmask_jax")
     assert pairs_stage(context, killed) == wanted
+    assert f"{len(SEEDS) * len(VARIANTS) * N} answers are stored; asking for the others" in caplog.text
     assert _files(killed) == _files(folder)
     # Every answer was sampled once, those of "normal" for all arms.
     lines = [json.loads(line) for shard in (killed / "answers").iterdir() for line in shard.read_text().splitlines()]

@@ -73,7 +73,9 @@ def test_draws_depend_on_seed_variant_and_prompt_alone():
     both = {"a": NORMAL, "b": NORMAL}
     first = _sample(both)
     assert sorted(first) == [(7, name, f"p{i}") for name in "ab" for i in range(3)]
-    some = [question for question in _questions(both) if (question.variant[1], question.id) in (("b", "p1"), ("a", "p2"))]
+    some = [
+        question for question in _questions(both) if (question.variant[1], question.id) in (("b", "p1"), ("a", "p2"))
+    ]
     assert _sample(both, questions=some[::-1]) == {question.key: first[question.key] for question in some}
     for other in (_texts(first, "b"), _texts(_sample(both, seed=8), "a")):
         assert all(x != y for x, y in zip(_texts(first, "a"), other, strict=True))
@@ -107,7 +109,9 @@ def test_redacted_and_too_long_prompts_are_left_out_and_counted():
     kept, some, left_out = usable(PROMPTER, prompts, both, 40)
     assert (kept, left_out) == ([0, 3], {"redacted": 1, "too long": 1})
     assert some["messages"] == [tokens["messages"][0]] * 2
-    with pytest.raises(ValueError, match="none of 4 prompts can be asked: 1 are redacted and 3 have more than 31 tokens"):
+    with pytest.raises(
+        ValueError, match="none of 4 prompts can be asked: 1 are redacted and 3 have more than 31 tokens"
+    ):
         usable(PROMPTER, prompts, both, 31)
     assert usable(PROMPTER, prompts, ["messages_without"], 31)[0] == [0, 2, 3]
 

@@ -47,7 +47,9 @@ def test_killed_at_random_nothing_added_is_lost_or_doubled(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
-@pytest.mark.parametrize("torn", [b'{"key": [2, "x"], "te', b'{"key": [2, "x"], "text": ""}', b"\0\0\0\n", b"\n", b"7\n"])
+@pytest.mark.parametrize(
+    "torn", [b'{"key": [2, "x"], "te', b'{"key": [2, "x"], "text": ""}', b"\0\0\0\n", b"\n", b"7\n"]
+)
 def test_a_torn_last_line_is_dropped_and_never_continued(tmp_path, torn):
     with Records(tmp_path) as records:
         records.add(_record(1))

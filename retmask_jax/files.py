@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,13 +23,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     """One JSON value a line, written as they come; compressed where the name ends in .gz."""
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(_atomic(path))
-        if Path(path).suffix == ".gz":
-            # No name and no time stamp in the archive: equal records give equal bytes.
-            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
-        for record in records:
-            file.write(json.dumps(record).encode() + b"\n")
+    lines = (json.dumps(record).encode() + b"\n" for record in records)
+    with _atomic(path) as file:
+        file.writelines(_packed(lines) if Path(path).suffix == ".gz" else lines)
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -61,3 +58,11 @@ def _atomic(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _packed(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The parts as a gzip archive; it has no time stamp, so equal parts give equal bytes."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    for part in parts:
+        yield packer.compress(part)
+    yield packer.flush()

@@ -68,6 +68,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.connection.close()
             case "hang":
                 time.sleep(1.0)
+            case "trickle":
+                self.reply(200, " " * 10, {"Content-Length": str(10**6)})
+                for _ in range(15):
+                    time.sleep(0.1)
+                    self.wfile.write(b" ")
             case "not JSON":
                 self.reply(200, "<html>gateway</html>")
             case "no choices":
@@ -201,6 +206,13 @@ def test_retry_after_is_honoured_and_waits_grow(serve, monkeypatch):
     waits = [b - a for a, b in zip(times, times[1:], strict=False)]
     assert len(waits) == 5 and waits[0] > 0.05
     assert all(0.5 * 0.02 * 2**i < wait for i, wait in enumerate(waits))
+
+
+def test_an_answer_that_only_trickles_in_is_asked_for_again(serve):
+    server = serve("normal", ["trickle"])
+    assert len(list(_ask(_endpoints(server), QUESTIONS[:1]))) == 1
+    first, second = (seen[0] for seen in server.seen)
+    assert 0.4 < second - first < 1.2  # the timeout is 0.4
 
 
 def test_the_key_and_the_templates_arguments_are_sent(serve, monkeypatch):

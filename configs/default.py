@@ -16,7 +16,10 @@ def get_config() -> ConfigDict:
     config.kernel = "auto"  # of attention: the fastest for the device; or plain, blocked, cudnn, splash
     config.batch_size = 32  # rows per forward pass where no gradient is taken
     config.cpu_devices = 1  # most devices to make of a CPU's cores; each holds the parameters (see sharding.split_cpu)
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices per axis; -1 takes what is left
+    # Devices per axis; -1 takes what is left. data and fsdp split the rows, fsdp the weights too, tensor heads and MLPs,
+    # context the positions of long rows.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})
+    config.distributed = None  # several hosts: None joins those that the environment names, True must find some
 
     config.prompt = ConfigDict()
     config.prompt.template = "{context}\n\n{question}"
@@ -48,7 +51,9 @@ def get_config() -> ConfigDict:
 
     # Contrastive responses: RetMask samples at temperature 0.6, top_p 1, up to 2048 tokens.
     config.pairs = ConfigDict()
-    config.pairs.prompts = ""  # JSONL of {id, messages}
+    config.pairs.prompts = ""  # .jsonl or .txt (or .gz), a glob of them, or tfds:NAME (see retmask_jax/data/prompts.py)
+    config.pairs.prompts_split = "train"  # of a TFDS set; a slice such as train[:10%] too
+    config.pairs.prompts_field = None  # where each record has its prompt; None: messages, conversation or prompt
     config.pairs.n_prompts = 294_000
     config.pairs.temperature = 0.6
     config.pairs.top_p = 1.0
@@ -67,14 +72,22 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.arms = ("retmask",)  # what is trained; the controls are listed in retmask_jax/stages.py
     config.train.seeds = (0,)
+    config.train.loss = "sigmoid"  # or ipo, hinge, simpo; see retmask_jax/dpo.py
     config.train.beta = 0.1
-    config.train.label_smoothing = 0.0
+    config.train.label_smoothing = 0.0  # share of pairs that are taken to be the wrong way round
+    config.train.gamma = 0.0  # margin that simpo asks for; its authors take 0.3 to 1.6 with beta 2 to 2.5
+    config.train.per_token = False  # log-probabilities divided by the answer's length; simpo always does
+    config.train.nll_weight = 0.0  # of the chosen answer's loss per token, added (arXiv 2404.19733)
+    config.train.contrast_strength = 0.5  # of the arm "contrast": how far it goes beyond the normal distribution
     config.train.learning_rate = 5e-7
     config.train.final_learning_rate = 5e-8  # where the cosine ends
     config.train.warmup = 0.1  # share of the steps
     config.train.steps = 1148  # 2 epochs of 294K pairs
     config.train.batch_size = 512  # pairs per update
     config.train.microbatch_size = 16  # pairs per forward and backward pass; gradients are accumulated
+    config.train.lora_rank = 0  # of adapters, which are trained instead of the weights and merged on export; 0: none
+    config.train.lora_alpha = 16.0  # adapters count alpha / rank times
+    config.train.lora_targets = ("q", "k", "v", "o", "gate", "up", "down")  # layers that have them
     config.train.b1 = 0.9
     config.train.b2 = 0.95
     config.train.eps = 1e-8
@@ -83,8 +96,14 @@ def get_config() -> ConfigDict:
     config.train.max_tokens = 1024  # prompt and answer; answers are cut
     config.train.max_prompt_tokens = 512  # prompts keep their end
     config.train.compute_dtype = "bfloat16"  # the weights stay float32: 5e-7 vanishes in bfloat16
+    config.train.first_moment_dtype = "float32"  # of Adam; bfloat16 saves 2 bytes a weight
     config.train.remat = True  # recompute blocks in the backward pass: less memory, a third more work
-    config.train.checkpoint_every = 50
+    config.train.widths = 4  # rows are padded to one of so many widths; each is a compiled program
+    config.train.reference_batch_size = 32  # pairs per forward pass of the start model
+    config.train.checkpoint_every = 50  # steps
+    config.train.keep = 2  # newest checkpoints that stay, beside the one with the lowest loss
+    config.train.profile = ()  # (first, behind last) step of a trace for TensorBoard or Perfetto
+    config.train.wandb = ""  # project of Weights & Biases, if installed; metrics.jsonl and tensorboard/ are always there
 
     config.eval = ConfigDict()
     config.eval.tasks = ()

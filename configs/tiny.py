@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
     config.train.microbatch_size = 8
     config.train.compute_dtype = "float32"  # bfloat16 is slower on a CPU
     config.train.remat = False
+    config.train.widths = 1  # compiling takes longer than padding
     config.train.checkpoint_every = 20
 
     config.eval.tasks = ("needle short", "needle long", "context short", "context long", "closed-book")

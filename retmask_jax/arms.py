@@ -9,16 +9,19 @@ import numpy as np
 
 from retmask_jax import causal, endpoints, pairs, stats
 from retmask_jax.context import Context
-from retmask_jax.files import read_jsonl, write_jsonl
+from retmask_jax.data.prompts import read_prompts
+from retmask_jax.files import write_jsonl
+from retmask_jax.hosts import primary, wait_for_all
 from retmask_jax.model.interventions import mask_heads, random_heads
 from retmask_jax.pairs import Question, Variant
 from retmask_jax.records import Records
 
 log = logging.getLogger(__name__)
 
-# What an arm's rejected answer comes from; "no_fact" asks the unmasked model without the stated fact.
+# What an arm's rejected answer comes from; "contrast" has none; "no_fact" asks the unmasked model without the stated fact.
 MASKED_ARMS = ("retmask", "any_layer", "layer_matched", "activity_matched")
-ARMS = (*MASKED_ARMS, "no_fact", "sft_filtered", "sft_unfiltered")
+ARMS = (*MASKED_ARMS, "no_fact", "sft_filtered", "sft_unfiltered", "contrast")
+_ONE_ANSWER = ("sft_unfiltered", "contrast")
 
 # Who answers; the place in this list is the stream of draws, so that it is the same whichever arms there are.
 _VARIANTS = ("normal", "retmask", "activity_matched", "any_layer", "layer_matched", "no_fact")
@@ -29,19 +32,17 @@ def pairs_stage(context: Context, folder: Path) -> dict[str, Any]:
 
     Answers are stored as they come; a run that was cut off asks for those that are missing.
     """
-    config = context.config
-    prompts = read_jsonl(context.resolve(config.pairs.prompts))[: config.pairs.n_prompts]
-    _check_prompts(prompts, config)
+    config, section = context.config, context.config.pairs
+    read = read_prompts(section.prompts, n=section.n_prompts, split=section.prompts_split, field=section.prompts_field,
+                        resolve=context.resolve)  # fmt: skip
+    _check_prompts(read.records, config)
     heads = {(seed, arm): chosen for seed in config.train.seeds for arm, chosen in _arm_heads(context, seed).items()}
-    questions, left_out = _questions(context, prompts, heads)
+    questions, too_long = _questions(context, read.records, heads)
     asked = {question.id for question in questions}
-    prompts = [prompt for prompt in prompts if prompt["id"] in asked]
+    prompts = [prompt for prompt in read.records if prompt["id"] in asked]
+    left_out = {why: n for why, n in read.counts.items() if why != pairs.KEPT} | {"too long": too_long}
+    _collect(context, folder / "answers", heads, questions)
     with Records(folder / "answers") as answers:
-        if answers:
-            log.info("pairs: %d of %d answers are stored; asking for the others", len(answers), len(questions))
-        missing = [question for question in questions if question.key not in answers]
-        for answer in _answers(context, heads, missing):
-            answers.add(answer)
         counts = {
             f"{arm}-{seed}": _write_arm(folder, prompts, answers, seed, arm)
             for seed in config.train.seeds
@@ -71,13 +72,13 @@ def _arm_heads(context: Context, seed: int) -> dict[str, list]:
     return {arm: choose() for arm, choose in choices.items() if arm in wanted}
 
 
-def _questions(context: Context, prompts, heads) -> tuple[list[Question], dict[str, int]]:
-    """(what every variant of every seed is asked, how many prompts are left out and why)."""
+def _questions(context: Context, prompts, heads) -> tuple[list[Question], int]:
+    """(what every variant of every seed is asked, how many prompts are too long to be)."""
     config = context.config
     without = "no_fact" in config.train.arms
     keys = ("messages", "messages_without") if without else ("messages",)
     room = context.lm.config.max_length - config.pairs.max_new_tokens
-    numbers, tokens, left_out = pairs.usable(context.pairs_prompter, prompts, keys, room)
+    numbers, tokens = pairs.usable(context.pairs_prompter, prompts, keys, room)
     questions = []
     for seed in config.train.seeds:
         for name in ("normal", *(arm for of, arm in heads if of == seed), *(("no_fact",) if without else ())):
@@ -87,16 +88,29 @@ def _questions(context: Context, prompts, heads) -> tuple[list[Question], dict[s
                 Question((seed, name), prompts[number]["id"], prompts[number][key], row, int(draws[number]))
                 for number, row in zip(numbers, tokens[key], strict=True)
             ]
-    return questions, left_out
+    return questions, len(prompts) - len(numbers)
+
+
+def _collect(context: Context, folder: Path, heads, questions: list[Question]) -> None:
+    """Store the answers to those questions that have none; all hosts answer, the first one stores."""
+    with Records(folder) as answers:
+        missing = [question for question in questions if question.key not in answers]
+        if answers:
+            log.info("pairs: %d of %d answers are stored; asking for the others", len(answers), len(questions))
+        wait_for_all("what is missing is known")
+        for answer in _answers(context, heads, missing):
+            if primary():
+                answers.add(answer)
+    wait_for_all("the answers are stored")
 
 
 def _answers(context: Context, heads, questions: list[Question]):
     """Answers to questions as they come, from this process or from the endpoints."""
     section, lm = context.config.pairs, context.lm
-    if not questions:
-        return iter(())
     variants = list(dict.fromkeys(question.variant for question in questions))
     options = {name: section[name] for name in ("temperature", "top_p", "max_new_tokens")}
+    if not questions or (section.endpoints and not primary()):
+        return iter(())
     if section.endpoints:
         return endpoints.sample(_endpoints(context, heads, variants), questions, **options)
     masks = {variant: mask_heads(lm.config, heads.get(variant, [])) for variant in variants}
@@ -134,7 +148,7 @@ def _write_arm(folder: Path, prompts, answers: Records, seed: int, arm: str) -> 
     def of(name):
         return (answers[seed, name, prompt["id"]] for prompt in prompts)
 
-    if arm == "sft_unfiltered":
+    if arm in _ONE_ANSWER:
         del counts["identical"]
         records = pairs.make_demonstrations(prompts, of("normal"), counts)
     else:
@@ -157,13 +171,7 @@ def _check_prompts(prompts, config) -> None:
             f"{config.pairs.prompts} gives {len(prompts)} prompts, fewer than a batch of {config.train.batch_size}: "
             "add prompts or lower train.batch_size"
         )
-    needed = {"id", "messages"} | ({"messages_without"} if "no_fact" in config.train.arms else set())
-    first = {}
-    for number, prompt in enumerate(prompts, 1):
-        if not needed <= set(prompt):
-            raise ValueError(f"{config.pairs.prompts}, record {number} lacks {', '.join(sorted(needed - set(prompt)))}")
-        if first.setdefault(prompt["id"], number) != number:
-            raise ValueError(
-                f"{config.pairs.prompts}, records {first[prompt['id']]} and {number} have the same id "
-                f"{prompt['id']!r}: an id belongs to one prompt"
-            )
+    if "no_fact" in config.train.arms:
+        for prompt in prompts:
+            if "messages_without" not in prompt:
+                raise ValueError(f"{config.pairs.prompts}, prompt {prompt['id']}: arm no_fact needs messages_without")

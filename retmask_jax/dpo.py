@@ -1,24 +1,69 @@
-"""Losses over sequence log-probabilities, as pure functions."""
+"""Losses over sequence log-probabilities, and over pairs of next-token distributions, as pure functions."""
 
 import jax
 import jax.numpy as jnp
 
-KINDS = ("sigmoid",)
+KINDS = ("sigmoid", "ipo", "hinge", "simpo")
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float = 0.1, kind: str = "sigmoid",
-             label_smoothing: float = 0.0):  # fmt: skip
-    """f32[pairs]: direct preference optimisation (arXiv 2305.18290, eq. 7) on log-probabilities f32[pairs].
+             label_smoothing: float = 0.0, gamma: float = 0.0):  # fmt: skip
+    """f32[pairs]: a preference loss on log-probabilities f32[pairs] of the model and of the reference.
 
-    label_smoothing: assumed share of pairs whose preference is the wrong way round (conservative DPO).
-    Raises ValueError for an unknown kind.
+    With h = (chosen - ref_chosen) - (rejected - ref_rejected), kind is
+    "sigmoid", -log sigmoid(beta h): DPO (arXiv 2305.18290, eq. 7);
+    "ipo",     (h - 1 / (2 beta))^2: IPO (arXiv 2310.12036, eq. 17);
+    "hinge",   max(0, 1 - beta h): the hinge loss of SLiC on the same h (arXiv 2309.06657);
+    "simpo",   -log sigmoid(beta (chosen - rejected) - gamma): SimPO (arXiv 2405.14734, eq. 6). It has no reference, so
+               ref_chosen and ref_rejected do not count (None will do), and takes log-probabilities per token.
+    label_smoothing: assumed share of pairs whose preference is the wrong way round, of "sigmoid" and "simpo".
+    Raises ValueError for an unknown kind, and for label_smoothing or gamma where the kind has none.
     """
+    check_loss(kind, beta, label_smoothing, gamma)
+    if kind == "simpo":
+        return _wrong_by(beta * (chosen - rejected) - gamma, label_smoothing)
+    advantage = (chosen - ref_chosen) - (rejected - ref_rejected)
+    match kind:
+        case "ipo":
+            return jnp.square(advantage - 1 / (2 * beta))
+        case "hinge":
+            return jax.nn.relu(1 - beta * advantage)
+    return _wrong_by(beta * advantage, label_smoothing)
+
+
+def check_loss(kind: str, beta: float, label_smoothing: float, gamma: float) -> None:
+    """Raise ValueError for a loss that does not exist or an option that it does not have."""
     if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
-    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    return -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
+        raise ValueError(f"kind of loss is {kind!r}; it must be one of {', '.join(KINDS)}")
+    if not beta > 0:
+        raise ValueError(f"beta is {beta}; it must be more than 0")
+    if label_smoothing and kind not in ("sigmoid", "simpo"):
+        raise ValueError(f"label_smoothing is {label_smoothing}, which {kind} does not have: set it to 0")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}; it must be at least 0 and less than 0.5")
+    if gamma and kind != "simpo":
+        raise ValueError(f"gamma is {gamma}, which only simpo has, not {kind}: set it to 0")
 
 
-def sft_loss(chosen, n_tokens):
-    """f32[]: mean negative log-probability per answer token over the batch."""
-    return -jnp.sum(chosen) / jnp.sum(n_tokens)
+def contrast_loss(normal_BTV, ablated_BTV, strength: float):
+    """f32[B,T]: how far the normal model's next-token distribution is from the one that the contrast asks for.
+
+    Logits f32[B,T,V] of the same model, normal and with heads masked. Beyond the papers: RetMask samples an answer y
+    of the normal model p and a rejected one of the ablated model q, and DPO fits their preference. A pair (y from p,
+    y' from q) is that way round with odds p(y) q(y') / (q(y) p(y')), so the reward that explains all pairs best is
+    r = log p/q, and DPO's optimum is p (p/q)^(1/beta) up to a constant (arXiv 2305.18290, eq. 4). Both distributions are
+    known token by token, so nothing needs to be sampled from q: the target of a token is t = p (p/q)^strength up to a
+    constant, strength in the place of 1/beta, and the loss is KL(t, p) with t held fixed. Its gradient, for a small
+    strength, is that of -strength E_p[log p/q] with log p/q held fixed: the expected reward, without its variance
+    over samples. p and q are those of the weights at hand; there is no reference, so learning rate and number of
+    steps bound the way.
+    """
+    normal, ablated = (jax.nn.log_softmax(x, axis=-1) for x in (normal_BTV, jax.lax.stop_gradient(ablated_BTV)))
+    start = jax.lax.stop_gradient(normal)
+    target = jax.nn.log_softmax(start + strength * (start - ablated), axis=-1)
+    return jnp.sum(jnp.exp(target) * (target - normal), axis=-1)
+
+
+def _wrong_by(logit, share: float):
+    """-log sigmoid(logit), where a share of the pairs is the wrong way round."""
+    return -(1 - share) * jax.nn.log_sigmoid(logit) - share * jax.nn.log_sigmoid(-logit)

@@ -1,7 +1,11 @@
-"""Files that are either whole or not there: written under a temporary name, then renamed."""
+"""Files that are either whole or not there: written under a temporary name, then renamed; by the first of several
+hosts."""
 
 import contextlib
+import glob
 import gzip
+import hashlib
+import io
 import json
 import os
 import zlib
@@ -9,11 +13,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from retmask_jax.hosts import primary
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write text or bytes so that a killed process leaves the old file or the new one, never a part."""
-    with _atomic(path) as file:
+    with _whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_array(path: Path, array) -> None:
+    """One NumPy array in .npy format, which can be memory-mapped."""
+    import numpy as np
+
+    stream = io.BytesIO()
+    np.save(stream, array)
+    write_atomically(path, stream.getvalue())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -23,32 +38,71 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     """One JSON value a line, written as they come; compressed where the name ends in .gz."""
-    lines = (json.dumps(record).encode() + b"\n" for record in records)
-    with _atomic(path) as file:
-        file.writelines(_packed(lines) if Path(path).suffix == ".gz" else lines)
+    with _whole(path) as file, contextlib.ExitStack() as stack:
+        if Path(path).suffix == ".gz":
+            # No name and no time stamp in the archive: equal records give equal bytes.
+            file = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0))
+        for record in records:
+            file.write(json.dumps(record).encode() + b"\n")
 
 
 def read_jsonl(path: Path) -> list[Any]:
     """The records of a JSONL file, compressed or not; ValueError naming file and line where one is not JSON."""
+    return [record for _, record in iter_jsonl(path)]
+
+
+def iter_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, record) of a JSONL file, read as they are asked for; errors as `read_jsonl`."""
+    for number, line in iter_lines(path):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+
+
+def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, line) of a text file, compressed or not; ValueError if it is missing, damaged or not UTF-8."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     opener = gzip.open if path.suffix == ".gz" else open
-    records = []
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-    return records
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read beyond line {number} ({error}): fetch or write it again") from error
+
+
+def matching(pattern: Path) -> list[Path]:
+    """The file of that name, else the files that match it as a glob, sorted; ValueError if there is none."""
+    if Path(pattern).is_file():
+        return [Path(pattern)]
+    files = [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True)) if Path(name).is_file()]
+    if not files:
+        raise ValueError(f"no file matches {pattern}: name a file, or a pattern such as folder/*.jsonl.gz")
+    return files
+
+
+def digest(value: Any) -> str:
+    """Hash of a JSON value or of bytes, 16 hex digits."""
+    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 @contextlib.contextmanager
-def _atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name when it is complete."""
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into that takes its name, and the place of an older one, once all is written.
+
+    Of several hosts only the first writes.
+    """
+    if not primary():
+        with open(os.devnull, "wb") as nothing:
+            yield nothing
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -58,11 +112,3 @@ def _atomic(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _packed(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """The parts as a gzip archive; it has no time stamp, so equal parts give equal bytes."""
-    packer = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-    for part in parts:
-        yield packer.compress(part)
-    yield packer.flush()

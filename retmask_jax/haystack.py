@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from retmask_jax.files import read_jsonl
+from retmask_jax.files import digest, read_jsonl
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -89,6 +89,16 @@ class Prompter:
         """(token ids, their character ranges). A chat template writes its own special tokens."""
         encoded = self.tokenizer(text, add_special_tokens=not self.chat, return_offsets_mapping=True)
         return encoded["input_ids"], encoded["offset_mapping"]
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, as `encode` gives them."""
+        return self.tokenizer(list(texts), add_special_tokens=not self.chat)["input_ids"]
+
+    def identity(self) -> str:
+        """A hash of the tokenizer, the template and what they are used with."""
+        template = self.tokenizer.chat_template if self.chat else None
+        tokens = self.tokenizer.backend_tokenizer.to_str()
+        return digest([tokens, template, self.prompt, self.chat, dict(self.template_kwargs)])
 
     def _fill(self, context: str, question: str) -> str:
         return self.prompt.format(context=context, question=question).strip()

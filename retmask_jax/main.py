@@ -36,6 +36,7 @@ _BENCHMARKS = {
     }),
     "dpo": ("TRL's DPOTrainer", {
         "pairs": (2, "pairs in a step"), "memory_length": (2048, "tokens of a row where memory is measured; 0: not"),
+        "lora_rank": (0, "train adapters of this rank; no peer then; 0: all weights"),
     }),
     "memory": ("our memory at one length and at twice it", {}),
 }  # fmt: skip

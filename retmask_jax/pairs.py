@@ -15,6 +15,7 @@ from retmask_jax.progress import with_rate
 
 KEPT = "kept"
 OUTCOMES = (KEPT, "empty", "identical")
+_AT_ONCE = 1024  # prompts a tokenizer is given: it returns far more than their tokens
 
 Variant = tuple[int, str]  # training seed and name of who answers
 
@@ -40,31 +41,19 @@ class Question:
 
 
 def usable(prompter: Prompter, prompts: Sequence[dict], messages_keys: Sequence[str],
-           max_tokens: int) -> tuple[list[int], dict[str, list[list[int]]], dict[str, int]]:  # fmt: skip
-    """(numbers of the prompts to be asked, {messages key: tokens of each of them}, how many others there are and why).
+           max_tokens: int) -> tuple[list[int], dict[str, list[list[int]]]]:  # fmt: skip
+    """(numbers of the prompts that can be asked, {messages key: tokens of each of them}).
 
-    Left out are records with "redacted" true and prompts of which a conversation is longer than max_tokens. Raises
-    ValueError where nothing is left.
+    A prompt of which a conversation is longer than max_tokens is left out; ValueError where nothing is left.
     """
-    numbers, tokens, left_out = [], {key: [] for key in messages_keys}, {"redacted": 0, "too long": 0}
-    for number, prompt in enumerate(prompts):
-        if prompt.get("redacted"):
-            left_out["redacted"] += 1
-            continue
-        ids = [prompter.encode(prompter.render_messages(prompt[key]))[0] for key in messages_keys]
-        if max(map(len, ids)) > max_tokens:
-            left_out["too long"] += 1
-            continue
-        numbers.append(number)
-        for key, row in zip(messages_keys, ids, strict=True):
-            tokens[key].append(row)
+    tokens = {key: _encode(prompter, [prompt[key] for prompt in prompts]) for key in messages_keys}
+    numbers = [i for i in range(len(prompts)) if max(len(rows[i]) for rows in tokens.values()) <= max_tokens]
     if not numbers:
         raise ValueError(
-            f"none of {len(prompts)} prompts can be asked: {left_out['redacted']} are redacted and "
-            f"{left_out['too long']} have more than {max_tokens} tokens, which is the model's context less "
-            "pairs.max_new_tokens"
+            f"each of {len(prompts)} prompts has more than {max_tokens} tokens, the model's context less "
+            "pairs.max_new_tokens: take shorter prompts or fewer new tokens"
         )
-    return numbers, tokens, left_out
+    return numbers, {key: [rows[i] for i in numbers] for key, rows in tokens.items()}
 
 
 def draws(seed: int, stream: int, n: int) -> np.ndarray:
@@ -108,6 +97,14 @@ def make_demonstrations(prompts: Iterable[dict], chosen: Iterable[dict], counts:
         counts[KEPT if good["text"].strip() else "empty"] += 1
         if good["text"].strip():
             yield _record(prompt, good, good)
+
+
+def _encode(prompter: Prompter, conversations: Sequence) -> list[list[int]]:
+    rows = []
+    for start in range(0, len(conversations), _AT_ONCE):
+        part = conversations[start : start + _AT_ONCE]
+        rows += prompter.encode_many([prompter.render_messages(messages) for messages in part])
+    return rows
 
 
 def _outcome(good: str, bad: str) -> str:

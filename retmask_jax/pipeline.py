@@ -100,7 +100,7 @@ def bench(name: str, out: Path | None, options: dict) -> bool:
     split_cpu(harness.cores())
     benchmarks = {"detect": detect, "masks": masks, "generate": generate, "dpo": dpo, "memory": memory}
     for option, value in options.items():
-        least = 0 if option == "memory_length" else 1
+        least = 0 if option in ("memory_length", "lora_rank") else 1
         if type(value) is int and value < least:
             raise ValueError(f"--{option.replace('_', '-')} is {value}; it must be at least {least}")
     report = benchmarks[name].run(**options)

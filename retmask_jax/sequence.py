@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from retmask_jax.dpo import contrast_loss
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, hidden, logits, longest_row, unembedding
@@ -49,32 +50,61 @@ def _token_logprobs(config, params, tokens_BT, interventions):
     return by_rows(one, params, (tokens_BT, interventions.per_row(len(tokens_BT))))
 
 
+def sequence_contrast(config: ModelConfig, params, tokens, loss_mask, interventions, strength: float, *,
+                      remat: bool = False):  # fmt: skip
+    """f32[B]: sum over the counted positions of `dpo.contrast_loss` between the model and itself under interventions.
+
+    Arguments and errors as in `sequence_logprobs`. Differentiable; the masked pass takes no gradient.
+    """
+    tokens = check_tokens(config, tokens)
+    counted_BT = jnp.asarray(loss_mask)[:, 1:] != 0
+    normal_BTE = hidden(config, params, tokens, remat=remat).x_BTE[:, :-1]
+    fixed = jax.lax.stop_gradient(params)
+    ablated_BTE = hidden(config, fixed, tokens, interventions).x_BTE[:, :-1]
+
+    def contrast(logits_of, normal_BTE, ablated_BTE):
+        return contrast_loss(logits_of(normal_BTE), logits_of(ablated_BTE), strength)
+
+    return jnp.sum(_over_chunks(config, params, contrast, (normal_BTE, ablated_BTE), counted_BT), axis=1)
+
+
 def _chosen_logprobs(config, params, x_BTE, target_BT, counted_BT):
-    """f32[B,T]: log-probability of each target, 0 where it is not counted.
+    """f32[B,T]: log-probability of each target, 0 where it is not counted."""
+
+    def logprobs(logits_of, x_BTE, target_BT):
+        logits_BTV = logits_of(x_BTE)
+        chosen_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
+        return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+    return _over_chunks(config, params, logprobs, (x_BTE, target_BT), counted_BT)
+
+
+def _over_chunks(config, params, function, arrays, counted_BT):
+    """f32[B,T]: function(logits of states, *arrays) [B,C] of C positions of each row at a time, 0 where not counted.
 
     One chunk of logits exists at a time, and none of a chunk in which no position counts.
     """
-    batch, length, width = x_BTE.shape
+    batch, length = counted_BT.shape
     chunk = max(1, min(_CHUNK, length))
-    pad = ((0, 0), (0, -length % chunk))
-    x_CBTE = jnp.pad(x_BTE, (*pad, (0, 0))).reshape(batch, -1, chunk, width).swapaxes(0, 1)
-    target_CBT, counted_CBT = (
-        jnp.pad(x, pad).reshape(batch, -1, chunk).swapaxes(0, 1) for x in (target_BT, counted_BT)
-    )
+
+    def chunked(x):
+        """[B,T,...] as chunks [N,B,C,...]."""
+        x = jnp.pad(x, ((0, 0), (0, -length % chunk), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(batch, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     # Every device keeps its part of the vocabulary for all chunks; moving the matrix to the rows would cost more.
     table_EV = nn.with_logical_constraint(unembedding(config, params), (None, "unembed_vocab"))
 
-    def logprobs(x_BTE, target_BT, counted_BT):
+    def logits_of(x_BTE):
         x_BTE = nn.with_logical_constraint(x_BTE, ("unembed_rows", None, None))
-        logits_BTV = logits(config, table_EV, x_BTE)
-        logits_BTV = nn.with_logical_constraint(logits_BTV, ("unembed_rows", None, "unembed_vocab"))
-        chosen_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
-        return jnp.where(counted_BT, chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1), 0.0)
+        return nn.with_logical_constraint(logits(config, table_EV, x_BTE), ("unembed_rows", None, "unembed_vocab"))
+
+    def compute(counted_BC, *parts):
+        return jnp.where(counted_BC, function(logits_of, *parts), 0.0)
 
     @jax.checkpoint
     def one(args):
-        return jax.lax.cond(args[2].any(), logprobs, lambda *args: jnp.zeros(args[1].shape, jnp.float32), *args)
+        return jax.lax.cond(args[0].any(), compute, lambda *args: jnp.zeros(args[0].shape, jnp.float32), *args)
 
-    logps_CBT = jax.lax.map(one, (x_CBTE, target_CBT, counted_CBT))
-    return logps_CBT.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+    out_NBC = jax.lax.map(one, tuple(chunked(x) for x in (counted_BT, *arrays)))
+    return out_NBC.swapaxes(0, 1).reshape(batch, -1)[:, :length]

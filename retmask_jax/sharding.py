@@ -13,14 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.transformer import Transformer
+from retmask_jax.model.transformer import transformer
 
 log = logging.getLogger(__name__)
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "context")
 
-# Logical axis -> mesh axes. Batches are split over data and fsdp, weights over fsdp and tensor; log-probabilities over
-# the vocabulary instead of the rows.
+# Logical axis -> mesh axes. Batches are split over data and fsdp, weights over fsdp and tensor, the positions of long
+# rows over context; log-probabilities over the vocabulary instead of the rows.
 RULES = (
     ("batch", ("data", "fsdp")),
     ("embed", "fsdp"),
@@ -30,7 +30,7 @@ RULES = (
     ("experts", None),
     ("layers", None),
     ("norm", None),
-    ("length", None),
+    ("length", "context"),
     ("embed_act", None),
     ("unembed_rows", "data"),
     ("unembed_vocab", ("fsdp", "tensor")),
@@ -38,24 +38,28 @@ RULES = (
 
 
 def make_mesh(sizes, devices=None) -> Mesh:
-    """A mesh of {"data": n, "fsdp": n, "tensor": n}; -1 for one axis takes what the other axes leave.
+    """A mesh of {"data": n, "fsdp": n, "tensor": n, "context": n}; an axis that is not named is 1, and -1 for one axis
+    takes what the others leave.
 
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = [int(sizes[axis]) for axis in AXES]
+    unknown = set(sizes) - set(AXES)
+    if unknown:
+        raise ValueError(f"a mesh has no axis {unknown.pop()!r}; it has {', '.join(AXES)}")
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
     if shape.count(-1) == 1:
         known = -int(np.prod(shape))
         shape[shape.index(-1)] = len(devices) // known if known and len(devices) % known == 0 else 0
     if min(shape) < 1 or int(np.prod(shape)) != len(devices):
-        wanted = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
+        wanted = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES if axis in sizes)
         raise ValueError(f"a mesh of {wanted} does not fit {len(devices)} devices: the product must be {len(devices)}")
     return jax.make_mesh(tuple(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def param_shapes(config: ModelConfig):
     """The parameter tree as jax.ShapeDtypeStruct, boxed with the logical axes; nothing is computed."""
-    model, tokens = Transformer(config), np.zeros((1, 2), np.int32)
+    model, tokens = transformer(config), np.zeros((1, 2), np.int32)
     shapes = jax.eval_shape(lambda seed: model.init(jax.random.key(seed), tokens, Interventions.none(config)), 0)
     return shapes["params"]
 
@@ -96,12 +100,12 @@ def mesh_of(params):
     return using(leaf.sharding.mesh) if on_mesh else contextlib.nullcontext()
 
 
-def by_rows(function, shared, rows, *, mean: bool = False):
+def by_rows(function, shared, rows, *, total: bool = False):
     """function(shared, rows), where rows and results are pytrees of arrays [B, ...] and no row needs another.
 
     Where the mesh that is set has devices on its data axis alone, and as many divide the rows, each device runs the
     function on its own rows, and loops end on each as soon as its rows are done. Else the compiler splits the work.
-    mean: of the results of all devices (such as gradients), in place of results by row.
+    total: the sum of the results of all devices (such as gradients of sums), in place of results by row.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = mesh.shape.get("data", 1)
@@ -111,10 +115,10 @@ def by_rows(function, shared, rows, *, mean: bool = False):
     def part(shared, rows):
         with nn.logical_axis_rules(()):
             out = function(shared, rows)
-        return jax.lax.pmean(out, "data") if mean else out
+        return jax.lax.psum(out, "data") if total else out
 
     whole, split = PartitionSpec(), PartitionSpec("data")
-    mapped = jax.shard_map(part, in_specs=(whole, split), out_specs=whole if mean else split, check_vma=False)
+    mapped = jax.shard_map(part, in_specs=(whole, split), out_specs=whole if total else split, check_vma=False)
     return mapped(shared, rows)
 
 
@@ -140,6 +144,21 @@ def split_cpu(most: int) -> None:
         log.info("JAX is in use already, with %d devices", jax.device_count())
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Over how many shares the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def place_rows(mesh: Mesh, n: int, make):
+    """A batch of n rows over the mesh: make(slice of the rows) gives the part that this host's devices hold, arrays
+    [rows, ...]. Rows that do not divide are whole on every device.
+    """
+    split = divided(batch_sharding(mesh), (n,), "rows of a batch")
+    held = [index[0].indices(n)[:2] for index in split.addressable_devices_indices_map((n,)).values()]
+    part = make(slice(min(begin for begin, _ in held), max(end for _, end in held)))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x, (n, *x.shape[1:])), part)

@@ -13,20 +13,23 @@ import numpy as np
 from retmask_jax import causal, memory, stats
 from retmask_jax.arms import ARMS, pairs_stage
 from retmask_jax.context import Context
-from retmask_jax.data.preferences import encode_pairs
+from retmask_jax.data.preferences import PairRows, encode_pairs, kept_rows
 from retmask_jax.detect import detect, stability
 from retmask_jax.evals.compare import arm_numbers, run_rows
 from retmask_jax.evals.perplexity import text_loss
 from retmask_jax.evals.recall import by_cell
-from retmask_jax.files import read_jsonl, write_jsonl
+from retmask_jax.files import digest, read_jsonl, write_jsonl
 from retmask_jax.head_profile import profile
 from retmask_jax.head_scores import HeadScores
+from retmask_jax.hosts import primary
 from retmask_jax.lm import LanguageModel, save
+from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.sharding import make_mesh
-from retmask_jax.train import Settings, train
-from retmask_jax.workdir import digest, fingerprint
+from retmask_jax.train import check_mesh, train
+from retmask_jax.training_settings import Settings
+from retmask_jax.workdir import fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +75,8 @@ def check_config(config) -> None:
             f"train.max_prompt_tokens {config.train.max_prompt_tokens} must be less than train.max_tokens "
             f"{config.train.max_tokens}, which also holds the answer"
         )
-    make_mesh(config.mesh)
-    _settings(config, "retmask", 0)
+    mesh = make_mesh(config.mesh)
+    check_mesh(_settings(config, "retmask", 0), mesh)
 
 
 def check_model(context: Context) -> None:
@@ -161,29 +164,24 @@ def rope_stage(context: Context, folder: Path) -> dict[str, Any]:
 
 def train_stage(context: Context, folder: Path) -> dict[str, Any]:
     """Every arm and seed trained from the same start, exported as an HF checkpoint."""
-    config, lm = context.config, context.lm
+    config = context.config
     names = {f"{arm}-{seed}": (arm, seed) for arm in config.train.arms for seed in config.train.seeds}
-    files = {name: context.workdir.folder("pairs") / f"{name}.jsonl.gz" for name in names}
-    records = {name: read_jsonl(file) for name, file in files.items()}
-    for name, kept in records.items():
-        if len(kept) < config.train.batch_size:
-            raise ValueError(
-                f"{name} kept {len(kept)} pairs, fewer than a batch of {config.train.batch_size}: "
-                "add prompts or lower train.batch_size"
-            )
+    model, heads = context.lm.replace(params=None), context.heads()
+    start = {"model": context.model_fingerprint(), "dtype": config.train.compute_dtype}
     runs = {}
     for name, (arm, seed) in names.items():
-        rows = encode_pairs(
-            context.pairs_prompter, records[name], eos_id=lm.config.eos_ids[0],
-            max_tokens=config.train.max_tokens, max_prompt_tokens=config.train.max_prompt_tokens,
-        )  # fmt: skip
         target = folder / name
+        rows, identity = _rows(context, model.config, name, target)
         if not (target / "model").exists():
-            identity = digest([fingerprint(files[name]), context.model_fingerprint(), config.train.compute_dtype])
-            params = train(lm.config, lm.params, rows, _settings(config, arm, seed), target, context.mesh,
-                           fingerprint=identity, what=f"train {name}")  # fmt: skip
-            save(lm.replace(params=params), target / "model.part")
-            (target / "model.part").rename(target / "model")
+            settings = _settings(config, arm, seed)
+            params = train(
+                model.config, context.release_params, rows, settings, target, context.mesh,
+                fingerprint=digest(identity | start), what=f"train {name}",
+                ablated=mask_heads(model.config, heads).fill(model.config) if arm == "contrast" else None,
+            )  # fmt: skip
+            save(model.replace(params=params), target / "model.part")
+            if primary():
+                (target / "model.part").rename(target / "model")
         runs[name] = {
             "arm": arm, "seed": seed, "examples": len(rows), "answers_cut": rows.cut,
             "prompts_cut": rows.prompts_cut, "steps": read_jsonl(target / "metrics.jsonl"),
@@ -192,6 +190,25 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
         f"train/{name}/final loss": _number(run["steps"][-1]["loss"], run["examples"]) for name, run in runs.items()
     }
     return {"runs": runs, "numbers": numbers}
+
+
+def _rows(context: Context, model: ModelConfig, name: str, target: Path) -> tuple[PairRows, dict[str, Any]]:
+    """(token rows of an arm's pairs, what they were made from), encoded once and kept in target/rows."""
+    section = context.config.train
+    file = context.workdir.folder("pairs") / f"{name}.jsonl.gz"
+    limits = {"max_tokens": section.max_tokens, "max_prompt_tokens": section.max_prompt_tokens}
+    identity = {"data": fingerprint(file), "tokenizer": context.pairs_prompter.identity(), **limits}
+
+    def encode() -> PairRows:
+        records = read_jsonl(file)
+        if len(records) < section.batch_size:
+            raise ValueError(
+                f"{name} kept {len(records)} pairs, fewer than a batch of {section.batch_size}: "
+                "add prompts or lower train.batch_size"
+            )
+        return encode_pairs(context.pairs_prompter, records, eos_id=model.eos_ids[0], **limits)
+
+    return kept_rows(target / "rows", identity, encode), identity
 
 
 def eval_stage(context: Context, folder: Path) -> dict[str, Any]:
@@ -302,7 +319,7 @@ def _evaluate(context: Context, lm: LanguageModel, windows, name: str) -> dict[s
 def _settings(config, arm: str, seed: int) -> Settings:
     section = config.train
     fields = {field.name for field in dataclasses.fields(Settings)} - {"objective", "seed"}
-    objective = "sft" if arm.startswith("sft") else "dpo"
+    objective = {"sft_filtered": "sft", "sft_unfiltered": "sft", "contrast": "contrast"}.get(arm, "dpo")
     return Settings(objective=objective, seed=seed, **{name: section[name] for name in fields})
 
 

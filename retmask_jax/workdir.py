@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -17,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from retmask_jax.files import write_json
+from retmask_jax.files import digest, write_json
+from retmask_jax.hosts import primary
 from retmask_jax.recipes import as_json, differences
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Workdir:
         A rerun has a new id, which makes the stages that depend on it run again. Raises ValueError while another
         process runs a stage here.
         """
-        with locked(self.root):
+        with locked(self.root) if primary() else contextlib.nullcontext():
             return self._run(stage, upstream, inputs, function)
 
     def _run(self, stage, upstream, inputs, function) -> tuple[dict[str, Any], bool]:
@@ -125,12 +125,6 @@ def check_free(root: str | Path) -> None:
     if (Path(root) / _LOCK).exists():
         with open(Path(root) / _LOCK, "a+") as file:
             _lock(file)
-
-
-def digest(value: Any) -> str:
-    """Hash of a JSON value or of bytes, 16 hex digits."""
-    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def fingerprint(path: str | Path) -> str:

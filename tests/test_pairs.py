@@ -34,7 +34,7 @@ PROMPTS = _prompts()
 
 
 def _questions(variants, prompts=PROMPTS, seed=7, key="messages"):
-    numbers, tokens, _ = usable(PROMPTER, prompts, [key], CONFIG.max_length - NEW)
+    numbers, tokens = usable(PROMPTER, prompts, [key], CONFIG.max_length - NEW)
     return [
         Question((seed, name), prompts[i]["id"], prompts[i][key], tokens[key][i], int(draws(seed, stream, 3)[i]))
         for stream, name in enumerate(variants)
@@ -99,21 +99,16 @@ def test_cold_responses_equal_the_slow_reference(key):
         assert finished == {True, False}
 
 
-def test_redacted_and_too_long_prompts_are_left_out_and_counted():
+def test_prompts_that_are_too_long_are_left_out():
     both = ["messages", "messages_without"]
-    numbers, tokens, left_out = usable(PROMPTER, PROMPTS, both, 500)
-    lengths = [len(row) for row in tokens["messages"]]
-    assert (numbers, left_out) == ([0, 1, 2], {"redacted": 0, "too long": 0})
-    assert lengths == [32, 40, 48] and {len(row) for row in tokens["messages_without"]} == {14}
-    prompts = [PROMPTS[0], PROMPTS[1] | {"redacted": True}, PROMPTS[2], PROMPTS[0] | {"redacted": False}]
-    kept, some, left_out = usable(PROMPTER, prompts, both, 40)
-    assert (kept, left_out) == ([0, 3], {"redacted": 1, "too long": 1})
-    assert some["messages"] == [tokens["messages"][0]] * 2
-    with pytest.raises(
-        ValueError, match="none of 4 prompts can be asked: 1 are redacted and 3 have more than 31 tokens"
-    ):
-        usable(PROMPTER, prompts, both, 31)
-    assert usable(PROMPTER, prompts, ["messages_without"], 31)[0] == [0, 2, 3]
+    numbers, tokens = usable(PROMPTER, PROMPTS, both, 48)
+    assert numbers == [0, 1, 2]
+    assert [len(row) for row in tokens["messages"]] == [32, 40, 48]
+    assert {len(row) for row in tokens["messages_without"]} == {14}
+    assert usable(PROMPTER, PROMPTS, both, 47) == ([0, 1], {key: rows[:2] for key, rows in tokens.items()})
+    with pytest.raises(ValueError, match="each of 3 prompts has more than 31 tokens, the model's context less"):
+        usable(PROMPTER, PROMPTS, both, 31)
+    assert usable(PROMPTER, PROMPTS, ["messages_without"], 31)[0] == [0, 1, 2]
 
 
 # --- pairs ---

@@ -1,5 +1,6 @@
 """One DPO optimiser step against TRL's DPOTrainer, as RetMask ran it and with its reference precomputed; its memory."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -8,62 +9,78 @@ import numpy as np
 
 from retmask_jax import sharding
 from retmask_jax.benchmarks import models
-from retmask_jax.benchmarks.chip import forward_flops, product_peak, share_row
+from retmask_jax.benchmarks.chip import product_peak, share_row
 from retmask_jax.benchmarks.harness import Bound, Report, Row, Timed, alternate, speed_row
 from retmask_jax.benchmarks.peak import measure
 from retmask_jax.benchmarks.peers import require
 from retmask_jax.benchmarks.programs import dpo_settings, random_pairs
 from retmask_jax.benchmarks.trl_peer import TrlPeer
+from retmask_jax.flops import training_flops
 from retmask_jax.lm import load
-from retmask_jax.train import Settings, _jitted_logprobs, _place, _update, init_state, make_optimizer, schedule
+from retmask_jax.optimizer import schedule
+from retmask_jax.reference import _logprobs
+from retmask_jax.train_step import make_programs
+from retmask_jax.training_settings import Settings
 
 _EPOCHS = 2  # of RetMask: a reference computed once serves so many steps
 _MEMORY_SHAPE = {"vocab_size": 2**17, "n_layers": 2}
 
 
-def run(size: str, length: int | None, layers: int | None, repeats: int, pairs: int, remat: bool,
-        memory_length: int) -> Report:  # fmt: skip
-    """Seconds a step, half of each row prompt and half answer. memory_length: tokens of a row there, 0: no memory."""
-    require("torch"), require("trl")
+def run(size: str, length: int | None, layers: int | None, repeats: int, pairs: int, remat: bool, memory_length: int,
+        lora_rank: int) -> Report:  # fmt: skip
+    """Seconds a step, half of each row prompt and half answer. memory_length: tokens of a row there, 0: no memory.
+
+    lora_rank: train adapters; there is no peer then, only the share of the machine's peak.
+    """
     length = length or 1024
-    settings = dpo_settings(pairs, models.DTYPES[size], remat)
+    settings = dpo_settings(pairs, models.DTYPES[size], remat, lora_rank)
     with models.checkpoint(size, n_layers=layers) as folder, tempfile.TemporaryDirectory() as work:
-        rows = _steps(folder, Path(work), settings, length, repeats, size)
-    if memory_length:
+        if lora_rank:
+            rows = _adapters(folder, settings, length, repeats, size)
+        else:
+            require("torch"), require("trl")
+            rows = _steps(folder, Path(work), settings, length, repeats, size)
+    if memory_length and not lora_rank:
         with models.checkpoint(size, **_MEMORY_SHAPE) as folder:
             rows += _memory(folder, memory_length)
     setting = {"size": size, "compute_dtype": settings.compute_dtype, "length": length, "layers": layers, "pairs": pairs,
-               "remat": remat, "memory_length": memory_length, "memory_shape": _MEMORY_SHAPE}  # fmt: skip
+               "remat": remat, "lora_rank": lora_rank, "memory_length": memory_length,
+               "memory_shape": _MEMORY_SHAPE}  # fmt: skip
     return Report("dpo", setting, rows)
 
 
 class Ours:
-    """Our trainer's state, stepped by hand."""
+    """Our trainer's programs, stepped by hand. reference: f32[2, pairs], log-probabilities of both sides; None: those
+    of the checkpoint."""
 
-    def __init__(self, folder: Path, pairs: dict[str, np.ndarray], settings: Settings):
-        self.mesh = models.mesh()
+    def __init__(self, folder: Path, pairs: dict[str, np.ndarray], settings: Settings, mesh=None, reference=None):
+        self.mesh = models.mesh() if mesh is None else mesh
         lm = load(folder, mesh=self.mesh)
-        self._config, self._settings = lm.config, settings
-        self._start = jax.tree.map(lambda x: x.astype(settings.compute_dtype), lm.params)
-        self._sides = [(pairs["chosen"], pairs["chosen_mask"]), (pairs["rejected"], pairs["rejected_mask"])]
-        self._batch = _place(pairs, self.mesh)
-        self._state = init_state(lm.params, make_optimizer(settings), self.mesh)
-        self.reference = self.reference_pass()
+        self._config = lm.config
+        self._programs = make_programs(lm.config, settings, self.mesh)
+        n = settings.batch_size
+        self._batch = sharding.place_rows(self.mesh, n, lambda at: {name: x[at] for name, x in pairs.items()})
+        self._batch["weight"] = np.full(n, 1 / n, np.float32)
+        with sharding.using(self.mesh):
+            self._state = self._programs.begin(lm.params, 0)
+            self._frozen = self._programs.freeze(lm.params)
+        if reference is None:
+            self._start = jax.tree.map(lambda x: x.astype(settings.compute_dtype), lm.params)
+            reference = self.reference_pass()
+        self.reference = reference
 
     def reference_pass(self) -> np.ndarray:
         """f32[2, pairs]: log-probabilities of chosen and rejected answers under the start model."""
         with sharding.using(self.mesh):
-            return np.stack([
-                np.asarray(_jitted_logprobs(self._config, self._start, *_place(side, self.mesh)))
-                for side in self._sides
-            ])  # fmt: skip
+            return np.stack(_logprobs(self._config, self._start, self._batch))
 
-    def step(self) -> float:
-        """One update; returns the loss before it."""
+    def step(self) -> dict[str, float]:
+        """One update; returns its metrics, the loss before it among them."""
         batch = self._batch | {"ref_chosen": self.reference[0], "ref_rejected": self.reference[1]}
         with sharding.using(self.mesh):
-            self._state, values = _update(self._config, self._settings, self._state, batch)
-        return float(values["loss"])
+            sums = self._programs.accumulate(self._state.params, self._frozen, self._programs.zeros(), batch, None)
+            self._state, values = self._programs.apply(self._state, sums)
+        return {name: float(value) for name, value in values.items()}
 
 
 def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: int, size: str) -> list[Row]:
@@ -75,9 +92,9 @@ def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: i
     }
     losses: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
     rate = schedule(settings)
-    contenders = {"ours": lambda: losses["ours"].append(ours.step())}
+    contenders = {"ours": lambda: losses["ours"].append(ours.step()["loss"])}
     for name, peer in peers.items():
-        contenders[name] = lambda name=name, peer=peer: losses[name].append(peer.step(float(rate(len(losses[name])))))
+        contenders[name] = lambda name=name, peer=peer: losses[name].append(_stepped(peer, rate, losses[name]))
     timed = alternate(contenders | {"reference": ours.reference_pass}, repeats)
 
     tokens = 2 * settings.batch_size * length
@@ -86,8 +103,6 @@ def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: i
     whole = Timed(step.first, tuple(s + r / _EPOCHS for s, r in zip(step.runs, reference.runs, strict=True)))
     ref_difference = _relative(ours.reference, peers["precomputed"].reference)
     shared = {"work": tokens, "what": "tokens"}
-    # Forward and backward, which is twice the forward; what is computed again is not counted.
-    flops = 3 * 2 * settings.batch_size * forward_flops(models.read_shape(folder), length, counted=length - length // 2)
     return [
         speed_row(f"{name}; peer: frozen reference in each step", step, timed["frozen"], target=1.5, **shared,
                   bounds=_equality(losses, "frozen", pairs, peers), facts={"losses": losses}),
@@ -96,9 +111,33 @@ def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: i
                   bounds=[*_equality(losses, "precomputed", pairs, peers),
                           Bound("reference log-probabilities", ref_difference, "<=", 1e-4)]),
         speed_row(f"{name}; our reference pass alone", reference, None, **shared),
-        share_row(f"{name}; peer: the machine's matrix-product peak", "FLOP", flops / step.median,
-                  product_peak(ours.mesh, np.dtype(settings.compute_dtype)), 0.4),
+        _share(name, folder, settings, length, step, ours.mesh),
     ]  # fmt: skip
+
+
+def _adapters(folder: Path, settings: Settings, length: int, repeats: int, size: str) -> list[Row]:
+    pairs = random_pairs(models.read_shape(folder).vocab_size, length, settings.batch_size)
+    ours = Ours(folder, pairs, settings)
+    timed = alternate({"ours": ours.step, "reference": ours.reference_pass}, repeats)
+    name = f"{size}, {settings.batch_size} pairs of {length}, adapters of rank {settings.lora_rank}"
+    shared = {"work": 2 * settings.batch_size * length, "what": "tokens"}
+    return [
+        speed_row(name, timed["ours"], None, **shared),
+        speed_row(f"{name}; reference pass alone", timed["reference"], None, **shared),
+        _share(name, folder, settings, length, timed["ours"], ours.mesh),
+    ]
+
+
+def _share(name: str, folder: Path, settings: Settings, length: int, step: Timed, mesh) -> Row:
+    """The needed operations of a step a second, of what the machine can do."""
+    config = dataclasses.replace(models.read_shape(folder), lora=settings.lora)
+    flops = 2 * settings.batch_size * training_flops(config, length, counted=length - length // 2)
+    peak = product_peak(mesh, jax.numpy.dtype(settings.compute_dtype))
+    return share_row(f"{name}; peer: the machine's matrix-product peak", "FLOP", flops / step.median, peak, 0.4)
+
+
+def _stepped(peer: TrlPeer, rate, losses: list[float]) -> float:
+    return peer.step(float(rate(len(losses))))["loss"]
 
 
 def _equality(losses, name: str, pairs, peers) -> list[Bound]:

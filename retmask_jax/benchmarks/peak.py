@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from retmask_jax.benchmarks import models
-from retmask_jax.benchmarks.programs import PROGRAMS, dpo_settings, dpo_step, random_pairs
+from retmask_jax.benchmarks.programs import PROGRAMS, dpo_settings, random_pairs
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
@@ -57,21 +58,17 @@ def program_peak(name: str, size: str, layers: int | None, length: int) -> dict[
 
 def our_training(folder: str, length: int, pairs: int) -> dict[str, int]:
     """DPO steps from a checkpoint. whole: all beyond the bare process; step: beyond parameters and moments."""
-    from retmask_jax.lm import load
-    from retmask_jax.train import init_state, make_optimizer
+    from retmask_jax.benchmarks.dpo import Ours
 
-    config, settings = models.read_shape(Path(folder)), dpo_settings(pairs, "float32")
-    step = dpo_step(config, length, pairs).compile()
-    batch = random_pairs(config.vocab_size, length, pairs)
-    reference = jax.numpy.zeros(pairs)
-    batch = jax.device_put(batch) | {"ref_chosen": reference, "ref_rejected": reference}
+    settings = dpo_settings(pairs, "float32")
+    vocab_size = models.read_shape(Path(folder)).vocab_size
+    rows = random_pairs(vocab_size, length, pairs)
+    reference = np.zeros((2, pairs), np.float32)
     with Peak() as whole:
-        lm = load(folder)
-        state = init_state(lm.params, make_optimizer(settings), models.mesh(1))
-        del lm
-        state, _ = jax.block_until_ready(step(state, batch))
+        ours = Ours(Path(folder), rows, settings, models.mesh(1), reference)
+        ours.step()
     with Peak() as alone:
-        jax.block_until_ready(step(state, batch))
+        ours.step()
     return {"whole": whole.bytes, "step": alone.bytes}
 
 

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from retmask_jax.benchmarks.models import mesh
 from retmask_jax.detect import _read
 from retmask_jax.generate import _generate
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import forward
 from retmask_jax.sharding import param_shapes
-from retmask_jax.train import Settings, State, _update, make_optimizer
+from retmask_jax.train_step import make_programs
+from retmask_jax.training_settings import Settings
 
 _PROBED = 8  # tokens of an answer
 
@@ -74,29 +76,27 @@ def decoding(config: ModelConfig, length: int) -> Program:
 
 
 def dpo_step(config: ModelConfig, length: int, pairs: int = 1) -> Program:
-    """One update on pairs of rows of `length` tokens, blocks recomputed in the backward pass."""
-    settings = dpo_settings(pairs, "float32")
+    """The gradients of pairs of rows of `length` tokens, blocks recomputed in the backward pass."""
+    programs = make_programs(config, dpo_settings(pairs, "float32"), mesh(1))
 
     def arguments():
-        params = _params(config)
-        state = State(params, make_optimizer(settings).init(params), jnp.int32(0))
         tokens, mask = jnp.ones((pairs, length), jnp.int32), jnp.ones((pairs, length), bool)
         reference = jnp.zeros(pairs)
-        return state, {"chosen": tokens, "rejected": tokens, "chosen_mask": mask, "rejected_mask": mask,
-                       "ref_chosen": reference, "ref_rejected": reference}  # fmt: skip
+        batch = {"chosen": tokens, "rejected": tokens, "chosen_mask": mask, "rejected_mask": mask,
+                 "ref_chosen": reference, "ref_rejected": reference, "weight": jnp.full(pairs, 1 / pairs)}  # fmt: skip
+        return _params(config), {}, programs.zeros(), batch, None
 
-    return Program(_update, (config, settings), arguments)
+    return Program(programs.accumulate, (), arguments)
 
 
 PROGRAMS = {"prefill": prefill, "detect by reading": reading, "detect by decoding": decoding, "dpo": dpo_step}
 
 
-def dpo_settings(pairs: int, compute_dtype: str, remat: bool = True) -> Settings:
+def dpo_settings(pairs: int, compute_dtype: str, remat: bool = True, lora_rank: int = 0) -> Settings:
     """RetMask's optimiser (arXiv 2601.11020) at a learning rate that shows after a step or two."""
     return Settings(
         objective="dpo", learning_rate=1e-5, final_learning_rate=1e-6, warmup=0.1, steps=20, batch_size=pairs,
-        microbatch_size=pairs, beta=0.1, label_smoothing=0.0, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0,
-        compute_dtype=compute_dtype, remat=remat, checkpoint_every=20, seed=0,
+        microbatch_size=pairs, compute_dtype=compute_dtype, remat=remat, lora_rank=lora_rank, seed=0,
     )  # fmt: skip
 
 

@@ -42,15 +42,16 @@ class TrlPeer:
         names = "ref_chosen_logps", "ref_rejected_logps"
         return np.stack([self._batch[name].cpu().numpy() for name in names]) if names[0] in self._batch else None
 
-    def step(self, learning_rate: float) -> float:
-        """Forward, backward, clip and AdamW; returns the loss."""
+    def step(self, learning_rate: float) -> dict[str, float]:
+        """Forward, backward, clip and AdamW; returns loss, gradient_norm and the trainer's own mean rewards."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         loss = self._trainer.training_step(self._model, dict(self._batch))
-        self._torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
+        norm = self._torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
         self._optimizer.step()
         self._model.zero_grad()
-        return float(loss)
+        seen = {f"reward_{side}": self._trainer._metrics["train"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")}
+        return {"loss": float(loss), "gradient_norm": float(norm), **{name: float(x) for name, x in seen.items()}}
 
 
 def word_tokenizer(vocab_size: int):

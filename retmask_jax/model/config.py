@@ -7,6 +7,7 @@ KERNELS = ("auto", "plain", "blocked", "cudnn", "splash")
 LAYER_KINDS = ("full", "sliding")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+DENSE_LAYERS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,23 @@ class Rope:
     def depends_on_length(self) -> bool:
         """Whether the frequencies change with the length of the text."""
         return self.kind in ("dynamic", "longrope")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters of dense layers: their rank, alpha (the product of the two matrices counts alpha / rank times)
+    and the layers that have them."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = DENSE_LAYERS
+
+    def __post_init__(self):
+        if type(self.rank) is not int or self.rank < 1 or not self.alpha > 0:
+            raise ValueError(f"LoRA rank {self.rank} must be a whole number of at least 1 and alpha {self.alpha} positive")
+        unknown = [name for name in self.targets if name not in DENSE_LAYERS]
+        if unknown or not self.targets:
+            raise ValueError(f"LoRA targets are {self.targets}; they must be some of {', '.join(DENSE_LAYERS)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +98,7 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
+    lora: Lora | None = None  # adapters beside the dense layers, while they are trained
     kernel: str = "auto"  # of attention, see `attend`: how it is computed, not what comes out
 
     def __post_init__(self):

@@ -50,6 +50,8 @@ def dense(x, features: int, axes: tuple[str, str], name: str, bias: bool = False
         kernel_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
     )  # fmt: skip
+    if jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1:
+        return layer(x)  # rows and positions are split over different axes, which one axis of both could not be
     # One matrix product over all tokens: on a CPU several times faster than a batched one.
     return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 

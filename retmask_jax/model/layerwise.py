@@ -58,6 +58,8 @@ class Layers:
 def hidden_rows(config: ModelConfig, params, tokens_BT, interventions: Interventions, rows_BP, *, cache=None,
                 start_B=None, end_B=None, probe: Probe | None = None, longest=None) -> Hidden:  # fmt: skip
     """As `hidden`, but final states x_BPE of the rows rows_BP i32[B,P] alone; a probe asks about the same rows."""
+    if config.lora is not None:
+        raise ValueError("a model with adapters cannot generate: merge them first (retmask_jax.model.adapters.merged)")
     batch, length = tokens_BT.shape
     iv = interventions.fill(config, batch)
     end_B = jnp.full(batch, length) if end_B is None else end_B

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from retmask_jax.model.adapters import with_adapters
 from retmask_jax.model.attention import Keys, Probe, Probed, Scores, attend, probe
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.experts import Experts
@@ -55,8 +56,14 @@ def hidden(config: ModelConfig, params, tokens_BT, interventions=None, *, cache=
     remat recomputes each block in the backward pass.
     """
     iv = (interventions or Interventions()).fill(config, tokens_BT.shape[0])
-    model = Transformer(config, remat=remat, rope_site=iv.rope_site)
+    model = transformer(config, remat=remat, rope_site=iv.rope_site)
     return model.apply({"params": params}, tokens_BT, iv, start_B, end_B, cache, probe, longest)
+
+
+def transformer(config: ModelConfig, **options) -> nn.Module:
+    """The module, with adapters where the config has them."""
+    model = Transformer(config, **options)
+    return model if config.lora is None else with_adapters(model, config.lora)
 
 
 def longest_row(tokens_BT, lengths):

@@ -1,0 +1,82 @@
+"""Several hosts, one program: joining them, who writes files, and values that all of them need."""
+
+import logging
+import os
+import sys
+
+log = logging.getLogger(__name__)
+
+_JAX = "JAX_COORDINATOR_ADDRESS"
+_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+def join(wanted: bool | None) -> None:
+    """Make one program of all hosts: wanted True; None: where the environment says that there are several.
+
+    Found are JAX's own variables (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), Slurm and Open MPI
+    tasks, and hosts of a TPU slice. Call it before JAX is used. Raises ValueError where the hosts do not find each other.
+    """
+    import jax
+
+    found = _found()
+    if jax.distributed.is_initialized() or wanted is False or (wanted is None and found is None):
+        return
+    try:
+        if found == _JAX:
+            numbers = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+            jax.distributed.initialize(os.environ[_JAX], *numbers)
+        else:
+            jax.distributed.initialize()
+    except (KeyError, ValueError, RuntimeError, jax.errors.JaxRuntimeError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"the hosts did not join ({why}): set {_JAX}, JAX_NUM_PROCESSES and JAX_PROCESS_ID on each, "
+            "or --config.distributed=False to use one"
+        ) from error
+    log.info("host %d of %d, %d of %d devices", jax.process_index(), jax.process_count(), jax.local_device_count(),
+             jax.device_count())  # fmt: skip
+
+
+def primary() -> bool:
+    """Whether this host is the one that writes files and shows progress. Starts no backend."""
+    jax = sys.modules.get("jax")
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def several() -> bool:
+    """Whether this program runs on several hosts. Starts no backend."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def wait_for_all(name: str) -> None:
+    """Go on when all hosts are here, under the same name."""
+    if several():
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def to_host(tree):
+    """Arrays as NumPy arrays, whole on every host, wherever their parts lie."""
+    import jax
+    import numpy as np
+
+    def one(x):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(one, tree)
+
+
+def _found() -> str | None:
+    """What says that there are several hosts: a variable of the environment, or "TPU"."""
+    if os.environ.get(_JAX):
+        return _JAX
+    for variable in _LAUNCHERS:
+        if int(os.environ.get(variable) or 1) > 1:
+            return variable
+    return "TPU" if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") else None

@@ -1,0 +1,57 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by qwix: beside each dense kernel W its A and B, W + (alpha / rank) A B."""
+
+import functools
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from retmask_jax.model.config import Lora
+
+_A, _B = "_lora_a", "_lora_b"
+
+
+def with_adapters(module, lora: Lora):
+    """The linen module with adapters in the dense layers that `lora` names; ValueError without qwix."""
+    qwix = _qwix()
+    return qwix.apply_lora_to_model(module, _provider(qwix, lora))
+
+
+def split(params):
+    """(adapters, the rest) of parameters with adapters, both nested dicts."""
+    flat = flatten_dict(params)
+    adapters = {path: leaf for path, leaf in flat.items() if path[-1].endswith((_A, _B))}
+    return unflatten_dict(adapters), unflatten_dict({p: leaf for p, leaf in flat.items() if p not in adapters})
+
+
+def join(*parts):
+    """The inverse of `split`."""
+    return unflatten_dict({path: leaf for part in parts for path, leaf in flatten_dict(part).items()})
+
+
+def merged(params, lora: Lora):
+    """Parameters without adapters: each kernel with its own added, in float32 and back in the kernel's dtype."""
+    flat = flatten_dict(params)
+
+    def add(path, kernel):
+        a, b = (flat.get((*path[:-1], path[-1] + end)) for end in (_A, _B))
+        return kernel if a is None else _add(kernel, a, b, lora.alpha / lora.rank)
+
+    return unflatten_dict({p: add(p, leaf) for p, leaf in flat.items() if not p[-1].endswith((_A, _B))})
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _add(kernel, a, b, scale: float):
+    product = jax.numpy.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(product.dtype) + scale * product).astype(kernel.dtype)
+
+
+def _provider(qwix, lora: Lora):
+    return qwix.LoraProvider(module_path=f".*/({'|'.join(lora.targets)})", rank=lora.rank, alpha=lora.alpha)
+
+
+def _qwix():
+    try:
+        import qwix
+    except ImportError as error:
+        raise ValueError("LoRA needs qwix: pip install 'retmask_jax[lora]'") from error
+    return qwix

@@ -58,6 +58,15 @@ def get_config() -> ConfigDict:
     config.pairs.temperature = 0.6
     config.pairs.top_p = 1.0
     config.pairs.max_new_tokens = 2048
+    config.pairs.template_kwargs = ConfigDict()  # beside those of prompt, such as enable_thinking=True
+
+    # Answers from OpenAI-compatible servers instead of this process: {"normal": url, "retmask": url}; a control has a
+    # server per training seed, "any_layer-0". These and how they are reached may change between runs of a work directory.
+    config.pairs.endpoints = ConfigDict()
+    config.pairs.endpoint_model = ""  # the name it is served under (empty: config.model)
+    config.pairs.concurrency = 64  # questions under way at once, for each server
+    config.pairs.timeout = 600.0  # seconds for one answer
+    config.pairs.retries = 8  # after 1, 2, 4, ... seconds: about four minutes, as a server takes to come back
 
     # Training: RetMask's DPO.
     config.train = ConfigDict()

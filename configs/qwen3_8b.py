@@ -2,9 +2,9 @@
 
     retmask run --config=qwen3_8b
 
-What it does not reproduce: the paper turns thinking off to find heads and on to sample answers, and keeps the thoughts
-apart from the answer. A config has one prompt for all stages, so thinking is off throughout here and the pairs are
-answers without thoughts. The limit of 4096 new tokens is the paper's.
+As in the paper, thinking is off to find heads and on to sample answers, of up to 4096 new tokens. Thoughts stand before
+the answer, as the model writes them, and count against the 1024 tokens of a training row: the results of pairs and
+train say how many answers were cut.
 
 Data: the four files that configs/_papers.py describes under `data/` (needles, test_needles, haystack, prompts).
 
@@ -29,5 +29,6 @@ from retmask_jax.configs import _papers
 def get_config() -> ConfigDict:
     config = _papers.retmask_method("Qwen/Qwen3-8B", threshold=0.05)
     config.prompt.template_kwargs.enable_thinking = False
+    config.pairs.template_kwargs.enable_thinking = True
     config.pairs.max_new_tokens = 4096
     return config

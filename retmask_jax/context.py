@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from retmask_jax.data.prompts import source_files
 from retmask_jax.evals.perplexity import text_windows
 from retmask_jax.evals.recall import task_cases
+from retmask_jax.files import digest
 from retmask_jax.haystack import Prompter, read_sentences
 from retmask_jax.hub import BUNDLED
 from retmask_jax.lm import LanguageModel, load
@@ -46,6 +48,12 @@ class Context:
         section = self.config.prompt
         return Prompter(self.lm.tokenizer, section.template, section.chat, section.template_kwargs.to_dict())
 
+    @functools.cached_property
+    def pairs_prompter(self) -> Prompter:
+        """The prompter of answers that are sampled and trained on: its template may have other arguments."""
+        more = self.config.pairs.template_kwargs.to_dict()
+        return dataclasses.replace(self.prompter, template_kwargs=self.prompter.template_kwargs | more)
+
     def resolve(self, name: str) -> Path:
         """A data file of the config; "bundled/..." is in the package."""
         return BUNDLED.parent / "data" / name.removeprefix("bundled/") if name.startswith("bundled/") else Path(name)
@@ -63,7 +71,7 @@ class Context:
     def inputs(self) -> dict[str, Any]:
         """Fingerprints of the model and data files a run reads; ValueError for one that is missing."""
         config = self.config
-        files = {name for name in (config.pairs.prompts, config.text.file) if name}
+        files = {config.text.file} if config.text.file else set()
         for task in config.tasks.values():
             files |= {name for name in (task.needles, task.haystack) if name}
         if config.detect.scores is not None:
@@ -74,6 +82,9 @@ class Context:
             if not path.is_file():
                 raise ValueError(f"data file {name} of the config does not exist ({path})")
             prints[name] = fingerprint(path)
+        if config.pairs.prompts:
+            found = source_files(config.pairs.prompts, self.resolve)
+            prints[config.pairs.prompts] = digest([fingerprint(file) for file in found])
         return {"model": str(config.model), "weights": self.model_fingerprint(), "files": prints, "seed": config.seed}
 
     def model_fingerprint(self) -> str:

@@ -38,12 +38,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     """One JSON value a line, written as they come; compressed where the name ends in .gz."""
-    with _whole(path) as file, contextlib.ExitStack() as stack:
-        if Path(path).suffix == ".gz":
-            # No name and no time stamp in the archive: equal records give equal bytes.
-            file = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0))
-        for record in records:
-            file.write(json.dumps(record).encode() + b"\n")
+    lines = (json.dumps(record).encode() + b"\n" for record in records)
+    with _whole(path) as file:
+        for block in _packed(lines) if Path(path).suffix == ".gz" else lines:
+            file.write(block)
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -91,6 +89,13 @@ def digest(value: Any) -> str:
     """Hash of a JSON value or of bytes, 16 hex digits."""
     data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _packed(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """A gzip archive, without a name or a time stamp: equal records give equal bytes."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    yield from map(packer.compress, blocks)
+    yield packer.flush()
 
 
 @contextlib.contextmanager

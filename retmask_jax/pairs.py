@@ -1,65 +1,115 @@
 """Contrastive responses: the model's answer against that of an ablated model or prompt (arXiv 2601.11020)."""
 
 import collections
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from retmask_jax.generate import generate_many
 from retmask_jax.haystack import Prompter
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.interventions import Interventions, stack
+from retmask_jax.stream import Request, generate_stream
 
 KEPT = "kept"
+OUTCOMES = (KEPT, "empty", "identical")
+_AT_ONCE = 1024  # prompts a tokenizer is given: it returns far more than their tokens
+
+Variant = tuple[int, str]  # training seed and name of who answers
 
 
-def sample_responses(lm: LanguageModel, prompter: Prompter, prompts: Sequence[dict],
-                     variants: Mapping[str, Interventions], *, temperature: float, top_p: float, max_new_tokens: int,
-                     batch_size: int, seed: int, messages_key: str = "messages") -> dict[str, list[dict]]:  # fmt: skip
-    """One sampled response per prompt and variant: {variant: [{"text", "finished"}, ...]}.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Question:
+    """A conversation that one variant is to answer; the draws of its answer follow from `draw` alone."""
 
-    All variants share batches, each row with its own mask. A row's draw depends on seed, variant and prompt number
-    alone. messages_key: which of a prompt's conversations is asked.
+    variant: Variant
+    id: str | int
+    messages: Sequence[Mapping[str, str]]
+    tokens: Sequence[int]
+    draw: int
+
+    @property
+    def key(self) -> tuple[int, str, str | int]:
+        """What the answer is stored under."""
+        return (*self.variant, self.id)
+
+    def answer(self, text: str, finished: bool, tokens: int) -> dict[str, Any]:
+        """The record of an answer of so many tokens; finished: it was not cut off."""
+        return {"key": list(self.key), "text": text, "finished": finished, "tokens": tokens}
+
+
+def usable(prompter: Prompter, prompts: Sequence[dict], messages_keys: Sequence[str],
+           max_tokens: int) -> tuple[list[int], dict[str, list[list[int]]]]:  # fmt: skip
+    """(numbers of the prompts that can be asked, {messages key: tokens of each of them}).
+
+    A prompt of which a conversation is longer than max_tokens is left out; ValueError where nothing is left.
     """
-    ids = [prompter.encode(prompter.render_messages(prompt[messages_key]))[0] for prompt in prompts]
-    _check_context(lm, ids, max_new_tokens)
-    rows = np.repeat(np.arange(len(variants)), len(prompts))
-    filled = stack([iv.fill(lm.config) for iv in variants.values()])
-    per_row = filled.replace(head_mask=filled.head_mask[rows], rope_mask=filled.rope_mask[rows])
-    streams = [np.random.SeedSequence([seed, number]) for number in range(len(variants))]
-    row_seeds = np.concatenate([stream.generate_state(len(prompts)) for stream in streams])
-    results = generate_many(
-        lm.config, lm.params, ids * len(variants), batch_size=batch_size, max_new_tokens=max_new_tokens,
-        interventions=per_row, seeds=row_seeds, temperature=temperature, top_p=top_p, what="sample",
+    tokens = {key: _encode(prompter, [prompt[key] for prompt in prompts]) for key in messages_keys}
+    numbers = [i for i in range(len(prompts)) if max(len(rows[i]) for rows in tokens.values()) <= max_tokens]
+    if not numbers:
+        raise ValueError(
+            f"each of {len(prompts)} prompts has more than {max_tokens} tokens, the model's context less "
+            "pairs.max_new_tokens: take shorter prompts or fewer new tokens"
+        )
+    return numbers, {key: [rows[i] for i in numbers] for key, rows in tokens.items()}
+
+
+def draws(seed: int, stream: int, n: int) -> np.ndarray:
+    """u32[n]: the seeds of n prompts' draws in a stream of their own; those of the first do not depend on n."""
+    return np.random.SeedSequence([seed, stream]).generate_state(n)
+
+
+def sample(lm: LanguageModel, questions: Sequence[Question], masks: Mapping[Variant, Interventions], *,
+           temperature: float, top_p: float, max_new_tokens: int, batch_size: int) -> Iterator[dict]:  # fmt: skip
+    """The answers of the model, each under its variant's mask, as records in the order in which they finish.
+
+    All variants share batches. An answer depends on its question alone, not on what else is asked (up to rounding,
+    where another batch is padded to another length).
+    """
+    places = {variant: place for place, variant in enumerate(masks)}
+    requests = [Request(q.tokens, places[q.variant], q.draw) for q in questions]
+    filled = stack([iv.fill(lm.config) for iv in masks.values()])
+    stream = generate_stream(
+        lm.config, lm.params, requests, batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_p=top_p, masks=filled, what="sample",
     )  # fmt: skip
-    texts = lm.tokenizer.batch_decode([result.tokens for result in results], skip_special_tokens=True)
-    responses = [
-        {"text": text, "finished": len(result.tokens) < max_new_tokens}
-        for text, result in zip(texts, results, strict=True)
-    ]
-    return {name: responses[i * len(prompts) : (i + 1) * len(prompts)] for i, name in enumerate(variants)}
+    for i, result in stream:
+        text = lm.tokenizer.decode(result.tokens, skip_special_tokens=True)
+        n = len(result.tokens)
+        yield questions[i].answer(text, finished=n < max_new_tokens, tokens=n)
 
 
-def make_pairs(prompts: Sequence[dict], chosen: Sequence[dict], rejected: Sequence[dict]) -> tuple[list[dict], dict]:
-    """(records {id, messages, chosen, ...}, counts): pairs that differ and are not empty, and how many were dropped."""
-    records, counts = [], collections.Counter({KEPT: 0, "empty": 0, "identical": 0})
+def make_pairs(prompts: Iterable[dict], chosen: Iterable[dict], rejected: Iterable[dict],
+               counts: collections.Counter) -> Iterator[dict]:  # fmt: skip
+    """Records {id, messages, chosen, ...} of pairs that differ and are not empty; all are counted by OUTCOMES."""
     for prompt, good, bad in zip(prompts, chosen, rejected, strict=True):
-        if not good["text"].strip() or not bad["text"].strip():
-            counts["empty"] += 1
-        elif good["text"] == bad["text"]:
-            counts["identical"] += 1
-        else:
-            counts[KEPT] += 1
-            records.append(_record(prompt, good, bad))
-    return records, dict(counts)
+        outcome = _outcome(good["text"], bad["text"])
+        counts[outcome] += 1
+        if outcome == KEPT:
+            yield _record(prompt, good, bad)
 
 
-def make_demonstrations(prompts: Sequence[dict], chosen: Sequence[dict]) -> tuple[list[dict], dict]:
+def make_demonstrations(prompts: Iterable[dict], chosen: Iterable[dict], counts: collections.Counter) -> Iterator[dict]:
     """The model's own answers as records for supervised training (rejected repeats chosen and is not used)."""
-    records = [
-        _record(prompt, good, good) for prompt, good in zip(prompts, chosen, strict=True) if good["text"].strip()
-    ]
-    return records, {KEPT: len(records), "empty": len(prompts) - len(records)}
+    for prompt, good in zip(prompts, chosen, strict=True):
+        counts[KEPT if good["text"].strip() else "empty"] += 1
+        if good["text"].strip():
+            yield _record(prompt, good, good)
+
+
+def _encode(prompter: Prompter, conversations: Sequence) -> list[list[int]]:
+    rows = []
+    for start in range(0, len(conversations), _AT_ONCE):
+        part = conversations[start : start + _AT_ONCE]
+        rows += prompter.encode_many([prompter.render_messages(messages) for messages in part])
+    return rows
+
+
+def _outcome(good: str, bad: str) -> str:
+    if not good.strip() or not bad.strip():
+        return "empty"
+    return "identical" if good == bad else KEPT
 
 
 def _record(prompt: dict, good: dict, bad: dict) -> dict:
@@ -68,12 +118,3 @@ def _record(prompt: dict, good: dict, bad: dict) -> dict:
         "chosen": good["text"], "chosen_finished": good["finished"],
         "rejected": bad["text"], "rejected_finished": bad["finished"],
     }  # fmt: skip
-
-
-def _check_context(lm: LanguageModel, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    longest = max(map(len, ids))
-    if longest + max_new_tokens > lm.config.max_length:
-        raise ValueError(
-            f"the longest prompt has {longest} tokens; with {max_new_tokens} new ones it exceeds the model's context "
-            f"of {lm.config.max_length}"
-        )

@@ -14,12 +14,13 @@ from retmask_jax.lm import load, save
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.sharding import split_cpu
 from retmask_jax.stages import STAGES, Context, check_config, check_model, run_stage
-from retmask_jax.workdir import Workdir
+from retmask_jax.workdir import Workdir, check_free, locked
 
 
 def run(config, root: Path) -> None:
     """All stages in order; ends with the table of headline numbers, the report's path and summary.json."""
     _check_prompts(config)
+    check_free(root)
     context = _open(config, root)
     numbers = {}
     for name in STAGES:
@@ -39,6 +40,7 @@ def one_stage(config, root: Path, name: str) -> dict:
     """One stage, on the results of those before it; returns its result."""
     if name == "pairs":
         _check_prompts(config)
+    check_free(root)
     result, skipped = run_stage(_open(config, root), name)
     if skipped:
         print(f"{name}: unchanged since {result['provenance']['created']}")
@@ -71,8 +73,9 @@ def pretrain(config, root: Path) -> None:
         raise ValueError("this config has no section `pretrain`: use --config=tiny")
     _log()
     workdir = Workdir.open(root, config)
-    write_json(root / "config.json", workdir.config)
-    assets.build(config.pretrain, root)
+    with locked(root):
+        write_json(root / "config.json", workdir.config)
+        assets.build(config.pretrain, root)
     print(f"wrote {root}")
 
 

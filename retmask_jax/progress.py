@@ -1,7 +1,9 @@
 """Progress of long work: a bar with the rate and the time left."""
 
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,3 +20,14 @@ def track(items: Iterable, total: int, what: str, unit: str):
         items, total=total, desc=what, unit=unit, unit_scale=unit == "B", mininterval=interval, delay=1.0,
         dynamic_ncols=True, leave=False, disable=not primary(),
     )  # fmt: skip
+
+
+def with_rate(items: Iterable, tokens: Callable[[Any], int], total: int, what: str, unit: str = "answer") -> Iterator:
+    """The items, passed on under a progress bar that also shows how many tokens a second they bring."""
+    begin, done = time.monotonic(), 0
+    with track(None, total, what, unit) as bar:
+        for item in items:
+            done += tokens(item)
+            bar.set_postfix_str(f"{done / (time.monotonic() - begin):.0f} tokens/s", refresh=False)
+            bar.update(1)
+            yield item

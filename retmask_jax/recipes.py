@@ -83,6 +83,8 @@ def _parse(key: str, text: str, current: Any) -> Any:
         value = text
     if current is None:
         return value
+    if hasattr(current, "items") and not current and isinstance(value, dict):
+        return type(current)(value)
     if isinstance(current, str):
         return text
     if isinstance(current, float) and type(value) is int:

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from retmask_jax import causal, memory, pairs, stats
+from retmask_jax import causal, memory, stats
+from retmask_jax.arms import ARMS, pairs_stage
 from retmask_jax.context import Context
 from retmask_jax.data.preferences import PairRows, encode_pairs, kept_rows
 from retmask_jax.detect import detect, stability
@@ -23,16 +24,12 @@ from retmask_jax.head_scores import HeadScores
 from retmask_jax.hosts import primary
 from retmask_jax.lm import LanguageModel, save
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions, mask_heads, random_heads
+from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.sharding import make_mesh
 from retmask_jax.train import check_mesh, train
 from retmask_jax.training_settings import Settings
 from retmask_jax.workdir import fingerprint
-
-# What an arm's rejected answer comes from; "contrast" has none; "no_fact" asks the unmasked model without the stated fact.
-MASKED_ARMS = ("retmask", "any_layer", "layer_matched", "activity_matched")
-ARMS = (*MASKED_ARMS, "no_fact", "sft_filtered", "sft_unfiltered", "contrast")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,38 +162,6 @@ def rope_stage(context: Context, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def pairs_stage(context: Context, folder: Path) -> dict[str, Any]:
-    """Normal and ablated answers to unlabelled prompts, per training seed, as one preference file per arm."""
-    config, lm, heads = context.config, context.lm, context.heads()
-    section = config.pairs
-    prompts = read_jsonl(context.resolve(section.prompts))[: section.n_prompts]
-    _check_prompts(prompts, config)
-    activity_LH = np.array(context.workdir.result("knockout")["activity"])
-    sample = functools.partial(
-        pairs.sample_responses, lm, context.prompter, prompts, temperature=section.temperature, top_p=section.top_p,
-        max_new_tokens=section.max_new_tokens, batch_size=config.batch_size,
-    )  # fmt: skip
-    counts, masks = {}, {}
-    for seed in config.train.seeds:
-        chosen_heads = _arm_heads(lm, heads, activity_LH, config.train.arms, seed)
-        variants = {"normal": Interventions()} | {a: mask_heads(lm.config, h) for a, h in chosen_heads.items()}
-        responses = sample(variants=variants, seed=seed)
-        if "no_fact" in config.train.arms:
-            responses["no_fact"] = sample(
-                variants={"no_fact": Interventions()}, seed=seed, messages_key="messages_without"
-            )["no_fact"]
-        for arm in config.train.arms:
-            if arm in ("sft_unfiltered", "contrast"):
-                records, counts[f"{arm}-{seed}"] = pairs.make_demonstrations(prompts, responses["normal"])
-            else:
-                rejected = responses["retmask" if arm == "sft_filtered" else arm]
-                records, counts[f"{arm}-{seed}"] = pairs.make_pairs(prompts, responses["normal"], rejected)
-            masks[f"{arm}-{seed}"] = chosen_heads.get(arm, [])
-            write_jsonl(folder / f"{arm}-{seed}.jsonl.gz", records)
-    numbers = {f"pairs/{name}/kept": stats.wilson(count["kept"], len(prompts)) for name, count in counts.items()}
-    return {"counts": counts, "heads": masks, "prompts": len(prompts), "numbers": numbers}
-
-
 def train_stage(context: Context, folder: Path) -> dict[str, Any]:
     """Every arm and seed trained from the same start, exported as an HF checkpoint."""
     config = context.config
@@ -232,7 +197,7 @@ def _rows(context: Context, model: ModelConfig, name: str, target: Path) -> tupl
     section = context.config.train
     file = context.workdir.folder("pairs") / f"{name}.jsonl.gz"
     limits = {"max_tokens": section.max_tokens, "max_prompt_tokens": section.max_prompt_tokens}
-    identity = {"data": fingerprint(file), "tokenizer": context.prompter.identity(), **limits}
+    identity = {"data": fingerprint(file), "tokenizer": context.pairs_prompter.identity(), **limits}
 
     def encode() -> PairRows:
         records = read_jsonl(file)
@@ -241,7 +206,7 @@ def _rows(context: Context, model: ModelConfig, name: str, target: Path) -> tupl
                 f"{name} kept {len(records)} pairs, fewer than a batch of {section.batch_size}: "
                 "add prompts or lower train.batch_size"
             )
-        return encode_pairs(context.prompter, records, eos_id=model.eos_ids[0], **limits)
+        return encode_pairs(context.pairs_prompter, records, eos_id=model.eos_ids[0], **limits)
 
     return kept_rows(target / "rows", identity, encode), identity
 
@@ -351,34 +316,11 @@ def _evaluate(context: Context, lm: LanguageModel, windows, name: str) -> dict[s
     return {"samples": samples, "grid": grid}
 
 
-def _arm_heads(lm, heads, activity_LH, arms, seed) -> dict[str, list]:
-    wanted = set(arms) | ({"retmask"} if "sft_filtered" in arms else set())
-    choices = {
-        "retmask": lambda: heads,
-        "any_layer": lambda: random_heads(lm.config, n=len(heads), exclude=heads, seed=seed),
-        "layer_matched": lambda: random_heads(lm.config, like=heads, seed=seed),
-        "activity_matched": lambda: causal.activity_matched(heads, activity_LH, seed=seed),
-    }
-    return {arm: choose() for arm, choose in choices.items() if arm in wanted}
-
-
 def _settings(config, arm: str, seed: int) -> Settings:
     section = config.train
     fields = {field.name for field in dataclasses.fields(Settings)} - {"objective", "seed"}
     objective = {"sft_filtered": "sft", "sft_unfiltered": "sft", "contrast": "contrast"}.get(arm, "dpo")
     return Settings(objective=objective, seed=seed, **{name: section[name] for name in fields})
-
-
-def _check_prompts(prompts, config) -> None:
-    if len(prompts) < config.train.batch_size:
-        raise ValueError(
-            f"{config.pairs.prompts} gives {len(prompts)} prompts, fewer than a batch of {config.train.batch_size}: "
-            "add prompts or lower train.batch_size"
-        )
-    needed = {"id", "messages"} | ({"messages_without"} if "no_fact" in config.train.arms else set())
-    for number, prompt in enumerate(prompts, 1):
-        if not needed <= set(prompt):
-            raise ValueError(f"{config.pairs.prompts}, record {number} lacks {', '.join(sorted(needed - set(prompt)))}")
 
 
 def _mask_hash(lm, heads) -> str:

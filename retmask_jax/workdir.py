@@ -1,20 +1,32 @@
 """The work directory: one folder per stage, results with provenance, stages skipped while their inputs are the same."""
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import importlib.metadata
 import json
+import logging
+import os
 import shutil
+import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from retmask_jax.files import digest, write_json
+from retmask_jax.hosts import primary
 from retmask_jax.recipes import as_json, differences
+
+log = logging.getLogger(__name__)
 
 _RESULT = "result.json"
 _STARTED = "started.json"
+_LOCK = ".lock"
+# How servers are reached: no part of what a work directory is of, since servers move.
+_REACHED_BY = ("endpoints", "concurrency", "timeout", "retries")
 _PACKAGES = ("retmask_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
@@ -34,14 +46,14 @@ class Workdir:
         root, ours = Path(root), as_json(config)
         path = root / "config.json"
         if path.exists():
-            changed = differences(json.loads(path.read_text()), ours)
+            changed = differences(_identity(json.loads(path.read_text())), _identity(ours))
             if changed:
                 more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
                 raise ValueError(
                     f"work directory {root} belongs to another config ({'; '.join(changed[:2])}{more}): "
                     "choose another --workdir or delete it"
                 )
-        elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+        elif root.exists() and (not root.is_dir() or any(p.name != _LOCK for p in root.iterdir())):
             raise ValueError(f"work directory {root} exists and is not one of ours: choose another --workdir")
         return cls(root, ours)
 
@@ -63,12 +75,17 @@ class Workdir:
         """(result, skipped): run a stage unless it has finished on the same inputs.
 
         What an interrupted run left is kept if its inputs were the same, so that the stage can resume; else it goes.
-        A rerun has a new id, which makes the stages that depend on it run again.
+        A rerun has a new id, which makes the stages that depend on it run again. Raises ValueError while another
+        process runs a stage here.
         """
+        with locked(self.root) if primary() else contextlib.nullcontext():
+            return self._run(stage, upstream, inputs, function)
+
+    def _run(self, stage, upstream, inputs, function) -> tuple[dict[str, Any], bool]:
         folder = self.folder(stage)
         write_json(self.root / "config.json", self.config)
         wanted = {
-            "stage": stage, "config": digest(self.config), "inputs": inputs, "versions": versions(),
+            "stage": stage, "config": digest(_identity(self.config)), "inputs": inputs, "versions": versions(),
             "upstream": {name: self.result(name)["provenance"]["run_id"] for name in upstream},
         }  # fmt: skip
         if (folder / _RESULT).exists():
@@ -88,6 +105,26 @@ class Workdir:
         result = {"provenance": provenance, "seconds": seconds, **result}
         write_json(folder / _RESULT, result)
         return result, False
+
+
+@contextlib.contextmanager
+def locked(root: str | Path) -> Iterator[None]:
+    """Hold a folder for this process, as long as it lives; ValueError naming host and process where another does."""
+    path = Path(root) / _LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        _lock(file)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def check_free(root: str | Path) -> None:
+    """ValueError if another process is writing a folder; creates nothing."""
+    if (Path(root) / _LOCK).exists():
+        with open(Path(root) / _LOCK, "a+") as file:
+            _lock(file)
 
 
 def fingerprint(path: str | Path) -> str:
@@ -110,3 +147,27 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def _lock(file) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read() or "another process"
+        raise ValueError(
+            f"work directory {Path(file.name).parent} is being written by {holder}: wait for it, stop it, or choose "
+            "another --workdir"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        log.warning("%s: this file system has no locks (%s): run one command at a time", file.name, error.strerror)
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config its results depend on: of endpoints, who is answered by one."""
+    if "pairs" not in config:
+        return config
+    pairs = {name: value for name, value in config["pairs"].items() if name not in _REACHED_BY}
+    return config | {"pairs": pairs | {"endpoints": sorted(config["pairs"].get("endpoints", ()))}}

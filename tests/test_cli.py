@@ -126,4 +126,7 @@ def test_detection_in_which_no_case_counts(refused, tmp_path):
 
 
 def test_missing_data_file(refused):
-    assert "does not exist" in refused("detect", "--config.pairs.prompts=./nowhere.jsonl", "--workdir=work")
+    assert "no file matches nowhere.jsonl" in refused(
+        "detect", "--config.pairs.prompts=./nowhere.jsonl", "--workdir=work"
+    )
+    assert "does not exist" in refused("detect", "--config.text.file=./nowhere.txt", "--workdir=work")

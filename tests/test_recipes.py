@@ -88,6 +88,7 @@ def test_the_method_has_the_papers_settings(name):
     assert (train.max_tokens, train.max_prompt_tokens, train.compute_dtype) == (1024, 512, "bfloat16")
     thinking = recipe.prompt.template_kwargs.to_dict()
     assert thinking == ({"enable_thinking": False} if name.startswith("qwen3") else {})
+    assert recipe.pairs.template_kwargs.to_dict() == ({"enable_thinking": True} if name == "qwen3_8b" else {})
 
 
 @pytest.mark.parametrize("name", STUDY)

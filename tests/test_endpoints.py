@@ -1,0 +1,250 @@
+"""Answers from servers that fail in every way: none is lost or doubled, and what cannot be mended stops at once."""
+
+import collections
+import dataclasses
+import email.utils
+import hashlib
+import http.server
+import json
+import random
+import socket
+import struct
+import threading
+import time
+
+import pytest
+
+from retmask_jax.endpoints import Endpoints, sample
+from retmask_jax.pairs import Question
+
+NORMAL, MASKED = (0, "normal"), (0, "retmask")
+QUESTIONS = [
+    Question(variant, f"p{i}", [{"role": "user", "content": f"what of {i}"}], [], draw=1000 * len(variant[1]) + i)
+    for variant in (NORMAL, MASKED)
+    for i in range(40)
+]
+FAILURES = ("500", "429", "503 date", "reset", "hang", "not JSON", "no choices", "no text", "aborted", "cut short")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers with a hash of its name and all that matters in the question; fails as `plan` says, call by call."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, name, plan=()):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.name, self.plan, self.seen, self.lock = name, collections.deque(plan), [], threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def answer(self, body):
+        asked = [body[key] for key in ("model", "messages", "temperature", "top_p", "max_tokens", "seed")]
+        text = hashlib.sha256(json.dumps([self.name, *asked]).encode()).hexdigest()
+        finish = "length" if text[0] in "01234" else "stop"
+        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish}
+        return {"choices": [choice], "usage": {"completion_tokens": 7}}
+
+    def handle_error(self, request, client_address):
+        pass  # clients that have gone
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.seen.append((time.monotonic(), self.path, dict(self.headers), body))
+            failure = self.server.plan.popleft() if self.server.plan else None
+        answer = self.server.answer(body)
+        match failure:
+            case None:
+                self.reply(200, json.dumps(answer))
+            case "500" | "429":
+                self.reply(int(failure), "too much", {"Retry-After": "0.05"} if failure == "429" else {})
+            case "503 date":
+                self.reply(503, "restarting", {"Retry-After": email.utils.formatdate(time.time() - 5, usegmt=True)})
+            case "reset":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+            case "hang":
+                time.sleep(1.0)
+            case "trickle":
+                self.reply(200, " " * 10, {"Content-Length": str(10**6)})
+                for _ in range(15):
+                    time.sleep(0.1)
+                    self.wfile.write(b" ")
+            case "not JSON":
+                self.reply(200, "<html>gateway</html>")
+            case "no choices":
+                self.reply(200, json.dumps(answer | {"choices": []}))
+            case "no text":
+                self.reply(200, json.dumps({"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}))
+            case "aborted":
+                answer["choices"][0]["finish_reason"] = "abort"
+                self.reply(200, json.dumps(answer))
+            case "cut short":
+                self.reply(200, json.dumps(answer), {"Content-Length": "10000"})
+            case (status, text):
+                self.reply(status, text)
+            case dict():
+                self.reply(200, json.dumps(failure))
+
+    def reply(self, status, text, headers=None):
+        headers = {"Content-Length": str(len(text))} | (headers or {})
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    servers = []
+
+    def start(name="normal", plan=()):
+        servers.append(Server(name, plan))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def _endpoints(normal, masked=None, **options):
+    urls = {NORMAL: normal.url, MASKED: f"{(masked or normal).url}/v1/"}
+    settings = {"concurrency": 8, "timeout": 0.4, "retries": 8, "first_wait": 0.001}
+    return Endpoints(urls, "our/model", **settings | options)
+
+
+def _ask(endpoints, questions=QUESTIONS):
+    return sample(endpoints, questions, temperature=0.6, top_p=0.9, max_new_tokens=17)
+
+
+def _plan(n, share, seed=0):
+    rng = random.Random(seed)
+    return [rng.choice(FAILURES) if rng.random() < share else None for _ in range(n)]
+
+
+def _healthy(serve):
+    records = list(_ask(_endpoints(serve(), serve("masked"))))
+    return {tuple(record["key"]): record for record in records}
+
+
+def test_a_healthy_server_is_asked_what_was_meant(serve):
+    found = _healthy(serve)
+    assert set(found) == {question.key for question in QUESTIONS}
+    for question in QUESTIONS:
+        body = {
+            "model": "our/model", "messages": question.messages, "temperature": 0.6, "top_p": 0.9, "max_tokens": 17,
+            "seed": question.draw,
+        }  # fmt: skip
+        name = {NORMAL: "normal", MASKED: "masked"}[question.variant]
+        choice = Server.answer(collections.namedtuple("Named", "name")(name), body)["choices"][0]
+        wanted = question.answer(choice["message"]["content"], choice["finish_reason"] == "stop", 7)
+        assert found[question.key] == wanted
+    assert {record["finished"] for record in found.values()} == {True, False}
+
+
+def test_a_fifth_of_calls_failing_changes_nothing(serve):
+    wanted = _healthy(serve)
+    # Every failure comes at least once.
+    servers = serve("normal", [*FAILURES, *_plan(200, 0.2)]), serve("masked", _plan(200, 0.2, seed=1))
+    records = list(_ask(_endpoints(*servers)))
+    assert len(records) == len(wanted)
+    assert {tuple(record["key"]): record for record in records} == wanted
+    assert sum(len(server.seen) for server in servers) > len(wanted) + len(FAILURES)
+
+
+def test_what_is_missing_is_left_for_the_next_run(serve):
+    wanted = _healthy(serve)
+    servers = serve("normal", _plan(60, 0.4)), serve("masked", _plan(60, 0.4))
+    stored, runs = {}, 0
+    while len(stored) < len(wanted):
+        todo = [question for question in QUESTIONS if question.key not in stored]
+        before, runs = len(stored), runs + 1
+        try:
+            for record in _ask(_endpoints(*servers, retries=0), todo):
+                assert tuple(record["key"]) not in stored
+                stored[tuple(record["key"])] = record
+        except ValueError as error:
+            missing = len(todo) - (len(stored) - before)
+            assert f"{missing} of {len(todo)} answers are missing (the last one because of http://127" in str(error)
+            assert "run the same command again" in str(error)
+            assert "\n" not in str(error)
+    assert stored == wanted and runs > 1
+
+
+def test_a_server_that_is_gone_is_not_asked_for_ever_and_holds_up_no_other(serve):
+    good, gone = serve(), serve("masked", ["500"] * 1000)
+    records = []
+    with pytest.raises(ValueError, match="40 of 80 answers are missing .*500 Internal Server Error: too much"):
+        records.extend(_ask(_endpoints(good, gone, concurrency=2, retries=1)))
+    # `extend` keeps what came before the error.
+    assert sorted(record["key"][2] for record in records) == sorted(f"p{i}" for i in range(40))
+    assert 8 <= len(gone.seen) <= 16  # two failures a thread, of two tries each, and what was under way
+
+
+@pytest.mark.parametrize(("status", "words"), [(401, "invalid api key"), (404, "no model our/model\nhere")])
+def test_what_no_retry_mends_stops_at_once_with_the_servers_words(serve, status, words):
+    server = serve("normal", [(status, words)] * 1000)
+    with pytest.raises(ValueError, match=f"refused prompt p[0-9]+: {status} .*: {' '.join(words.split())}"):
+        list(_ask(_endpoints(server, concurrency=2)))
+    assert len(server.seen) <= 6
+
+
+def test_retry_after_is_honoured_and_waits_grow(serve, monkeypatch):
+    server = serve("normal", ["429", "500", "500", "500", "500"])
+    list(_ask(_endpoints(server, first_wait=0.02), QUESTIONS[:1]))
+    times = [seen[0] for seen in server.seen]
+    waits = [b - a for a, b in zip(times, times[1:], strict=False)]
+    assert len(waits) == 5 and waits[0] > 0.05
+    assert all(0.5 * 0.02 * 2**i < wait for i, wait in enumerate(waits))
+
+
+def test_an_answer_that_only_trickles_in_is_asked_for_again(serve):
+    server = serve("normal", ["trickle"])
+    assert len(list(_ask(_endpoints(server), QUESTIONS[:1]))) == 1
+    first, second = (seen[0] for seen in server.seen)
+    assert 0.4 < second - first < 1.2  # the timeout is 0.4
+
+
+def test_the_key_and_the_templates_arguments_are_sent(serve, monkeypatch):
+    server = serve()
+    list(_ask(_endpoints(server), QUESTIONS[:1]))
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    list(_ask(_endpoints(server, template_kwargs={"enable_thinking": True}), QUESTIONS[-1:]))
+    (_, path, headers, body), (_, again, later, more) = server.seen
+    assert path == again == "/v1/chat/completions"
+    assert "Authorization" not in headers and later["Authorization"] == "Bearer secret"
+    assert "chat_template_kwargs" not in body and more["chat_template_kwargs"] == {"enable_thinking": True}
+
+
+@pytest.mark.parametrize(
+    ("message", "begin", "text"),
+    [
+        ({"content": "<think>hm</think>yes"}, "<think>", "<think>hm</think>yes"),
+        ({"content": "\n\nyes", "reasoning_content": "\nhm\n"}, "<think>", "<think>\nhm\n</think>\n\nyes"),
+        ({"content": "yes", "reasoning": "hm"}, "", "hm</think>yes"),  # the prompt ends with <think>
+        ({"content": None, "reasoning": "hm"}, "<think>", "<think>hm"),  # cut before the answer
+        ({"content": ""}, "<think>", ""),
+    ],
+)
+def test_thoughts_stand_before_the_answer(serve, message, begin, text):
+    server = serve("normal", [{"choices": [{"message": message, "finish_reason": "length"}]}])
+    (record,) = _ask(_endpoints(server, thoughts_begin=begin), QUESTIONS[:1])
+    assert record == {"key": [0, "normal", "p0"], "text": text, "finished": False, "tokens": 0}
+
+
+def test_bad_settings_are_refused(serve):
+    good = Endpoints({NORMAL: "http://x"}, "m")
+    with pytest.raises(ValueError, match="'localhost:8000' is no address"):
+        dataclasses.replace(good, urls={NORMAL: "localhost:8000"})
+    with pytest.raises(ValueError, match="they are 0, 600.0 and 8"):
+        dataclasses.replace(good, concurrency=0)

@@ -1,5 +1,7 @@
 """Contrastive pairs: sampling under masks, and what is kept."""
 
+import collections
+
 import numpy as np
 import pytest
 from helpers_tiny import BATCH, CONFIG, NEW, copying_lm, in_float64, reference_answer

@@ -55,8 +55,8 @@ def run_stage(context: Context, name: str) -> tuple[dict[str, Any], bool]:
         raise memory.explain(error, name, f"lower {setting}, shorten the texts, or use more devices") from error
 
 
-def check_config(config) -> None:
-    """Raise ValueError for settings that could only fail later, after expensive work."""
+def check_config(config, devices=None) -> None:
+    """Raise ValueError for settings that could only fail later, after expensive work. devices: of the mesh (None: all)."""
     unknown = [arm for arm in config.train.arms if arm not in ARMS]
     if unknown:
         raise ValueError(f"train.arms has {', '.join(unknown)}; known arms are {', '.join(ARMS)}")
@@ -75,8 +75,8 @@ def check_config(config) -> None:
             f"train.max_prompt_tokens {config.train.max_prompt_tokens} must be less than train.max_tokens "
             f"{config.train.max_tokens}, which also holds the answer"
         )
-    make_mesh(config.mesh)
-    _settings(config, "retmask", 0)
+    make_mesh(config.mesh, devices)
+    train_settings(config, "retmask", 0)
 
 
 def check_model(context: Context) -> None:
@@ -215,7 +215,7 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
         target = folder / name
         if not (target / "model").exists():
             identity = digest([fingerprint(files[name]), context.model_fingerprint(), config.train.compute_dtype])
-            params = train(lm.config, lm.params, rows, _settings(config, arm, seed), target, context.mesh,
+            params = train(lm.config, lm.params, rows, train_settings(config, arm, seed), target, context.mesh,
                            fingerprint=identity, what=f"train {name}")  # fmt: skip
             save(lm.replace(params=params), target / "model.part")
             (target / "model.part").rename(target / "model")
@@ -256,6 +256,14 @@ def report_stage(context: Context, folder: Path) -> dict[str, Any]:
     path = context.workdir.root / "report.html"
     write_report(path, results, str(context.config.model))
     return {"path": path.name, "numbers": {}}
+
+
+def train_settings(config, arm: str, seed: int) -> Settings:
+    """How one arm is trained."""
+    section = config.train
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"objective", "seed"}
+    objective = "sft" if arm.startswith("sft") else "dpo"
+    return Settings(objective=objective, seed=seed, **{name: section[name] for name in fields})
 
 
 STAGES = {
@@ -343,13 +351,6 @@ def _arm_heads(lm, heads, activity_LH, arms, seed) -> dict[str, list]:
         "activity_matched": lambda: causal.activity_matched(heads, activity_LH, seed=seed),
     }
     return {arm: choose() for arm, choose in choices.items() if arm in wanted}
-
-
-def _settings(config, arm: str, seed: int) -> Settings:
-    section = config.train
-    fields = {field.name for field in dataclasses.fields(Settings)} - {"objective", "seed"}
-    objective = "sft" if arm.startswith("sft") else "dpo"
-    return Settings(objective=objective, seed=seed, **{name: section[name] for name in fields})
 
 
 def _check_prompts(prompts, config) -> None:

@@ -10,11 +10,11 @@ PACKAGE = Path(__file__).parent.parent / "retmask_jax"
 
 # A module imports only what stands above it.
 ORDER = """
-files progress memory model.config model.rope hf_config families model.layers model.experts model.interventions
-model.kernels model.splash model.attention model.cache model.transformer model.layerwise sharding weights hub prefill
-generate lm sweep sequence stats haystack head_scores detect causal head_profile data.tiny_language data.preferences
+files progress memory hlo advice topology model.config model.rope hf_config families model.layers model.experts model.interventions
+model.kernels model.splash model.attention model.cache model.transformer model.layerwise sharding flops weights hub
+prefill generate lm sweep sequence stats haystack head_scores detect causal head_profile data.tiny_language data.preferences
 pairs dpo train evals.recall evals.perplexity evals.compare page figures report pretrain assets inspection recipes
-workdir context stages benchmarks.harness benchmarks.models benchmarks.chip benchmarks.peers benchmarks.trl_peer
+workdir context stages aot benchmarks.harness benchmarks.models benchmarks.chip benchmarks.peers benchmarks.trl_peer
 benchmarks.programs benchmarks.peak benchmarks.aot benchmarks.detect benchmarks.masks benchmarks.generate
 benchmarks.dpo benchmarks.memory pipeline main
 """.split()

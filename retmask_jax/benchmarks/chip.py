@@ -4,32 +4,24 @@ import functools
 import statistics
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from retmask_jax.benchmarks.harness import Bound, Row, alternate
+from retmask_jax.flops import forward_flops, layer_kinds, weights_in_blocks
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.sharding import by_rows, param_shapes, using
+from retmask_jax.sharding import by_rows, using
 
 _PRODUCT = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # rows and columns of the matrices that are multiplied
 _COPIED = {"cpu": 2**28, "gpu": 2**31, "tpu": 2**30}  # bytes that are copied on each device
 
 
-def forward_flops(config: ModelConfig, tokens: int, counted: int) -> float:
-    """Operations a row of `tokens` needs, with logits of `counted` of them: two per weight and token that meet, and four
-    per dimension of a head for each pair of a query and a key that it sees."""
-    pairs = sum(_seen(tokens, config.window if kind == "sliding" else None) for kind in _kinds(config))
-    attention = 4 * config.n_heads * config.head_dim * pairs
-    return 2.0 * _in_blocks(config) * tokens + attention + 2.0 * counted * config.hidden_size * config.vocab_size
-
-
 def decode_bytes(config: ModelConfig, rows: int, context: int, itemsize: int) -> float:
     """Bytes that one decoding step of `rows` must read: every matrix once, and the keys and values that are seen."""
-    matrices = _in_blocks(config) + config.hidden_size * config.vocab_size
-    seen = sum(min(context, config.window) if kind == "sliding" else context for kind in _kinds(config))
+    matrices = weights_in_blocks(config) + config.hidden_size * config.vocab_size
+    seen = sum(min(context, config.window) if kind == "sliding" else context for kind in layer_kinds(config))
     return float(itemsize) * (matrices + rows * 2 * config.n_kv_heads * config.head_dim * seen)
 
 
@@ -72,22 +64,6 @@ def generation_rows(lm, mesh, rows: int, length: int, new_tokens: int, repeats: 
         found.append(share_row(f"decoding, {about}; peer: the machine's copy bandwidth", "B", needed / step,
                                copy_bandwidth(mesh), 0.6))  # fmt: skip
     return found
-
-
-def _in_blocks(config: ModelConfig) -> int:
-    """Weights of all matrices but the embedding and the output's."""
-    leaves = jax.tree.leaves_with_path(nn.unbox(param_shapes(config)))
-    return sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel" and path[0].key != "lm_head")
-
-
-def _kinds(config: ModelConfig) -> tuple[str, ...]:
-    return config.layer_pattern * config.repeats + config.tail
-
-
-def _seen(tokens: int, window: int | None) -> float:
-    """Pairs of a query and a key that it sees."""
-    width = tokens if window is None else min(window, tokens)
-    return width * (width + 1) / 2 + (tokens - width) * width
 
 
 def _filled(mesh, shape, dtype):

@@ -25,6 +25,11 @@ class Step:
     limit: float
 
     @property
+    def rows(self) -> int:
+        """Of a whole step."""
+        return self.batch * self.rows_per_pair
+
+    @property
     def shards(self) -> int:
         """Chips over which rows are split."""
         return self.mesh["data"] * self.mesh["fsdp"]

@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +24,7 @@ from retmask_jax.hub import config_folder
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.sharding import RULES, divided, make_mesh, param_shapes, param_shardings, using
 from retmask_jax.stages import check_config, train_settings
-from retmask_jax.topology import ASSUMED, chip_of, devices_of, estimate
+from retmask_jax.topology import ASSUMED, Chip, chip_of, devices_of, estimate
 from retmask_jax.weights import read_config
 
 _GIB = 2**30
@@ -32,15 +32,22 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function with its arguments as shapes and shardings.
+    """A jitted function with its arguments; arrays are shapes with shardings.
 
-    runs: how often in a step. beside: what else lies in the chips' memory while it runs, as shapes and shardings.
+    runs: how often in a step. beside: what else lies in the chips' memory while it runs. made: what it makes that is
+    as large for the smallest microbatch, such as gradients.
     """
 
     function: Any
     arguments: tuple
     runs: int = 1
     beside: Any = ()
+    made: Any = ()
+
+    @property
+    def fixed(self) -> int:
+        """Bytes per chip that do not depend on the microbatch, or hardly."""
+        return _size((self.arguments, self.beside, self.made))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Compiled:
 
 
 def check_training(config, topology: str) -> dict[str, Any]:
-    """What the training step of a recipe takes on a topology, as JSON values; bytes and seconds are per chip.
+    """What the training step of a recipe takes on a topology, as JSON values; bytes and operations are per chip.
 
     Needs the model's config.json, no weights and no data. Raises ValueError for a topology or mesh that cannot be,
     for settings that do not go together, and without libtpu. Call it before JAX has run anything.
@@ -71,35 +78,17 @@ def check_training(config, topology: str) -> dict[str, Any]:
     model = from_hf(read_config(config_folder(config.model, revision=config.revision or None)))
     devices = devices_of(topology)
     check_config(config, devices)
-    mesh = make_mesh(config.mesh, devices)
+    mesh, settings = make_mesh(config.mesh, devices), _settings(config)
+    # The fastest for the device would be chosen for this machine's.
     model = dataclasses.replace(model, kernel="splash" if config.kernel == "auto" else config.kernel)
-    settings, length = _settings(config), config.train.max_tokens
-    programs = training_programs(model, settings, mesh, length, config.dtype)
+    programs = training_programs(model, settings, mesh, config.train.max_tokens, config.dtype)
     compiled = {name: compile_program(program, mesh) for name, program in programs.items()}
-    work = sum((one.work for one in compiled.values()), Work({}, {}, 0))
-    rows = settings.batch_size * _rows_per_pair(settings)
-    flops = rows * training_flops(model, length, remat=settings.remat) / mesh.size
-    needed = max(one.needed + _size(programs[name].beside) for name, one in compiled.items())
-    # Gradients are as large as the weights.
-    step = Step(
-        batch=settings.batch_size, microbatch=settings.microbatch_size, rows_per_pair=_rows_per_pair(settings),
-        remat=settings.remat, mesh=sizes_of(mesh), needed=needed, limit=chip.memory,
-        fixed=max(_size((program.arguments, program.beside)) for program in programs.values())
-        + _size(params_of(model, mesh, jnp.float32)),
-    )  # fmt: skip
-    fits = all(one.refused is None for one in compiled.values()) and needed <= chip.memory
+    step = _step(settings, mesh, chip, programs, compiled)
+    flops = step.rows * training_flops(model, config.train.max_tokens, remat=settings.remat) / mesh.size
     return {
         "what": "train", "topology": topology, "mesh": step.mesh, "batch": step.batch, "microbatch": step.microbatch,
-        "length": length, "steps": settings.steps, "fits": fits, "advice": advise(step, fits), "needed": needed,
-        "limit": chip.memory,
-        "programs": {
-            name: {"runs": programs[name].runs, "bytes": one.memory, "beside": _size(programs[name].beside),
-                   "refused": one.refused} for name, one in compiled.items()
-        },
-        "collectives": {kind: {"count": n, "sent": work.sent[kind]} for kind, n in sorted(work.counts.items())},
-        "loops_of_unknown_length": work.unknown, "flops": flops,
-        "seconds": estimate(chip, flops, work.memory, sum(work.sent.values())) if fits else None,
-    } | stamp(sum(one.seconds for one in compiled.values()))  # fmt: skip
+        "length": config.train.max_tokens, "steps": settings.steps,
+    } | _memory_facts(step, programs, compiled) | _time_facts(chip, flops, compiled) | stamp(compiled)  # fmt: skip
 
 
 def training_programs(config: ModelConfig, settings: train.Settings, mesh: Mesh, length: int, dtype: str):
@@ -121,7 +110,7 @@ def training_programs(config: ModelConfig, settings: train.Settings, mesh: Mesh,
     start = params_of(config, mesh, dtype)
     # As `train` calls it: the seed is no part of an update.
     settings = dataclasses.replace(settings, seed=0)
-    return {"update": Program(train._update, (config, settings, state, batch), beside=start)}
+    return {"update": Program(train._update, (config, settings, state, batch), beside=start, made=params)}
 
 
 def compile_program(program: Program, mesh: Mesh) -> Compiled:
@@ -152,7 +141,7 @@ def describe(row: dict[str, Any], what: str) -> str:
         times = f", {program['runs']} times a step" if program["runs"] > 1 else ""
         lines.append(f"{name}{times}: {', '.join(parts)}, beside it {program['beside'] / _GIB:.2f} GiB per chip")
     lines.append(f"memory: {row['needed'] / _GIB:.2f} of {row['limit'] / _GIB:.2f} GiB per chip")
-    if row["fits"]:
+    if row["seconds"]:
         lines += [_exchanged(row), *_duration(row)]
     verdict = "fits" if row["fits"] else "does not fit"
     return "\n".join([*lines, ": ".join([verdict, "; or ".join(row["advice"])]) if row["advice"] else verdict])
@@ -175,10 +164,11 @@ def sizes_of(mesh: Mesh) -> dict[str, int]:
     return {axis: int(n) for axis, n in mesh.shape.items()}
 
 
-def stamp(seconds: float) -> dict[str, Any]:
-    """How long a compile took, when it was and with which versions."""
+def stamp(compiled: Mapping[str, Compiled]) -> dict[str, Any]:
+    """How long compiling took, when it was and with which versions."""
     return {
-        "compile_seconds": round(seconds), "date": datetime.date.today().isoformat(),
+        "compile_seconds": round(sum(one.seconds for one in compiled.values())),
+        "date": datetime.date.today().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "flax")},
     }  # fmt: skip
 
@@ -189,8 +179,37 @@ def _settings(config) -> train.Settings:
     return train_settings(config, next((arm for arm in arms if not arm.startswith("sft")), arms[0]), seed=0)
 
 
-def _rows_per_pair(settings: train.Settings) -> int:
-    return 2 if settings.objective == "dpo" else 1
+def _step(settings, mesh: Mesh, chip: Chip, programs: Mapping[str, Program], compiled: Mapping[str, Compiled]) -> Step:
+    return Step(
+        batch=settings.batch_size, microbatch=settings.microbatch_size,
+        rows_per_pair=2 if settings.objective == "dpo" else 1, remat=settings.remat, mesh=sizes_of(mesh),
+        needed=max(one.needed + _size(programs[name].beside) for name, one in compiled.items()),
+        fixed=max(program.fixed for program in programs.values()), limit=chip.memory,
+    )  # fmt: skip
+
+
+def _memory_facts(step: Step, programs: Mapping[str, Program], compiled: Mapping[str, Compiled]) -> dict[str, Any]:
+    fits = step.needed <= step.limit and all(one.refused is None for one in compiled.values())
+    facts = {
+        name: {"runs": programs[name].runs, "bytes": one.memory, "beside": _size(programs[name].beside),
+               "refused": one.refused} for name, one in compiled.items()
+    }  # fmt: skip
+    return {
+        "fits": fits, "advice": advise(step, fits), "needed": step.needed, "limit": step.limit, "programs": facts,
+    }  # fmt: skip
+
+
+def _time_facts(chip: Chip, flops: float, compiled: Mapping[str, Compiled]) -> dict[str, Any]:
+    """None for what a refused program would have told."""
+    if any(one.refused for one in compiled.values()):
+        return {"flops": flops, "collectives": None, "loops_of_unknown_length": None, "seconds": None}
+    work = sum((one.work for one in compiled.values()), Work({}, {}, 0))
+    return {
+        "flops": flops,
+        "collectives": {kind: {"count": n, "sent": work.sent[kind]} for kind, n in sorted(work.counts.items())},
+        "loops_of_unknown_length": work.unknown,
+        "seconds": estimate(chip, flops, work.memory, sum(work.sent.values())),
+    }  # fmt: skip
 
 
 def _size(tree) -> int:
@@ -234,5 +253,9 @@ def _duration(row: dict[str, Any]) -> list[str]:
     return [
         f"time of a step, an estimate, not measured: {least:.1f} s if all overlaps, {most:.1f} s if nothing does ({parts}; "
         f"{row['flops'] / 1e12:,.0f} TFLOP per chip, counted from the shapes)",
-        f"{steps:,} steps: {steps * least / 3600:.1f} to {steps * most / 3600:.1f} h",
+        f"{steps:,} steps: {_hours(steps * least)} to {_hours(steps * most)}",
     ]
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"

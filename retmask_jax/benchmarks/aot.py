@@ -100,7 +100,7 @@ def prefill_row(topology: str, model: str, length: int, batch: int, sizes: dict[
         "what": "prefill", "topology": topology, "model": model, "mesh": sizes_of(mesh), "batch": batch,
         "length": length, "fits": compiled.refused is None, "bytes_per_chip": compiled.memory,
         "refused": compiled.refused,
-    } | stamp(compiled.seconds)  # fmt: skip
+    } | stamp({"prefill": compiled})  # fmt: skip
 
 
 def prefill_program(config: ModelConfig, mesh, batch: int, length: int) -> Program:

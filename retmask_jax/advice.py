@@ -44,11 +44,11 @@ class Step:
 
 
 def advise(step: Step, fits: bool) -> list[str]:
-    """Alternatives, the best first; none where a step fits and its rows divide over the chips."""
+    """Alternatives, the best first; none where a step fits, its rows divide over the chips and it uses their memory."""
     if not step.divides(step.microbatch):
         return [_divide(step)]
     if fits:
-        return []
+        return _use_room(step)
     return _split_weights(step) if step.fixed > step.limit else _shrink_activations(step)
 
 
@@ -59,6 +59,15 @@ def _divide(step: Step) -> str:
     if possible:
         change = f"set train.microbatch_size={min(possible, key=lambda n: abs(n - step.microbatch))}"
     return f"{rows} rows of a microbatch do not divide over {step.shards} chips (data x fsdp), some compute padding: {change}"
+
+
+def _use_room(step: Step) -> list[str]:
+    # What activations grow by is not known exactly: some of the room is left.
+    room = 0.8 * (step.limit - step.fixed) / max(step.needed - step.fixed, 1)
+    larger = [n for n in range(step.microbatch + 1, step.batch + 1) if step.divides(n) and n <= room * step.microbatch]
+    if not larger:
+        return []
+    return [f"there is room for train.microbatch_size={max(larger)}, with which weights are moved less often"]
 
 
 def _split_weights(step: Step) -> list[str]:

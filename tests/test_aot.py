@@ -249,7 +249,9 @@ SHARDED = Step(batch=512, microbatch=32, rows_per_pair=2, remat=True, mesh={"dat
 
 
 @pytest.mark.parametrize("changes, fits, expected", [
-    ({}, True, []),
+    ({"needed": 14 * GIB}, True, []),
+    ({"needed": 9.5 * GIB}, True,
+     ["there is room for train.microbatch_size=128, with which weights are moved less often"]),  # 0.8 x 8 / 1.5 x 32
     ({}, False, ["set train.microbatch_size=16"]),  # 12 GiB of activations for 32, 8 are free: 21, and 16 divides
     ({"remat": False}, False, ["set train.remat=True", "set train.microbatch_size=16"]),
     ({"needed": 60 * GIB}, False, ["set train.microbatch_size=8, the smallest, which may still be too much"]),
@@ -289,7 +291,7 @@ def test_a_training_step_that_fits(command, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tiny on v5e:1x1 (1 chip): 4 pairs of up to 16 tokens a step, 2 at a time")
     assert "of 15.75 GiB per chip" in lines[2] and lines[3].endswith("bytes sent per chip: none")
-    assert "an estimate, not measured" in lines[4] and lines[-1] == "fits"
+    assert "an estimate, not measured" in lines[4] and lines[-1].startswith("fits")
 
 
 def test_a_training_step_that_the_compiler_refuses(command, monkeypatch, capsys):

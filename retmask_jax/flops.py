@@ -29,6 +29,17 @@ def training_flops(config: ModelConfig, tokens: int, counted: int) -> float:
     return (3 if config.lora is None else 2) * forward_flops(config, tokens, counted)
 
 
+def executed_flops(config: ModelConfig, tokens: int, *, remat: bool) -> float:
+    """Operations that a row of `tokens` costs forward and backward, all of them counted.
+
+    Logits are always computed again in the backward pass, blocks with remat.
+    """
+    blocks = forward_flops(config, tokens, counted=0)
+    logits = forward_flops(config, tokens, counted=tokens) - blocks
+    passes = 3 if config.lora is None else 2
+    return (passes + remat) * blocks + 4 * logits
+
+
 def peak_flops() -> float | None:
     """Operations a second of all devices together, in bfloat16; None for devices that are not known."""
     kind = jax.devices()[0].device_kind
@@ -38,9 +49,11 @@ def peak_flops() -> float | None:
 
 @functools.cache
 def block_weights(config: ModelConfig) -> int:
-    """Weights of all matrices but the embedding and the output's."""
+    """Weights that a token meets in all matrices but the embedding and the output's."""
     leaves = jax.tree.leaves_with_path(plain_shapes(config))
-    return sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel" and path[0].key != "lm_head")
+    kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel" and path[0].key != "lm_head")
+    experts = sum(leaf.size for path, leaf in leaves if path[-1].key in ("gate", "up", "down"))
+    return kernels + experts // max(config.n_experts, 1) * config.experts_per_token
 
 
 def layer_kinds(config: ModelConfig) -> tuple[str, ...]:

@@ -43,8 +43,8 @@ _BENCHMARKS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 1 where a benchmark's results disagree, or 2 after one line about a
-    user's mistake."""
+    """Entry point; returns the exit status: 0, 1 where a benchmark's results disagree or a training step does not fit a
+    topology, or 2 after one line about a user's mistake."""
     try:
         arguments, overrides = _parse(sys.argv[1:] if argv is None else argv)
         return _dispatch(arguments, overrides)
@@ -77,6 +77,10 @@ def _parse(argv: list[str]):
         stage.epilog = "Any key of the config can be set: --config.train.steps=10"
         stage.add_argument("--config", default="tiny", help="name of a recipe or path of a .py file (default: tiny)")
         stage.add_argument("--workdir", help="folder for all results (default: runs/NAME_OF_CONFIG)")
+        if name == "train":
+            stage.add_argument(
+                "--aot", metavar="TOPOLOGY", help="only compile, for TPUs that need not be here (v5e:4x4): does it fit?"
+            )
         if name == "export":
             stage.add_argument("--what", default="masked", help='"masked" (retrieval heads) or a run such as retmask-0')
             stage.add_argument(
@@ -133,6 +137,8 @@ def _dispatch(arguments, overrides) -> int:
     from retmask_jax import pipeline
 
     begin = time.time()
+    if arguments.stage == "train" and arguments.aot is not None:
+        return 0 if pipeline.ahead(config, arguments.config, arguments.aot) else 1
     if arguments.stage == "pretrain":
         pipeline.pretrain(config, root)
     elif arguments.stage == "export":

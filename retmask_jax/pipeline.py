@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from retmask_jax import assets, inspection
+from retmask_jax import aot, assets, inspection
 from retmask_jax.files import write_json
 from retmask_jax.hub import config_folder
 from retmask_jax.lm import load, save
@@ -77,6 +77,14 @@ def pretrain(config, root: Path) -> None:
         write_json(root / "config.json", workdir.config)
         assets.build(config.pretrain, root)
     print(f"wrote {root}")
+
+
+def ahead(config, name: str, topology: str) -> bool:
+    """Compile the training step for a topology that need not be here and print what it takes; whether it fits."""
+    _log()
+    row = aot.check_training(config, topology)
+    print(aot.describe(row, name))
+    return row["fits"]
 
 
 def inspect(model: str, as_json: bool) -> None:

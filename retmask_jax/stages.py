@@ -55,8 +55,8 @@ def run_stage(context: Context, name: str) -> tuple[dict[str, Any], bool]:
         raise memory.explain(error, name, f"lower {setting}, shorten the texts, or use more devices") from error
 
 
-def check_config(config) -> None:
-    """Raise ValueError for settings that could only fail later, after expensive work."""
+def check_config(config, devices=None) -> None:
+    """Raise ValueError for settings that could only fail later, after expensive work. devices: of the mesh (None: all)."""
     unknown = [arm for arm in config.train.arms if arm not in ARMS]
     if unknown:
         raise ValueError(f"train.arms has {', '.join(unknown)}; known arms are {', '.join(ARMS)}")
@@ -75,8 +75,8 @@ def check_config(config) -> None:
             f"train.max_prompt_tokens {config.train.max_prompt_tokens} must be less than train.max_tokens "
             f"{config.train.max_tokens}, which also holds the answer"
         )
-    mesh = make_mesh(config.mesh)
-    check_mesh(_settings(config, "retmask", 0), mesh)
+    mesh = make_mesh(config.mesh, devices)
+    check_mesh(train_settings(config, "retmask", 0), mesh)
 
 
 def check_model(context: Context) -> None:
@@ -173,7 +173,7 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
         target = folder / name
         rows, identity = _rows(context, model.config, name, target)
         if not (target / "model").exists():
-            settings = _settings(config, arm, seed)
+            settings = train_settings(config, arm, seed)
             params = train(
                 model.config, context.release_params, rows, settings, target, context.mesh,
                 fingerprint=digest(identity | start), what=f"train {name}",
@@ -238,6 +238,14 @@ def report_stage(context: Context, folder: Path) -> dict[str, Any]:
     path = context.workdir.root / "report.html"
     write_report(path, results, str(context.config.model))
     return {"path": path.name, "numbers": {}}
+
+
+def train_settings(config, arm: str, seed: int) -> Settings:
+    """How one arm is trained."""
+    section = config.train
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"objective", "seed"}
+    objective = {"sft_filtered": "sft", "sft_unfiltered": "sft", "contrast": "contrast"}.get(arm, "dpo")
+    return Settings(objective=objective, seed=seed, **{name: section[name] for name in fields})
 
 
 STAGES = {
@@ -316,11 +324,6 @@ def _evaluate(context: Context, lm: LanguageModel, windows, name: str) -> dict[s
     return {"samples": samples, "grid": grid}
 
 
-def _settings(config, arm: str, seed: int) -> Settings:
-    section = config.train
-    fields = {field.name for field in dataclasses.fields(Settings)} - {"objective", "seed"}
-    objective = {"sft_filtered": "sft", "sft_unfiltered": "sft", "contrast": "contrast"}.get(arm, "dpo")
-    return Settings(objective=objective, seed=seed, **{name: section[name] for name in fields})
 
 
 def _mask_hash(lm, heads) -> str:

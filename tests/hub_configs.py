@@ -162,3 +162,14 @@ CONFIGS = {
         "transformers_version": "4.36.0.dev0",
     },
 }  # fmt: skip
+
+
+if __name__ == "__main__":  # python tests/hub_configs.py FOLDER: FOLDER/NAME/config.json of every model, for --models
+    import json
+    import sys
+    from pathlib import Path
+
+    for model, config in CONFIGS.items():
+        folder = Path(sys.argv[1]) / model.split("/")[-1]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))

@@ -10,16 +10,15 @@ PACKAGE = Path(__file__).parent.parent / "retmask_jax"
 
 # A module imports only what stands above it.
 ORDER = """
-hosts files records progress memory model.config model.rope hf_config families model.adapters model.layers model.experts
-model.interventions model.kernels model.splash model.attention model.cache model.transformer model.layerwise sharding
-flops weights hub prefill generate stream lm sweep dpo sequence stats haystack head_scores detect causal head_profile
-data.tiny_language data.preferences data.chat data.prompts data.released data.preference_dataset pairs
-endpoints training_settings optimizer objective reference train_step checkpoints metrics train
-evals.recall evals.perplexity evals.compare page figures report pretrain assets inspection recipes
-workdir context arms stages benchmarks.harness benchmarks.models benchmarks.chip benchmarks.peers benchmarks.trl_peer
-benchmarks.programs benchmarks.by_hand benchmarks.peak benchmarks.aot benchmarks.detect benchmarks.masks
-benchmarks.generate
-benchmarks.dpo benchmarks.memory pipeline main
+hosts files records progress memory hlo topology advice model.config model.rope hf_config families model.adapters
+model.layers model.experts model.interventions model.kernels model.splash model.attention model.cache
+model.transformer model.layerwise sharding flops weights hub prefill generate stream lm sweep dpo sequence stats
+haystack head_scores detect causal head_profile data.tiny_language data.preferences data.chat data.prompts
+data.released data.preference_dataset pairs endpoints training_settings optimizer objective reference train_step
+checkpoints metrics train evals.recall evals.perplexity evals.compare page figures report pretrain assets inspection
+recipes workdir context arms stages aot benchmarks.harness benchmarks.models benchmarks.chip benchmarks.peers
+benchmarks.trl_peer benchmarks.programs benchmarks.by_hand benchmarks.peak benchmarks.aot benchmarks.detect
+benchmarks.masks benchmarks.generate benchmarks.dpo benchmarks.memory pipeline main
 """.split()
 
 

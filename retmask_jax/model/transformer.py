@@ -240,7 +240,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTE, masks, cache, repeat, call: Call):
         cfg = self.config
-        x_BTE = nn.with_logical_constraint(x_BTE, ("batch", "length", "embed_act"))
+        # A single row would be padded to be split, and the padding copied away wherever states are picked from it.
+        rows = "batch" if x_BTE.shape[0] > 1 else None
+        x_BTE = nn.with_logical_constraint(x_BTE, (rows, "length", "embed_act"))
         attention = Attention(cfg, cfg.layer_pattern[self.place], self.rope_site, name="attn")
         out_BTE, cache, probed = attention(self._before("attn_norm", x_BTE), masks, cache, repeat, call)
         x_BTE = only(x_BTE, call.rows_BP) + self._behind("attn_post_norm", out_BTE)

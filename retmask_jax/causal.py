@@ -9,6 +9,7 @@ import numpy as np
 from retmask_jax import stats
 from retmask_jax.generate import generate_many, pad_rows
 from retmask_jax.haystack import Case
+from retmask_jax.hosts import to_host
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import (
@@ -104,7 +105,7 @@ def activity(lm: LanguageModel, rows: Sequence[Sequence[int]], *, batch_size: in
     logps = []
     for mask in masks:  # one shape, one program
         parts = [
-            np.asarray(token_logprobs(config, lm.params, tokens_BT[i : i + batch_size], interventions=mask))
+            to_host(token_logprobs(config, lm.params, tokens_BT[i : i + batch_size], interventions=mask))
             for i in range(0, len(tokens_BT), batch_size)
         ]
         logps.append(np.concatenate(parts)[real_BT])

@@ -15,6 +15,7 @@ from retmask_jax import memory, stats
 from retmask_jax.generate import bucket, full_batches, generate_many, pad_rows
 from retmask_jax.haystack import Case
 from retmask_jax.head_scores import HeadScores
+from retmask_jax.hosts import to_host
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.cache import empty_cache
@@ -115,7 +116,7 @@ def read_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: S
             for batch in full_batches(members, size):
                 inputs = _continuations(config, batch, prompts, answers, width, group if shared else None)
                 out = _read(config, lm.params, cache, *inputs, iv, longest)
-                predicted_BN, argmax_BNLH = map(np.asarray, out)
+                predicted_BN, argmax_BNLH = to_host(out)
                 for row, (i, _) in enumerate(batch):
                     n = len(answers[i])
                     results[i] = Forced(predicted_BN[row, :n], argmax_BNLH[row, :n])

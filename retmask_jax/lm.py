@@ -14,6 +14,7 @@ import numpy as np
 
 from retmask_jax import hub, weights
 from retmask_jax.generate import Generated, generate
+from retmask_jax.hosts import primary
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, forward
@@ -90,6 +91,8 @@ def save(lm: LanguageModel, folder: str | os.PathLike, interventions: Interventi
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     folder = Path(folder)
     weights.write(folder, lm.config, lm.params, lm.source, _bakeable(lm.config, interventions), dtype)
+    if not primary():
+        return
     if lm.source.folder is not None:
         for path in sorted(Path(lm.source.folder).iterdir()):
             ours = path.name == "config.json" or path.name.endswith(".safetensors.index.json")

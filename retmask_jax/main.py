@@ -44,13 +44,16 @@ _BENCHMARKS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 where a benchmark's results disagree or a training step does not fit a
-    topology, or 2 after one line about a user's mistake."""
+    topology, 2 after one line about a user's mistake, or 143 after SIGTERM and a checkpoint."""
     try:
         arguments, overrides = _parse(sys.argv[1:] if argv is None else argv)
         return _dispatch(arguments, overrides)
     except ValueError as error:
         print(f"retmask: {error}", file=sys.stderr)
         return 2
+    except InterruptedError as error:
+        print(f"retmask: {error}; run the same command again to go on", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("retmask: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from retmask_jax import aot, assets, inspection
 from retmask_jax.files import write_json
+from retmask_jax.hosts import join, primary
 from retmask_jax.hub import config_folder
 from retmask_jax.lm import load, save
 from retmask_jax.model.interventions import mask_heads
@@ -20,16 +21,19 @@ from retmask_jax.workdir import Workdir, check_free, locked
 def run(config, root: Path) -> None:
     """All stages in order; ends with the table of headline numbers, the report's path and summary.json."""
     _check_prompts(config)
-    check_free(root)
-    context = _open(config, root)
+    context = _open(config, root, writes=True)
     numbers = {}
     for name in STAGES:
         result, skipped = run_stage(context, name)
         numbers |= result["numbers"]
+        if not primary():
+            continue
         state = "unchanged" if skipped else f"done in {result['seconds']:.0f} s"
         print(f"{name:<9} {state}", flush=True)
         if not skipped:
             _table(result["numbers"])
+    if not primary():
+        return
     write_json(root / "summary.json", numbers)
     print()
     _table({name: numbers[name] for name in config.headlines if name in numbers})
@@ -40,11 +44,11 @@ def one_stage(config, root: Path, name: str) -> dict:
     """One stage, on the results of those before it; returns its result."""
     if name == "pairs":
         _check_prompts(config)
-    check_free(root)
-    result, skipped = run_stage(_open(config, root), name)
-    if skipped:
-        print(f"{name}: unchanged since {result['provenance']['created']}")
-    _table(result["numbers"])
+    result, skipped = run_stage(_open(config, root, writes=True), name)
+    if primary():
+        if skipped:
+            print(f"{name}: unchanged since {result['provenance']['created']}")
+        _table(result["numbers"])
     return result
 
 
@@ -120,9 +124,13 @@ def bench(name: str, out: Path | None, options: dict) -> bool:
     return not report.violated
 
 
-def _open(config, root: Path) -> Context:
+def _open(config, root: Path, *, writes: bool = False) -> Context:
+    """The context of a command, all hosts joined; writes: the work directory must be free."""
     _log()
     split_cpu(config.cpu_devices)
+    join(config.distributed)
+    if writes and primary():
+        check_free(root)
     check_config(config)
     context = Context(config, Workdir.open(root, config))
     check_model(context)

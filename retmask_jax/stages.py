@@ -21,7 +21,7 @@ from retmask_jax.evals.recall import by_cell
 from retmask_jax.files import digest, read_jsonl, write_jsonl
 from retmask_jax.head_profile import profile
 from retmask_jax.head_scores import HeadScores
-from retmask_jax.hosts import primary
+from retmask_jax.hosts import primary, wait_for_all
 from retmask_jax.lm import LanguageModel, save
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions, mask_heads
@@ -182,6 +182,7 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
             save(model.replace(params=params), target / "model.part")
             if primary():
                 (target / "model.part").rename(target / "model")
+            wait_for_all("the model is written")
         runs[name] = {
             "arm": arm, "seed": seed, "examples": len(rows), "answers_cut": rows.cut,
             "prompts_cut": rows.prompts_cut, "steps": read_jsonl(target / "metrics.jsonl"),

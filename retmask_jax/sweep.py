@@ -9,6 +9,7 @@ import numpy as np
 
 from retmask_jax import memory
 from retmask_jax.generate import bucket, full_batches
+from retmask_jax.hosts import to_host
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
@@ -59,7 +60,7 @@ def sweep(lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *,
         parts = []
         batches = list(full_batches(range(len(tokens)), batch))
         for rows in track(batches, len(batches), "sweep", "batch"):
-            parts.append(np.asarray(program(*arguments(rows))))
+            parts.append(to_host(program(*arguments(rows))))
         return np.concatenate(parts, axis=1)[:, : len(tokens)]
 
     with mesh_of(lm.params):

@@ -30,7 +30,7 @@ _FINITE = ("loss", "gradient_norm", "parameter_norm")
 _NAMED = 8  # pairs that a message names
 
 
-class Stopped(Exception):
+class Stopped(InterruptedError):
     """A run was told to stop (SIGTERM) and wrote a checkpoint; the same call goes on from there."""
 
 

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from retmask_jax.families import family, from_hf, to_hf
 from retmask_jax.files import write_atomically
+from retmask_jax.hosts import primary, to_host
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.progress import track
 from retmask_jax.sharding import param_shardings, plain_shapes
@@ -84,23 +85,19 @@ def write(folder: Path, config: ModelConfig, params, source: Source, head_mask=N
     """Write config.json and safetensors (with an index when there are several files) in HF names.
 
     Each tensor gets the dtype it was read in unless `dtype` is given. head_mask bool[L,H] zeroes the columns of
-    o_proj that read the masked heads.
+    o_proj that read the masked heads. One file's tensors are in host memory at a time; of several hosts all take part
+    and the first one writes.
     """
     hf_config = dict(source.hf_config or to_hf(config))
     leaves = flatten_dict(params, sep="/")
     table = _table(config, hf_config, leaves)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, np.ndarray]] = [{}]
+    shards = _Shards(folder)
     for name in source.dtypes or table:
         tied_copy = name == _OUTPUT and config.tied_embeddings
         parts = [_export(piece, leaves, config, head_mask) for piece in table[_INPUT if tied_copy else name]]
         tensor = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        tensor = np.ascontiguousarray(tensor.astype(jnp.dtype(dtype or source.dtypes.get(name, tensor.dtype))))
-        if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > _MAX_SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = tensor
-    _write_shards(folder, shards)
-    _remove_stale(folder, {file for file, _ in _shard_names(shards)})
+        shards.add(name, tensor.astype(jnp.dtype(dtype or source.dtypes.get(name, tensor.dtype))))
+    shards.finish()
     if dtype is not None:
         hf_config["dtype" if "dtype" in hf_config else "torch_dtype"] = str(jnp.dtype(dtype))
     write_atomically(folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
@@ -218,7 +215,7 @@ def _stripes(first: int, last: int) -> Iterator[tuple[int, int]]:
 
 
 def _export(piece: _Piece, leaves, config: ModelConfig, head_mask) -> np.ndarray:
-    tensor = np.asarray(leaves[piece.path][piece.lead])
+    tensor = to_host(leaves[piece.path][piece.lead])
     if head_mask is not None and piece.path.endswith("attn/o/kernel"):
         columns = np.repeat(np.asarray(head_mask)[piece.layer], config.head_dim)
         tensor = np.where(columns[:, None], np.zeros((), tensor.dtype), tensor)
@@ -301,34 +298,51 @@ def _check_names(wanted: set[str], found: set[str], folder: Path) -> None:
             raise ValueError(f"{folder} {what} {len(names)} tensors: {shown}{' ...' if len(names) > 5 else ''}")
 
 
-def _write_shards(folder: Path, shards: list[dict[str, np.ndarray]]) -> None:
-    from safetensors.numpy import save_file
+class _Shards:
+    """Tensors on their way into the files of a folder, which take their names when their number is known."""
 
-    for file, tensors in _shard_names(shards):
-        temporary = folder / (file + ".part")
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.rename(folder / file)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
-            "weight_map": {name: file for file, shard in _shard_names(shards) for name in shard},
-        }
-        write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._open: dict[str, np.ndarray] = {}
+        self._written: list[list[str]] = []
+        self._size = 0
 
+    def add(self, name: str, tensor: np.ndarray) -> None:
+        if self._open and sum(t.nbytes for t in self._open.values()) + tensor.nbytes > _MAX_SHARD_BYTES:
+            self._write()
+        self._open[name] = np.ascontiguousarray(tensor)
+        self._size += tensor.nbytes
 
-def _remove_stale(folder: Path, written: set[str]) -> None:
-    """Weights of an earlier checkpoint in the same folder, which a reader would take for these."""
-    for path in [*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS]:
-        if path.name not in written:
-            path.unlink(missing_ok=True)
-    if WEIGHTS in written:
-        (folder / INDEX).unlink(missing_ok=True)
+    def finish(self) -> None:
+        """Write what is left, the index, and remove weights of an earlier checkpoint in the folder."""
+        self._write()
+        if not primary():
+            return
+        n = len(self._written)
+        files = [WEIGHTS] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+        for number, file in enumerate(files):
+            self._part(number).rename(self._folder / file)
+        for path in [*self._folder.glob("model-*-of-*.safetensors"), self._folder / WEIGHTS]:
+            if path.name not in files:
+                path.unlink(missing_ok=True)  # a reader would take it for a part of these
+        if n == 1:
+            (self._folder / INDEX).unlink(missing_ok=True)
+            return
+        weight_map = {name: file for file, names in zip(files, self._written, strict=True) for name in names}
+        index = {"metadata": {"total_size": self._size}, "weight_map": weight_map}
+        write_atomically(self._folder / INDEX, json.dumps(index, indent=2) + "\n")
 
+    def _write(self) -> None:
+        from safetensors.numpy import save_file
 
-def _shard_names(shards) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    for number, shard in enumerate(shards):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        yield file, shard
+        if primary():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file(self._open, self._part(len(self._written)), metadata={"format": "pt"})
+        self._written.append(list(self._open))
+        self._open = {}
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f"weights-{number:05d}.part"
 
 
 def _read_json(path: Path, otherwise: str) -> dict[str, Any]:

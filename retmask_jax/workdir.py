@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from retmask_jax.files import digest, write_json
-from retmask_jax.hosts import primary
+from retmask_jax.hosts import primary, wait_for_all
 from retmask_jax.recipes import as_json, differences
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,9 @@ class Workdir:
     def _run(self, stage, upstream, inputs, function) -> tuple[dict[str, Any], bool]:
         folder = self.folder(stage)
         write_json(self.root / "config.json", self.config)
+        wait_for_all(f"{stage} begins")
+        if not (self.root / "config.json").exists():
+            raise ValueError(f"this host does not see what the first one wrote into {self.root}: use storage that all share")
         wanted = {
             "stage": stage, "config": digest(_identity(self.config)), "inputs": inputs, "versions": versions(),
             "upstream": {name: self.result(name)["provenance"]["run_id"] for name in upstream},
@@ -92,19 +95,26 @@ class Workdir:
             result = self.result(stage)
             if {name: result["provenance"][name] for name in wanted} == wanted:
                 return result, True
-        started = folder / _STARTED
-        if not started.exists() or json.loads(started.read_text()) != wanted:
-            shutil.rmtree(folder, ignore_errors=True)
-            write_json(started, wanted)
-        (folder / _RESULT).unlink(missing_ok=True)
+        self._clear(folder, wanted)
         begin = time.time()
         result = function(folder)
         seconds = round(time.time() - begin, 1)
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         provenance = wanted | {"run_id": uuid.uuid4().hex, "created": created}
-        result = {"provenance": provenance, "seconds": seconds, **result}
-        write_json(folder / _RESULT, result)
-        return result, False
+        write_json(folder / _RESULT, {"provenance": provenance, "seconds": seconds, **result})
+        wait_for_all(f"{stage} ends")
+        return self.result(stage), False
+
+    def _clear(self, folder: Path, wanted: dict[str, Any]) -> None:
+        """Keep what an interrupted run on the same inputs left, and nothing else."""
+        started = folder / _STARTED
+        wait_for_all("what was left is seen by all")
+        if primary():
+            if not started.exists() or json.loads(started.read_text()) != wanted:
+                shutil.rmtree(folder, ignore_errors=True)
+                write_json(started, wanted)
+            (folder / _RESULT).unlink(missing_ok=True)
+        wait_for_all("the folder is as it has to be")
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def test_killed_training_resumes_to_the_same_parameters(finished, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(finished[0], root)
     uninterrupted = (root / "train/retmask-0/model/model.safetensors").read_bytes()
-    metrics = (root / "train/retmask-0/metrics.jsonl").read_text()
+    metrics = _metrics(root)
     shutil.rmtree(root / "train")
     process = subprocess.Popen(
         [sys.executable, "-m", "retmask_jax.main", "train", f"--config={CONFIG}", f"--workdir={root}"],
@@ -92,7 +92,32 @@ def test_killed_training_resumes_to_the_same_parameters(finished, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resuming at step" in done.stderr
     assert (root / "train/retmask-0/model/model.safetensors").read_bytes() == uninterrupted
-    assert (root / "train/retmask-0/metrics.jsonl").read_text() == metrics
+    assert _metrics(root) == metrics
+
+
+def test_training_that_is_told_to_stop_says_so_and_goes_on(finished, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(finished[0], root)
+    model, metrics = (root / "train/retmask-0/model/model.safetensors").read_bytes(), _metrics(root)
+    shutil.rmtree(root / "train")
+    command = ["train", f"--config={CONFIG}", f"--workdir={root}"]
+    process = subprocess.Popen([sys.executable, "-m", "retmask_jax.main", *command], stderr=subprocess.PIPE, text=True)
+    lines = root / "train/retmask-0/metrics.jsonl"
+    wait_for(lambda: lines.exists() and lines.read_text(), process)
+    process.terminate()
+    errors = process.communicate()[1]
+    assert process.returncode == 143, errors[-2000:]
+    (line,) = [line for line in errors.splitlines() if line.startswith("retmask: ")]
+    assert "told to stop; a checkpoint of step" in line and "run the same command again to go on" in line
+    assert retmask(*command).returncode == 0
+    assert (root / "train/retmask-0/model/model.safetensors").read_bytes() == model
+    assert _metrics(root) == metrics
+
+
+def _metrics(root):
+    """Of the only run, less the times."""
+    rows = [json.loads(line) for line in (root / "train/retmask-0/metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
 
 
 def test_export_writes_the_masked_and_the_trained_model(finished, tmp_path):

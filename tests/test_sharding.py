@@ -23,7 +23,7 @@ SPLIT = textwrap.dedent("""
     from retmask_jax.model.interventions import Interventions, mask_heads, stack
     from retmask_jax.sequence import token_logprobs
     from retmask_jax.sweep import sweep
-    from retmask_jax.train import _place, _update, init_state, make_optimizer
+    from retmask_jax.train_step import make_programs
 
     sharding.split_cpu(3)
     assert jax.device_count() == 2, jax.devices()
@@ -39,14 +39,14 @@ SPLIT = textwrap.dedent("""
                            seed=7, interventions=per_row)
         settings = dpo_settings(rows, "float32")
         pairs = random_pairs(256, 64, rows)
-        state = init_state(lm.params, make_optimizer(settings), mesh)
-        reference = {name: -np.arange(rows, dtype=np.float32) for name in ("ref_chosen", "ref_rejected")}
+        programs = make_programs(lm.config, settings, mesh)
+        pairs |= {name: -np.arange(rows, dtype=np.float32) for name in ("ref_chosen", "ref_rejected")}
+        pairs["weight"] = np.full(rows, 1 / rows, np.float32)
         with sharding.using(mesh):
-            state, metrics = _update(lm.config, settings, state, _place(pairs | reference, mesh))
-        moments = state.opt_state[1][0].mu  # the averaged gradients
+            grads, metrics = programs.accumulate(lm.params, {}, programs.zeros(), pairs, None)
         return {
             "sampled": sampled.tokens, "loss": metrics["loss"],
-            **{jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(moments)},
+            **{jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(grads)},
         }
 
     def others(mesh, rows):

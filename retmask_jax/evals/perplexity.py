@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retmask_jax.generate import full_batches
+from retmask_jax.hosts import to_host
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.sequence import token_logprobs
@@ -29,6 +30,6 @@ def text_loss(lm: LanguageModel, windows: np.ndarray, interventions: Interventio
     batch_size = min(batch_size, len(windows))
     losses = []
     for rows in full_batches(range(len(windows)), batch_size):
-        logps = np.asarray(token_logprobs(lm.config, lm.params, windows[rows], interventions), np.float64)
+        logps = to_host(token_logprobs(lm.config, lm.params, windows[rows], interventions)).astype(np.float64)
         losses.append(-logps.mean(axis=1))
     return np.concatenate(losses)[: len(windows)]

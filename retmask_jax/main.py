@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from retmask_jax import __version__
+from retmask_jax.hosts import primary
 
 _STAGES = {
     "detect": "score every head by copying from needles and pick the retrieval heads",
@@ -17,7 +18,7 @@ _STAGES = {
     "report": "write report.html from the results of all stages",
     "run": "all stages above in order, each skipped if its inputs have not changed",
     "pretrain": "train the tiny model from its recipe, with its data files",
-    "export": "write a masked or trained model as a Hugging Face checkpoint",
+    "export": "write a masked or trained model as a Hugging Face checkpoint, or pairs",
     "inspect": "show a model as it is read from its config.json: layers, heads, RoPE, memory",
     "bench": "compare speed, memory and results with what others run",
 }
@@ -85,11 +86,18 @@ def _parse(argv: list[str]):
                 "--aot", metavar="TOPOLOGY", help="only compile, for TPUs that need not be here (v5e:4x4): does it fit?"
             )
         if name == "export":
-            stage.add_argument("--what", default="masked", help='"masked" (retrieval heads) or a run such as retmask-0')
+            stage.add_argument(
+                "--what", default="masked",
+                help='"masked" (retrieval heads), a run such as retmask-0, or its pairs, pairs-retmask-0 (default: masked)',
+            )
+            stage.add_argument(
+                "--format", choices=("released", "tfds"), default="released",
+                help="of pairs: a JSONL file as RetMask and TRL read it, or a folder for TFDS (default: released)",
+            )
             stage.add_argument(
                 "--heads", nargs="+", metavar="LAYER-HEAD", help="heads to mask instead of those detected"
             )
-            stage.add_argument("--out", required=True, help="folder to write")
+            stage.add_argument("--out", required=True, help="folder or file to write")
     arguments, rest = parser.parse_known_args(argv)
     return arguments, [_override(text) for text in rest]
 
@@ -145,12 +153,13 @@ def _dispatch(arguments, overrides) -> int:
     if arguments.stage == "pretrain":
         pipeline.pretrain(config, root)
     elif arguments.stage == "export":
-        pipeline.export(config, root, arguments.what, arguments.heads, Path(arguments.out))
+        pipeline.export(config, root, arguments.what, arguments.heads, arguments.format, Path(arguments.out))
     elif arguments.stage == "run":
         pipeline.run(config, root)
     else:
         pipeline.one_stage(config, root, arguments.stage)
-    print(f"{arguments.stage}: {time.time() - begin:.0f} s")
+    if primary():
+        print(f"{arguments.stage}: {time.time() - begin:.0f} s")
     return 0
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retmask_jax import aot, assets, inspection
+from retmask_jax.data.preference_dataset import export_pairs
+from retmask_jax.data.released import iter_pairs
 from retmask_jax.files import write_json
 from retmask_jax.hosts import join, primary
 from retmask_jax.hub import config_folder
@@ -52,23 +54,32 @@ def one_stage(config, root: Path, name: str) -> dict:
     return result
 
 
-def export(config, root: Path, what: str, heads: Sequence[str] | None, out: Path) -> None:
-    """The start model with heads masked in its weights, or a trained model, as an HF checkpoint.
+def export(config, root: Path, what: str, heads: Sequence[str] | None, form: str, out: Path) -> None:
+    """The start model with heads masked in its weights, or a trained model, as an HF checkpoint; or a run's pairs.
 
-    heads: "layer-head" each; None: those that detection found.
+    heads: "layer-head" each; None: those that detection found. form: of pairs, see `export_pairs`.
     """
-    context = _open(config, root)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out")
+    if what.startswith("pairs-"):
+        pairs = Workdir.open(root, config).folder("pairs") / f"{what.removeprefix('pairs-')}.jsonl.gz"
+        if not pairs.exists():
+            raise ValueError(f"--what is {what!r}, but {pairs} does not exist: run `retmask pairs` first")
+        export_pairs(iter_pairs(pairs), out, form)
+        print(f"wrote {out}")
+        return
+    context = _open(config, root)
     if what == "masked":
         chosen = context.heads() if heads is None else [_head(name) for name in heads]
         save(context.lm, out, mask_heads(context.lm.config, chosen))
     else:
         runs = context.workdir.result("train")["runs"]
         if what not in runs:
-            raise ValueError(f"--what is {what!r}; it must be masked or one of {', '.join(runs)}")
+            known = ", ".join(f"{run}, pairs-{run}" for run in runs)
+            raise ValueError(f"--what is {what!r}; it must be masked or one of {known}")
         save(load(context.workdir.folder("train") / what / "model", config.dtype), out)
-    print(f"wrote {out}")
+    if primary():
+        print(f"wrote {out}")
 
 
 def pretrain(config, root: Path) -> None:

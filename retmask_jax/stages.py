@@ -14,6 +14,7 @@ from retmask_jax import causal, memory, stats
 from retmask_jax.arms import ARMS, pairs_stage
 from retmask_jax.context import Context
 from retmask_jax.data.preferences import PairRows, encode_pairs, kept_rows
+from retmask_jax.data.released import read_pairs
 from retmask_jax.detect import detect, stability
 from retmask_jax.evals.compare import arm_numbers, run_rows
 from retmask_jax.evals.perplexity import text_loss
@@ -201,7 +202,7 @@ def _rows(context: Context, model: ModelConfig, name: str, target: Path) -> tupl
     identity = {"data": fingerprint(file), "tokenizer": context.pairs_prompter.identity(), **limits}
 
     def encode() -> PairRows:
-        records = read_jsonl(file)
+        records = read_pairs(file)
         if len(records) < section.batch_size:
             raise ValueError(
                 f"{name} kept {len(records)} pairs, fewer than a batch of {section.batch_size}: "

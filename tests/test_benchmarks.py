@@ -1,5 +1,6 @@
 """Benchmarks: what they report and when they fail, and that the peers compute what we do. No time is asserted."""
 
+import dataclasses
 import json
 import sys
 
@@ -211,21 +212,24 @@ def test_transformers_generates_what_we_do(torch):
 @pytest.mark.slow  # TRL takes long to import
 def test_trl_takes_our_step(torch, small, tmp_path):
     pytest.importorskip("trl")
-    from retmask_jax.benchmarks.dpo import Ours
+    from retmask_jax.benchmarks.by_hand import Ours
     from retmask_jax.benchmarks.programs import dpo_settings, random_pairs
     from retmask_jax.benchmarks.trl_peer import TrlPeer
-    from retmask_jax.train import schedule
+    from retmask_jax.optimizer import schedule
 
-    settings = dpo_settings(2, "float32")
+    # Losses that move: in five steps at 1e-3 most of the way to zero.
+    settings = dataclasses.replace(dpo_settings(2, "float32"), learning_rate=1e-3, final_learning_rate=1e-4, steps=5)
     pairs = random_pairs(SMALL.vocab_size, 24, 2)
     ours = Ours(small, pairs, settings)
     peer = TrlPeer(small, pairs, settings, tmp_path, precomputed=True)
     np.testing.assert_array_equal(peer.tokens, np.concatenate([pairs["chosen"], pairs["rejected"]]))
     np.testing.assert_allclose(peer.reference, ours.reference, rtol=1e-5)
     rate = schedule(settings)
-    losses = np.array([(ours.step(), peer.step(float(rate(i)))) for i in range(4)])
-    np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-4)
-    assert losses[-1, 0] < losses[0, 0] - 1e-4
+    rows = [(ours.step(), peer.step(float(rate(i)))) for i in range(5)]
+    for name in ("loss", "reward_chosen", "reward_rejected", "gradient_norm"):
+        mine, theirs = (np.array([row[side][name] for row in rows]) for side in (0, 1))
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert rows[-1][0]["loss"] < rows[0][0]["loss"] - 0.01 and abs(rows[-1][0]["reward_chosen"]) > 1e-3
 
 
 # --- shares of the machine's peaks ---

@@ -100,3 +100,27 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bits(tmp_path, one, how, statu
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path, one):
     _run(tmp_path, 4, mesh={"data": 2, "fsdp": 2}, stop_at=5, how="term")
     _assert_same(_run(tmp_path, 8, mesh=MESHES["2 x 2 x 2"]), one)
+
+
+@pytest.mark.slow
+def test_two_hosts_run_the_whole_pipeline_as_one(tmp_path):
+    """The same numbers in the summary, written once, by the command as users start it."""
+    summaries = []
+    for hosts in (1, 2):
+        root, running = tmp_path / str(hosts), []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        for host in range(hosts):
+            joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(host)}
+            env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | (joined if hosts == 2 else {})
+            command = [sys.executable, "-m", "retmask_jax.main", "run", f"--config={HERE / 'tiny_small.py'}", f"--workdir={root}"]
+            running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        outputs = [process.communicate(timeout=900) for process in running]
+        assert all(process.returncode == 0 for process in running), outputs[-1][1][-3000:]
+        assert "every number" in outputs[0][0] and all(not out for out, _ in outputs[1:])
+        summaries.append(json.loads((root / "summary.json").read_text()))
+    one, two = summaries
+    assert one.keys() == two.keys()
+    for name in one:
+        assert two[name]["value"] == pytest.approx(one[name]["value"], rel=1e-3, abs=1e-3), name

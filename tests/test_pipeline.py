@@ -142,6 +142,21 @@ def test_export_writes_the_masked_and_the_trained_model(finished, tmp_path):
     assert again.returncode == 2 and "not an empty folder" in again.stderr
 
 
+def test_export_writes_pairs_in_both_forms(finished, tmp_path):
+    from retmask_jax.data.preference_dataset import preference_source
+    from retmask_jax.data.released import read_pairs
+
+    root, _ = finished
+    ours = read_pairs(root / "pairs/retmask-0.jsonl.gz")
+    command = ("export", "--what=pairs-retmask-0", f"--config={CONFIG}", f"--workdir={root}")
+    assert retmask(*command, f"--out={tmp_path / 'pairs.jsonl.gz'}").returncode == 0
+    assert retmask(*command, f"--out={tmp_path / 'set'}", "--format=tfds").returncode == 0
+    source = preference_source(tmp_path / "set")
+    assert read_pairs(tmp_path / "pairs.jsonl.gz") == ours == [source[i] for i in range(len(source))]
+    missing = retmask("export", "--what=pairs-nobody-0", f"--config={CONFIG}", f"--workdir={root}", f"--out={tmp_path / 'x'}")
+    assert missing.returncode == 2 and "nobody-0.jsonl.gz does not exist" in missing.stderr
+
+
 def wait_for(condition, process, seconds=120):
     end = time.time() + seconds
     while not condition():

@@ -7,7 +7,7 @@ import sys
 log = logging.getLogger(__name__)
 
 _JAX = "JAX_COORDINATOR_ADDRESS"
-_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # tasks of this step; 1 or none: not several
 
 
 def join(wanted: bool | None) -> None:

@@ -91,6 +91,8 @@ def test_blocks_pad_little():
     assert splash._blocks(513) == (128, 640)
     assert splash._blocks(8191) == (512, 8192)
     assert splash._blocks(8193) == (512, 8704)
+    assert splash._blocks(8192, shares=4) == (512, 8192)
+    assert splash._blocks(1200, shares=4) == (384, 1536)  # of each share of the queries
 
 
 def test_what_splash_cannot_do_is_named():
@@ -149,6 +151,15 @@ def test_split_over_a_mesh():
             assert ours[0].sharding.shard_shape(ours[0].shape) == share, (ours[0].sharding, share)
             for a, b in zip(ours, exact, strict=True):
                 assert abs(a - b).max() < 1e-4 * abs(b).max(), shape
+
+        # One long row, its queries over two devices, heads over the others.
+        mesh, arrays = make_mesh({"fsdp": 2, "tensor": 2, "context": 2}), draw(1, 512, 4, 2, 8)
+        exact = out_and_gradients(plain, scores, *arrays)
+        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+            ours = out_and_gradients(interpreted, scores, *arrays)
+        assert ours[0].sharding.shard_shape(ours[0].shape) == (1, 256, 1, 8), ours[0].sharding
+        for a, b in zip(ours, exact, strict=True):
+            assert abs(a - b).max() < 1e-4 * abs(b).max()
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.path.dirname(__file__),

@@ -82,8 +82,6 @@ def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto
     """
     batch, length, heads, width = q_BTHD.shape
     shards = _context_shards(length) if start_B is None and positions_BT is None else 1
-    if shards > 1:
-        return _over_context(q_BTHD, keys, scores, shards)
     chosen = "plain"
     if positions_BT is None:
         chosen = _choose(kernel, jax.default_backend(), q_BTHD.dtype.name, length, width, start_B is None, scores)
@@ -96,6 +94,8 @@ def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto
             return splash_attend(*qkv, scores)
         log.info("the blocked kernel instead of splash: %s", reason)
         chosen = "blocked"
+    if shards > 1:
+        return _over_context(q_BTHD, keys, scores, shards)
     if chosen == "cudnn":
         return _cudnn(q_BTHD, keys, scores)
     q_BKGTD = q_BTHD.reshape(batch, length, keys.kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
@@ -120,7 +120,8 @@ def _context_shards(length: int) -> int:
 
 
 def _over_context(q_BTHD, keys: Keys, scores: Scores, shards: int):
-    """Each device takes its own queries, behind one another along the context axis, against the keys of all."""
+    """Each device takes its own queries, behind one another along the context axis, against the keys of all; in blocks,
+    the only kernel but splash that begins in the middle."""
     length = q_BTHD.shape[1] // shards
     first_C = length * jnp.arange(shards)  # where the queries of each device begin
 

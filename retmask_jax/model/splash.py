@@ -1,15 +1,17 @@
 """Self-attention by JAX's splash kernel for TPUs (jax.experimental.pallas), over the mesh where one is set."""
 
+import dataclasses
 import functools
 import logging
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 log = logging.getLogger(__name__)
 
@@ -20,9 +22,9 @@ _WIDTHS = {jnp.dtype(jnp.float32): 256, jnp.dtype(jnp.bfloat16): 512}  # widest 
 def splash_attend(q_BTHD, k_BKSD, v_BKSD, scores, *, interpret: bool = False):
     """Causal self-attention of T positions, [B,T,H,D]; head h reads kv head h // G. Differentiable, linear memory.
 
-    scores: a `Scores` of model/attention.py. Under `jax.set_mesh`, shard_map splits rows and heads as the rules of the
-    logical axes "batch" and "heads" say. interpret runs the kernel on any backend, for tests. Raises ValueError for a
-    call that `unsupported` names.
+    scores: a `Scores` of model/attention.py. Under `jax.set_mesh`, shard_map splits rows, heads and queries as the rules
+    of the logical axes "batch", "heads" and "length" say; every share of the queries sees all keys. interpret runs the
+    kernel on any backend, for tests. Raises ValueError for a call that `unsupported` names.
     """
     reason = unsupported(q_BTHD, k_BKSD, v_BKSD)
     if reason is not None:
@@ -32,7 +34,7 @@ def splash_attend(q_BTHD, k_BKSD, v_BKSD, scores, *, interpret: bool = False):
     attend = functools.partial(_attend, scores=scores, interpret=interpret)
     if q_BTHD.dtype == jnp.float32:
         attend = functools.partial(_exactly, attend)
-    return _over_mesh(attend, q_BHTD, k_BKSD, v_BKSD).swapaxes(1, 2)
+    return attend(q_BHTD, k_BKSD, v_BKSD).swapaxes(1, 2)
 
 
 def unsupported(q_BTHD, k_BKSD, v_BKSD) -> str | None:
@@ -51,23 +53,23 @@ def unsupported(q_BTHD, k_BKSD, v_BKSD) -> str | None:
 
 
 def _attend(q_BHTD, k_BKSD, v_BKSD, *, scores, interpret):
-    """On one device: padded to whole blocks of positions and whole lanes of head width, and cut back."""
-    _, heads, length, width = q_BHTD.shape
-    block, padded = _blocks(length)
-    kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([_Band(padded, scores.window)] * heads),
-        block_sizes=_block_sizes(block),
-        attn_logits_soft_cap=scores.cap,
-        interpret=interpret,
-    )
+    """Padded to whole blocks of positions for each share of the queries, and cut back."""
+    length = q_BHTD.shape[2]
+    shares = _Shares.of_call(q_BHTD.shape[0], q_BHTD.shape[1], k_BKSD.shape[1])
+    block, padded = _blocks(length, shares.queries)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([_Band(padded, scores.window)] * (q_BHTD.shape[1] // shares.heads)),
+        block_sizes=_block_sizes(block), head_shards=1, q_seq_shards=shares.queries,
+        attn_logits_soft_cap=scores.cap, interpret=interpret,
+    )  # fmt: skip
     pads = ((0, 0), (0, 0), (0, padded - length), (0, 0))
-    padded_qkv = (jnp.pad(x, pads) for x in (q_BHTD, k_BKSD, v_BKSD))
-    return jax.vmap(kernel)(*padded_qkv)[:, :, :length]
+    return shares.run(kernel, *(jnp.pad(x, pads) for x in (q_BHTD, k_BKSD, v_BKSD)))[:, :, :length]
 
 
-def _blocks(length: int) -> tuple[int, int]:
-    """(block, padded length): the largest block that pads by at most an eighth more than the smallest one does."""
-    padded = {block: -(-length // block) * block for block in _BLOCKS}
+def _blocks(length: int, shares: int = 1) -> tuple[int, int]:
+    """(block, padded length): the largest block that pads by at most an eighth more than the smallest one does, where
+    each share of the queries has whole blocks."""
+    padded = {block: -(-length // (block * shares)) * block * shares for block in _BLOCKS}
     block = max(block for block in _BLOCKS if padded[block] <= padded[128] * 9 // 8)
     return block, padded[block]
 
@@ -102,20 +104,57 @@ class _Band(splash.LocalMask):
     __hash__ = splash.LocalMask.__hash__
 
 
-def _over_mesh(attend, q_BHTD, k_BKSD, v_BKSD):
-    """attend on each device's rows and heads; kv heads are repeated where their number alone keeps heads together."""
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
-    if not free:
-        return attend(q_BHTD, k_BKSD, v_BKSD)
-    rows, heads = _axes(mesh, free, q_BHTD.shape[0], q_BHTD.shape[1], k_BKSD.shape[1])
-    shards = math.prod(mesh.shape[axis] for axis in heads)
-    repeats = math.lcm(k_BKSD.shape[1], shards) // k_BKSD.shape[1]
-    if repeats > 1:
-        k_BKSD, v_BKSD = jnp.repeat(k_BKSD, repeats, axis=1), jnp.repeat(v_BKSD, repeats, axis=1)
-    spec = PartitionSpec(rows or None, heads or None)
-    mapped = jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, axis_names=free, check_vma=False)
-    return mapped(q_BHTD, k_BKSD, v_BKSD)
+@dataclasses.dataclass(frozen=True)
+class _Shares:
+    """How a call is split over the mesh that is set: mesh axes of the rows, heads and queries; repeats: of kv heads,
+    where their number alone keeps heads together."""
+
+    mesh: Any
+    free: frozenset[str]
+    row_axes: tuple[str, ...]
+    head_axes: tuple[str, ...]
+    query_axes: tuple[str, ...]
+    repeats: int
+
+    @classmethod
+    def of_call(cls, batch: int, heads: int, kv_heads: int) -> "_Shares":
+        mesh = jax.sharding.get_abstract_mesh()
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        free = frozenset(name for name, kind in kinds if kind != AxisType.Manual)
+        rows, head_axes = _axes(mesh, free, batch, heads, kv_heads)
+        queries = tuple(axis for axis in _rule("length") if axis in free and mesh.shape[axis] > 1)
+        shards = math.prod(mesh.shape[axis] for axis in head_axes)
+        return cls(mesh, free, rows, head_axes, queries, math.lcm(kv_heads, shards) // kv_heads)
+
+    @property
+    def heads(self) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in self.head_axes)
+
+    @property
+    def queries(self) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in self.query_axes)
+
+    def run(self, kernel, q_BHTD, k_BKSD, v_BKSD):
+        """The kernel on each device's rows, heads and queries."""
+        if not self.free:
+            return jax.vmap(kernel)(q_BHTD, k_BKSD, v_BKSD)
+        if self.repeats > 1:
+            k_BKSD, v_BKSD = (jnp.repeat(x, self.repeats, axis=1) for x in (k_BKSD, v_BKSD))
+        along = PartitionSpec(None, self.query_axes or None)
+        of_kernel = kernel.manual_sharding_spec(NamedSharding(self.mesh, along))
+        of_keys = PartitionSpec(self.row_axes or None, self.head_axes or None)
+        of_queries = PartitionSpec(*of_keys, self.query_axes or None)
+        mapped = jax.shard_map(
+            lambda kernel, *qkv: jax.vmap(kernel)(*qkv), in_specs=(of_kernel, of_queries, of_keys, of_keys),
+            out_specs=of_queries, axis_names=set(self.free), check_vma=False,
+        )  # fmt: skip
+        return mapped(kernel, q_BHTD, k_BKSD, v_BKSD)
+
+
+def _rule(logical: str) -> tuple[str, ...]:
+    """Mesh axes of a logical one, by the rules that are set."""
+    (axes,) = nn.logical_to_mesh_axes((logical,)) or (None,)
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def _axes(mesh, free, batch: int, heads: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -123,10 +162,7 @@ def _axes(mesh, free, batch: int, heads: int, kv_heads: int) -> tuple[tuple[str,
 
     So one long row is still split over the whole mesh. An axis that divides neither computes the same on each device.
     """
-    for_rows, for_heads = (
-        tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis in free)
-        for axes in nn.logical_to_mesh_axes(("batch", "heads"))
-    )
+    for_rows, for_heads = (tuple(axis for axis in _rule(name) if axis in free) for name in ("batch", "heads"))
     rows = _fitting(mesh, for_rows, lambda shards: batch % shards == 0)
     left = tuple(axis for axis in for_rows if axis not in rows)
     split = _fitting(mesh, for_heads + left, lambda shards: heads % math.lcm(kv_heads, shards) == 0)

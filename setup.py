@@ -37,16 +37,16 @@ setup(
         "rich>=13",
         "tqdm>=4.66",
         "tensorboardX>=2.6",
+        "qwix>=0.1",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
-        "lora": ["qwix>=0.1"],
         "eval": ["lm-eval>=0.4.9", "pytrec-eval-terrier>=0.5"],
         "bench": ["torch>=2.6", "trl>=0.29"],
         "test": [
             "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "nbclient>=0.10", "nbformat>=5.10",
-            "ipykernel>=6.29", "qwix>=0.1",
+            "ipykernel>=6.29",
         ],
     },
     classifiers=[

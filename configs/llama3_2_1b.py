@@ -2,13 +2,14 @@
 
     retmask run --config=llama3_2_1b
 
-Everything is shorter than in the paper: what is cut is listed in configs/_papers.py.
+Everything is shorter than in the paper: what is cut is listed in configs/_papers.py. Adapters are trained (LoRA), not
+all weights as in the paper.
 
 Data: the four files that configs/_papers.py describes under `data/` (needles, test_needles, haystack, prompts).
 
-Hardware: one GPU of 16 GB for all stages before training: weights in bfloat16 take 2.3 GiB. Training holds weights,
-gradients and Adam's two moments in float32, 18.4 GiB, and activations: one GPU of 40 GB, or the Qwen3-0.6B recipe. Not
-run by us yet, so no time is given.
+Hardware: by this count one GPU of 16 GB, such as Colab lends: weights in bfloat16 take 2.3 GiB, adapters of rank 16 with
+their gradients and moments 0.2 GiB, and activations. All weights (`--config.train.lora_rank=0`) would take 18.4 GiB with
+gradients and moments. Not run by us yet, so no time is given.
 
 Expected: nothing is published for this model.
 """
@@ -18,4 +19,8 @@ from retmask_jax.configs import _papers
 
 
 def get_config() -> ConfigDict:
-    return _papers.on_one_gpu(_papers.retmask_method("meta-llama/Llama-3.2-1B-Instruct", threshold=0.1))
+    config = _papers.on_one_gpu(_papers.retmask_method("meta-llama/Llama-3.2-1B-Instruct", threshold=0.1))
+    config.train.lora_rank = 16
+    # Ten times that of all weights, as is usual for adapters; not tuned.
+    config.train.learning_rate, config.train.final_learning_rate = 5e-5, 5e-6
+    return config

@@ -10,7 +10,9 @@ are over evaluation cases; the table is in the README.
 from ml_collections import ConfigDict
 from retmask_jax.configs import tiny
 
-ARMS = ("retmask", "any_layer", "layer_matched", "activity_matched", "no_fact", "sft_filtered", "sft_unfiltered")
+ARMS = (
+    "retmask", "any_layer", "layer_matched", "activity_matched", "no_fact", "contrast", "sft_filtered", "sft_unfiltered",
+)  # fmt: skip
 
 
 def get_config() -> ConfigDict:

@@ -14,6 +14,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from helpers_tiny import copying_params
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 MESHES = {
     "8 x 1": {"data": 8}, "4 x 2": {"data": 4, "fsdp": 2}, "2 x 2 x 2": {"data": 2, "fsdp": 2, "tensor": 2},
@@ -65,18 +67,16 @@ def _norm_of_difference(a, b):
     return np.sqrt(sum(((a[name] - b[name].astype(np.float64)) ** 2).sum() for name in a))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "context 2" else pytest.mark.slow) for name in MESHES])
+@pytest.mark.parametrize("name", MESHES)
 def test_training_on_eight_devices_equals_training_on_one(tmp_path, one, name):
     _assert_same(_run(tmp_path, 8, mesh=MESHES[name]), one)
 
 
-@pytest.mark.slow
 def test_training_on_two_hosts_equals_training_on_one(tmp_path, one):
     """Four devices each; every host has half of the rows and writes its share of the checkpoints."""
     _assert_same(_run(tmp_path, 4, hosts=2, mesh={"data": 2, "fsdp": 4}), one)
 
 
-@pytest.mark.slow
 def test_two_hosts_stop_at_the_same_step_when_one_is_told_to_and_go_on_as_one(tmp_path, one):
     _run(tmp_path, 2, hosts=2, mesh={"data": 4}, stop_at=4, how="term", who=1)
     stopped = len((tmp_path / "metrics.jsonl").read_text().splitlines())
@@ -84,7 +84,6 @@ def test_two_hosts_stop_at_the_same_step_when_one_is_told_to_and_go_on_as_one(tm
     _assert_same(_run(tmp_path, 2, mesh={"data": 1, "fsdp": 2}), one)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("how", "status", "kept"), [("kill", -signal.SIGKILL, 5), ("term", 0, 6)])
 def test_a_run_that_was_ended_goes_on_to_the_same_bits(tmp_path, one, how, status, kept):
     """Killed in step 6, with a checkpoint of step 3 behind it; told to stop in it, with one of step 6."""
@@ -96,13 +95,11 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bits(tmp_path, one, how, statu
         np.testing.assert_array_equal(value, one[1][name], err_msg=name)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path, one):
     _run(tmp_path, 4, mesh={"data": 2, "fsdp": 2}, stop_at=5, how="term")
     _assert_same(_run(tmp_path, 8, mesh=MESHES["2 x 2 x 2"]), one)
 
 
-@pytest.mark.slow
 def test_two_hosts_run_the_whole_pipeline_as_one(tmp_path):
     """The same numbers in the summary, written once, by the command as users start it."""
     summaries = []

@@ -95,6 +95,7 @@ def test_killed_training_resumes_to_the_same_parameters(finished, tmp_path):
     assert _metrics(root) == metrics
 
 
+@pytest.mark.slow
 def test_training_that_is_told_to_stop_says_so_and_goes_on(finished, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(finished[0], root)
@@ -142,6 +143,7 @@ def test_export_writes_the_masked_and_the_trained_model(finished, tmp_path):
     assert again.returncode == 2 and "not an empty folder" in again.stderr
 
 
+@pytest.mark.slow
 def test_export_writes_pairs_in_both_forms(finished, tmp_path):
     from retmask_jax.data.preference_dataset import preference_source
     from retmask_jax.data.released import read_pairs

@@ -67,6 +67,9 @@ def _metrics(folder):
     return rows
 
 
+logits_of = jax.jit(forward, static_argnums=0)
+
+
 def _first_batch():
     return next(batches(len(ROWS), SETTINGS.batch_size, SETTINGS.seed))
 
@@ -214,7 +217,7 @@ def test_training_against_the_ablated_model_needs_no_rejected_answers(tmp_path):
     def separation(params):
         """Mean of log p/q of the chosen tokens: p of the model, q of the same with heads masked."""
         rows = ROWS.padded(range(len(ROWS)), 64, 0)
-        pair = (forward(CONFIG, params, rows["chosen"], interventions=iv) for iv in (None, masked))
+        pair = (logits_of(CONFIG, params, rows["chosen"], interventions=iv) for iv in (None, masked))
         normal, ablated = (jax.nn.log_softmax(logits)[:, :-1] for logits in pair)
         ratio = jnp.take_along_axis(normal - ablated, rows["chosen"][:, 1:, None], axis=-1)[..., 0]
         return float((ratio * rows["chosen_mask"][:, 1:]).sum() / rows["chosen_mask"].sum())
@@ -411,11 +414,11 @@ def test_merged_adapters_are_the_model_that_was_trained():
     rng = np.random.default_rng(0)
     trained = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32), trained)
     tokens = ROWS.padded(range(3), 64, 0)["chosen"]
-    with_adapters = forward(config, adapters.join(trained, frozen), tokens)
-    merged = forward(CONFIG, programs.finish(trained, frozen), tokens)
+    with_adapters = logits_of(config, adapters.join(trained, frozen), tokens)
+    merged = logits_of(CONFIG, programs.finish(trained, frozen), tokens)
     scale = np.abs(merged).max()
     np.testing.assert_allclose(with_adapters, merged, atol=1e-5 * scale)
-    assert np.abs(merged - forward(CONFIG, start, tokens)).max() > 1e-2 * scale
+    assert np.abs(merged - logits_of(CONFIG, start, tokens)).max() > 1e-2 * scale
     with pytest.raises(ValueError, match="a model with adapters cannot generate: merge them first"):
         generate(config, adapters.join(trained, frozen), tokens, [7] * 3, max_new_tokens=1)
 

@@ -11,9 +11,11 @@ _A, _B = "_lora_a", "_lora_b"
 
 
 def with_adapters(module, lora: Lora):
-    """The linen module with adapters in the dense layers that `lora` names; ValueError without qwix."""
-    qwix = _qwix()
-    return qwix.apply_lora_to_model(module, _provider(qwix, lora))
+    """The linen module with adapters in the dense layers that `lora` names."""
+    import qwix
+
+    where = f".*/({'|'.join(lora.targets)})"
+    return qwix.apply_lora_to_model(module, qwix.LoraProvider(module_path=where, rank=lora.rank, alpha=lora.alpha))
 
 
 def split(params):
@@ -43,15 +45,3 @@ def merged(params, lora: Lora):
 def _add(kernel, a, b, scale: float):
     product = jax.numpy.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
     return (kernel.astype(product.dtype) + scale * product).astype(kernel.dtype)
-
-
-def _provider(qwix, lora: Lora):
-    return qwix.LoraProvider(module_path=f".*/({'|'.join(lora.targets)})", rank=lora.rank, alpha=lora.alpha)
-
-
-def _qwix():
-    try:
-        import qwix
-    except ImportError as error:
-        raise ValueError("LoRA needs qwix: pip install 'retmask_jax[lora]'") from error
-    return qwix

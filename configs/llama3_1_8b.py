@@ -2,8 +2,9 @@
 
     retmask run --config=llama3_1_8b
 
-The control with random non-retrieval heads is another arm: `--config.train.arms="('retmask','any_layer')"`. Published
-head scores serve instead of detection with `--config.detect.scores=FILE`.
+The paper's controls, random heads and random non-retrieval heads, are other arms:
+`--config.train.arms="('retmask','random','any_layer')"`. Published head scores serve instead of detection with
+`--config.detect.scores=FILE`.
 
 Data: the four files that configs/_papers.py describes under `data/` (needles, test_needles, haystack, prompts).
 

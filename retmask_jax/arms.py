@@ -18,13 +18,15 @@ from retmask_jax.records import Records
 
 log = logging.getLogger(__name__)
 
-# What an arm's rejected answer comes from; "contrast" has none; "no_fact" asks the unmasked model without the stated fact.
-MASKED_ARMS = ("retmask", "any_layer", "layer_matched", "activity_matched")
+# What an arm's rejected answer comes from: the model with its retrieval heads masked, or as many others: of all heads
+# ("random"), of all but the retrieval heads ("any_layer"), of those in the same layers or of similar activity; "no_fact"
+# asks the unmasked model without the stated fact; "contrast" needs none.
+MASKED_ARMS = ("retmask", "random", "any_layer", "layer_matched", "activity_matched")
 ARMS = (*MASKED_ARMS, "no_fact", "sft_filtered", "sft_unfiltered", "contrast")
 _ONE_ANSWER = ("sft_unfiltered", "contrast")
 
 # Who answers; the place in this list is the stream of draws, so that it is the same whichever arms there are.
-_VARIANTS = ("normal", "retmask", "activity_matched", "any_layer", "layer_matched", "no_fact")
+_VARIANTS = ("normal", "retmask", "activity_matched", "any_layer", "layer_matched", "no_fact", "random")
 
 
 def pairs_stage(context: Context, folder: Path) -> dict[str, Any]:
@@ -65,6 +67,7 @@ def _arm_heads(context: Context, seed: int) -> dict[str, list]:
     activity_LH = np.array(context.workdir.result("knockout")["activity"])
     choices = {
         "retmask": lambda: heads,
+        "random": lambda: random_heads(config, n=len(heads), seed=seed),
         "any_layer": lambda: random_heads(config, n=len(heads), exclude=heads, seed=seed),
         "layer_matched": lambda: random_heads(config, like=heads, seed=seed),
         "activity_matched": lambda: causal.activity_matched(heads, activity_LH, seed=seed),

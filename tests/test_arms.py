@@ -26,7 +26,7 @@ from retmask_jax.workdir import Workdir
 
 HEADS = [[1, 0], [1, 2]]
 SEEDS = (0, 1)
-VARIANTS = ("normal", "retmask", "any_layer", "layer_matched", "activity_matched", "no_fact")
+VARIANTS = ("normal", "retmask", "any_layer", "layer_matched", "activity_matched", "no_fact", "random")
 N = 9
 
 

@@ -149,17 +149,28 @@ def _pairs(result) -> str:
     return _section(
         "Preference pairs",
         [f"Each run answers {_n(prompts, 'prompt')}; {kept} of them become training examples.",
-         "A pair is dropped where both answers are the same or one is empty."],
+         "A pair is dropped where both answers are the same or one is empty.", *_left_out(result)],
         _figure({"Pairs kept": figures.stacked_counts(f"Prompts by outcome (n = {prompts})", counts)},
-                "Runs are named arm-seed. Demonstrations (sft_unfiltered) have one answer, so none can be identical."),
+                "Runs are named arm-seed. sft_unfiltered and contrast need one answer, so none can be identical."),
+        table(["answers of", "cut off at the largest number of tokens", "of"],
+              [[name, n, prompts] for name, n in result["answers_cut"].items()]),
     )  # fmt: skip
+
+
+def _left_out(result) -> list[str]:
+    """What was not asked at all, if anything."""
+    left = [f"{n} {why}" for why, n in result["left_out"].items() if n]
+    return [f"Of the prompts that were read, some were left out: {', '.join(left)}."] if left else []
 
 
 def _training(runs: Mapping[str, Mapping]) -> str:
     preference = [run for run in runs.values() if "margin" in run["steps"][0]]
-    supervised = [run for run in runs.values() if "margin" not in run["steps"][0]]
+    contrast = [run for run in runs.values() if run["arm"] == "contrast"]
+    supervised = [run for run in runs.values() if run["arm"].startswith("sft")]
     panels, rows, lower = {}, [], 0
-    for what, group, unit in (("preference", preference, "nats"), ("supervised", supervised, "nats per token")):
+    groups = ("preference", preference, "nats"), ("supervised", supervised, "nats per token"), (
+        "contrast", contrast, "nats per token")  # fmt: skip
+    for what, group, unit in groups:
         if group:
             panels[f"Loss, {what}"] = figures.curves(f"Loss, {what}", group, "loss", unit, rate=True)
     if preference:
@@ -173,7 +184,7 @@ def _training(runs: Mapping[str, Mapping]) -> str:
     return _section(
         "Training",
         [f"The loss of {lower} of {_n(len(runs), 'run')} is lower in the last tenth of the steps than in the first.",
-         "Supervised runs have no rewards, so they show a loss alone." if supervised else ""],
+         "Only runs on preferences have rewards; others show a loss alone." if supervised or contrast else ""],
         _figure(panels, "One line a run, coloured by arm: a moving average over a twentieth of the steps, the raw values in "
                 "pale. The dashed grey line is the learning rate (right axis)."),
         table(["run", "examples", "prompts cut", "answers cut", "steps", "loss, first tenth", "loss, last tenth"], rows),

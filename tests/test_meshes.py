@@ -115,7 +115,9 @@ def test_two_hosts_run_the_whole_pipeline_as_one(tmp_path):
             running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         outputs = [process.communicate(timeout=900) for process in running]
         assert all(process.returncode == 0 for process in running), outputs[-1][1][-3000:]
-        assert "every number" in outputs[0][0] and all(not out for out, _ in outputs[1:])
+        # The library that connects the hosts prints lines of its own.
+        printed = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outputs]
+        assert any("every number" in line for line in printed[0]) and not any(printed[1:])
         summaries.append(json.loads((root / "summary.json").read_text()))
     one, two = summaries
     assert one.keys() == two.keys()

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from retmask_jax import figures, page
+from retmask_jax import figures, page, report
 from retmask_jax.report import write_report
 
 UP, DOWN, ACROSS = (0.1, 0.05, 0.15), (-0.1, -0.15, -0.05), (0.02, -0.03, 0.07)
@@ -96,7 +96,8 @@ def train_results(arms, seeds, n_steps):
             runs[f"{arm}-{seed}"] = {"arm": arm, "seed": seed, "examples": 30, "answers_cut": 2, "prompts_cut": 0,
                                      "steps": steps}  # fmt: skip
     return (
-        {"counts": counts, "prompts": 40, "numbers": {f"pairs/{name}/kept": around(0.75) for name in counts}},
+        {"counts": counts, "prompts": 40, "left_out": {"redacted": 3, "too long": 0}, "answers_cut": {"normal-0": 7},
+         "numbers": {f"pairs/{name}/kept": around(0.75) for name in counts}},
         {"runs": runs, "numbers": {f"train/{name}/final loss": number(0.31) for name in runs}},
     )
 
@@ -338,3 +339,12 @@ def test_how_numbers_are_written():
 def test_importing_the_report_loads_no_plotting():
     code = "import sys, retmask_jax.report; assert 'matplotlib' not in sys.modules and 'scipy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_pairs_say_what_was_left_out_and_cut():
+    pairs, _ = train_results(("retmask",), (0,), 4)
+    section = report._pairs(pairs)
+    assert "some were left out: 3 redacted." in section
+    assert re.search(r"normal-0</td>\s*<td[^>]*>7</td>\s*<td[^>]*>40", section)
+    none_left = pairs | {"left_out": {"redacted": 0}}
+    assert "left out" not in report._pairs(none_left)

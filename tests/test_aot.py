@@ -376,13 +376,13 @@ def test_the_table_keeps_one_row_for_a_recipe_on_a_topology(tmp_path):
 
 def test_what_the_table_sets_are_keys_of_its_recipes():
     for recipe in table.RECIPES:
-        for overrides in table.SETTINGS.values():
+        for overrides in [*table.SETTINGS.values(), *table.LONG.values()]:
             load_recipe(recipe, list(overrides.items()))
 
 
 def test_a_row_of_the_table_takes_models_from_a_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(table, "check_training", lambda config, topology: {"settings": config, "topology": topology})
-    row = table.train_row("llama3_1_8b", "v5e:8x8", tmp_path)
+    row = table.train_row("llama3_1_8b", "v5e:8x8", tmp_path, table.SETTINGS["v5e:8x8"])
     assert row["settings"].model == str(tmp_path / "Llama-3.1-8B-Instruct")
     assert (row["model"], row["topology"]) == ("llama3_1_8b", "v5e:8x8")
     assert {"train.microbatch_size": str(row["settings"].train.microbatch_size)} == row["overrides"]

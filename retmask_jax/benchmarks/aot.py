@@ -1,6 +1,7 @@
 """The table of what fits which TPUs, compiled without one: topologies.json beside this file.
 
     python -m retmask_jax.benchmarks.aot recipes
+    python -m retmask_jax.benchmarks.aot recipes --long --recipes llama3_1_8b
     python -m retmask_jax.benchmarks.aot prefill --topology=v5e:4x4 --length=131072 --mesh.fsdp=2 --mesh.tensor=8
 
 needs libtpu, which the extra retmask_jax[tpu] brings. `recipes` compiles the training step of the recipes in SETTINGS,
@@ -49,6 +50,11 @@ SETTINGS = {
     "v5p:2x2x2": {},
     "v6e:4x4": {},
 }
+# Rows of 8,192 tokens: what the heads are found on, and more than a chip's memory takes without the context axis.
+LONG = {"v5e:4x4": {
+    "train.max_tokens": "8192", "train.max_prompt_tokens": "4096", "train.microbatch_size": "8", "mesh.fsdp": "8",
+    "mesh.context": "2",
+}}  # fmt: skip
 _KEYS = {"train": ("what", "model", "topology", "length")}
 _KEY = ("what", "model", "topology", "length", "mesh", "batch")
 _GIB = 2**30
@@ -66,24 +72,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if fits else 1
 
 
-def fill(table: Path, models: Path | None, recipes: list[str], topologies: list[str]) -> bool:
-    """Compile the training step of recipes for topologies into the table; whether all of them fit."""
-    fits = True
+def fill(table: Path, models: Path | None, recipes: list[str], topologies: list[str] | None, long: bool) -> bool:
+    """Compile the training step of recipes for topologies into the table; whether all of them fit. long: with LONG."""
+    fits, settings = True, LONG if long else SETTINGS
     # libtpu takes one topology in a process.
     spawned = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, spawned, max_tasks_per_child=1) as pool:
-        for topology in topologies:
+        for topology in topologies or settings:
             for recipe in recipes:
-                row = pool.submit(train_row, recipe, topology, models).result()
+                row = pool.submit(train_row, recipe, topology, models, settings.get(topology, {})).result()
                 keep(row, table)
                 print(describe(row, recipe), flush=True)
                 fits = fits and row["fits"]
     return fits
 
 
-def train_row(recipe: str, topology: str, models: Path | None) -> dict:
-    """A row of the table: what the training step of a recipe takes, with the topology's SETTINGS."""
-    overrides = dict(SETTINGS.get(topology, {}))
+def train_row(recipe: str, topology: str, models: Path | None, overrides: dict[str, str]) -> dict:
+    """A row of the table: what the training step of a recipe takes, with some of its keys set otherwise."""
     config = load_recipe(recipe, list(overrides.items()))
     if models is not None:
         config = load_recipe(recipe, [*overrides.items(), ("model", str(models / config.model.split("/")[-1]))])
@@ -157,7 +162,8 @@ def _parse(argv: list[str] | None):
     what = parser.add_subparsers(dest="what", required=True)
     recipes = what.add_parser("recipes", help="the training steps of recipes", allow_abbrev=False)
     recipes.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="NAME")
-    recipes.add_argument("--topologies", nargs="+", default=list(SETTINGS), metavar="TOPOLOGY")
+    recipes.add_argument("--topologies", nargs="+", metavar="TOPOLOGY", help="default: those with settings")
+    recipes.add_argument("--long", action="store_true", help="rows of 8,192 tokens")
     recipes.add_argument("--models", type=Path, help="folder with a folder for each model (default: from the hub)")
     one = what.add_parser("prefill", help="prompts of random shape through a model", allow_abbrev=False)
     one.add_argument("--topology", default="v5e:4x4", help="generation and grid of chips (default: v5e:4x4)")

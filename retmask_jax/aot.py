@@ -24,7 +24,7 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.objective import metric_names
 from retmask_jax.sharding import RULES, divided, make_mesh, param_shardings, plain_shapes, using
-from retmask_jax.stages import check_config, train_settings
+from retmask_jax.stages import check_batch, check_config, train_settings
 from retmask_jax.topology import ASSUMED, Chip, chip_of, devices_of, estimate
 from retmask_jax.train_step import make_programs
 from retmask_jax.training_settings import Settings
@@ -79,6 +79,7 @@ def check_training(config, topology: str) -> dict[str, Any]:
     model = from_hf(read_config(config_folder(config.model, revision=config.revision or None)))
     devices = devices_of(topology)
     check_config(config, devices)
+    check_batch(config, devices)
     mesh, settings = make_mesh(config.mesh, devices), _settings(config)
     # The fastest for the device would be chosen for this machine's.
     model = dataclasses.replace(model, kernel="splash" if config.kernel == "auto" else config.kernel)

@@ -16,7 +16,7 @@ from retmask_jax.hub import config_folder
 from retmask_jax.lm import load, save
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.sharding import split_cpu
-from retmask_jax.stages import STAGES, Context, check_config, check_model, run_stage
+from retmask_jax.stages import STAGES, Context, check_batch, check_config, check_model, run_stage
 from retmask_jax.workdir import Workdir, check_free, locked
 
 
@@ -24,6 +24,7 @@ def run(config, root: Path) -> None:
     """All stages in order; ends with the table of headline numbers, the report's path and summary.json."""
     _check_prompts(config)
     context = _open(config, root, writes=True)
+    check_batch(config)
     numbers = {}
     for name in STAGES:
         result, skipped = run_stage(context, name)
@@ -46,7 +47,10 @@ def one_stage(config, root: Path, name: str) -> dict:
     """One stage, on the results of those before it; returns its result."""
     if name == "pairs":
         _check_prompts(config)
-    result, skipped = run_stage(_open(config, root, writes=True), name)
+    context = _open(config, root, writes=True)
+    if name == "train":
+        check_batch(config)
+    result, skipped = run_stage(context, name)
     if primary():
         if skipped:
             print(f"{name}: unchanged since {result['provenance']['created']}")

@@ -67,17 +67,18 @@ def check_config(config, devices=None) -> None:
     missing = [task for task in named if task not in config.tasks]
     if missing:
         raise ValueError(f"there is no task {missing[0]!r} under tasks; there are {', '.join(config.tasks)}")
-    if config.train.steps < 1 or config.train.batch_size < 1:
-        raise ValueError(
-            f"train.steps {config.train.steps} and train.batch_size {config.train.batch_size} must be >= 1"
-        )
     if config.train.max_prompt_tokens >= config.train.max_tokens:
         raise ValueError(
             f"train.max_prompt_tokens {config.train.max_prompt_tokens} must be less than train.max_tokens "
             f"{config.train.max_tokens}, which also holds the answer"
         )
-    mesh = make_mesh(config.mesh, devices)
-    check_mesh(train_settings(config, "retmask", 0), mesh)
+    make_mesh(config.mesh, devices)
+    train_settings(config, "retmask", 0)
+
+
+def check_batch(config, devices=None) -> None:
+    """Raise ValueError where a part of a training batch does not divide over the mesh; other stages need no such mesh."""
+    check_mesh(train_settings(config, "retmask", 0), make_mesh(config.mesh, devices))
 
 
 def check_model(context: Context) -> None:

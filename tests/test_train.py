@@ -5,6 +5,8 @@ import functools
 import json
 import os
 import signal
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,9 @@ from helpers_tiny import CONFIG, copying_params, in_float64, reference_logprob
 from retmask_jax import train as training
 from retmask_jax.checkpoints import Checkpoints
 from retmask_jax.data.preferences import SIDES, PairRows, batches
+from retmask_jax.flops import training_flops
 from retmask_jax.generate import generate
+from retmask_jax.metrics import Metrics
 from retmask_jax.model import adapters
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.model.transformer import forward
@@ -474,6 +478,40 @@ def test_metrics_go_to_tensorboard_too(whole):
         losses += [value.simple_value for value in event.summary.value if value.tag == "loss"]
         data = data[16 + size :]
     assert losses == pytest.approx([row["loss"] for row in whole[1]])
+
+
+def test_a_project_of_weights_and_biases_gets_the_numbers(tmp_path, monkeypatch):
+    calls = []
+    run = SimpleNamespace(log=lambda numbers, step: calls.append((step, numbers)), finish=lambda: calls.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: calls.append(options) or run))
+    with Metrics(tmp_path, 0, "a project", "train x") as metrics:
+        metrics.add({"step": 1, "loss": 0.5})
+    assert calls == [{"project": "a project", "name": "train x", "dir": str(tmp_path)}, (1, {"loss": 0.5}), "finished"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="train.wandb names a project, but wandb is not installed: pip install wandb"):
+        Metrics(tmp_path, 0, "a project")
+
+
+def test_speed_is_of_real_tokens_and_needed_operations(monkeypatch):
+    """Half of what two rows of a pair need at the device's peak takes half of it."""
+    programs = make_programs(CONFIG, SETTINGS, one_device())
+    run = training._Run(CONFIG, SETTINGS, ROWS, None, one_device(), programs, [64], None)
+    pairs = np.array([3, 8])
+    tokens = sum(int(end - start) + int(chosen - start) for start, chosen, _, end in ROWS.bounds[pairs])
+    assert training._speed(run, pairs, 2.0) == {"tokens_per_second": tokens / 2}
+    monkeypatch.setattr(training, "peak_flops", lambda: 1e9)
+    needed = 0.0
+    for start, chosen, rejected, end in ROWS.bounds[pairs].tolist():
+        needed += training_flops(CONFIG, rejected - start, counted=rejected - chosen)
+        needed += training_flops(CONFIG, chosen - start + end - rejected, counted=end - rejected)
+    assert training._speed(run, pairs, 2.0)["flops_utilisation"] == pytest.approx(needed / 2 / 1e9)
+
+
+def test_rows_that_do_not_divide_over_the_mesh_are_refused():
+    mesh = SimpleNamespace(shape={"data": 2, "fsdp": 3})
+    message = "train.microbatch_size 2 does not divide over 6 devices .mesh.data 2 x mesh.fsdp 3.: make it a multiple"
+    with pytest.raises(ValueError, match=message):
+        training.check_mesh(SETTINGS, mesh)
 
 
 def test_a_trace_of_the_steps_asked_for_is_written(tmp_path):

@@ -113,10 +113,13 @@ def training_programs(config: ModelConfig, settings: Settings, mesh: Mesh, lengt
     if settings.objective == "contrast":
         masks = jax.eval_shape(lambda: Interventions.none(config))
         ablated = jax.tree.map(lambda x: array(mesh, x.shape, x.dtype), masks)
-    state = programs.state
+    state, runs = programs.state, settings.batch_size // rows
+    if runs == 1:
+        function, arguments = programs.gradients, (state.params, frozen, batch, ablated)
+    else:
+        function, arguments = programs.accumulate, (state.params, frozen, sums, batch, ablated)
     return {
-        "gradients": Program(programs.accumulate, (state.params, frozen, sums, batch, ablated),
-                             runs=settings.batch_size // rows, beside=state.opt_state),
+        "gradients": Program(function, arguments, runs=runs, beside=state.opt_state),
         "update": Program(programs.apply, (state, sums), beside=frozen),
     }  # fmt: skip
 

@@ -128,10 +128,13 @@ def _loop(run: _Run, state: State, frozen, loader, checkpoints: Checkpoints, fol
 
 def _update(run: _Run, state: State, frozen, pairs: np.ndarray) -> tuple[State, dict[str, float]]:
     """One optimiser step: gradients added up over the parts of a batch, then AdamW."""
-    sums, weight = run.programs.zeros(), _weight(run, pairs)
+    sums, weight = None, _weight(run, pairs)
     for part in parts(run.rows, pairs, run.settings.microbatch_size, run.allowed):
         batch = sharding.place_rows(run.mesh, len(part.pairs), functools.partial(_rows, run, part, weight))
-        sums = run.programs.accumulate(state.params, frozen, sums, batch, run.ablated)
+        if sums is None:
+            sums = run.programs.gradients(state.params, frozen, batch, run.ablated)
+        else:
+            sums = run.programs.accumulate(state.params, frozen, sums, batch, run.ablated)
     state, values = run.programs.apply(state, sums)
     return state, {name: float(value) for name, value in values.items()}
 

@@ -37,8 +37,8 @@ class Programs:
 
     begin(start params, seed) -> State of copies; seed: of new adapters.
     freeze(start params) -> frozen.
-    zeros() -> sums of nothing: (gradients, metrics).
-    accumulate(params, frozen, sums, batch, ablated) -> sums with those of a part of a batch; consumes the old ones.
+    gradients(params, frozen, batch, ablated) -> sums over a part of a batch: (gradients, metrics).
+    accumulate(params, frozen, sums, batch, ablated) -> sums with those of another part; consumes the old ones.
     apply(state, sums) -> (State, metrics); consumes the old state.
     finish(params, frozen) -> parameters of the whole model, adapters merged, float32.
     state: the State's shapes and shardings.
@@ -46,7 +46,7 @@ class Programs:
 
     begin: Callable
     freeze: Callable
-    zeros: Callable
+    gradients: Callable
     accumulate: Callable
     apply: Callable
     finish: Callable
@@ -71,17 +71,16 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
         trained = _cast(params if config.lora is None else _new_adapters(config, seed), jnp.float32)
         return State(trained, optimizer.init(trained), jnp.int32(0))
 
-    def zeros():
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained), dict.fromkeys(names, jnp.float32(0))
-
-    def accumulate(params, frozen, sums, batch, ablated):
+    def gradients(params, frozen, batch, ablated):
         def one_part(shared, batch):
             params, frozen, ablated = shared
-            whole_loss = functools.partial(_loss, config, settings, frozen, batch, ablated)
-            return jax.grad(whole_loss, has_aux=True)(params)
+            loss = functools.partial(_loss, config, settings, frozen, batch, ablated)
+            return jax.grad(loss, has_aux=True)(params)
 
-        new = sharding.by_rows(one_part, (params, frozen, ablated), batch, total=True)
-        return jax.tree.map(jnp.add, sums, new)
+        return sharding.by_rows(one_part, (params, frozen, ablated), batch, total=True)
+
+    def accumulate(params, frozen, sums, batch, ablated):
+        return jax.tree.map(jnp.add, sums, gradients(params, frozen, batch, ablated))
 
     def apply(state, sums):
         grads, metrics = sums
@@ -99,7 +98,6 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
 
     start = _plain_shapes(config, plain_at)
     shapes = jax.eval_shape(begin, start, 0)
-    trained = shapes.params
     state_at = State(trained_at, _like_params(optimizer, shapes.opt_state, trained_at, whole), whole)
     sums_at = trained_at, dict.fromkeys(names, whole)
     state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, state_at)
@@ -107,7 +105,7 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
         begin=jax.jit(begin, out_shardings=state_at),
         freeze=jax.jit(lambda params: {} if config.lora is None else _cast(params, settings.compute_dtype),
                        out_shardings=frozen_at),
-        zeros=jax.jit(zeros, out_shardings=sums_at),
+        gradients=jax.jit(gradients, out_shardings=sums_at),
         accumulate=jax.jit(accumulate, donate_argnums=2, out_shardings=sums_at),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_at, whole)),
         finish=jax.jit(finish, out_shardings=plain_at),

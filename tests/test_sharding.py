@@ -43,7 +43,7 @@ SPLIT = textwrap.dedent("""
         pairs |= {name: -np.arange(rows, dtype=np.float32) for name in ("ref_chosen", "ref_rejected")}
         pairs["weight"] = np.full(rows, 1 / rows, np.float32)
         with sharding.using(mesh):
-            grads, metrics = programs.accumulate(lm.params, {}, programs.zeros(), pairs, None)
+            grads, metrics = programs.gradients(lm.params, {}, pairs, None)
         return {
             "sampled": sampled.tokens, "loss": metrics["loss"],
             **{jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(grads)},

@@ -42,6 +42,6 @@ class Ours:
         """One update; returns its metrics, the loss before it among them."""
         batch = self._batch | {"ref_chosen": self.reference[0], "ref_rejected": self.reference[1]}
         with sharding.using(self.mesh):
-            sums = self._programs.accumulate(self._state.params, self._frozen, self._programs.zeros(), batch, None)
+            sums = self._programs.gradients(self._state.params, self._frozen, batch, None)
             self._state, values = self._programs.apply(self._state, sums)
         return {name: float(value) for name, value in values.items()}

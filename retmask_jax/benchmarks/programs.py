@@ -83,9 +83,9 @@ def dpo_step(config: ModelConfig, length: int, pairs: int = 1) -> Program:
         reference = jnp.zeros(pairs)
         batch = {"chosen": tokens, "rejected": tokens, "chosen_mask": mask, "rejected_mask": mask,
                  "ref_chosen": reference, "ref_rejected": reference, "weight": jnp.full(pairs, 1 / pairs)}  # fmt: skip
-        return _params(config), {}, programs.zeros(), batch, None
+        return _params(config), {}, batch, None
 
-    return Program(programs.accumulate, (), arguments)
+    return Program(programs.gradients, (), arguments)
 
 
 PROGRAMS = {"prefill": prefill, "detect by reading": reading, "detect by decoding": decoding, "dpo": dpo_step}

@@ -70,7 +70,9 @@ def _row_norms(config: ModelConfig, dense):
 
 def _labels(shape, scores, heads) -> np.ndarray:
     if scores.mean.shape != shape:
-        raise ValueError(f"scores are of {scores.mean.shape} layers and heads, the model has {shape}: take its own scores")
+        raise ValueError(
+            f"scores are of {scores.mean.shape} layers and heads, the model has {shape}: take its own scores"
+        )
     labels_LH = np.zeros(shape, bool)
     for layer, head in heads:
         if not (0 <= layer < shape[0] and 0 <= head < shape[1]):

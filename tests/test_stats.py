@@ -326,9 +326,9 @@ def test_spearman_interval_of_perfect_order_of_a_constant_and_of_too_few():
         stats.spearman_interval([1, 2, 3], [1, 2, 3])
 
 
-def residual_correlation(x_LH, y_LH, given=()):
-    """Correlation of what a regression on layers and on `given` leaves of the ranks within layers."""
-    ranked = [np.stack([scipy.stats.rankdata(row) for row in side]).ravel() for side in (x_LH, y_LH, *given)]
+def residual_correlation(x_LH, y_LH, fixed=()):
+    """Correlation of what a regression on layers and on `fixed` leaves of the ranks within layers."""
+    ranked = [np.stack([scipy.stats.rankdata(row) for row in side]).ravel() for side in (x_LH, y_LH, *fixed)]
     layers = np.repeat(np.eye(len(x_LH)), np.shape(x_LH)[1], axis=0)
     design = np.column_stack([layers, *ranked[2:]])
     left = [side - design @ np.linalg.lstsq(design, side, rcond=None)[0] for side in ranked[:2]]
@@ -337,9 +337,9 @@ def residual_correlation(x_LH, y_LH, given=()):
 
 @pytest.mark.parametrize("n_given", [0, 1, 2])
 def test_partial_spearman_is_the_correlation_of_the_residuals_of_a_regression(n_given):
-    x, y, *given = np.random.default_rng(12).integers(0, 9, size=(2 + n_given, 4, 7)).astype(float)
-    result = stats.partial_spearman(x, y, given, n_resamples=50)
-    assert result["value"] == pytest.approx(residual_correlation(x, y, given))
+    x, y, *fixed = np.random.default_rng(12).integers(0, 9, size=(2 + n_given, 4, 7)).astype(float)
+    result = stats.partial_spearman(x, y, fixed, n_resamples=50)
+    assert result["value"] == pytest.approx(residual_correlation(x, y, fixed))
     assert result["n"] == 4
 
 
@@ -372,8 +372,8 @@ def test_what_a_third_quantity_explains_is_no_partial_correlation():
 
 def test_partial_spearman_of_what_does_not_vary_is_undefined():
     x = np.random.default_rng(16).normal(size=(3, 4))
-    for other, given in ((np.repeat([[0.0], [1.0], [2.0]], 4, axis=1), ()), (-x, [np.exp(x)])):
-        result = stats.partial_spearman(x, other, given, n_resamples=20)
+    for other, fixed in ((np.repeat([[0.0], [1.0], [2.0]], 4, axis=1), ()), (-x, [np.exp(x)])):
+        result = stats.partial_spearman(x, other, fixed, n_resamples=20)
         assert all(math.isnan(result[key]) for key in ("value", "low", "high")) and result["n"] == 3
     for shape in ((1, 4), (4,)):
         with pytest.raises(ValueError, match="2 or more layers"):

@@ -2,10 +2,24 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from retmask_jax import stats
+from retmask_jax.head_scores import HeadScores
+
+CORRELATE_FROM = 10  # models; of fewer a rank correlation says next to nothing
+
+
+class Scored(NamedTuple):
+    """A model's head scores under a name, to be put beside others'."""
+
+    name: str
+    scores: HeadScores
+    n_kv_heads: int
+    threshold: float = 0.1
 
 
 def profile(scores, n_kv_heads, threshold=0.1):
@@ -36,6 +50,53 @@ def profile(scores, n_kv_heads, threshold=0.1):
         **_layer_layout(layers, weights, mean_LH.shape[0]),
         **_group_layout(heads, group_size),
     }
+
+
+def profile_table(models: Sequence[Scored]) -> list[dict[str, Any]]:
+    """One row per model, ready for JSON: what was scored, then its `profile`; None where that is nan.
+
+    cases: most that any head counted. Raises ValueError, naming the model, where its profile cannot be made.
+    """
+    return [_row(model) for model in models]
+
+
+def gain_against_sparsity(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What training gained against the Gini coefficient of the head scores, over finished runs.
+
+    runs: {"name", "weights": identity of the start model, "gini", "gain": interval} each. Returns {"rows": the runs,
+    "n_models": different start models, "spearman": interval over models, None below CORRELATE_FROM or where one side is
+    constant, "finding": a sentence}. Runs of one start model are averaged for the correlation, as they are one sample.
+    """
+    by_model: dict[str, list[tuple[float, float]]] = {}
+    for run in runs:
+        by_model.setdefault(run["weights"], []).append((run["gini"], run["gain"]["value"]))
+    means = np.array([np.mean(points, axis=0) for points in by_model.values()])
+    rho = stats.spearman_interval(*means.T) if len(means) >= CORRELATE_FROM else None
+    rho = rho if rho and math.isfinite(rho["value"]) else None
+    return {"rows": list(runs), "n_models": len(means), "spearman": rho, "finding": _finding(len(means), rho)}
+
+
+def _row(model: Scored) -> dict[str, Any]:
+    try:
+        values = profile(model.scores, model.n_kv_heads, model.threshold)
+    except ValueError as error:
+        raise ValueError(f"{model.name}: {error}") from error
+    n_layers, n_heads = model.scores.mean.shape
+    return {
+        "model": model.name, "cases": int(model.scores.counts.max()), "n_layers": n_layers, "heads_per_layer": n_heads,
+        "n_kv_heads": model.n_kv_heads, "threshold": model.threshold,
+        **{name: value if math.isfinite(value) else None for name, value in values.items()},
+    }  # fmt: skip
+
+
+def _finding(n_models: int, rho: Mapping | None) -> str:
+    if n_models < CORRELATE_FROM:
+        models = f"{n_models} model{'' if n_models == 1 else 's'}"
+        return f"Descriptive only: {models}, too few for a correlation (from {CORRELATE_FROM} on); none is claimed."
+    if rho is None:
+        return f"{n_models} models, of which the gain or the Gini coefficient is the same in all: no correlation."
+    bounds = f"[{rho['low']:.2f}, {rho['high']:.2f}]"
+    return f"Spearman's rank correlation over {n_models} models: {rho['value']:.2f}, 95% interval {bounds}."
 
 
 def _group_size(n_heads, n_kv_heads):

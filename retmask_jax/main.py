@@ -20,6 +20,7 @@ _STAGES = {
     "pretrain": "train the tiny model from its recipe, with its data files",
     "export": "write a masked or trained model as a Hugging Face checkpoint, or pairs",
     "inspect": "show a model as it is read from its config.json: layers, heads, RoPE, memory",
+    "profile": "how many retrieval heads models have, how concentrated and where: one table over many models",
     "bench": "compare speed, memory and results with what others run",
 }
 
@@ -75,6 +76,9 @@ def _parse(argv: list[str]):
             stage.add_argument("model", metavar="MODEL", help='folder, hub id or "bundled"; no weights are read')
             stage.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
             continue
+        if name == "profile":
+            _add_profile(stage)
+            continue
         if name == "bench":
             _add_benchmarks(stage)
             continue
@@ -100,6 +104,24 @@ def _parse(argv: list[str]):
             stage.add_argument("--out", required=True, help="folder or file to write")
     arguments, rest = parser.parse_known_args(argv)
     return arguments, [_override(text) for text in rest]
+
+
+def _add_profile(stage) -> None:
+    stage.add_argument("sources", nargs="+", type=Path, metavar="SOURCE",
+                       help='JSON file {"layer-head": [score, ...]}, or work directory in which detect has finished')  # fmt: skip
+    stage.add_argument("--kv_heads", type=_whole_numbers, default=[], metavar="N[,N...]",
+                       help="key/value heads of the files' models, one number for all or one each")  # fmt: skip
+    stage.add_argument("--threshold", type=float,
+                       help="score that a retrieval head reaches (default: 0.1; of a work directory its own)")  # fmt: skip
+    stage.add_argument("--gain", metavar="NUMBER",
+                       help='change to show against sparsity, such as "eval/needle long/retmask minus start"')  # fmt: skip
+    stage.add_argument("--out", type=Path, help="folder for profile.json and the pictures, as PNG and SVG")
+
+
+def _whole_numbers(text: str) -> list[int]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between, such as 8 or 8,4")
+    return [int(part) for part in text.split(",")]
 
 
 def _add_benchmarks(stage) -> None:
@@ -129,13 +151,16 @@ def _override(text: str) -> tuple[str, str]:
 
 
 def _dispatch(arguments, overrides) -> int:
-    if arguments.stage in ("inspect", "bench"):
+    if arguments.stage in ("inspect", "profile", "bench"):
         if overrides:
             raise ValueError(f"{arguments.stage} reads no config: --config.{overrides[0][0]} does not apply")
         from retmask_jax import pipeline
 
         if arguments.stage == "inspect":
             pipeline.inspect(arguments.model, arguments.json)
+            return 0
+        if arguments.stage == "profile":
+            pipeline.profile(arguments.sources, arguments.kv_heads, arguments.threshold, arguments.gain, arguments.out)
             return 0
         options = {name: value for name, value in vars(arguments).items() if name not in ("stage", "benchmark", "out")}
         return 0 if pipeline.bench(arguments.benchmark, arguments.out, options) else 1

@@ -7,17 +7,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from retmask_jax import aot, assets, inspection
+from retmask_jax import aot, assets, finished, inspection, page
 from retmask_jax.data.preference_dataset import export_pairs
 from retmask_jax.data.released import iter_pairs
 from retmask_jax.files import write_json
+from retmask_jax.head_profile import gain_against_sparsity, profile_table
 from retmask_jax.hosts import join, primary
 from retmask_jax.hub import config_folder
 from retmask_jax.lm import load, save
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.sharding import split_cpu
 from retmask_jax.stages import STAGES, Context, check_batch, check_config, check_model, run_stage
-from retmask_jax.workdir import Workdir, check_free, locked
+from retmask_jax.workdir import Workdir, check_free, fingerprint, locked, versions
 
 
 def run(config, root: Path) -> None:
@@ -115,6 +116,25 @@ def inspect(model: str, as_json: bool) -> None:
         _print_table(("model", model), inspection.rows(facts))
 
 
+def profile(sources: Sequence[Path], kv_heads: Sequence[int], threshold: float | None, gain: str | None,
+            out: Path | None) -> None:  # fmt: skip
+    """Profiles of several models as one table, and a gain against their sparsity; into a folder with pictures if wanted.
+
+    sources, kv_heads, threshold: of `finished.read_models`; gain: a number of `finished.read_gains`.
+    """
+    models = finished.read_models(sources, kv_heads, threshold)
+    table = profile_table(models)
+    gains = gain_against_sparsity(finished.read_gains(sources, gain)) if gain else None
+    _print_table(list(table[0]), [[row["model"], *map(page.fixed, list(row.values())[1:])] for row in table], "right")
+    if gains:
+        print()
+        _table({f"{row['name']}: {gain}": row["gain"] for row in gains["rows"]})
+        print(gains["finding"])
+    if out:
+        for path in _write_profile(out, sources, models, table, gain, gains):
+            print(f"wrote {path}")
+
+
 def bench(name: str, out: Path | None, options: dict) -> bool:
     """Run one benchmark, print its table, write its JSON; False if results that must agree do not.
 
@@ -137,6 +157,20 @@ def bench(name: str, out: Path | None, options: dict) -> bool:
     for line in report.violated:
         print(f"retmask: results disagree: {line}", file=sys.stderr)
     return not report.violated
+
+
+def _write_profile(out: Path, sources, models, table, gain, gains) -> list[Path]:
+    """profile.json and the pictures; the table says what of, by the hash of each source's scores."""
+    from retmask_jax import figures, model_figures
+
+    with figures.style():
+        pictures = model_figures.write_both(model_figures.profiles(models, table), out / "profile")
+        if gains:
+            pictures += model_figures.write_both(model_figures.sparsity(gains, gain), out / "sparsity")
+    hashes = [fingerprint(source / "detect" / "scores.json" if source.is_dir() else source) for source in sources]
+    rows = [row | {"scores_hash": of_scores} for row, of_scores in zip(table, hashes, strict=True)]
+    write_json(out / "profile.json", {"models": rows, "gain": gain, "sparsity": gains, "versions": versions()})
+    return [out / "profile.json", *pictures]
 
 
 def _open(config, root: Path, *, writes: bool = False) -> Context:

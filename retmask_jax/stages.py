@@ -278,6 +278,7 @@ def _detected(context: Context, folder: Path, scores: HeadScores, outcomes: list
     return {
         "heads": heads, "scores": [float(scores.mean[head]) for head in heads],
         "mean": scores.mean.tolist(), "threshold": section.threshold, "outcomes": dict(Counter(outcomes)),
+        "n_kv_heads": lm.config.n_kv_heads,
         "profile": {name: value if np.isfinite(value) else None for name, value in shape.items()},
         "stability": stability(scores, **selection), "mask_hash": _mask_hash(lm, heads),
         "numbers": numbers | {

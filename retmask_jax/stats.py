@@ -152,6 +152,69 @@ def spearman(x, y):
     return {"value": float(result.statistic), "p_value": float(result.pvalue), "n": x.size}
 
 
+def spearman_interval(x, y, level=0.95):
+    """Rank correlation of independent samples: {"value", "low", "high", "n"}.
+
+    x, y: [samples], at least 4. The interval is normal in the inverse hyperbolic tangent, with the variance
+    (1 + value^2 / 2) / (n - 3) of Bonett and Wright (2000). Heads of one model are not independent samples.
+    """
+    _check_level(level)
+    result = spearman(x, y)
+    rho, n = result["value"], result["n"]
+    if n < 4:
+        raise ValueError(f"spearman_interval needs at least 4 samples, got {n}")
+    half = statistics.NormalDist().inv_cdf((1 + level) / 2) * math.sqrt((1 + rho * rho / 2) / (n - 3))
+    centre = math.copysign(math.inf, rho) if abs(rho) >= 1 else math.atanh(rho)
+    return _interval(rho, math.tanh(centre - half), math.tanh(centre + half), n)
+
+
+def partial_spearman(x_LH, y_LH, given=(), n_resamples=10000, seed=0, level=0.95):
+    """Rank correlation of two numbers per head within layers, with a bootstrap interval over layers.
+
+    x_LH, y_LH and each of `given`: [L, H]. Heads are ranked within their layer and each layer's mean rank is taken
+    away, so differences between layers count for nothing; the ranks of `given` are then held fixed (partial
+    correlation). Layers are resampled whole, since heads of a layer are not independent: n is their number. nan where a
+    side is constant in every layer; resamples in which one is are left out.
+    """
+    _check_level(level)
+    _check_draws(n_resamples, "n_resamples")
+    products_LVV = _rank_products([_numbers(side, "partial_spearman") for side in (x_LH, y_LH, *given)])
+    n_layers = len(products_LVV)
+    rng = np.random.default_rng(seed)
+    # How often each layer is drawn is all that a resample tells.
+    drawn = rng.multinomial(n_layers, np.full(n_layers, 1 / n_layers), size=n_resamples)
+    resampled = _partial_correlation(np.einsum("rl,lvw->rvw", drawn, products_LVV))
+    value = float(_partial_correlation(products_LVV.sum(axis=0)))
+    defined = resampled[np.isfinite(resampled)]
+    if math.isnan(value) or not defined.size:
+        return _interval(math.nan, math.nan, math.nan, n_layers)
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return _interval(value, low, high, n_layers)
+
+
+def _rank_products(sides):
+    """f64[L, V, V]: products of V variables' ranks within a layer, summed over its heads, about the mean rank."""
+    from scipy.stats import rankdata
+
+    shapes = [side.shape for side in sides]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 2 or shapes[0][0] < 2:
+        raise ValueError(f"partial_spearman needs numbers [L, H] of the same 2 or more layers, got shapes {shapes}")
+    ranks_VLH = np.stack([rankdata(side, axis=1) for side in sides]) - (shapes[0][1] + 1) / 2
+    return np.einsum("vlh,wlh->lvw", ranks_VLH, ranks_VLH)
+
+
+def _partial_correlation(products_VV):
+    """Correlation of the first two of V variables, the rest held fixed, from sums of products [..., V, V]."""
+    ours, shared, rest = products_VV[..., :2, :2], products_VV[..., :2, 2:], products_VV[..., 2:, 2:]
+    left_22 = ours - shared @ np.linalg.pinv(rest, hermitian=True) @ shared.swapaxes(-1, -2)
+    # What the rest explains wholly leaves rounding only.
+    spread_2 = np.diagonal(left_22, axis1=-2, axis2=-1)
+    whole_2 = np.diagonal(ours, axis1=-2, axis2=-1)
+    defined = (spread_2 > 1e-9 * whole_2).all(axis=-1)
+    scale = np.sqrt(np.where(defined, spread_2.prod(axis=-1), 1.0))
+    return np.where(defined, np.clip(left_22[..., 0, 1] / scale, -1, 1), np.nan)
+
+
 def _bootstrap(x, n_resamples, seed, level):
     _check_level(level)
     _check_draws(n_resamples, "n_resamples")

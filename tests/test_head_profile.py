@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retmask_jax.head_profile import profile
+from retmask_jax import stats
+from retmask_jax.head_profile import Scored, profile, profile_table
 from retmask_jax.head_scores import HeadScores
 
 PUBLISHED = os.environ.get("RETMASK_PUBLISHED")
@@ -145,6 +146,44 @@ def test_published_scores_give_the_published_profile(model):
     scalars = {key: block["scalars"][key] for key in shared}
     assert {key: result[key] for key in shared} == pytest.approx(scalars, abs=1e-6, rel=0)
     assert sorted(scores.heads(threshold=0.1)) == [tuple(h) for h in published["argmax_heads"]]
+
+
+@needs_published
+@pytest.mark.parametrize("model", ["llama31_8b", "qwen25_7b"])
+def test_the_counts_beside_the_published_profile_follow_from_ours(model):
+    published = json.loads(Path(PUBLISHED, "profiles", f"{model}.json").read_text())
+    block = published["profile"]
+    concentration, layers, gqa = (block[k] for k in ("concentration", "layer_profile", "gqa"))
+    scores = HeadScores.from_array(published["argmax_scores"])
+    (row,) = profile_table([Scored(model, scores, published["n_kv_heads"], block["threshold"])])
+    active = round((1 - row["zero_fraction"]) * scores.mean.size)
+    assert row["n_layers"] == block["n_layers"] == layers["n_layers"]
+    assert (scores.mean.size, active) == (block["n_heads_total"], concentration["n_active_heads"])
+    assert row["heads_per_layer"] / row["n_kv_heads"] == gqa["group_size"]
+    assert row["n_heads"] / row["heads_per_active_group"] == pytest.approx(gqa["n_active_groups"], abs=1e-6, rel=0)
+    assert 1 - row["frac"] == pytest.approx(concentration["below_threshold_fraction"], abs=1e-6, rel=0)
+    mean_active = scores.mean.sum(dtype=float) / active
+    assert mean_active == pytest.approx(concentration["score_mean_active"], abs=1e-6, rel=0)
+
+
+@needs_published
+@pytest.mark.parametrize("model", ["llama31_8b", "qwen25_7b"])
+def test_published_scores_of_two_detectors_agree_as_published(model):
+    published = json.loads(Path(PUBLISHED, "profiles", f"{model}.json").read_text())
+    block = published["profile"]
+    agreement, ranks = block["detector_agreement"], block["detector_score_spearman"]
+    scores = {name: HeadScores.from_array(published[f"{name}_scores"]) for name in ("argmax", "copy")}
+    heads = {name: set(of.heads(threshold=block["threshold"])) for name, of in scores.items()}
+    jaccard = stats.jaccard(*heads.values())
+    assert [jaccard] * 2 == pytest.approx([agreement["jaccard"], block["scalars"]["detector_jaccard"]], abs=1e-6, rel=0)
+    assert {name: len(of) for name, of in heads.items()} == {name: agreement[f"n_{name}"] for name in heads}
+    both = len(heads["argmax"] & heads["copy"]), len(heads["argmax"] | heads["copy"])
+    assert both == (agreement["intersection"], agreement["union"])
+    for name, other in (("argmax", "copy"), ("copy", "argmax")):
+        assert sorted(heads[name] - heads[other]) == [tuple(head) for head in agreement[f"only_{name}"]]
+    result = stats.spearman(scores["argmax"].mean, scores["copy"].mean)
+    assert result["value"] == pytest.approx(ranks["spearman_rho"], abs=1e-6, rel=0)
+    assert math.log(result["p_value"]) == pytest.approx(math.log(ranks["spearman_p"]), abs=1e-6)
 
 
 @needs_published

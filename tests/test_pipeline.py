@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from retmask_jax.main import main
+
 CONFIG = str(Path(__file__).with_name("tiny_small.py"))
 STAGES = ("detect", "knockout", "rope", "pairs", "train", "eval", "report")
 
@@ -43,6 +45,18 @@ def test_run_ends_with_a_table_the_report_and_a_summary(finished):
     )
     assert summary["knockout/context short: from memory/retrieval"]["value"] > 0.6
     assert "<html" in (root / "report.html").read_text()
+
+
+def test_a_finished_run_has_what_its_profile_and_its_gain_need(finished, tmp_path):
+    root, _ = finished
+    gain = "eval/context short/retmask minus start"
+    assert main(["profile", str(root), f"--gain={gain}", f"--out={tmp_path}"]) == 0
+    found = json.loads((tmp_path / "profile.json").read_text())
+    (model,), (run,) = found["models"], found["sparsity"]["rows"]
+    detected = json.loads((root / "detect" / "result.json").read_text())
+    assert detected["profile"].items() <= model.items()
+    assert run["gain"] == json.loads((root / "summary.json").read_text())[gain]
+    assert run["weights"] == detected["provenance"]["inputs"]["weights"]
 
 
 def test_a_second_run_does_nothing(finished):

@@ -306,6 +306,82 @@ def test_spearman_of_a_constant_and_of_unpaired_values():
         stats.spearman([1, 2], [1, 2, 3])
 
 
+def test_spearman_interval_covers_the_correlation_of_the_population():
+    rng, rho = np.random.default_rng(11), 0.6
+    draws = rng.multivariate_normal([0, 0], [[1, rho], [rho, 1]], size=(1000, 12))
+    expected = 6 / math.pi * math.asin(rho / 2)  # rank correlation of a bivariate normal
+    results = [stats.spearman_interval(*draw.T) for draw in draws]
+    covered = np.mean([result["low"] <= expected <= result["high"] for result in results])
+    assert covered == pytest.approx(0.95, abs=0.025)
+    assert all(result["low"] < result["value"] < result["high"] for result in results)
+    assert results[0]["value"] == stats.spearman(*draws[0].T)["value"]
+    assert results[0]["n"] == 12
+
+
+def test_spearman_interval_of_perfect_order_of_a_constant_and_of_too_few():
+    perfect = stats.spearman_interval(range(10), range(10, 0, -1))
+    assert [perfect[key] for key in ("value", "low", "high")] == pytest.approx([-1] * 3)
+    assert math.isnan(stats.spearman_interval([1.0] * 5, range(5))["low"])
+    with pytest.raises(ValueError, match="at least 4 samples, got 3"):
+        stats.spearman_interval([1, 2, 3], [1, 2, 3])
+
+
+def residual_correlation(x_LH, y_LH, fixed=()):
+    """Correlation of what a regression on layers and on `fixed` leaves of the ranks within layers."""
+    ranked = [np.stack([scipy.stats.rankdata(row) for row in side]).ravel() for side in (x_LH, y_LH, *fixed)]
+    layers = np.repeat(np.eye(len(x_LH)), np.shape(x_LH)[1], axis=0)
+    design = np.column_stack([layers, *ranked[2:]])
+    left = [side - design @ np.linalg.lstsq(design, side, rcond=None)[0] for side in ranked[:2]]
+    return np.corrcoef(*left)[0, 1]
+
+
+@pytest.mark.parametrize("n_given", [0, 1, 2])
+def test_partial_spearman_is_the_correlation_of_the_residuals_of_a_regression(n_given):
+    x, y, *fixed = np.random.default_rng(12).integers(0, 9, size=(2 + n_given, 4, 7)).astype(float)
+    result = stats.partial_spearman(x, y, fixed, n_resamples=50)
+    assert result["value"] == pytest.approx(residual_correlation(x, y, fixed))
+    assert result["n"] == 4
+
+
+def test_partial_spearman_reaches_the_distribution_of_all_resamples_of_layers():
+    x, y, z = np.random.default_rng(13).normal(size=(3, 4, 6)).cumsum(axis=0)
+    every = [residual_correlation(x[list(i)], y[list(i)], [z[list(i)]]) for i in itertools.product(range(4), repeat=4)]
+    result = stats.partial_spearman(x, y, [z], n_resamples=20000, level=0.8)
+    expected = np.quantile(every, [0.1, 0.9], method="inverted_cdf")
+    assert (result["low"], result["high"]) == pytest.approx(expected, abs=0.02)
+    first, again, other = (stats.partial_spearman(x, y, n_resamples=20, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_partial_spearman_sees_order_within_layers_only():
+    rng = np.random.default_rng(14)
+    x, y = rng.normal(size=(2, 6, 20))
+    scale, shift = rng.uniform(1, 9, size=(6, 1)), rng.normal(scale=99, size=(6, 1))
+    moved = stats.partial_spearman(scale * np.exp(x) + shift, y + shift, n_resamples=100)
+    assert moved == stats.partial_spearman(x, y, n_resamples=100)
+    assert stats.spearman(np.exp(x) + shift, y + shift)["value"] > 0.9 > 0.3 > abs(moved["value"])
+
+
+def test_what_a_third_quantity_explains_is_no_partial_correlation():
+    z, x, y = np.random.default_rng(15).normal(size=(3, 12, 30))
+    plain = stats.partial_spearman(z + 0.5 * x, z + 0.5 * y, n_resamples=500)
+    partial = stats.partial_spearman(z + 0.5 * x, z + 0.5 * y, [z], n_resamples=500)
+    assert plain["low"] > 0.6
+    assert partial["low"] < 0.1 and abs(partial["value"]) < 0.2
+
+
+def test_partial_spearman_of_what_does_not_vary_is_undefined():
+    x = np.random.default_rng(16).normal(size=(3, 4))
+    for other, fixed in ((np.repeat([[0.0], [1.0], [2.0]], 4, axis=1), ()), (-x, [np.exp(x)])):
+        result = stats.partial_spearman(x, other, fixed, n_resamples=20)
+        assert all(math.isnan(result[key]) for key in ("value", "low", "high")) and result["n"] == 3
+    for shape in ((1, 4), (4,)):
+        with pytest.raises(ValueError, match="2 or more layers"):
+            stats.partial_spearman(np.ones(shape), np.ones(shape))
+    with pytest.raises(ValueError, match=r"\(3, 4\), \(4, 3\)"):
+        stats.partial_spearman(x, x.T)
+
+
 @needs_published
 def test_published_mcnemar_counts_give_the_published_p_values():
     tests = [

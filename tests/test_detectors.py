@@ -23,10 +23,10 @@ PARAMS = in_float64(LM.params)
 HEADS = CONFIG.n_layers, CONFIG.n_heads
 
 
-def _built_cases(n=5, seed=0):
+def _built_cases(n=5, seed=0, length=60):
     rng = np.random.default_rng(seed)
     needles = [Needle(**record) for record in tl.needle_records(rng, n)]
-    specs = draw_specs(needles, [60], [0.2, 0.8], per_length=n)
+    specs = draw_specs(needles, [length], [0.2, 0.8], per_length=n)
     return build_cases(Prompter(LM.tokenizer), tl.haystack_text(rng, 30), needles, specs)
 
 
@@ -71,17 +71,18 @@ def test_copies_that_are_read_afterwards_score_exactly_as_those_of_decoding(answ
         dataclasses.replace(case, needle=dataclasses.replace(case.needle, answer=text))
         for case, text in zip(CASES, texts, strict=True)
     ]
-    silent = dataclasses.replace(cases[0], tokens=(*cases[0].tokens[:-1], tl.EOS))
+    silent = dataclasses.replace(cases[0], tokens=(*cases[0].tokens[:-30], *[tl.EOS] * 30))
     decoded = detect(LM, [*cases, silent], max_new_tokens=NEW, batch_size=BATCH, read=False)
     forced = copy_forced(LM, [*cases, silent], max_new_tokens=NEW, batch_size=BATCH)
     assert forced.scores == decoded.scores and decoded.scores.mean.max() > 0
     assert (forced.answers, forced.outcomes) == (decoded.answers, decoded.outcomes)
+    assert decoded.outcomes[-1] == "empty answer"
 
 
 def test_copy_position_is_hits_at_the_very_token_over_all_tokens():
     """Two needles of other lengths are pooled; equal tokens elsewhere are no hits."""
     start = CASES[0].span[0]
-    cases = [*CASES[1:], dataclasses.replace(CASES[0], span=(start - 9, start + 3))]
+    cases = [*CASES[1:], dataclasses.replace(CASES[0], span=(start, start + 2))]
     hits, events = np.zeros((len(cases), *HEADS)), 0
     for n, case in enumerate(cases):
         row, positions = _forced(case)
@@ -114,15 +115,17 @@ def test_argmax_is_of_the_last_prompt_position_and_mass_of_all_that_predict():
 
 
 def test_query_focused_is_mass_from_the_question_to_the_statement_less_that_of_a_null_query():
+    """Long enough for what a question and the null query have in front of them to be computed once."""
     expected, null = [], LM.tokenizer.encode("the of", add_special_tokens=False)
-    for case in CASES:
+    cases = _built_cases(3, length=120)
+    for case in cases:
         begin, end = case.question
         masses = []
         for query in (case.tokens[begin:end], null):
             _, attention = reference(PARAMS, np.array([*case.tokens[:begin], *query]))
             masses.append(attention[:, :, begin:, slice(*case.statement)].sum(-1).mean(-1))
         expected.append(masses[0] - masses[1])
-    found = query_focused(LM, CASES, batch_size=BATCH, null_query="the of")
+    found = query_focused(LM, cases, batch_size=BATCH, null_query="the of")
     np.testing.assert_allclose(_per_case(found), expected, atol=1e-5)
     with pytest.raises(ValueError, match="null_query '' has no tokens"):
         query_focused(LM, CASES, null_query="")

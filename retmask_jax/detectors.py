@@ -128,8 +128,8 @@ def logit(lm: LanguageModel, cases: Sequence[Case], *, batch_size: int = 16) -> 
 
     The direct path alone: the head's output through o_proj (and the norm behind attention, where there is one) to the
     unembedding. What later layers make of it is left out; norms are taken as linear, with the root mean squares they
-    had; a soft cap on logits is left out. Cases count where the model itself predicts more than half of the answer.
-    Where the released code leaves out the final norm, the norm's weight and divisor are in ours.
+    had; a soft cap on logits is left out. The released code leaves out the final norm, whose weight and divisor are in
+    ours. Cases count where the model itself predicts more than half of the answer.
     """
 
     def score(gold):
@@ -287,9 +287,9 @@ def _gate_gradients(lm: LanguageModel, prompts, answers, batch_size: int) -> lis
             first_B = np.array([len(prompts[i]) for i in batch])
             positions_T = np.arange(tokens_BT.shape[1])
             counted_BT = (positions_T >= first_B[:, None]) & (positions_T < lengths_B[:, None])
-            for i, found in zip(batch, to_host(_gradients(lm.config, lm.params, tokens_BT, counted_BT, longest)),
-                                strict=True):  # fmt: skip
-                results[i] = found
+            found = to_host(_gradients(lm.config, lm.params, tokens_BT, counted_BT, longest))
+            for i, gradient_LH in zip(batch, found, strict=True):
+                results[i] = gradient_LH
             bar.update(len(set(batch)))
 
     with track(None, len(rows), "gradient", "answer") as bar, mesh_of(lm.params):

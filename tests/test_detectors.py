@@ -134,6 +134,7 @@ def test_query_focused_is_mass_from_the_question_to_the_statement_less_that_of_a
 def test_logit_is_the_direct_path_of_what_is_read_in_the_needle_against_elsewhere():
     cases, expected = [dataclasses.replace(CASES[0], span=(0, 0)), *_copied_cases()], []
     scale_E, embedding_VE = PARAMS["norm"]["scale"], PARAMS["embed"]["embedding"]
+    o_LHDE = PARAMS["blocks"]["0"]["attn"]["o"]["kernel"].reshape(*HEADS, CONFIG.head_dim, -1)
     for case in cases[1:-1]:
         row, positions = _forced(case)
         kept = []
@@ -141,20 +142,25 @@ def test_logit_is_the_direct_path_of_what_is_read_in_the_needle_against_elsewher
         *values, states_TE = kept
         score = np.zeros(HEADS)
         for layer, head in np.ndindex(HEADS):
-            o_DE = PARAMS["blocks"]["0"]["attn"]["o"]["kernel"][layer].reshape(CONFIG.n_heads, CONFIG.head_dim, -1)[head]
             for t in positions:
                 direction_E = embedding_VE[row[t + 1]] * scale_E / np.sqrt((states_TE[t] ** 2).mean() + CONFIG.norm_eps)
-                added = [
-                    attention[layer, head, t, s] * values[layer][s, head // 2] @ o_DE @ direction_E for s in range(t + 1)
-                ]
-                inside = sum(added[slice(*case.span)])
-                elsewhere = (sum(added) - inside) / (t + 1 - 1)
+                reads_SD = attention[layer, head, t, : t + 1, None] * values[layer][: t + 1, head // 2]
+                added_S = reads_SD @ o_LHDE[layer, head] @ direction_E
+                inside = added_S[slice(*case.span)].sum()
+                elsewhere = (added_S.sum() - inside) / t  # of one token, as the needle is
                 score[layer, head] += (inside - elsewhere) / len(positions)
         expected.append(score)
     found = _run("logit", cases)
     assert found.outcomes == ["no needle"] + [COUNTED] * len(expected) + ["wrong answer"]
     np.testing.assert_allclose(_per_case(found), expected, atol=1e-4)
     assert np.abs(expected).max() > 0.1
+
+
+def test_elsewhere_counts_as_many_tokens_as_the_needle_has():
+    case = dataclasses.replace(CASES[0], tokens=(5,) * 10, span=(4, 6))
+    parts_NLH2 = np.array([[3.0, 7.0], [1.0, 10.0]]).reshape(2, 1, 1, 2)  # 8 and 9 tokens elsewhere
+    expected = np.mean([3 - 2 / 8 * (7 - 3), 1 - 2 / 9 * (10 - 1)])
+    np.testing.assert_allclose(detectors._contrast(parts_NLH2, case), [[expected]])
 
 
 def test_contributions_add_up_to_the_logit():

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import logging
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ READ_CHUNK = 256  # tokens at once behind a shared beginning: little is wasted w
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """scores: of the counted cases. answers and outcomes: per case; an outcome is "counted" or why it was not."""
+    """scores: of the counted cases. answers and outcomes: per case, the model's answer (where a detector reads the gold
+    answer, that one), and "counted" or why it was not."""
 
     scores: HeadScores
     answers: list[str]
@@ -56,8 +58,14 @@ def detect(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50
     repeats the published detector: it never stops before max_new_tokens and adds up repeated copies, so that scores
     can exceed 1. Raises ValueError if no case counts.
     """
-    newline = _newline_ids(lm.tokenizer)
     results = _greedy(lm, cases, max_new_tokens, batch_size, released, read)
+    return score_answers(lm, cases, results, max_new_tokens=max_new_tokens, released=released)
+
+
+def score_answers(lm: LanguageModel, cases: Sequence[Case], results: Sequence[tuple[Any, Any]], *, max_new_tokens: int,
+                  released: bool = False) -> Detection:  # fmt: skip
+    """Copy scores of the model's answers, as in `detect`: results are (tokens i32[n], argmax i32[n,L,H]) per case."""
+    newline = _newline_ids(lm.tokenizer)
     answers, outcomes, per_case = [], [], []
     for case, (tokens_N, argmax_NLH) in zip(cases, results, strict=True):
         end = len(tokens_N) if released else _first(tokens_N, newline)
@@ -67,12 +75,18 @@ def detect(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50
         outcomes.append(_outcome(answer, case.needle.answer, cut=end == max_new_tokens))
         if outcomes[-1] == COUNTED:
             per_case.append(copy_score(np.asarray(case.tokens), case.span, tokens_N, argmax_NLH, released))
+    return collect(per_case, answers, outcomes)
+
+
+def collect(per_case: Sequence[np.ndarray], answers: list[str], outcomes: list[str]) -> Detection:
+    """The Detection of scores f32[L,H], one for each outcome that says counted; ValueError if none does."""
+    reasons = dict(collections.Counter(outcomes))
     if not per_case:
         raise ValueError(
-            f"none of {len(cases)} detection cases counts: {dict(collections.Counter(outcomes))}; "
+            f"none of {len(outcomes)} detection cases counts: {reasons}; "
             "check the chat template and the lengths, or give max_new_tokens room"
         )
-    log.info("%d of %d cases counted: %s", len(per_case), len(cases), dict(collections.Counter(outcomes)))
+    log.info("%d of %d cases counted: %s", len(per_case), len(outcomes), reasons)
     return Detection(HeadScores(np.stack(per_case, axis=-1)), answers, outcomes)
 
 
@@ -90,8 +104,23 @@ def read_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: S
                  what: str = "read answers") -> list[Forced]:  # fmt: skip
     """Read given answers behind their prompts in one pass per batch, without decoding.
 
-    What prompts have in common at their beginning is computed once (`share_prefixes`). Where predicted equals the
-    answer, argmax is what greedy decoding would have given.
+    Where predicted equals the answer, argmax is what greedy decoding would have given.
+    """
+    found = measure_answers(lm, prompts, answers, _choices, batch_size=batch_size, interventions=interventions,
+                            what=what)  # fmt: skip
+    return [Forced(*one) for one in found]
+
+
+def measure_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], measure, *,
+                    spans: Sequence[Sequence[tuple[int, int]]] | None = None, values: bool = False,
+                    batch_size: int = 16, interventions: Interventions | None = None,
+                    what: str = "read answers") -> list:  # fmt: skip
+    """measure(config, params, out, target_BN) of the rows that predict given answers, in one pass per batch.
+
+    measure: a pure function, named in a module (each compiles its own program), of a `Prefilled` at those rows and the
+    tokens they should predict; gives arrays [B,N,...]. spans, values: per prompt as many spans, and whether to ask for
+    the heads' outputs, as in `Probe`. What prompts have in common at their beginning is computed once
+    (`share_prefixes`). Returns per prompt what measure gives, as NumPy arrays [n,...].
     """
     if not all(prompts) or not all(answers) or len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts need as many answers, and none of them may be empty")
@@ -115,11 +144,10 @@ def read_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: S
             members = sorted(zip(group.members, group.starts, strict=True), key=lambda m: m[1] - len(prompts[m[0]]))
             for batch in full_batches(members, size):
                 inputs = _continuations(config, batch, prompts, answers, width, group if shared else None)
-                out = _read(config, lm.params, cache, *inputs, iv, longest)
-                predicted_BN, argmax_BNLH = to_host(out)
+                spans_BN2 = None if spans is None else np.array([spans[i] for i, _ in batch], np.int32)
+                out = to_host(_read(config, measure, values, lm.params, cache, *inputs, spans_BN2, iv, longest))
                 for row, (i, _) in enumerate(batch):
-                    n = len(answers[i])
-                    results[i] = Forced(predicted_BN[row, :n], argmax_BNLH[row, :n])
+                    results[i] = jax.tree.map(operator.itemgetter((row, slice(len(answers[i])))), out)
                 bar.update(len(dict(batch)))
 
     with track(None, len(prompts), what, "answer") as bar, mesh_of(lm.params):
@@ -142,6 +170,11 @@ def copy_score(prompt_S, span: tuple[int, int], tokens_N, argmax_NLH, released: 
     needle_ids = np.unique(prompt_S[start:end])
     copied = [(hit_NLH & (np.asarray(tokens_N) == i)[:, None, None]).any(axis=0) for i in needle_ids]
     return np.sum(copied, axis=0).astype(np.float32) / len(needle_ids)
+
+
+def words_of(case: Case) -> tuple[int, ...]:
+    """The tokens of the needle's answer part, as they stand in the prompt."""
+    return tuple(case.tokens[slice(*case.span)])
 
 
 def rouge1_recall(answer: str, reference: str) -> float:
@@ -187,7 +220,7 @@ def _greedy(lm, cases, max_new_tokens: int, batch_size: int, released: bool, rea
     def read_others(closing: tuple[int, ...]) -> None:
         """Results of those that say the needle's words and the closing, and stop."""
         drafts = {
-            i: (*_words_of(cases[i]), *closing, lm.config.eos_ids[0])
+            i: (*words_of(cases[i]), *closing, lm.config.eos_ids[0])
             for i, result in enumerate(results) if result is None
         }  # fmt: skip
         drafts = {i: draft for i, draft in drafts.items() if len(draft) <= max_new_tokens}
@@ -214,20 +247,16 @@ def _usual_closing(cases, answers, max_new_tokens: int) -> tuple[int, ...] | Non
     """What most answers say behind the needle's words before they stop; None if most say something else."""
     closings = collections.Counter(
         tuple(map(int, tokens[len(words) :]))
-        for tokens, words in zip(answers, map(_words_of, cases), strict=True)
+        for tokens, words in zip(answers, map(words_of, cases), strict=True)
         if len(tokens) < max_new_tokens and tuple(tokens[: len(words)]) == words
     )
     (closing, count), *_ = closings.most_common(1) or [(None, 0)]
     return closing if count > len(cases) / 2 else None
 
 
-def _words_of(case: Case) -> tuple[int, ...]:
-    """The tokens of the needle's answer part, as they stand in the prompt."""
-    return tuple(case.tokens[slice(*case.span)])
-
-
 def _continuations(config, batch, prompts, answers, width: int, group: Shared | None):
-    """(tokens i32[B,T] behind the shared beginning, start_B, end_B, rows i32[B,N] that predict the answer).
+    """(tokens i32[B,T] behind the shared beginning, start_B, end_B, rows i32[B,N] that predict the answer, and the
+    answer i32[B,N]).
 
     T fits all members of a group that shares one.
     """
@@ -239,7 +268,9 @@ def _continuations(config, batch, prompts, answers, width: int, group: Shared | 
         tokens_BT = np.pad(tokens_BT, ((0, 0), (0, max(0, slots_for(longest, READ_CHUNK) - tokens_BT.shape[1]))))
     start_B = np.array([start for _, start in batch], np.int32)
     asked_B = np.array([len(prompts[i]) - start - 1 for i, start in batch], np.int32)
-    return tokens_BT, start_B, start_B + lengths_B, asked_B[:, None] + np.arange(width, dtype=np.int32)
+    target_BN, _ = pad_rows([answers[i] for i, _ in batch], config.pad_id)
+    target_BN = np.pad(target_BN, ((0, 0), (0, width - target_BN.shape[1])), constant_values=config.pad_id)
+    return tokens_BT, start_B, start_B + lengths_B, asked_B[:, None] + np.arange(width, dtype=np.int32), target_BN
 
 
 def _read_prefix(config, params, prefix, iv, longest):
@@ -258,16 +289,17 @@ def _prefix_cache(config, params, tokens_1T, end_1, iv, longest):
     return prefill(config, params, tokens_1T, end_1, iv, cache, jnp.zeros((1, 1), jnp.int32), longest=longest).cache
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _read(config, params, prefix, tokens_BT, start_B, end_B, rows_BN, iv, longest):
-    """(predicted i32[B,N], argmax i32[B,N,L,H]) of rows that continue a cached prefix, or begin (prefix None)."""
-    rows = tokens_BT, start_B, end_B, rows_BN, iv.per_row(len(tokens_BT))
-    return by_rows(functools.partial(_read_rows, config), (params, prefix, longest), rows)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _read(config, measure, values, params, prefix, tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv,
+          longest):  # fmt: skip
+    """What is measured, [B,N,...], at rows of texts that continue a cached prefix, or begin (prefix None)."""
+    rows = tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv.per_row(len(tokens_BT))
+    return by_rows(functools.partial(_read_rows, config, measure, values), (params, prefix, longest), rows)
 
 
-def _read_rows(config, shared, rows):
+def _read_rows(config, measure, values, shared, rows):
     params, prefix, longest = shared
-    tokens_BT, start_B, end_B, rows_BN, iv = rows
+    tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv = rows
     batch, length = tokens_BT.shape
     n_prefix, chunk = (0, CHUNK) if prefix is None else (prefix["blocks"]["0"].slots, READ_CHUNK)
     cache = None
@@ -278,7 +310,12 @@ def _read_rows(config, shared, rows):
         cache = jax.tree.map(lambda new, old: new.at[_corner(new, old)].set(old), cache, prefix)
     rows_BN = jnp.minimum(rows_BN, (end_B - start_B)[:, None] - 1)
     out = prefill(config, params, tokens_BT, end_B, iv, cache, rows_BN, start_B=None if prefix is None else start_B,
-                  probe=Probe(rows_BN), longest=longest, chunk=chunk)  # fmt: skip
+                  probe=Probe(rows_BN, spans_BN2, values=values), longest=longest, chunk=chunk)  # fmt: skip
+    return measure(config, params, out, target_BN)
+
+
+def _choices(config, params, out, target_BN):
+    """(the model's own next token i32[B,N], the key each head looks at most i32[B,N,L,H])."""
     return jnp.argmax(unembed(config, params, out.x_BPE), axis=-1), out.probed.keys[..., 0]
 
 

@@ -45,12 +45,17 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A prompt with the token span [start, end) of the needle's answer part (0, 0 where there is no needle)."""
+    """A prompt with the token span [start, end) of the needle's answer part (0, 0 where there is no needle).
+
+    statement, question: spans of the whole needle and of the question; (0, 0) where they are not in the prompt as such.
+    """
 
     tokens: tuple[int, ...]
     span: tuple[int, int]
     needle: Needle
     spec: Spec
+    statement: tuple[int, int] = (0, 0)
+    question: tuple[int, int] = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +169,10 @@ def build_cases(prompter: Prompter, sentences: Sequence[str], needles: Sequence[
 
 def question_case(prompter: Prompter, needle: Needle) -> Case:
     """A case without any context: what does the model answer from memory?"""
-    tokens, _ = prompter.encode(prompter.render("", needle.question))
-    return Case(tuple(tokens), (0, 0), needle, Spec(len(tokens), 0.0, 0, (), 0))
+    text = prompter.render("", needle.question)
+    tokens, offsets = prompter.encode(text)
+    spec = Spec(len(tokens), 0.0, 0, (), 0)
+    return Case(tuple(tokens), (0, 0), needle, spec, question=question_span(prompter, text, offsets, needle))
 
 
 def answer_span(text: str, offsets: Sequence[tuple[int, int]], needle: Needle) -> tuple[int, int]:
@@ -176,9 +183,18 @@ def answer_span(text: str, offsets: Sequence[tuple[int, int]], needle: Needle) -
     """
     needle_at = _only(text, needle.needle, "the needle")
     answer_at = needle_at + _only(needle.needle, needle.answer, "the answer part")
-    end_at = answer_at + len(needle.answer)
-    inside = [i for i, (begin, end) in enumerate(offsets) if begin < end_at and end > answer_at]
-    return inside[0], inside[-1] + 1
+    return _tokens_of(offsets, answer_at, len(needle.answer))
+
+
+def question_span(prompter: Prompter, text: str, offsets: Sequence[tuple[int, int]], needle: Needle) -> tuple[int, int]:
+    """Token span [start, end) of the question in a rendered prompt, (0, 0) where a template has changed its text.
+
+    Where its words occur in the context, too, the prompt's format tells on which side of it the question is.
+    """
+    question = needle.question.strip()
+    behind = prompter.prompt.rfind("{question}") > prompter.prompt.rfind("{context}")
+    found = text.rfind(question) if behind else text.find(question)
+    return (0, 0) if found < 0 or not question else _tokens_of(offsets, found, len(question))
 
 
 def _build(prompter, sentences, sizes, needles, spec, shuffle, at_start) -> Case:
@@ -211,7 +227,9 @@ def _build(prompter, sentences, sizes, needles, spec, shuffle, at_start) -> Case
     while count < len(order) and len((longer := build(count + 1))[1]) <= spec.length:
         count += 1
         text, tokens, offsets = longer
-    return Case(tuple(tokens), answer_span(text, offsets, needle), needle, spec)
+    statement = _tokens_of(offsets, _only(text, needle.needle, "the needle"), len(needle.needle))
+    question = question_span(prompter, text, offsets, needle)
+    return Case(tuple(tokens), answer_span(text, offsets, needle), needle, spec, statement, question)
 
 
 def _plant(hay: list[str], planted: list[str], places, needle: str, depth: float) -> str:
@@ -234,6 +252,12 @@ def _distractors(rng, needles, needle: int, n: int) -> tuple[int, ...]:
     if len(chosen) < n:
         raise ValueError(f"{n} distractors are wanted, only {len(chosen)} needles have other keys: add needles")
     return tuple(chosen)
+
+
+def _tokens_of(offsets, first: int, length: int) -> tuple[int, int]:
+    """Span of the tokens that hold any of `length` characters from `first` on."""
+    inside = [i for i, (begin, end) in enumerate(offsets) if begin < first + length and end > first]
+    return inside[0], inside[-1] + 1
 
 
 def _only(text: str, part: str, what: str) -> int:

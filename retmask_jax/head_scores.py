@@ -2,6 +2,8 @@
 
 scores = HeadScores.load("Llama-3.1-8B-Instruct.json")
 scores.heads(threshold=0.1)  # [(15, 30), ...] best first
+
+and sets of heads in the YAML that QRHead publishes (arXiv 2506.09944), see `read_head_set`.
 """
 
 import dataclasses
@@ -104,6 +106,37 @@ class HeadScores:
         n = _count_reaching(scores, threshold) if top_k is None else _checked_top_k(top_k, scores.size)
         best = np.argsort(-scores, kind="stable")[:n]
         return [divmod(int(i), self.mean.shape[1]) for i in best]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSet:
+    """heads: [(layer, head), ...] best first; model: whose they are, None where the file does not say."""
+
+    heads: list[tuple[int, int]]
+    model: str | None = None
+
+
+def read_head_set(path) -> HeadSet:
+    """The heads of a QRHead YAML file: attn_head_set: "16-19,13-3", and model_name_or_path.
+
+    Raises ValueError, in one line with the path, for a file that is missing or no such YAML, a head that is malformed
+    or repeated, and "full_heads", which names none.
+    """
+    import yaml
+
+    try:
+        record = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: no head set ({error.strerror}): check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not YAML ({why}): fetch the file again") from error
+    listed = record.get("attn_head_set") if isinstance(record, dict) else None
+    if not isinstance(listed, str) or not listed.strip():
+        raise ValueError(f'{path}: no head set: needs attn_head_set: "layer-head,layer-head,...", not {listed!r:.40}')
+    names = [name.strip() for name in listed.split(",")]
+    heads = list(_unique(path, [(name, _parse_key(path, name)) for name in names]).values())
+    return HeadSet(heads, record.get("model_name_or_path"))
 
 
 def _count_reaching(scores, threshold):

@@ -21,9 +21,11 @@ _WORTH_SHARING = 64  # tokens of a common beginning below which reuse saves noth
 
 @flax.struct.dataclass
 class Prefilled:
-    """x_BPE: final states of the rows asked for; cache; probed: [B,P,L,H,...], or None."""
+    """x_BPE: final states of the rows asked for; rms_BP: what their norm divided by; cache; probed: [B,P,L,H,...], or
+    None."""
 
     x_BPE: jax.Array
+    rms_BP: jax.Array
     cache: Any
     probed: Any = None
 
@@ -40,7 +42,7 @@ def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *
     if length <= chunk:
         out = hidden_rows(config, params, tokens_BT, iv, rows_BP, cache=cache, start_B=start_B, end_B=end_B,
                           probe=probe, longest=longest)  # fmt: skip
-        return Prefilled(out.x_BTE, out.cache, out.probed)
+        return Prefilled(out.x_BTE, out.rms_BT, out.cache, out.probed)
     start_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
     chunk = even_size(length, chunk, min(_ALIGNED, chunk))
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -length % chunk)))
@@ -52,7 +54,7 @@ def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *
         asked = None if probe is None else probe.replace(rows_BP=local_BP)
         out = hidden_rows(config, params, part_BT, iv, local_BP, cache=cache, start_B=start_B + c * chunk, end_B=end_B,
                           probe=asked, longest=longest)  # fmt: skip
-        return Prefilled(out.x_BTE, out.cache, out.probed)
+        return Prefilled(out.x_BTE, out.rms_BT, out.cache, out.probed)
 
     def add(c, state: Prefilled) -> Prefilled:
         new, inside_BP = one(c, state.cache), rows_BP // chunk == c

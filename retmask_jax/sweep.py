@@ -87,7 +87,7 @@ def _sweep_rows(config: ModelConfig, shared, rows):
 
     def finish(x_MTE, split):
         (x_M1E, _), _ = layers.last((x_MTE, None), split, last_M[:, None])
-        logits_MV = unembed(config, params, x_M1E)[:, 0]
+        logits_MV = unembed(config, params, layers.normed(x_M1E))[:, 0]
         if not wanted_MK.shape[1]:
             return logits_MV
         return jnp.take_along_axis(jax.nn.log_softmax(logits_MV), wanted_MK, axis=1)

@@ -87,8 +87,12 @@ def in_float64(params):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
 
-def reference(params, tokens_T, head_mask=None, rope_mask=None, config=CONFIG, xp=np):
-    """(logits [T, V], attention weights [L, H, T, T]) of one row of tokens."""
+def reference(params, tokens_T, head_mask=None, rope_mask=None, config=CONFIG, xp=np, kept=None):
+    """(logits [T, V], attention weights [L, H, T, T]) of one row of tokens.
+
+    head_mask: bool, or a float gate. kept: a list that gets the values [T, K, D] of each layer, and the final states
+    before their norm.
+    """
     length, heads, half = len(tokens_T), config.n_heads, config.head_dim // 2
     frequency_R = config.rope.theta ** -(np.arange(half) / half)
     angle_T1R = np.arange(length)[:, None, None] * frequency_R
@@ -104,19 +108,23 @@ def reference(params, tokens_T, head_mask=None, rope_mask=None, config=CONFIG, x
         if rope_mask is not None:
             q_THD = q_THD * np.tile(~np.asarray(rope_mask)[layer], 2)
         out_TE = 0.0
+        if kept is not None:
+            kept.append(v_TKD)
         for head in range(heads):
             kv = head // (heads // config.n_kv_heads)
             scores_TS = q_THD[:, head] @ k_TKD[:, kv].T / config.head_dim**0.5
             weights_TS = xp.exp(scores_TS - scores_TS.max(axis=-1, keepdims=True)) * causal_TS
             weights_TS = weights_TS / weights_TS.sum(axis=-1, keepdims=True)
             attention.append(weights_TS)
-            if head_mask is None or not head_mask[layer][head]:
-                rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
-                out_TE = out_TE + weights_TS @ v_TKD[:, kv] @ block["attn"]["o"]["kernel"][rows]
+            gate = 1.0 if head_mask is None else 1.0 - head_mask[layer][head]
+            rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
+            out_TE = out_TE + gate * (weights_TS @ v_TKD[:, kv] @ block["attn"]["o"]["kernel"][rows])
         x_TE = x_TE + out_TE
         h_TE, mlp = _norm(x_TE, block["mlp_norm"]["scale"], config, xp), block["mlp"]
         gate_TM = h_TE @ mlp["gate"]["kernel"]
         x_TE = x_TE + (gate_TM / (1 + xp.exp(-gate_TM)) * (h_TE @ mlp["up"]["kernel"])) @ mlp["down"]["kernel"]
+    if kept is not None:
+        kept.append(x_TE)
     logits_TV = _norm(x_TE, params["norm"]["scale"], config, xp) @ params["embed"]["embedding"].T
     return logits_TV, xp.stack(attention).reshape(config.n_layers, heads, length, length)
 

@@ -107,6 +107,27 @@ def test_span_is_exactly_the_answer_part(large, small):
         assert len({case.span for case in cases}) > 6  # many places, not one
 
 
+@pytest.mark.parametrize("prompt", ["{context}\n\n{question}", "{question}\n\n{context}"])
+def test_statement_and_question_are_found_where_they_stand(large, small, prompt):
+    """Also where a sentence of the haystack is the question itself."""
+    sentences = [*SENTENCES[:10], NEEDLES[1].question, *SENTENCES[10:]]
+    for prompter in (dataclasses.replace(one, prompt=prompt) for one in (large, small)):
+        for case in build_cases(prompter, sentences, NEEDLES, _grid([400], [0.0, 0.5]), shuffle=False):
+            statement, question = (
+                prompter.tokenizer.decode(case.tokens[slice(*span)]) for span in (case.statement, case.question)
+            )
+            assert case.needle.needle in statement and len(statement) < len(case.needle.needle) + 3
+            assert case.needle.question in question and len(question) < len(case.needle.question) + 3
+            assert case.statement[0] <= case.span[0] and case.span[1] <= case.statement[1]
+            ends = case.question[1] >= len(case.tokens) - 6, case.question[0] <= 10
+            assert ends == (prompt.startswith("{context}"), prompt.startswith("{question}"))
+
+
+def test_a_question_that_a_template_changes_has_no_span():
+    tokenizer = _byte_pairs(300, "{{ messages[0]['content'] | upper }}")
+    assert question_case(Prompter(tokenizer), NEEDLES[0]).question == (0, 0)
+
+
 def test_span_of_whole_word_tokens_equals_a_search_for_the_ids():
     """Distractors hold the same words, so only the place inside the right sentence will do."""
     rng = np.random.default_rng(1)
@@ -344,7 +365,8 @@ def test_base_models_get_the_bare_text(large):
 def test_closed_book_question_has_no_context(large):
     case = question_case(large, NEEDLES[1])
     assert _text(large, case) == f"<s>USER: {NEEDLES[1].question}\nBOT:"
-    assert case.span == (0, 0)
+    assert case.span == case.statement == (0, 0)
+    assert large.tokenizer.decode(case.tokens[slice(*case.question)]).strip() == NEEDLES[1].question
     assert case.spec.length == len(case.tokens)
 
 

@@ -88,14 +88,14 @@ def test_an_unknown_kernel_is_refused():
 
 @pytest.mark.parametrize("scores", RULES, ids=str)
 def test_probes_are_read_off_the_weights(scores):
-    """The keys with the largest weights, and the mass in spans, of weights by the definition in float64."""
-    q_BTHD, k_BSKD = _draw(5, (2, 50, 4, WIDTH), (2, 60, 2, WIDTH))
+    """The keys with the largest weights, and mass and values in spans, of weights by the definition in float64."""
+    q_BTHD, k_BSKD, v_BSKD = _draw(5, (2, 50, 4, WIDTH), (2, 60, 2, WIDTH), (2, 60, 2, WIDTH))
     start_B, rows_BP = np.array([3, 10]), np.array([[0, 49, 7], [20, 1, 33]])
     spans_BN2 = np.array([[[0, 5], [4, 40]], [[9, 9], [0, 60]]])
     q_BPHD, positions_BP = only(q_BTHD, jnp.asarray(rows_BP)), jnp.asarray(start_B[:, None] + rows_BP)
-    request = Probe(jnp.asarray(rows_BP), jnp.asarray(spans_BN2), top=4)
-    found = probe(q_BPHD, positions_BP, Keys.of(k_BSKD, k_BSKD), request, scores)
-    k_BSHD = np.repeat(np.asarray(k_BSKD, np.float64), 2, axis=2)
+    request = Probe(jnp.asarray(rows_BP), jnp.asarray(spans_BN2), top=4, values=True)
+    found = probe(q_BPHD, positions_BP, Keys.of(k_BSKD, v_BSKD), request, scores)
+    k_BSHD, v_BSHD = (np.repeat(np.asarray(x, np.float64), 2, axis=2) for x in (k_BSKD, v_BSKD))
     q_BTHD = np.asarray(q_BTHD, np.float64)
     for b, p in np.ndindex(rows_BP.shape):
         position = start_B[b] + rows_BP[b, p]
@@ -108,5 +108,7 @@ def test_probes_are_read_off_the_weights(scores):
             assert found.keys[b, p, h].tolist() == best + [-1] * (4 - len(best))
             positions_S = first + np.arange(len(raw_S))
             for n, (begin, end) in enumerate(spans_BN2[b]):
-                mass = weights_S[(positions_S >= begin) & (positions_S < end)].sum()
-                np.testing.assert_allclose(found.mass[b, p, h, n], mass, atol=1e-5)
+                inside_S = (positions_S >= begin) & (positions_S < end)
+                np.testing.assert_allclose(found.mass[b, p, h, n], weights_S[inside_S].sum(), atol=1e-5)
+                value_D = (weights_S * inside_S) @ v_BSHD[b, first : position + 1, h]
+                np.testing.assert_allclose(found.values[b, p, h, n], value_D, atol=1e-5)

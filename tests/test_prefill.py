@@ -57,6 +57,8 @@ def test_chunks_and_rings_equal_one_pass(windowed, close, start):
     assert out.cache["blocks"]["0"].slots == config.window and out.cache["blocks"]["1"].slots > 45
     close(out.x_BPE, np.take_along_axis(np.asarray(full.x_BTE), (rows_BP + start)[..., None], axis=1), 1e-5)
     np.testing.assert_array_equal(out.probed.keys, full.probed.keys)
+    rows = jax.jit(lambda params: hidden_rows(config, params, tokens_BT, iv, jnp.asarray(rows_BP + start)))(params)
+    close(out.rms_BP, rows.rms_BT, 1e-5)
     longer_BT = np.pad(tokens_BT, ((0, 0), (0, 1)))
     np.put_along_axis(longer_BT, end_B[:, None], tokens_BT[:, :1], axis=1)
     longer = jax.jit(lambda params: hidden(config, params, longer_BT, iv).x_BTE)(params)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from retmask_jax.model.config import KERNELS
 from retmask_jax.model.kernels import HIDDEN, Scores, blocked, dot, plain
+from retmask_jax.model.layers import precision
 
 log = logging.getLogger(__name__)
 
@@ -55,22 +56,27 @@ class Keys:
 @flax.struct.dataclass
 class Probe:
     """What to ask of attention: for the query rows rows_BP i32[B,P] of a call, per layer and head, the `top` keys with
-    the largest weights and the mass of the weights in token spans [start, end), spans_BN2 i32[B,N,2] (None: none)."""
+    the largest weights and the mass of the weights in token spans [start, end), spans_BN2 i32[B,N,2] (None: none).
+
+    values: also the part of the head's output that is read in each span.
+    """
 
     rows_BP: Any
     spans_BN2: Any = None
     top: int = flax.struct.field(pytree_node=False, default=1)
+    values: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass
 class Probed:
     """keys: i32[B,P,...,H,top], absolute positions, the largest weight first, -1 where fewer keys are seen.
 
-    mass: f32[B,P,...,H,N], or None.
+    mass: f32[B,P,...,H,N], or None. values: f32[B,P,...,H,N,D], weighted sums of the values in the spans, or None.
     """
 
     keys: jax.Array
     mass: jax.Array | None = None
+    values: jax.Array | None = None
 
 
 def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto", positions_BT=None):
@@ -152,10 +158,21 @@ def probe(q_BPHD, positions_BP, keys: Keys, request: Probe, scores: Scores) -> P
         first_BN1, end_BN1 = jnp.split(request.spans_BN2, 2, axis=-1)
         inside_BNS = (keys.positions_BS[:, None] >= first_BN1) & (keys.positions_BS[:, None] < end_BN1)
         weights_BHS = jax.nn.softmax(jnp.where(seen_B1S, scores.of(products_BHS), HIDDEN), axis=-1)
-        return found.replace(mass=jnp.einsum("bhs,bns->bhn", weights_BHS, inside_BNS.astype(jnp.float32)))
+        found = found.replace(mass=jnp.einsum("bhs,bns->bhn", weights_BHS, inside_BNS.astype(jnp.float32)))
+        return found.replace(values=_values(weights_BHS, inside_BNS, keys)) if request.values else found
 
     found = jax.lax.map(one, (q_BPHD.swapaxes(0, 1), positions_BP.T), batch_size=_PROBED_AT_ONCE)
     return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
+
+
+def _values(weights_BHS, inside_BNS, keys: Keys):
+    """f32[B,H,N,D]: the values in each span, summed with a head's weights."""
+    batch, heads, slots = weights_BHS.shape
+    weights_BKGS = weights_BHS.reshape(batch, keys.kv_heads, -1, slots)
+    parts_BKGNS = jnp.where(inside_BNS[:, None, None], weights_BKGS[:, :, :, None], 0)
+    v_BKSD = keys.v_BKSD.astype(jnp.float32)
+    found_BKGND = jnp.einsum("bkgns,bksd->bkgnd", parts_BKGNS, v_BKSD, precision=precision(jnp.float32))
+    return found_BKGND.reshape(batch, heads, *found_BKGND.shape[3:])
 
 
 def _top(products_BHS, positions_BS, n: int):

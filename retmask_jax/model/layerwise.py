@@ -37,18 +37,17 @@ class Layers:
         return self._apply(self.config.layer_pattern, weights, carry, (r, masks), call or self.call)
 
     def last(self, carry, masks, rows_BP):
-        """The last group: ((final normed states x_BPE of rows_BP, cache of the group), what it probed).
+        """The last group: ((final states x_BPE of rows_BP before their norm, cache of the group), what it probed).
 
         Its last layer computes keys and values of all positions and nothing else of those that are not asked for.
         """
         call = self.call.replace(rows_BP=rows_BP)
         if self.config.tail:
-            out = self._apply(self.config.tail, self.params["tail"], carry, (0, masks["tail"]), call)
-        else:
-            out = self.through(self.before_last, carry, masks, call)
-        (x_BPE, cache), probed = out
-        x_BPE = norm(self.config, None).apply({"params": self.params["norm"]}, x_BPE)
-        return (x_BPE, cache), probed
+            return self._apply(self.config.tail, self.params["tail"], carry, (0, masks["tail"]), call)
+        return self.through(self.before_last, carry, masks, call)
+
+    def normed(self, x_BPE):
+        return norm(self.config, None).apply({"params": self.params["norm"]}, x_BPE)
 
     def _apply(self, pattern, weights, carry, repeat_and_masks, call: Call):
         group = Group(self.config, self.rope_site, len(pattern))
@@ -57,7 +56,8 @@ class Layers:
 
 def hidden_rows(config: ModelConfig, params, tokens_BT, interventions: Interventions, rows_BP, *, cache=None,
                 start_B=None, end_B=None, probe: Probe | None = None, longest=None) -> Hidden:  # fmt: skip
-    """As `hidden`, but final states x_BPE of the rows rows_BP i32[B,P] alone; a probe asks about the same rows."""
+    """As `hidden`, but final states x_BPE of the rows rows_BP i32[B,P] alone, with their rms; a probe asks about the
+    same rows."""
     if config.lora is not None:
         raise ValueError("a model with adapters cannot generate: merge them first (retmask_jax.model.adapters.merged)")
     batch, length = tokens_BT.shape
@@ -78,4 +78,6 @@ def hidden_rows(config: ModelConfig, params, tokens_BT, interventions: Intervent
         blocks, tail, tail_probed = last_cache, cache["tail"], {}
         probed = jax.tree.map(lambda first, last: jnp.concatenate([first, last[None]]), probed, last_probed)
     cache = None if blocks is None else {"blocks": blocks, "tail": tail}
-    return Hidden(x_BPE, cache, None if probe is None else merge_probed(config, probed, tail_probed))
+    probed = None if probe is None else merge_probed(config, probed, tail_probed)
+    rms_BP = jnp.sqrt(jnp.mean(jnp.square(x_BPE.astype(jnp.float32)), axis=-1) + config.norm_eps)
+    return Hidden(layers.normed(x_BPE), cache, probed, rms_BP)

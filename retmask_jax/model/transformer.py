@@ -19,11 +19,15 @@ from retmask_jax.model.rope import rotate, rotation
 
 @flax.struct.dataclass
 class Hidden:
-    """x_BTE: final normed states; cache: the updated cache or None; probed: answers [B,P,L,H,...] or None."""
+    """x_BTE: final normed states; cache: the updated cache or None; probed: answers [B,P,L,H,...] or None.
+
+    rms_BT: f32, what the final norm divided the states by, where the pass tells it.
+    """
 
     x_BTE: jax.Array
     cache: Any = None
     probed: Probed | None = None
+    rms_BT: jax.Array | None = None
 
 
 def forward(config: ModelConfig, params, tokens, lengths=None, interventions=None, positions=None):

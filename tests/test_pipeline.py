@@ -47,6 +47,7 @@ def test_run_ends_with_a_table_the_report_and_a_summary(finished):
     assert "<html" in (root / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_what_its_profile_and_its_gain_need(finished, tmp_path):
     root, _ = finished
     gain = "eval/context short/retmask minus start"

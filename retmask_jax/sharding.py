@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor", "context")
 
-# Logical axis -> mesh axes. Batches are split over data and fsdp, weights over fsdp and tensor, the positions of long
-# rows over context; log-probabilities over the vocabulary instead of the rows.
+# Logical axis -> mesh axes. Batches are split over data and fsdp, weights over fsdp, context and tensor, the positions of
+# long rows over context; log-probabilities over the vocabulary instead of the rows.
 RULES = (
     ("batch", ("data", "fsdp")),
-    ("embed", "fsdp"),
+    ("embed", ("fsdp", "context")),  # devices that share a row's positions share its weights, too
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),

@@ -23,7 +23,7 @@ from retmask_jax.hub import config_folder
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.objective import metric_names
-from retmask_jax.sharding import RULES, divided, make_mesh, param_shardings, plain_shapes, using
+from retmask_jax.sharding import RULES, divided, make_mesh, placed_shapes, using
 from retmask_jax.stages import check_batch, check_config, train_settings
 from retmask_jax.topology import ASSUMED, Chip, chip_of, devices_of, estimate
 from retmask_jax.train_step import make_programs
@@ -98,10 +98,8 @@ def training_programs(config: ModelConfig, settings: Settings, mesh: Mesh, lengt
     """{name: Program} of what one step of `train` runs, on rows of `length` tokens."""
     # As `train` makes them: the seed is no part of an update.
     programs = make_programs(config, dataclasses.replace(settings, seed=0), mesh)
-    frozen = jax.eval_shape(programs.freeze, params_of(config, mesh, jnp.float32))
-    if settings.lora is not None:
-        frozen = params_of(config, mesh, settings.compute_dtype)
-    grads = jax.tree.map(lambda x: array_like(x, jnp.float32), programs.state.params)
+    frozen = {} if settings.lora is None else placed_shapes(config, mesh, settings.compute_dtype)
+    grads = programs.state.params  # of the same shapes and places, in float32 as well
     sums = grads, {name: array(mesh, (), jnp.float32) for name in metric_names(settings)}
     batch, rows = {"weight": array(mesh, (settings.microbatch_size,), jnp.float32, "batch")}, settings.microbatch_size
     for side in SIDES:
@@ -162,17 +160,6 @@ def array(mesh: Mesh, shape: Sequence[int], dtype, *axes: str | None) -> jax.Sha
     """An argument split as the rules of its logical axes say, where the mesh divides it."""
     wanted = NamedSharding(mesh, nn.logical_to_mesh_axes(axes, RULES))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=divided(wanted, shape, "argument"))
-
-
-def array_like(x: jax.ShapeDtypeStruct, dtype) -> jax.ShapeDtypeStruct:
-    """The same shape and sharding in another dtype."""
-    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
-
-
-def params_of(config: ModelConfig, mesh: Mesh, dtype):
-    """The parameters in a dtype, as shapes and shardings."""
-    shapes, shardings = plain_shapes(config), param_shardings(config, mesh)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), shapes, shardings)
 
 
 def sizes_of(mesh: Mesh) -> dict[str, int]:

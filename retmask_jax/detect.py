@@ -23,7 +23,6 @@ from retmask_jax.model.cache import empty_cache
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, unembed
 from retmask_jax.prefill import CHUNK, Shared, prefill, share_prefixes, slots_for
-from retmask_jax.progress import track
 from retmask_jax.sharding import by_rows, full_share, mesh_of
 
 log = logging.getLogger(__name__)
@@ -128,11 +127,9 @@ def measure_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers
     check_tokens(config, np.zeros((1, max(map(len, prompts))), np.int32), new_tokens=width)
     iv = (interventions or Interventions()).fill(config)
     longest = np.int32(max(map(len, prompts)) + width)
-    results: list[Any] = [None] * len(prompts)
     on_cpu = jax.default_backend() == "cpu"
 
-    def run(batch_size: int) -> None:
-        todo = [i for i, result in enumerate(results) if result is None]
+    def work(todo: list[int], batch_size: int):
         for group in share_prefixes([prompts[i] for i in todo]):
             group = dataclasses.replace(group, members=tuple(todo[i] for i in group.members))
             cache = _read_prefix(config, lm.params, group.prefix, iv, longest)
@@ -146,13 +143,12 @@ def measure_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers
                 inputs = _continuations(config, batch, prompts, answers, width, group if shared else None)
                 spans_BN2 = None if spans is None else np.array([spans[i] for i, _ in batch], np.int32)
                 out = to_host(_read(config, measure, values, lm.params, cache, *inputs, spans_BN2, iv, longest))
-                for row, (i, _) in enumerate(batch):
-                    results[i] = jax.tree.map(operator.itemgetter((row, slice(len(answers[i])))), out)
-                bar.update(len(dict(batch)))
+                rows = [i for i, _ in batch]
+                cut = [operator.itemgetter((row, slice(len(answers[i])))) for row, i in enumerate(rows)]
+                yield rows, [jax.tree.map(take, out) for take in cut]
 
-    with track(None, len(prompts), what, "answer") as bar, mesh_of(lm.params):
-        memory.in_smaller_batches(run, batch_size, what)
-    return results
+    with mesh_of(lm.params):
+        return memory.in_batches(len(prompts), batch_size, what, "answer", work)
 
 
 def copy_score(prompt_S, span: tuple[int, int], tokens_N, argmax_NLH, released: bool = False) -> np.ndarray:

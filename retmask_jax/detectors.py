@@ -33,7 +33,6 @@ from retmask_jax.hosts import to_host
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, merge_layers, unembed, unembedding
-from retmask_jax.progress import track
 from retmask_jax.sequence import sequence_logprobs
 from retmask_jax.sharding import by_rows, full_share, mesh_of
 
@@ -276,10 +275,8 @@ def _gate_gradients(lm: LanguageModel, prompts, answers, batch_size: int) -> lis
     rows = [(*prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
     longest = np.int32(max(map(len, rows)))
     check_tokens(lm.config, np.zeros((1, longest), np.int32))
-    results: list[Any] = [None] * len(rows)
 
-    def run(batch_size: int) -> None:
-        todo = [i for i, result in enumerate(results) if result is None]
+    def work(todo: list[int], batch_size: int):
         for batch in batches_by_length([rows[i] for i in todo], min(batch_size, full_share(len(todo)))):
             batch = [todo[i] for i in batch]
             tokens_BT, lengths_B = pad_rows([rows[i] for i in batch], lm.config.pad_id)
@@ -287,14 +284,10 @@ def _gate_gradients(lm: LanguageModel, prompts, answers, batch_size: int) -> lis
             first_B = np.array([len(prompts[i]) for i in batch])
             positions_T = np.arange(tokens_BT.shape[1])
             counted_BT = (positions_T >= first_B[:, None]) & (positions_T < lengths_B[:, None])
-            found = to_host(_gradients(lm.config, lm.params, tokens_BT, counted_BT, longest))
-            for i, gradient_LH in zip(batch, found, strict=True):
-                results[i] = gradient_LH
-            bar.update(len(set(batch)))
+            yield batch, to_host(_gradients(lm.config, lm.params, tokens_BT, counted_BT, longest))
 
-    with track(None, len(rows), "gradient", "answer") as bar, mesh_of(lm.params):
-        memory.in_smaller_batches(run, batch_size, "gradient")
-    return results
+    with mesh_of(lm.params):
+        return memory.in_batches(len(rows), batch_size, "gradient", "answer", work)
 
 
 @functools.partial(jax.jit, static_argnums=0)

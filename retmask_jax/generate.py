@@ -18,7 +18,6 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, hidden, unembed
 from retmask_jax.prefill import prefill, slots_for
-from retmask_jax.progress import track
 from retmask_jax.sharding import by_rows, mesh_of
 
 log = logging.getLogger(__name__)
@@ -105,30 +104,22 @@ def generate_many(
     """Continue prompts of any lengths: sorted into batches of similar length, results in the order of the prompts.
 
     Where memory runs out the batch is halved and the work goes on. interventions with a row axis have one row per
-    prompt. Each result is one row, as NumPy arrays: tokens i32[n]
-    without pad or stop id, and argmax i32[n,L,H] when probed. seeds: one per prompt.
+    prompt. Each result is one row, as NumPy arrays: tokens i32[n] without pad or stop id, and argmax i32[n,L,H] when
+    probed. seeds: one per prompt.
     """
     iv = (interventions or Interventions()).fill(config, len(prompts))
     seeds = np.arange(len(prompts)) if seeds is None else np.asarray(seeds)
-    results: list[Any] = [None] * len(prompts)
 
-    def run(batch_size: int) -> None:
-        todo = np.array([i for i, result in enumerate(results) if result is None], int)
+    def work(todo: list[int], batch_size: int):
         for batch in batches_by_length([prompts[i] for i in todo], batch_size):
-            rows = todo[batch]
+            rows = np.array([todo[i] for i in batch])
             tokens, lengths = pad_rows([prompts[i] for i in rows], config.pad_id)
             out = generate(config, params, tokens, lengths, max_new_tokens=max_new_tokens,
                            interventions=take_rows(iv, rows), seed=seeds[rows], **options)  # fmt: skip
             out = to_host(out)
-            for row, i in enumerate(rows):
-                n = out.lengths[row]
-                argmax = None if out.argmax is None else out.argmax[row, :n]
-                results[i] = Generated(out.tokens[row, :n], n, argmax)
-            bar.update(len(set(batch)))
+            yield rows, [_one_row(out, row) for row in range(len(rows))]
 
-    with track(None, len(prompts), what, "prompt") as bar:
-        memory.in_smaller_batches(run, batch_size, what)
-    return results
+    return memory.in_batches(len(prompts), batch_size, what, "prompt", work)
 
 
 class Draws(NamedTuple):
@@ -279,6 +270,12 @@ def _nucleus(logits_BV, top_p):
     keep_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV < top_p
     rank_BV = jnp.argsort(order_BV, axis=-1)
     return jnp.where(jnp.take_along_axis(keep_BV, rank_BV, axis=-1), logits_BV, -jnp.inf)
+
+
+def _one_row(out: Generated, row: int) -> Generated:
+    """One row's result, without what stands behind its end."""
+    n = out.lengths[row]
+    return Generated(out.tokens[row, :n], n, None if out.argmax is None else out.argmax[row, :n])
 
 
 def _padded_stop_ids(stop_ids: Sequence[int]) -> np.ndarray:

@@ -3,10 +3,12 @@
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+
+from retmask_jax.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,25 @@ def explain(error: Exception, what: str, advice: str) -> OutOfMemory:
     found = _SIZE.search(str(error))
     wanted = "" if found is None else f" when {_gib(int(found[1])) if found[1] else found[2]} more were wanted"
     return OutOfMemory(f"{what} ran out of memory{wanted}: {advice}")
+
+
+def in_batches(n: int, batch_size: int, what: str, unit: str, work: Callable[[list[int], int], Iterator]) -> list:
+    """The results of n items, in their order, under a progress bar; when memory runs out, the rest in half the batch.
+
+    work(indices that have no result yet, batch size) yields (indices of a batch, their results); a batch may repeat an
+    index to be full. Raises OutOfMemory where one row is too many.
+    """
+    results: list[Any] = [None] * n
+
+    def run(batch_size: int) -> None:
+        for batch, found in work([i for i, result in enumerate(results) if result is None], batch_size):
+            for i, result in zip(batch, found, strict=True):
+                results[i] = result
+            bar.update(len(set(batch)))
+
+    with track(None, n, what, unit) as bar:
+        in_smaller_batches(run, batch_size, what)
+    return results
 
 
 def in_smaller_batches(run: Callable[[int], Any], batch_size: int, what: str, setting: str = "batch_size"):

@@ -18,11 +18,12 @@ from retmask_jax.model.transformer import transformer
 log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor", "context")
+ROW_AXES = ("data", "fsdp")  # what the rows of a batch are split over
 
 # Logical axis -> mesh axes. Batches are split over data and fsdp, weights over fsdp, context and tensor, the positions of
 # long rows over context; log-probabilities over the vocabulary instead of the rows.
 RULES = (
-    ("batch", ("data", "fsdp")),
+    ("batch", ROW_AXES),
     ("embed", ("fsdp", "context")),  # devices that share a row's positions share its weights, too
     ("heads", "tensor"),
     ("mlp", "tensor"),
@@ -77,6 +78,12 @@ def param_shardings(config: ModelConfig, mesh: Mesh):
     return jax.tree.map_with_path(
         lambda path, sharding, leaf: divided(sharding, leaf.shape, jax.tree_util.keystr(path)), wanted, plain_shapes(config)
     )
+
+
+def placed_shapes(config: ModelConfig, mesh: Mesh, dtype):
+    """The parameter tree in a dtype as jax.ShapeDtypeStruct with the shardings of `param_shardings`."""
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, dtype, sharding=at), plain_shapes(config),
+                        param_shardings(config, mesh))  # fmt: skip
 
 
 def divided(sharding: NamedSharding, shape: tuple[int, ...], what: str) -> NamedSharding:
@@ -183,12 +190,12 @@ def split_cpu(most: int) -> None:
 
 def row_shards(mesh: Mesh) -> int:
     """Over how many shares the rows of a batch are split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
 def place_rows(mesh: Mesh, n: int, make):

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,8 +31,8 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, hidden
 from retmask_jax.prefill import prefill, slots_for
-from retmask_jax.progress import track
-from retmask_jax.sharding import ROWS, STACKED_ROWS, by_rows, constrain, full_share, mesh_of, row_shares
+from retmask_jax.progress import with_rate
+from retmask_jax.sharding import ROW_AXES, ROWS, STACKED_ROWS, by_rows, constrain, full_share, mesh_of, row_shares
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,6 @@ _STEPS = 16
 _WORTH_WAITING = 2
 _CHECKED_AT_ONCE = 1024
 _FREE = -1
-_SPLIT_OVER = ("data", "fsdp")  # what rows fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +88,7 @@ def generate_stream(
         log.info("%s: rotary frequencies are those of %d tokens, the longest prompt and max_new_tokens", what, longest)
     draws = Draws.of(config, stop_ids, temperature, top_p)
     job = _Job(config, max_new_tokens, (params, masks, draws, np.int32(longest)), requests)
-    return _stream(job, batch_size, what)
+    return with_rate(_stream(job, batch_size, what), lambda item: int(item[1].lengths), len(requests), what, "prompt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,19 +141,15 @@ class _Rows:
 
 def _stream(job: _Job, batch_size: int, what: str):
     longest_first = sorted(range(len(job.requests)), key=lambda i: -len(job.requests[i].tokens))
-    left, n_tokens, start = dict.fromkeys(longest_first), 0, time.monotonic()
-    with track(None, len(left), what, "prompt") as bar:
-        while left:
-            try:
-                for group in _groups(job, list(left), batch_size, what):
-                    for i, result in _refilled(job, group, batch_size):
-                        del left[i]
-                        n_tokens += int(result.lengths)
-                        bar.set_postfix_str(f"{n_tokens / (time.monotonic() - start):.0f} tokens/s", refresh=False)
-                        bar.update()
-                        yield i, result
-            except jax.errors.JaxRuntimeError as error:
-                batch_size = memory.halved(error, batch_size, what)
+    left = dict.fromkeys(longest_first)
+    while left:
+        try:
+            for group in _groups(job, list(left), batch_size, what):
+                for i, result in _refilled(job, group, batch_size):
+                    del left[i]
+                    yield i, result
+        except jax.errors.JaxRuntimeError as error:
+            batch_size = memory.halved(error, batch_size, what)
 
 
 def _groups(job: _Job, indices: list[int], batch_size: int, what: str) -> list[list[int]]:
@@ -180,8 +174,8 @@ def _slots(job: _Job, length: int) -> int:
 def _refilled(job: _Job, group: Sequence[int], batch_size: int):
     """(index, result) of each request of a group, from one batch; the longest comes first and fits the cache."""
     with mesh_of(job.params):
-        batch = full_share(batch_size, _SPLIT_OVER)
-        at_once = full_share(-(-batch // _REFILLED), _SPLIT_OVER)
+        batch = full_share(batch_size, ROW_AXES)
+        at_once = full_share(-(-batch // _REFILLED), ROW_AXES)
         shares = row_shares(batch)
         blank_B = np.zeros(batch, np.int32)
         state = _empty(job.config, job.params, blank_B, slots=_slots(job, len(job.requests[group[0]].tokens)),

@@ -96,7 +96,7 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
         full = adapters.join(params, frozen)
         return _cast(full if config.lora is None else adapters.merged(full, config.lora), jnp.float32)
 
-    start = _plain_shapes(config, plain_at)
+    start = sharding.placed_shapes(dataclasses.replace(config, lora=None), mesh, jnp.float32)
     shapes = jax.eval_shape(begin, start, 0)
     state_at = State(trained_at, _like_params(optimizer, shapes.opt_state, trained_at, whole), whole)
     sums_at = trained_at, dict.fromkeys(names, whole)
@@ -123,12 +123,6 @@ def _new_adapters(config: ModelConfig, seed):
     tokens = jnp.zeros((1, 2), jnp.int32)
     boxed = transformer(config).init(jax.random.key(seed), tokens, Interventions.none(config))["params"]
     return adapters.split(nn.unbox(boxed))[0]
-
-
-def _plain_shapes(config: ModelConfig, shardings):
-    """The parameters without adapters."""
-    shapes = sharding.plain_shapes(dataclasses.replace(config, lora=None))
-    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
 
 
 def _like_params(optimizer, opt_state, shardings, otherwise):

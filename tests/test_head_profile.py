@@ -116,13 +116,18 @@ def test_signed_scores_are_refused():
         profile_of([[0.5, -0.25]], n_kv_heads=1)
 
 
+def _published(model):
+    """(the whole file, its argmax scores, the parts of its profile that follow from them)."""
+    published = json.loads(Path(PUBLISHED, "profiles", f"{model}.json").read_text())
+    parts = [published["profile"][name] for name in ("concentration", "layer_profile", "gqa")]
+    return published, HeadScores.from_array(published["argmax_scores"]), parts
+
+
 @needs_published
 @pytest.mark.parametrize("model", ["llama31_8b", "qwen25_7b"])
 def test_published_scores_give_the_published_profile(model):
-    published = json.loads(Path(PUBLISHED, "profiles", f"{model}.json").read_text())
+    published, scores, (concentration, layers, gqa) = _published(model)
     block = published["profile"]
-    concentration, layers, gqa = (block[k] for k in ("concentration", "layer_profile", "gqa"))
-    scores = HeadScores.from_array(published["argmax_scores"])
     result = profile(scores, published["n_kv_heads"], threshold=block["threshold"])
     assert result == pytest.approx(
         {
@@ -151,10 +156,8 @@ def test_published_scores_give_the_published_profile(model):
 @needs_published
 @pytest.mark.parametrize("model", ["llama31_8b", "qwen25_7b"])
 def test_the_counts_beside_the_published_profile_follow_from_ours(model):
-    published = json.loads(Path(PUBLISHED, "profiles", f"{model}.json").read_text())
+    published, scores, (concentration, layers, gqa) = _published(model)
     block = published["profile"]
-    concentration, layers, gqa = (block[k] for k in ("concentration", "layer_profile", "gqa"))
-    scores = HeadScores.from_array(published["argmax_scores"])
     (row,) = profile_table([Scored(model, scores, published["n_kv_heads"], block["threshold"])])
     active = round((1 - row["zero_fraction"]) * scores.mean.size)
     assert row["n_layers"] == block["n_layers"] == layers["n_layers"]

@@ -26,7 +26,6 @@ from retmask_jax.aot import (
     check_training,
     compile_program,
     describe,
-    params_of,
     sizes_of,
     stamp,
 )
@@ -38,7 +37,7 @@ from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import unembed
 from retmask_jax.prefill import prefill
 from retmask_jax.recipes import load_recipe
-from retmask_jax.sharding import AXES, make_mesh
+from retmask_jax.sharding import AXES, make_mesh, placed_shapes
 from retmask_jax.topology import chip_of, devices_of
 
 TABLE = Path(__file__).parent / "topologies.json"
@@ -122,7 +121,7 @@ def prefill_program(config: ModelConfig, mesh, batch: int, length: int) -> Progr
     logits = array(mesh, (batch, config.vocab_size), jnp.float32, "batch", "vocab").sharding
     interventions = jax.eval_shape(lambda: Interventions.none(config))
     arguments = (
-        params_of(config, mesh, jnp.bfloat16), array(mesh, (batch, length), jnp.int32, "batch"),
+        placed_shapes(config, mesh, jnp.bfloat16), array(mesh, (batch, length), jnp.int32, "batch"),
         jax.tree.map(lambda x: array(mesh, x.shape, x.dtype), interventions),
     )  # fmt: skip
     return Program(jax.jit(run, out_shardings=(logits, cache)), arguments)

@@ -63,6 +63,11 @@ def proportion(outcomes, level=0.95):
     return wilson(int(outcomes.sum()), outcomes.size, level)
 
 
+def exact(value, n):
+    """A number that is counted, not estimated, from n things: an interval without bounds."""
+    return {"value": float(value), "low": None, "high": None, "n": int(n)}
+
+
 def bootstrap_mean(x, n_resamples=10000, seed=0, level=0.95):
     """Mean with its percentile bootstrap interval.
 

@@ -132,4 +132,6 @@ def _bakeable(config: ModelConfig, interventions: Interventions | None):
         )
     if bool(jnp.any(iv.rope_mask != 0)):
         raise ValueError("a rotary mask cannot be baked into weights: save without it and apply it at run time")
+    if iv.head_mean is not None:
+        raise ValueError("a head's mean cannot be baked into weights: save without it and apply it at run time")
     return np.asarray(iv.head_mask)

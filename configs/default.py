@@ -42,12 +42,24 @@ def get_config() -> ConfigDict:
     config.knockout.draws = 5  # random control sets of each kind: one draw can mislead
     config.knockout.activity_windows = 16  # texts on which the activity of a head is measured
     config.knockout.seed = 0
+    config.knockout.modes = ("zero",)  # what a masked head writes: zero, its mean over text, or query (the mean of all keys)
+    config.knockout.mode_draws = 2  # random sets of each kind in the modes behind the first, and in curves
+    config.knockout.curve = ()  # numbers of heads, best first, or (floats) shares of the retrieval heads; on the first task
+    config.knockout.minimal = None  # search the smallest set that lowers recall to this share of the untouched model's
 
     config.rope = ConfigDict()
     config.rope.tasks = ()
     config.rope.pairs = ()  # numbers of rotary pairs; empty: an eighth, a quarter and a half of them
     config.rope.draws = 3
     config.rope.seed = 0
+    config.rope.sites = ("rotary",)  # also projection: zeroed in q_proj and k_proj, as arXiv 2606.21249 did
+    config.rope.utility = False  # also the pairs that each head's query projection writes least and most
+    config.rope.windows = 0  # parts of the spectrum that are taken out in turn; arXiv 2606.21249 has 8
+    config.rope.coverage = ()  # shares of the retrieval heads, best first, that lose pairs
+    config.rope.patches = False  # also out of one retrieval head at a time
+    config.rope.patch_pairs = None  # pairs taken out for coverage and patches; None: an eighth, as arXiv 2606.21249
+    config.rope.matched = 0  # sets of other pairs that carry as much of the variance of q.k, for each number of pairs
+    config.rope.text = False  # also what it costs plain text
 
     # Contrastive responses: RetMask samples at temperature 0.6, top_p 1, up to 2048 tokens.
     config.pairs = ConfigDict()

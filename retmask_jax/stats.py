@@ -88,6 +88,22 @@ def paired_bootstrap(a, b, n_resamples=10000, seed=0, level=0.95):
     return _bootstrap(a - b, n_resamples, seed, level)
 
 
+def bootstrap_of_means(x_VN, function, n_resamples=2000, seed=0, level=0.95):
+    """function(means over samples [V]) of variables that share their samples, with its percentile bootstrap interval.
+
+    Draws of which it is nan do not count; value, low and high are None where it is undefined, or of every draw.
+    """
+    _check_level(level)
+    _check_draws(n_resamples, "n_resamples")
+    x_VN = _numbers(x_VN, "bootstrap_of_means")
+    rng, n = np.random.default_rng(seed), x_VN.shape[1]
+    drawn = np.array([function(x_VN[:, rng.integers(n, size=n)].mean(axis=1)) for _ in range(n_resamples)])
+    value, drawn = function(x_VN.mean(axis=1)), drawn[np.isfinite(drawn)]
+    if not np.isfinite(value) or not drawn.size:
+        return {"value": None, "low": None, "high": None, "n": n}
+    return _interval(value, *np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]), n)
+
+
 def jaccard(set_a, set_b):
     """Shared over all members of two head sets, iterables of (layer, head); two empty sets: 1.0."""
     set_a, set_b = _members(set_a), _members(set_b)

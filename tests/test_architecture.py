@@ -13,7 +13,8 @@ ORDER = """
 hosts files records progress memory hlo topology advice model.config model.rope hf_config families model.adapters
 model.layers model.experts model.interventions model.kernels model.splash model.attention model.cache
 model.transformer model.layerwise sharding flops weights hub prefill generate stream lm sweep dpo sequence stats
-haystack head_scores detect detectors causal head_profile norm_utility data.tiny_language data.preferences data.chat
+haystack head_scores detect detectors causal knockout head_profile norm_utility head_statistics rotary
+data.tiny_language data.preferences data.chat
 data.prompts
 data.released data.preference_dataset pairs endpoints training_settings optimizer objective reference train_step
 checkpoints metrics train evals.recall evals.perplexity evals.compare page figures

@@ -1,14 +1,17 @@
 """Results of all stages -> one self-contained HTML page of words, figures and tables; never touches a model."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from retmask_jax import figures, page
+from retmask_jax.figures import drawn as _figure
 from retmask_jax.files import write_atomically
 from retmask_jax.page import change, fixed, interval, signed, table
+from retmask_jax.page import count as _n
+from retmask_jax.page import section as _section
 
 FROM_MEMORY = ": from memory"
 TEXT_LOSS = "text loss"
@@ -28,9 +31,9 @@ def write_report(path: Path, results: Mapping[str, Mapping], model: str) -> None
     """Write the page. results: stage -> what its function in `stages` returned, with or without "provenance"."""
     with figures.style():
         sections = [
-            _header(results), _heads(results["detect"]), _knockout(results["knockout"], results["detect"]["heads"]),
-            _rope(results["rope"]), _pairs(results["pairs"]), _training(results["train"]["runs"]),
-            _evaluation(results["eval"]), _all_numbers(results),
+            _header(results), heads_section(results["detect"]), knockout_section(results["knockout"], results["detect"]["heads"]),
+            rope_section(results["rope"]), _pairs(results["pairs"]), _training(results["train"]["runs"]),
+            _evaluation(results["eval"]), all_numbers(results),
         ]  # fmt: skip
     write_atomically(path, page.document(f"Retrieval heads of {model}", sections))
 
@@ -50,14 +53,15 @@ def _header(results) -> str:
                  if name == "highest minus lowest quarter"]  # fmt: skip
     for arm, changes in list(_changes(evaluation).items())[:1]:
         rows += [(f"Training, {arm}: change of {_measure(task)}", change, number) for task, number in changes.items()]
-    return page.lines(*_provenance(results)) + table(
+    return page.lines(*provenance(results)) + table(
         ["", "value [95% interval]", "n"], [[label, write(number), number["n"]] for label, write, number in rows],
         note="n: independent cases (heads and Gini: the cases behind the scores; text loss: windows of text). Every other "
              "number is at the end of the page.",
     )  # fmt: skip
 
 
-def _heads(result) -> str:
+def heads_section(result) -> str:
+    """The detected heads, from the result of `detect`."""
     heads, mean_LH, outcomes, threshold = (
         result["heads"],
         np.array(result["mean"]),
@@ -92,7 +96,8 @@ def _heads(result) -> str:
     )  # fmt: skip
 
 
-def _knockout(result, heads) -> str:
+def knockout_section(result, heads) -> str:
+    """The result of `knockout`; heads: those that were masked."""
     tasks = _tree(result["numbers"])
     loss = tasks.pop(TEXT_LOSS)
     rows = {task: [row for row in result["rows"] if row["task"] == task] for task in tasks}
@@ -123,7 +128,8 @@ def _knockout(result, heads) -> str:
     )  # fmt: skip
 
 
-def _rope(result) -> str:
+def rope_section(result) -> str:
+    """The result of `rope`."""
     ks, n_pairs, sentences, panels = result["pairs"], result["n_pairs"], [], {}
     for task, by_name in _tree(result["numbers"]).items():
         rows = [row for row in result["rows"] if row["task"] == task and row["kind"] != "none"]
@@ -218,26 +224,19 @@ def _evaluation(result) -> str:
     )  # fmt: skip
 
 
-def _all_numbers(results) -> str:
+def all_numbers(results) -> str:
+    """A table of every number of every stage, folded."""
     rows = [[name, *(page.exact(number[key]) for key in ("value", "low", "high", "n"))]
             for result in results.values() for name, number in result["numbers"].items()]  # fmt: skip
     return _section("All numbers", [], page.folded(f"{len(rows)} of all stages",
                                                    table(["name", "value", "low", "high", "n"], rows)))  # fmt: skip
 
 
-def _section(title: str, sentences: Iterable[str], *parts: str) -> str:
-    return "\n".join([page.heading(title), page.lines(*sentences), *parts])
-
-
-def _figure(panels: Mapping[str, object], caption: str) -> str:
-    """panels: name, for who cannot see it, to figure. Nothing where there are none."""
-    return page.figure([figures.inline(figure, name) for name, figure in panels.items()], caption) if panels else ""
-
-
 # --- sentences and cells ---
 
 
-def _provenance(results) -> list[str]:
+def provenance(results) -> list[str]:
+    """When, with which versions and on which weights the results were made."""
     known = [result["provenance"] for result in results.values() if result.get("provenance")]
     if not known:
         return []
@@ -345,10 +344,6 @@ def _axis(task: str) -> str:
     if task == TEXT_LOSS:
         return "nats per token"
     return "share of answers" if FROM_MEMORY in task else "recall"
-
-
-def _n(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 # --- reading results ---

@@ -17,6 +17,11 @@ _STAGES = {
     "eval": "recall, context-following, closed-book recall and text loss before and after",
     "report": "write report.html from the results of all stages",
     "run": "all stages above in order, each skipped if its inputs have not changed",
+    "detectors": "compare detectors of retrieval heads: agreement, stability, speed, recall with their heads masked",
+    "utility": "compare the query norms of retrieval heads and others, by head and by rotary pair",
+    "theta": "change the RoPE base at inference, measure recall and count the heads",
+    "dynamics": "detect heads in the checkpoints of a training run",
+    "study": "detect, detectors, knockout, rope, utility, theta and dynamics in order, and study.html",
     "pretrain": "train the tiny model from its recipe, with its data files",
     "export": "write a masked or trained model as a Hugging Face checkpoint, or pairs",
     "inspect": "show a model as it is read from its config.json: layers, heads, RoPE, memory",
@@ -181,6 +186,8 @@ def _dispatch(arguments, overrides) -> int:
         pipeline.export(config, root, arguments.what, arguments.heads, arguments.format, Path(arguments.out))
     elif arguments.stage == "run":
         pipeline.run(config, root)
+    elif arguments.stage == "study":
+        pipeline.study(config, root)
     else:
         pipeline.one_stage(config, root, arguments.stage)
     if primary():

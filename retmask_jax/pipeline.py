@@ -17,17 +17,27 @@ from retmask_jax.hub import config_folder
 from retmask_jax.lm import load, save
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.sharding import split_cpu
-from retmask_jax.stages import STAGES, Context, check_batch, check_config, check_model, run_stage
+from retmask_jax.stages import RUN, STUDY, Context, check_batch, check_config, check_model, run_stage
 from retmask_jax.workdir import Workdir, check_free, fingerprint, locked, versions
 
 
 def run(config, root: Path) -> None:
-    """All stages in order; ends with the table of headline numbers, the report's path and summary.json."""
+    """The whole method in order; ends with the table of headline numbers, the report's path and summary.json."""
     _check_prompts(config)
     context = _open(config, root, writes=True)
     check_batch(config)
+    _in_order(context, RUN, root / "summary.json", root / "report.html")
+
+
+def study(config, root: Path) -> None:
+    """The causal study in order; ends with the table of headline numbers, the page's path and study.json."""
+    _in_order(_open(config, root, writes=True), STUDY, root / "study.json", root / "study.html")
+
+
+def _in_order(context: Context, names: Sequence[str], summary: Path, report: Path) -> None:
+    """Run stages, each skipped where its inputs have not changed, and show their numbers."""
     numbers = {}
-    for name in STAGES:
+    for name in names:
         result, skipped = run_stage(context, name)
         numbers |= result["numbers"]
         if not primary():
@@ -38,10 +48,10 @@ def run(config, root: Path) -> None:
             _table(result["numbers"])
     if not primary():
         return
-    write_json(root / "summary.json", numbers)
+    write_json(summary, numbers)
     print()
-    _table({name: numbers[name] for name in config.headlines if name in numbers})
-    print(f"every number: {root / 'summary.json'}\nreport:       {root / 'report.html'}")
+    _table({name: numbers[name] for name in context.config.headlines if name in numbers})
+    print(f"every number: {summary}\nreport:       {report}")
 
 
 def one_stage(config, root: Path, name: str) -> dict:

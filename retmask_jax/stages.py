@@ -29,6 +29,15 @@ from retmask_jax.lm import LanguageModel, save
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import SITES, Interventions, mask_heads
 from retmask_jax.sharding import make_mesh
+from retmask_jax.study_stages import (
+    check_study,
+    check_study_model,
+    checkpoint_prints,
+    detectors_stage,
+    dynamics_stage,
+    theta_stage,
+    utility_stage,
+)
 from retmask_jax.train import check_mesh, train
 from retmask_jax.training_settings import Settings
 from retmask_jax.workdir import fingerprint
@@ -36,10 +45,11 @@ from retmask_jax.workdir import fingerprint
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage: the stages it reads, and the function."""
+    """A stage: the stages it reads, the function, and fingerprints of what it alone reads beside them."""
 
     upstream: tuple[str, ...]
     function: Callable[[Context, Path], dict[str, Any]]
+    inputs: Callable[[Context], dict[str, Any]] = lambda context: {}
 
 
 def run_stage(context: Context, name: str) -> tuple[dict[str, Any], bool]:
@@ -49,7 +59,7 @@ def run_stage(context: Context, name: str) -> tuple[dict[str, Any], bool]:
         context.workdir.result(needed)
     run = functools.partial(stage.function, context)
     try:
-        return context.workdir.run(name, stage.upstream, context.inputs(), run)
+        return context.workdir.run(name, stage.upstream, context.inputs() | stage.inputs(context), run)
     except jax.errors.JaxRuntimeError as error:
         if not memory.is_out_of_memory(error):
             raise
@@ -65,7 +75,8 @@ def check_config(config, devices=None) -> None:
     if (config.detect.threshold is None) == (config.detect.top_k is None):
         raise ValueError("set one of detect.threshold and detect.top_k, and the other to None")
     _check_experiments(config)
-    named = [config.detect.task, *config.knockout.tasks, *config.rope.tasks, *config.eval.tasks, *config.eval.grids]
+    named = [config.detect.task, *config.knockout.tasks, *config.rope.tasks, *config.eval.tasks, *config.eval.grids,
+             *config.theta.tasks, *([config.dynamics.task] if config.dynamics.task else [])]  # fmt: skip
     missing = [task for task in named if task not in config.tasks]
     if missing:
         raise ValueError(f"there is no task {missing[0]!r} under tasks; there are {', '.join(config.tasks)}")
@@ -74,6 +85,7 @@ def check_config(config, devices=None) -> None:
             f"train.max_prompt_tokens {config.train.max_prompt_tokens} must be less than train.max_tokens "
             f"{config.train.max_tokens}, which also holds the answer"
         )
+    check_study(config)
     make_mesh(config.mesh, devices)
     train_settings(config, "retmask", 0)
 
@@ -108,6 +120,7 @@ def check_model(context: Context) -> None:
             )
     if context.config.detect.scores is not None:
         _given_scores(context)
+    check_study_model(context)
 
 
 def detect_stage(context: Context, folder: Path) -> dict[str, Any]:
@@ -205,6 +218,16 @@ def report_stage(context: Context, folder: Path) -> dict[str, Any]:
     return {"path": path.name, "numbers": {}}
 
 
+def study_stage(context: Context, folder: Path) -> dict[str, Any]:
+    """One self-contained HTML page from the results of the causal study's stages."""
+    from retmask_jax.study_report import write_study
+
+    results = {name: context.workdir.result(name) for name in STAGES["study"].upstream}
+    path = context.workdir.root / "study.html"
+    write_study(path, results, str(context.config.model))
+    return {"path": path.name, "numbers": {}}
+
+
 def train_settings(config, arm: str, seed: int) -> Settings:
     """How one arm is trained."""
     section = config.train
@@ -221,7 +244,15 @@ STAGES = {
     "train": Stage(("pairs",), train_stage),
     "eval": Stage(("train",), eval_stage),
     "report": Stage(("detect", "knockout", "rope", "pairs", "train", "eval"), report_stage),
+    "detectors": Stage(("detect",), detectors_stage),
+    "utility": Stage(("detect",), utility_stage),
+    "theta": Stage(("detect",), theta_stage),
+    "dynamics": Stage((), dynamics_stage, checkpoint_prints),
+    "study": Stage(("detect", "detectors", "knockout", "rope", "utility", "theta", "dynamics"), study_stage),
 }
+# What `retmask run` and `retmask study` do, in order.
+RUN = (*STAGES["report"].upstream, "report")
+STUDY = (*STAGES["study"].upstream, "study")
 
 
 def _detected(context: Context, folder: Path, scores: HeadScores, outcomes: list[str]) -> dict[str, Any]:
@@ -262,8 +293,7 @@ def _given_scores(context: Context) -> HeadScores:
 
 
 def _evaluate(context: Context, lm: LanguageModel, windows, name: str) -> dict[str, Any]:
-    context = dataclasses.replace(context)
-    context.__dict__["lm"] = lm
+    context = context.of(lm)
     untouched = [causal.Condition("none", 0, Interventions())]
     outcomes, _ = task_outcomes(context, context.config.eval.tasks, untouched)
     samples = {task: outcome_CN[0] for task, outcome_CN in outcomes.items()}

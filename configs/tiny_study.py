@@ -1,0 +1,40 @@
+"""The causal study on the bundled tiny model: detectors, knock-out, rotary pairs, query norms, RoPE base.
+
+    retmask study --config=tiny_study
+
+Compares eight detectors of retrieval heads and masks the heads of each, takes heads and rotary pairs out, compares
+query norms, changes the RoPE base, and writes study.html. Five to six minutes on two CPU cores, most of it compiling.
+
+Training dynamics need checkpoints, which the package has none of. Those of the model's own training come with
+
+    retmask pretrain --config=tiny --workdir=runs/pretrain
+    retmask study --config=tiny_study --config.dynamics.checkpoints='("runs/pretrain/stages/stage*",)'
+
+and add about a minute (its first two stages have two layers, the others four).
+"""
+
+from ml_collections import ConfigDict
+from retmask_jax.configs import tiny
+
+
+def get_config() -> ConfigDict:
+    config = tiny.get_config()
+    # The detection cases stay 120 for `detect`; what else reads them takes a part, the longest cost most.
+    config.detectors.cases = 24
+    config.detectors.seeds = (11,)
+    config.detectors.seed_names = ("copy_position",)
+    config.knockout.tasks = ("needle short", "context short", "closed-book")
+    # Twice or half the base changes nothing here, nor does it move the heads.
+    config.theta.factors = (0.1, 1.0, 10.0)
+    config.theta.cases = 24
+    config.theta.detector = "copy_position"  # one program a base: nothing is decoded
+    config.dynamics.cases = 40
+    config.headlines = (
+        "detect/heads", "detect/gini",
+        *(f"detectors/needle short/{name} masked" for name in config.detectors.names),
+        "knockout/needle short/none", "knockout/needle short/retrieval", "knockout/needle short/layer-matched",
+        "rope/needle short/lowest 4 pairs", "rope/needle short/highest 4 pairs",
+        "utility/Cohen's d", "utility/permutation p",
+        *(f"theta/needle short/factor {factor:g}" for factor in config.theta.factors),
+    )  # fmt: skip
+    return config

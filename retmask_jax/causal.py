@@ -97,6 +97,22 @@ def mean_over_draws(conditions: Sequence[Condition], outcome_CN, kind: str, k: i
     return stats.proportion(outcomes[0]) if len(chosen) == 1 else stats.bootstrap_mean(outcomes.mean(axis=0))
 
 
+def contrast(conditions: Sequence[Condition], outcome_CN, ours: Mapping, others: Mapping) -> dict:
+    """How much more cases two sorts of conditions get right, others less ours, paired by case: {"change": interval over
+    cases of the difference, draws averaged; "p_value": of McNemar's exact test, median over the pairs of draws}.
+
+    ours, others: the attributes that say which conditions are meant, such as {"kind": "random", "n_pairs": 4}.
+    """
+    sides = [
+        [outcome for c, outcome in zip(conditions, outcome_CN, strict=True)
+         if all(getattr(c, name) == value for name, value in wanted.items())]
+        for wanted in (others, ours)
+    ]  # fmt: skip
+    tests = [stats.mcnemar(a, b)["p_value"] for a in sides[0] for b in sides[1]]
+    change = stats.paired_bootstrap(*(np.stack(side).astype(float) for side in sides))
+    return {"change": change, "p_value": float(np.median(tests))}
+
+
 def _together(config: ModelConfig, masks: Sequence[Interventions], n_cases: int) -> list[list[int]]:
     """Indices of masks of one rotary site, as many at a time as may be repeated for each case in memory."""
     by_site: dict[str, list[int]] = {}

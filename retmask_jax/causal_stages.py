@@ -40,6 +40,7 @@ def knockout_stage(context: Context, folder: Path) -> dict[str, Any]:
     return {
         "rows": causal.summarise(conditions, outcomes), "activity": activity_LH.tolist(), "idle": idle,
         "idle_below": knockout.IDLE, "curve": curve, "minimal": minimal,
+        "contrasts": _against_controls(conditions, outcomes),
         "numbers": numbers | _minimal_numbers(minimal),
         "text_loss": [{"kind": c.kind, "draw": c.draw, "experiment": c.experiment, **stats.bootstrap_mean(loss)}
                       for c, loss in zip(told, losses, strict=True)],
@@ -67,6 +68,7 @@ def rope_stage(context: Context, folder: Path) -> dict[str, Any]:
                 for row in costs if row["ratio"] is not None}  # fmt: skip
     return {
         "rows": [row | {"variance": variance} for row, variance in zip(rows, variances * len(outcomes), strict=True)],
+        "contrasts": _low_against_high(conditions, outcomes, ks),
         "pairs": list(ks), "n_pairs": lm.config.n_pairs, "patch_pairs": _patch_pairs(context), "costs": costs,
         "wavelengths": (2 * np.pi / inverse_frequencies(lm.config)).tolist(), "context": lm.config.max_length,
         "numbers": numbers,
@@ -105,6 +107,20 @@ def _knockout_conditions(context: Context, heads, scores: HeadScores, activity_L
                                              scores_LH=scores.mean, mode=mode, mean_LHD=mean_LHD)  # fmt: skip
         conditions += found if not conditions else found[1:]
     return conditions
+
+
+def _against_controls(conditions, outcomes) -> list[dict[str, Any]]:
+    """What masking other heads leaves more than masking the retrieval heads does."""
+    rows = []
+    for task, outcome_CN in outcomes.items():
+        for control in _first_draws(conditions):
+            if control.kind != "retrieval":
+                mode = control.experiment
+                ours = {"kind": "retrieval", "experiment": mode}
+                others = {"kind": control.kind, "experiment": mode}
+                rows.append({"task": task, "kind": control.kind, "experiment": mode,
+                             **causal.contrast(conditions, outcome_CN, ours, others)})  # fmt: skip
+    return rows
 
 
 def _curve(context: Context, scores: HeadScores, heads) -> list[dict]:
@@ -208,6 +224,19 @@ def _quarter_numbers(config, conditions, outcomes, ks) -> dict[str, Any]:
         )
         for task, outcome_CN in outcomes.items()
     }
+
+
+def _low_against_high(conditions, outcomes, ks) -> list[dict[str, Any]]:
+    """What taking the highest, or random, pairs out leaves more than taking the lowest out does, at each site."""
+    rows = []
+    for task, outcome_CN in outcomes.items():
+        for site in dict.fromkeys(c.site for c in conditions if c.experiment == "dose"):
+            for k, kind in ((k, kind) for k in ks for kind in ("highest", "random")):
+                dose = {"experiment": "dose", "site": site, "n_pairs": k}
+                if any(c.kind == kind for c in conditions):
+                    found = causal.contrast(conditions, outcome_CN, dose | {"kind": "lowest"}, dose | {"kind": kind})
+                    rows.append({"task": task, "site": site, "k": k, "kind": kind, **found})
+    return rows
 
 
 def _window_numbers(task: str, conditions, outcome_CN) -> dict[str, Any]:

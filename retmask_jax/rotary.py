@@ -68,14 +68,15 @@ def matched_conditions(config: ModelConfig, heads: Sequence[Head], ks: Sequence[
     nearest to theirs: where low frequencies matter only because they carry more, these do as much harm."""
     for k in ks:
         low = rope_pairs(config, k, "low")
-        for draw in range(draws if k < config.n_pairs else 0):
-            others = matched_pairs(config, heads, low, statistics, seed=seed + draw)
+        sets = matched_pairs(config, heads, low, statistics, draws, seed=seed) if k < config.n_pairs else []
+        for draw, others in enumerate(sets):
             yield _condition(config, "matched", heads, others, site, draw=draw, experiment="matched", k=k)
 
 
-def matched_pairs(config: ModelConfig, heads: Sequence[Head], pairs: Sequence[int], statistics: HeadStatistics, *,
-                  seed: int = 0) -> list[int]:  # fmt: skip
-    """Pairs outside `pairs` that take, on the mean over heads, the share of variance nearest to theirs, of random sets."""
+def matched_pairs(config: ModelConfig, heads: Sequence[Head], pairs: Sequence[int], statistics: HeadStatistics, n: int, *,
+                  seed: int = 0) -> list[list[int]]:  # fmt: skip
+    """n different sets of pairs outside `pairs`, of random ones those whose share of the variance, mean over heads, is
+    nearest to that of `pairs`; fewer where there are no more. Raises ValueError where no pairs are left."""
     rng = np.random.default_rng(seed)
     free = np.setdiff1d(np.arange(config.n_pairs), pairs)
     if not len(free):
@@ -83,9 +84,11 @@ def matched_pairs(config: ModelConfig, heads: Sequence[Head], pairs: Sequence[in
     sets_NR = np.zeros((_CANDIDATES, config.n_pairs), bool)
     for row in sets_NR:
         row[rng.choice(free, rng.integers(1, len(free) + 1), replace=False)] = True
+    sets_NR = np.unique(sets_NR, axis=0)
     wanted_1R = np.isin(np.arange(config.n_pairs), pairs)[None]
     wanted, found_N = (variance_removed(statistics, heads, sets).mean(axis=1) for sets in (wanted_1R, sets_NR))
-    return np.flatnonzero(sets_NR[np.argmin(np.abs(found_N - wanted))]).tolist()
+    nearest = np.argsort(np.abs(found_N - wanted), kind="stable")[:n]
+    return [np.flatnonzero(sets_NR[i]).tolist() for i in nearest]
 
 
 def condition_variance(condition: Condition, statistics: HeadStatistics) -> float | None:

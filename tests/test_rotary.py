@@ -161,14 +161,15 @@ def test_nothing_out_removes_nothing_and_everything_out_all(statistics):
 
 def test_matched_pairs_are_others_that_carry_as_much():
     statistics = _diagonal([5, 1, 2, 3, 1, 1, 4, 3])
-    found = matched_pairs(WIDE, HEADS, [6, 7], statistics)  # 7 of 20
-    assert not set(found) & {6, 7} and np.take([5, 1, 2, 3, 1, 1, 4, 3], found).sum() == 7
+    sets = matched_pairs(WIDE, HEADS, [6, 7], statistics, 6)  # 7 of 20
+    assert len(set(map(tuple, sets))) == 6 and not any(set(found) & {6, 7} for found in sets)
+    assert [np.take([5, 1, 2, 3, 1, 1, 4, 3], found).sum() for found in sets] == [7] * 6
     drawn = list(matched_conditions(WIDE, HEADS, [2], statistics, draws=6))
-    assert {c.n_pairs for c in drawn} == {2} and len({c.pairs for c in drawn}) > 1
+    assert {c.n_pairs for c in drawn} == {2} and [list(c.pairs) for c in drawn] == sets
     assert [condition_variance(c, statistics) for c in drawn] == [pytest.approx(7 / 20)] * 6
     assert list(matched_conditions(WIDE, HEADS, [8], statistics, draws=2)) == []
     with pytest.raises(ValueError, match="all 8 rotary pairs are taken out"):
-        matched_pairs(WIDE, HEADS, range(8), statistics)
+        matched_pairs(WIDE, HEADS, range(8), statistics, 1)
 
 
 def test_variance_of_a_condition_is_its_own_heads_and_of_the_rotary_site_alone():

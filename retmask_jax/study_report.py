@@ -82,19 +82,21 @@ def _detector_sentences(result, tasks: Sequence[str]) -> list[str]:
     rows = result["rows"]
     said = [f"{count(len(rows), 'detector')} on {count(result['cases'], 'detection case')}; compared are the best "
             f"{result['top_k']} heads of each."]  # fmt: skip
-    for task in tasks:
-        none, *others = sorted((row for row in result["masked"] if row["task"] == task), key=lambda row: row["kind"] != "none")
-        if others:
-            low, high = (f(others, key=lambda row: row["value"]) for f in (min, max))
-            names = [", ".join(row["kind"] for row in others if row["value"] == end["value"]) for end in (low, high)]
-            said.append(f"Recall on {task} is {none['value']:.3f} untouched. With a detector's heads masked it is lowest for "
-                        f"{names[0]} ({low['value']:.3f})"
-                        + (f" and highest for {names[1]} ({high['value']:.3f})." if high["value"] > low["value"] else "."))  # fmt: skip
+    said += [_lowest_and_highest(task, [row for row in result["masked"] if row["task"] == task]) for task in tasks]
     if empty := [row["name"] for row in rows if not row["counted"]]:
         said.append(f"No case counts for {', '.join(empty)}: left out of the comparisons.")
     if reused := [row["name"] for row in rows if row["reused"]]:
         said.append(f"The scores of {', '.join(reused)} are those of the stage detect; nothing was decoded again.")
     return said
+
+
+def _lowest_and_highest(task: str, masked: Sequence[Mapping]) -> str:
+    """Whose heads matter most and least for a task."""
+    none, others = (next(row for row in masked if row["kind"] == "none"), [r for r in masked if r["kind"] != "none"])
+    ends = dict.fromkeys(choose(row["value"] for row in others) for choose in (min, max))
+    named = [f"{', '.join(row['kind'] for row in others if row['value'] == end)} ({end:.3f})" for end in ends]
+    return (f"Recall on {task} is {none['value']:.3f} untouched. With a detector's heads masked it is "
+            + " and ".join(f"{word} for {names}" for word, names in zip(("lowest", "highest"), named, strict=False)) + ".")  # fmt: skip
 
 
 def _detector_cells(row, result, tasks: Sequence[str]) -> list:
@@ -147,8 +149,8 @@ def _utility_sentences(found) -> list[str]:
         f"{signed(test['value'])}" + ("" if d is None else f" (Cohen's d {signed(d, 2)})")
         + f"; of that their layers alone explain {signed(test['expected'])}.",
         f"Labels permuted within layers: p = {p_value(test['p_value'])}.",
-        f"{differ} of {count(len(found['pair_adjusted_p']), 'rotary pair')} {'differs' if differ == 1 else 'differ'} clearly after "
-        "adjustment over all pairs.",
+        f"After adjustment over all pairs p is below 0.05 for {differ} of "
+        f"{count(len(found['pair_adjusted_p']), 'rotary pair')}.",
     ]  # fmt: skip
     if rho["value"] is not None:
         said.append(f"Within layers the norm's rank correlation with the score is {change(rho)} over {rho['n']} layers.")
@@ -164,7 +166,8 @@ def theta_section(result) -> str:
     tasks: dict[str, list] = {}
     for row in result["rows"]:
         tasks.setdefault(row["task"], []).append(row)
-    panels = {f"RoPE base: {task}": study_figures.recall_by_base(f"Recall by RoPE base: {task}", rows, base) for task, rows in tasks.items()}
+    panels = {f"RoPE base: {task}": study_figures.recall_by_base(f"Recall by RoPE base: {task}", rows, base)
+              for task, rows in tasks.items()}  # fmt: skip
     panels["RoPE base: heads"] = study_figures.heads_by_base("Retrieval heads by RoPE base", heads, base)
     said = [f"The model's own base is {base:,.6g}; other bases are set at inference, the weights stay as they are."]
     for task, rows in tasks.items():

@@ -18,7 +18,8 @@ data.prompts
 data.released data.preference_dataset pairs endpoints training_settings optimizer objective reference train_step
 checkpoints metrics train evals.recall evals.perplexity evals.compare page panels figures
 model_figures report study_figures study_report pretrain assets inspection
-recipes workdir finished context arms causal_stages detector_runs study_stages stages aot benchmarks.harness benchmarks.models benchmarks.chip benchmarks.peers
+recipes workdir finished context arms causal_stages detector_runs study_stages stages aot
+benchmarks.harness benchmarks.models benchmarks.chip benchmarks.peers
 benchmarks.trl_peer benchmarks.programs benchmarks.by_hand benchmarks.peak benchmarks.aot benchmarks.detect
 benchmarks.masks benchmarks.generate benchmarks.dpo benchmarks.memory pipeline main
 """.split()

@@ -3,7 +3,7 @@
     retmask study --config=tiny_study
 
 Compares eight detectors of retrieval heads and masks the heads of each, takes heads and rotary pairs out, compares
-query norms, changes the RoPE base, and writes study.html. Five to six minutes on two CPU cores, most of it compiling.
+query norms, changes the RoPE base, and writes study.html. About five minutes on two CPU cores that do nothing else.
 
 Training dynamics need checkpoints, which the package has none of. Those of the model's own training come with
 
@@ -18,13 +18,26 @@ from retmask_jax.configs import tiny
 
 
 def get_config() -> ConfigDict:
-    config = tiny.get_config()
-    # The detection cases stay 120 for `detect`; what else reads them takes a part, the longest cost most.
+    return study(tiny.get_config())
+
+
+def study(config: ConfigDict) -> ConfigDict:
+    """The settings of the study, over those of a tiny model."""
+    config.knockout.modes = ("zero", "mean", "query")
+    config.knockout.curve = (1, 2, 4, 8, 16, 0.25, 0.5, 0.75, 1.0)
+    config.knockout.minimal = 0.1
+    config.rope.sites = ("rotary", "projection")
+    config.rope.utility = True
+    config.rope.windows = 8
+    config.rope.coverage = (0.25, 0.5, 0.75, 1.0)
+    config.rope.patches = True
+    config.rope.matched = 3
+    config.rope.text = True
+    # `detect` has 120 cases; what else reads them takes a fifth or so.
     config.detectors.cases = 24
     config.detectors.seeds = (11,)
     config.detectors.seed_names = ("copy_position",)
-    config.knockout.tasks = ("needle short", "context short", "closed-book")
-    # Twice or half the base changes nothing here, nor does it move the heads.
+    # Twice or half the base changes nothing here.
     config.theta.factors = (0.1, 1.0, 10.0)
     config.theta.cases = 24
     config.theta.detector = "copy_position"  # one program a base: nothing is decoded
@@ -33,7 +46,9 @@ def get_config() -> ConfigDict:
         "detect/heads", "detect/gini",
         *(f"detectors/needle short/{name} masked" for name in config.detectors.names),
         "knockout/needle short/none", "knockout/needle short/retrieval", "knockout/needle short/layer-matched",
-        "rope/needle short/lowest 4 pairs", "rope/needle short/highest 4 pairs",
+        "knockout/needle short/activity-matched", "knockout/closed-book/retrieval", "knockout/needle short/smallest set",
+        "rope/needle short/lowest 4 pairs", "rope/needle short/highest 4 pairs", "rope/needle short/matched 4 pairs",
+        "rope/needle short/centre of mass of the windows",
         "utility/Cohen's d", "utility/permutation p",
         *(f"theta/needle short/factor {factor:g}" for factor in config.theta.factors),
     )  # fmt: skip

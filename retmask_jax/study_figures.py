@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from retmask_jax.figures import colour
+from retmask_jax.page import signed
 from retmask_jax.panels import colormap, interval, note, panel, rows
 
 # Okabe-Ito, with grey in place of its yellow, which is too pale for a line; dashes and markers tell apart as well.
@@ -30,7 +31,7 @@ def agreement_matrix(title: str, names: Sequence[str], pairs: Sequence[Mapping])
     middle = np.mean(image.get_clim())
     for (y, x), value in np.ndenumerate(values):
         if np.isfinite(value):
-            ax.text(x, y, f"{value:.2f}".replace("-", "−"), ha="center", va="center", fontsize=7,
+            ax.text(x, y, signed(value, 2).removeprefix("+"), ha="center", va="center", fontsize=7,
                     color="white" if value < middle else "black")  # fmt: skip
     ax.set_xticks(range(len(names)), names, rotation=90)
     ax.set_yticks(range(len(names)), names)
@@ -78,7 +79,7 @@ def settling(title: str, by_detector: Mapping[str, Sequence[Mapping]]):
         ax.plot([row["cases"] for row in steps], [row["jaccard"] for row in steps], _MARKERS[i % len(_MARKERS)],
                 linestyle="-", linewidth=widths[i], markersize=3 + 1.2 * widths[i], color=_SHADES[i % len(_SHADES)],
                 label=name)  # fmt: skip
-    ax.set(xlabel="counted cases", ylabel="Jaccard with the set of all", ylim=(-0.04, 1.08))
+    ax.set(xlabel="counted cases", ylabel="Jaccard with the final set", ylim=(-0.04, 1.08))
     ax.set_xlim(left=0)
     figure.legend(loc="outside lower center", ncols=2)
     return figure

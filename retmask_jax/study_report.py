@@ -56,7 +56,7 @@ def detectors_section(result) -> str:
             f"Agreement (best {top_k} heads; all scores)", [row["name"] for row in rows if row["counted"]],
             result["agreement"]),
         **{f"Heads of each detector masked: {task}": study_figures.masked_recall(
-            f"{task}: best {top_k} heads of each masked", [row for row in masked if row["task"] == task]) for task in tasks},
+            f"Best {top_k} heads masked: {task}", [row for row in masked if row["task"] == task]) for task in tasks},
         "Time of detectors": study_figures.costs("Time, compiling included", rows),
         "Stability of detectors": study_figures.settling(f"Stability of the best {top_k} heads", result["stability"]),
     }  # fmt: skip
@@ -82,19 +82,24 @@ def _detector_sentences(result, tasks: Sequence[str]) -> list[str]:
     rows = result["rows"]
     said = [f"{count(len(rows), 'detector')} on {count(result['cases'], 'detection case')}; compared are the best "
             f"{result['top_k']} heads of each."]  # fmt: skip
-    for task in tasks:
-        none, *others = sorted((row for row in result["masked"] if row["task"] == task), key=lambda row: row["kind"] != "none")
-        if others:
-            low, high = (f(others, key=lambda row: row["value"]) for f in (min, max))
-            names = [", ".join(row["kind"] for row in others if row["value"] == end["value"]) for end in (low, high)]
-            said.append(f"Recall on {task} is {none['value']:.3f} untouched. With a detector's heads masked it is lowest for "
-                        f"{names[0]} ({low['value']:.3f})"
-                        + (f" and highest for {names[1]} ({high['value']:.3f})." if high["value"] > low["value"] else "."))  # fmt: skip
+    said += [_lowest_and_highest(task, [row for row in result["masked"] if row["task"] == task]) for task in tasks]
     if empty := [row["name"] for row in rows if not row["counted"]]:
         said.append(f"No case counts for {', '.join(empty)}: left out of the comparisons.")
     if reused := [row["name"] for row in rows if row["reused"]]:
         said.append(f"The scores of {', '.join(reused)} are those of the stage detect; nothing was decoded again.")
     return said
+
+
+def _lowest_and_highest(task: str, masked: Sequence[Mapping]) -> str:
+    """Whose heads matter most and least for a task."""
+    none, *others = sorted(masked, key=lambda row: row["kind"] != "none")
+    ends = dict.fromkeys(choose(row["value"] for row in others) for choose in (min, max))
+    named = [
+        f"{word} for {', '.join(row['kind'] for row in others if row['value'] == end)} ({end:.3f})"
+        for word, end in zip(("lowest", "highest"), ends, strict=False)
+    ]
+    said = f"Recall on {task} is {none['value']:.3f} untouched."
+    return f"{said} With a detector's heads masked it is {' and '.join(named)}."
 
 
 def _detector_cells(row, result, tasks: Sequence[str]) -> list:
@@ -133,7 +138,7 @@ def utility_section(result) -> str:
         drawn(panels, "Left: a dot is a head, its height the mean L1 norm of the rows of its query projection. Right: the same "
               "for each rotary pair, retrieval against other heads, in pooled standard deviations (Cohen's d, no interval: "
               "these are all heads of the model); filled where the layer-clustered permutation test, adjusted over all pairs "
-              "(Benjamini and Hochberg), is below 0.05." + more),
+              "(Benjamini and Hochberg), is below 0.05; with few heads in few layers no p can be much smaller." + more),
         page.folded("Every rotary pair", table(["pair", "wavelength (tokens)", "mean norm, retrieval", "mean norm, other",
                                                 "Cohen's d", "p", "adjusted p"], rows)),
     )  # fmt: skip
@@ -147,8 +152,8 @@ def _utility_sentences(found) -> list[str]:
         f"{signed(test['value'])}" + ("" if d is None else f" (Cohen's d {signed(d, 2)})")
         + f"; of that their layers alone explain {signed(test['expected'])}.",
         f"Labels permuted within layers: p = {p_value(test['p_value'])}.",
-        f"{differ} of {count(len(found['pair_adjusted_p']), 'rotary pair')} {'differs' if differ == 1 else 'differ'} clearly after "
-        "adjustment over all pairs.",
+        f"After adjustment over all pairs p is below 0.05 for {differ} of "
+        f"{count(len(found['pair_adjusted_p']), 'rotary pair')}.",
     ]  # fmt: skip
     if rho["value"] is not None:
         said.append(f"Within layers the norm's rank correlation with the score is {change(rho)} over {rho['n']} layers.")
@@ -164,15 +169,16 @@ def theta_section(result) -> str:
     tasks: dict[str, list] = {}
     for row in result["rows"]:
         tasks.setdefault(row["task"], []).append(row)
-    panels = {f"RoPE base: {task}": study_figures.recall_by_base(f"Recall by RoPE base: {task}", rows, base) for task, rows in tasks.items()}
+    panels = {f"RoPE base: {task}": study_figures.recall_by_base(f"Recall by RoPE base: {task}", rows, base)
+              for task, rows in tasks.items()}  # fmt: skip
     panels["RoPE base: heads"] = study_figures.heads_by_base("Retrieval heads by RoPE base", heads, base)
-    said = [f"The model's own base is {base:,.6g}; other bases are set at inference, the weights stay as they are."]
+    said = [f"The model's own base is {base:,.0f}; other bases are set at inference, the weights stay as they are."]
     for task, rows in tasks.items():
-        clear = [f"{row['theta']:,.6g} ({change(row['change'])})" for row in rows
+        clear = [f"{row['theta']:,.0f} ({change(row['change'])})" for row in rows
                  if row["change"]["low"] > 0 or row["change"]["high"] < 0]  # fmt: skip
         said.append(f"Recall on {task} clearly changes at {', '.join(clear)}." if clear else
                     f"Recall on {task} does not clearly change: every 95% interval contains 0.")  # fmt: skip
-    cells = [[row["task"], f"{row['factor']:g}", f"{row['theta']:,.6g}", interval(row), change(row["change"]),
+    cells = [[row["task"], f"{row['factor']:g}", f"{row['theta']:,.0f}", interval(row), change(row["change"]),
               p_value(row["mcnemar"]["p_value"])] for row in result["rows"]]  # fmt: skip
     counts = [[f"{one['factor']:g}", len(one["heads"]), f"{one['counted']} of {one['cases']}", fixed(one["top"]),
                f"{one['jaccard']:.3f}"] for one in heads]  # fmt: skip

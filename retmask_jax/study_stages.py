@@ -246,19 +246,26 @@ def dynamics_stage(context: Context, folder: Path) -> dict[str, Any]:
     final = None
     rows = []
     for checkpoint in reversed(checkpoints):  # the last one's heads are what the others are compared with
-        there = context.of(context.load(checkpoint.source, revision=checkpoint.revision))
-        run = _scored(there, section.detector, section.cases, folder / f"step_{checkpoint.step}.json")
-        final = _heads_found(run, threshold)["heads"] if final is None else final
-        rows.insert(0, _checkpoint_row(there, checkpoint, run, final, threshold, task))
+        row = _checkpoint_row(context, checkpoint, final, threshold, task, folder / f"step_{checkpoint.step}.json")
+        final = row["heads"] if final is None else final
+        rows.insert(0, row)
     return {
         "detector": section.detector, "threshold": threshold, "task": task, "final": final, "rows": rows,
         "numbers": _dynamics_numbers(rows),
     }  # fmt: skip
 
 
-def _checkpoint_row(there: Context, checkpoint: Checkpoint, run: DetectorRun, final, threshold, task) -> dict[str, Any]:
-    """One checkpoint; emergence: mean score of the final heads, 0 for one in a layer that is not there yet."""
-    config, found = there.lm.config, _heads_found(run, threshold)
+def _checkpoint_row(context: Context, checkpoint: Checkpoint, final, threshold: float, task: str | None,
+                    target: Path) -> dict[str, Any]:  # fmt: skip
+    """One checkpoint, loaded here and let go; final: heads of the last one, None for the last itself.
+
+    emergence: mean score of the final heads, 0 for one in a layer that is not there yet.
+    """
+    there = context.of(context.load(checkpoint.source, revision=checkpoint.revision))
+    section, config = context.config.dynamics, there.lm.config
+    run = _scored(there, section.detector, section.cases, target)
+    found = _heads_found(run, threshold)
+    final = found["heads"] if final is None else final
     mean = {} if run.scores is None else dict(np.ndenumerate(run.scores.mean))
     row = {
         "name": checkpoint.name, "step": checkpoint.step, "layers": config.n_layers, "heads_per_layer": config.n_heads,

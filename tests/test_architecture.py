@@ -17,9 +17,10 @@ haystack head_scores detect detectors causal knockout head_profile norm_utility 
 data.tiny_language data.preferences data.chat data.prompts
 data.released data.preference_dataset pairs endpoints training_settings optimizer objective reference train_step
 checkpoints metrics train evals.recall evals.perplexity evals.compare page panels figures wording
-model_figures causal_figures causal_report report study_figures study_report pretrain assets inspection
-recipes workdir finished context arms causal_stages detector_runs study_stages stages aot benchmarks.harness
-benchmarks.models benchmarks.chip benchmarks.peers
+model_figures causal_figures causal_report report study_figures study_report panel panel_figures panel_report
+pretrain assets inspection
+recipes workdir finished context arms causal_stages detector_runs study_stages stages aot
+benchmarks.harness benchmarks.models benchmarks.chip benchmarks.peers
 benchmarks.trl_peer benchmarks.programs benchmarks.by_hand benchmarks.peak benchmarks.aot benchmarks.detect
 benchmarks.masks benchmarks.generate benchmarks.dpo benchmarks.memory pipeline main
 """.split()

@@ -54,8 +54,8 @@ def spectrum(title: str, windows: Sequence[Mapping], none: Mapping, wavelengths:
         ax.plot(places, [row["value"] for row in shown], "o-" if kind == "window" else "s-", color=colour(name), label=label)
     if ax.get_xlim()[0] < context < 10 * ax.get_xlim()[1]:
         ax.axvline(context, color="black", linestyle="--", linewidth=0.9, label=f"context: {context} tokens")
-    ax.set(xscale="log", ylim=(-0.03, 1.03), xlabel="wavelength of the window's pairs (tokens, geometric mean)",
-           ylabel=f"recall (n = {none['n']})")  # fmt: skip
+    ax.set(xscale="log", ylim=(-0.03, 1.03), xlabel="mean wavelength of the window (tokens)", ylabel=f"recall (n = {none['n']})")
+    ax.xaxis.set_major_formatter("{x:,g}")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 

@@ -85,7 +85,7 @@ def _curve(curve: Sequence[Mapping], n_retrieval: int) -> str:
         return ""
     task = curve[0]["task"]
     panels = {f"Number of heads: {task}": causal_figures.head_curve(
-        task, [row for row in curve if row["task"] == task], n_retrieval)}  # fmt: skip
+        f"{task}: number of heads", [row for row in curve if row["task"] == task], n_retrieval)}  # fmt: skip
     return drawn(panels, "Heads are masked from the highest score down; random others are neither among those nor retrieval "
                  "heads, and end where too few are left (dots: single draws). 95% interval: Wilson.")  # fmt: skip
 
@@ -172,8 +172,8 @@ def _spectra(result) -> str:
                 f"{task}: a part of the spectrum out", shown, by_name["none"], waves, context)  # fmt: skip
             sentences.append(_centre(task, by_name))
     return page.lines(*sentences) + drawn(
-        panels, "The rotary pairs in windows of equal number, each taken out in turn; placed by the wavelength, 2 pi over the "
-        "frequency after scaling. 95% interval: Wilson.")  # fmt: skip
+        panels, "The rotary pairs in windows of equal number, each taken out in turn; placed by the geometric mean of the "
+        "wavelengths, 2 pi over the frequency after scaling. 95% interval: Wilson.")  # fmt: skip
 
 
 def _centre(task: str, by_name) -> str:
@@ -219,7 +219,7 @@ def _costs(costs: Sequence[Mapping]) -> str:
     if not costs:
         return ""
     rows = [[row["task"], row["kind"], row["k"], change(row["perplexity_increase"]), change(row["recall_drop"]),
-             "–" if row["ratio"] is None else interval(row["ratio"])] for row in costs]  # fmt: skip
+             "–" if row["ratio"] is None else interval(row["ratio"]).replace("-", "−")] for row in costs]  # fmt: skip
     return table(
         ["task", "pairs", "k", "perplexity, relative increase", "recall, relative drop", "ratio"], rows,
         note="What taking pairs out costs plain text, against what it costs recall; a ratio below 0.33 is called specific to "

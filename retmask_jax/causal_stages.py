@@ -12,9 +12,38 @@ from retmask_jax.context import Context
 from retmask_jax.evals.perplexity import text_loss
 from retmask_jax.head_scores import HeadScores
 from retmask_jax.head_statistics import HeadStatistics, head_statistics
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.interventions import SITES, Interventions
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.norm_utility import query_norms
+
+
+def check_experiments(config) -> None:
+    """Raise ValueError for settings of knock-out and rope that could only fail later."""
+    for name, chosen, known in (("knockout.modes", config.knockout.modes, knockout.MODES), ("rope.sites", config.rope.sites, SITES)):
+        if not chosen or chosen[0] != known[0] or not set(chosen) <= set(known):
+            raise ValueError(f"{name} is {tuple(chosen)}; it must begin with {known[0]}, and may have {', '.join(known[1:])}")
+    least = config.knockout.minimal
+    if least is not None and not 0 < least < 1:
+        raise ValueError(f"knockout.minimal is {least}; it must be a share between 0 and 1")
+    if not all(0 < share <= 1 for share in config.rope.coverage):
+        raise ValueError(f"rope.coverage is {tuple(config.rope.coverage)}; its shares must be above 0 and at most 1")
+    for name in ("matched", "text"):
+        if config.rope[name] and not config.text.file:
+            raise ValueError(f"rope.{name} is measured on plain text: set text.file")
+
+
+def check_experiments_model(context: Context) -> None:
+    """Raise ValueError where these settings ask for more than the model has."""
+    config, section = context.lm.config, context.config
+    total = config.n_layers * config.n_heads
+    numbers = [size for size in section.knockout.curve if not isinstance(size, float)]
+    knockout.head_numbers(numbers, n_retrieval=0, n_all=total)
+    for name, wanted in (("windows", section.rope.windows), ("pairs", max(section.rope.pairs, default=0)),
+                         ("patch_pairs", section.rope.patch_pairs or 0)):  # fmt: skip
+        if not 0 <= wanted <= config.n_pairs:
+            raise ValueError(f"rope.{name} has {wanted}, the model has {config.n_pairs} rotary pairs: lower it")
+    for mode in section.knockout.modes:
+        knockout.take_out(config, [], mode)
 
 
 def knockout_stage(context: Context, folder: Path) -> dict[str, Any]:

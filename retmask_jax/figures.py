@@ -31,7 +31,7 @@ _COLOURS = {
     "none": "#666666", "start": "#666666", "retrieval": "#D55E00", "retmask": "#D55E00", "any layer": "#56B4E9",
     "layer matched": "#0072B2", "activity matched": "#009E73", "no fact": "#CC79A7", "sft filtered": "#E69F00",
     "sft unfiltered": "#000000", "lowest": "#E69F00", "highest": "#CC79A7", "random": "#56B4E9",
-    "control heads, lowest": "#0072B2", "matched": "#009E73", "low utility": "#56B4E9", "high utility": "#000000",
+    "control heads, lowest": "#0072B2", "matched": "#009E73", "low utility": "#999999", "high utility": "#000000",
     "lowest scoring": "#CC79A7",
 }  # fmt: skip
 _STYLE = {

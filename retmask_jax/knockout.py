@@ -67,7 +67,7 @@ def head_numbers(sizes: Iterable[int | float], n_retrieval: int, n_all: int) -> 
     numbers = sorted({math.ceil(size * n_retrieval) if isinstance(size, float) else int(size) for size in sizes})
     if numbers and not 1 <= numbers[0] <= numbers[-1] <= n_all:
         wrong = numbers[0] if numbers[0] < 1 else numbers[-1]
-        raise ValueError(f"a curve over {wrong} heads: the model has {n_all}, of which {n_retrieval} are retrieval heads")
+        raise ValueError(f"a curve over {wrong} heads: the model has {n_all}, so its numbers lie in 1 to {n_all}")
     return numbers
 
 

@@ -12,7 +12,13 @@ import numpy as np
 
 from retmask_jax import causal, memory, stats
 from retmask_jax.arms import ARMS, pairs_stage
-from retmask_jax.causal_stages import knockout_stage, rope_stage, task_outcomes
+from retmask_jax.causal_stages import (
+    check_experiments,
+    check_experiments_model,
+    knockout_stage,
+    rope_stage,
+    task_outcomes,
+)
 from retmask_jax.context import Context
 from retmask_jax.data.preferences import PairRows, encode_pairs, kept_rows
 from retmask_jax.data.released import read_pairs
@@ -24,10 +30,9 @@ from retmask_jax.files import digest, read_jsonl, write_jsonl
 from retmask_jax.head_profile import profile
 from retmask_jax.head_scores import HeadScores
 from retmask_jax.hosts import primary, wait_for_all
-from retmask_jax.knockout import MODES
 from retmask_jax.lm import LanguageModel, save
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import SITES, Interventions, mask_heads
+from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.sharding import make_mesh
 from retmask_jax.study_stages import (
     check_study,
@@ -74,7 +79,7 @@ def check_config(config, devices=None) -> None:
         raise ValueError(f"train.arms has {', '.join(unknown)}; known arms are {', '.join(ARMS)}")
     if (config.detect.threshold is None) == (config.detect.top_k is None):
         raise ValueError("set one of detect.threshold and detect.top_k, and the other to None")
-    _check_experiments(config)
+    check_experiments(config)
     named = [config.detect.task, *config.knockout.tasks, *config.rope.tasks, *config.eval.tasks, *config.eval.grids,
              *config.theta.tasks, *([config.dynamics.task] if config.dynamics.task else [])]  # fmt: skip
     missing = [task for task in named if task not in config.tasks]
@@ -88,20 +93,6 @@ def check_config(config, devices=None) -> None:
     check_study(config)
     make_mesh(config.mesh, devices)
     train_settings(config, "retmask", 0)
-
-
-def _check_experiments(config) -> None:
-    for name, chosen, known in (("knockout.modes", config.knockout.modes, MODES), ("rope.sites", config.rope.sites, SITES)):
-        if not chosen or chosen[0] != known[0] or not set(chosen) <= set(known):
-            raise ValueError(f"{name} is {tuple(chosen)}; it must begin with {known[0]}, and may have {', '.join(known[1:])}")
-    least = config.knockout.minimal
-    if least is not None and not 0 < least < 1:
-        raise ValueError(f"knockout.minimal is {least}; it must be a share between 0 and 1")
-    if not all(0 < share <= 1 for share in config.rope.coverage):
-        raise ValueError(f"rope.coverage is {tuple(config.rope.coverage)}; its shares must be above 0 and at most 1")
-    for name in ("matched", "text"):
-        if config.rope[name] and not config.text.file:
-            raise ValueError(f"rope.{name} is measured on plain text: set text.file")
 
 
 def check_batch(config, devices=None) -> None:
@@ -120,6 +111,7 @@ def check_model(context: Context) -> None:
             )
     if context.config.detect.scores is not None:
         _given_scores(context)
+    check_experiments_model(context)
     check_study_model(context)
 
 

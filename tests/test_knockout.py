@@ -141,7 +141,7 @@ def test_a_curve_masks_the_best_heads_and_as_many_others():
 def test_sizes_of_a_curve():
     assert head_numbers((2, 0.5, 1.0), 3, 36) == [2, 3]
     assert head_numbers((), 3, 36) == []
-    with pytest.raises(ValueError, match="a curve over 40 heads: the model has 36, of which 3 are retrieval heads"):
+    with pytest.raises(ValueError, match="a curve over 40 heads: the model has 36, so its numbers lie in 1 to 36"):
         head_numbers((1, 40), 3, 36)
 
 

@@ -19,7 +19,8 @@ from retmask_jax.norm_utility import query_norms
 
 def check_experiments(config) -> None:
     """Raise ValueError for settings of knock-out and rope that could only fail later."""
-    for name, chosen, known in (("knockout.modes", config.knockout.modes, knockout.MODES), ("rope.sites", config.rope.sites, SITES)):
+    choices = ("knockout.modes", config.knockout.modes, knockout.MODES), ("rope.sites", config.rope.sites, SITES)
+    for name, chosen, known in choices:
         if not chosen or chosen[0] != known[0] or not set(chosen) <= set(known):
             raise ValueError(f"{name} is {tuple(chosen)}; it must begin with {known[0]}, and may have {', '.join(known[1:])}")
     least = config.knockout.minimal

@@ -96,7 +96,8 @@ def groups(names: Sequence[str]) -> dict[str, list[str]]:
 def _row(member: Member, task: str) -> dict[str, Any]:
     detect, numbers = member.results["detect"], member.results["knockout"]["numbers"]
     return {
-        "model": member.name, "heads": len(detect["heads"]), "of": int(np.size(detect["mean"])),
+        "model": member.name, "theta": member.results.get("theta", {}).get("theta"), "heads": len(detect["heads"]),
+        "of": int(np.size(detect["mean"])),
         "top_score": max(detect["scores"]), "gini": detect["numbers"]["detect/gini"]["value"],
         "cases_counted": detect["numbers"].get("detect/cases counted"),
         "recall": numbers[f"knockout/{task}/none"], "masked": numbers[f"knockout/{task}/retrieval"],

@@ -16,9 +16,10 @@ _SIDES = {"above": "interval above 0 and q < {alpha:g}", "below": "interval belo
 
 def summary(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(header, a row per model) of what the models are."""
-    header = ["model", "heads", "best score", "Gini", "recall", "recall, retrieval heads masked", "n"]
-    rows = [[row["model"], f"{row['heads']} of {row['of']}", fixed(row["top_score"]), fixed(row["gini"]), interval(row["recall"]),
-             interval(row["masked"]), str(row["recall"]["n"])] for row in found["models"]]  # fmt: skip
+    header = ["model", "RoPE base", "heads", "best score", "Gini", "recall", "recall, retrieval heads masked", "n"]
+    rows = [[row["model"], "–" if row["theta"] is None else f"{row['theta']:,.0f}", f"{row['heads']} of {row['of']}",
+             fixed(row["top_score"]), fixed(row["gini"]), interval(row["recall"]), interval(row["masked"]),
+             str(row["recall"]["n"])] for row in found["models"]]  # fmt: skip
     return header, rows
 
 

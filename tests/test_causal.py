@@ -11,12 +11,12 @@ from helpers_tiny import (
     reference_answer,
 )
 
-from retmask_jax import stats
+from retmask_jax import causal, stats
 from retmask_jax.causal import Condition, answers, hits, mean_over_draws, summarise
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.generate import _generate
 from retmask_jax.haystack import Case, Needle, Spec
-from retmask_jax.model.interventions import Interventions, all_heads, mask_heads, mask_rope
+from retmask_jax.model.interventions import Interventions, all_heads, mask_heads, mask_queries, mask_rope
 
 LM = copying_lm()
 
@@ -39,6 +39,8 @@ MASKS = {
     "all heads": mask_heads(CONFIG, all_heads(CONFIG)),
     "rotary pairs": mask_rope(CONFIG, [(1, 0), (1, 3)], [0, 1, 4]),
     "both": mask_heads(CONFIG, [(1, 1)]) | mask_rope(CONFIG, [(1, 0)], range(8)),
+    "mean": mask_heads(CONFIG, [(1, 0), (0, 2)], np.random.default_rng(9).normal(0, 1, (2, 4, 32)).astype(np.float32)),
+    "query": mask_queries(CONFIG, [(1, 0)]),
 }
 
 
@@ -46,14 +48,34 @@ def test_answers_under_many_masks_equal_runs_with_one():
     cases, params = _cases(3), in_float64(LM.params)
     before = _generate._cache_size()
     together = answers(LM, cases, list(MASKS.values()), max_new_tokens=NEW, batch_size=BATCH)
+    assert _generate._cache_size() - before <= 1  # one program served them all
     for mask, texts in zip(MASKS.values(), together, strict=True):
         assert answers(LM, cases, [mask], max_new_tokens=NEW, batch_size=BATCH) == [texts]
         filled = mask.fill(CONFIG)
         masks = {"head_mask": np.asarray(filled.head_mask), "rope_mask": np.asarray(filled.rope_mask)}
+        masks |= {} if filled.head_mean is None else {"head_mean": np.asarray(filled.head_mean)}
         slow = [reference_answer(params, case.tokens, NEW, (tl.EOS,), **masks)[0] for case in cases]
         assert texts == [" ".join(tl.VOCABULARY[i] for i in tokens if i > tl.UNK) for tokens in slow]
     assert len({tuple(texts) for texts in together}) == len(MASKS)  # every mask made a difference
-    assert _generate._cache_size() - before <= 1  # one program served them all
+
+
+def test_the_sites_are_two_programs_whatever_the_masks():
+    cases = _cases(2)
+    at_projection = [mask_rope(CONFIG, [(1, 0)], [pair], site="projection") for pair in (0, 5)]
+    answers(LM, cases, [Interventions()], max_new_tokens=NEW, batch_size=BATCH)
+    before = _generate._cache_size()
+    masks = [Interventions(), at_projection[0], mask_rope(CONFIG, [(1, 0)], [3]), at_projection[1]]
+    together = answers(LM, cases, masks, max_new_tokens=NEW, batch_size=BATCH)
+    assert _generate._cache_size() - before <= 1
+    assert together == [answers(LM, cases, [mask], max_new_tokens=NEW, batch_size=BATCH)[0] for mask in masks]
+
+
+def test_many_masks_are_repeated_for_the_cases_in_parts(monkeypatch):
+    cases, masks = _cases(3), list(MASKS.values())
+    whole = answers(LM, cases, masks, max_new_tokens=NEW, batch_size=BATCH)
+    monkeypatch.setattr(causal, "_MASK_BYTES", 3000)
+    assert len(causal._together(CONFIG, masks, len(cases))) > 3
+    assert answers(LM, cases, masks, max_new_tokens=NEW, batch_size=BATCH) == whole
 
 
 def test_hits_are_whole_words_in_order():
@@ -68,6 +90,17 @@ def test_hits_are_whole_words_in_order():
 
 
 # --- summaries ---
+
+
+def test_a_contrast_is_paired_over_cases_and_pools_draws():
+    conditions = [Condition("none", 0, Interventions()), Condition("retrieval", 0, Interventions())]
+    conditions += [Condition("random", draw, Interventions()) for draw in range(3)]
+    rng = np.random.default_rng(11)
+    outcome_CN = rng.random((5, 50)) < np.array([0.9, 0.3, 0.8, 0.7, 0.9])[:, None]
+    found = causal.contrast(conditions, outcome_CN, {"kind": "retrieval"}, {"kind": "random"})
+    assert found["change"] == stats.paired_bootstrap(outcome_CN[2:].astype(float), outcome_CN[1:2].astype(float))
+    assert found["change"]["value"] == pytest.approx(outcome_CN[2:].mean() - outcome_CN[1].mean())
+    assert found["p_value"] == np.median([stats.mcnemar(outcome_CN[i], outcome_CN[1])["p_value"] for i in (2, 3, 4)])
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +131,10 @@ def test_summary_rows_hold_the_statistics_of_their_outcomes(outcomes):
         assert row["mcnemar"] == stats.mcnemar(untouched, outcome)
         assert row["mcnemar"]["b"] == sum(bool(u and not o) for u, o in zip(untouched, outcome, strict=True))
     assert rows[1]["heads"] == [[1, 2], [0, 3]] and rows[2]["pairs"] == [4, 5]
+    for task in by_task:
+        of_task = [row for row in rows if row["task"] == task]
+        adjusted = stats.benjamini_hochberg([row["mcnemar"]["p_value"] for row in of_task[1:]])
+        assert [row["q"] for row in of_task] == [1.0, *adjusted]
 
 
 def test_mean_over_draws_averages_the_draws_of_one_kind_and_size(outcomes):

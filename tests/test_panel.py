@@ -24,7 +24,8 @@ def _study(effect=UP, p=1e-6):
             {"task": "closed", "kind": "retrieval", "experiment": "zero", "change": number(*ACROSS), "mcnemar": {"p_value": 0.5}}]
     kinds = ("none", "any layer", "layer-matched")
     knockout = {"rows": rows, "contrasts": [_contrast(effect, p, task="needle", kind=kind, experiment="zero") for kind in kinds],
-                "numbers": {f"knockout/{task}/{kind}": around(0.9) for task in ("needle", "closed") for kind in ("none", "retrieval")}}
+                "numbers": {f"knockout/{task}/{kind}": around(0.9) for task in ("needle", "closed") 
+                            for kind in (*kinds, "retrieval")}}  # fmt: skip
     names = ("none", "centre of mass of the windows")
     rope = {"n_pairs": 16, "numbers": {f"rope/needle/{name}": around(0.2) for name in names},
             "contrasts": [_contrast(effect, p, task="needle", site=site, k=k, kind=kind)

@@ -27,7 +27,8 @@ class Measured:
 
     def __post_init__(self):
         if len(self.ids) != len(self.values) or len(set(self.ids)) != len(self.ids):
-            raise ValueError(f"{self.suite} {self.task}: {len(self.values)} values need as many different ids, got {len(self.ids)}")
+            given = f"{len(self.values)} values and {len(set(self.ids))} different ids of {len(self.ids)}"
+            raise ValueError(f"{self.suite} {self.task} has {given}: each value needs its own id")
 
     @property
     def name(self) -> str:

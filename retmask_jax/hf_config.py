@@ -263,13 +263,11 @@ def _activation(name: str) -> str:
 
 
 def write_plain(config: ModelConfig) -> dict[str, Any]:
-    """config.json in Llama's form, for a model made here; what that form cannot say is lost, see `families.to_hf`."""
+    """What all families share of config.json, for a model made here; the rest is added by `families.to_hf`."""
     rope = config.rope
     scaling = {name: getattr(rope, field) for name, field in _FIELDS[rope.kind].items()}
     scaling = {name: list(value) if isinstance(value, tuple) else value for name, value in scaling.items()}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.mlp_size,
@@ -284,9 +282,15 @@ def write_plain(config: ModelConfig) -> dict[str, Any]:
         "rope_theta": rope.theta,
         "rope_scaling": None if rope.kind == "default" else {"rope_type": rope.kind} | scaling,
         "attention_bias": False,
-        "mlp_bias": False,
         "bos_token_id": config.bos_id,
         "eos_token_id": list(config.eos_ids),
         "pad_token_id": config.pad_id,
         "torch_dtype": "float32",
     }
+
+
+def write_windows(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `layer_windows`."""
+    names = {ours: name for name, ours in _KINDS.items()}
+    kinds = [names[config.layer_pattern[i % len(config.layer_pattern)]] for i in range(config.n_layers)]
+    return {"layer_types": kinds, "sliding_window": config.window}

@@ -15,8 +15,8 @@ from retmask_jax.hf_config import (
     layer_windows,
     one_window,
     read_ropes,
+    write_layers,
     write_plain,
-    write_windows,
 )
 from retmask_jax.model.config import ModelConfig, shortest_pattern
 
@@ -45,10 +45,13 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The HF config of a model made here, of the first family below that can express the model; ValueError if
-    none can."""
-    lost = {name: _lost(config, hf) for name, hf in _forms(config).items()}
-    for name, hf in _forms(config).items():
+    """The HF config of a model made here, in the form of the first of a few families that can express it; ValueError
+    if none can."""
+    lost = {}
+    for name, own in _forms(config).items():
+        hf = {"model_type": name} | write_plain(config) | own
+        # Where only part of a head rotates, the RoPE settings would not even be read again.
+        lost[name] = ["rotary_dim"] if config.rotary_dim is not None else _differing(config, from_hf(hf))
         if not lost[name]:
             return hf
     cannot = "; ".join(f"{name}'s form, which cannot say {fields}" for name, fields in lost.items())
@@ -56,18 +59,12 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _forms(config: ModelConfig) -> dict[str, dict[str, Any]]:
-    forms = {
+    """What is added to the plain form in each family that models made here are written in."""
+    return {
         "llama": {"architectures": ["LlamaForCausalLM"], "mlp_bias": False},
         "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
-        "olmo3": {"architectures": ["Olmo3ForCausalLM"]} | write_windows(config),
+        "olmo3": {"architectures": ["Olmo3ForCausalLM"]} | write_layers(config),
     }
-    return {name: {"model_type": name} | write_plain(config) | own for name, own in forms.items()}
-
-
-def _lost(config: ModelConfig, hf: Mapping[str, Any]) -> list[str]:
-    """Fields of the config that an HF config does not say."""
-    # Where only part of a head rotates, the RoPE settings would not even be read again.
-    return ["rotary_dim"] if config.rotary_dim is not None else _differing(config, from_hf(hf))
 
 
 def _differing(a: ModelConfig, b: ModelConfig) -> list[str]:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from retmask_jax import recipes
 from retmask_jax.families import from_hf, to_hf
@@ -89,6 +90,6 @@ def _short_recipe(keep_every: int):
     recipe.stages = recipe.stages[0], recipe.stages[-1]
     for stage in recipe.stages:
         stage.phases = stage.phases[:1]
-        mix = {"needle": 0.0, "repeats": 1.0, "plain": 0.0}
-        stage.phases[0].update(steps=3, length=20, batch=2, mix=mix)
+        stage.phases[0].update(steps=3, length=20, batch=2)
+        stage.phases[0].mix = ConfigDict({"needle": 0.0, "repeats": 1.0, "plain": 0.0})
     return recipe

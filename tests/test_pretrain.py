@@ -93,3 +93,13 @@ def _short_recipe(keep_every: int):
         stage.phases[0].update(steps=3, length=20, batch=2)
         stage.phases[0].mix = ConfigDict({"needle": 0.0, "repeats": 1.0, "plain": 0.0})
     return recipe
+
+
+def test_the_recipes_ask_the_same_of_all_models_and_teach_them_the_same():
+    first, *others = map(recipes.load_recipe, FAMILIES)
+    for other in others:
+        assert recipes.as_json(other.tasks) == recipes.as_json(first.tasks)
+        ours, theirs = (recipes.as_json(config.pretrain) for config in (first, other))
+        assert ours.pop("model") != theirs.pop("model") and ours == theirs
+    longest = max(max(task.lengths, default=0) for task in first.tasks.values())
+    assert longest + 8 <= first.pretrain.model.max_length

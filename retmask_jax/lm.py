@@ -103,7 +103,8 @@ def save(lm: LanguageModel, folder: str | os.PathLike, interventions: Interventi
 
 
 def from_params(config: ModelConfig, params, tokenizer=None) -> LanguageModel:
-    """A LanguageModel around parameters made here; `save` writes it in Llama's format, where that can express it."""
+    """A LanguageModel around parameters made here; `save` writes it in the format of a family that can express
+    it, see `families.to_hf`."""
     return LanguageModel(config, params, tokenizer, weights.Source(None, {}))
 
 

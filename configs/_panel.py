@@ -5,18 +5,25 @@ models that learned the same language, and the same facts, by the same stages.
 """
 
 from ml_collections import ConfigDict
-from retmask_jax.configs import tiny
+from retmask_jax.configs import tiny, tiny_study
 
 
 def member(name: str, **architecture) -> ConfigDict:
     """The tiny recipe for a model trained on up to 256 tokens; architecture: fields of its ModelConfig."""
-    config = tiny.get_config()
+    config = tiny_study.study(tiny.get_config())
     config.model = f"runs/{name}-0/tiny"
     lengths = {"detect": (96, 160, 224), "needle short": (128,), "needle long": (320,), "context short": (128,),
                "context long": (256,), "niah": (64, 128, 192, 256, 320)}  # fmt: skip
     for task, values in lengths.items():
         config.tasks[task].lengths = values
     config.tasks["needle long"].distractors = 7
+    config.rope.pairs = ()  # an eighth, a quarter and a half: heads differ in width
+    config.train.arms = ("retmask",)
+    config.eval.grids = ()
+    config.headlines = tuple(name for name in config.headlines if not name.startswith("rope/")) + (
+        "rope/needle short/highest minus lowest quarter", "rope/needle short/centre of mass of the windows",
+        "eval/context long/start", "eval/context long/retmask minus start",
+    )  # fmt: skip
     config.pretrain.model.max_length = 512
     config.pretrain.model.update(architecture)
     config.pretrain.keep_every = 100

@@ -16,4 +16,4 @@ from retmask_jax.configs import _panel
 
 
 def get_config() -> ConfigDict:
-    return _panel.member("panel_llama")
+    return _panel.member("panel_llama", contradictions=0.2)

@@ -83,7 +83,9 @@ def _gain(name: str, root: Path, number: str) -> dict[str, Any]:
 
 
 def _names(sources: Sequence[Path]) -> list[str]:
-    """The last part of each path, or the whole where that would be of two."""
-    short = [source.resolve().name if source.is_dir() else source.stem for source in sources]
-    count = Counter(short)
-    return [name if count[name] == 1 else str(source) for name, source in zip(short, sources, strict=True)]
+    """What tells the paths apart: the last part that is not the same in all, or the whole where that would be of two."""
+    parts = [(source.resolve() if source.is_dir() else source.with_suffix("")).parts for source in sources]
+    while len(parts) > 1 and len({path[-1] for path in parts}) == 1 and all(len(path) > 1 for path in parts):
+        parts = [path[:-1] for path in parts]
+    count = Counter(path[-1] for path in parts)
+    return [path[-1] if count[path[-1]] == 1 else str(source) for path, source in zip(parts, sources, strict=True)]

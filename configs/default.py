@@ -42,12 +42,24 @@ def get_config() -> ConfigDict:
     config.knockout.draws = 5  # random control sets of each kind: one draw can mislead
     config.knockout.activity_windows = 16  # texts on which the activity of a head is measured
     config.knockout.seed = 0
+    config.knockout.modes = ("zero",)  # what a masked head writes: zero, its mean over text, or query (the mean of all keys)
+    config.knockout.mode_draws = 2  # random sets of each kind in the modes behind the first, and in curves
+    config.knockout.curve = ()  # numbers of heads, best first, or (floats) shares of the retrieval heads; on the first task
+    config.knockout.minimal = None  # search the smallest set that lowers recall to this share of the untouched model's
 
     config.rope = ConfigDict()
     config.rope.tasks = ()
     config.rope.pairs = ()  # numbers of rotary pairs; empty: an eighth, a quarter and a half of them
     config.rope.draws = 3
     config.rope.seed = 0
+    config.rope.sites = ("rotary",)  # also projection: zeroed in q_proj and k_proj, as arXiv 2606.21249 did
+    config.rope.utility = False  # also the pairs that each head's query projection writes least and most
+    config.rope.windows = 0  # parts of the spectrum that are taken out in turn; arXiv 2606.21249 has 8
+    config.rope.coverage = ()  # shares of the retrieval heads, best first, that lose pairs
+    config.rope.patches = False  # also out of one retrieval head at a time
+    config.rope.patch_pairs = None  # pairs taken out for coverage and patches; None: an eighth, as arXiv 2606.21249
+    config.rope.matched = 0  # sets of other pairs that carry as much of the variance of q.k, for each number of pairs
+    config.rope.text = False  # also what it costs plain text
 
     # Contrastive responses: RetMask samples at temperature 0.6, top_p 1, up to 2048 tokens.
     config.pairs = ConfigDict()
@@ -108,6 +120,37 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.tasks = ()
     config.eval.grids = ()  # tasks shown as heat maps over length and depth
+
+    # The causal study (`retmask study`): further stages beside detect, knockout and rope.
+    config.detectors = ConfigDict()
+    # All that there are; their units differ, so they are compared by order and by their best heads.
+    config.detectors.names = (
+        "copy", "copy_forced", "copy_position", "argmax", "mass", "query_focused", "logit", "gradient",
+    )  # fmt: skip
+    config.detectors.cases = None  # of detect.task, spread evenly; None: all, and copy is not decoded again
+    config.detectors.top_k = None  # heads compared and masked of each detector; None: as many as detect found
+    config.detectors.null_query = "N/A"  # of query_focused, as QRHead has it: a question that asks for nothing
+    config.detectors.seeds = ()  # of detect.task, beside its own: how far a detector repeats on other cases
+    config.detectors.seed_names = ("copy_position", "mass")  # detectors run on these: cheap, they read each case once
+
+    config.utility = ConfigDict()
+    config.utility.permutations = 10_000  # of heads within layers: p-values down to 1e-4
+    config.utility.resamples = 10_000  # of layers
+    config.utility.seed = 0
+
+    config.theta = ConfigDict()
+    config.theta.factors = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the RoPE base; each is a program of its own to compile
+    config.theta.tasks = ()  # empty: the first of knockout.tasks
+    config.theta.cases = 60  # of detect.task, spread evenly, on which heads are counted at each base; None: all
+    config.theta.detector = "copy"  # the score that detect.threshold is made for
+
+    # Training dynamics: folders, globs of folders (runs/x/step_*) or owner/name@revision; empty: left out.
+    config.dynamics = ConfigDict()
+    config.dynamics.checkpoints = ()
+    config.dynamics.detector = "copy_position"  # reads the gold answer: early checkpoints answer nothing right
+    config.dynamics.threshold = None  # None: detect.threshold, or 0.1 where heads are chosen by top_k
+    config.dynamics.cases = None  # of detect.task, spread evenly; None: all
+    config.dynamics.task = None  # recall with and without the best heads; None: the first of knockout.tasks
 
     # Loss on plain text: what a mask or a training costs in general.
     config.text = ConfigDict()

@@ -89,19 +89,20 @@ def _pretrain() -> ConfigDict:
     rare, some = 0.006, 0.3
     recipe = ConfigDict()
     recipe.seed = 0
+    recipe.keep_every = 0  # steps between models kept along the way; 0: none
     recipe.model = ConfigDict({
         "hidden_size": 128, "mlp_size": 256, "n_heads": 8, "n_kv_heads": 4, "head_dim": 32, "max_length": 1024,
         "rope_theta": 1e4,
     })  # fmt: skip
     recipe.stages = (
-        _stage(2, 4, 4e-3, [_phase(330, 72, 64, learn, needles=2)]),
-        _stage(2, 4, 4e-3, [_phase(280, 72, 64, use, needles=2)]),
-        _stage(4, 8, 3e-3, [
-            _phase(120, 128, 32, broad, needles=4, questions=2, counterfactual=rare),
-            _phase(150, 256, 16, broad, needles=8, questions=4, counterfactual=rare, drop=0.1),
-            _phase(220, 512, 8, broad, needles=12, questions=6, counterfactual=rare, drop=0.1),
+        stage(2, 4, 4e-3, [phase(330, 72, 64, learn, needles=2)]),
+        stage(2, 4, 4e-3, [phase(280, 72, 64, use, needles=2)]),
+        stage(4, 8, 3e-3, [
+            phase(120, 128, 32, broad, needles=4, questions=2, counterfactual=rare),
+            phase(150, 256, 16, broad, needles=8, questions=4, counterfactual=rare, drop=0.1),
+            phase(220, 512, 8, broad, needles=12, questions=6, counterfactual=rare, drop=0.1),
         ]),
-        _stage(4, 8, 5e-4, [_phase(140, 512, 8, settle, needles=12, questions=6, counterfactual=some, drop=0.3)]),
+        stage(4, 8, 5e-4, [phase(140, 512, 8, settle, needles=12, questions=6, counterfactual=some, drop=0.3)]),
     )  # fmt: skip
     recipe.data = ConfigDict({
         "seeds": {"detect": 101, "test": 102}, "facts_seed": 103, "prompts_seed": 104,
@@ -110,12 +111,12 @@ def _pretrain() -> ConfigDict:
     return recipe
 
 
-def _stage(layers: int, active_heads: int, lr: float, phases) -> ConfigDict:
+def stage(layers: int, active_heads: int, lr: float, phases) -> ConfigDict:
     """One optimiser run: a model of so many layers, of whose heads the first ones take part."""
     return ConfigDict({"layers": layers, "active_heads": active_heads, "lr": lr, "phases": tuple(phases)})
 
 
-def _phase(steps, length, batch, mix, *, needles, questions=1, counterfactual=0.0, drop=0.0) -> ConfigDict:
+def phase(steps, length, batch, mix, *, needles, questions=1, counterfactual=0.0, drop=0.0) -> ConfigDict:
     """Steps on batches of one shape; each head is dropped with probability `drop` per row."""
     mix = mix | {
         "most_needles": needles, "questions": questions, "counterfactual": counterfactual,

@@ -12,6 +12,7 @@ _HOME = {
     "load": "lm", "save": "lm", "LanguageModel": "lm", "from_params": "lm",
     "forward": "model.transformer", "ModelConfig": "model.config",
     "Interventions": "model.interventions", "mask_heads": "model.interventions", "mask_rope": "model.interventions",
+    "mask_queries": "model.interventions",
     "random_heads": "model.interventions", "rope_pairs": "model.interventions", "stack": "model.interventions",
     "HeadScores": "head_scores", "profile": "head_profile",
     "sequence_logprobs": "sequence", "dpo_loss": "dpo",

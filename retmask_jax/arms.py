@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from retmask_jax import causal, endpoints, pairs, stats
+from retmask_jax import endpoints, pairs, stats
 from retmask_jax.context import Context
 from retmask_jax.data.prompts import read_prompts
 from retmask_jax.files import write_jsonl
 from retmask_jax.hosts import primary, wait_for_all
+from retmask_jax.knockout import activity_matched
 from retmask_jax.model.interventions import mask_heads, random_heads
 from retmask_jax.pairs import Question, Variant
 from retmask_jax.records import Records
@@ -70,7 +71,7 @@ def _arm_heads(context: Context, seed: int) -> dict[str, list]:
         "random": lambda: random_heads(config, n=len(heads), seed=seed),
         "any_layer": lambda: random_heads(config, n=len(heads), exclude=heads, seed=seed),
         "layer_matched": lambda: random_heads(config, like=heads, seed=seed),
-        "activity_matched": lambda: causal.activity_matched(heads, activity_LH, seed=seed),
+        "activity_matched": lambda: activity_matched(heads, activity_LH, seed=seed),
     }
     return {arm: choose() for arm, choose in choices.items() if arm in wanted}
 

@@ -1,54 +1,61 @@
-"""Causal experiments: answers under many masks in one compiled program, knock-out and rotary dose-response."""
+"""Causal experiments: answers under many masks in one compiled program, and what they come to."""
 
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 from retmask_jax import stats
-from retmask_jax.generate import generate_many, pad_rows
+from retmask_jax.generate import generate_many
 from retmask_jax.haystack import Case
-from retmask_jax.hosts import to_host
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import (
-    Head,
-    Interventions,
-    all_heads,
-    mask_heads,
-    mask_rope,
-    random_heads,
-    rope_pairs,
-    stack,
-)
-from retmask_jax.sequence import token_logprobs
+from retmask_jax.model.interventions import Head, Interventions, stack
 
-IDLE = 0.1  # a head whose masking moves the text less than this share of what the most active one does is called idle
+_MASK_BYTES = 2**30  # of masks repeated for each case, at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """One mask of an experiment: its kind ("retrieval", "layer-matched", ...), the draw, and what is masked."""
+    """One mask of an experiment: its kind ("retrieval", "layer-matched", ...), the draw, and what is masked.
+
+    k: rotary pairs that each head loses, where they are not the same `pairs` for all (None: as many as those).
+    """
 
     kind: str
     draw: int
     interventions: Interventions
     heads: tuple[Head, ...] = ()
     pairs: tuple[int, ...] = ()
+    experiment: str = ""
+    k: int | None = None
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.pairs) if self.k is None else self.k
+
+    @property
+    def site(self) -> str:
+        return self.interventions.rope_site
 
 
 def answers(lm: LanguageModel, cases: Sequence[Case], masks: Sequence[Interventions], *, max_new_tokens: int,
             batch_size: int, what: str = "answer") -> list[list[str]]:  # fmt: skip
-    """Greedy answers [mask][case]: the cases under every mask are rows of the same compiled program."""
-    rows = [i for i in range(len(masks)) for _ in cases]
-    filled = stack([mask.fill(lm.config) for mask in masks])
-    per_row = filled.replace(head_mask=filled.head_mask[np.array(rows)], rope_mask=filled.rope_mask[np.array(rows)])
-    prompts = [case.tokens for case in cases] * len(masks)
-    results = generate_many(lm.config, lm.params, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens,
-                            interventions=per_row, what=what)  # fmt: skip
-    texts = lm.tokenizer.batch_decode([result.tokens for result in results], skip_special_tokens=True)
-    return [texts[i * len(cases) : (i + 1) * len(cases)] for i in range(len(masks))]
+    """Greedy answers [mask][case]: the cases under every mask are rows of the same compiled program, one for each rotary
+    site."""
+    prompts = [case.tokens for case in cases]
+    texts: list[list[str]] = [[] for _ in masks]
+    for some in _together(lm.config, masks, len(cases)):
+        filled = jax.tree.map(np.asarray, stack([masks[i].fill(lm.config) for i in some]))
+        per_row = jax.tree.map(lambda x: np.repeat(x, len(cases), axis=0), filled)
+        results = generate_many(lm.config, lm.params, prompts * len(some), batch_size=batch_size,
+                                max_new_tokens=max_new_tokens, interventions=per_row, what=what)  # fmt: skip
+        said = lm.tokenizer.batch_decode([result.tokens for result in results], skip_special_tokens=True)
+        for place, i in enumerate(some):
+            texts[i] = said[place * len(cases) : (place + 1) * len(cases)]
+    return texts
 
 
 def hits(texts: Sequence[str], cases: Sequence[Case], field: str = "answer") -> np.ndarray:
@@ -57,100 +64,67 @@ def hits(texts: Sequence[str], cases: Sequence[Case], field: str = "answer") -> 
     return np.array([f" {part} " in f" {_words(text)} " for part, text in zip(wanted, texts, strict=True)])
 
 
-def knockout_conditions(config: ModelConfig, heads: Sequence[Head], activity_LH, *, draws: int,
-                        seed: int = 0) -> list[Condition]:  # fmt: skip
-    """The untouched model, the retrieval heads masked, and `draws` each of three kinds of random non-retrieval heads:
-    of any layer, of the same layers, and of similar activity (see `activity`)."""
-    controls = {
-        "any layer": lambda s: random_heads(config, n=len(heads), exclude=heads, seed=s),
-        "layer-matched": lambda s: random_heads(config, like=heads, seed=s),
-        "activity-matched": lambda s: activity_matched(heads, activity_LH, seed=s),
-    }
-    conditions = [
-        Condition("none", 0, Interventions()),
-        Condition("retrieval", 0, mask_heads(config, heads), tuple(heads)),
-    ]
-    for kind, choose in controls.items():
-        for draw in range(draws):
-            chosen = choose(seed + draw)
-            conditions.append(Condition(kind, draw, mask_heads(config, chosen), tuple(chosen)))
-    return conditions
-
-
-def rope_conditions(config: ModelConfig, heads: Sequence[Head], ks: Sequence[int], *, draws: int,
-                    seed: int = 0) -> list[Condition]:  # fmt: skip
-    """Rotary pairs out of the retrieval heads: the k lowest and highest by frequency and `draws` random choices, for
-    each k; and the k lowest out of layer-matched control heads."""
-    control = random_heads(config, like=heads, seed=seed)
-    conditions = [Condition("none", 0, Interventions())]
-
-    def add(kind, draw, chosen, pairs):
-        conditions.append(Condition(kind, draw, mask_rope(config, chosen, pairs), tuple(chosen), tuple(pairs)))
-
-    for k in ks:
-        add("lowest", 0, heads, rope_pairs(config, k, "low"))
-        add("highest", 0, heads, rope_pairs(config, k, "high"))
-        add("control heads, lowest", 0, control, rope_pairs(config, k, "low"))
-        for draw in range(draws):
-            add("random", draw, heads, rope_pairs(config, k, "random", seed=seed + draw))
-    return conditions
-
-
-def activity(lm: LanguageModel, rows: Sequence[Sequence[int]], *, batch_size: int) -> np.ndarray:
-    """f32[L,H]: mean absolute change of the log-probability of a token of text when one head alone is masked."""
-    config = lm.config
-    tokens_BT, lengths_B = pad_rows(rows, config.pad_id)
-    real_BT = np.arange(1, tokens_BT.shape[1]) < lengths_B[:, None]
-    masks = [Interventions(), *(mask_heads(config, [head]) for head in all_heads(config))]
-    logps = []
-    for mask in masks:  # one shape, one program
-        parts = [
-            to_host(token_logprobs(config, lm.params, tokens_BT[i : i + batch_size], interventions=mask))
-            for i in range(0, len(tokens_BT), batch_size)
-        ]
-        logps.append(np.concatenate(parts)[real_BT])
-    change = np.abs(np.stack(logps[1:]) - logps[0]).mean(axis=1)
-    return change.reshape(config.n_layers, config.n_heads).astype(np.float32)
-
-
-def activity_matched(heads: Sequence[Head], activity_LH, seed: int = 0, nearest: int = 3) -> list[Head]:
-    """For each head one outside `heads`, drawn from the `nearest` by ratio of activity that are not taken yet."""
-    rng = np.random.default_rng(seed)
-    log_activity = np.log(np.asarray(activity_LH, np.float64) + 1e-9)
-    heads = [tuple(head) for head in heads]
-    free = [index for index in np.ndindex(log_activity.shape) if index not in set(heads)]
-    if len(free) < len(heads):
-        raise ValueError(f"{len(heads)} control heads are wanted, the model has only {len(free)} others")
-    chosen = []
-    for head in heads:
-        free.sort(key=lambda other: abs(log_activity[other] - log_activity[head]))
-        chosen.append(free.pop(int(rng.integers(min(nearest, len(free))))))
-    return sorted(chosen)
-
-
 def summarise(conditions: Sequence[Condition], outcomes: Mapping[str, np.ndarray]) -> list[dict]:
     """One row per condition and task: value with its interval, and the paired test against the untouched model.
 
-    outcomes: task -> bool[conditions, cases]; the first condition is the untouched model.
+    outcomes: task -> bool[conditions, cases]; the first condition is the untouched model. q: p-values of a task adjusted
+    for the false discovery rate over its conditions (Benjamini-Hochberg).
     """
     rows = []
     for task, outcome_CN in outcomes.items():
-        for condition, outcome in zip(conditions, outcome_CN, strict=True):
+        tests = [stats.mcnemar(outcome_CN[0], outcome) for outcome in outcome_CN]
+        p_values = [test["p_value"] for test in tests[1:]]
+        adjusted = [1.0, *(stats.benjamini_hochberg(p_values).tolist() if p_values else [])]
+        for condition, outcome, test, q in zip(conditions, outcome_CN, tests, adjusted, strict=True):
             rows.append({
-                "task": task, "kind": condition.kind, "draw": condition.draw, "k": len(condition.pairs),
+                "task": task, "experiment": condition.experiment, "kind": condition.kind, "draw": condition.draw,
+                "k": condition.n_pairs, "site": condition.site,
                 "heads": [list(head) for head in condition.heads], "pairs": list(condition.pairs),
-                **stats.proportion(outcome),
-                "change": stats.paired_bootstrap(outcome, outcome_CN[0]),
-                "mcnemar": stats.mcnemar(outcome_CN[0], outcome),
+                **stats.proportion(outcome), "change": stats.paired_bootstrap(outcome, outcome_CN[0]),
+                "mcnemar": test, "q": q,
             })  # fmt: skip
     return rows
 
 
-def mean_over_draws(conditions: Sequence[Condition], outcome_CN, kind: str, k: int | None = None) -> dict:
-    """Mean outcome over the draws of a kind (and number of pairs k), with its interval over cases."""
-    chosen = [i for i, c in enumerate(conditions) if c.kind == kind and (k is None or len(c.pairs) == k)]
+def mean_over_draws(conditions: Sequence[Condition], outcome_CN, kind: str, k: int | None = None, **wanted) -> dict:
+    """Mean outcome over the draws of a kind (and number of pairs k), with its interval over cases.
+
+    wanted: other attributes of the conditions that are meant, such as experiment="dose".
+    """
+    chosen = [i for i, c in enumerate(conditions) if c.kind == kind and (k is None or c.n_pairs == k)
+              and all(getattr(c, name) == value for name, value in wanted.items())]  # fmt: skip
     outcomes = np.asarray(outcome_CN)[chosen]
     return stats.proportion(outcomes[0]) if len(chosen) == 1 else stats.bootstrap_mean(outcomes.mean(axis=0))
+
+
+def contrast(conditions: Sequence[Condition], outcome_CN, ours: Mapping, others: Mapping) -> dict:
+    """How much more cases two sorts of conditions get right, others less ours, paired by case: {"change": interval over
+    cases of the difference, draws averaged; "p_value": of McNemar's exact test, median over the pairs of draws}.
+
+    ours, others: the attributes that say which conditions are meant, such as {"kind": "random", "n_pairs": 4}.
+    """
+    sides = [
+        [outcome for c, outcome in zip(conditions, outcome_CN, strict=True)
+         if all(getattr(c, name) == value for name, value in wanted.items())]
+        for wanted in (others, ours)
+    ]  # fmt: skip
+    tests = [stats.mcnemar(a, b)["p_value"] for a in sides[0] for b in sides[1]]
+    change = stats.paired_bootstrap(*(np.stack(side).astype(float) for side in sides))
+    return {"change": change, "p_value": float(np.median(tests))}
+
+
+def _together(config: ModelConfig, masks: Sequence[Interventions], n_cases: int) -> list[list[int]]:
+    """Indices of masks of one rotary site, as many at a time as may be repeated for each case in memory."""
+    by_site: dict[str, list[int]] = {}
+    for i, mask in enumerate(masks):
+        by_site.setdefault(mask.rope_site, []).append(i)
+    at_once = max(1, _MASK_BYTES // (n_cases * _bytes_of_a_mask(config, masks)))
+    return [some[i : i + at_once] for some in by_site.values() for i in range(0, len(some), at_once)]
+
+
+def _bytes_of_a_mask(config: ModelConfig, masks: Sequence[Interventions]) -> int:
+    width = 1 + config.n_pairs + (4 * config.head_dim if any(mask.head_mean is not None for mask in masks) else 0)
+    return config.n_layers * config.n_heads * width
 
 
 def _words(text: str) -> str:

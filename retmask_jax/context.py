@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,12 @@ class Context:
         """A model as the config wants it: dtype, mesh, kernel."""
         return load(path, self.config.dtype, self.mesh, **options).with_kernel(self.config.kernel)
 
+    def of(self, lm: LanguageModel) -> "Context":
+        """The same for another model, with its own tokenizer."""
+        other = dataclasses.replace(self)
+        other.__dict__["lm"] = lm
+        return other
+
     def release_params(self):
         """The model's parameters, which this context then no longer holds; it loads them again when asked."""
         params = self.lm.params
@@ -58,8 +65,10 @@ class Context:
         """A data file of the config; "bundled/..." is in the package."""
         return BUNDLED.parent / "data" / name.removeprefix("bundled/") if name.startswith("bundled/") else Path(name)
 
-    def cases(self, task: str):
-        return task_cases(self.prompter, self.config.tasks[task], self.resolve)
+    def cases(self, task: str, **changes):
+        """The cases of a task, other settings of which may be changed, such as its seed."""
+        section = SimpleNamespace(**self.config.tasks[task].to_dict() | changes)
+        return task_cases(self.prompter, section, self.resolve)
 
     def heads(self) -> list[tuple[int, int]]:
         return [tuple(head) for head in self.workdir.result("detect")["heads"]]
@@ -88,4 +97,9 @@ class Context:
         return {"model": str(config.model), "weights": self.model_fingerprint(), "files": prints, "seed": config.seed}
 
     def model_fingerprint(self) -> str:
+        return self._model_fingerprint
+
+    @functools.cached_property
+    def _model_fingerprint(self) -> str:
+        """Kept, so that a stage which has released the model need not load it again to tell."""
         return fingerprint(self.lm.source.folder)

@@ -32,6 +32,14 @@ COUNTED = "counted"
 READ_CHUNK = 256  # tokens at once behind a shared beginning: little is wasted where continuations differ in length
 
 
+class NoCaseCounts(ValueError):
+    """No detection case counts, so no head has a score. outcomes: why not, per case."""
+
+    def __init__(self, message: str, outcomes: Sequence[str]):
+        super().__init__(message)
+        self.outcomes = list(outcomes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Detection:
     """scores: of the counted cases. answers and outcomes: per case, the model's answer (where a detector reads the gold
@@ -55,7 +63,7 @@ def detect(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50
     EOS or a newline. read: where a first batch answers with the needle's words, read the others' in one pass each
     (`read_answers`) and decode only where the model says something else; the result is the same. released=True
     repeats the published detector: it never stops before max_new_tokens and adds up repeated copies, so that scores
-    can exceed 1. Raises ValueError if no case counts.
+    can exceed 1. Raises NoCaseCounts, a ValueError, if no case counts.
     """
     results = _greedy(lm, cases, max_new_tokens, batch_size, released, read)
     return score_answers(lm, cases, results, max_new_tokens=max_new_tokens, released=released)
@@ -78,12 +86,13 @@ def score_answers(lm: LanguageModel, cases: Sequence[Case], results: Sequence[tu
 
 
 def collect(per_case: Sequence[np.ndarray], answers: list[str], outcomes: list[str]) -> Detection:
-    """The Detection of scores f32[L,H], one for each outcome that says counted; ValueError if none does."""
+    """The Detection of scores f32[L,H], one for each outcome that says counted; NoCaseCounts if none does."""
     reasons = dict(collections.Counter(outcomes))
     if not per_case:
-        raise ValueError(
+        raise NoCaseCounts(
             f"none of {len(outcomes)} detection cases counts: {reasons}; "
-            "check the chat template and the lengths, or give max_new_tokens room"
+            "check the chat template and the lengths, or give max_new_tokens room",
+            outcomes,
         )
     log.info("%d of %d cases counted: %s", len(per_case), len(outcomes), reasons)
     return Detection(HeadScores(np.stack(per_case, axis=-1)), answers, outcomes)

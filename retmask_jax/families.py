@@ -8,7 +8,16 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from retmask_jax.hf_config import Reader, common, every_nth_full, layer_windows, one_window, read_ropes, write_plain
+from retmask_jax.hf_config import (
+    Reader,
+    common,
+    every_nth_full,
+    layer_windows,
+    one_window,
+    read_ropes,
+    write_layers,
+    write_plain,
+)
 from retmask_jax.model.config import ModelConfig, shortest_pattern
 
 
@@ -36,13 +45,26 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The HF config of a model made here; ValueError if the plain form it is written in cannot express the model."""
-    hf = write_plain(config)
-    # Where only part of a head rotates, the RoPE settings would not even be read again.
-    lost = ["rotary_dim"] if config.rotary_dim is not None else _differing(config, from_hf(hf))
-    if lost:
-        raise ValueError(f"a model made here is written in {hf['model_type']}'s form, which cannot say {lost}")
-    return hf
+    """The HF config of a model made here, in the form of the first of a few families that can express it; ValueError
+    if none can."""
+    lost = {}
+    for name, own in _forms(config).items():
+        hf = {"model_type": name} | write_plain(config) | own
+        # Where only part of a head rotates, the RoPE settings would not even be read again.
+        lost[name] = ["rotary_dim"] if config.rotary_dim is not None else _differing(config, from_hf(hf))
+        if not lost[name]:
+            return hf
+    cannot = "; ".join(f"{name}'s form, which cannot say {fields}" for name, fields in lost.items())
+    raise ValueError(f"a model made here is written in {cannot}")
+
+
+def _forms(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """What is added to the plain form in each family that models made here are written in."""
+    return {
+        "llama": {"architectures": ["LlamaForCausalLM"], "mlp_bias": False},
+        "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
+        "olmo3": {"architectures": ["Olmo3ForCausalLM"]} | write_layers(config),
+    }
 
 
 def _differing(a: ModelConfig, b: ModelConfig) -> list[str]:

@@ -15,9 +15,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from retmask_jax import page
 from retmask_jax.page import signed
+from retmask_jax.panels import WIDTH
+from retmask_jax.panels import colormap as _colormap
+from retmask_jax.panels import interval as _interval
+from retmask_jax.panels import note as _note
+from retmask_jax.panels import panel as _panel
+from retmask_jax.panels import rows as _rows
 
-WIDTH = 3.6  # inches
 LARGE = 60_000  # characters of SVG above which a PNG is tried
 
 # Okabe-Ito. A kind of mask and the arm whose rejected answers come from it share a colour.
@@ -25,7 +31,8 @@ _COLOURS = {
     "none": "#666666", "start": "#666666", "retrieval": "#D55E00", "retmask": "#D55E00", "any layer": "#56B4E9",
     "layer matched": "#0072B2", "activity matched": "#009E73", "no fact": "#CC79A7", "sft filtered": "#E69F00",
     "sft unfiltered": "#000000", "lowest": "#E69F00", "highest": "#CC79A7", "random": "#56B4E9",
-    "control heads, lowest": "#0072B2",
+    "control heads, lowest": "#0072B2", "matched": "#009E73", "low utility": "#999999", "high utility": "#000000",
+    "lowest scoring": "#CC79A7",
 }  # fmt: skip
 _STYLE = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "figure.titlesize": 9.5,
@@ -37,7 +44,8 @@ _MARKERS = "os^Dv"
 
 def colour(name: str) -> str:
     """The colour of a kind of mask or an arm, the same in every figure."""
-    return _COLOURS.get(re.sub("[-_]", " ", name), "#000000")
+    name = re.sub("[-_]", " ", name)
+    return _COLOURS.get(name) or _COLOURS.get(name.split(", ")[0], "#000000")
 
 
 @contextlib.contextmanager
@@ -67,6 +75,14 @@ def inline(figure, alt: str) -> str:
     width = round(96 * figure.get_figwidth())
     image = f'<img width="{width}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
     return min(svg, image, key=len)
+
+
+def drawn(panels: Mapping[str, object], caption: str) -> str:
+    """Figures side by side over a caption, as HTML; nothing where there are none.
+
+    panels: name, for who cannot see it, to figure.
+    """
+    return page.figure([inline(figure, name) for name, figure in panels.items()], caption) if panels else ""
 
 
 # --- heads ---
@@ -319,46 +335,3 @@ def niah(title: str, cells: Sequence[Mapping]):
     ax.set(xlabel="length (tokens)", ylabel="depth")
     figure.colorbar(image, ax=ax, label="recall", pad=0.02, fraction=0.06)
     return figure
-
-
-def _panel(title: str, height: float = 2.6, width: float = WIDTH):
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08)  # inches; a row's name may be a little wider than measured
-    ax = figure.subplots()
-    figure.suptitle(textwrap.fill(title, round(11 * width)), x=0.02, ha="left")
-    return figure, ax
-
-
-def _colormap():
-    """Perceptually uniform, and read alike with any colour vision."""
-    import matplotlib
-
-    return matplotlib.colormaps["cividis"]
-
-
-def _interval(ax, number: Mapping, at: float, shade: str, marker: str = "o", vertical: bool = False) -> None:
-    """A number at a place of the other axis, with a whisker from low to high where it has one."""
-    (point,) = ax.plot(*_xy([number["value"]], [at], vertical), marker, color=shade)
-    point.set_zorder(3)
-    if number["low"] is not None:
-        ax.plot(*_xy([number["low"], number["high"]], [at, at], vertical), color=shade, linewidth=1.2)
-
-
-def _xy(values, places, vertical: bool):
-    return (places, values) if vertical else (values, places)
-
-
-def _note(ax, y: float, text: str) -> None:
-    """A value in the right margin."""
-    ax.annotate(text, (1, y), (4, 0), ax.get_yaxis_transform(), "offset points", va="center", fontsize=8,
-                annotation_clip=False)  # fmt: skip
-
-
-def _rows(ax, labels: Sequence[str], xlabel: str) -> None:
-    """Names of the rows, first on top."""
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set_ylim(len(labels) - 0.4, -0.6)
-    ax.tick_params(axis="y", length=0)
-    ax.set_xlabel(xlabel)

@@ -7,6 +7,7 @@ from typing import Any
 
 from retmask_jax.head_profile import Scored
 from retmask_jax.head_scores import HeadScores
+from retmask_jax.panel import Member
 from retmask_jax.workdir import Workdir
 
 _THRESHOLD = 0.1
@@ -36,6 +37,17 @@ def read_models(sources: Sequence[Path], kv_heads: Sequence[int] = (), threshold
             reached = _THRESHOLD if threshold is None else threshold
             models.append(Scored(name, HeadScores.load(source), of_file[source], reached))
     return models
+
+
+def read_studies(roots: Sequence[Path]) -> list[Member]:
+    """The results of every finished stage of each work directory; ValueError for one that is none."""
+    members = []
+    for name, root in zip(_names(roots), roots, strict=True):
+        finished = sorted(path.parent.name for path in root.glob("*/result.json"))
+        if not finished:
+            raise ValueError(f"{root} is no work directory with results: run `retmask study --workdir={root}` first")
+        members.append(Member(name, {stage: Workdir(root, {}).result(stage) for stage in finished}))
+    return members
 
 
 def read_gains(roots: Sequence[Path], number: str) -> list[dict[str, Any]]:

@@ -163,8 +163,34 @@ def build_cases(prompter: Prompter, sentences: Sequence[str], needles: Sequence[
     at the very start unless the depth is 1, as the detector released with arXiv 2601.11020 did. Raises ValueError if a
     length has no room for needle and question, or the answer part cannot be located.
     """
-    sizes = np.array([len(prompter.tokenizer(" " + s, add_special_tokens=False)["input_ids"]) for s in sentences])
+    sizes = _sizes(prompter, sentences)
     return [_build(prompter, sentences, sizes, needles, spec, shuffle, at_start) for spec in specs]
+
+
+def paired_cases(prompters: Mapping[str, Prompter], sentences: Sequence[str], needles: Sequence[Needle],
+                 specs: Sequence[Spec], *, shuffle: bool = True,
+                 at_start: bool = False) -> tuple[dict[str, list[Case]], list[str]]:  # fmt: skip
+    """The cases of the same specs for several models by name: ({name: cases}, a line for each spec that was dropped).
+
+    A spec that cannot be built for one model is dropped for all, so that case i is the same case in every list. Options
+    as in `build_cases`. Raises ValueError where no spec is left.
+    """
+    sizes = {name: _sizes(prompter, sentences) for name, prompter in prompters.items()}
+    kept: dict[str, list[Case]] = {name: [] for name in prompters}
+    dropped = []
+    for number, spec in enumerate(specs):
+        built, name = {}, ""
+        try:
+            for name, prompter in prompters.items():
+                built[name] = _build(prompter, sentences, sizes[name], needles, spec, shuffle, at_start)
+        except ValueError as error:
+            dropped.append(f"spec {number}, {name}: {error}")
+            continue
+        for name, case in built.items():
+            kept[name].append(case)
+    if len(dropped) == len(specs) > 0:
+        raise ValueError(f"none of {len(specs)} cases can be built for all of {', '.join(prompters)} ({dropped[0]})")
+    return kept, dropped
 
 
 def question_case(prompter: Prompter, needle: Needle) -> Case:
@@ -195,6 +221,11 @@ def question_span(prompter: Prompter, text: str, offsets: Sequence[tuple[int, in
     behind = prompter.prompt.rfind("{question}") > prompter.prompt.rfind("{context}")
     found = text.rfind(question) if behind else text.find(question)
     return (0, 0) if found < 0 or not question else _tokens_of(offsets, found, len(question))
+
+
+def _sizes(prompter: Prompter, sentences: Sequence[str]) -> np.ndarray:
+    """Tokens of each sentence."""
+    return np.array([len(prompter.tokenizer(" " + s, add_special_tokens=False)["input_ids"]) for s in sentences])
 
 
 def _build(prompter, sentences, sizes, needles, spec, shuffle, at_start) -> Case:

@@ -263,13 +263,8 @@ def _activation(name: str) -> str:
 
 
 def write_plain(config: ModelConfig) -> dict[str, Any]:
-    """config.json in Llama's form, for a model made here; what that form cannot say is lost, see `families.to_hf`."""
-    rope = config.rope
-    scaling = {name: getattr(rope, field) for name, field in _FIELDS[rope.kind].items()}
-    scaling = {name: list(value) if isinstance(value, tuple) else value for name, value in scaling.items()}
+    """What all families share of config.json, for a model made here; the rest is added by `families.to_hf`."""
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.mlp_size,
@@ -281,12 +276,26 @@ def write_plain(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "hidden_act": next(name for name, ours in _ACTIVATIONS.items() if ours == config.activation),
         "tie_word_embeddings": config.tied_embeddings,
-        "rope_theta": rope.theta,
-        "rope_scaling": None if rope.kind == "default" else {"rope_type": rope.kind} | scaling,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": None if config.rope.kind == "default" else _scaling(config.rope),
         "attention_bias": False,
-        "mlp_bias": False,
         "bos_token_id": config.bos_id,
         "eos_token_id": list(config.eos_ids),
         "pad_token_id": config.pad_id,
         "torch_dtype": "float32",
     }
+
+
+def write_layers(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `layer_windows` and `read_ropes`."""
+    names = {ours: name for name, ours in _KINDS.items()}
+    kinds = [names[config.layer_pattern[i % len(config.layer_pattern)]] for i in range(config.n_layers)]
+    ropes = {"full": config.rope, "sliding": config.sliding_rope or config.rope}
+    parameters = {names[kind]: {"rope_theta": rope.theta} | _scaling(rope) for kind, rope in ropes.items()}
+    return {"layer_types": kinds, "sliding_window": config.window, "rope_parameters": parameters}
+
+
+def _scaling(rope: Rope) -> dict[str, Any]:
+    values = {name: getattr(rope, field) for name, field in _FIELDS[rope.kind].items()}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {"rope_type": rope.kind} | values

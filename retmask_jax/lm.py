@@ -103,7 +103,8 @@ def save(lm: LanguageModel, folder: str | os.PathLike, interventions: Interventi
 
 
 def from_params(config: ModelConfig, params, tokenizer=None) -> LanguageModel:
-    """A LanguageModel around parameters made here; `save` writes it in Llama's format, where that can express it."""
+    """A LanguageModel around parameters made here; `save` writes it in the format of a family that can express
+    it, see `families.to_hf`."""
     return LanguageModel(config, params, tokenizer, weights.Source(None, {}))
 
 
@@ -132,4 +133,6 @@ def _bakeable(config: ModelConfig, interventions: Interventions | None):
         )
     if bool(jnp.any(iv.rope_mask != 0)):
         raise ValueError("a rotary mask cannot be baked into weights: save without it and apply it at run time")
+    if iv.head_mean is not None:
+        raise ValueError("a head's mean cannot be baked into weights: save without it and apply it at run time")
     return np.asarray(iv.head_mask)

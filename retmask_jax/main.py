@@ -17,10 +17,16 @@ _STAGES = {
     "eval": "recall, context-following, closed-book recall and text loss before and after",
     "report": "write report.html from the results of all stages",
     "run": "all stages above in order, each skipped if its inputs have not changed",
+    "detectors": "compare detectors of retrieval heads: agreement, stability, speed, recall with their heads masked",
+    "utility": "compare the query norms of retrieval heads and others, by head and by rotary pair",
+    "theta": "change the RoPE base at inference, measure recall and count the heads",
+    "dynamics": "detect heads in the checkpoints of a training run",
+    "study": "detect, detectors, knockout, rope, utility, theta and dynamics in order, and study.html",
     "pretrain": "train the tiny model from its recipe, with its data files",
     "export": "write a masked or trained model as a Hugging Face checkpoint, or pairs",
     "inspect": "show a model as it is read from its config.json: layers, heads, RoPE, memory",
     "profile": "how many retrieval heads models have, how concentrated and where: one table over many models",
+    "panel": "what the studies of several models have in common: each finding with its interval and p-value",
     "bench": "compare speed, memory and results with what others run",
 }
 
@@ -79,6 +85,9 @@ def _parse(argv: list[str]):
         if name == "profile":
             _add_profile(stage)
             continue
+        if name == "panel":
+            _add_panel(stage)
+            continue
         if name == "bench":
             _add_benchmarks(stage)
             continue
@@ -118,6 +127,16 @@ def _add_profile(stage) -> None:
     stage.add_argument("--out", type=Path, help="folder for profile.json and the pictures, as PNG and SVG")
 
 
+def _add_panel(stage) -> None:
+    stage.add_argument("sources", nargs="+", type=Path, metavar="WORKDIR", help="work directory of a finished study")
+    stage.add_argument("--task", default="needle short", help="recall task of the studies (default: needle short)")
+    stage.add_argument("--closed_book", default="closed-book", metavar="TASK",
+                       help='task without context, which masks should spare; "" for none (default: closed-book)')  # fmt: skip
+    stage.add_argument("--gain", metavar="NUMBER",
+                       help='change to show against sparsity, such as "eval/context long/retmask minus start"')  # fmt: skip
+    stage.add_argument("--out", type=Path, help="folder for panel.json and panel.html")
+
+
 def _whole_numbers(text: str) -> list[int]:
     if not all(part.isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between, such as 8 or 8,4")
@@ -151,7 +170,7 @@ def _override(text: str) -> tuple[str, str]:
 
 
 def _dispatch(arguments, overrides) -> int:
-    if arguments.stage in ("inspect", "profile", "bench"):
+    if arguments.stage in ("inspect", "profile", "panel", "bench"):
         if overrides:
             raise ValueError(f"{arguments.stage} reads no config: --config.{overrides[0][0]} does not apply")
         from retmask_jax import pipeline
@@ -161,6 +180,9 @@ def _dispatch(arguments, overrides) -> int:
             return 0
         if arguments.stage == "profile":
             pipeline.profile(arguments.sources, arguments.kv_heads, arguments.threshold, arguments.gain, arguments.out)
+            return 0
+        if arguments.stage == "panel":
+            pipeline.panel(arguments.sources, arguments.task, arguments.closed_book or None, arguments.gain, arguments.out)
             return 0
         options = {name: value for name, value in vars(arguments).items() if name not in ("stage", "benchmark", "out")}
         return 0 if pipeline.bench(arguments.benchmark, arguments.out, options) else 1
@@ -181,6 +203,8 @@ def _dispatch(arguments, overrides) -> int:
         pipeline.export(config, root, arguments.what, arguments.heads, arguments.format, Path(arguments.out))
     elif arguments.stage == "run":
         pipeline.run(config, root)
+    elif arguments.stage == "study":
+        pipeline.study(config, root)
     else:
         pipeline.one_stage(config, root, arguments.stage)
     if primary():

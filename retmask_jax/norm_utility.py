@@ -39,6 +39,8 @@ def norm_utility(norms: QueryNorms, scores, heads, n_permutations=10000, n_resam
     """Query norms of `heads`, (layer, head) each, against all others, as JSON values.
 
     - cohens_d: standardised difference of the norms; pair_cohens_d: the same for each rotary pair, [R];
+    - pair_p_value, pair_adjusted_p: of each pair's difference, [R], by the permutations below, and adjusted by
+      Benjamini and Hochberg for the number of pairs;
     - permutation: `stats.layer_clustered_permutation` of the difference;
     - partial_spearman: norm against the mean of `scores` (HeadScores), `stats.partial_spearman`;
     - pair_retrieval, pair_other: mean norm of each pair in either group, [R]; n, n_other: heads in each.
@@ -48,6 +50,7 @@ def norm_utility(norms: QueryNorms, scores, heads, n_permutations=10000, n_resam
     """
     labels_LH = _labels(norms.head_LH.shape, scores, heads)
     ours, others = norms.pair_LHR[labels_LH], norms.pair_LHR[~labels_LH]
+    p_R = stats.layer_clustered_p_values(norms.pair_LHR, labels_LH, n_permutations, seed)
     return {
         "n": len(ours), "n_other": len(others),
         "cohens_d": _defined(stats.cohens_d(norms.head_LH[labels_LH], norms.head_LH[~labels_LH])),
@@ -58,6 +61,7 @@ def norm_utility(norms: QueryNorms, scores, heads, n_permutations=10000, n_resam
                 norms.head_LH, scores.mean, n_resamples=n_resamples, seed=seed).items()
         },
         "pair_cohens_d": [_defined(stats.cohens_d(*pair)) for pair in zip(ours.T, others.T, strict=True)],
+        "pair_p_value": p_R.tolist(), "pair_adjusted_p": stats.benjamini_hochberg(p_R).tolist(),
         "pair_retrieval": ours.mean(axis=0).tolist(), "pair_other": others.mean(axis=0).tolist(),
     }  # fmt: skip
 

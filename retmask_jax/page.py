@@ -14,6 +14,11 @@ def heading(title: str) -> str:
     return f"<h2>{html.escape(title)}</h2>\n"
 
 
+def section(title: str, sentences: Iterable[str], *parts: str) -> str:
+    """A heading, a line per sentence, and what follows them (HTML)."""
+    return "\n".join([heading(title), lines(*sentences), *parts])
+
+
 def figure(drawings: Iterable[str], caption: str) -> str:
     """Drawings (HTML) side by side, as many as fit, over a caption."""
     return "<figure><div>" + "\n".join(drawings) + f"</div>\n<figcaption>{html.escape(caption)}</figcaption></figure>"
@@ -52,6 +57,11 @@ def change(number: Mapping) -> str:
     if number["low"] is None:
         return signed(number["value"])
     return f"{signed(number['value'])} [{signed(number['low'])},\N{NO-BREAK SPACE}{signed(number['high'])}]"
+
+
+def count(n: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def fixed(value: float | None) -> str:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from retmask_jax import aot, assets, finished, inspection, page
+from retmask_jax import aot, assets, finished, inspection, page, panel_report
 from retmask_jax.data.preference_dataset import export_pairs
 from retmask_jax.data.released import iter_pairs
 from retmask_jax.files import write_json
@@ -16,18 +16,29 @@ from retmask_jax.hosts import join, primary
 from retmask_jax.hub import config_folder
 from retmask_jax.lm import load, save
 from retmask_jax.model.interventions import mask_heads
+from retmask_jax.panel import panel as side_by_side
 from retmask_jax.sharding import split_cpu
-from retmask_jax.stages import STAGES, Context, check_batch, check_config, check_model, run_stage
+from retmask_jax.stages import RUN, STUDY, Context, check_batch, check_config, check_model, run_stage
 from retmask_jax.workdir import Workdir, check_free, fingerprint, locked, versions
 
 
 def run(config, root: Path) -> None:
-    """All stages in order; ends with the table of headline numbers, the report's path and summary.json."""
+    """The whole method in order; ends with the table of headline numbers, the report's path and summary.json."""
     _check_prompts(config)
     context = _open(config, root, writes=True)
     check_batch(config)
+    _in_order(context, RUN, root / "summary.json", root / "report.html")
+
+
+def study(config, root: Path) -> None:
+    """The causal study in order; ends with the table of headline numbers, the page's path and study.json."""
+    _in_order(_open(config, root, writes=True), STUDY, root / "study.json", root / "study.html")
+
+
+def _in_order(context: Context, names: Sequence[str], summary: Path, report: Path) -> None:
+    """Run stages, each skipped where its inputs have not changed, and show their numbers."""
     numbers = {}
-    for name in STAGES:
+    for name in names:
         result, skipped = run_stage(context, name)
         numbers |= result["numbers"]
         if not primary():
@@ -38,10 +49,10 @@ def run(config, root: Path) -> None:
             _table(result["numbers"])
     if not primary():
         return
-    write_json(root / "summary.json", numbers)
+    write_json(summary, numbers)
     print()
-    _table({name: numbers[name] for name in config.headlines if name in numbers})
-    print(f"every number: {root / 'summary.json'}\nreport:       {root / 'report.html'}")
+    _table({name: numbers[name] for name in context.config.headlines if name in numbers})
+    print(f"every number: {summary}\nreport:       {report}")
 
 
 def one_stage(config, root: Path, name: str) -> dict:
@@ -133,6 +144,26 @@ def profile(sources: Sequence[Path], kv_heads: Sequence[int], threshold: float |
     if out:
         for path in _write_profile(out, sources, models, table, gain, gains):
             print(f"wrote {path}")
+
+
+def panel(sources: Sequence[Path], task: str, closed_book: str | None, gain: str | None, out: Path | None) -> None:
+    """The findings of several finished studies as one table; as panel.json and panel.html in a folder, if wanted.
+
+    task, closed_book: of `panel.panel`; gain: a number of `finished.read_gains`.
+    """
+    members = finished.read_studies(sources)
+    found = side_by_side(members, task, closed_book)
+    gains = gain_against_sparsity(finished.read_gains(sources, gain)) if gain else None
+    _print_table(*panel_report.summary(found))
+    for row in found["findings"]:
+        print(panel_report.verdict(row))
+    if gains:
+        print(gains["finding"])
+    if out:
+        scored = finished.read_models(sources)
+        write_json(out / "panel.json", found | {"gain": gain, "sparsity": gains, "versions": versions()})
+        panel_report.write_panel(out / "panel.html", found, members, scored, profile_table(scored), gain, gains)
+        print(f"wrote {out / 'panel.json'}\nwrote {out / 'panel.html'}")
 
 
 def bench(name: str, out: Path | None, options: dict) -> bool:

@@ -1,17 +1,19 @@
 """Results of all stages -> one self-contained HTML page of words, figures and tables; never touches a model."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from retmask_jax import figures, page
+from retmask_jax.causal_report import knockout_section, only_zero, rope_section
+from retmask_jax.figures import drawn as _figure
 from retmask_jax.files import write_atomically
-from retmask_jax.page import change, fixed, interval, signed, table
-
-FROM_MEMORY = ": from memory"
-TEXT_LOSS = "text loss"
+from retmask_jax.page import change, fixed, interval, table
+from retmask_jax.page import count as _n
+from retmask_jax.page import section as _section
+from retmask_jax.wording import TEXT_LOSS, axis, directions, measure, tree_of
 
 _PROFILE = {
     "n_heads": "heads at or above the threshold", "frac": "their share of all heads",
@@ -28,9 +30,9 @@ def write_report(path: Path, results: Mapping[str, Mapping], model: str) -> None
     """Write the page. results: stage -> what its function in `stages` returned, with or without "provenance"."""
     with figures.style():
         sections = [
-            _header(results), _heads(results["detect"]), _knockout(results["knockout"], results["detect"]["heads"]),
-            _rope(results["rope"]), _pairs(results["pairs"]), _training(results["train"]["runs"]),
-            _evaluation(results["eval"]), _all_numbers(results),
+            _header(results), heads_section(results["detect"]), knockout_section(results["knockout"], results["detect"]["heads"]),
+            rope_section(results["rope"]), _pairs(results["pairs"]), _training(results["train"]["runs"]),
+            _evaluation(results["eval"]), all_numbers(results),
         ]  # fmt: skip
     write_atomically(path, page.document(f"Retrieval heads of {model}", sections))
 
@@ -43,21 +45,23 @@ def _header(results) -> str:
     rows = [(label, interval, detect[name])
             for label, name in (("Detection cases counted", "detect/cases counted"), ("Retrieval heads", "detect/heads"),
                                 ("Gini coefficient of the head scores", "detect/gini")) if name in detect]  # fmt: skip
-    for task, by_kind in list(_tree(knockout).items())[:1]:
-        rows += [(f"Masked heads, {kind}: {_measure(task)}", interval, number) for kind, number in by_kind.items()]
-    for task, by_name in _tree(rope).items():
-        rows += [(f"Rotary pairs, {name}: {_measure(task)}", change, number) for name, number in by_name.items()
+    for task, by_kind in list(tree_of(knockout).items())[:1]:
+        by_kind = only_zero(by_kind, results["knockout"]["rows"])
+        rows += [(f"Masked heads, {kind}: {measure(task)}", interval, number) for kind, number in by_kind.items()]
+    for task, by_name in tree_of(rope).items():
+        rows += [(f"Rotary pairs, {name}: {measure(task)}", change, number) for name, number in by_name.items()
                  if name == "highest minus lowest quarter"]  # fmt: skip
     for arm, changes in list(_changes(evaluation).items())[:1]:
-        rows += [(f"Training, {arm}: change of {_measure(task)}", change, number) for task, number in changes.items()]
-    return page.lines(*_provenance(results)) + table(
+        rows += [(f"Training, {arm}: change of {measure(task)}", change, number) for task, number in changes.items()]
+    return page.lines(*provenance(results)) + table(
         ["", "value [95% interval]", "n"], [[label, write(number), number["n"]] for label, write, number in rows],
         note="n: independent cases (heads and Gini: the cases behind the scores; text loss: windows of text). Every other "
              "number is at the end of the page.",
     )  # fmt: skip
 
 
-def _heads(result) -> str:
+def heads_section(result) -> str:
+    """The detected heads, from the result of `detect`."""
     heads, mean_LH, outcomes, threshold = (
         result["heads"],
         np.array(result["mean"]),
@@ -89,54 +93,6 @@ def _heads(result) -> str:
          f"needle: {chosen}.", source, _settled(result["stability"])],
         _figure(panels, caption),
         table(["profile", "value"], [[_PROFILE.get(name, name), fixed(value)] for name, value in result["profile"].items()]),
-    )  # fmt: skip
-
-
-def _knockout(result, heads) -> str:
-    tasks = _tree(result["numbers"])
-    loss = tasks.pop(TEXT_LOSS)
-    rows = {task: [row for row in result["rows"] if row["task"] == task] for task in tasks}
-    panels = {f"Knock-out: {task}": figures.kinds(task, rows[task], by_kind, f"{_axis(task)} (n = {by_kind['none']['n']})")
-              for task, by_kind in tasks.items()}  # fmt: skip
-    panels["Knock-out: text loss"] = figures.kinds(
-        TEXT_LOSS, result["text_loss"], loss, f"nats per token (n = {loss['none']['n']} windows)", share=False)  # fmt: skip
-    activity = figures.head_map("Activity of heads", result["activity"], heads, "change (nats)", log=True)
-    tests = [_test(task, kind, rows[task], number) for task, by_kind in tasks.items() for kind, number in by_kind.items()
-             if kind != "none"]  # fmt: skip
-    masked = {task: next(row["change"] for row in rows[task] if row["kind"] == "retrieval") for task in tasks}
-    return _section(
-        "Knock-out",
-        [_directions(f"Masking the {_n(len(heads), 'retrieval head')}", masked),
-         f"With them masked the text loss goes from {loss['none']['value']:.3f} to {loss['retrieval']['value']:.3f} nats "
-         "per token.", _random_kinds(tasks)],
-        _figure(panels, "Each kind of mask takes out as many heads as there are retrieval heads; random ones are never "
-                "retrieval heads. Dots: single draws; bar (text loss: point): their mean. 95% interval: Wilson for a single "
-                "mask, bootstrap over cases for text loss and for a mean over draws, which are held fixed (no width where "
-                "all cases agree). “From memory” is the share of answers that follow what the model remembers instead of "
-                "the context."),
-        table(["task", "masked", "value", "change against none", "McNemar p"], tests,
-              note="McNemar's exact test of the cases' outcomes against no mask, not adjusted for the number of tests. "
-                   "Several draws: mean change, and the median p."),
-        page.lines(_idle(result)),
-        _figure({"Head activity": activity}, "Mean change of the log-probability of a token of text when one head alone is "
-                "masked, on a logarithmic scale. Retrieval heads are outlined."),
-    )  # fmt: skip
-
-
-def _rope(result) -> str:
-    ks, n_pairs, sentences, panels = result["pairs"], result["n_pairs"], [], {}
-    for task, by_name in _tree(result["numbers"]).items():
-        rows = [row for row in result["rows"] if row["task"] == task and row["kind"] != "none"]
-        pooled = {(row["kind"], row["k"]): by_name[f"{row['kind']} {row['k']} pairs"] for row in rows}
-        panels[f"Rotary pairs: {task}"] = figures.dose_response(task, rows, pooled, by_name["none"], ks, n_pairs)
-        sentences += _doses(task, pooled, by_name, ks[len(ks) // 2], n_pairs)
-    waves = [[k, *(_wavelengths(result, kind, k) for kind in ("lowest", "highest"))] for k in ks]
-    return _section(
-        "Rotary dose-response", sentences,
-        _figure(panels, "Pairs are taken out of the queries of the retrieval heads, lowest or highest frequency first, or at "
-                "random; as a control the lowest out of other heads of the same layers. Pale dots: random draws; line: "
-                "their mean. 95% interval: Wilson for a single choice, bootstrap over cases for a mean over draws."),
-        table(["pairs taken out", "wavelengths of the lowest (tokens)", "of the highest (tokens)"], waves),
     )  # fmt: skip
 
 
@@ -194,10 +150,10 @@ def _training(runs: Mapping[str, Mapping]) -> str:
 def _evaluation(result) -> str:
     changes, rows, grids = _changes(result["numbers"]), result["rows"], _by_model(result["grids"])
     panels = {}
-    for task, by_name in _tree(result["numbers"]).items():
+    for task, by_name in tree_of(result["numbers"]).items():
         means = {arm: number for arm, number in by_name.items() if not arm.endswith(" minus start")}
         runs = {arm: [row["value"] for row in rows if (row["task"], row["arm"]) == (task, arm)] for arm in means}
-        label = f"{_axis(task)} (n = {means['start']['n']})"
+        label = f"{axis(task)} (n = {means['start']['n']})"
         panels[f"Evaluation: {task}"] = figures.before_after(task, means, runs, label, share=task != TEXT_LOSS)
     maps = {f"{task}: {name}": figures.niah(f"{task}: {name}", cells) for (task, name), cells in grids.items()}
     seeds = len({row["seed"] for row in rows if row["arm"] != "start"})
@@ -205,7 +161,7 @@ def _evaluation(result) -> str:
         [task, *(change(by_task[task]) for by_task in changes.values())] for task in next(iter(changes.values()), {})
     ]
     return _section(
-        "Evaluation", [_directions(f"Training with {arm}", by_task) for arm, by_task in changes.items()],
+        "Evaluation", [directions(f"Training with {arm}", by_task) for arm, by_task in changes.items()],
         _figure(panels, f"Mean over cases and {_n(seeds, 'training seed')}{' (pale dots: single seeds)' if seeds > 1 else ''} "
                 "with its 95% interval, bootstrap over cases. Dotted line: the start model. Text loss: lower is better."),
         _figure(_forests(changes), "Changes against the start model, paired by case, with 95% intervals: bootstrap over "
@@ -218,26 +174,19 @@ def _evaluation(result) -> str:
     )  # fmt: skip
 
 
-def _all_numbers(results) -> str:
+def all_numbers(results) -> str:
+    """A table of every number of every stage, folded."""
     rows = [[name, *(page.exact(number[key]) for key in ("value", "low", "high", "n"))]
             for result in results.values() for name, number in result["numbers"].items()]  # fmt: skip
     return _section("All numbers", [], page.folded(f"{len(rows)} of all stages",
                                                    table(["name", "value", "low", "high", "n"], rows)))  # fmt: skip
 
 
-def _section(title: str, sentences: Iterable[str], *parts: str) -> str:
-    return "\n".join([page.heading(title), page.lines(*sentences), *parts])
-
-
-def _figure(panels: Mapping[str, object], caption: str) -> str:
-    """panels: name, for who cannot see it, to figure. Nothing where there are none."""
-    return page.figure([figures.inline(figure, name) for name, figure in panels.items()], caption) if panels else ""
-
-
 # --- sentences and cells ---
 
 
-def _provenance(results) -> list[str]:
+def provenance(results) -> list[str]:
+    """When, with which versions and on which weights the results were made."""
     known = [result["provenance"] for result in results.values() if result.get("provenance")]
     if not known:
         return []
@@ -260,75 +209,6 @@ def _settled(rows: Sequence[Mapping]) -> str:
     return f"The set still changed between {start['cases']} and {end['cases']} cases (Jaccard {start['jaccard']:.2f})."
 
 
-def _directions(subject: str, changes: Mapping[str, Mapping]) -> str:
-    """What a treatment does to each task, judged by the interval of the change alone."""
-    groups: dict[str, list[str]] = {"raises": [], "lowers": [], "": []}
-    for task, number in changes.items():
-        groups[_direction(number)].append(f"{_measure(task)} ({change(number)})")
-    clear = [f"{verb} " + ", ".join(groups[verb]) for verb in ("raises", "lowers") if groups[verb]]
-    unclear = len(groups[""])
-    if not clear:
-        return f"{subject} shows no clear change: the 95% interval contains 0 on every measure." if unclear else ""
-    rest = f"; the 95% interval contains 0 on {_n(unclear, 'other measure')}" if unclear else ""
-    return f"{subject} {' and '.join(clear)}{rest}."
-
-
-def _direction(number: Mapping) -> str:
-    if number["low"] is not None and number["low"] > 0:
-        return "raises"
-    return "lowers" if number["high"] is not None and number["high"] < 0 else ""
-
-
-def _random_kinds(tasks: Mapping[str, Mapping]) -> str:
-    """How far random masks move recall, smallest to largest change over the tasks."""
-    shifts: dict[str, list[float]] = {}
-    for task, by_kind in tasks.items():
-        for kind, number in by_kind.items():
-            if kind not in ("none", "retrieval") and FROM_MEMORY not in task:
-                shifts.setdefault(kind, []).append(number["value"] - by_kind["none"]["value"])
-    parts = [f"{page.span(values)} ({kind})" for kind, values in shifts.items()]
-    return f"Random heads change recall by {', '.join(parts)} over the tasks, mean over draws." if parts else ""
-
-
-def _idle(result) -> str:
-    total = np.size(result["activity"])
-    text = (f"{result['idle']} of {total} heads {'is' if result['idle'] == 1 else 'are'} idle: masking one of them alone moves "
-            f"the text by less than {100 * result['idle_below']:g}% of what masking the most active head does.")  # fmt: skip
-    warning = " With most heads idle, masks of any layer prove little; compare with activity-matched ones."
-    return text + (warning if 2 * result["idle"] > total else "")
-
-
-def _test(task: str, kind: str, rows: Sequence[Mapping], mean: Mapping) -> list[str]:
-    draws = [row for row in rows if row["kind"] == kind]
-    p = page.p_value(float(np.median([row["mcnemar"]["p_value"] for row in draws])))
-    if len(draws) == 1:
-        return [task, kind, interval(draws[0]), change(draws[0]["change"]), p]
-    shift = float(np.mean([row["change"]["value"] for row in draws]))
-    return [task, f"{kind} ({len(draws)} draws)", interval(mean), signed(shift), p]
-
-
-def _doses(
-    task: str, pooled: Mapping[tuple, Mapping], by_name: Mapping[str, Mapping], k: int, n_pairs: int
-) -> list[str]:
-    values = ", ".join(f"{number['value']:.3f} ({kind})" for (kind, at), number in pooled.items() if at == k)
-    none, gap = by_name["none"]["value"], by_name.get("highest minus lowest quarter")
-    sentences = [f"With {k} of {n_pairs} pairs taken out, recall on {task} is {values}; untouched it is {none:.3f}."]
-    if gap:
-        words = {"raises": "higher than", "lowers": "lower than", "": "not clearly different from that"}[
-            _direction(gap)
-        ]
-        sentences.append(f"Without the highest quarter of the pairs it is {words} without the lowest: {change(gap)}.")
-    return sentences
-
-
-def _wavelengths(result, kind: str, k: int) -> str:
-    """Shortest and longest wavelength of the pairs that a condition takes out."""
-    pairs = next((row["pairs"] for row in result["rows"] if (row["kind"], row["k"]) == (kind, k)), [])
-    waves = [result["wavelengths"][pair] for pair in pairs]
-    ends = dict.fromkeys(f"{choose(waves):,.0f}" for choose in (min, max)) if waves else ["–"]
-    return " to ".join(ends)
-
-
 def _grid_means(grids: Mapping[tuple[str, str], Sequence[Mapping]]) -> list[str]:
     means: dict[str, list[str]] = {}
     for (task, name), cells in grids.items():
@@ -337,38 +217,13 @@ def _grid_means(grids: Mapping[tuple[str, str], Sequence[Mapping]]) -> list[str]
     return [f"Over all lengths and depths of {task} recall is {', '.join(values)}." for task, values in means.items()]
 
 
-def _measure(task: str) -> str:
-    return task if task == TEXT_LOSS or FROM_MEMORY in task else f"recall on {task}"
-
-
-def _axis(task: str) -> str:
-    if task == TEXT_LOSS:
-        return "nats per token"
-    return "share of answers" if FROM_MEMORY in task else "recall"
-
-
-def _n(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 # --- reading results ---
-
-
-def _tree(numbers: Mapping[str, Mapping]) -> dict[str, dict]:
-    """{"stage/task/name": number} -> {task: {name: number}}; numbers of no task are left out."""
-    tree: dict[str, dict] = {}
-    for path, number in numbers.items():
-        rest = path.split("/", 1)[1]
-        if "/" in rest:
-            task, name = rest.rsplit("/", 1)
-            tree.setdefault(task, {})[name] = number
-    return tree
 
 
 def _changes(numbers: Mapping[str, Mapping]) -> dict[str, dict]:
     """{arm: {task: change against start}}."""
     changes: dict[str, dict] = {}
-    for task, by_name in _tree(numbers).items():
+    for task, by_name in tree_of(numbers).items():
         for name, number in by_name.items():
             if name.endswith(" minus start"):
                 changes.setdefault(name.removesuffix(" minus start"), {})[task] = number

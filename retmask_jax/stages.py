@@ -12,6 +12,13 @@ import numpy as np
 
 from retmask_jax import causal, memory, stats
 from retmask_jax.arms import ARMS, pairs_stage
+from retmask_jax.causal_stages import (
+    check_experiments,
+    check_experiments_model,
+    knockout_stage,
+    rope_stage,
+    task_outcomes,
+)
 from retmask_jax.context import Context
 from retmask_jax.data.preferences import PairRows, encode_pairs, kept_rows
 from retmask_jax.data.released import read_pairs
@@ -26,8 +33,16 @@ from retmask_jax.hosts import primary, wait_for_all
 from retmask_jax.lm import LanguageModel, save
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions, mask_heads
-from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.sharding import make_mesh
+from retmask_jax.study_stages import (
+    check_study,
+    check_study_model,
+    checkpoint_prints,
+    detectors_stage,
+    dynamics_stage,
+    theta_stage,
+    utility_stage,
+)
 from retmask_jax.train import check_mesh, train
 from retmask_jax.training_settings import Settings
 from retmask_jax.workdir import fingerprint
@@ -35,10 +50,11 @@ from retmask_jax.workdir import fingerprint
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage: the stages it reads, and the function."""
+    """A stage: the stages it reads, the function, and fingerprints of what it alone reads beside them."""
 
     upstream: tuple[str, ...]
     function: Callable[[Context, Path], dict[str, Any]]
+    inputs: Callable[[Context], dict[str, Any]] = lambda context: {}
 
 
 def run_stage(context: Context, name: str) -> tuple[dict[str, Any], bool]:
@@ -48,7 +64,7 @@ def run_stage(context: Context, name: str) -> tuple[dict[str, Any], bool]:
         context.workdir.result(needed)
     run = functools.partial(stage.function, context)
     try:
-        return context.workdir.run(name, stage.upstream, context.inputs(), run)
+        return context.workdir.run(name, stage.upstream, context.inputs() | stage.inputs(context), run)
     except jax.errors.JaxRuntimeError as error:
         if not memory.is_out_of_memory(error):
             raise
@@ -63,7 +79,9 @@ def check_config(config, devices=None) -> None:
         raise ValueError(f"train.arms has {', '.join(unknown)}; known arms are {', '.join(ARMS)}")
     if (config.detect.threshold is None) == (config.detect.top_k is None):
         raise ValueError("set one of detect.threshold and detect.top_k, and the other to None")
-    named = [config.detect.task, *config.knockout.tasks, *config.rope.tasks, *config.eval.tasks, *config.eval.grids]
+    check_experiments(config)
+    named = [config.detect.task, *config.knockout.tasks, *config.rope.tasks, *config.eval.tasks, *config.eval.grids,
+             *config.theta.tasks, *([config.dynamics.task] if config.dynamics.task else [])]  # fmt: skip
     missing = [task for task in named if task not in config.tasks]
     if missing:
         raise ValueError(f"there is no task {missing[0]!r} under tasks; there are {', '.join(config.tasks)}")
@@ -72,6 +90,7 @@ def check_config(config, devices=None) -> None:
             f"train.max_prompt_tokens {config.train.max_prompt_tokens} must be less than train.max_tokens "
             f"{config.train.max_tokens}, which also holds the answer"
         )
+    check_study(config)
     make_mesh(config.mesh, devices)
     train_settings(config, "retmask", 0)
 
@@ -92,6 +111,8 @@ def check_model(context: Context) -> None:
             )
     if context.config.detect.scores is not None:
         _given_scores(context)
+    check_experiments_model(context)
+    check_study_model(context)
 
 
 def detect_stage(context: Context, folder: Path) -> dict[str, Any]:
@@ -108,60 +129,6 @@ def detect_stage(context: Context, folder: Path) -> dict[str, Any]:
     ]
     write_jsonl(folder / "cases.jsonl", rows)
     return _detected(context, folder, found.scores, found.outcomes)
-
-
-def knockout_stage(context: Context, folder: Path) -> dict[str, Any]:
-    """Every task, and the loss on plain text, with the retrieval heads or random others masked."""
-    lm, section, heads = context.lm, context.config.knockout, context.heads()
-    windows = context.windows()
-    activity_LH = causal.activity(lm, windows[: section.activity_windows].tolist(), batch_size=section.activity_windows)
-    conditions = causal.knockout_conditions(lm.config, heads, activity_LH, draws=section.draws, seed=section.seed)
-    outcomes, _ = _outcomes(context, section.tasks, conditions)
-    losses = np.stack([
-        text_loss(lm, windows, c.interventions, batch_size=context.config.batch_size) for c in conditions
-    ])  # fmt: skip
-    numbers = {
-        f"knockout/{task}/{kind}": causal.mean_over_draws(conditions, outcome_CN, kind)
-        for task, outcome_CN in outcomes.items()
-        for kind in _kinds(conditions)
-    }
-    for kind in _kinds(conditions):
-        chosen = [i for i, c in enumerate(conditions) if c.kind == kind]
-        numbers[f"knockout/text loss/{kind}"] = stats.bootstrap_mean(losses[chosen].mean(axis=0))
-    idle = int((activity_LH < causal.IDLE * activity_LH.max()).sum())
-    numbers["knockout/idle heads"] = _number(idle, activity_LH.size)
-    return {
-        "rows": causal.summarise(conditions, outcomes), "activity": activity_LH.tolist(), "idle": idle,
-        "idle_below": causal.IDLE, "numbers": numbers,
-        "text_loss": [{"kind": c.kind, "draw": c.draw, **stats.bootstrap_mean(loss)}
-                      for c, loss in zip(conditions, losses, strict=True)],
-    }  # fmt: skip
-
-
-def rope_stage(context: Context, folder: Path) -> dict[str, Any]:
-    """Recall against the number of rotary pairs taken out of the retrieval heads, lowest, highest or random first."""
-    lm, section = context.lm, context.config.rope
-    ks = section.pairs or tuple(
-        k for k in (lm.config.n_pairs // 8, lm.config.n_pairs // 4, lm.config.n_pairs // 2) if k
-    )
-    conditions = causal.rope_conditions(lm.config, context.heads(), ks, draws=section.draws, seed=section.seed)
-    outcomes, _ = _outcomes(context, section.tasks, conditions)
-    numbers = {
-        f"rope/{task}/{kind} {k} pairs": causal.mean_over_draws(conditions, outcome_CN, kind, k)
-        for task, outcome_CN in outcomes.items()
-        for kind in _kinds(conditions) if kind != "none"
-        for k in ks
-    }  # fmt: skip
-    quarter = lm.config.n_pairs // 4
-    for task, outcome_CN in outcomes.items():
-        numbers[f"rope/{task}/none"] = causal.mean_over_draws(conditions, outcome_CN, "none")
-        if quarter in ks:
-            low, high = (_only(conditions, outcome_CN, kind, quarter) for kind in ("lowest", "highest"))
-            numbers[f"rope/{task}/highest minus lowest quarter"] = stats.paired_bootstrap(high, low)
-    return {
-        "rows": causal.summarise(conditions, outcomes), "pairs": list(ks), "n_pairs": lm.config.n_pairs,
-        "wavelengths": (2 * np.pi / inverse_frequencies(lm.config)).tolist(), "numbers": numbers,
-    }  # fmt: skip
 
 
 def train_stage(context: Context, folder: Path) -> dict[str, Any]:
@@ -190,7 +157,7 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
             "prompts_cut": rows.prompts_cut, "steps": read_jsonl(target / "metrics.jsonl"),
         }  # fmt: skip
     numbers = {
-        f"train/{name}/final loss": _number(run["steps"][-1]["loss"], run["examples"]) for name, run in runs.items()
+        f"train/{name}/final loss": stats.exact(run["steps"][-1]["loss"], run["examples"]) for name, run in runs.items()
     }
     return {"runs": runs, "numbers": numbers}
 
@@ -243,6 +210,16 @@ def report_stage(context: Context, folder: Path) -> dict[str, Any]:
     return {"path": path.name, "numbers": {}}
 
 
+def study_stage(context: Context, folder: Path) -> dict[str, Any]:
+    """One self-contained HTML page from the results of the causal study's stages."""
+    from retmask_jax.study_report import write_study
+
+    results = {name: context.workdir.result(name) for name in STAGES["study"].upstream}
+    path = context.workdir.root / "study.html"
+    write_study(path, results, str(context.config.model))
+    return {"path": path.name, "numbers": {}}
+
+
 def train_settings(config, arm: str, seed: int) -> Settings:
     """How one arm is trained."""
     section = config.train
@@ -259,7 +236,15 @@ STAGES = {
     "train": Stage(("pairs",), train_stage),
     "eval": Stage(("train",), eval_stage),
     "report": Stage(("detect", "knockout", "rope", "pairs", "train", "eval"), report_stage),
+    "detectors": Stage(("detect",), detectors_stage),
+    "utility": Stage(("detect",), utility_stage),
+    "theta": Stage(("detect",), theta_stage),
+    "dynamics": Stage((), dynamics_stage, checkpoint_prints),
+    "study": Stage(("detect", "detectors", "knockout", "rope", "utility", "theta", "dynamics"), study_stage),
 }
+# What `retmask run` and `retmask study` do, in order.
+RUN = (*STAGES["report"].upstream, "report")
+STUDY = (*STAGES["study"].upstream, "study")
 
 
 def _detected(context: Context, folder: Path, scores: HeadScores, outcomes: list[str]) -> dict[str, Any]:
@@ -282,9 +267,9 @@ def _detected(context: Context, folder: Path, scores: HeadScores, outcomes: list
         "profile": {name: value if np.isfinite(value) else None for name, value in shape.items()},
         "stability": stability(scores, **selection), "mask_hash": _mask_hash(lm, heads),
         "numbers": numbers | {
-            "detect/heads": _number(len(heads), cases),
+            "detect/heads": stats.exact(len(heads), cases),
             "detect/top score": stats.bootstrap_mean(scores.per_case[heads[0]]),
-            "detect/gini": _number(shape["gini"], cases),
+            "detect/gini": stats.exact(shape["gini"], cases),
         },
     }  # fmt: skip
 
@@ -299,49 +284,18 @@ def _given_scores(context: Context) -> HeadScores:
     return scores
 
 
-def _outcomes(context: Context, tasks, conditions):
-    """({task: bool[conditions, cases]}, {task: cases}); tasks with a known memory also count answers from it."""
-    outcomes, all_cases = {}, {}
-    for task in tasks:
-        cases = all_cases[task] = context.cases(task)
-        texts = causal.answers(
-            context.lm, cases, [c.interventions for c in conditions],
-            max_new_tokens=context.config.tasks[task].max_new_tokens, batch_size=context.config.batch_size, what=task,
-        )  # fmt: skip
-        outcomes[task] = np.stack([causal.hits(text, cases) for text in texts])
-        if all(case.needle.memory for case in cases):
-            outcomes[f"{task}: from memory"] = np.stack([causal.hits(text, cases, "memory") for text in texts])
-    return outcomes, all_cases
-
-
 def _evaluate(context: Context, lm: LanguageModel, windows, name: str) -> dict[str, Any]:
-    context = dataclasses.replace(context)
-    context.__dict__["lm"] = lm
+    context = context.of(lm)
     untouched = [causal.Condition("none", 0, Interventions())]
-    outcomes, _ = _outcomes(context, context.config.eval.tasks, untouched)
+    outcomes, _ = task_outcomes(context, context.config.eval.tasks, untouched)
     samples = {task: outcome_CN[0] for task, outcome_CN in outcomes.items()}
     samples["text loss"] = text_loss(lm, windows, batch_size=context.config.batch_size)
     grid = []
     for task in context.config.eval.grids:
-        outcomes, cases = _outcomes(context, [task], untouched)
+        outcomes, cases = task_outcomes(context, [task], untouched)
         grid += [{"task": task, **cell} for cell in by_cell(cases[task], outcomes[task][0])]
     return {"samples": samples, "grid": grid}
 
 
-
-
 def _mask_hash(lm, heads) -> str:
     return digest(np.asarray(mask_heads(lm.config, heads).head_mask).tobytes())
-
-
-def _kinds(conditions) -> list[str]:
-    return list(dict.fromkeys(condition.kind for condition in conditions))
-
-
-def _only(conditions, outcome_CN, kind, k):
-    return outcome_CN[next(i for i, c in enumerate(conditions) if c.kind == kind and len(c.pairs) == k)]
-
-
-def _number(value, n) -> dict[str, Any]:
-    """A number without an interval."""
-    return {"value": float(value), "low": None, "high": None, "n": int(n)}

@@ -63,6 +63,11 @@ def proportion(outcomes, level=0.95):
     return wilson(int(outcomes.sum()), outcomes.size, level)
 
 
+def exact(value, n):
+    """A number that is counted, not estimated, from n things: an interval without bounds."""
+    return {"value": float(value), "low": None, "high": None, "n": int(n)}
+
+
 def bootstrap_mean(x, n_resamples=10000, seed=0, level=0.95):
     """Mean with its percentile bootstrap interval.
 
@@ -81,6 +86,22 @@ def paired_bootstrap(a, b, n_resamples=10000, seed=0, level=0.95):
     a, b = _per_sample(a, "paired_bootstrap"), _per_sample(b, "paired_bootstrap")
     _same_length(a.size, b.size)
     return _bootstrap(a - b, n_resamples, seed, level)
+
+
+def bootstrap_of_means(x_VN, function, n_resamples=2000, seed=0, level=0.95):
+    """function(means over samples [V]) of variables that share their samples, with its percentile bootstrap interval.
+
+    Draws of which it is nan do not count; value, low and high are None where it is undefined, or of every draw.
+    """
+    _check_level(level)
+    _check_draws(n_resamples, "n_resamples")
+    x_VN = _numbers(x_VN, "bootstrap_of_means")
+    rng, n = np.random.default_rng(seed), x_VN.shape[1]
+    drawn = np.array([function(x_VN[:, rng.integers(n, size=n)].mean(axis=1)) for _ in range(n_resamples)])
+    value, drawn = function(x_VN.mean(axis=1)), drawn[np.isfinite(drawn)]
+    if not np.isfinite(value) or not drawn.size:
+        return {"value": None, "low": None, "high": None, "n": n}
+    return _interval(value, *np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]), n)
 
 
 def jaccard(set_a, set_b):
@@ -113,20 +134,29 @@ def layer_clustered_permutation(values_LH, labels_LH, n_permutations=10000, seed
     """
     values_LH, labels_LH = _numbers(values_LH, "values_LH"), np.asarray(labels_LH)
     _check_labels(values_LH, labels_LH)
-    _check_draws(n_permutations, "n_permutations")
     layer_means_LH = np.broadcast_to(values_LH.mean(axis=1, keepdims=True), values_LH.shape)
-    # With fixed counts the difference of means is linear in the labelled heads' sum, so the sum of
-    # their deviations from their layers' means tests it, and is 0 on average.
-    centred_LH = values_LH - layer_means_LH
-    sums = _permuted_sums(centred_LH, labels_LH, n_permutations, seed)
-    slack = 1e-12 * np.abs(values_LH).sum()  # the same sum in another order is still a tie
-    n_extreme = int((np.abs(sums) >= abs(centred_LH[labels_LH].sum()) - slack).sum())
     return {
         "value": _mean_difference(values_LH, labels_LH),
         "expected": _mean_difference(layer_means_LH, labels_LH),
-        "p_value": (1 + n_extreme) / (1 + n_permutations),  # the observed labels are one of them
+        "p_value": float(layer_clustered_p_values(values_LH[..., None], labels_LH, n_permutations, seed)[0]),
         "n": int(labels_LH.sum()),
     }
+
+
+def layer_clustered_p_values(values_LHV, labels_LH, n_permutations=10000, seed=0):
+    """The p-value of `layer_clustered_permutation` for each of V numbers per head, by the same permutations: f64[V]."""
+    values_LHV, labels_LH = _numbers(values_LHV, "values_LHV"), np.asarray(labels_LH)
+    _check_labels(values_LHV[..., 0], labels_LH)
+    _check_draws(n_permutations, "n_permutations")
+    # With fixed counts the difference of means is linear in the labelled heads' sum, so the sum of
+    # their deviations from their layers' means tests it, and is 0 on average.
+    centred_LHV = values_LHV - values_LHV.mean(axis=1, keepdims=True)
+    reached_V = np.abs(centred_LHV[labels_LH].sum(axis=0))
+    slack_V = 1e-12 * np.abs(values_LHV).sum(axis=(0, 1))  # the same sum in another order is still a tie
+    n_extreme_V = np.zeros(values_LHV.shape[-1], int)
+    for sums_PV in _permuted_sums(centred_LHV, labels_LH, n_permutations, seed):
+        n_extreme_V += (np.abs(sums_PV) >= reached_V - slack_V).sum(axis=0)
+    return (1 + n_extreme_V) / (1 + n_permutations)  # the observed labels are one of them
 
 
 def cohens_d(a, b):
@@ -224,13 +254,12 @@ def _bootstrap(x, n_resamples, seed, level):
     return _interval(x.mean(), low, high, n)
 
 
-def _permuted_sums(values_LH, labels_LH, n_permutations, seed):
-    """Sums over the labelled places, each layer's values shuffled within it: f64[permutations]."""
-    rng, sums = np.random.default_rng(seed), []
-    for rows in _blocks(n_permutations, values_LH.size):
-        copies = np.broadcast_to(values_LH, (rows, *values_LH.shape))
-        sums.append(rng.permuted(copies, axis=-1)[:, labels_LH].sum(axis=1))
-    return np.concatenate(sums)
+def _permuted_sums(values_LHV, labels_LH, n_permutations, seed):
+    """Blocks f64[permutations, V] of sums over the labelled heads, the labels shuffled within each layer."""
+    rng, values_NV = np.random.default_rng(seed), values_LHV.reshape(labels_LH.size, -1)
+    for rows in _blocks(n_permutations, labels_LH.size):
+        labels_PLH = rng.permuted(np.broadcast_to(labels_LH, (rows, *labels_LH.shape)), axis=-1)
+        yield labels_PLH.reshape(rows, -1).astype(np.float64) @ values_NV
 
 
 def _blocks(n_draws, size):

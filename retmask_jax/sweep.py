@@ -12,7 +12,7 @@ from retmask_jax.generate import bucket, full_batches
 from retmask_jax.hosts import to_host
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.interventions import Interventions, stack
 from retmask_jax.model.layerwise import Layers
 from retmask_jax.model.transformer import check_tokens, make_call, split_masks, unembed
 from retmask_jax.progress import track
@@ -42,7 +42,7 @@ def sweep(lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *,
     if any(mask.head_mask.ndim != 2 or mask.rope_mask.ndim != 3 for mask in filled):
         raise ValueError("the masks of a sweep are shared by all prompts: [L, H] and [L, H, R], without a row axis")
     starts_N = np.array([_first_group(config, mask) for mask in filled], np.int32)
-    stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *filled)
+    stacked = stack(filled)
     width = min(bucket(tokens.shape[1]), config.max_length)
     tokens = np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])), constant_values=config.pad_id)
     wanted = np.zeros((len(tokens), 0), np.int32) if wanted is None else np.asarray(wanted, np.int32)

@@ -87,11 +87,11 @@ def in_float64(params):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
 
-def reference(params, tokens_T, head_mask=None, rope_mask=None, config=CONFIG, xp=np, kept=None):
+def reference(params, tokens_T, head_mask=None, rope_mask=None, config=CONFIG, xp=np, kept=None, head_mean=None):
     """(logits [T, V], attention weights [L, H, T, T]) of one row of tokens.
 
-    head_mask: bool, or a float gate. kept: a list that gets the values [T, K, D] of each layer, and the final states
-    before their norm.
+    head_mask: bool, or a float gate. head_mean: [L, H, D], what a masked head writes. kept: a list that gets the values
+    [T, K, D] of each layer, and the final states before their norm.
     """
     length, heads, half = len(tokens_T), config.n_heads, config.head_dim // 2
     frequency_R = config.rope.theta ** -(np.arange(half) / half)
@@ -118,7 +118,10 @@ def reference(params, tokens_T, head_mask=None, rope_mask=None, config=CONFIG, x
             attention.append(weights_TS)
             gate = 1.0 if head_mask is None else 1.0 - head_mask[layer][head]
             rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
-            out_TE = out_TE + gate * (weights_TS @ v_TKD[:, kv] @ block["attn"]["o"]["kernel"][rows])
+            o_DE = block["attn"]["o"]["kernel"][rows]
+            out_TE = out_TE + gate * (weights_TS @ v_TKD[:, kv] @ o_DE)
+            if head_mean is not None:
+                out_TE = out_TE + (1 - gate) * (head_mean[layer, head] @ o_DE)
         x_TE = x_TE + out_TE
         h_TE, mlp = _norm(x_TE, block["mlp_norm"]["scale"], config, xp), block["mlp"]
         gate_TM = h_TE @ mlp["gate"]["kernel"]

@@ -12,13 +12,15 @@ PACKAGE = Path(__file__).parent.parent / "retmask_jax"
 ORDER = """
 hosts files records progress memory hlo topology advice model.config model.rope hf_config families model.adapters
 model.layers model.experts model.interventions model.kernels model.splash model.cudnn model.attention model.cache
-model.transformer model.layerwise sharding flops weights hub prefill generate stream lm sweep dpo sequence stats
-haystack head_scores detect detectors causal head_profile norm_utility data.tiny_language data.preferences data.chat
-data.prompts
+model.transformer model.layerwise sharding flops weights hub prefill generate stream lm variants sweep dpo sequence stats
+haystack head_scores detect detectors causal knockout head_profile norm_utility head_statistics rotary
+data.tiny_language data.preferences data.chat data.prompts
 data.released data.preference_dataset pairs endpoints training_settings optimizer objective reference train_step
-checkpoints metrics train evals.recall evals.perplexity evals.compare page figures
-model_figures report pretrain assets inspection
-recipes workdir finished context arms stages aot benchmarks.harness benchmarks.models benchmarks.chip benchmarks.peers
+checkpoints metrics train evals.measured evals.recall evals.perplexity evals.compare page panels figures wording
+model_figures causal_figures causal_report report study_figures study_report panel panel_figures panel_report
+pretrain assets inspection
+recipes workdir finished context arms causal_stages detector_runs study_stages stages aot
+benchmarks.harness benchmarks.models benchmarks.chip benchmarks.peers
 benchmarks.trl_peer benchmarks.programs benchmarks.by_hand benchmarks.peak benchmarks.aot benchmarks.detect
 benchmarks.masks benchmarks.generate benchmarks.dpo benchmarks.memory pipeline main
 """.split()

@@ -125,6 +125,35 @@ def test_detection_in_which_no_case_counts(refused, tmp_path):
     assert "none of 8 detection cases counts" in line and "wrong answer" in line
 
 
+def test_settings_of_the_study_that_cannot_be_used(refused):
+    run = ("study", "--workdir=work")
+    assert "detectors.names has 'copi'; known detectors are copy, " in refused(*run, "--config.detectors.names=('copi',)")
+    assert "theta.detector has 'x'" in refused(*run, "--config.theta.detector=x")
+    assert "there is no task 'needel' under tasks" in refused(*run, "--config.theta.tasks=('needel',)")
+    assert "there is no task 'x' under tasks" in refused(*run, "--config.dynamics.task=x")
+    assert "repeat a seed or 1, the task's own" in refused(*run, "--config.detectors.seeds=(2, 1)")
+    assert "detectors.cases is 0; it must be at least 1" in refused(*run, "--config.detectors.cases=0")
+    assert "theta.factors (0.5, 2.0) lack 1" in refused(*run, "--config.theta.factors=(0.5, 2.0)")
+    assert "must be positive and each one there once" in refused(*run, "--config.theta.factors=(1.0, -1.0)")
+    assert "detectors.top_k is 33, the model has 32 heads" in refused(*run, "--config.detectors.top_k=33")
+    assert "null_query '' has no tokens" in refused(*run, "--config.detectors.null_query=")
+
+
+def test_checkpoints_that_cannot_be_measured(refused, tmp_path):
+    def refused_with(name):
+        return refused("dynamics", f"--config.dynamics.checkpoints=('{name}',)", "--workdir=work")
+
+    assert "checkpoint ./step_1 is not there" in refused_with("./step_1")
+    assert "no folder matches the checkpoints ./step_*" in refused_with("./step_*")
+    (tmp_path / "step_1").mkdir()
+    assert "config.json does not exist" in refused_with("./step_1")
+    copy_model(tmp_path / "step_2", max_position_embeddings=256)
+    assert "the context of checkpoint ./step_2 is 256: shorten its lengths" in refused_with("./step_2")
+    copy_model(tmp_path / "step_3")
+    (tmp_path / "step_3" / "tokenizer.json").unlink()
+    assert "checkpoint ./step_3 has no tokenizer" in refused_with("./step_3")
+
+
 def test_missing_data_file(refused):
     assert "no file matches nowhere.jsonl" in refused(
         "detect", "--config.pairs.prompts=./nowhere.jsonl", "--workdir=work"

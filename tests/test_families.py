@@ -112,10 +112,16 @@ def test_a_context_stretched_by_rope_counts():
     assert from_hf(qwen | {"max_position_embeddings": 200000}).max_length == 200000
 
 
-@pytest.mark.parametrize("name", ["gemma3", "olmo2", "phi3_longrope", "qwen3_moe", "mistral_window"])
-def test_a_model_that_the_plain_form_cannot_say_is_not_written_in_it(name):
+@pytest.mark.parametrize("name", ["gemma3", "phi3_longrope", "qwen3_moe", "mistral_window"])
+def test_a_model_that_no_written_form_can_say_is_not_written(name):
     with pytest.raises(ValueError, match="written in llama's form, which cannot say"):
         to_hf(from_hf(_hf(name)))
+
+
+@pytest.mark.parametrize("name", ["gqa_tied", "llama3_mqa", "qwen3", "qwen3_mqa_yarn", "olmo2", "olmo3", "olmo3_full"])
+def test_a_config_made_here_is_written_in_a_form_that_can_say_it(name):
+    config = from_hf(_hf(name))
+    assert from_hf(to_hf(config)) == config
 
 
 def test_frequencies_that_depend_on_the_length_follow_the_longest_row(read_golden, close):

@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 from safetensors.numpy import load_file
 
+from retmask_jax import stats
 from retmask_jax.head_scores import HeadScores
 from retmask_jax.model.config import Lora
 from retmask_jax.norm_utility import QueryNorms, norm_utility, query_norms
@@ -76,6 +77,19 @@ def test_a_difference_in_one_pair_is_found_within_layers_and_in_that_pair():
     assert np.argmax(result["pair_cohens_d"]) == 1
     gaps = np.subtract(result["pair_retrieval"], result["pair_other"])
     assert gaps == pytest.approx(norms.pair_LHR[labels_LH].mean(axis=0) - norms.pair_LHR[~labels_LH].mean(axis=0))
+
+
+def test_every_pair_has_the_p_value_it_would_have_alone_adjusted_over_all():
+    norms, scores, labels_LH = made_norms(1.0)
+    result = norm_utility(norms, scores, scores.heads(threshold=0.1), n_permutations=499, n_resamples=99, seed=3)
+    alone = [
+        stats.layer_clustered_permutation(norms.pair_LHR[..., r], labels_LH, 499, seed=3)["p_value"] for r in range(3)
+    ]
+    assert result["pair_p_value"] == alone and len(set(alone)) > 1
+    ranks = np.argsort(np.argsort(alone))
+    stepped = [p * 3 / (rank + 1) for p, rank in zip(alone, ranks, strict=True)]
+    expected = [min(s for s, other in zip(stepped, ranks, strict=True) if other >= rank) for rank in ranks]
+    assert result["pair_adjusted_p"] == pytest.approx(expected)
 
 
 def test_a_difference_between_layers_alone_is_no_finding():

@@ -68,6 +68,27 @@ def test_a_second_run_does_nothing(finished):
     assert run_ids(root) == before
 
 
+def test_the_study_goes_on_from_what_run_has_done(finished, tmp_path):
+    """Both commands share a work directory of one config: three stages are done, five are new."""
+    root = tmp_path / "copy"
+    shutil.copytree(finished[0], root)
+    done = retmask("study", f"--config={CONFIG}", f"--workdir={root}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("unchanged") == 3 and str(root / "study.html") in done.stdout
+    page = (root / "study.html").read_text()
+    for section in ("Retrieval heads", "Detectors", "Knock-out", "Rotary dose-response", "Query norms", "RoPE base"):
+        assert f"<h2>{section}</h2>" in page
+    assert "<h2>Training dynamics</h2>" not in page  # no checkpoint is named
+    numbers = json.loads((root / "study.json").read_text())
+    assert all(set(number) == {"value", "low", "high", "n"} for number in numbers.values())
+    detected, masked = "detectors/heads shared with detect/copy", "detectors/needle short/copy masked"
+    assert numbers[detected]["value"] == 1.0  # taken from detect, top_k as many as it found
+    assert numbers[masked]["value"] == numbers["knockout/needle short/retrieval"]["value"]
+    assert numbers["theta/needle short/factor 1"] == numbers["detectors/needle short/none"]
+    assert (root / "detectors/copy.json").read_text() == (root / "detect/scores.json").read_text()
+    assert run_ids(root) == run_ids(finished[0])
+
+
 def test_a_deleted_stage_runs_again_with_what_depends_on_it(finished, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(finished[0], root)

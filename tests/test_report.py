@@ -49,7 +49,7 @@ def knockout_result(shape, tasks, idle):
             for draw in range(draws):
                 test = {"b": 3, "c": 1, "n_discordant": 4, "p_value": 0.5**draw}
                 rows.append({"task": task, "kind": kind, "draw": draw, "mcnemar": test, **around(value - 0.02 * draw),
-                             "change": around(value - 0.9)})  # fmt: skip
+                             "change": around(value - 0.9), "experiment": "zero", "q": 0.5 ** (draw + 1)})  # fmt: skip
             numbers[f"knockout/{task}/{kind}"] = around(value - 0.01)
     for i, kind in enumerate(KINDS):
         numbers[f"knockout/text loss/{kind}"] = around(2.1 + 0.1 * i)
@@ -57,7 +57,9 @@ def knockout_result(shape, tasks, idle):
     activity[0, 0] = 0.0
     return {
         "rows": rows, "activity": activity.tolist(), "idle": idle, "idle_below": 0.1,
-        "text_loss": [{"kind": kind, "draw": d, **around(2.1)} for kind, draws in KINDS.items() for d in range(draws)],
+        "text_loss": [{"kind": kind, "draw": d, "experiment": "zero", **around(2.1)}
+                      for kind, draws in KINDS.items() for d in range(draws)],
+        "curve": [], "minimal": None,
         "numbers": numbers | {"knockout/idle heads": number(float(idle))},
     }  # fmt: skip
 
@@ -66,19 +68,23 @@ def rope_result(tasks, gap):
     kinds = {"lowest": 1, "highest": 1, "control heads, lowest": 1, "random": 2}
     rows, numbers = [], {}
     for task in tasks:
-        rows.append({"task": task, "kind": "none", "draw": 0, "k": 0, "pairs": [], **around(0.9)})
+        rows.append({"task": task, "kind": "none", "experiment": "", "draw": 0, "k": 0, "pairs": [], "site": "rotary",
+                     **around(0.9)})  # fmt: skip
         for k in (1, 2, 4):
             for kind, draws in kinds.items():
                 pairs = list(range(8 - k, 8) if "lowest" in kind else range(k))
                 numbers[f"rope/{task}/{kind} {k} pairs"] = around(0.9 - 0.1 * k)
-                rows += [{"task": task, "kind": kind, "draw": draw, "k": k, "pairs": pairs, **around(0.8)}
-                         for draw in range(draws)]  # fmt: skip
+                rows += [{"task": task, "kind": kind, "experiment": "dose", "draw": draw, "k": k, "pairs": pairs,
+                          "site": "rotary", **around(0.8)} for draw in range(draws)]  # fmt: skip
         numbers |= {f"rope/{task}/none": around(0.9), f"rope/{task}/highest minus lowest quarter": number(*gap)}
     return {
         "rows": rows,
         "pairs": [1, 2, 4],
         "n_pairs": 8,
         "wavelengths": [10.0**i for i in range(8)],
+        "context": 512,
+        "patch_pairs": 1,
+        "costs": [],
         "numbers": numbers,
     }
 
@@ -246,7 +252,7 @@ def test_clear_and_unclear_changes_are_told_apart(small):
 
 def test_many_draws_show_their_mean_and_median_p(small):
     row = next(row for row in Page(small).rows if row[:2] == ["needle", "any layer (3 draws)"])
-    assert row[2].startswith("0.890 [") and row[3:] == ["0.000", "0.5000"]
+    assert row[2].startswith("0.890 [") and row[3:] == ["0.000", "0.5000", "0.2500"]
 
 
 def test_several_seeds_share_one_map_per_arm(render):

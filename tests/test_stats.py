@@ -263,6 +263,14 @@ def test_permutation_test_finds_a_difference_within_layers(monkeypatch):
     assert small == result
 
 
+def test_many_numbers_per_head_are_tested_by_the_same_permutations_as_each_alone():
+    values_LHV = np.random.default_rng(4).integers(0, 5, (5, 6, 4)).astype(float)  # whole numbers make ties
+    labels_LH = np.arange(30).reshape(5, 6) % 4 == 1
+    together = stats.layer_clustered_p_values(values_LHV, labels_LH, 300, seed=2)
+    alone = [stats.layer_clustered_permutation(values_LHV[..., v], labels_LH, 300, seed=2)["p_value"] for v in range(4)]
+    assert together.tolist() == alone and len(set(alone)) > 1
+
+
 def test_permutation_test_refuses_labels_that_cannot_be_permuted():
     values_LH = np.arange(6.0).reshape(2, 3)
     with pytest.raises(ValueError, match="no layer has both"):

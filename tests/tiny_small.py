@@ -13,6 +13,8 @@ def get_config():
     config.knockout.draws = 1
     config.knockout.tasks = ("needle short", "context short")
     config.rope.pairs, config.rope.draws = (4,), 1
+    config.detectors.names = ("copy", "copy_position")
+    config.theta.factors, config.theta.detector = (1.0, 8.0), "copy_position"
     config.pairs.n_prompts = 48
     config.train.steps, config.train.batch_size, config.train.microbatch_size = 6, 4, 2
     config.train.checkpoint_every = 2

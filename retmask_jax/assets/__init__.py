@@ -11,13 +11,14 @@ from retmask_jax.pretrain import pretrain
 
 
 def build(recipe, root: Path) -> None:
-    """Write root/tiny (an HF checkpoint), root/data (needles, facts, prompts, text) and root/stages (checkpoints).
+    """Write root/tiny (an HF checkpoint), root/data (needles, facts, prompts, text), root/stages and root/checkpoints (HF
+    checkpoints, see `pretrain`).
 
     recipe: the `pretrain` section of a config. The data are drawn from seeds of their own, so no text of theirs was
     seen in training.
     """
     write_data(recipe.data, root / "data")
-    save(pretrain(recipe, root / "stages"), root / "tiny")
+    save(pretrain(recipe, root), root / "tiny")
 
 
 def write_data(recipe, folder: Path) -> None:

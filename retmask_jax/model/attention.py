@@ -59,13 +59,15 @@ class Probe:
     """What to ask of attention: for the query rows rows_BP i32[B,P] of a call, per layer and head, the `top` keys with
     the largest weights and the mass of the weights in token spans [start, end), spans_BN2 i32[B,N,2] (None: none).
 
-    values: also the part of the head's output that is read in each span.
+    values: also the part of the head's output that is read in each span. pairs: the number of rotary pairs, where it is
+    also asked how what each of them adds to q.k varies over the keys (0: not).
     """
 
     rows_BP: Any
     spans_BN2: Any = None
     top: int = flax.struct.field(pytree_node=False, default=1)
     values: bool = flax.struct.field(pytree_node=False, default=False)
+    pairs: int = flax.struct.field(pytree_node=False, default=0)
 
 
 @flax.struct.dataclass
@@ -73,11 +75,14 @@ class Probed:
     """keys: i32[B,P,...,H,top], absolute positions, the largest weight first, -1 where fewer keys are seen.
 
     mass: f32[B,P,...,H,N], or None. values: f32[B,P,...,H,N,D], weighted sums of the values in the spans, or None.
+    pairs: f32[B,1,...,H,R,R], or None: covariance over the keys of what two rotary pairs add to q.k, mean over the rows;
+    what is not rotated counts as one pair more.
     """
 
     keys: jax.Array
     mass: jax.Array | None = None
     values: jax.Array | None = None
+    pairs: jax.Array | None = None
 
 
 def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto", positions_BT=None):
@@ -156,6 +161,8 @@ def probe(q_BPHD, positions_BP, keys: Keys, request: Probe, scores: Scores) -> P
         seen_B1S = scores.seen(query_B[:, None], keys.positions_BS)[:, None]
         # Neither a positive scale nor a cap changes the order.
         found = Probed(_top(jnp.where(seen_B1S, products_BHS, HIDDEN), keys.positions_BS, request.top))
+        if request.pairs:
+            found = found.replace(pairs=_covariance(q_BKGTD[:, :, :, 0], seen_B1S, keys, request.pairs))
         if request.spans_BN2 is None:
             return found
         first_BN1, end_BN1 = jnp.split(request.spans_BN2, 2, axis=-1)
@@ -166,6 +173,8 @@ def probe(q_BPHD, positions_BP, keys: Keys, request: Probe, scores: Scores) -> P
         return found.replace(values=_values(weights_BHS, inside_BNS, keys)) if request.values else found
 
     found = jax.lax.map(one, (q_BPHD.swapaxes(0, 1), positions_BP.T), batch_size=_PROBED_AT_ONCE)
+    if request.pairs:
+        found = found.replace(pairs=found.pairs.mean(axis=0, keepdims=True))
     return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 
@@ -177,6 +186,20 @@ def _values(weights_BHS, inside_BNS, keys: Keys):
     v_BKSD = keys.v_BKSD.astype(jnp.float32)
     found_BKGND = jnp.einsum("bkgns,bksd->bkgnd", parts_BKGNS, v_BKSD, precision=precision(jnp.float32))
     return found_BKGND.reshape(batch, heads, *found_BKGND.shape[3:])
+
+
+def _covariance(q_BKGD, seen_B1S, keys: Keys, n_pairs: int):
+    """f32[B,H,R,R]: covariance, over the keys seen, of what each two rotary pairs add to q.k."""
+    products_BKGDS = (q_BKGD[..., None] * keys.k_BKDS[:, :, None]).astype(jnp.float32)
+    first, second, rest = jnp.split(products_BKGDS, (n_pairs, 2 * n_pairs), axis=3)
+    parts = [first + second] + ([rest.sum(axis=3, keepdims=True)] if rest.shape[3] else [])
+    parts_BHRS = jnp.concatenate(parts, axis=3).reshape(len(q_BKGD), -1, n_pairs + len(parts) - 1, rest.shape[-1])
+    seen_B11S = seen_B1S[:, None]
+    n_B111 = seen_B11S.sum(axis=-1, keepdims=True)
+    mean_BHR1 = jnp.where(seen_B11S, parts_BHRS, 0).sum(axis=-1, keepdims=True) / n_B111
+    around_BHRS = jnp.where(seen_B11S, parts_BHRS - mean_BHR1, 0)
+    exact = precision(jnp.float32)
+    return jnp.einsum("bhrs,bhqs->bhrq", around_BHRS, around_BHRS, precision=exact) / n_B111
 
 
 def _top(products_BHS, positions_BS, n: int):

@@ -26,16 +26,18 @@ class Interventions:
 
     head_mask: bool[L, H] or [B, L, H]. True: the head writes nothing (its output before o_proj is 0).
     rope_mask: bool[L, H, R] or [B, L, H, R]. True: rotary pair r of this query head drops out of q.k.
-    Float arrays are gates in [0, 1], 1 = masked. None stands for all-False. Layers are in absolute order, pairs in
+    Float masks are gates in [0, 1], 1 = masked. A mask that is None stands for all-False. Layers are in absolute order, pairs in
     the order of the inverse frequencies (highest first).
     rope_site: "rotary" takes the pair out of the query after norm and rotation, for that head alone;
     "projection" zeroes it in the outputs of q_proj and k_proj before any norm, as arXiv 2606.21249 did, which
     reaches every query head of the group.
+    head_mean: f32[L, H, D] or [B, L, H, D]: what a masked head writes, before o_proj, instead of nothing (None).
     """
 
     head_mask: Any = None
     rope_mask: Any = None
     rope_site: str = flax.struct.field(pytree_node=False, default="rotary")
+    head_mean: Any = None
 
     @classmethod
     def none(cls, config: ModelConfig) -> "Interventions":
@@ -50,13 +52,15 @@ class Interventions:
         return self.replace(
             head_mask=_checked("head_mask", self.head_mask, heads, batch),
             rope_mask=_checked("rope_mask", self.rope_mask, (*heads, config.n_pairs), batch),
+            head_mean=_checked_mean(self.head_mean, (*heads, config.head_dim), batch),
         )
 
     def per_row(self, batch: int) -> "Interventions":
         """Filled masks with a row axis, a shared one repeated; NumPy arrays stay such."""
         return self.replace(
-            head_mask=_per_row(self.head_mask, 3, batch), rope_mask=_per_row(self.rope_mask, 4, batch)
-        )
+            head_mask=_per_row(self.head_mask, 3, batch), rope_mask=_per_row(self.rope_mask, 4, batch),
+            head_mean=None if self.head_mean is None else _per_row(self.head_mean, 4, batch),
+        )  # fmt: skip
 
     def __or__(self, other: "Interventions") -> "Interventions":
         """Both at once: logical or, or the maximum where either is a float gate."""
@@ -69,8 +73,9 @@ class Interventions:
         else:
             site = self.rope_site
         return Interventions(
-            _either(self.head_mask, other.head_mask, 2), _either(self.rope_mask, other.rope_mask, 3), site
-        )
+            _either(self.head_mask, other.head_mask, 2), _either(self.rope_mask, other.rope_mask, 3),
+            site, _mean_of(self, other),
+        )  # fmt: skip
 
 
 def stack(interventions: Sequence[Interventions]) -> Interventions:
@@ -78,17 +83,33 @@ def stack(interventions: Sequence[Interventions]) -> Interventions:
     sites = {iv.rope_site for iv in interventions}
     if len(sites) != 1:
         raise ValueError(f"cannot stack interventions of different rotary sites: {sorted(sites)}")
-    return Interventions(
-        _stack([iv.head_mask for iv in interventions]), _stack([iv.rope_mask for iv in interventions]), sites.pop()
-    )
+    parts = {name: [getattr(iv, name) for iv in interventions] for name in ("head_mask", "rope_mask", "head_mean")}
+    return Interventions(rope_site=sites.pop(), **{name: _stack(masks) for name, masks in parts.items()})
 
 
-def mask_heads(config: ModelConfig, heads: Iterable[Head]) -> Interventions:
-    """Interventions with these (layer, head) masked; ValueError for an index the model does not have."""
+def mask_heads(config: ModelConfig, heads: Iterable[Head], mean=None) -> Interventions:
+    """Interventions with these (layer, head) masked; ValueError for an index the model does not have.
+
+    mean: f32[L,H,D], what the masked heads write instead of nothing (mean-ablation, see `causal.head_means`).
+    """
     head_mask = np.zeros((config.n_layers, config.n_heads), bool)
     for layer, head in _valid_heads(config, heads):
         head_mask[layer, head] = True
-    return Interventions(head_mask=jnp.asarray(head_mask))
+    return Interventions(head_mask=jnp.asarray(head_mask), head_mean=None if mean is None else jnp.asarray(mean))
+
+
+def mask_queries(config: ModelConfig, heads: Iterable[Head]) -> Interventions:
+    """Interventions that zero the query of these (layer, head): such a head weighs all keys alike and still writes their
+    mean value, as the block list of arXiv 2404.15574's code does.
+
+    Raises ValueError for a model of which some dimensions are not rotated: masks of rotary pairs do not reach those.
+    """
+    if 2 * config.n_pairs < config.head_dim:
+        raise ValueError(
+            f"only {2 * config.n_pairs} of the {config.head_dim} dimensions of a head are rotated, so rotary masks cannot "
+            "zero a query of this model: use mask_heads"
+        )
+    return mask_rope(config, heads, range(config.n_pairs))
 
 
 def mask_rope(config: ModelConfig, heads: Iterable[Head], pairs: Iterable[int], site: str = "rotary") -> Interventions:
@@ -172,15 +193,37 @@ def _checked(name: str, mask, shape: tuple[int, ...], batch: int | None):
     return mask
 
 
+def _checked_mean(mean, shape: tuple[int, ...], batch: int | None):
+    if mean is None:
+        return None
+    mean = jnp.asarray(mean)
+    if not jnp.issubdtype(mean.dtype, jnp.floating):
+        raise ValueError(f"head_mean has type {mean.dtype}; it must be float")
+    return _checked("head_mean", mean, shape, batch)
+
+
+def _mean_of(a: Interventions, b: Interventions):
+    """What masked heads of both together write; ValueError where heads of one would write what only the other gives."""
+    given = [(iv, other) for iv, other in ((a, b), (b, a)) if iv.head_mean is not None]
+    if not given:
+        return None
+    if not any(_is_empty(other.head_mask) for _, other in given):
+        raise ValueError("head masks of which one has a mean cannot be combined: give all heads to one mask_heads")
+    return next(iv.head_mean for iv, other in given if _is_empty(other.head_mask))
+
+
 def _is_empty(mask) -> bool:
     """Whether a mask certainly takes nothing out; one that is being traced could."""
     return mask is None or (not isinstance(mask, jax.core.Tracer) and not np.any(mask))
 
 
 def _stack(masks):
-    """Masks with a new leading axis; a missing one among others is all-False."""
+    """Masks with a new leading axis; a missing one among others is all-False. NumPy arrays stay such."""
     given = [mask for mask in masks if mask is not None]
-    return jnp.stack([jnp.zeros_like(given[0]) if mask is None else mask for mask in masks]) if given else None
+    if not given:
+        return None
+    xp = np if all(isinstance(mask, np.ndarray) for mask in given) else jnp
+    return xp.stack([xp.zeros_like(given[0]) if mask is None else mask for mask in masks])
 
 
 def _either(a, b, shared_ndim: int):

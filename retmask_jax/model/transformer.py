@@ -162,7 +162,10 @@ def make_call(config: ModelConfig, length: int, start_B, end_B, longest=None, pr
 def split_masks(config: ModelConfig, interventions: Interventions):
     """Filled masks as `split_layers` arranges them, with a row axis."""
     iv = interventions
-    return split_layers(config, {"head": _layers_first(iv.head_mask, 2), "rope": _layers_first(iv.rope_mask, 3)})
+    mean = None if iv.head_mean is None else _layers_first(iv.head_mean, 3)
+    return split_layers(
+        config, {"head": _layers_first(iv.head_mask, 2), "rope": _layers_first(iv.rope_mask, 3), "mean": mean}
+    )
 
 
 def merge_probed(config: ModelConfig, blocks, tail):
@@ -209,7 +212,7 @@ class Attention(nn.Module):
         scores = Scores(cfg.attention_scale, cfg.window if self.kind == "sliding" else None, cfg.attention_softcap)
         positions_BT = None if call.rows_BP is None else call.first_B[:, None] + call.rows_BP
         out_BTHD = attend(q_BTHD, keys, scores, call.start_B, cfg.kernel, positions_BT)
-        out_BTHD = _drop(out_BTHD, masks["head"][:, :, None])
+        out_BTHD = _drop(out_BTHD, masks["head"][:, :, None], masks["mean"])
         out_BTE = dense(out_BTHD.reshape(*wanted_BTE.shape[:2], -1), cfg.hidden_size, ("heads", "embed"), "o")
         probed = None
         if call.probe is not None:
@@ -363,12 +366,14 @@ def _layers_first(mask, shared_ndim: int):
     return mask[:, None] if mask.ndim == shared_ndim else jnp.swapaxes(mask, 0, 1)
 
 
-def _drop(x_BTHD, mask_BHD):
-    """x with masked entries zero; a float mask is a gate. mask_BHD broadcasts over rows and widths."""
+def _drop(x_BTHD, mask_BHD, instead_BHD=None):
+    """x with masked entries zero, or what is `instead`; a float mask is a gate. All broadcast over rows and widths."""
     mask_BTHD = mask_BHD[:, None]
+    instead = jnp.zeros((), x_BTHD.dtype) if instead_BHD is None else instead_BHD[:, None].astype(x_BTHD.dtype)
     if mask_BHD.dtype == jnp.bool_:
-        return jnp.where(mask_BTHD, jnp.zeros((), x_BTHD.dtype), x_BTHD)
-    return x_BTHD * (1 - mask_BTHD).astype(x_BTHD.dtype)
+        return jnp.where(mask_BTHD, instead, x_BTHD)
+    kept_BTHD = x_BTHD * (1 - mask_BTHD).astype(x_BTHD.dtype)
+    return kept_BTHD if instead_BHD is None else kept_BTHD + instead * mask_BTHD.astype(x_BTHD.dtype)
 
 
 def _dims(config: ModelConfig, mask_BHR):

@@ -1,0 +1,55 @@
+"""The causal study on the bundled tiny model: detectors, knock-out, rotary pairs, query norms, RoPE base.
+
+    retmask study --config=tiny_study
+
+Compares eight detectors of retrieval heads and masks the heads of each, takes heads and rotary pairs out, compares
+query norms, changes the RoPE base, and writes study.html. About five minutes on two CPU cores that do nothing else.
+
+Training dynamics need checkpoints, which the package has none of. Those of the model's own training come with
+
+    retmask pretrain --config=tiny --workdir=runs/pretrain
+    retmask study --config=tiny_study --config.dynamics.checkpoints='("runs/pretrain/stages/stage*",)'
+
+and add about a minute (its first two stages have two layers, the others four).
+"""
+
+from ml_collections import ConfigDict
+from retmask_jax.configs import tiny
+
+
+def get_config() -> ConfigDict:
+    return study(tiny.get_config())
+
+
+def study(config: ConfigDict) -> ConfigDict:
+    """The settings of the study, over those of a tiny model."""
+    config.knockout.modes = ("zero", "mean", "query")
+    config.knockout.curve = (1, 2, 4, 8, 16, 0.25, 0.5, 0.75, 1.0)
+    config.knockout.minimal = 0.1
+    config.rope.sites = ("rotary", "projection")
+    config.rope.utility = True
+    config.rope.windows = 8
+    config.rope.coverage = (0.25, 0.5, 0.75, 1.0)
+    config.rope.patches = True
+    config.rope.matched = 3
+    config.rope.text = True
+    # `detect` has 120 cases; what else reads them takes a fifth or so.
+    config.detectors.cases = 24
+    config.detectors.seeds = (11,)
+    config.detectors.seed_names = ("copy_position",)
+    # Twice or half the base changes nothing here.
+    config.theta.factors = (0.1, 1.0, 10.0)
+    config.theta.cases = 24
+    config.theta.detector = "copy_position"  # one program a base: nothing is decoded
+    config.dynamics.cases = 40
+    config.headlines = (
+        "detect/heads", "detect/gini",
+        *(f"detectors/needle short/{name} masked" for name in config.detectors.names),
+        "knockout/needle short/none", "knockout/needle short/retrieval", "knockout/needle short/layer-matched",
+        "knockout/needle short/activity-matched", "knockout/closed-book/retrieval", "knockout/needle short/smallest set",
+        "rope/needle short/lowest 4 pairs", "rope/needle short/highest 4 pairs", "rope/needle short/matched 4 pairs",
+        "rope/needle short/centre of mass of the windows",
+        "utility/Cohen's d", "utility/permutation p",
+        *(f"theta/needle short/factor {factor:g}" for factor in config.theta.factors),
+    )  # fmt: skip
+    return config

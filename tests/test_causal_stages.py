@@ -1,0 +1,49 @@
+"""Settings of knock-out and rope: what cannot work is refused in one line before anything runs."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from retmask_jax import recipes
+from retmask_jax.causal_stages import check_experiments, check_experiments_model
+from retmask_jax.model.config import ModelConfig
+
+MODEL = ModelConfig(
+    vocab_size=8, hidden_size=8, mlp_size=8, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=32, max_length=640
+)
+
+
+def _config(*overrides):
+    return recipes.load_recipe("tiny_study", [tuple(text.split("=", 1)) for text in overrides])
+
+
+@pytest.mark.parametrize("override, message", [
+    ("knockout.modes=('mean',)", r"knockout.modes is \('mean',\); it must begin with zero, and may have mean, query"),
+    ("knockout.modes=('zero', 'median')", "it must begin with zero"),
+    ("rope.sites=('projection',)", "rope.sites .* must begin with rotary, and may have projection"),
+    ("knockout.minimal=1.5", "knockout.minimal is 1.5; it must be a share between 0 and 1"),
+    ("rope.coverage=(0.5, 2.0)", "its shares must be above 0 and at most 1"),
+    ("text.file=", "rope.matched is measured on plain text: set text.file"),
+])  # fmt: skip
+def test_settings_that_no_model_can_have_are_refused(override, message):
+    check_experiments(_config())
+    with pytest.raises(ValueError, match=message):
+        check_experiments(_config(override))
+
+
+@pytest.mark.parametrize("override, message", [
+    ("knockout.curve=(1, 64)", "a curve over 64 heads: the model has 32"),
+    ("rope.windows=17", "rope.windows has 17, the model has 16 rotary pairs: lower it"),
+    ("rope.pairs=(2, 20)", "rope.pairs has 20, the model has 16 rotary pairs"),
+    ("rope.patch_pairs=17", "rope.patch_pairs has 17"),
+])  # fmt: skip
+def test_settings_beyond_the_model_are_refused(override, message):
+    def check(*overrides, model=MODEL):
+        check_experiments_model(SimpleNamespace(config=_config(*overrides), lm=SimpleNamespace(config=model)))
+
+    check()
+    with pytest.raises(ValueError, match=message):
+        check(override)
+    with pytest.raises(ValueError, match="only 16 of the 32 dimensions of a head are rotated"):
+        check("rope.windows=8", "rope.pairs=(2,)", model=dataclasses.replace(MODEL, rotary_dim=16))

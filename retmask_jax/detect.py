@@ -22,7 +22,7 @@ from retmask_jax.model.attention import Probe
 from retmask_jax.model.cache import empty_cache
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, unembed
-from retmask_jax.prefill import CHUNK, Shared, prefill, share_prefixes, slots_for
+from retmask_jax.prefill import Shared, prefill, share_prefixes, slots_for, usual_chunk
 from retmask_jax.sharding import by_rows, full_share, mesh_of
 
 log = logging.getLogger(__name__)
@@ -306,7 +306,7 @@ def _read_rows(config, measure, values, shared, rows):
     params, prefix, longest = shared
     tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv = rows
     batch, length = tokens_BT.shape
-    n_prefix, chunk = (0, CHUNK) if prefix is None else (prefix["blocks"]["0"].slots, READ_CHUNK)
+    n_prefix, chunk = (0, usual_chunk()) if prefix is None else (prefix["blocks"]["0"].slots, READ_CHUNK)
     cache = None
     if prefix is not None or length > chunk:
         dtype = jax.tree.leaves(params)[0].dtype

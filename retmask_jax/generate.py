@@ -16,14 +16,19 @@ from retmask_jax.model.attention import Probe
 from retmask_jax.model.cache import empty_cache
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.transformer import check_tokens, hidden, unembed
+from retmask_jax.model.layerwise import next_hidden
+from retmask_jax.model.transformer import check_tokens, unembed
 from retmask_jax.prefill import prefill, slots_for
 from retmask_jax.sharding import by_rows, mesh_of
 
 log = logging.getLogger(__name__)
 
 MAX_STOP_IDS = 8
+# Of programs that decode. On a GPU cuBLAS multiplies with weights and keys where they lie; the kernels XLA generates
+# would have each layer's copied first, which takes longer than the product of a few rows. Other devices ignore it.
+DECODING = {"xla_gpu_enable_triton_gemm": False}
 _NO_STOP = -1
+_ALIGNED = 16  # slots of a cache: rows of keys then begin where a GPU or a vector unit can load many at once
 
 
 @flax.struct.dataclass
@@ -76,12 +81,13 @@ def generate(
         longest = lengths.max() + max_new_tokens
         log.info("rotary frequencies are those of %d tokens, the longest prompt and max_new_tokens", longest)
     rows = np.arange(len(tokens)) if seeds.ndim == 0 else np.zeros(len(tokens), int)
+    draws = Draws.of(config, stop_ids, temperature, top_p)
     iv = jax.tree.map(np.asarray, (interventions or Interventions()).fill(config, len(tokens)))
     arguments = (
         pad_to_bucket(config, tokens, max_new_tokens),
         lengths,
         iv.per_row(len(tokens)),  # shared masks, too: one program for both
-        *Draws.of(config, stop_ids, temperature, top_p),
+        *draws,
         np.broadcast_to(seeds, len(tokens)).astype(np.uint32),
         rows.astype(np.uint32),
     )
@@ -197,7 +203,8 @@ def take_rows(iv: Interventions, rows) -> Interventions:
     return iv.replace(**{name: x if x.ndim == shared[name] else x[rows] for name, x in given.items()})
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "probe"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "probe"),
+                   compiler_options=DECODING)  # fmt: skip
 def _generate(config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, top_p, seeds_B, rows_B, *,
               max_new_tokens, probe):  # fmt: skip
     shared = params, Draws(stop_ids, temperature, top_p), lengths_B.max() + max_new_tokens
@@ -211,7 +218,8 @@ def _generate_rows(config, max_new_tokens, probe, shared, rows):
     batch, width = tokens_BT.shape
     keys_B = row_keys(seeds_B, rows_B)
     dtype = jax.tree.leaves(params)[0].dtype
-    cache = empty_cache(config, batch, max(slots_for(width), width + max_new_tokens), dtype)
+    slots = -(-max(slots_for(width), width + max_new_tokens) // _ALIGNED) * _ALIGNED
+    cache = empty_cache(config, batch, slots, dtype)
 
     last_B1 = lengths_B[:, None] - 1
     first = prefill(config, params, tokens_BT, lengths_B, iv, cache, last_B1, longest=longest,
@@ -233,8 +241,7 @@ def _generate_rows(config, max_new_tokens, probe, shared, rows):
     def decode(state):
         step, cache, token_B, done_B, count_B, buffers = state
         start_B = lengths_B + step - 1
-        out = hidden(config, params, token_B[:, None], iv, cache=cache, start_B=start_B, end_B=start_B + 1, probe=only,
-                     longest=longest)  # fmt: skip
+        out = next_hidden(config, params, token_B, iv, cache=cache, start_B=start_B, probe=only, longest=longest)
         token_B, stops_B = next_tokens(config, params, draws, out.x_BTE, keys_B, step)
         done_B |= stops_B
         buffers = record(buffers, out.probed, token_B, done_B, step)

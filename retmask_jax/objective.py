@@ -21,13 +21,13 @@ def part_loss(config: ModelConfig, settings: Settings, params, batch, ablated=No
     weight = batch["weight"]
     if settings.objective == "dpo":
         losses, values = _preference(config, settings, params, batch)
-        return jnp.dot(weight, losses), {name: jnp.dot(weight, values[name]) for name in _OF_PAIRS}
+        return jnp.sum(weight * losses), {name: jnp.sum(weight * values[name]) for name in _OF_PAIRS}
     rows = batch["chosen"], batch["chosen_mask"]
     if settings.objective == "sft":
         losses = -sequence_logprobs(config, params, *rows, remat=settings.remat)
     else:
         losses = sequence_contrast(config, params, *rows, ablated, settings.contrast_strength, remat=settings.remat)
-    return jnp.dot(weight, losses), {}
+    return jnp.sum(weight * losses), {}
 
 
 def metric_names(settings: Settings) -> tuple[str, ...]:

@@ -14,7 +14,10 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.kernels import even_size
 from retmask_jax.model.layerwise import hidden_rows
 
-CHUNK = 1024  # tokens of a row that pass through the model at once: bounds the memory of activations at any length
+# Tokens of a row that pass through the model at once: bounds the memory of activations at any length. A GPU reads all
+# weights for each chunk in the time in which it multiplies hundreds of tokens.
+_CHUNK = {"gpu": 4096}
+_CHUNK_ELSEWHERE = 1024
 _ALIGNED = 64  # tokens of which a larger chunk is a multiple
 _WORTH_SHARING = 64  # tokens of a common beginning below which reuse saves nothing
 
@@ -31,7 +34,7 @@ class Prefilled:
 
 
 def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *, start_B=None,
-            probe: Probe | None = None, longest=None, chunk: int = CHUNK) -> Prefilled:  # fmt: skip
+            probe: Probe | None = None, longest=None, chunk: int | None = None) -> Prefilled:  # fmt: skip
     """Run tokens through the model, filling the cache, and keep the final states of rows rows_BP i32[B,P] among the T.
 
     start_B: how many positions of each row the cache holds already (None: none). end_B: where each row's tokens end,
@@ -39,6 +42,7 @@ def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *
     `slots_for` as many positions. Pure, to be called under jit.
     """
     batch, length = tokens_BT.shape
+    chunk = chunk or usual_chunk()
     if length <= chunk:
         out = hidden_rows(config, params, tokens_BT, iv, rows_BP, cache=cache, start_B=start_B, end_B=end_B,
                           probe=probe, longest=longest)  # fmt: skip
@@ -70,8 +74,14 @@ def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *
     return jax.lax.fori_loop(0, n_chunks, add, empty.replace(cache=cache))
 
 
-def slots_for(length: int, chunk: int = CHUNK) -> int:
+def usual_chunk() -> int:
+    """Tokens of a row that pass through the model at once on this device."""
+    return _CHUNK.get(jax.default_backend(), _CHUNK_ELSEWHERE)
+
+
+def slots_for(length: int, chunk: int | None = None) -> int:
     """Slots a cache needs for `length` new tokens, with the padding of the last chunk."""
+    chunk = chunk or usual_chunk()
     if length <= chunk:
         return length
     even = even_size(length, chunk, min(_ALIGNED, chunk))

@@ -15,6 +15,7 @@ import numpy as np
 
 from retmask_jax import memory
 from retmask_jax.generate import (
+    DECODING,
     Draws,
     Generated,
     bucket,
@@ -29,7 +30,8 @@ from retmask_jax.hosts import to_host
 from retmask_jax.model.cache import empty_cache, put_rows
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.transformer import check_tokens, hidden
+from retmask_jax.model.layerwise import next_hidden
+from retmask_jax.model.transformer import check_tokens
 from retmask_jax.prefill import prefill, slots_for
 from retmask_jax.progress import with_rate
 from retmask_jax.sharding import ROW_AXES, ROWS, STACKED_ROWS, by_rows, constrain, full_share, mesh_of, row_shares
@@ -273,7 +275,7 @@ def _place(row_F, rows, cache, new_rows, new_cache):
     return by_rows(place, (), args, split=((ROWS, _STATE, _STATE), _STATE))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache", compiler_options=DECODING)
 def _decode(config, shared, steps, enough, rows, cache):
     """The state after so many steps, or as soon as enough rows are done."""
 
@@ -285,8 +287,7 @@ def _decode(config, shared, steps, enough, rows, cache):
             step, (rows, cache) = loop
             # What a row that is done computes means nothing; it stays where a new prompt writes first.
             start_B = jnp.where(rows.done_B, 0, rows.length_B + rows.count_B - 1)
-            out = hidden(config, params, rows.token_B[:, None], iv, cache=cache, start_B=start_B, end_B=start_B + 1,
-                         longest=longest)  # fmt: skip
+            out = next_hidden(config, params, rows.token_B, iv, cache=cache, start_B=start_B, longest=longest)
             return step + 1, (rows.draw(config, shared[0], out.x_BTE), out.cache)
 
         def unfinished(loop):

@@ -44,6 +44,17 @@ def test_commands_and_files_of_the_readme_exist():
         assert (root / link).exists(), link
 
 
+def test_the_shares_of_an_h100_are_those_of_its_reports():
+    reports = json.loads((PACKAGE / "benchmarks/h100.json").read_text())
+    rows = {row["name"].split(",")[0]: row for report in reports for row in report["rows"] if row["target"]}
+    long, short = ([row["ratio"] for row in report["rows"] if "prefill" in row["name"]][0] for report in reports[:2])
+    text = " ".join(README.split())
+    assert f"prefill reaches {long:.0%} of" in text and f"and {short:.0%} at 8 prompts" in text
+    assert f"behind 8K {rows['decoding']['ratio']:.0%} of" in text
+    step, detection = (report["rows"][-1]["ratio"] for report in reports[2:])
+    assert f"adapters {step:.0%} (2 pairs" in text and f"detection is {detection:.0f} times as fast" in text
+
+
 def test_the_table_of_topologies_is_what_was_compiled():
     rows = json.loads((PACKAGE / "benchmarks/topologies.json").read_text())
     compiled = {(row["model"], row["topology"]): row for row in rows if row["what"] == "train" and row["length"] == 1024}

@@ -1,5 +1,6 @@
 """The models that are compared: the bundled one, and shapes with random weights as a real HF checkpoint."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import tempfile
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retmask_jax import recipes
+from retmask_jax.benchmarks.harness import cores
 from retmask_jax.families import from_hf
 from retmask_jax.haystack import Prompter, read_sentences
 from retmask_jax.hub import BUNDLED
@@ -20,6 +22,7 @@ from retmask_jax.sharding import make_mesh, param_shapes
 from retmask_jax.weights import read_config
 
 _SPREAD = 0.02  # standard deviation of random weights, transformers' initializer_range
+_PART = 2**22  # numbers drawn at a time
 
 _SHAPES = {
     "30m": ModelConfig(
@@ -103,4 +106,18 @@ def text_or_random(folder: Path, n: int, length: int) -> np.ndarray:
 def _draw(rng, path, leaf, dtype: str):
     if path[-1].key == "scale":
         return jnp.ones(leaf.shape, dtype)
-    return jnp.asarray(_SPREAD * rng.standard_normal(leaf.shape, np.float32), dtype)
+    return jnp.asarray(_normal(rng, leaf.shape), dtype)
+
+
+def _normal(rng, shape) -> np.ndarray:
+    """f32[shape], drawn by all cores in parts of one size: the same on any machine."""
+    out = np.empty(shape, np.float32)
+    parts = [out.reshape(-1)[at : at + _PART] for at in range(0, out.size, _PART)]
+
+    def draw(rng, part):
+        rng.standard_normal(out=part, dtype=np.float32)
+        part *= _SPREAD
+
+    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(draw, rng.spawn(len(parts)), parts))
+    return out

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from retmask_jax.model import cudnn
 from retmask_jax.model.config import KERNELS
 from retmask_jax.model.kernels import HIDDEN, Scores, blocked, dot, plain
 from retmask_jax.model.layers import precision
@@ -107,8 +108,10 @@ def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto
         chosen = "blocked"
     if shards > 1:
         return _over_context(q_BTHD, keys, scores, shards)
+    if chosen == "cudnn" and start_B is None:
+        return cudnn.alone(q_BTHD, keys.k_BKDS.transpose(0, 3, 1, 2), keys.v_BKSD.swapaxes(1, 2), scores)
     if chosen == "cudnn":
-        return _cudnn(q_BTHD, keys, scores)
+        return cudnn.behind(q_BTHD, keys.k_BKDS, keys.v_BKSD, start_B, keys.positions_BS[:, 0], scores)
     q_BKGTD = q_BTHD.reshape(batch, length, keys.kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
     first_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
     positions_BT = first_B[:, None] + jnp.arange(length) if positions_BT is None else positions_BT
@@ -165,7 +168,8 @@ def probe(q_BPHD, positions_BP, keys: Keys, request: Probe, scores: Scores) -> P
         first_BN1, end_BN1 = jnp.split(request.spans_BN2, 2, axis=-1)
         inside_BNS = (keys.positions_BS[:, None] >= first_BN1) & (keys.positions_BS[:, None] < end_BN1)
         weights_BHS = jax.nn.softmax(jnp.where(seen_B1S, scores.of(products_BHS), HIDDEN), axis=-1)
-        found = found.replace(mass=jnp.einsum("bhs,bns->bhn", weights_BHS, inside_BNS.astype(jnp.float32)))
+        mass_BHN = jnp.einsum("bhs,bns->bhn", weights_BHS, inside_BNS.astype(jnp.float32), precision=precision(jnp.float32))
+        found = found.replace(mass=mass_BHN)
         return found.replace(values=_values(weights_BHS, inside_BNS, keys)) if request.values else found
 
     found = jax.lax.map(one, (q_BPHD.swapaxes(0, 1), positions_BP.T), batch_size=_PROBED_AT_ONCE)
@@ -250,24 +254,18 @@ def _choose(kernel: str, backend: str, dtype: str, length: int, width: int, alon
     """The kernel of `length` queries, alone with their own keys or behind others; logged once per kind of call."""
     if kernel not in KERNELS:
         raise ValueError(f"kernel is {kernel!r}; it must be one of {', '.join(KERNELS)}")
-    if kernel in ("splash", "cudnn") and not alone:
-        kernel = "auto"  # these know no keys before the queries
+    if (kernel == "splash" and not alone) or (kernel == "cudnn" and length == 1):
+        kernel = "auto"  # splash knows no keys before the queries, and one query needs no blocks
+    reason = cudnn.unsupported(dtype, width, scores)
+    if kernel == "cudnn" and reason is not None:
+        raise ValueError(f"the cudnn kernel {reason}: choose another kernel")
     if kernel != "auto":
         return kernel
     chosen = "plain" if length == 1 else "blocked"
     if alone and backend == "tpu":
         chosen = "splash"
-    elif alone and backend == "gpu" and dtype != "float32" and scores.cap is None and width <= 128:
+    elif backend == "gpu" and length > 1 and reason is None:
         chosen = "cudnn"
     where = "alone" if alone else "behind a cache"
     log.info("attention of %d positions %s, %s on %s: %s kernel", length, where, dtype, backend, chosen)
     return chosen
-
-
-def _cudnn(q_BTHD, keys: Keys, scores: Scores):
-    if scores.cap is not None:
-        raise ValueError(f"the cudnn kernel has no soft cap, the model has {scores.cap}: choose another kernel")
-    window = None if scores.window is None else (scores.window - 1, 0)
-    k_BSKD, v_BSKD = keys.k_BKDS.transpose(0, 3, 1, 2), keys.v_BKSD.swapaxes(1, 2)
-    return jax.nn.dot_product_attention(q_BTHD, k_BSKD, v_BSKD, scale=scores.scale, is_causal=True,
-                                        local_window_size=window, implementation="cudnn")  # fmt: skip

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from retmask_jax.model.layers import precision, softcap
 
 QUERY_BLOCK, KEY_BLOCK = 128, 256  # fastest on CPUs, where a block's scores stay in the cache; a wide optimum
+_ON_GPU = 256, 1024  # there all rows and heads meet a block at once, and each turn of the loop costs a launch
 _ALIGNED = 16  # numbers that a vector unit takes at once
 HIDDEN = -1e30
 
@@ -126,8 +127,9 @@ class _Tiles:
 
     def __init__(self, query_shape, n_keys: int, first_query, first_key, scores: Scores):
         self.groups, self.length, self.width = query_shape
-        self.query_block = even_size(self.length, QUERY_BLOCK)
-        self.key_block = even_size(n_keys, QUERY_BLOCK if n_keys <= 2 * KEY_BLOCK else KEY_BLOCK)
+        query_block, key_block = _ON_GPU if jax.default_backend() == "gpu" else (QUERY_BLOCK, KEY_BLOCK)
+        self.query_block = even_size(self.length, query_block)
+        self.key_block = even_size(n_keys, query_block if n_keys <= 2 * key_block else key_block)
         self.n_key_blocks = -(-n_keys // self.key_block)
         self.first_query, self.first_key, self.n_keys, self.rule = first_query, first_key, n_keys, scores
 

@@ -1,5 +1,5 @@
-"""The forward pass group by group, for work that starts late or wants few rows of the last layer. Inference only: a
-gradient would hold one copy of all weights for each group."""
+"""The forward pass group by group, for work that starts late, wants few rows of the last layer or goes on by one token.
+Inference only: the loop over groups has no gradient."""
 
 import dataclasses
 from typing import Any
@@ -36,15 +36,35 @@ class Layers:
         weights, masks = jax.tree.map(lambda leaf: leaf[r], (self.params["blocks"], masks["blocks"]))
         return self._apply(self.config.layer_pattern, weights, carry, (r, masks), call or self.call)
 
+    def through_first(self, carry, masks, n: int):
+        """(carry behind the first n repeats, what they probed [n, ...]).
+
+        A loop that counts the repeats itself: XLA then knows where each one's weights lie, and on a GPU reads them there
+        instead of copying them first.
+        """
+        if self.call.probe is None:
+            probed = dict.fromkeys(map(str, range(len(self.config.layer_pattern))))
+        else:
+            one = jax.eval_shape(lambda carry: self.through(0, carry, masks)[1], carry)
+            probed = jax.tree.map(lambda leaf: jnp.zeros((n, *leaf.shape), leaf.dtype), one)
+
+        def step(state):
+            r, carry, probed = state
+            carry, new = self.through(r, carry, masks)
+            return r + 1, carry, jax.tree.map(lambda all_R, of_r: all_R.at[r].set(of_r), probed, new)
+
+        return jax.lax.while_loop(lambda state: state[0] < n, step, (jnp.int32(0), carry, probed))[1:]
+
     def last(self, carry, masks, rows_BP):
         """The last group: ((final states x_BPE of rows_BP before their norm, cache of the group), what it probed).
 
         Its last layer computes keys and values of all positions and nothing else of those that are not asked for.
         """
         call = self.call.replace(rows_BP=rows_BP)
-        if self.config.tail:
-            return self._apply(self.config.tail, self.params["tail"], carry, (0, masks["tail"]), call)
-        return self.through(self.before_last, carry, masks, call)
+        return self.tail(carry, masks, call) if self.config.tail else self.through(self.before_last, carry, masks, call)
+
+    def tail(self, carry, masks, call: Call | None = None):
+        return self._apply(self.config.tail, self.params["tail"], carry, (0, masks["tail"]), call or self.call)
 
     def normed(self, x_BPE):
         return norm(self.config, None).apply({"params": self.params["norm"]}, x_BPE)
@@ -52,6 +72,20 @@ class Layers:
     def _apply(self, pattern, weights, carry, repeat_and_masks, call: Call):
         group = Group(self.config, self.rope_site, len(pattern))
         return group.apply({"params": weights}, carry, repeat_and_masks, call)
+
+
+def next_hidden(config: ModelConfig, params, token_B, interventions: Interventions, *, cache, start_B,
+                probe: Probe | None = None, longest=None) -> Hidden:  # fmt: skip
+    """As `hidden`, of one new token per row, which continues its cache at position start_B[b]; a probe asks about it."""
+    iv = interventions.fill(config, len(token_B))
+    layers = Layers(config, params, make_call(config, 1, start_B, start_B + 1, longest, probe), iv.rope_site)
+    masks, carry = split_masks(config, iv), (layers.embed(token_B[:, None]), cache["blocks"])
+    (x_B1E, blocks), probed = layers.through_first(carry, masks, config.repeats)
+    tail, tail_probed = cache["tail"], {}
+    if config.tail:
+        (x_B1E, tail), tail_probed = layers.tail((x_B1E, tail), masks)
+    probed = None if probe is None else merge_probed(config, probed, tail_probed)
+    return Hidden(layers.normed(x_B1E), {"blocks": blocks, "tail": tail}, probed)
 
 
 def hidden_rows(config: ModelConfig, params, tokens_BT, interventions: Interventions, rows_BP, *, cache=None,
@@ -66,11 +100,8 @@ def hidden_rows(config: ModelConfig, params, tokens_BT, interventions: Intervent
     layers = Layers(config, params, make_call(config, length, start_B, end_B, longest, probe), iv.rope_site)
     masks = split_masks(config, iv)
     cache = cache or {"blocks": None, "tail": None}
-    carry, probed = jax.lax.scan(
-        lambda carry, r: layers.through(r, carry, masks), (layers.embed(tokens_BT), cache["blocks"]),
-        jnp.arange(layers.before_last),
-    )  # fmt: skip
-    x_BTE, blocks = carry
+    carry = layers.embed(tokens_BT), cache["blocks"]
+    (x_BTE, blocks), probed = layers.through_first(carry, masks, layers.before_last)
     (x_BPE, last_cache), last_probed = layers.last((x_BTE, cache["tail"] if config.tail else blocks), masks, rows_BP)
     if config.tail:
         tail, tail_probed = last_cache, last_probed

@@ -94,11 +94,13 @@ def test_the_command_reads_files_and_work_directories_and_writes_what_it_prints(
 
 
 def test_models_whose_folders_share_a_name_are_told_apart(tmp_path, capsys):
-    for parent in ("a", "b"):
-        run_of(tmp_path / parent / "tiny", 1)
-    assert main(["profile", str(tmp_path / "a" / "tiny"), str(tmp_path / "b" / "tiny")]) == 0
-    output = capsys.readouterr().out
-    assert str(tmp_path / "a" / "tiny") in output and str(tmp_path / "b" / "tiny") in output
+    a, b, c = (tmp_path / parent / name for parent, name in (("a", "tiny"), ("b", "tiny"), ("c", "other")))
+    for root in (a, b, c):
+        run_of(root, 1)
+    assert main(["profile", str(a), str(b)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["a", "b"]
+    assert main(["profile", str(a), str(b), str(c)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:4]] == [str(a), str(b), "other"]
 
 
 def test_mistakes_are_one_line(refused, tmp_path):

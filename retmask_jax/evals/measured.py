@@ -27,7 +27,8 @@ class Measured:
 
     def __post_init__(self):
         if len(self.ids) != len(self.values) or len(set(self.ids)) != len(self.ids):
-            raise ValueError(f"{self.suite} {self.task}: {len(self.values)} values need as many different ids, got {len(self.ids)}")
+            given = f"{len(self.values)} values need as many different ids, got {len(self.ids)}"
+            raise ValueError(f"{self.suite} {self.task}: {given}")
 
     @property
     def name(self) -> str:

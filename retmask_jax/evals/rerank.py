@@ -61,7 +61,7 @@ def rerank_samples(prompter: Prompter, queries: Sequence[Query], length: int | N
     samples = []
     for i, query in enumerate(queries):
         draft = _draft(np.random.default_rng([seed, _SEED, i]), query, f"{seed}-{i}")
-        wanted = length or _tokens_of_all(prompter, draft) + max_new_tokens
+        wanted = length or prompter.count(prompt_text(prompter, draft, draft.most)) + max_new_tokens
         (sample,) = fill(prompter, [draft], wanted, max_new_tokens, f"rerank query {i + 1}", whole=True)
         samples.append(dataclasses.replace(sample, references=tuple(query.passages)[: sample.units]))
     return samples
@@ -130,7 +130,3 @@ def _draft(rng: np.random.Generator, query: Query, name: str) -> Draft:
         )  # fmt: skip
 
     return Draft(name, text, (), len(names), least=1, prefix="Order:")
-
-
-def _tokens_of_all(prompter: Prompter, draft: Draft) -> int:
-    return len(prompter.encode_many([prompt_text(prompter, draft, draft.most)])[0])

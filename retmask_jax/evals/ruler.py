@@ -241,7 +241,7 @@ def _frequent_words(rng: np.random.Generator, number: int, material: Material, a
         )  # fmt: skip
 
     prefix = "Answer: By the coded text above, the three words that occur most often are:"
-    return Draft("", text, tuple(words[1:4]), len(ranks), least, prefix)
+    return Draft("", text, tuple(map(str, words[1:4])), len(ranks), least, prefix)
 
 
 @functools.lru_cache(maxsize=16)

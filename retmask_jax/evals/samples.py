@@ -61,7 +61,7 @@ def fill(prompter: Prompter, drafts: Sequence[Draft], length: int, max_new_token
     for draft in drafts:
 
         def tokens(units: int, draft=draft) -> int:
-            return len(prompter.encode_many([prompt_text(prompter, draft, units)])[0])
+            return prompter.count(prompt_text(prompter, draft, units))
 
         least = tokens(draft.least)
         if least > room:
@@ -85,16 +85,15 @@ def most_units(size: Callable[[int], int], room: int, least: int, most: int, gue
     """The most units in least..most with size(units) <= room, given size(least) <= room and a first guess.
 
     Each size is a tokenization of a whole prompt: nearly proportional, it is found by interpolation in a few steps, and
-    every fourth one halves what is left.
+    every sixth one halves what is left.
     """
     low, high, sizes = least, most + 1, {least: size(least)}
-    step = 0
     while high - low > 1:
-        step += 1
         guess = min(max(guess, low + 1), high - 1)
         sizes[guess] = size(guess)
         low, high = (guess, high) if sizes[guess] <= room else (low, guess)
-        guess = (low + high) // 2 if step % 4 == 0 and high <= most else _interpolated(sizes, low, room)
+        halve = len(sizes) % 6 == 0 and high <= most
+        guess = (low + high) // 2 if halve else _interpolated(sizes, low, high, room)
     return low
 
 
@@ -144,9 +143,10 @@ def in_words(items: Sequence[str]) -> str:
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
 
-def _interpolated(sizes: dict[int, int], low: int, room: int) -> int:
-    """Units that should fill the room, on the line through the largest that fits and the nearest other one known."""
-    other = min((units for units in sizes if units != low), key=lambda units: abs(units - low))
+def _interpolated(sizes: dict[int, int], low: int, high: int, room: int) -> int:
+    """Units that should fill the room, on the line from the most that fit to the fewest that do not, or where those are
+    not known to the next fewer ones."""
+    other = high if high in sizes else max(units for units in sizes if units < low)
     slope = (sizes[other] - sizes[low]) / (other - low)
     return low + int((room - sizes[low]) / max(slope, 1e-3))
 

@@ -58,6 +58,6 @@ def word_order(rng: np.random.Generator, common: int, others: int) -> tuple[list
     words = ADJECTIVES + NOUNS
     order = [words[i] for i in rng.permutation(len(words))]
     nouns = [noun for noun in NOUNS if noun not in order[:common]]
-    pairs = rng.permutation(len(nouns) ** 2)[: max(0, others - len(order))]
+    pairs = rng.permutation(len(nouns) ** 2)[: max(0, common + others - len(order))]
     double = [nouns[pair // len(nouns)] + nouns[pair % len(nouns)] for pair in pairs]
     return order[:common], (order[common:] + double)[:others]

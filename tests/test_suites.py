@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,6 +124,7 @@ def test_orders_are_read_from_answers_of_any_form():
         ("I cannot say", []),
     ):
         assert rerank.parse_order(answer, ids) == order, answer
+    assert rerank.parse_order("1. 3\n2. 1\n3. 2", ["1", "2", "3"]) == ["3", "1", "2"]
     assert rerank.parse_order("ID7 > 7", ["7", "ID7"]) == ["ID7", "7"]
 
 
@@ -277,9 +279,10 @@ def _section(*overrides):
 
 def test_all_suites_are_off_by_default():
     section = _section()
-    assert suites.suites_on(section) == suites.suite_files(section) == [] and suites.longest_sample(section) == 0
+    assert suites.suites_on(section) == suites.suite_files(section) == []
     assert suites.run_suites(None, None, section, None, batch_size=1) == []
     suites.check_suites(section)
+    suites.check_context(section, 1)
 
 
 def test_suites_that_are_on_run_with_their_settings(monkeypatch, files):
@@ -295,21 +298,24 @@ def test_suites_that_are_on_run_with_their_settings(monkeypatch, files):
         ("ruler.tasks", tasks), ("ruler.lengths", (600, 900)), ("ruler.n", 7), ("ruler.essay", "text.txt"),
         ("ruler.qa_1", "qa.json"), ("niah.needles", "needles.jsonl"), ("niah.haystack", "text.txt"), ("niah.shortest", 100),
         ("niah.longest", 200), ("niah.n_lengths", 2), ("niah.n_depths", 3), ("niah.max_new_tokens", 9),
-        ("json_kv.lengths", (512,)), ("json_kv.n", 5), ("rerank.file", "queries.jsonl"), ("rerank.length", 2000), ("perplexity.file", "text.txt"),
-        ("perplexity.length", 16), ("perplexity.windows", 3), ("perplexity.stride", 4),
+        ("json_kv.lengths", (512,)), ("json_kv.n", 5), ("rerank.file", "queries.jsonl"), ("rerank.length", 2000),
+        ("perplexity.file", "text.txt"), ("perplexity.length", 16), ("perplexity.windows", 3), ("perplexity.stride", 4),
     )  # fmt: skip
     assert suites.suite_files(section) == ["needles.jsonl", "qa.json", "queries.jsonl", "text.txt"]
-    assert suites.longest_sample(section) == 2000
+    lm = SimpleNamespace(config=SimpleNamespace(max_length=2000))
     prompter = Prompter(tl.build_tokenizer())
-    found = suites.run_suites("lm", prompter, section, files.joinpath, batch_size=3, interventions="mask")
+    found = suites.run_suites(lm, prompter, section, files.joinpath, batch_size=3, interventions="mask")
     assert found == ["run_ruler", "run_niah", "run_json_kv", "run_rerank", "run_positions", "run_sliding"]
-    assert all(given[0] == "lm" and (o["batch_size"], o["interventions"]) == (3, "mask") for given, o in calls.values())
+    assert all(given[0] is lm and (o["batch_size"], o["interventions"]) == (3, "mask") for given, o in calls.values())
     ruler = calls["run_ruler"][1]
     assert (ruler["tasks"], ruler["lengths"], ruler["n"], ruler["haystack"]) == (tasks, (600, 900), 7, ESSAY)
     assert set(ruler["questions"]) == {"qa_1"}
     assert [(c.spec.length, c.spec.depth) for c in calls["run_niah"][0][1]] == [(n, d) for n in (100, 200) for d in (0, 0.5, 1)]
     assert calls["run_rerank"][0][3] == 2000 and len(calls["run_rerank"][0][2]) == 1
     assert (calls["run_positions"][0][1].shape, calls["run_sliding"][0][1].shape) == ((3, 16), (3, 16))
+    lm.config.max_length = 1999
+    with pytest.raises(ValueError, match="suites.rerank needs 2000 tokens, the model's context is 1999"):
+        suites.run_suites(lm, prompter, section, files.joinpath, batch_size=3)
 
 
 @pytest.mark.parametrize(("overrides", "words"), [

@@ -10,6 +10,7 @@ from retmask_jax.generate import generate_many
 from retmask_jax.haystack import Prompter
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.interventions import Interventions
+from retmask_jax.progress import track
 
 _FIRST_GUESS = 32  # units: a prompt that is cheap to tokenize, and enough to tell how long the others are
 
@@ -56,18 +57,9 @@ def fill(prompter: Prompter, drafts: Sequence[Draft], length: int, max_new_token
     whole: a draft may end before the length does. Raises ValueError where one has no room or, unless whole, too little
     haystack to be within a unit of the length.
     """
-    room = length - max_new_tokens
     samples, guess = [], _FIRST_GUESS
-    for draft in drafts:
-
-        def tokens(units: int, draft=draft) -> int:
-            return prompter.count(prompt_text(prompter, draft, units))
-
-        least = tokens(draft.least)
-        if least > room:
-            raise ValueError(f"{what}: {length} tokens, {max_new_tokens} of them new, have no room for the {least} that "
-                             "a prompt has without haystack: take longer lengths")  # fmt: skip
-        units = guess = most_units(tokens, room, draft.least, draft.most, draft.most if whole else guess)
+    for draft in track(drafts, len(drafts), f"{what}: prompts of {length} tokens", "prompt"):
+        units = guess = _units(prompter, draft, length, max_new_tokens, what, draft.most if whole else guess)
         if units == draft.most and not whole:
             raise ValueError(f"{what}: all {units} units of haystack do not fill {length} tokens: give a longer text or "
                              "shorter lengths")  # fmt: skip
@@ -141,6 +133,20 @@ def planted(hay: list[str], needles: Sequence[str], places_N: np.ndarray) -> lis
 def in_words(items: Sequence[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def _units(prompter: Prompter, draft: Draft, length: int, max_new_tokens: int, what: str, guess: int) -> int:
+    """Units of haystack that fit; the number that fits a draft is a good guess for the next."""
+    room = length - max_new_tokens
+
+    def tokens(units: int) -> int:
+        return prompter.count(prompt_text(prompter, draft, units))
+
+    least = tokens(draft.least)
+    if least > room:
+        raise ValueError(f"{what}: {length} tokens, {max_new_tokens} of them new, have no room for the {least} that a prompt "
+                         "has without haystack: take longer lengths")  # fmt: skip
+    return most_units(tokens, room, draft.least, draft.most, guess)
 
 
 def _interpolated(sizes: dict[int, int], low: int, high: int, room: int) -> int:

@@ -38,21 +38,29 @@ def check_suites(suites) -> None:
         _CHECKS[name](suites[name])
 
 
-def longest_sample(suites) -> int:
-    """Tokens of the longest sample that the suites ask for, new ones included; 0 where none is on."""
-    niah, on = suites.niah, suites_on(suites)
+def check_context(suites, max_length: int) -> None:
+    """Raise ValueError where a suite's samples exceed a model's context of max_length tokens."""
+    niah = suites.niah
     lengths = {"ruler": max(suites.ruler.lengths, default=0), "niah": niah.longest + niah.max_new_tokens,
                "json_kv": max(suites.json_kv.lengths, default=0), "rerank": suites.rerank.length or 0,
                "perplexity": suites.perplexity.length}  # fmt: skip
-    return max((lengths[name] for name in on), default=0)
+    for name in suites_on(suites):
+        if lengths[name] > max_length:
+            raise ValueError(f"suites.{name} needs {lengths[name]} tokens, the model's context is {max_length}: shorten its "
+                             "lengths")  # fmt: skip
 
 
 def run_suites(lm: LanguageModel, prompter: Prompter, suites, resolve: Callable[[str], Path], *, batch_size: int,
                interventions: Interventions | None = None) -> list[Measured]:  # fmt: skip
-    """All suites that are on. resolve: turns a file name of the config into a path. Errors as of each suite."""
+    """All suites that are on. resolve: turns a file name of the config into a path. Errors as of the checks and of each
+    suite."""
+    on = suites_on(suites)
+    if not on:
+        return []
     check_suites(suites)
+    check_context(suites, lm.config.max_length)
     shared = {"batch_size": batch_size, "interventions": interventions}
-    return [one for name in suites_on(suites) for one in _RUNS[name](lm, prompter, suites[name], resolve, shared)]
+    return [one for name in on for one in _RUNS[name](lm, prompter, suites[name], resolve, shared)]
 
 
 def _ruler(lm, prompter, section, resolve, shared: dict[str, Any]) -> list[Measured]:

@@ -46,7 +46,7 @@ setup(
         "bench": ["torch>=2.6", "trl>=0.29"],
         "test": [
             "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "nbclient>=0.10", "nbformat>=5.10",
-            "ipykernel>=6.29",
+            "ipykernel>=6.29", "pytrec-eval-terrier>=0.5",
         ],
     },
     classifiers=[

@@ -158,8 +158,56 @@ def get_config() -> ConfigDict:
     config.text.length = 256
     config.text.windows = 32
 
+    config.suites = _suites()
+
     config.headlines = ()  # names of numbers in the table that `run` ends with; summary.json has all
     return config
+
+
+def _suites() -> ConfigDict:
+    """Suites of tasks that `eval` runs beside eval.tasks, before and after training; each is off until its first key is
+    set. Lengths are tokens of the model at hand, new ones included (niah: the prompt alone, as in tasks)."""
+    suites = ConfigDict()
+    suites.ruler = ConfigDict()  # arXiv 2404.06654, with prompts and words of our own
+    suites.ruler.tasks = ()  # off; names of retmask_jax/evals/ruler.py, such as niah_multikey_2, vt or cwe
+    suites.ruler.lengths = (4096, 8192, 16384, 32768, 65536, 131072)  # the paper's
+    suites.ruler.n = 500  # samples of each task and length, as the paper has; 100 give +-10 points
+    suites.ruler.seed = 0
+    suites.ruler.essay = ""  # text of the needle tasks in an essay; it starts anew where it ends
+    suites.ruler.qa_1 = ""  # questions on documents: SQuAD's JSON, or a form of retmask_jax/evals/questions.py
+    suites.ruler.qa_2 = ""  # HotpotQA's JSON, or the same
+
+    suites.niah = ConfigDict()  # ROUGE-1 recall over length and depth
+    suites.niah.needles = ""  # off; JSONL of needle, question, answer
+    suites.niah.haystack = ""
+    suites.niah.shortest = 1000
+    suites.niah.longest = 128_000  # leaves room for the answer in a context of 131072
+    suites.niah.n_lengths = 40  # evenly spaced; 40 x 10 is the usual heat map
+    suites.niah.n_depths = 10
+    suites.niah.per_cell = 1  # the usual single case; more make a cell less of a coin toss
+    suites.niah.distractors = 0
+    suites.niah.seed = 0
+    suites.niah.max_new_tokens = 50
+
+    suites.json_kv = ConfigDict()  # one key of a JSON object of random UUIDs (arXiv 2307.03172)
+    suites.json_kv.lengths = ()  # off
+    suites.json_kv.n = 100  # as HELMET
+    suites.json_kv.seed = 0
+    suites.json_kv.max_new_tokens = 100
+
+    suites.rerank = ConfigDict()  # NDCG@10 of the order that the model gives labelled passages
+    suites.rerank.file = ""  # off; JSONL of query and passages, each with id, text and relevance
+    suites.rerank.n = 100  # queries from the start of the file, as HELMET has
+    suites.rerank.length = None  # most tokens, passages at the end of a list left out; None: all passages
+    suites.rerank.seed = 0  # of the order in which passages are shown
+    suites.rerank.max_new_tokens = 200
+
+    suites.perplexity = ConfigDict()  # loss on plain text by position in the window
+    suites.perplexity.file = ""  # off
+    suites.perplexity.length = 4096
+    suites.perplexity.windows = 32
+    suites.perplexity.stride = None  # also windows that overlap, each so many tokens behind the one before
+    return suites
 
 
 def task(needles, haystack="", lengths=(), depths=(0.1, 0.3, 0.5, 0.7, 0.9), per_length=None, distractors=0, seed=0,

@@ -33,6 +33,11 @@ def get_config() -> ConfigDict:
         "closed-book": default.task("bundled/closed_book.jsonl", max_new_tokens=3),
         "niah": default.task(**needles, lengths=(128, 256, 384, 512, 640), depths=(0.0, 0.25, 0.5, 0.75, 1.0),
                              per_length=40, distractors=7, seed=6),
+        # Three of RULER's tasks in the model's own words, of which it has no others: one needle over lengths, one of four
+        # keys, and a haystack that is all needles (34 of 11 tokens and the question fill 384).
+        "ruler single": default.task(**needles, lengths=(128, 256, 512), per_length=32, seed=7),
+        "ruler multikey": default.task(**needles, lengths=(512,), per_length=96, distractors=3, seed=8),
+        "ruler all needles": default.task(**needles, lengths=(384,), per_length=96, distractors=33, seed=9),
     })  # fmt: skip
     config.text.file = "bundled/test_text.txt"
     config.text.length = 256
@@ -59,7 +64,8 @@ def get_config() -> ConfigDict:
     config.train.widths = 1  # compiling takes longer than padding
     config.train.checkpoint_every = 20
 
-    config.eval.tasks = ("needle short", "needle long", "context short", "context long", "closed-book")
+    config.eval.tasks = ("needle short", "needle long", "context short", "context long", "closed-book", "ruler single",
+                         "ruler multikey", "ruler all needles")  # fmt: skip
     config.eval.grids = ("niah",)
 
     config.headlines = (

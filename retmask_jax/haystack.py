@@ -99,6 +99,13 @@ class Prompter:
         """Token ids of each text, as `encode` gives them."""
         return self.tokenizer(list(texts), add_special_tokens=not self.chat)["input_ids"]
 
+    def count(self, text: str) -> int:
+        """Number of tokens that `encode` gives, in half its time."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()  # which a tokenizer.json may ask for, and the tokenizer itself turns off
+        backend.no_padding()
+        return len(backend.encode_batch_fast([text], add_special_tokens=not self.chat)[0].ids)
+
     def identity(self) -> str:
         """A hash of the tokenizer, the template and what they are used with."""
         template = self.tokenizer.chat_template if self.chat else None

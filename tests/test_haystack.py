@@ -175,6 +175,14 @@ def test_absent_or_ambiguous_answer_raises():
             answer_span(text, offsets, dataclasses.replace(needle, **changed))
 
 
+def test_counted_tokens_are_those_of_the_encoding(large):
+    """Also where the tokenizer's file asks for truncation."""
+    text = " ".join(SENTENCES[:40])
+    for prompter in (large, dataclasses.replace(large, chat=False)):
+        prompter.tokenizer.backend_tokenizer.enable_truncation(10)
+        assert prompter.count(text) == len(prompter.encode(text)[0]) > 100
+
+
 # --- depth, length and what stands in the haystack ---
 
 

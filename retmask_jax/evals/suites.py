@@ -1,0 +1,154 @@
+"""The suites of a config (`config.suites`): which are on, whether their settings can work, and their run on one model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from retmask_jax.evals.json_kv import run_json_kv
+from retmask_jax.evals.measured import Measured
+from retmask_jax.evals.niah import even_grid, niah_cases, run_niah
+from retmask_jax.evals.perplexity import run_positions, run_sliding, sliding_windows, text_windows
+from retmask_jax.evals.questions import read_questions
+from retmask_jax.evals.rerank import ndcg, read_queries, run_rerank
+from retmask_jax.evals.ruler import TASKS, run_ruler
+from retmask_jax.haystack import Prompter, read_needles, read_sentences
+from retmask_jax.lm import LanguageModel
+from retmask_jax.model.interventions import Interventions
+
+_FILES = {"ruler": ("essay", "qa_1", "qa_2"), "niah": ("needles", "haystack"), "json_kv": (), "rerank": ("file",),
+          "perplexity": ("file",)}  # fmt: skip
+
+
+def suites_on(suites) -> list[str]:
+    """Names of the suites that a section asks for: those with tasks, lengths or a file."""
+    asked = {"ruler": suites.ruler.tasks, "niah": suites.niah.needles, "json_kv": suites.json_kv.lengths,
+             "rerank": suites.rerank.file, "perplexity": suites.perplexity.file}  # fmt: skip
+    return [name for name, value in asked.items() if value]
+
+
+def suite_files(suites) -> list[str]:
+    """Names of the files that the suites which are on read."""
+    names = {suites[suite][key] for suite in suites_on(suites) for key in _FILES[suite]}
+    return sorted(names - {""})
+
+
+def check_suites(suites) -> None:
+    """Raise ValueError for a setting that could only fail later."""
+    for name in suites_on(suites):
+        _CHECKS[name](suites[name])
+
+
+def check_context(suites, max_length: int) -> None:
+    """Raise ValueError where a suite's samples exceed a model's context of max_length tokens."""
+    niah = suites.niah
+    lengths = {"ruler": max(suites.ruler.lengths, default=0), "niah": niah.longest + niah.max_new_tokens,
+               "json_kv": max(suites.json_kv.lengths, default=0), "rerank": suites.rerank.length or 0,
+               "perplexity": suites.perplexity.length}  # fmt: skip
+    for name in suites_on(suites):
+        if lengths[name] > max_length:
+            raise ValueError(f"suites.{name} needs {lengths[name]} tokens, the model's context is {max_length}: shorten its "
+                             "lengths")  # fmt: skip
+
+
+def run_suites(lm: LanguageModel, prompter: Prompter, suites, resolve: Callable[[str], Path], *, batch_size: int,
+               interventions: Interventions | None = None) -> list[Measured]:  # fmt: skip
+    """All suites that are on. resolve: turns a file name of the config into a path. Errors as of the checks and of each
+    suite."""
+    on = suites_on(suites)
+    if not on:
+        return []
+    check_suites(suites)
+    check_context(suites, lm.config.max_length)
+    shared = {"batch_size": batch_size, "interventions": interventions}
+    return [one for name in on for one in _RUNS[name](lm, prompter, suites[name], resolve, shared)]
+
+
+def _ruler(lm, prompter, section, resolve, shared: dict[str, Any]) -> list[Measured]:
+    essay = read_sentences(resolve(section.essay)) if section.essay else None
+    questions = {task: read_questions(resolve(section[task])) for task in ("qa_1", "qa_2") if task in section.tasks}
+    return run_ruler(lm, prompter, tasks=section.tasks, lengths=section.lengths, n=section.n, seed=section.seed,
+                     haystack=essay, questions=questions, **shared)  # fmt: skip
+
+
+def _niah(lm, prompter, section, resolve, shared) -> list[Measured]:
+    lengths, depths = even_grid(section.shortest, section.longest, section.n_lengths, section.n_depths)
+    needles, sentences = read_needles(resolve(section.needles)), read_sentences(resolve(section.haystack))
+    cases = niah_cases(prompter, sentences, needles, lengths, depths, per_cell=section.per_cell,
+                       distractors=section.distractors, seed=section.seed)  # fmt: skip
+    return run_niah(lm, cases, max_new_tokens=section.max_new_tokens, **shared)
+
+
+def _json_kv(lm, prompter, section, resolve, shared) -> list[Measured]:
+    return run_json_kv(lm, prompter, lengths=section.lengths, n=section.n, seed=section.seed,
+                       max_new_tokens=section.max_new_tokens, **shared)  # fmt: skip
+
+
+def _rerank(lm, prompter, section, resolve, shared) -> list[Measured]:
+    queries = read_queries(resolve(section.file))[: section.n]
+    return run_rerank(lm, prompter, queries, section.length, seed=section.seed, max_new_tokens=section.max_new_tokens,
+                      **shared)  # fmt: skip
+
+
+def _perplexity(lm, prompter, section, resolve, shared) -> list[Measured]:
+    sentences, tokenizer = read_sentences(resolve(section.file)), prompter.tokenizer
+    measured = run_positions(lm, text_windows(tokenizer, sentences, section.length, section.windows), **shared)
+    if section.stride is not None:
+        windows = sliding_windows(tokenizer, sentences, section.length, section.stride, section.windows)
+        measured.append(run_sliding(lm, windows, section.stride, **shared))
+    return measured
+
+
+def _check_ruler(section) -> None:
+    unknown = [task for task in section.tasks if task not in TASKS]
+    if unknown:
+        raise ValueError(f"suites.ruler.tasks has {unknown[0]!r}; RULER has {', '.join(TASKS)}")
+    for task in section.tasks:
+        key = {"essay": "essay", "questions": task, None: None}[TASKS[task].needs]
+        if key and not section[key]:
+            raise ValueError(f"suites.ruler.tasks has {task!r}, which reads a text: set suites.ruler.{key} to a file")
+    _check_lengths("ruler", section.lengths)
+    _check_positive("ruler", section, "n")
+
+
+def _check_niah(section) -> None:
+    if not section.haystack:
+        raise ValueError("suites.niah.needles is set and suites.niah.haystack is not: name a text, too")
+    _check_positive("niah", section, "shortest", "longest", "per_cell", "max_new_tokens")
+    even_grid(section.shortest, section.longest, section.n_lengths, section.n_depths)
+
+
+def _check_json_kv(section) -> None:
+    _check_lengths("json_kv", section.lengths)
+    _check_positive("json_kv", section, "n", "max_new_tokens")
+
+
+def _check_rerank(section) -> None:
+    _check_positive("rerank", section, "n", "max_new_tokens")
+    if section.length is not None:
+        _check_positive("rerank", section, "length")
+    ndcg(["a"], {"a": 1})  # is the library there?
+
+
+def _check_perplexity(section) -> None:
+    _check_positive("perplexity", section, "windows")
+    if section.length < 3:
+        raise ValueError(f"suites.perplexity.length is {section.length}; a window has at least 3 tokens")
+    if section.stride is not None and not 1 <= section.stride < section.length - 1:
+        raise ValueError(f"suites.perplexity.stride is {section.stride}; with windows of {section.length} tokens it must be in "
+                         f"1..{section.length - 2}, or None")  # fmt: skip
+
+
+def _check_lengths(suite: str, lengths) -> None:
+    if not lengths or len(set(lengths)) < len(lengths) or not all(type(n) is int and n > 0 for n in lengths):
+        raise ValueError(f"suites.{suite}.lengths is {lengths}; it must hold different whole numbers of tokens above 0")
+
+
+def _check_positive(suite: str, section, *keys: str) -> None:
+    for key in keys:
+        if type(section[key]) is not int or section[key] < 1:
+            raise ValueError(f"suites.{suite}.{key} is {section[key]!r}; it must be a whole number of at least 1")
+
+
+_CHECKS = {"ruler": _check_ruler, "niah": _check_niah, "json_kv": _check_json_kv, "rerank": _check_rerank,
+           "perplexity": _check_perplexity}  # fmt: skip
+_RUNS = {"ruler": _ruler, "niah": _niah, "json_kv": _json_kv, "rerank": _rerank, "perplexity": _perplexity}

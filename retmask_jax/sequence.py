@@ -58,7 +58,8 @@ def next_logprobs(config: ModelConfig, params, tokens, targets, counted, lengths
     """
     tokens = check_tokens(config, tokens, lengths)
     if not jnp.shape(targets) == jnp.shape(counted) == tokens.shape:
-        raise ValueError(f"targets {jnp.shape(targets)} and counted {jnp.shape(counted)} must have the shape of tokens {tokens.shape}")
+        shapes = f"targets {jnp.shape(targets)} and counted {jnp.shape(counted)}"
+        raise ValueError(f"{shapes} must have the shape of tokens, {tokens.shape}")
     filled = (interventions or Interventions()).fill(config, tokens.shape[0])
     with mesh_of(params):
         return _next_logprobs(config, params, longest_row(tokens, lengths), tokens, targets, counted, filled)

@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 # Lists of the configs, one item per data set; an item that stands alone holds for all.
 _LISTS = ("datasets", "test_files", "demo_files", "input_max_length", "generation_max_length")
 
@@ -97,10 +99,10 @@ def _bridge(parent: _Parent, args, tokenizer: str):
 
         def generate_batch(self, inputs=None, prompt=None, **kwargs):
             if inputs is None:
-                inputs = [self.tokenizer([text], return_tensors="pt") for text in prompt]
-            rows = [one["input_ids"][0] for one in inputs]
+                inputs = [self.tokenizer([text]) for text in prompt]
+            rows = [np.asarray(one["input_ids"][0], np.int32) for one in inputs]
             for row in rows:
-                parent.tell({"prompt": base64.b64encode(row.numpy().astype("int32").tobytes()).decode()})
+                parent.tell({"prompt": base64.b64encode(row.tobytes()).decode()})
             reply = parent.ask({"generate": {
                 "max_new_tokens": self.generation_max_length, "until": self.stops or [],
                 "temperature": self.temperature if self.do_sample else 0.0, "top_p": self.top_p,

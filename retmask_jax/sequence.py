@@ -50,6 +50,32 @@ def _token_logprobs(config, params, tokens_BT, interventions):
     return by_rows(one, params, (tokens_BT, interventions.per_row(len(tokens_BT))))
 
 
+def next_logprobs(config: ModelConfig, params, tokens, targets, counted, lengths=None, interventions=None):
+    """(f32[B,T], bool[B,T]): log p(targets[b, t] | tokens[b, :t + 1]), and whether that token is the most likely one.
+
+    tokens, targets: i32[B,T], right-padded; counted: bool[B,T], elsewhere the results are 0 and False. Jitted; logits
+    exist for a chunk of positions at a time only. Raises ValueError for shapes that do not fit.
+    """
+    tokens = check_tokens(config, tokens, lengths)
+    if not jnp.shape(targets) == jnp.shape(counted) == tokens.shape:
+        shapes = f"targets {jnp.shape(targets)} and counted {jnp.shape(counted)}"
+        raise ValueError(f"{shapes} must have the shape of tokens, {tokens.shape}")
+    filled = (interventions or Interventions()).fill(config, tokens.shape[0])
+    with mesh_of(params):
+        return _next_logprobs(config, params, longest_row(tokens, lengths), tokens, targets, counted, filled)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _next_logprobs(config, params, longest, tokens_BT, targets_BT, counted_BT, interventions):
+    def one(shared, rows):
+        params, longest = shared
+        tokens_BT, targets_BT, counted_BT, interventions = rows
+        x_BTE = hidden(config, params, tokens_BT, interventions, longest=longest).x_BTE
+        return _over_chunks(config, params, _logprob_and_greedy, (x_BTE, targets_BT), counted_BT)
+
+    return by_rows(one, (params, longest), (tokens_BT, targets_BT, counted_BT, interventions.per_row(len(tokens_BT))))
+
+
 def sequence_contrast(config: ModelConfig, params, tokens, loss_mask, interventions, strength: float, *,
                       remat: bool = False):  # fmt: skip
     """f32[B]: sum over the counted positions of `dpo.contrast_loss` between the model and itself under interventions.
@@ -72,15 +98,24 @@ def _chosen_logprobs(config, params, x_BTE, target_BT, counted_BT):
     """f32[B,T]: log-probability of each target, 0 where it is not counted."""
 
     def logprobs(logits_of, x_BTE, target_BT):
-        logits_BTV = logits_of(x_BTE)
-        chosen_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
-        return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+        return _logprob(logits_of(x_BTE), target_BT)
 
     return _over_chunks(config, params, logprobs, (x_BTE, target_BT), counted_BT)
 
 
+def _logprob(logits_BTV, target_BT):
+    chosen_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
+    return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+
+def _logprob_and_greedy(logits_of, x_BTE, target_BT):
+    logits_BTV = logits_of(x_BTE)
+    return _logprob(logits_BTV, target_BT), logits_BTV.argmax(axis=-1) == target_BT
+
+
 def _over_chunks(config, params, function, arrays, counted_BT):
-    """f32[B,T]: function(logits of states, *arrays) [B,C] of C positions of each row at a time, 0 where not counted.
+    """[B,T]: function(logits of states, *arrays), an array [B,C] or a tree of such, of C positions of each row at a
+    time; 0 where not counted.
 
     One chunk of logits exists at a time, and none of a chunk in which no position counts.
     """
@@ -100,11 +135,15 @@ def _over_chunks(config, params, function, arrays, counted_BT):
         return nn.with_logical_constraint(logits(config, table_EV, x_BTE), ("unembed_rows", None, "unembed_vocab"))
 
     def compute(counted_BC, *parts):
-        return jnp.where(counted_BC, function(logits_of, *parts), 0.0)
+        found = function(logits_of, *parts)
+        return jax.tree.map(lambda x: jnp.where(counted_BC, x, jnp.zeros_like(x)), found)
+
+    def nothing(*args):
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, *args))
 
     @jax.checkpoint
     def one(args):
-        return jax.lax.cond(args[0].any(), compute, lambda *args: jnp.zeros(args[0].shape, jnp.float32), *args)
+        return jax.lax.cond(args[0].any(), compute, nothing, *args)
 
     out_NBC = jax.lax.map(one, tuple(chunked(x) for x in (counted_BT, *arrays)))
-    return out_NBC.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, :length], out_NBC)

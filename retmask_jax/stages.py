@@ -23,9 +23,7 @@ from retmask_jax.context import Context
 from retmask_jax.data.preferences import PairRows, encode_pairs, kept_rows
 from retmask_jax.data.released import read_pairs
 from retmask_jax.detect import detect, stability
-from retmask_jax.evals.compare import arm_numbers, run_rows
-from retmask_jax.evals.perplexity import text_loss
-from retmask_jax.evals.recall import by_cell
+from retmask_jax.eval_stages import check_eval, check_eval_model, compare_stage, eval_stage, suite_prints
 from retmask_jax.files import digest, read_jsonl, write_jsonl
 from retmask_jax.head_profile import profile
 from retmask_jax.head_scores import HeadScores
@@ -91,6 +89,7 @@ def check_config(config, devices=None) -> None:
             f"{config.train.max_tokens}, which also holds the answer"
         )
     check_study(config)
+    check_eval(config)
     make_mesh(config.mesh, devices)
     train_settings(config, "retmask", 0)
 
@@ -113,6 +112,7 @@ def check_model(context: Context) -> None:
         _given_scores(context)
     check_experiments_model(context)
     check_study_model(context)
+    check_eval_model(context)
 
 
 def detect_stage(context: Context, folder: Path) -> dict[str, Any]:
@@ -181,25 +181,6 @@ def _rows(context: Context, model: ModelConfig, name: str, target: Path) -> tupl
     return kept_rows(target / "rows", identity, encode), identity
 
 
-def eval_stage(context: Context, folder: Path) -> dict[str, Any]:
-    """The start model and every trained one on all tasks, paired by case, pooled over seeds."""
-    config = context.config
-    windows = context.windows()
-    trained = {f"{arm}-{seed}": (arm, seed) for arm in config.train.arms for seed in config.train.seeds}
-    measured = {"start": _evaluate(context, context.lm, windows, "start")}
-    for name in trained:
-        lm = context.load(context.workdir.folder("train") / name / "model")
-        measured[name] = _evaluate(context, lm, windows, name)
-    samples = {name: values["samples"] for name, values in measured.items()}
-    arms = {arm: [f"{arm}-{seed}" for seed in config.train.seeds] for arm in config.train.arms}
-    grids = [
-        {"model": name, "arm": trained.get(name, ("start", 0))[0], "seed": trained.get(name, ("start", 0))[1], **cell}
-        for name, values in measured.items()
-        for cell in values["grid"]
-    ]
-    return {"rows": run_rows(samples, trained), "grids": grids, "numbers": arm_numbers(samples, arms)}
-
-
 def report_stage(context: Context, folder: Path) -> dict[str, Any]:
     """One self-contained HTML page from the results of all stages."""
     from retmask_jax.report import write_report
@@ -234,12 +215,13 @@ STAGES = {
     "rope": Stage(("detect",), rope_stage),
     "pairs": Stage(("detect", "knockout"), pairs_stage),
     "train": Stage(("pairs",), train_stage),
-    "eval": Stage(("train",), eval_stage),
+    "eval": Stage(("train",), eval_stage, suite_prints),
     "report": Stage(("detect", "knockout", "rope", "pairs", "train", "eval"), report_stage),
     "detectors": Stage(("detect",), detectors_stage),
     "utility": Stage(("detect",), utility_stage),
     "theta": Stage(("detect",), theta_stage),
     "dynamics": Stage((), dynamics_stage, checkpoint_prints),
+    "compare": Stage((), compare_stage, suite_prints),
     "study": Stage(("detect", "detectors", "knockout", "rope", "utility", "theta", "dynamics"), study_stage),
 }
 # What `retmask run` and `retmask study` do, in order.
@@ -282,19 +264,6 @@ def _given_scores(context: Context) -> HeadScores:
             f"the model has {config.n_layers} of {config.n_heads}"
         )
     return scores
-
-
-def _evaluate(context: Context, lm: LanguageModel, windows, name: str) -> dict[str, Any]:
-    context = context.of(lm)
-    untouched = [causal.Condition("none", 0, Interventions())]
-    outcomes, _ = task_outcomes(context, context.config.eval.tasks, untouched)
-    samples = {task: outcome_CN[0] for task, outcome_CN in outcomes.items()}
-    samples["text loss"] = text_loss(lm, windows, batch_size=context.config.batch_size)
-    grid = []
-    for task in context.config.eval.grids:
-        outcomes, cases = task_outcomes(context, [task], untouched)
-        grid += [{"task": task, **cell} for cell in by_cell(cases[task], outcomes[task][0])]
-    return {"samples": samples, "grid": grid}
 
 
 def _mask_hash(lm, heads) -> str:

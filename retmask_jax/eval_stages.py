@@ -1,0 +1,200 @@
+"""The stages that measure models: the start model against trained ones, or any models, on the recipe's tasks and suites."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retmask_jax.causal import Condition
+from retmask_jax.causal_stages import task_outcomes
+from retmask_jax.context import Context
+from retmask_jax.evals.compare import START, arm_numbers, run_rows
+from retmask_jax.evals.harness import run_lm_eval
+from retmask_jax.evals.helmet import run_helmet
+from retmask_jax.evals.helmet_means import helmet_means
+from retmask_jax.evals.measured import Measured, as_json, from_json
+from retmask_jax.evals.perplexity import text_loss
+from retmask_jax.evals.recall import by_cell
+from retmask_jax.evals.suites import check_context, check_suites, run_suites, suite_files, suites_on
+from retmask_jax.files import digest, read_json, write_json
+from retmask_jax.hosts import primary, wait_for_all
+from retmask_jax.lm import LanguageModel
+from retmask_jax.model.interventions import Interventions, mask_heads
+from retmask_jax.recipes import as_json as config_json
+from retmask_jax.workdir import fingerprint
+
+MASKED = "masked"  # the start model with its retrieval heads masked
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A model that is measured: where it comes from, and what is masked in it."""
+
+    arm: str
+    seed: int
+    load: Callable[[], LanguageModel]
+    interventions: Interventions = Interventions()
+
+
+def check_eval(config) -> None:
+    """Raise ValueError for settings of suites, or models to compare, that could only fail later."""
+    check_suites(config.suites)
+    for name, source in config.eval.models.items():
+        if name in (START, MASKED) or not source:
+            raise ValueError(f"eval.models has {name!r}: {source!r}; give each folder or hub id a name of its own, not "
+                             f"{START} or {MASKED}")  # fmt: skip
+
+
+def check_eval_model(context: Context) -> None:
+    """Raise ValueError where a suite is longer than the model's context."""
+    check_context(context.config.suites, context.lm.config.max_length)
+
+
+def suite_prints(context: Context) -> dict[str, Any]:
+    """What decides the result of the suites: their settings and files, and the models that are compared."""
+    suites = context.config.suites
+    files = {name: fingerprint(context.resolve(name)) for name in suite_files(suites)}
+    return {"suites": digest(config_json(suites)), "suite_files": files, "models": config_json(context.config.eval.models)}
+
+
+def eval_stage(context: Context, folder: Path) -> dict[str, Any]:
+    """The start model and every trained one on all tasks and suites, paired by sample, pooled over seeds."""
+    train, trained = context.config.train, context.workdir.folder("train")
+    contenders = {START: Contender(START, 0, lambda: context.lm)}
+    if context.config.eval.masked:
+        heads = mask_heads(context.lm.config, context.heads())
+        contenders[MASKED] = Contender(MASKED, 0, lambda: context.lm, heads)
+    for arm in train.arms:
+        for seed in train.seeds:
+            path = trained / f"{arm}-{seed}" / "model"
+            contenders[f"{arm}-{seed}"] = Contender(arm, seed, lambda path=path: context.load(path))
+    return compared(context, contenders)
+
+
+def compare_stage(context: Context, folder: Path) -> dict[str, Any]:
+    """The config's model, and others by name, on all tasks and suites: no training of ours is needed."""
+    contenders = {START: Contender(START, 0, lambda: context.lm)}
+    for name, source in context.config.eval.models.items():
+        contenders[name] = Contender(name, 0, lambda source=source: context.load(source))
+    if len(contenders) < 2:
+        raise ValueError("nothing is compared with the model: give others as --compare NAME=FOLDER_OR_HUB_ID")
+    return compared(context, contenders)
+
+
+def compared(context: Context, contenders: Mapping[str, Contender]) -> dict[str, Any]:
+    """Every contender measured, the first one the start: rows per model, grids, suites, and numbers per arm."""
+    found = {name: _measured(context, name, contender) for name, contender in contenders.items()}
+    samples = _common({name: values["samples"] for name, values in found.items()})
+    others = {name: (c.arm, c.seed) for name, c in contenders.items() if name != START}
+    arms: dict[str, list[str]] = {}
+    for name, (arm, _) in others.items():
+        arms.setdefault(arm, []).append(name)
+    grids = [{"model": name, "arm": contenders[name].arm, "seed": contenders[name].seed, **cell}
+             for name, values in found.items() for cell in values["grid"]]  # fmt: skip
+    return {
+        "rows": run_rows(samples, others), "grids": grids, "numbers": arm_numbers(samples, arms),
+        "metrics": {one.name: one.metric for values in found.values() for one in values["suites"]},
+        "missing": {name: {one.name: dict(one.missing) for one in values["suites"] if one.missing}
+                    for name, values in found.items()},
+        "helmet": {name: helmet_means(values["suites"]) for name, values in found.items()},
+    }  # fmt: skip
+
+
+def _measured(context: Context, name: str, contender: Contender) -> dict[str, Any]:
+    """{"samples": task -> (ids, values), "grid": cells, "suites": Measured of each task}."""
+    config, there = context.config, context.of(contender.load())
+    conditions = [Condition(name, 0, contender.interventions)]
+    outcomes, _ = task_outcomes(there, config.eval.tasks, conditions)
+    samples = {task: (None, outcome_CN[0]) for task, outcome_CN in outcomes.items()}
+    if config.text.file:
+        loss = text_loss(there.lm, context.windows(), contender.interventions, batch_size=config.batch_size)
+        samples["text loss"] = (None, loss)
+    grid = []
+    for task in config.eval.grids:
+        outcomes, cases = task_outcomes(there, [task], conditions)
+        grid += [{"task": task, **cell} for cell in by_cell(cases[task], outcomes[task][0])]
+    suites = _suites(there, contender)
+    for one in suites:
+        values = one.values.astype(bool) if one.binary else one.values
+        samples[one.name] = (one.ids, values)
+    return {"samples": samples, "grid": grid, "suites": suites}
+
+
+def _common(found: Mapping[str, Mapping[str, tuple]]) -> dict[str, dict[str, np.ndarray]]:
+    """Values of the samples that every model has, in the order of the first; a task that one lacks is left out."""
+    first, *others = found.values()
+    samples: dict[str, dict[str, np.ndarray]] = {name: {} for name in found}
+    for task, (ids, _) in first.items():
+        if not all(task in other for other in others):
+            continue
+        kept = None if ids is None else [i for i in ids if all(i in set(other[task][0]) for other in others)]
+        for name, of_model in found.items():
+            ids_there, values = of_model[task]
+            place = None if kept is None else {i: at for at, i in enumerate(ids_there)}
+            samples[name][task] = values if kept is None else values[[place[i] for i in kept]]
+    return {name: {task: values for task, values in tasks.items() if len(values)} for name, tasks in samples.items()}
+
+
+# --- suites ---
+
+
+def _suites(there: Context, contender: Contender) -> list[Measured]:
+    """Every suite that is on, each kept in a file of its own when it has run, whatever else is asked for later."""
+    suites, found = there.config.suites, []
+    makers = {name: _ours(there, contender, name) for name in suites_on(suites)}
+    if suites.lm_eval.tasks:
+        makers["lm_eval"] = lambda: _lm_eval(there, contender)
+    if suites.helmet.path:
+        makers["helmet"] = lambda: _helmet(there, contender)
+    for name, make in makers.items():
+        found += _kept(there, contender, name, make)
+    return found
+
+
+def _ours(there: Context, contender: Contender, name: str) -> Callable[[], list[Measured]]:
+    return lambda: run_suites(there.lm, there.prompter, there.config.suites, there.resolve, only=name,
+                              batch_size=there.config.batch_size, interventions=contender.interventions)  # fmt: skip
+
+
+def _lm_eval(there: Context, contender: Contender) -> list[Measured]:
+    section = there.config.suites.lm_eval
+    return run_lm_eval(
+        there.lm, section.tasks, interventions=contender.interventions, limit=section.limit, num_fewshot=section.fewshot,
+        include_path=section.include_path or None, batch_size=there.config.batch_size, apply_chat_template=section.chat,
+        template_kwargs=there.config.prompt.template_kwargs.to_dict(),
+    ).measured  # fmt: skip
+
+
+def _helmet(there: Context, contender: Contender) -> list[Measured]:
+    section = there.config.suites.helmet
+    return run_helmet(
+        there.lm, section.path, section.lengths, section.categories or None, folder=_store(there) / "helmet" / _identity(there),
+        batch_size=there.config.batch_size, interventions=contender.interventions, limit=section.limit, chat=section.chat,
+    ).measured  # fmt: skip
+
+
+def _kept(there: Context, contender: Contender, name: str, make: Callable[[], Sequence[Measured]]) -> list[Measured]:
+    """What a suite gave this model before, or its run, written down."""
+    suites = there.config.suites
+    files = [fingerprint(there.resolve(file)) for file in suite_files(suites)]
+    mask = [np.asarray(leaf).tolist() for leaf in (contender.interventions.head_mask, contender.interventions.rope_mask)
+            if leaf is not None]  # fmt: skip
+    key = digest([_identity(there), mask, config_json(suites[name]), config_json(there.config.prompt), files])
+    path = _store(there) / f"{name}-{key}.json"
+    if not path.exists():
+        measured = list(make())
+        if primary():
+            write_json(path, [as_json(one) for one in measured])
+        wait_for_all(f"{name} is measured")
+    return [from_json(record) for record in read_json(path)]
+
+
+def _store(there: Context) -> Path:
+    """Beside the stages, whose folders are emptied when their settings change."""
+    return there.workdir.folder("measured")
+
+
+def _identity(there: Context) -> str:
+    return fingerprint(there.lm.source.folder)

@@ -1,7 +1,8 @@
 """The 13 tasks of RULER (arXiv 2404.06654), made here from words and numbers of our own and the user's texts.
 
 Structure, sizes, answer prefixes and metrics are the paper's; prompts and word lists are not, so figures are close to
-published ones, not equal. What a sample is made of depends on seed and number alone, its size on the tokenizer.
+published ones, not equal. Needles in an essay stand anywhere, not at one of 40 depths, and a prompt comes as near to its
+length as one unit of haystack allows. What a sample is made of depends on seed and number alone, its size on the tokenizer.
 """
 
 import dataclasses
@@ -159,9 +160,9 @@ def _distinct(rng: np.random.Generator, kind: str, n: int) -> list[str]:
 
 def _variable_tracking(rng: np.random.Generator, number: int, material: Material, hops: int = 4) -> Draft:
     """A chain of hops among noise, behind a short example that is answered."""
-    names = _variables(rng, 2 * (hops + 1))
+    names = [_variables(rng, hops + 1, 5), _variables(rng, hops + 1, 3)]  # the example's are shorter, as in RULER
     values = [str(value) for value in rng.choice(90_000, 2, replace=False) + 10_000]
-    chains = [_chain(names[: hops + 1], values[0]), _chain(names[hops + 1 :], values[1])]
+    chains = [_chain(*pair) for pair in zip(names, values, strict=True)]
     shown, asked = places(rng, hops + 1), places(rng, hops + 1)
 
     def question(units: int, i: int, places_N: np.ndarray) -> str:
@@ -174,13 +175,14 @@ def _variable_tracking(rng: np.random.Generator, number: int, material: Material
     def prefix(i: int) -> str:
         return f"Answer: Following the assignments in the text above, {hops + 1} variables have the value {values[i]}, namely:"
 
-    example = f"{question(4, 1, shown)} {prefix(1)} {' '.join(names[hops + 1 :])}\n\n"
-    return Draft("", lambda n: example + question(n, 0, asked), tuple(names[: hops + 1]), material.length,
+    example = f"{question(4, 1, shown)} {prefix(1)} {' '.join(names[1])}\n\n"
+    return Draft("", lambda n: example + question(n, 0, asked), tuple(names[0]), material.length,
                  prefix=prefix(0), needles=tuple(chains[0]))  # fmt: skip
 
 
-def _variables(rng: np.random.Generator, n: int) -> list[str]:
-    names = dict.fromkeys("".join(rng.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), 5)) for _ in range(2 * n + 8))
+def _variables(rng: np.random.Generator, n: int, letters: int) -> list[str]:
+    """n different names."""
+    names = dict.fromkeys("".join(row) for row in rng.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), (2 * n + 8, letters)))
     return list(names)[:n]
 
 

@@ -24,6 +24,9 @@ def member(name: str, contradictions: float, **architecture) -> ConfigDict:
     config.rope.pairs = ()  # an eighth, a quarter and a half: heads differ in width
     config.train.arms = ("retmask",)
     config.eval.grids = ()
+    config.eval.tasks = tuple(task for task in config.eval.tasks if not task.startswith("ruler"))
+    for task in [task for task in config.tasks if task.startswith("ruler")]:
+        del config.tasks[task]
     config.headlines = tuple(name for name in config.headlines if not name.startswith("rope/")) + (
         "rope/needle short/highest minus lowest quarter", "rope/needle short/centre of mass of the windows",
         "eval/context long/start", "eval/context long/retmask minus start",

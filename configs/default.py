@@ -120,6 +120,8 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.tasks = ()
     config.eval.grids = ()  # tasks shown as heat maps over length and depth
+    config.eval.masked = False  # also the start model with its retrieval heads masked
+    config.eval.models = ConfigDict()  # others to compare the model with (`retmask eval --compare`): {name: folder or hub id}
 
     # The causal study (`retmask study`): further stages beside detect, knockout and rope.
     config.detectors = ConfigDict()
@@ -207,6 +209,20 @@ def _suites() -> ConfigDict:
     suites.perplexity.length = 4096
     suites.perplexity.windows = 32
     suites.perplexity.stride = None  # also windows that overlap, each so many tokens behind the one before
+
+    suites.lm_eval = ConfigDict()  # tasks of lm-evaluation-harness, which must be installed: retmask_jax[eval]
+    suites.lm_eval.tasks = ()  # off; names as the harness has them, such as gsm8k or mmlu
+    suites.lm_eval.limit = None  # samples of each task; None: all
+    suites.lm_eval.fewshot = None  # examples in a prompt; None: as each task has it
+    suites.lm_eval.include_path = ""  # a folder of tasks of your own
+    suites.lm_eval.chat = False  # put prompts in the chat template
+
+    suites.helmet = ConfigDict()  # arXiv 2410.02694, by your own checkout of it with its data
+    suites.helmet.path = ""  # off
+    suites.helmet.lengths = (8192, 16384, 32768, 65536, 131072)
+    suites.helmet.categories = ()  # of recall, rag, cite, rerank, longqa, summ, icl; empty: all
+    suites.helmet.limit = None  # samples of each data set; None: HELMET's
+    suites.helmet.chat = None  # put prompts in the chat template; None: as HELMET's configs have it
     return suites
 
 

@@ -36,6 +36,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """The value of a JSON file that `write_json` wrote."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     """One JSON value a line, written as they come; compressed where the name ends in .gz."""
     lines = (json.dumps(record).encode() + b"\n" for record in records)

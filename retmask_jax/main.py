@@ -98,6 +98,11 @@ def _parse(argv: list[str]):
             stage.add_argument(
                 "--aot", metavar="TOPOLOGY", help="only compile, for TPUs that need not be here (v5e:4x4): does it fit?"
             )
+        if name == "eval":
+            stage.add_argument("--compare", nargs="+", type=_named_model, default=[], metavar="NAME=MODEL",
+                               help="compare the config's model with others, folders or hub ids, instead of trained ones")  # fmt: skip
+            stage.add_argument("--lm_eval", metavar="TASK[,TASK...]", help="also tasks of lm-evaluation-harness")
+            stage.add_argument("--helmet", metavar="FOLDER", help="also HELMET, by your checkout of it with its data")
         if name == "export":
             stage.add_argument(
                 "--what", default="masked",
@@ -113,6 +118,23 @@ def _parse(argv: list[str]):
             stage.add_argument("--out", required=True, help="folder or file to write")
     arguments, rest = parser.parse_known_args(argv)
     return arguments, [_override(text) for text in rest]
+
+
+def _named_model(text: str) -> tuple[str, str]:
+    name, equals, source = text.partition("=")
+    if not (name and equals and source):
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=FOLDER or NAME=HUB_ID")
+    return name, source
+
+
+def _asked_of_eval(arguments) -> list[tuple[str, str]]:
+    """The flags of `eval` as settings of the config."""
+    asked = [("eval.models", repr(dict(arguments.compare)))] if arguments.compare else []
+    if arguments.lm_eval:
+        asked.append(("suites.lm_eval.tasks", repr(tuple(arguments.lm_eval.split(",")))))
+    if arguments.helmet:
+        asked.append(("suites.helmet.path", arguments.helmet))
+    return asked
 
 
 def _add_profile(stage) -> None:
@@ -189,6 +211,8 @@ def _dispatch(arguments, overrides) -> int:
 
     from retmask_jax import recipes
 
+    if arguments.stage == "eval":
+        overrides += _asked_of_eval(arguments)
     config = recipes.load_recipe(arguments.config, overrides)
     root = Path(arguments.workdir or Path("runs") / Path(arguments.config).stem)
     # Only now: these bring in jax and take seconds.
@@ -206,7 +230,7 @@ def _dispatch(arguments, overrides) -> int:
     elif arguments.stage == "study":
         pipeline.study(config, root)
     else:
-        pipeline.one_stage(config, root, arguments.stage)
+        pipeline.one_stage(config, root, "compare" if getattr(arguments, "compare", None) else arguments.stage)
     if primary():
         print(f"{arguments.stage}: {time.time() - begin:.0f} s")
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from retmask_jax import aot, assets, finished, inspection, page, panel_report
 from retmask_jax.data.preference_dataset import export_pairs
+from retmask_jax.evals import compare
 from retmask_jax.data.released import iter_pairs
 from retmask_jax.files import write_json
 from retmask_jax.head_profile import gain_against_sparsity, profile_table
@@ -66,7 +67,10 @@ def one_stage(config, root: Path, name: str) -> dict:
     if primary():
         if skipped:
             print(f"{name}: unchanged since {result['provenance']['created']}")
-        _table(result["numbers"])
+        if name in ("eval", "compare"):
+            _print_table(*compare.table(result["rows"]), justify="right")
+        else:
+            _table(result["numbers"])
     return result
 
 

@@ -10,14 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from retmask_jax import causal, memory, stats
+from retmask_jax import memory, stats
 from retmask_jax.arms import ARMS, pairs_stage
 from retmask_jax.causal_stages import (
     check_experiments,
     check_experiments_model,
     knockout_stage,
     rope_stage,
-    task_outcomes,
 )
 from retmask_jax.context import Context
 from retmask_jax.data.preferences import PairRows, encode_pairs, kept_rows
@@ -28,9 +27,9 @@ from retmask_jax.files import digest, read_jsonl, write_jsonl
 from retmask_jax.head_profile import profile
 from retmask_jax.head_scores import HeadScores
 from retmask_jax.hosts import primary, wait_for_all
-from retmask_jax.lm import LanguageModel, save
+from retmask_jax.lm import save
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions, mask_heads
+from retmask_jax.model.interventions import mask_heads
 from retmask_jax.sharding import make_mesh
 from retmask_jax.study_stages import (
     check_study,

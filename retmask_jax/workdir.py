@@ -176,7 +176,11 @@ def _lock(file) -> None:
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a config its results depend on: of endpoints, who is answered by one."""
+    """What of a config all results depend on: of endpoints, who is answered by one; not which suites and models are
+    measured at the end, which only the stages that do so depend on."""
+    config = {name: value for name, value in config.items() if name != "suites"}
+    if "eval" in config:
+        config["eval"] = {name: value for name, value in config["eval"].items() if name != "models"}
     if "pairs" not in config:
         return config
     pairs = {name: value for name, value in config["pairs"].items() if name not in _REACHED_BY}

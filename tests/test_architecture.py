@@ -20,7 +20,7 @@ checkpoints metrics train evals.measured evals.recall evals.perplexity evals.wor
 evals.samples evals.ruler evals.niah evals.json_kv evals.rerank evals.suites evals.compare page panels figures wording
 model_figures causal_figures causal_report report study_figures study_report panel panel_figures panel_report
 pretrain assets inspection
-recipes workdir finished context arms causal_stages detector_runs study_stages stages aot
+recipes workdir finished context arms causal_stages eval_stages detector_runs study_stages stages aot
 benchmarks.harness benchmarks.models benchmarks.chip benchmarks.peers
 benchmarks.trl_peer benchmarks.programs benchmarks.by_hand benchmarks.peak benchmarks.aot benchmarks.detect
 benchmarks.masks benchmarks.generate benchmarks.dpo benchmarks.memory pipeline main

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from retmask_jax.evals import harness, scoring
-from retmask_jax.evals.generation_options import GenerationOptions
+from retmask_jax.evals import harness
 from retmask_jax.files import read_jsonl
 from retmask_jax.hub import BUNDLED
 from retmask_jax.lm import load

@@ -6,18 +6,20 @@ from typing import Any
 import numpy as np
 
 from retmask_jax import stats
+from retmask_jax.page import change, interval, p_value
 
 START = "start"
 
 
 def run_rows(samples: Mapping[str, Mapping[str, np.ndarray]], runs: Mapping[str, tuple[str, int]]) -> list[dict]:
-    """One row per model and task: its mean and its paired change against the start model, each with an interval.
+    """One row per model and task: its mean and its paired change against the start model, each with an interval, and
+    McNemar's exact test where samples are right or wrong.
 
     samples: model -> task -> one value per case. runs: model -> (arm, seed), without the start model.
     """
     return [
         {"model": name, "arm": arm, "seed": seed, "task": task, **_mean(samples, [name], task),
-         "change": _change(samples, [name], task)}
+         "change": _change(samples, [name], task), "mcnemar": _test(samples, name, task)}
         for name in samples
         for arm, seed in [runs.get(name, (START, 0))]
         for task in samples[name]
@@ -33,6 +35,29 @@ def arm_numbers(samples: Mapping[str, Mapping[str, np.ndarray]], arms: Mapping[s
             if arm != START:
                 numbers[f"eval/{task}/{arm} minus start"] = _change(samples, names, task)
     return numbers
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(header, a row per task) of `run_rows`: every model's mean, and what it changes against the start model."""
+    models = list(dict.fromkeys(row["model"] for row in rows if row["model"] != START))
+    by_task: dict[str, dict[str, Mapping]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], {})[row["model"]] = row
+    header = ["task", "n", START, *(cell for model in models for cell in (model, "change", "p"))]
+    return header, [
+        [task, str(found[START]["n"]), interval(found[START]),
+         *(cell for model in models for cell in _cells(found[model]))] for task, found in by_task.items()
+    ]  # fmt: skip
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    p = "–" if row["mcnemar"] is None else p_value(row["mcnemar"]["p_value"])
+    return [interval(row), change(row["change"]), p]
+
+
+def _test(samples, name, task) -> dict[str, Any] | None:
+    ours, start = samples[name][task], samples[START][task]
+    return stats.mcnemar(start, ours) if ours.dtype == start.dtype == bool else None
 
 
 def _mean(samples, names, task) -> dict[str, Any]:

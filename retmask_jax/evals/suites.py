@@ -51,10 +51,10 @@ def check_context(suites, max_length: int) -> None:
 
 
 def run_suites(lm: LanguageModel, prompter: Prompter, suites, resolve: Callable[[str], Path], *, batch_size: int,
-               interventions: Interventions | None = None) -> list[Measured]:  # fmt: skip
-    """All suites that are on. resolve: turns a file name of the config into a path. Errors as of the checks and of each
-    suite."""
-    on = suites_on(suites)
+               interventions: Interventions | None = None, only: str | None = None) -> list[Measured]:  # fmt: skip
+    """All suites that are on, or one of them. resolve: turns a file name of the config into a path. Errors as of the
+    checks and of each suite."""
+    on = [name for name in suites_on(suites) if only in (None, name)]
     if not on:
         return []
     check_suites(suites)

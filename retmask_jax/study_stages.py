@@ -86,34 +86,39 @@ def detectors_stage(context: Context, folder: Path) -> dict[str, Any]:
     falls when the best heads of each are masked."""
     section, heads = context.config.detectors, context.heads()
     top_k = section.top_k or len(heads)
-    cases = context.cases(context.config.detect.task)
-    places = spread(len(cases), section.cases)
-    chosen = [cases[i] for i in places]
-    runs = {}
-    for name in section.names:
-        run = reused_copy(context, places) if name == "copy" else None
-        runs[name] = run or run_detector(context, name, chosen, folder / f"{name}.json")
-        if runs[name].reused and runs[name].scores is not None:
-            runs[name].scores.save(folder / f"{name}.json")
-    write_jsonl(folder / "cases.jsonl", [
-        {"length": case.spec.length, "depth": case.spec.depth,
-         "outcomes": {name: run.outcomes[i] for name, run in runs.items()}} for i, case in enumerate(chosen)
-    ])  # fmt: skip
+    runs = _run_detectors(context, folder)
     scores = {name: run.scores for name, run in runs.items() if run.scores is not None}
     best = {name: found.heads(top_k=top_k) for name, found in scores.items()}
-    seeds = {
-        name: repeated(context, name, runs[name], folder, top_k) for name in section.seed_names if name in runs
-    } if section.seeds else {}  # fmt: skip
+    again = [name for name in section.seed_names if name in runs] if section.seeds else []
+    seeds = {name: repeated(context, name, runs[name], folder, top_k) for name in again}
     rows = [_detector_row(context, name, run, best.get(name, []), heads) for name, run in runs.items()]
     masked, numbers = _masked_recall(context, best)
     return {
-        "top_k": top_k, "cases": len(chosen), "rows": rows, "masked": masked,
+        "top_k": top_k, "cases": len(next(iter(runs.values())).outcomes), "rows": rows, "masked": masked,
         "agreement": [{"a": a, "b": b, "jaccard": both["jaccard"], "spearman": _defined(both["spearman"])}
                       for (a, b), both in agreement(scores, top_k).items()],
         "stability": {name: stability(found, top_k=top_k) for name, found in scores.items()},
         "over_seeds": {name: repeats for name, repeats in seeds.items() if repeats},
         "numbers": numbers | _detector_numbers(rows, seeds),
     }  # fmt: skip
+
+
+def _run_detectors(context: Context, folder: Path) -> dict[str, DetectorRun]:
+    """Every detector's run, its scores in folder/NAME.json; folder/cases.jsonl tells which case a score is of."""
+    cases = context.cases(context.config.detect.task)
+    places = spread(len(cases), context.config.detectors.cases)
+    chosen, runs = [cases[i] for i in places], {}
+    for name in context.config.detectors.names:
+        target = folder / f"{name}.json"
+        reused = reused_copy(context, places) if name == "copy" else None
+        if reused and reused.scores is not None:
+            reused.scores.save(target)
+        runs[name] = reused or run_detector(context, name, chosen, target)
+    write_jsonl(folder / "cases.jsonl", [
+        {"length": case.spec.length, "depth": case.spec.depth,
+         "outcomes": {name: run.outcomes[i] for name, run in runs.items()}} for i, case in enumerate(chosen)
+    ])  # fmt: skip
+    return runs
 
 
 def _detector_row(context: Context, name: str, run: DetectorRun, best, heads) -> dict[str, Any]:

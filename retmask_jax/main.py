@@ -100,7 +100,7 @@ def _parse(argv: list[str]):
             )
         if name == "eval":
             stage.add_argument("--compare", nargs="+", type=_named_model, default=[], metavar="NAME=MODEL",
-                               help="compare the config's model with others, folders or hub ids, instead of trained ones")  # fmt: skip
+                               help="compare the config's model with others, folders or hub ids")  # fmt: skip
             stage.add_argument("--lm_eval", metavar="TASK[,TASK...]", help="also tasks of lm-evaluation-harness")
             stage.add_argument("--helmet", metavar="FOLDER", help="also HELMET, by your checkout of it with its data")
         if name == "export":

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from retmask_jax import aot, assets, finished, inspection, page, panel_report
 from retmask_jax.data.preference_dataset import export_pairs
-from retmask_jax.evals import compare
 from retmask_jax.data.released import iter_pairs
+from retmask_jax.evals import compare
 from retmask_jax.files import write_json
 from retmask_jax.head_profile import gain_against_sparsity, profile_table
 from retmask_jax.hosts import join, primary

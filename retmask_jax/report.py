@@ -13,7 +13,7 @@ from retmask_jax.files import write_atomically
 from retmask_jax.page import change, fixed, interval, table
 from retmask_jax.page import count as _n
 from retmask_jax.page import section as _section
-from retmask_jax.wording import TEXT_LOSS, axis, directions, measure, tree_of
+from retmask_jax.wording import axis, directions, is_loss, measure, tree_of
 
 _PROFILE = {
     "n_heads": "heads at or above the threshold", "frac": "their share of all heads",
@@ -153,15 +153,18 @@ def _evaluation(result) -> str:
     for task, by_name in tree_of(result["numbers"]).items():
         means = {arm: number for arm, number in by_name.items() if not arm.endswith(" minus start")}
         runs = {arm: [row["value"] for row in rows if (row["task"], row["arm"]) == (task, arm)] for arm in means}
-        label = f"{axis(task)} (n = {means['start']['n']})"
-        panels[f"Evaluation: {task}"] = figures.before_after(task, means, runs, label, share=task != TEXT_LOSS)
+        label = f"{result['metrics'].get(task) or axis(task)} (n = {means['start']['n']})"
+        share = not is_loss(task) and max(number["value"] for number in means.values()) <= 1
+        panels[f"Evaluation: {task}"] = figures.before_after(task, means, runs, label, share=share)
     maps = {f"{task}: {name}": figures.niah(f"{task}: {name}", cells) for (task, name), cells in grids.items()}
     seeds = len({row["seed"] for row in rows if row["arm"] != "start"})
     table_rows = [
         [task, *(change(by_task[task]) for by_task in changes.values())] for task in next(iter(changes.values()), {})
     ]
     return _section(
-        "Evaluation", [directions(f"Training with {arm}", by_task) for arm, by_task in changes.items()],
+        "Evaluation",
+        [directions("Masking the retrieval heads" if arm == "masked" else f"Training with {arm}", by_task)
+         for arm, by_task in changes.items()] + _missing(result["missing"]),
         _figure(panels, f"Mean over cases and {_n(seeds, 'training seed')}{' (pale dots: single seeds)' if seeds > 1 else ''} "
                 "with its 95% interval, bootstrap over cases. Dotted line: the start model. Text loss: lower is better."),
         _figure(_forests(changes), "Changes against the start model, paired by case, with 95% intervals: bootstrap over "
@@ -172,6 +175,12 @@ def _evaluation(result) -> str:
         _figure(maps, "Recall by length and depth (0%: start of the text), the same scale in every map"
                 + (", means over seeds." if seeds > 1 else ".")),
     )  # fmt: skip
+
+
+def _missing(missing: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
+    """Samples of suites that have no value, a line per model, task and reason."""
+    return [f"{name}, {task}: {n} samples are missing, {why}." for name, tasks in missing.items()
+            for task, reasons in tasks.items() for why, n in reasons.items()]  # fmt: skip
 
 
 def all_numbers(results) -> str:
@@ -246,8 +255,8 @@ def _forests(changes: Mapping[str, Mapping[str, Mapping]]) -> dict[str, object]:
         for task, number in of_arm.items():
             by_task.setdefault(task, {})[arm] = number
     panels, per_panel = {}, max(1, 24 // (1 + len(changes)))
-    for unit, tasks in (("change of recall", [task for task in by_task if task != TEXT_LOSS]),
-                        ("change of loss (nats per token)", [task for task in by_task if task == TEXT_LOSS])):  # fmt: skip
+    for unit, tasks in (("change of recall or score", [task for task in by_task if not is_loss(task)]),
+                        ("change of loss (nats per token)", [task for task in by_task if is_loss(task)])):  # fmt: skip
         limits = _limits([number for task in tasks for number in by_task[task].values()])
         for i in range(0, len(tasks), per_panel):
             shown = {task: by_task[task] for task in tasks[i : i + per_panel]}

@@ -41,11 +41,16 @@ def direction(number: Mapping) -> str:
 
 def measure(task: str) -> str:
     """What a task measures, in a sentence."""
-    return task if task == TEXT_LOSS or FROM_MEMORY in task else f"recall on {task}"
+    return task if is_loss(task) or FROM_MEMORY in task or "/" in task else f"recall on {task}"
+
+
+def is_loss(task: str) -> bool:
+    """Whether a task is a loss on text, in nats per token, and not a share of answers."""
+    return task == TEXT_LOSS or task.startswith("perplexity/")
 
 
 def axis(task: str) -> str:
     """What a task measures, at an axis."""
-    if task == TEXT_LOSS:
+    if is_loss(task):
         return "nats per token"
     return "share of answers" if FROM_MEMORY in task else "recall"

@@ -122,7 +122,7 @@ def eval_result(arms, seeds, changes):
     grids = [{"model": model, "arm": arm, "seed": seed, "task": "niah", "length": length, "depth": depth,
               **number(0.2 if seed else 0.7, 0, 1, 8)}
              for model, arm, seed in models for length in (128, 256) for depth in (0.0, 0.5, 1.0)]  # fmt: skip
-    return {"rows": rows, "grids": grids, "numbers": numbers}
+    return {"rows": rows, "grids": grids, "numbers": numbers, "metrics": {}, "missing": {}}
 
 
 def make_results(shape=(4, 8), tasks=("needle", "facts: from memory"), arms=("retmask",), seeds=(0,), counted=20, threshold=0.1,

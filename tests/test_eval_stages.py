@@ -1,0 +1,89 @@
+"""Models compared on tasks and suites: one table, samples paired, suites kept, mistakes in one line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retmask_jax import eval_stages, recipes
+from retmask_jax.eval_stages import _common
+from retmask_jax.evals.compare import run_rows, table
+from retmask_jax.hub import BUNDLED
+from retmask_jax.main import main
+
+CONFIG = str(Path(__file__).with_name("tiny_small.py"))
+NIAH = [f"--config.suites.niah.{key}={value}" for key, value in {
+    "needles": "bundled/test_needles.jsonl", "haystack": "bundled/test_text.txt", "shortest": 96, "longest": 128,
+    "n_lengths": 2, "n_depths": 2, "max_new_tokens": 8,
+}.items()]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    root = tmp_path_factory.mktemp("eval") / "work"
+    arguments = ["eval", f"--config={CONFIG}", f"--workdir={root}", "--compare", f"same={BUNDLED}", *NIAH]
+    assert main(arguments) == 0
+    return root, arguments
+
+
+def test_a_model_compared_with_itself_changes_nothing(compared):
+    root, _ = compared
+    result = json.loads((root / "compare" / "result.json").read_text())
+    assert {row["model"] for row in result["rows"]} == {"start", "same"}
+    tasks = {row["task"] for row in result["rows"]}
+    assert {"context short", "closed-book", "text loss"} < tasks and any(task.startswith("niah/") for task in tasks)
+    for row in result["rows"]:
+        assert (row["change"]["value"], row["change"]["low"], row["change"]["high"]) == (0, 0, 0)
+        if row["task"] == "context short":
+            assert row["mcnemar"]["n_discordant"] == 0
+        if row["task"] == "text loss":
+            assert row["mcnemar"] is None
+    rouge = next(number for name, number in result["numbers"].items() if name.startswith("eval/niah/rouge") and "start" in name)
+    assert rouge["n"] == 2 and rouge["value"] > 50
+
+
+def test_a_suite_that_has_run_is_kept_when_others_are_asked_for(compared, monkeypatch, capsys):
+    root, arguments = compared
+    kept = sorted((root / "measured").glob("niah-*.json"))
+    assert len(kept) == 1  # the same weights, masks and settings: measured once
+    ran = []
+    make = eval_stages.run_suites
+    monkeypatch.setattr(eval_stages, "run_suites", lambda *a, only, **k: ran.append(only) or make(*a, only=only, **k))
+    more = ["--config.suites.perplexity.file=bundled/test_text.txt", "--config.suites.perplexity.length=64",
+            "--config.suites.perplexity.windows=4"]  # fmt: skip
+    assert main([*arguments, *more]) == 0  # another suite is no other work directory
+    assert ran == ["perplexity"]
+    assert any(line.startswith("perplexity/") for line in capsys.readouterr().out.splitlines())
+
+
+def test_samples_are_paired_by_their_names():
+    one = {"a": (("x", "y", "z"), np.array([1.0, 0.0, 0.5])), "b": (None, np.array([True, False])), "c": (("x",), np.ones(1))}
+    other = {"a": (("z", "x"), np.array([0.2, 0.9])), "b": (None, np.array([True, True]))}
+    samples = _common({"start": one, "trained": other})
+    assert samples["start"]["a"].tolist() == [1.0, 0.5] and samples["trained"]["a"].tolist() == [0.9, 0.2]
+    assert set(samples["start"]) == set(samples["trained"]) == {"a", "b"}
+
+
+def test_the_table_has_every_model_and_its_test():
+    samples = {"start": {"t": np.array([True] * 20 + [False] * 20)}, "new": {"t": np.array([True] * 30 + [False] * 10)}}
+    header, (row,) = table(run_rows(samples, {"new": ("new", 0)}))
+    assert header == ["task", "n", "start", "new", "change", "p"]
+    assert row[:2] == ["t", "40"] and row[3].startswith("0.750 [") and row[4].startswith("+0.250 [") and row[5] == "0.0020"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--compare", "bundled"], "'bundled' must be NAME=FOLDER or NAME=HUB_ID"),
+    (["--compare", "start=bundled"], "eval.models has 'start'"),
+    (["--config.suites.ruler.tasks=('niah_single_9',)"], "suites.ruler.tasks has 'niah_single_9'"),
+    (["--config.suites.json_kv.lengths=(9999,)"], "suites.json_kv needs 9999 tokens, the model's context is 1024"),
+])  # fmt: skip
+def test_mistakes_are_one_line(flags, message, tmp_path, capsys):
+    assert main(["eval", f"--config={CONFIG}", f"--workdir={tmp_path / 'w'}", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "w").exists()
+
+
+def test_flags_are_settings_of_the_config():
+    config = recipes.load_recipe("tiny", [("suites.lm_eval.tasks", "('a', 'b')"), ("eval.models", "{'x': 'y'}")])
+    assert tuple(config.suites.lm_eval.tasks) == ("a", "b") and config.eval.models.to_dict() == {"x": "y"}

@@ -1,7 +1,10 @@
 """What the recipes of small models of different architecture have in common; no recipe itself.
 
 All have the tasks, data files and case seeds of this module, so that their cases are paired: one question asked of
-models that learned the same language, and the same facts, by the same stages.
+models that learned the same language, and the same facts, by the same stages. Only the share of contradictions in the
+last stage is chosen for each, on seed 0: at 0.3 the models shaped as Llama, Qwen3 and OLMo-3 followed the longest
+contexts in .89, .99 and .81 of the cases, at 0.2 the first in .81, at 0.12 the second in .69. Models of the other seed
+are what they are.
 """
 
 from ml_collections import ConfigDict

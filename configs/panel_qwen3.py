@@ -4,11 +4,17 @@ of its own for the output.
     retmask pretrain --config=panel_qwen3 --workdir=runs/panel_qwen3-0
     retmask run --config=panel_qwen3 --workdir=runs/panel_qwen3-0/run
 
-The first trains the model, the second puts it through the whole method; `--config.pretrain.seed=1` with another
---workdir, and `--config.model=runs/panel_qwen3-1/tiny`, for a second one. See configs/_panel.py.
+The first trains the model, the second puts it through the whole method; for another seed, `--config.pretrain.seed=1`
+with a --workdir of its own, and `--config.model=runs/panel_qwen3-1/tiny`. What the panel has in common is in
+configs/_panel.py.
 
-Hardware and time: two CPU cores, TIME. Expected:
-EXPECT
+Hardware: two CPU cores. 11 minutes of processor time, so about 6 to 7 minutes where both are idle (not timed alone).
+
+Expected of the model, seeds 0 and 1 (n = 96 each; closed-book 64, copy scores 120):
+    needle 128, 256, 320        1.00 .95 .92 | .99 .93 .89
+    context 128, 256            .97 .69 | .91 .36
+    closed-book                 1.00 | 1.00
+    heads of copy score >= 0.1  4 | 4, all of layer 1; Gini .87 | .87
 """
 
 from ml_collections import ConfigDict

@@ -105,7 +105,7 @@ def export(config, root: Path, what: str, heads: Sequence[str] | None, form: str
 def pretrain(config, root: Path) -> None:
     """Train the tiny model and write it with its data files, in the layout of the package's assets."""
     if "pretrain" not in config:
-        raise ValueError("this config has no section `pretrain`: use --config=tiny")
+        raise ValueError("this config has no section `pretrain`: use tiny, panel_llama, panel_qwen3 or panel_olmo3")
     _log()
     workdir = Workdir.open(root, config)
     with locked(root):

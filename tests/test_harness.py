@@ -125,7 +125,8 @@ def test_answers_are_those_of_the_harness(both):
     ours, theirs = both
     texts = [_asked(one) for one in read_jsonl(DATA / "test_needles.jsonl")[:6]] + _texts()
     texts.append(" ".join(_texts(40)))  # longer than the context
-    for options in ({"until": [" ."], "max_gen_toks": 12}, {"until": [], "max_gen_toks": 5}, {"until": "the", "max_gen_toks": 20}):
+    for until, n in (([" ."], 12), ([], 5), ("the", 20)):
+        options = {"until": until, "max_gen_toks": n}
         requests = _requests(*((text, options) for text in texts))
         assert ours.generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
     mixed = _requests(*((text, {"until": [" ."], "max_gen_toks": 4 + i % 3}) for i, text in enumerate(texts)))

@@ -220,7 +220,7 @@ def _check(lm: LanguageModel, lengths: Sequence[int], categories: Sequence[str])
         raise ValueError(f"HELMET has no category {', '.join(unknown)}; it has {', '.join(CATEGORIES)}")
     if not lengths or max(lengths) > lm.config.max_length:
         raise ValueError(
-            f"HELMET at {max(lengths, default='no')} tokens: the model's context is {lm.config.max_length}; give lengths up to that"
+            f"HELMET at {max(lengths, default='no')} tokens: the model's context is {lm.config.max_length}: lower the lengths"
         )
     if lm.tokenizer is None:
         raise ValueError("the model folder has no tokenizer, which HELMET's prompts need")

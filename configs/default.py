@@ -121,6 +121,28 @@ def get_config() -> ConfigDict:
     config.eval.tasks = ()
     config.eval.grids = ()  # tasks shown as heat maps over length and depth
 
+    # Suites of others on the start model and every trained one. Off by default: they need what cannot be shipped.
+    config.suites = ConfigDict()
+
+    # lm-evaluation-harness (pip install 'retmask_jax[eval]'), in this process.
+    config.suites.lm_eval = ConfigDict()
+    config.suites.lm_eval.tasks = ()  # names of tasks or groups, such as gsm8k or mmlu; empty: none
+    config.suites.lm_eval.limit = None  # samples of each task; None: all
+    config.suites.lm_eval.fewshot = None  # examples in the prompt; None: as each task has it
+    config.suites.lm_eval.include_path = ""  # a folder of own tasks (YAML), beside the harness's
+    config.suites.lm_eval.chat = False  # the harness's own default: most published numbers are without
+
+    # HELMET, by the user's own checkout with its data and what its requirements.txt lists.
+    config.suites.helmet = ConfigDict()
+    config.suites.helmet.path = ""  # folder of the checkout; empty: not run
+    config.suites.helmet.lengths = (8192, 16384, 32768, 65536, 131072)  # all it has; none may exceed the model's context
+    # Those without a judge; also longqa and summ. Of cite, citations need an 11B model (helmet.citations).
+    config.suites.helmet.categories = ("recall", "rag", "cite", "rerank", "icl")
+    config.suites.helmet.limit = None  # samples of each data set; None: HELMET's 100 (icl 500)
+    config.suites.helmet.chat = None  # chat template; None: as HELMET has it: cite, longqa and summ with, the rest without
+    config.suites.helmet.stop_new_line = False  # its configs have this key, but its code never reads it
+    config.suites.helmet.citations = False  # score citations by HELMET's 11B entailment model
+
     # The causal study (`retmask study`): further stages beside detect, knockout and rope.
     config.detectors = ConfigDict()
     # All that there are; their units differ, so they are compared by order and by their best heads.

@@ -210,19 +210,24 @@ def _suites() -> ConfigDict:
     suites.perplexity.windows = 32
     suites.perplexity.stride = None  # also windows that overlap, each so many tokens behind the one before
 
-    suites.lm_eval = ConfigDict()  # tasks of lm-evaluation-harness, which must be installed: retmask_jax[eval]
-    suites.lm_eval.tasks = ()  # off; names as the harness has them, such as gsm8k or mmlu
+    # lm-evaluation-harness (pip install 'retmask_jax[eval]'), in this process.
+    suites.lm_eval = ConfigDict()
+    suites.lm_eval.tasks = ()  # names of tasks or groups, such as gsm8k or mmlu; empty: none
     suites.lm_eval.limit = None  # samples of each task; None: all
-    suites.lm_eval.fewshot = None  # examples in a prompt; None: as each task has it
-    suites.lm_eval.include_path = ""  # a folder of tasks of your own
-    suites.lm_eval.chat = False  # put prompts in the chat template
+    suites.lm_eval.fewshot = None  # examples in the prompt; None: as each task has it
+    suites.lm_eval.include_path = ""  # a folder of own tasks (YAML), beside the harness's
+    suites.lm_eval.chat = False  # the harness's own default: most published numbers are without
 
-    suites.helmet = ConfigDict()  # arXiv 2410.02694, by your own checkout of it with its data
-    suites.helmet.path = ""  # off
-    suites.helmet.lengths = (8192, 16384, 32768, 65536, 131072)
-    suites.helmet.categories = ()  # of recall, rag, cite, rerank, longqa, summ, icl; empty: all
-    suites.helmet.limit = None  # samples of each data set; None: HELMET's
-    suites.helmet.chat = None  # put prompts in the chat template; None: as HELMET's configs have it
+    # HELMET, by the user's own checkout with its data and what its requirements.txt lists.
+    suites.helmet = ConfigDict()
+    suites.helmet.path = ""  # folder of the checkout; empty: not run
+    suites.helmet.lengths = (8192, 16384, 32768, 65536, 131072)  # all it has; none may exceed the model's context
+    # Those without a judge; also longqa and summ. Of cite, citations need an 11B model (helmet.citations).
+    suites.helmet.categories = ("recall", "rag", "cite", "rerank", "icl")
+    suites.helmet.limit = None  # samples of each data set; None: HELMET's 100 (icl 500)
+    suites.helmet.chat = None  # chat template; None: as HELMET has it: cite, longqa and summ with, the rest without
+    suites.helmet.stop_new_line = False  # its configs have this key, but its code never reads it
+    suites.helmet.citations = False  # score citations by HELMET's 11B entailment model
     return suites
 
 

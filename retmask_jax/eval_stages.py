@@ -172,6 +172,7 @@ def _helmet(there: Context, contender: Contender) -> list[Measured]:
     return run_helmet(
         there.lm, section.path, section.lengths, section.categories or None, folder=_store(there) / "helmet" / _identity(there),
         batch_size=there.config.batch_size, interventions=contender.interventions, limit=section.limit, chat=section.chat,
+        stop_new_line=section.stop_new_line, citations=section.citations,
     ).measured  # fmt: skip
 
 

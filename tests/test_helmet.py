@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ from retmask_jax.data import tiny_language as tl
 from retmask_jax.evals import helmet
 from retmask_jax.evals.helmet_means import CATEGORIES, MEANS, helmet_means
 from retmask_jax.evals.measured import Measured
-from retmask_jax.model.interventions import all_heads, mask_heads
+from retmask_jax.model.interventions import Interventions, all_heads, mask_heads
 from retmask_jax.records import Records
 
 LENGTH, NEW = 64, 6
 SETS = {  # category -> (data sets, stop_new_line, chat)
-    "recall": (("ruler_niah_mk_2", "json_kv"), False, False),
-    "cite": (("alce_asqa_700", "alce_qampari_700"), True, True),
-    "longqa": (("narrativeqa_130772", "infbench_qa_eng"), True, False),
+    "recall": (("ruler_niah_mk_2", "json_kv"), True, False),
+    "cite": (("alce_asqa_700", "alce_qampari_700"), False, True),
+    "longqa": (("narrativeqa_130772", "infbench_qa_eng"), False, False),
 }
 
 
@@ -93,18 +94,27 @@ def test_exact_prompts_go_to_the_model_and_answers_are_scored_behind_their_prefi
     values = [np.mean([word in text for word in r["answer"]]) for r, text in zip(records, outputs, strict=True)]
     recall, kv = run.measured
     assert (recall.name, recall.metric, kv.task) == ("helmet/ruler_niah_mk_2 64", "ruler_recall", "json_kv")
-    assert recall.ids == ("0", "1", "2", "3") and not recall.missing and run.notes == []
+    assert recall.ids == ("0", "1", "2", "3") and not recall.missing
+    (note,) = run.notes
+    assert "recall_short.yaml" in note and "stop_new_line is not read by HELMET" in note
     np.testing.assert_allclose(recall.values, values)
 
-    # Nothing is generated again, neither by data set nor, where its scores are lost, by sample; a mask begins anew.
+    # What was answered is not generated again; under a mask all is.
     spy.prompts.clear()
-    shutil.rmtree(tmp_path / "out/scores")
-    again = helmet.run_helmet(lm, checkout, [LENGTH], ["recall"], folder=tmp_path / "out", batch_size=4)
-    assert spy.prompts == [] and again.measured[0].values.tolist() == recall.values.tolist()
+    with Records(tmp_path / "out/answers") as answers:
+        job = helmet._Job(lm, Interventions.none(lm.config), helmet._mask_hash(Interventions.none(lm.config)), 4, answers, None)
+        rows = [np.array(row, np.int32) for row in prompts]
+        options = {"max_new_tokens": NEW, "until": [], "temperature": 0.0, "top_p": 1.0}
+        kept = helmet._answers(job, rows, options, f"json_kv {LENGTH}")
+        more = helmet._answers(job, [rows[0][:9], *rows, np.full(510, 5, np.int32)], options, f"json_kv {LENGTH}")
+    assert [one["output"] for one in kept] == _answers(lm, prompts) and more[1:5] == kept and more[5] is None
+    assert spy.prompts == [prompts[0][:9]]
+    spy.prompts.clear()
     iv = mask_heads(lm.config, all_heads(lm.config))
     masked = helmet.run_helmet(
-        lm, checkout, [LENGTH], ["recall"], folder=tmp_path / "out", batch_size=4, interventions=iv
+        lm, checkout, [LENGTH], ["recall"], folder=tmp_path / "out", batch_size=4, interventions=iv, stop_new_line=True
     )
+    assert "answers end at a new line" in masked.notes[0]
     assert sorted(spy.prompts) == sorted(prompts * 2) and masked.measured[0].ids == recall.ids
     (_, written) = sorted((tmp_path / "out").rglob("json_kv*.json"), key=lambda path: path.stat().st_mtime)
     masked_outputs = [row["output"] for row in json.loads(written.read_text())["data"]]
@@ -115,9 +125,9 @@ def test_exact_prompts_go_to_the_model_and_answers_are_scored_behind_their_prefi
 def test_a_chat_template_leaves_the_prefix_out_and_what_is_missing_is_said(tmp_path, monkeypatch):
     lm, records, spy = copying_lm(), _records(4, 20), _Spy(monkeypatch)
     checkout = _write(tmp_path / "helmet", records)
-    run = helmet.run_helmet(lm, checkout, [LENGTH], ["cite"], folder=tmp_path / "out", batch_size=4)
+    run = helmet.run_helmet(lm, checkout, [LENGTH], ["cite", "longqa"], folder=tmp_path / "out", batch_size=4)
     prompts = _prompts(lm, records, chat=True)
-    assert sorted(spy.prompts) == sorted(prompts)
+    assert sorted(spy.prompts) == sorted(prompts + 2 * _prompts(lm, records)) and run.notes == []
     texts = _answers(lm, prompts)
     shares = [np.mean([word in text for word in r["answer"]]) for r, text in zip(records, texts, strict=True)]
     tasks = {one.task: one for one in run.measured}
@@ -125,19 +135,12 @@ def test_a_chat_template_leaves_the_prefix_out_and_what_is_missing_is_said(tmp_p
     assert list(tasks["alce_asqa citation_rec"].missing) == ["needs an 11B entailment model: ask for citations"]
     (why,) = tasks["alce_qampari qampari_rec_top5"].missing
     assert "FileNotFoundError" in why and "nowhere.jsonl" in why
-    (note,) = run.notes
-    assert "cite_short.yaml" in note and "stop_new_line is not read by HELMET" in note
     cite = helmet_means(run.measured)[LENGTH]["categories"]["cite"]
     assert cite["value"] is None and list(cite["parts"]) == ["alce_asqa str_em"] and len(cite["missing"]) == 5
 
-
-def test_a_judge_is_read_where_it_has_judged_these_answers_and_new_lines_stop_on_demand(tmp_path):
-    checkout = _write(tmp_path / "helmet", _records(4, 20))
-    run = helmet.run_helmet(
-        copying_lm(), checkout, [LENGTH], ["longqa"], folder=tmp_path / "out", batch_size=4, limit=4, stop_new_line=True
-    )
-    assert "answers end at a new line" in run.notes[0]
-    assert [len(one.values) for one in run.measured] == [0, 4] and "needs a judge" in str(run.measured[0].missing)
+    # What a judge says counts where it judged these answers.
+    assert len(tasks["narrativeqa"].values) == 0 and "needs a judge" in str(tasks["narrativeqa"].missing)
+    assert len(tasks["infbench_qa"].values) == 4
     (path,) = (tmp_path / "out").rglob("narrativeqa*.json")
     part, scores = CATEGORIES["longqa"][0], Records(tmp_path / "out/scores")
     (kept,) = (scores[key] for key in scores if "narrativeqa" in key[0])
@@ -173,6 +176,13 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, options, why):
     with pytest.raises(ValueError, match=why):
         helmet.run_helmet(lm, folder=tmp_path / "out", batch_size=2, **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_length_that_a_config_lacks_is_named():
+    short = SimpleNamespace(entries=[{"input_max_length": length} for length in (8192, 16384)])
+    helmet._check_lengths(short, "recall", [8192, 131072])  # the longest is in another file
+    with pytest.raises(ValueError, match=r"no recall at 8000 tokens; this config of it has \[8192, 16384\]"):
+        helmet._check_lengths(short, "recall", [8000, 8192])
 
 
 # --- means ---

@@ -80,10 +80,10 @@ def run_helmet(lm: LanguageModel, checkout: str | Path, lengths: Sequence[int],
     with contextlib.ExitStack() as opened:
         records = [opened.enter_context(Records(folder / name)) for name in ("answers", "scores")]
         job = _Job(lm, mask, mask_hash, batch_size, *records)
+        process = opened.enter_context(HelmetProcess(checkout, folder, lm.tokenizer, gpu=citations))
         for category, config in _configs(categories, lengths):
-            process = HelmetProcess(checkout, folder, lm.tokenizer, request | {"config": config}, gpu=citations)
-            with process:
-                measured += _run_config(job, process, category, lengths, citations)
+            process.use(config, request)
+            measured += _run_config(job, process, category, lengths, citations)
             notes += _notes(config, process.settings)
     for note in dict.fromkeys(notes):
         log.warning("HELMET: %s", note)
@@ -102,6 +102,7 @@ def _configs(categories: Sequence[str], lengths: Sequence[int]) -> Iterator[tupl
 def _run_config(job: _Job, process: HelmetProcess, category: str, lengths, citations: bool) -> list[Measured]:
     if process.settings["use_chat_template"] and not job.lm.tokenizer.chat_template:
         raise ValueError(f"HELMET puts {category} in a chat template, and the tokenizer has none: add one or set chat to False")
+    _check_lengths(process, category, lengths)
     measured = []
     for number, entry in enumerate(process.entries):
         parts = [part for part in CATEGORIES[category] if part.dataset in entry["datasets"]]
@@ -110,6 +111,14 @@ def _run_config(job: _Job, process: HelmetProcess, category: str, lengths, citat
         found = _scored(job, process, number, citations)
         measured += [_measured(part, entry["input_max_length"], found) for part in parts]
     return measured
+
+
+def _check_lengths(process: HelmetProcess, category: str, lengths: Sequence[int]) -> None:
+    """ValueError for a length that neither this config of the category has nor, by HELMET's naming, its other one."""
+    has = {entry["input_max_length"] for entry in process.entries}
+    wanted = {length for length in lengths if (length < LONGEST) == (min(has) < LONGEST)}
+    if wanted - has:
+        raise ValueError(f"HELMET has no {category} at {min(wanted - has)} tokens; this config of it has {sorted(has)}")
 
 
 def _scored(job: _Job, process: HelmetProcess, number: int, citations: bool) -> dict[str, Any]:
@@ -219,8 +228,7 @@ def _check(lm: LanguageModel, lengths: Sequence[int], categories: Sequence[str])
     if unknown:
         raise ValueError(f"HELMET has no category {', '.join(unknown)}; it has {', '.join(CATEGORIES)}")
     if not lengths or max(lengths) > lm.config.max_length:
-        raise ValueError(
-            f"HELMET at {max(lengths, default='no')} tokens: the model's context is {lm.config.max_length}: lower the lengths"
-        )
+        most = max(lengths, default="no")
+        raise ValueError(f"HELMET at {most} tokens: the model's context is {lm.config.max_length}; give lengths up to that")
     if lm.tokenizer is None:
         raise ValueError("the model folder has no tokenizer, which HELMET's prompts need")

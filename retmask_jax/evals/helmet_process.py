@@ -20,15 +20,15 @@ _WORKER = "retmask_jax.evals.helmet_worker"
 
 
 class HelmetProcess:
-    """HELMET with the arguments of one of its configs, as a context manager.
+    """HELMET, as a context manager; `use` sets it to one of its configs.
 
     settings: its arguments; entries: its data sets, each with datasets, test_files, demo_files, input_max_length and
     generation_max_length; prompts: i32[n] each, those that came with the last reply. What it prints is in
     folder/helmet.log. gpu: let it see GPUs. Raises ValueError with the last line of the log where it ends early.
     """
 
-    def __init__(self, checkout: Path, folder: Path, tokenizer, request: dict[str, Any], *, gpu: bool = False):
-        self._checkout, self._request, self._gpu = checkout, request, gpu
+    def __init__(self, checkout: Path, folder: Path, tokenizer, *, gpu: bool = False):
+        self._checkout, self._gpu = checkout, gpu
         self._tokenizer, self._log = tokenizer, folder / "helmet.log"
         self._kept = folder / "tokenizer"
         self.prompts: list[np.ndarray] = []
@@ -42,24 +42,24 @@ class HelmetProcess:
         return digest([code, {name: value for name, value in self.settings.items() if name not in _PLACES}])
 
     def __enter__(self) -> "HelmetProcess":
-        Path(self._request["output"]).mkdir(parents=True, exist_ok=True)
+        self._kept.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save_pretrained(self._kept)
         with open(self._log, "a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _WORKER], cwd=self._checkout, env=self._environment(), text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
-        try:
-            begun = self.ask(self._request | {"tokenizer": str(self._kept.resolve())})
-        except BaseException:
-            self.__exit__()
-            raise
-        self.settings, self.entries = begun["settings"], begun["entries"]
         return self
 
     def __exit__(self, *_) -> None:
         self._process.terminate()
         self._process.communicate()
+
+    def use(self, config: str, request: dict[str, Any]) -> None:
+        """Go on with a config, by its path in the checkout; request: arguments, stop_new_line and the output folder."""
+        Path(request["output"]).mkdir(parents=True, exist_ok=True)
+        begun = self.ask(request | {"config": config, "tokenizer": str(self._kept.resolve())})
+        self.settings, self.entries = begun["settings"], begun["entries"]
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """The reply to a message; prompts that come before it are put into `prompts`."""

@@ -4,9 +4,9 @@ HELMET's modules have names such as `data` and `utils`, need torch and fork, non
 holds a JAX model. HELMET's own, unmodified code loads the data, writes and tokenizes the prompts and scores the
 answers; this process hands the token ids to its parent and takes answers back. Lines of JSON on stdin and stdout:
 
-    parent: {"config", "arguments", "tokenizer", "output"}     child: {"settings", "entries"}
-    parent: {"entry": number, "citations": bool}               child: {"prompt": ids in base64} ..., {"generate": settings}
-    parent: {"answers": [{"output", ...} or null, ...]}        child: {"scored", "output"} or {"failed": why}
+    parent: {"config", "arguments", "stop_new_line", "tokenizer", "output"}     child: {"settings", "entries"}
+    parent: {"entry": number, "citations": bool}    child: {"prompt": ids in base64} ..., {"generate": settings}
+    parent: {"answers": [{"output", ...} or null, ...]}     child: {"scored", "ids", "output"} or {"failed": why}
 """
 
 import base64
@@ -35,6 +35,9 @@ class _Parent:
     def ask(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """Its answer, None where it has gone."""
         self.tell(message)
+        return self.read()
+
+    def read(self) -> dict[str, Any] | None:
         line = self._in.readline()
         return json.loads(line) if line else None
 
@@ -46,13 +49,19 @@ class _Parent:
 def main() -> None:
     parent = _Parent()
     sys.path.insert(0, os.getcwd())
-    request = json.loads(sys.stdin.readline())
-    args, entries = _plan(request)
-    model = _bridge(parent, args, request["tokenizer"])
-    settings = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, float, type(None)))}
-    wanted = parent.ask({"settings": settings, "entries": entries})
-    while wanted is not None:
-        wanted = parent.ask(_run(args, model, entries[wanted["entry"]], wanted["citations"]))
+    request, args, entries, model = parent.read(), None, [], None
+    while request is not None:
+        if "config" in request:
+            args, entries = _plan(request)
+            model = _bridge(parent, args, request["tokenizer"])
+            reply = {"settings": _plain(args), "entries": entries}
+        else:
+            reply = _run(args, model, entries[request["entry"]], request["citations"])
+        request = parent.ask(reply)
+
+
+def _plain(args) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if isinstance(value, (str, int, float, type(None)))}
 
 
 def _plan(request: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:

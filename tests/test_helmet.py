@@ -106,9 +106,10 @@ def test_exact_prompts_go_to_the_model_and_answers_are_scored_behind_their_prefi
         rows = [np.array(row, np.int32) for row in prompts]
         options = {"max_new_tokens": NEW, "until": [], "temperature": 0.0, "top_p": 1.0}
         kept = helmet._answers(job, rows, options, f"json_kv {LENGTH}")
-        more = helmet._answers(job, [rows[0][:9], *rows, np.full(510, 5, np.int32)], options, f"json_kv {LENGTH}")
-    assert [one["output"] for one in kept] == _answers(lm, prompts) and more[1:5] == kept and more[5] is None
-    assert spy.prompts == [prompts[0][:9]]
+        new = [row[-9:] for row in rows]
+        more = helmet._answers(job, [*new, *rows, np.full(510, 5, np.int32)], options, f"json_kv {LENGTH}")
+    assert [one["output"] for one in kept] == _answers(lm, prompts) and more[4:8] == kept and more[8] is None
+    assert sorted(spy.prompts) == sorted(prompt[-9:] for prompt in prompts)
     spy.prompts.clear()
     iv = mask_heads(lm.config, all_heads(lm.config))
     masked = helmet.run_helmet(

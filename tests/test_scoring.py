@@ -26,7 +26,8 @@ def _pairs(config):
 
 
 def _greedy(lm, prompt, n):
-    return lm.generate(np.array([prompt]), [len(prompt)], NEW, stop_ids=()).tokens[0, :n].tolist()
+    """Row by row, BATCH times the same one: the shape that the batches have, which is compiled already."""
+    return lm.generate(np.array([prompt] * BATCH), [len(prompt)] * BATCH, NEW, stop_ids=()).tokens[0, :n].tolist()
 
 
 def _naive(lm, pairs, interventions=None):

@@ -79,15 +79,21 @@ def test_means_join_rotary_masks_but_no_other_head_mask():
             masked | other
 
 
-def test_generation_and_sweeps_write_means_too(close):
-    masks = [Interventions(), mask_heads(CONFIG, HEADS), mask_heads(CONFIG, HEADS, MEAN)]
-    found = sweep(LM, TOKENS, np.full(2, 24), masks)
-    for mask, logits_MV in zip(masks, found, strict=True):
+MASKS = (Interventions(), mask_heads(CONFIG, HEADS), mask_heads(CONFIG, HEADS, MEAN))
+
+
+def test_sweeps_write_means_too(close):
+    found = sweep(LM, TOKENS, np.full(2, 24), MASKS)
+    for mask, logits_MV in zip(MASKS, found, strict=True):
         close(logits_MV, _logits(mask)[:, -1], 1e-5)
+
+
+@pytest.mark.slow
+def test_streams_write_means_too():
     requests = [Request(TOKENS[0].tolist(), mask=i) for i in range(3)]
     streamed = dict(generate_stream(CONFIG, LM.params, requests, batch_size=3, max_new_tokens=6, stop_ids=(),
-                                    masks=stack([mask.fill(CONFIG) for mask in masks])))  # fmt: skip
-    for i, mask in enumerate(masks):
+                                    masks=stack([mask.fill(CONFIG) for mask in MASKS])))  # fmt: skip
+    for i, mask in enumerate(MASKS):
         alone = LM.generate(TOKENS[:1], [24], max_new_tokens=6, stop_ids=(), interventions=mask)
         assert streamed[i].tokens.tolist() == np.asarray(alone.tokens)[0].tolist()
 

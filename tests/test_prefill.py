@@ -1,5 +1,7 @@
 """Prefill in chunks equals a pass over whole rows, windows in rings included; prompts that share beginnings."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +80,18 @@ def test_rows_of_the_last_layer_equal_those_of_a_whole_pass(five_layers, groupin
     close(rows.x_BTE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)
     np.testing.assert_array_equal(rows.probed.keys, full.probed.keys)
     close(rows.probed.mass, full.probed.mass, 1e-5)
+
+
+def test_a_model_of_one_group_has_nothing_before_it(windowed, close):
+    """Two layers that are the whole pattern, as early checkpoints of a model that grows."""
+    config = dataclasses.replace(windowed.config, n_layers=2)
+    params = windowed.params | {"blocks": jax.tree.map(lambda leaf: leaf[:1], windowed.params["blocks"])}
+    tokens_BT, rows_BP = np.arange(24, dtype=np.int32).reshape(2, 12), jnp.array([[11, 3], [7, 8]])
+    iv = Interventions().fill(config)
+    full = hidden(config, params, tokens_BT, iv, probe=Probe(rows_BP))
+    rows = jax.jit(lambda params: hidden_rows(config, params, tokens_BT, iv, rows_BP, probe=Probe(rows_BP)))(params)
+    close(rows.x_BTE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)
+    np.testing.assert_array_equal(rows.probed.keys, full.probed.keys)
 
 
 def test_generation_over_several_chunks_equals_decoding_without_a_cache(windowed):

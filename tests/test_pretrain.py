@@ -78,6 +78,7 @@ def test_transformers_on_torch_gives_the_same_logits(random_model, tmp_path, clo
         close(lm.logits(tokens), model(torch.tensor(tokens)).logits.numpy())
 
 
+@pytest.mark.slow
 def test_models_are_kept_along_the_way_also_of_a_run_that_was_cut_off(tmp_path):
     recipe = _short_recipe(keep_every=2)
     pretrain(recipe, tmp_path / "cut")

@@ -53,6 +53,8 @@ class Layers:
             carry, new = self.through(r, carry, masks)
             return r + 1, carry, jax.tree.map(lambda all_R, of_r: all_R.at[r].set(of_r), probed, new)
 
+        if n == 0:  # what has no entries cannot be written into, in a loop that never runs either
+            return carry, probed
         return jax.lax.while_loop(lambda state: state[0] < n, step, (jnp.int32(0), carry, probed))[1:]
 
     def last(self, carry, masks, rows_BP):

@@ -3,7 +3,7 @@
     retmask study --config=tiny_study
 
 Compares eight detectors of retrieval heads and masks the heads of each, takes heads and rotary pairs out, compares
-query norms, changes the RoPE base, and writes study.html. About five minutes on two CPU cores that do nothing else.
+query norms, changes the RoPE base, and writes study.html. About three minutes on two CPU cores that do nothing else.
 
 Training dynamics need checkpoints, which the package has none of. Those of the model's own training come with
 

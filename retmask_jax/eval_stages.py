@@ -15,6 +15,7 @@ from retmask_jax.evals.harness import run_lm_eval
 from retmask_jax.evals.helmet import run_helmet
 from retmask_jax.evals.helmet_means import helmet_means
 from retmask_jax.evals.measured import Measured, as_json, from_json
+from retmask_jax.evals.niah import heat_map
 from retmask_jax.evals.perplexity import text_loss
 from retmask_jax.evals.recall import by_cell
 from retmask_jax.evals.suites import check_context, check_suites, run_suites, suite_files, suites_on
@@ -92,7 +93,7 @@ def compared(context: Context, contenders: Mapping[str, Contender]) -> dict[str,
     for name, (arm, _) in others.items():
         arms.setdefault(arm, []).append(name)
     grids = [{"model": name, "arm": contenders[name].arm, "seed": contenders[name].seed, **cell}
-             for name, values in found.items() for cell in values["grid"]]  # fmt: skip
+             for name, values in found.items() for cell in [*values["grid"], *_heat_map(values["suites"])]]  # fmt: skip
     return {
         "rows": run_rows(samples, others), "grids": grids, "numbers": arm_numbers(samples, arms),
         "metrics": {one.name: one.metric for values in found.values() for one in values["suites"]},
@@ -100,6 +101,12 @@ def compared(context: Context, contenders: Mapping[str, Contender]) -> dict[str,
                     for name, values in found.items()},
         "helmet": {name: helmet_means(values["suites"]) for name, values in found.items()},
     }  # fmt: skip
+
+
+def _heat_map(suites: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Cells of the needle suite, as those of the recipe's own grids: shares from 0 to 1."""
+    needles = [one for one in suites if one.suite == "niah"]
+    return [cell | {"task": "niah, ROUGE-1 recall", "value": cell["value"] / 100} for cell in heat_map(needles)]
 
 
 def _measured(context: Context, name: str, contender: Contender) -> dict[str, Any]:

@@ -171,10 +171,24 @@ def _evaluation(result) -> str:
                 "cases, not adjusted for the number of tasks. Seeds are held fixed, so an interval does not cover what "
                 "another seed would give; it has no width where no case changes."),
         table(["change against start", *changes], table_rows),
+        _helmet(result["helmet"]),
         page.lines(*_grid_means(grids)),
         _figure(maps, "Recall by length and depth (0%: start of the text), the same scale in every map"
                 + (", means over seeds." if seeds > 1 else ".")),
     )  # fmt: skip
+
+
+def _helmet(by_model: Mapping[str, Mapping]) -> str:
+    """HELMET's categories and means, in the paper's layout: a row per model and length. A dash where a part is missing."""
+    rows = [[name, length, *(fixed(entry["value"]) for entry in (*found["categories"].values(), *found["means"].values()))]
+            for name, lengths in by_model.items() for length, found in lengths.items()]  # fmt: skip
+    if not rows:
+        return ""
+    first = next(found for lengths in by_model.values() for found in lengths.values())
+    lacking = dict.fromkeys(line for lengths in by_model.values() for found in lengths.values()
+                            for entry in found["categories"].values() for line in entry["missing"])  # fmt: skip
+    note = "HELMET, per cent. Missing parts: " + "; ".join(lacking) + "." if lacking else "HELMET, per cent."
+    return table(["model", "tokens", *first["categories"], *(f"mean, {name}" for name in first["means"])], rows, note=note)
 
 
 def _missing(missing: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:

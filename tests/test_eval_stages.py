@@ -41,6 +41,9 @@ def test_a_model_compared_with_itself_changes_nothing(compared):
             assert row["mcnemar"] is None
     rouge = next(number for name, number in result["numbers"].items() if name.startswith("eval/niah/rouge") and "start" in name)
     assert rouge["n"] == 2 and rouge["value"] > 50
+    cells = [cell for cell in result["grids"] if cell["task"] == "niah, ROUGE-1 recall" and cell["model"] == "start"]
+    assert sorted((cell["length"], cell["depth"]) for cell in cells) == [(96, 0), (96, 1), (128, 0), (128, 1)]
+    assert all(0 <= cell["value"] <= 1 for cell in cells)
 
 
 def test_a_suite_that_has_run_is_kept_when_others_are_asked_for(compared, monkeypatch, capsys):

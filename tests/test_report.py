@@ -122,7 +122,7 @@ def eval_result(arms, seeds, changes):
     grids = [{"model": model, "arm": arm, "seed": seed, "task": "niah", "length": length, "depth": depth,
               **number(0.2 if seed else 0.7, 0, 1, 8)}
              for model, arm, seed in models for length in (128, 256) for depth in (0.0, 0.5, 1.0)]  # fmt: skip
-    return {"rows": rows, "grids": grids, "numbers": numbers, "metrics": {}, "missing": {}}
+    return {"rows": rows, "grids": grids, "numbers": numbers, "metrics": {}, "missing": {}, "helmet": {}}
 
 
 def make_results(shape=(4, 8), tasks=("needle", "facts: from memory"), arms=("retmask",), seeds=(0,), counted=20, threshold=0.1,
@@ -354,3 +354,21 @@ def test_the_pairs_say_what_was_left_out_and_cut():
     assert re.search(r"normal-0</td>\s*<td[^>]*>7</td>\s*<td[^>]*>40", section)
     none_left = pairs | {"left_out": {"redacted": 0}}
     assert "left out" not in report._pairs(none_left)
+
+
+def test_suites_have_their_own_units_and_what_is_missing_is_told(tmp_path):
+    results = make_results(tasks=("needle",), changes={"needle": UP, "perplexity/256-511": ACROSS, "helmet/json_kv 8192": UP})
+    entry = {"value": 51.5, "missing": []}
+    lacking = {"value": None, "missing": ["narrativeqa: not run"]}
+    found = {"8192": {"categories": {"recall": entry, "longqa": lacking}, "means": {"all seven": lacking, "judge-free": entry}}}
+    results["eval"] |= {
+        "metrics": {"perplexity/256-511": "nats per token", "helmet/json_kv 8192": "substring exact match"},
+        "missing": {"start": {"helmet/narrativeqa 8192": {"no file": 100}}}, "helmet": {"start": found, "retmask-0": found},
+    }  # fmt: skip
+    write_report(tmp_path / "report.html", results, "tiny")
+    text = html.unescape((tmp_path / "report.html").read_text())
+    assert "start, helmet/narrativeqa 8192: 100 samples are missing, no file." in text
+    assert "<td>retmask-0</td><td>8192</td><td>51.500</td><td>–</td><td>–</td><td>51.500</td>" in text
+    assert "Missing parts: narrativeqa: not run." in text
+    assert "substring exact match (n = 40)" in text and "nats per token (n = 40)" in text
+    assert "recall on perplexity" not in text

@@ -36,7 +36,6 @@ def member(name: str, contradictions: float, **architecture) -> ConfigDict:
     )  # fmt: skip
     config.pretrain.model.max_length = 512
     config.pretrain.model.update(architecture)
-    config.pretrain.keep_every = 100
     config.pretrain.stages = _stages(contradictions)
     return config
 

@@ -95,7 +95,7 @@ def _pretrain() -> ConfigDict:
     rare, some = 0.006, 0.3
     recipe = ConfigDict()
     recipe.seed = 0
-    recipe.keep_every = 0  # steps between models kept along the way; 0: none
+    recipe.keep_every = 100  # steps between models kept along the way, for `retmask dynamics`; 0: none
     recipe.model = ConfigDict({
         "hidden_size": 128, "mlp_size": 256, "n_heads": 8, "n_kv_heads": 4, "head_dim": 32, "max_length": 1024,
         "rope_theta": 1e4,

@@ -8,9 +8,9 @@ query norms, changes the RoPE base, and writes study.html. About three minutes o
 Training dynamics need checkpoints, which the package has none of. Those of the model's own training come with
 
     retmask pretrain --config=tiny --workdir=runs/pretrain
-    retmask study --config=tiny_study --config.dynamics.checkpoints='("runs/pretrain/stages/stage*",)'
+    retmask study --config=tiny_study --config.dynamics.checkpoints='("runs/pretrain/checkpoints/step_*",)'
 
-and add about a minute (its first two stages have two layers, the others four).
+and add a minute or two (the first checkpoints have two layers, the others four).
 """
 
 from ml_collections import ConfigDict

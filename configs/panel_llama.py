@@ -7,7 +7,7 @@ The first trains the model, the second puts it through the whole method; for ano
 with a --workdir of its own, and `--config.model=runs/panel_llama-1/tiny`. What the panel has in common is in
 configs/_panel.py.
 
-Hardware: two CPU cores. 10 minutes of processor time, so about 5 to 6 minutes where both are idle (not timed alone).
+Hardware: two CPU cores. 10 minutes of processor time, so about 7 minutes with nothing beside it (panel_qwen3: 7.5).
 
 Expected of the model, seeds 0 and 1 (n = 96 each; closed-book 64, copy scores 120):
     needle 128, 256, 320        1.00 .92 .78 | .99 .86 .77

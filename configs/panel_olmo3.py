@@ -10,7 +10,7 @@ configs/_panel.py.
 The published model has three layers with a window of 4096 to one without. With four layers that would leave one place
 for heads that look far back, so they alternate here; the window is 32 tokens, about four sentences.
 
-Hardware: two CPU cores. 8 minutes of processor time, so about 5 minutes where both are idle (not timed alone).
+Hardware: two CPU cores. 8 minutes of processor time, so about 6 minutes with nothing beside it (panel_qwen3: 7.5).
 
 Expected of the model, seeds 0 and 1 (n = 96 each; closed-book 64, copy scores 120):
     needle 128, 256, 320        .99 .80 .70 | 1.00 .82 .70

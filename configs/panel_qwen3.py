@@ -8,7 +8,7 @@ The first trains the model, the second puts it through the whole method; for ano
 with a --workdir of its own, and `--config.model=runs/panel_qwen3-1/tiny`. What the panel has in common is in
 configs/_panel.py.
 
-Hardware: two CPU cores. 11 minutes of processor time, so about 6 to 7 minutes where both are idle (not timed alone).
+Hardware: two CPU cores. 7.5 minutes with nothing beside it.
 
 Expected of the model, seeds 0 and 1 (n = 96 each; closed-book 64, copy scores 120):
     needle 128, 256, 320        1.00 .95 .92 | .99 .93 .89

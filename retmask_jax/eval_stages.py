@@ -1,11 +1,13 @@
 """The stages that measure models: the start model against trained ones, or any models, on the recipe's tasks and suites."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from retmask_jax.causal import Condition
 from retmask_jax.causal_stages import task_outcomes
@@ -148,25 +150,33 @@ def _common(found: Mapping[str, Mapping[str, tuple]]) -> dict[str, dict[str, np.
 
 
 def _suites(there: Context, contender: Contender) -> list[Measured]:
-    """Every suite that is on, each kept in a file of its own when it has run, whatever else is asked for later."""
-    suites, found = there.config.suites, []
-    makers = {name: _ours(there, contender, name) for name in suites_on(suites)}
-    if suites.lm_eval.tasks:
-        makers["lm_eval"] = lambda: _lm_eval(there, contender)
-    if suites.helmet.path:
-        makers["helmet"] = lambda: _helmet(there, contender)
-    for name, make in makers.items():
-        found += _kept(there, contender, name, make)
-    return found
+    """Every suite that is on, task by task and length by length, each kept in a file of its own when it has run, whatever
+    else is asked for later."""
+    return [one for name, suites in suite_parts(there.config.suites) for one in _kept(there, contender, name, suites)]
 
 
-def _ours(there: Context, contender: Contender, name: str) -> Callable[[], list[Measured]]:
-    return lambda: run_suites(there.lm, there.prompter, there.config.suites, there.resolve, only=name,
-                              batch_size=there.config.batch_size, interventions=contender.interventions)  # fmt: skip
+def suite_parts(suites) -> Iterator[tuple[str, ConfigDict]]:
+    """(name of a suite, all settings with but one of its tasks and lengths) for each part that is run by itself."""
+    on = suites_on(suites) + [name for name, key in (("lm_eval", "tasks"), ("helmet", "path")) if suites[name][key]]
+    for name in on:
+        split = [key for key in ("tasks", "lengths") if key in suites[name] and name != "helmet"]
+        for values in itertools.product(*(suites[name][key] for key in split)):
+            part = ConfigDict(suites.to_dict())
+            part[name].update({key: (value,) for key, value in zip(split, values, strict=True)})
+            yield name, part
 
 
-def _lm_eval(there: Context, contender: Contender) -> list[Measured]:
-    section = there.config.suites.lm_eval
+def _run(there: Context, contender: Contender, name: str, suites) -> list[Measured]:
+    match name:
+        case "lm_eval":
+            return _lm_eval(there, contender, suites.lm_eval)
+        case "helmet":
+            return _helmet(there, contender, suites.helmet)
+    return run_suites(there.lm, there.prompter, suites, there.resolve, only=name, batch_size=there.config.batch_size,
+                      interventions=contender.interventions)  # fmt: skip
+
+
+def _lm_eval(there: Context, contender: Contender, section) -> list[Measured]:
     return run_lm_eval(
         there.lm, section.tasks, interventions=contender.interventions, limit=section.limit, num_fewshot=section.fewshot,
         include_path=section.include_path or None, batch_size=there.config.batch_size, apply_chat_template=section.chat,
@@ -174,8 +184,7 @@ def _lm_eval(there: Context, contender: Contender) -> list[Measured]:
     ).measured  # fmt: skip
 
 
-def _helmet(there: Context, contender: Contender) -> list[Measured]:
-    section = there.config.suites.helmet
+def _helmet(there: Context, contender: Contender, section) -> list[Measured]:
     return run_helmet(
         there.lm, section.path, section.lengths, section.categories or None, folder=_store(there) / "helmet" / _identity(there),
         batch_size=there.config.batch_size, interventions=contender.interventions, limit=section.limit, chat=section.chat,
@@ -183,16 +192,15 @@ def _helmet(there: Context, contender: Contender) -> list[Measured]:
     ).measured  # fmt: skip
 
 
-def _kept(there: Context, contender: Contender, name: str, make: Callable[[], Sequence[Measured]]) -> list[Measured]:
-    """What a suite gave this model before, or its run, written down."""
-    suites = there.config.suites
+def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measured]:
+    """What a part of a suite gave this model before, or its run, written down."""
     files = [fingerprint(there.resolve(file)) for file in suite_files(suites)]
     mask = [np.asarray(leaf).tolist() for leaf in (contender.interventions.head_mask, contender.interventions.rope_mask)
             if leaf is not None]  # fmt: skip
     key = digest([_identity(there), mask, config_json(suites[name]), config_json(there.config.prompt), files])
     path = _store(there) / f"{name}-{key}.json"
     if not path.exists():
-        measured = list(make())
+        measured = _run(there, contender, name, suites)
         if primary():
             write_json(path, [as_json(one) for one in measured])
         wait_for_all(f"{name} is measured")

@@ -60,6 +60,21 @@ def test_a_suite_that_has_run_is_kept_when_others_are_asked_for(compared, monkey
     assert any(line.startswith("perplexity/") for line in capsys.readouterr().out.splitlines())
 
 
+def test_every_task_and_length_is_a_part_of_its_own():
+    config = recipes.load_recipe("tiny", [
+        ("suites.ruler.tasks", "('vt', 'cwe')"), ("suites.ruler.lengths", "(512, 1024)"),
+        ("suites.json_kv.lengths", "(512, 1024)"), ("suites.lm_eval.tasks", "('a', 'b')"),
+        ("suites.helmet.path", "x"), ("suites.niah.needles", "y"),
+    ])  # fmt: skip
+    parts = [(name, part[name]) for name, part in eval_stages.suite_parts(config.suites)]
+    assert [name for name, _ in parts] == ["ruler"] * 4 + ["niah"] + ["json_kv"] * 2 + ["lm_eval"] * 2 + ["helmet"]
+    assert [(one.tasks, one.lengths) for name, one in parts if name == "ruler"] == [
+        ((task,), (length,)) for task in ("vt", "cwe") for length in (512, 1024)
+    ]
+    assert [one.tasks for name, one in parts if name == "lm_eval"] == [("a",), ("b",)]
+    assert parts[-1][1].lengths == config.suites.helmet.lengths  # keeps its own answers, sample by sample
+
+
 def test_samples_are_paired_by_their_names():
     one = {"a": (("x", "y", "z"), np.array([1.0, 0.0, 0.5])), "b": (None, np.array([True, False])), "c": (("x",), np.ones(1))}
     other = {"a": (("z", "x"), np.array([0.2, 0.9])), "b": (None, np.array([True, True]))}

@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from retmask_jax.figures import colour
-from retmask_jax.panels import interval, note, panel, rows
-
-_MARKERS = "os^DvPX*"
+from retmask_jax.panels import MARKERS, interval, note, panel, rows
 
 
 def head_curve(title: str, curve: Sequence[Mapping], n_retrieval: int):
@@ -68,7 +66,7 @@ def variance(title: str, found: Sequence[Mapping], none: Mapping):
         shown = [row for row in found if row["kind"] == kind]
         for row in shown:
             interval(ax, row, row["variance"], colour(kind), "", vertical=True)
-        ax.plot([row["variance"] for row in shown], [row["value"] for row in shown], _MARKERS[i % len(_MARKERS)],
+        ax.plot([row["variance"] for row in shown], [row["value"] for row in shown], MARKERS[i % len(MARKERS)],
                 color=colour(kind), label=kind)  # fmt: skip
     ax.set(ylim=(-0.03, 1.03), xlabel="share of the variance of q.k taken out", ylabel=f"recall (n = {none['n']})")
     figure.legend(loc="outside lower center", ncols=2)

@@ -7,7 +7,7 @@ import numpy as np
 from retmask_jax import causal_figures, figures, page
 from retmask_jax.figures import drawn
 from retmask_jax.page import change, count, interval, p_value, section, signed, table
-from retmask_jax.wording import FROM_MEMORY, TEXT_LOSS, axis, direction, directions, tree_of
+from retmask_jax.wording import FROM_MEMORY, TEXT_LOSS, axis, direction, directions, mask_name, tree_of
 
 _DOSES = ("lowest", "highest", "random", "control heads, lowest")
 _CONTROLS = ("lowest", "matched", "low utility", "high utility")
@@ -231,8 +231,7 @@ def _costs(costs: Sequence[Mapping]) -> str:
 
 
 def _named(row: Mapping) -> str:
-    """The kind of a mask; with how heads were taken out, where they do not write zero."""
-    return row["kind"] if row["experiment"] == "zero" else f"{row['kind']}, {row['experiment']}"
+    return mask_name(row["kind"], row["experiment"])
 
 
 def _other_kinds(tasks: Mapping[str, Mapping]) -> str:

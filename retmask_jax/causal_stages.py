@@ -15,6 +15,7 @@ from retmask_jax.head_statistics import HeadStatistics, head_statistics
 from retmask_jax.model.interventions import SITES, Interventions
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.norm_utility import query_norms
+from retmask_jax.wording import mask_name
 
 
 def check_experiments(config) -> None:
@@ -90,7 +91,8 @@ def rope_stage(context: Context, folder: Path) -> dict[str, Any]:
     outcomes, _ = task_outcomes(context, section.tasks, conditions)
     variances = [statistics and rotary.condition_variance(condition, statistics) for condition in conditions]
     rows = causal.summarise(conditions, outcomes)
-    numbers = _dose_numbers(conditions, outcomes, ks) | _quarter_numbers(lm.config, conditions, outcomes, ks)
+    contrasts = _low_against_high(conditions, outcomes, ks)
+    numbers = _dose_numbers(conditions, outcomes, ks) | _quarter_numbers(lm.config, contrasts)
     for task, outcome_CN in outcomes.items():
         numbers |= _window_numbers(task, conditions, outcome_CN)
     costs = _costs(context, conditions, outcomes, ks) if section.text else []
@@ -98,7 +100,7 @@ def rope_stage(context: Context, folder: Path) -> dict[str, Any]:
                 for row in costs if row["ratio"] is not None}  # fmt: skip
     return {
         "rows": [row | {"variance": variance} for row, variance in zip(rows, variances * len(outcomes), strict=True)],
-        "contrasts": _low_against_high(conditions, outcomes, ks),
+        "contrasts": contrasts,
         "pairs": list(ks), "n_pairs": lm.config.n_pairs, "patch_pairs": _patch_pairs(context), "costs": costs,
         "wavelengths": (2 * np.pi / inverse_frequencies(lm.config)).tolist(), "context": lm.config.max_length,
         "numbers": numbers,
@@ -199,8 +201,7 @@ def _loss_numbers(conditions, losses) -> dict[str, Any]:
 
 
 def _named(condition: Condition) -> str:
-    """The kind; with how the heads were taken out, where they do not write zero."""
-    return condition.kind if condition.experiment == "zero" else f"{condition.kind}, {condition.experiment}"
+    return mask_name(condition.kind, condition.experiment)
 
 
 def _first_draws(conditions: Sequence[Condition]) -> list[Condition]:
@@ -244,16 +245,10 @@ def _dose_numbers(conditions, outcomes, ks) -> dict[str, Any]:
     return numbers
 
 
-def _quarter_numbers(config, conditions, outcomes, ks) -> dict[str, Any]:
-    quarter = config.n_pairs // 4
-    if quarter not in ks:
-        return {}
-    return {
-        f"rope/{task}/highest minus lowest quarter": stats.paired_bootstrap(
-            *(_dose(conditions, outcome_CN, kind, quarter) for kind in ("highest", "lowest"))
-        )
-        for task, outcome_CN in outcomes.items()
-    }
+def _quarter_numbers(config, contrasts) -> dict[str, Any]:
+    wanted = config.n_pairs // 4, "highest", "rotary"
+    return {f"rope/{row['task']}/highest minus lowest quarter": row["change"] for row in contrasts
+            if (row["k"], row["kind"], row["site"]) == wanted}  # fmt: skip
 
 
 def _low_against_high(conditions, outcomes, ks) -> list[dict[str, Any]]:
@@ -296,10 +291,6 @@ def _costs(context: Context, conditions, outcomes, ks) -> list[dict[str, Any]]:
             found = rotary.cost_intervals(change, outcome_CN[0], outcome_CN[i])
             rows.append({"task": task, "kind": kind, "k": k, **found})
     return rows
-
-
-def _dose(conditions, outcome_CN, kind: str, k: int):
-    return outcome_CN[next(i for i, c in enumerate(conditions) if _is_dose(c, kind, k))]
 
 
 def _is_dose(condition: Condition, kind: str, k: int) -> bool:

@@ -1,7 +1,6 @@
 """One detector on the cases of a study: run and kept on disk, so that what is cut off goes on, or taken from `detect`."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from retmask_jax import stats
 from retmask_jax.context import Context
 from retmask_jax.detect import COUNTED, NoCaseCounts
 from retmask_jax.detectors import DETECTORS, over_seeds
-from retmask_jax.files import read_jsonl, write_json
+from retmask_jax.files import read_json, read_jsonl, write_json
 from retmask_jax.haystack import Case
 from retmask_jax.head_profile import profile
 from retmask_jax.head_scores import HeadScores
@@ -46,8 +46,7 @@ def run_detector(context: Context, name: str, cases: Sequence[Case], target: Pat
     """
     beside = target.with_suffix(".run.json")
     if beside.exists():
-        record = json.loads(beside.read_text())
-        return DetectorRun(HeadScores.load(target) if target.exists() else None, **record)
+        return DetectorRun(HeadScores.load(target) if target.exists() else None, **read_json(beside))
     begin = time.time()
     try:
         found = DETECTORS[name](context.lm, cases, batch_size=context.config.batch_size, **_options(context, name))
@@ -78,7 +77,7 @@ def shape_of(scores: HeadScores, n_kv_heads: int) -> dict[str, float | None]:
     if scores.mean.min() < 0:
         return dict.fromkeys(OF_ALL_HEADS)
     found = profile(scores, n_kv_heads)
-    return {name: found[name] if np.isfinite(found[name]) else None for name in OF_ALL_HEADS}
+    return {name: stats.defined(found[name]) for name in OF_ALL_HEADS}
 
 
 def repeated(context: Context, name: str, own: DetectorRun, folder: Path, top_k: int) -> dict[str, Any] | None:
@@ -90,8 +89,6 @@ def repeated(context: Context, name: str, own: DetectorRun, folder: Path, top_k:
         runs.append(run_detector(context, name, chosen, folder / f"{name}-{seed}.json"))
     scores = [run.scores for run in runs if run.scores is not None]
     return over_seeds(scores, top_k) if len(scores) > 1 else None
-
-
 
 
 def _options(context: Context, name: str) -> dict[str, Any]:

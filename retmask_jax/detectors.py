@@ -31,12 +31,11 @@ from retmask_jax.haystack import Case
 from retmask_jax.head_scores import HeadScores
 from retmask_jax.hosts import to_host
 from retmask_jax.lm import LanguageModel
+from retmask_jax.model.attention import EVERYWHERE
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, merge_layers, unembed, unembedding
 from retmask_jax.sequence import sequence_logprobs
 from retmask_jax.sharding import by_rows, full_share, mesh_of
-
-_EVERYWHERE = (0, 2**31 - 1)
 
 
 def copy_forced(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50,
@@ -133,7 +132,7 @@ def logit(lm: LanguageModel, cases: Sequence[Case], *, batch_size: int = 16) -> 
 
     def score(gold):
         prompts, answers = _texts(gold)
-        found = measure_answers(lm, prompts, answers, _contributions, spans=[(case.span, _EVERYWHERE) for case in gold],
+        found = measure_answers(lm, prompts, answers, _contributions, spans=[(case.span, EVERYWHERE) for case in gold],
                                 values=True, batch_size=batch_size, what="logit")  # fmt: skip
         return [
             _contrast(parts, case) if np.mean(predicted == words) > RIGHT_RECALL else "wrong answer"

@@ -16,10 +16,11 @@ from retmask_jax.evals.compare import START, arm_numbers, run_rows
 from retmask_jax.evals.harness import run_lm_eval
 from retmask_jax.evals.helmet import run_helmet
 from retmask_jax.evals.helmet_means import helmet_means
-from retmask_jax.evals.measured import Measured, as_json, from_json
+from retmask_jax.evals.measured import Measured, as_json, from_json, paired
 from retmask_jax.evals.niah import heat_map
 from retmask_jax.evals.perplexity import text_loss
 from retmask_jax.evals.recall import by_cell
+from retmask_jax.evals.scoring import mask_hash, shared_mask
 from retmask_jax.evals.suites import check_context, check_suites, run_suites, suite_files, suites_on
 from retmask_jax.files import digest, read_json, write_json
 from retmask_jax.hosts import primary, wait_for_all
@@ -89,7 +90,7 @@ def compare_stage(context: Context, folder: Path) -> dict[str, Any]:
 def compared(context: Context, contenders: Mapping[str, Contender]) -> dict[str, Any]:
     """Every contender measured, the first one the start: rows per model, grids, suites, and numbers per arm."""
     found = {name: _measured(context, name, contender) for name, contender in contenders.items()}
-    samples = _common({name: values["samples"] for name, values in found.items()})
+    samples = _common(found)
     others = {name: (c.arm, c.seed) for name, c in contenders.items() if name != START}
     arms: dict[str, list[str]] = {}
     for name, (arm, _) in others.items():
@@ -112,38 +113,31 @@ def _heat_map(suites: Sequence[Measured]) -> list[dict[str, Any]]:
 
 
 def _measured(context: Context, name: str, contender: Contender) -> dict[str, Any]:
-    """{"samples": task -> (ids, values), "grid": cells, "suites": Measured of each task}."""
+    """{"samples": task -> values of the recipe's own cases, "grid": cells, "suites": Measured of each task}."""
     config, there = context.config, context.of(contender.load())
     conditions = [Condition(name, 0, contender.interventions)]
     outcomes, _ = task_outcomes(there, config.eval.tasks, conditions)
-    samples = {task: (None, outcome_CN[0]) for task, outcome_CN in outcomes.items()}
+    samples = {task: outcome_CN[0] for task, outcome_CN in outcomes.items()}
     if config.text.file:
-        loss = text_loss(there.lm, context.windows(), contender.interventions, batch_size=config.batch_size)
-        samples["text loss"] = (None, loss)
+        samples["text loss"] = text_loss(there.lm, there.windows(), contender.interventions, batch_size=config.batch_size)
     grid = []
     for task in config.eval.grids:
         outcomes, cases = task_outcomes(there, [task], conditions)
         grid += [{"task": task, **cell} for cell in by_cell(cases[task], outcomes[task][0])]
-    suites = _suites(there, contender)
-    for one in suites:
-        values = one.values.astype(bool) if one.binary else one.values
-        samples[one.name] = (one.ids, values)
-    return {"samples": samples, "grid": grid, "suites": suites}
+    return {"samples": samples, "grid": grid, "suites": _suites(there, contender)}
 
 
-def _common(found: Mapping[str, Mapping[str, tuple]]) -> dict[str, dict[str, np.ndarray]]:
-    """Values of the samples that every model has, in the order of the first; a task that one lacks is left out."""
-    first, *others = found.values()
-    samples: dict[str, dict[str, np.ndarray]] = {name: {} for name in found}
-    for task, (ids, _) in first.items():
-        if not all(task in other for other in others):
-            continue
-        kept = None if ids is None else [i for i in ids if all(i in set(other[task][0]) for other in others)]
-        for name, of_model in found.items():
-            ids_there, values = of_model[task]
-            place = None if kept is None else {i: at for at, i in enumerate(ids_there)}
-            samples[name][task] = values if kept is None else values[[place[i] for i in kept]]
-    return {name: {task: values for task, values in tasks.items() if len(values)} for name, tasks in samples.items()}
+def _common(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
+    """Values of the samples that every model has, {model: {task: values}}; a task that one lacks is left out."""
+    samples = {name: dict(values["samples"]) for name, values in found.items()}
+    suites = [{one.name: one for one in values["suites"]} for values in found.values()]
+    for task in suites[0]:
+        if all(task in of_model for of_model in suites):
+            of_task = [of_model[task] for of_model in suites]
+            ids, values_MN = paired(of_task)
+            for (_, kept), one, values_N in zip(samples.items(), of_task, values_MN, strict=True) if ids else ():
+                kept[task] = values_N.astype(bool) if one.binary else values_N
+    return samples
 
 
 # --- suites ---
@@ -186,8 +180,9 @@ def _lm_eval(there: Context, contender: Contender, section) -> list[Measured]:
 
 def _helmet(there: Context, contender: Contender, section) -> list[Measured]:
     return run_helmet(
-        there.lm, section.path, section.lengths, section.categories or None, folder=_store(there) / "helmet" / _identity(there),
-        batch_size=there.config.batch_size, interventions=contender.interventions, limit=section.limit, chat=section.chat,
+        there.lm, section.path, section.lengths, section.categories or None,
+        folder=_store(there) / "helmet" / there.model_fingerprint(), batch_size=there.config.batch_size,
+        interventions=contender.interventions, limit=section.limit, chat=section.chat,
         stop_new_line=section.stop_new_line, citations=section.citations,
     ).measured  # fmt: skip
 
@@ -195,9 +190,8 @@ def _helmet(there: Context, contender: Contender, section) -> list[Measured]:
 def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measured]:
     """What a part of a suite gave this model before, or its run, written down."""
     files = [fingerprint(there.resolve(file)) for file in suite_files(suites)]
-    mask = [np.asarray(leaf).tolist() for leaf in (contender.interventions.head_mask, contender.interventions.rope_mask)
-            if leaf is not None]  # fmt: skip
-    key = digest([_identity(there), mask, config_json(suites[name]), config_json(there.config.prompt), files])
+    mask = mask_hash(shared_mask(there.lm.config, contender.interventions))
+    key = digest([there.model_fingerprint(), mask, config_json(suites[name]), config_json(there.config.prompt), files])
     path = _store(there) / f"{name}-{key}.json"
     if not path.exists():
         measured = _run(there, contender, name, suites)
@@ -210,7 +204,3 @@ def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measu
 def _store(there: Context) -> Path:
     """Beside the stages, whose folders are emptied when their settings change."""
     return there.workdir.folder("measured")
-
-
-def _identity(there: Context) -> str:
-    return fingerprint(there.lm.source.folder)

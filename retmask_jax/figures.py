@@ -17,7 +17,7 @@ import numpy as np
 
 from retmask_jax import page
 from retmask_jax.page import signed
-from retmask_jax.panels import WIDTH
+from retmask_jax.panels import MARKERS, WIDTH
 from retmask_jax.panels import colormap as _colormap
 from retmask_jax.panels import interval as _interval
 from retmask_jax.panels import note as _note
@@ -39,7 +39,6 @@ _STYLE = {
     "figure.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
     "legend.fontsize": 8, "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4.5,
 }  # fmt: skip
-_MARKERS = "os^Dv"
 
 
 def colour(name: str) -> str:
@@ -215,7 +214,7 @@ def dose_response(title: str, rows: Sequence[Mapping], pooled: Mapping[tuple[str
                     [x + shift + 0.05] * len(draws), [row["value"] for row in draws], ".", color=colour(kind), alpha=0.5
                 )
         values = [pooled[kind, k]["value"] for k in ks]
-        ax.plot(np.arange(len(ks)) + shift, values, color=colour(kind), marker=_MARKERS[i % 5], label=kind)
+        ax.plot(np.arange(len(ks)) + shift, values, color=colour(kind), marker=MARKERS[i % 5], label=kind)
     ax.set_xticks(range(len(ks)), [str(k) for k in ks])
     ax.set(xlim=(-0.4, len(ks) - 0.6), ylim=(-0.03, 1.03), xlabel=f"rotary pairs taken out, of {n_pairs}",
            ylabel=f"recall (n = {none['n']})")  # fmt: skip
@@ -283,7 +282,7 @@ def before_after(title: str, pooled: Mapping[str, Mapping], runs: Mapping[str, S
     for y, (arm, number) in enumerate(pooled.items()):
         if len(runs[arm]) > 1:
             ax.plot(runs[arm], np.full(len(runs[arm]), y + 0.25), ".", color=colour(arm), alpha=0.6)
-        _interval(ax, number, y, colour(arm), marker=_MARKERS[y % 5])
+        _interval(ax, number, y, colour(arm), marker=MARKERS[y % 5])
         _note(ax, y, f"{number['value']:.3f}")
     ax.axvline(pooled["start"]["value"], color=colour("start"), linestyle=":", linewidth=0.9, zorder=0)
     _rows(ax, list(pooled), xlabel)
@@ -304,7 +303,7 @@ def forest(title: str, changes: Mapping[str, Mapping[str, Mapping]], xlabel: str
                 style="italic", in_layout=False, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
         labels.append("")
         for i, (arm, number) in enumerate(arms.items()):
-            _interval(ax, number, len(labels), colour(arm), marker=_MARKERS[(i + 1) % 5])
+            _interval(ax, number, len(labels), colour(arm), marker=MARKERS[(i + 1) % 5])
             _note(ax, len(labels), signed(number["value"]))
             labels.append(arm)
     ax.axvline(0, color="black", linewidth=0.9, zorder=0)

@@ -198,9 +198,7 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 1) -
 
 def take_rows(iv: Interventions, rows) -> Interventions:
     """The rows of per-row masks; shared masks as they are."""
-    shared = {"head_mask": 2, "rope_mask": 3, "head_mean": 3}
-    given = {name: getattr(iv, name) for name in shared if getattr(iv, name) is not None}
-    return iv.replace(**{name: x if x.ndim == shared[name] else x[rows] for name, x in given.items()})
+    return iv.replace(**{name: part[rows] for name, part in iv.of_rows().items()})
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "probe"),

@@ -85,7 +85,7 @@ def _row(model: Scored) -> dict[str, Any]:
     return {
         "model": model.name, "cases": int(model.scores.counts.max()), "n_layers": n_layers, "heads_per_layer": n_heads,
         "n_kv_heads": model.n_kv_heads, "threshold": model.threshold,
-        **{name: value if math.isfinite(value) else None for name, value in values.items()},
+        **{name: stats.defined(value) for name, value in values.items()},
     }  # fmt: skip
 
 

@@ -12,15 +12,13 @@ from retmask_jax import memory
 from retmask_jax.generate import full_batches
 from retmask_jax.hosts import to_host
 from retmask_jax.lm import LanguageModel
-from retmask_jax.model.attention import Probe
+from retmask_jax.model.attention import EVERYWHERE, Probe
 from retmask_jax.model.interventions import Head, Interventions
 from retmask_jax.model.layerwise import hidden_rows
 from retmask_jax.model.transformer import check_tokens
 from retmask_jax.sharding import by_rows, full_share, mesh_of
 
 POSITIONS = 64  # of each text that are looked at, evenly spread
-
-_EVERYWHERE = (0, 2**31 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +71,7 @@ def _statistics(config, params, tokens_BT, rows_BP):
 def _of_rows(config, params, rows):
     """(f32[B,L,H,D], f32[B,L,H,R,R])."""
     tokens_BT, rows_BP = rows
-    spans_B12 = jnp.broadcast_to(jnp.array(_EVERYWHERE), (len(tokens_BT), 1, 2))
+    spans_B12 = jnp.broadcast_to(jnp.array(EVERYWHERE), (len(tokens_BT), 1, 2))
     asked = Probe(rows_BP, spans_B12, values=True, pairs=config.n_pairs)
     probed = hidden_rows(config, params, tokens_BT, Interventions(), rows_BP, probe=asked).probed
     return probed.values[..., 0, :].mean(axis=1), probed.pairs[:, 0]

@@ -11,14 +11,9 @@ import numpy as np
 from retmask_jax import figures
 from retmask_jax.files import write_atomically
 from retmask_jax.head_profile import Scored
+from retmask_jax.panels import DASHES, MARKERS, SHADES
 
 WIDTH = 7.2  # inches
-
-# Okabe-Ito, with grey in place of its yellow, too pale for a line, and of its black, which is for marks. Dashes and
-# markers tell apart what shares a shade.
-_SHADES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
-_DASHES = ("-", "--", ":", "-.")
-_MARKERS = "os^DvPX"
 
 
 def profiles(models: Sequence[Scored], rows: Sequence[Mapping[str, Any]]):
@@ -31,7 +26,7 @@ def profiles(models: Sequence[Scored], rows: Sequence[Mapping[str, Any]]):
     _curves(figure.add_subplot(grid[0]), models, rows)
     for i, (model, row) in enumerate(zip(models, rows, strict=True)):
         ax = figure.add_subplot(grid[1 + i])
-        _layers(ax, model, row, _SHADES[i % len(_SHADES)])
+        _layers(ax, model, row, SHADES[i % len(SHADES)])
         if i < len(models) - 1:
             ax.tick_params(labelbottom=False)
         else:
@@ -53,9 +48,9 @@ def sparsity(gains: Mapping[str, Any], number: str):
     ax = figure.add_subplot()
     ax.axhline(0, color="black", linewidth=0.9)
     for i, row in enumerate(rows):
-        shade, gain = _SHADES[i % len(_SHADES)], row["gain"]
+        shade, gain = SHADES[i % len(SHADES)], row["gain"]
         ax.plot([row["gini"]] * 2, [gain["low"], gain["high"]], color=shade, linewidth=1.2)
-        ax.plot(row["gini"], gain["value"], _MARKERS[i // len(_SHADES) % len(_MARKERS)], color=shade,
+        ax.plot(row["gini"], gain["value"], MARKERS[i // len(SHADES) % len(MARKERS)], color=shade,
                 label=f"{row['name']} (n = {gain['n']})")  # fmt: skip
     ax.margins(x=0.15)
     ax.set(xlabel="Gini coefficient of the head scores (1: one head has all)", ylabel=arm)
@@ -78,8 +73,8 @@ def write_both(figure, stem: Path) -> list[Path]:
 def _curves(ax, models: Sequence[Scored], rows: Sequence[Mapping[str, Any]]) -> None:
     for i, (model, row) in enumerate(zip(models, rows, strict=True)):
         ranked = np.sort(model.scores.mean, axis=None)[::-1]
-        ax.plot(np.arange(1, ranked.size + 1) / ranked.size, ranked, color=_SHADES[i % len(_SHADES)],
-                linestyle=_DASHES[i // len(_SHADES) % len(_DASHES)], label=f"{model.name} (n = {row['cases']})")  # fmt: skip
+        ax.plot(np.arange(1, ranked.size + 1) / ranked.size, ranked, color=SHADES[i % len(SHADES)],
+                linestyle=DASHES[i // len(SHADES) % len(DASHES)], label=f"{model.name} (n = {row['cases']})")  # fmt: skip
     thresholds = {model.threshold for model in models}
     if len(thresholds) == 1:
         ax.axhline(models[0].threshold, color=figures.colour("none"), linewidth=0.9, linestyle=(0, (1, 3)),

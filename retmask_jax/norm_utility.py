@@ -53,14 +53,14 @@ def norm_utility(norms: QueryNorms, scores, heads, n_permutations=10000, n_resam
     p_R = stats.layer_clustered_p_values(norms.pair_LHR, labels_LH, n_permutations, seed)
     return {
         "n": len(ours), "n_other": len(others),
-        "cohens_d": _defined(stats.cohens_d(norms.head_LH[labels_LH], norms.head_LH[~labels_LH])),
+        "cohens_d": stats.defined(stats.cohens_d(norms.head_LH[labels_LH], norms.head_LH[~labels_LH])),
         "permutation": stats.layer_clustered_permutation(norms.head_LH, labels_LH, n_permutations, seed),
         "partial_spearman": {
-            name: _defined(value)
+            name: stats.defined(value)
             for name, value in stats.partial_spearman(
                 norms.head_LH, scores.mean, n_resamples=n_resamples, seed=seed).items()
         },
-        "pair_cohens_d": [_defined(stats.cohens_d(*pair)) for pair in zip(ours.T, others.T, strict=True)],
+        "pair_cohens_d": [stats.defined(stats.cohens_d(*pair)) for pair in zip(ours.T, others.T, strict=True)],
         "pair_p_value": p_R.tolist(), "pair_adjusted_p": stats.benjamini_hochberg(p_R).tolist(),
         "pair_retrieval": ours.mean(axis=0).tolist(), "pair_other": others.mean(axis=0).tolist(),
     }  # fmt: skip
@@ -83,7 +83,3 @@ def _labels(shape, scores, heads) -> np.ndarray:
             raise ValueError(f"head ({layer}, {head}) is out of range for {shape[0]} layers of {shape[1]} heads")
         labels_LH[layer, head] = True
     return labels_LH
-
-
-def _defined(value):
-    return value if np.isfinite(value) else None

@@ -4,15 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from retmask_jax.page import fixed, signed
 from retmask_jax.panel import groups
-from retmask_jax.panels import note, panel, rows
-from retmask_jax.study_figures import agreement_matrix as agreement
-
-__all__ = ["agreement", "by_model", "over_training"]
-
-# Okabe-Ito without its yellow; a group of models shares a shade, its members differ by marker and dash.
-_SHADES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vPX"
-_DASHES = ("-", "--", ":", "-.")
+from retmask_jax.panels import DASHES, MARKERS, SHADES, note, panel, rows
 
 
 def by_model(title: str, found: Sequence[Mapping], xlabel: str, zero: bool = True):
@@ -47,7 +39,7 @@ def over_training(title: str, by_model_rows: Mapping[str, Sequence[Mapping]], ke
 def _looks(names: Sequence[str]) -> dict[str, tuple[str, str, str]]:
     """Name -> (shade of its group, marker, dash)."""
     return {
-        name: (_SHADES[i % len(_SHADES)], _MARKERS[j % len(_MARKERS)], _DASHES[j % len(_DASHES)])
+        name: (SHADES[i % len(SHADES)], MARKERS[j % len(MARKERS)], DASHES[j % len(DASHES)])
         for i, members in enumerate(groups(names).values())
         for j, name in enumerate(members)
     }

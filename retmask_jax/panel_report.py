@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retmask_jax import figures, model_figures, page, panel_figures
+from retmask_jax import figures, model_figures, page, panel_figures, study_figures
 from retmask_jax.figures import drawn
 from retmask_jax.files import write_atomically
 from retmask_jax.page import change, count, fixed, interval, p_value, section, table
@@ -86,7 +86,7 @@ def _agreement(found) -> str:
     names = list(dict.fromkeys(name for row in found["agreement"] for name in (row["a"], row["b"])))
     means = [{"a": row["a"], "b": row["b"], **{name: row[name] and row[name]["mean"] for name in ("jaccard", "spearman")}}
              for row in found["agreement"]]  # fmt: skip
-    matrix = panel_figures.agreement("Agreement of detectors, mean over models", names, means)
+    matrix = study_figures.agreement_matrix("Agreement of detectors, mean over models", names, means)
     header = ["detector", "and", "models", "Jaccard: mean [lowest, highest]", "Spearman: mean [lowest, highest]"]
     caption = "Jaccard of as many best heads as the stage detect found; Spearman's rank correlation over all heads."
     return section("Detectors", [], drawn({"Agreement of detectors": matrix}, caption),

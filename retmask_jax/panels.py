@@ -5,6 +5,12 @@ from collections.abc import Mapping, Sequence
 
 WIDTH = 3.6  # inches
 
+# Of series without a colour of their own: Okabe-Ito, with grey in place of its yellow, too pale for a line, and of its
+# black, which is for marks. Dashes and markers tell apart what shares a shade.
+SHADES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
+DASHES = ("-", "--", ":", "-.")
+MARKERS = "os^DvPX*"
+
 
 def panel(title: str, height: float = 2.6, width: float = WIDTH):
     """(figure, axes) under a title; sizes in inches."""

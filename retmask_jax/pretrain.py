@@ -1,7 +1,6 @@
 """The bundled tiny model's own training, from random numbers to a checkpoint folder, by the recipe of a config."""
 
 import functools
-import json
 import logging
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import optax
 from flax import linen as nn
 
 from retmask_jax.data import tiny_language
-from retmask_jax.files import write_json
+from retmask_jax.files import read_json, write_json
 from retmask_jax.lm import LanguageModel, from_params, load, save
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions
@@ -56,7 +55,7 @@ def kept(folder: Path) -> list[dict]:
     tokens: positions trained on so far, padding included. loss: of the batch of that step.
     """
     path = folder / "checkpoints" / _LIST
-    return json.loads(path.read_text()) if path.exists() else []
+    return read_json(path) if path.exists() else []
 
 
 def model_config(model, layers: int) -> ModelConfig:

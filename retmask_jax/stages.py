@@ -23,6 +23,7 @@ from retmask_jax.data.preferences import PairRows, encode_pairs, kept_rows
 from retmask_jax.data.released import read_pairs
 from retmask_jax.detect import detect, stability
 from retmask_jax.eval_stages import check_eval, check_eval_model, compare_stage, eval_stage, suite_prints
+from retmask_jax.evals.recall import check_fits
 from retmask_jax.files import digest, read_jsonl, write_jsonl
 from retmask_jax.head_profile import profile
 from retmask_jax.head_scores import HeadScores
@@ -100,13 +101,8 @@ def check_batch(config, devices=None) -> None:
 
 def check_model(context: Context) -> None:
     """Raise ValueError where the model's context is too short for a task, or a file of scores is not this model's."""
-    limit = context.lm.config.max_length
     for name, task in context.config.tasks.items():
-        longest = max(task.lengths, default=0) + task.max_new_tokens
-        if longest > limit:
-            raise ValueError(
-                f"task {name!r} needs {longest} tokens, the model's context is {limit}: shorten its lengths"
-            )
+        check_fits(name, task, context.lm.config.max_length)
     if context.config.detect.scores is not None:
         _given_scores(context)
     check_experiments_model(context)
@@ -184,19 +180,20 @@ def report_stage(context: Context, folder: Path) -> dict[str, Any]:
     """One self-contained HTML page from the results of all stages."""
     from retmask_jax.report import write_report
 
-    results = {name: context.workdir.result(name) for name in STAGES["report"].upstream}
-    path = context.workdir.root / "report.html"
-    write_report(path, results, str(context.config.model))
-    return {"path": path.name, "numbers": {}}
+    return _page(context, "report", write_report)
 
 
 def study_stage(context: Context, folder: Path) -> dict[str, Any]:
     """One self-contained HTML page from the results of the causal study's stages."""
     from retmask_jax.study_report import write_study
 
-    results = {name: context.workdir.result(name) for name in STAGES["study"].upstream}
-    path = context.workdir.root / "study.html"
-    write_study(path, results, str(context.config.model))
+    return _page(context, "study", write_study)
+
+
+def _page(context: Context, name: str, write: Callable[..., None]) -> dict[str, Any]:
+    """NAME.html in the work directory, from the results of the stages before."""
+    path = context.workdir.root / f"{name}.html"
+    write(path, {stage: context.workdir.result(stage) for stage in STAGES[name].upstream}, str(context.config.model))
     return {"path": path.name, "numbers": {}}
 
 
@@ -245,7 +242,7 @@ def _detected(context: Context, folder: Path, scores: HeadScores, outcomes: list
         "heads": heads, "scores": [float(scores.mean[head]) for head in heads],
         "mean": scores.mean.tolist(), "threshold": section.threshold, "outcomes": dict(Counter(outcomes)),
         "n_kv_heads": lm.config.n_kv_heads,
-        "profile": {name: value if np.isfinite(value) else None for name, value in shape.items()},
+        "profile": {name: stats.defined(value) for name, value in shape.items()},
         "stability": stability(scores, **selection), "mask_hash": _mask_hash(lm, heads),
         "numbers": numbers | {
             "detect/heads": stats.exact(len(heads), cases),

@@ -68,6 +68,11 @@ def exact(value, n):
     return {"value": float(value), "low": None, "high": None, "n": int(n)}
 
 
+def defined(value):
+    """The number, or None where it is nan or infinite."""
+    return value if math.isfinite(value) else None
+
+
 def bootstrap_mean(x, n_resamples=10000, seed=0, level=0.95):
     """Mean with its percentile bootstrap interval.
 

@@ -306,9 +306,7 @@ def _laid_out(rows, cache):
 def _per_mask(config: ModelConfig, masks: Interventions | None) -> Interventions:
     """Masks with their leading axis, a missing part as often."""
     masks = (masks or Interventions()).fill(config)
-    axes = (masks.head_mask, 3), (masks.rope_mask, 4), (masks.head_mean, 4)
-    sizes = [len(mask) for mask, ndim in axes if mask is not None and mask.ndim == ndim]
-    n_masks = sizes[0] if sizes else 1
+    n_masks = next((len(part) for part in masks.of_rows().values()), 1)
     return masks.fill(config, n_masks).per_row(n_masks)
 
 

@@ -6,12 +6,9 @@ import numpy as np
 
 from retmask_jax.figures import colour
 from retmask_jax.page import signed
-from retmask_jax.panels import colormap, interval, note, panel, rows
+from retmask_jax.panels import DASHES, MARKERS, SHADES, colormap, interval, note, panel, rows
 
-# Okabe-Ito, with grey in place of its yellow, which is too pale for a line; dashes and markers tell apart as well.
-_SHADES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#000000")
-_DASHES = ("-", "--", ":", "-.")
-_MARKERS = "os^DvPX*"
+_SHADES = (*SHADES, "#000000")  # there are eight detectors
 _LOG_FROM = 30  # ratio of the last to the first step from which a logarithmic axis shows more
 
 
@@ -76,7 +73,7 @@ def settling(title: str, by_detector: Mapping[str, Sequence[Mapping]]):
     # Thick lines first, thinner ones on top: those that coincide can all be seen.
     widths = np.linspace(5, 1, len(by_detector))
     for i, (name, steps) in enumerate(by_detector.items()):
-        ax.plot([row["cases"] for row in steps], [row["jaccard"] for row in steps], _MARKERS[i % len(_MARKERS)],
+        ax.plot([row["cases"] for row in steps], [row["jaccard"] for row in steps], MARKERS[i % len(MARKERS)],
                 linestyle="-", linewidth=widths[i], markersize=3 + 1.2 * widths[i], color=_SHADES[i % len(_SHADES)],
                 label=name)  # fmt: skip
     ax.set(xlabel="counted cases", ylabel="Jaccard with the final set", ylim=(-0.04, 1.08))
@@ -176,7 +173,7 @@ def emergence(title: str, checkpoints: Sequence[Mapping]):
     figure, ax = panel(title, 3.3)
     for i, (key, label) in enumerate(lines.items()):
         shown = [row for row in checkpoints if row[key] is not None]
-        ax.plot([row["step"] for row in shown], [row[key] for row in shown], _MARKERS[i], linestyle=_DASHES[i],
+        ax.plot([row["step"] for row in shown], [row[key] for row in shown], MARKERS[i], linestyle=DASHES[i],
                 color=_SHADES[i], label=label)  # fmt: skip
     ax.set(ylim=(-0.04, 1.06), ylabel="score or share")
     _steps(ax, checkpoints)

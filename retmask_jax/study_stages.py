@@ -15,6 +15,7 @@ from retmask_jax.detect import stability
 from retmask_jax.detector_runs import DetectorRun, repeated, reused_copy, run_detector, shape_of, spread
 from retmask_jax.detectors import DETECTORS, agreement
 from retmask_jax.evals.perplexity import text_loss
+from retmask_jax.evals.recall import check_fits
 from retmask_jax.families import from_hf
 from retmask_jax.files import write_jsonl
 from retmask_jax.head_scores import HeadScores
@@ -95,7 +96,7 @@ def detectors_stage(context: Context, folder: Path) -> dict[str, Any]:
     masked, numbers = _masked_recall(context, best)
     return {
         "top_k": top_k, "cases": len(next(iter(runs.values())).outcomes), "rows": rows, "masked": masked,
-        "agreement": [{"a": a, "b": b, "jaccard": both["jaccard"], "spearman": _defined(both["spearman"])}
+        "agreement": [{"a": a, "b": b, "jaccard": both["jaccard"], "spearman": stats.defined(both["spearman"])}
                       for (a, b), both in agreement(scores, top_k).items()],
         "stability": {name: stability(found, top_k=top_k) for name, found in scores.items()},
         "over_seeds": {name: repeats for name, repeats in seeds.items() if repeats},
@@ -319,11 +320,7 @@ def _check_checkpoint(context: Context, checkpoint: Checkpoint) -> None:
         raise ValueError(f"checkpoint {checkpoint.name} has no tokenizer: copy the model's tokenizer files into it")
     section = context.config.dynamics
     for name in {context.config.detect.task, section.task or next(iter(context.config.knockout.tasks), None)} - {None}:
-        task = context.config.tasks[name]
-        longest = max(task.lengths, default=0) + task.max_new_tokens
-        if longest > config.max_length:
-            raise ValueError(f"task {name!r} needs {longest} tokens, the context of checkpoint {checkpoint.name} is "
-                             f"{config.max_length}: shorten its lengths")  # fmt: skip
+        check_fits(name, context.config.tasks[name], config.max_length, f"the context of checkpoint {checkpoint.name}")
 
 
 # --- shared ---
@@ -353,7 +350,3 @@ def _check_factors(factors: Sequence[float]) -> None:
 
 def _number(row: Mapping) -> dict[str, Any]:
     return {name: row[name] for name in ("value", "low", "high", "n")}
-
-
-def _defined(value: float) -> float | None:
-    return value if math.isfinite(value) else None

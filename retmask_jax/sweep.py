@@ -39,7 +39,7 @@ def sweep(lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *,
     if len(sites) > 1:
         raise ValueError(f"the masks of a sweep have different rotary sites: {', '.join(sorted(sites))}")
     filled = [jax.tree.map(np.asarray, mask.fill(config)) for mask in masks]
-    if any(mask.head_mask.ndim != 2 or mask.rope_mask.ndim != 3 for mask in filled):
+    if any(mask.of_rows() for mask in filled):
         raise ValueError("the masks of a sweep are shared by all prompts: [L, H] and [L, H, R], without a row axis")
     starts_N = np.array([_first_group(config, mask) for mask in filled], np.int32)
     stacked = stack(filled)

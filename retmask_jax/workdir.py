@@ -5,7 +5,6 @@ import dataclasses
 import errno
 import fcntl
 import importlib.metadata
-import json
 import logging
 import os
 import shutil
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from retmask_jax.files import digest, write_json
+from retmask_jax.files import digest, read_json, write_json
 from retmask_jax.hosts import primary, wait_for_all
 from retmask_jax.recipes import as_json, differences
 
@@ -46,7 +45,7 @@ class Workdir:
         root, ours = Path(root), as_json(config)
         path = root / "config.json"
         if path.exists():
-            changed = differences(_identity(json.loads(path.read_text())), _identity(ours))
+            changed = differences(_identity(read_json(path)), _identity(ours))
             if changed:
                 more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
                 raise ValueError(
@@ -68,7 +67,7 @@ class Workdir:
             raise ValueError(
                 f"stage {stage} has no result in {self.root}: run `retmask {stage}` or `retmask run` first"
             )
-        return json.loads(path.read_text())
+        return read_json(path)
 
     def run(self, stage: str, upstream: Sequence[str], inputs: dict[str, Any],
             function: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Any], bool]:  # fmt: skip
@@ -110,7 +109,7 @@ class Workdir:
         started = folder / _STARTED
         wait_for_all("what was left is seen by all")
         if primary():
-            if not started.exists() or json.loads(started.read_text()) != wanted:
+            if not started.exists() or read_json(started) != wanted:
                 shutil.rmtree(folder, ignore_errors=True)
                 write_json(started, wanted)
             (folder / _RESULT).unlink(missing_ok=True)

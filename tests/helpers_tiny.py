@@ -31,6 +31,11 @@ CONFIG = ModelConfig(
 )
 # Shapes that all tests share, so that they share compiled programs too: prompts of at most 64 tokens.
 BATCH, NEW = 4, 8
+# More heads than a random model needs: here only indices count, nothing is computed.
+WIDE = ModelConfig(
+    vocab_size=8, hidden_size=8, mlp_size=8, n_layers=3, n_heads=12, n_kv_heads=3, head_dim=16, max_length=64
+)
+WIDE_HEADS = [(2, 7), (0, 1), (2, 0), (2, 11)]
 # How strongly each head writes: one head of the last layer has the last word.
 _GAIN_LH = np.array([[0.05, 0.03, 0.05, 0.03], [1.5, 0.4, 0.5, 0.3]])
 
@@ -80,6 +85,11 @@ def copying_params(seed: int = 0, config: ModelConfig = CONFIG, sharpness: float
 def copying_lm(seed: int = 0) -> LanguageModel:
     """The model above with the tiny language's tokenizer."""
     return from_params(CONFIG, copying_params(seed), tl.build_tokenizer())
+
+
+def true_at(mask):
+    """Indices at which a mask is True."""
+    return {tuple(map(int, index)) for index in np.argwhere(np.asarray(mask))}
 
 
 def in_float64(params):

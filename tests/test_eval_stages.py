@@ -9,6 +9,7 @@ import pytest
 from retmask_jax import eval_stages, recipes
 from retmask_jax.eval_stages import _common
 from retmask_jax.evals.compare import run_rows, table
+from retmask_jax.evals.measured import Measured
 from retmask_jax.hub import BUNDLED
 from retmask_jax.main import main
 
@@ -76,11 +77,14 @@ def test_every_task_and_length_is_a_part_of_its_own():
 
 
 def test_samples_are_paired_by_their_names():
-    one = {"a": (("x", "y", "z"), np.array([1.0, 0.0, 0.5])), "b": (None, np.array([True, False])), "c": (("x",), np.ones(1))}
-    other = {"a": (("z", "x"), np.array([0.2, 0.9])), "b": (None, np.array([True, True]))}
+    def suite(task, ids, *values):
+        return Measured("s", task, "share", tuple(ids), np.array(values), binary=False)
+
+    one = {"samples": {"b": np.array([True, False])}, "suites": [suite("a", "xyz", 1.0, 0.0, 0.5), suite("c", "x", 1.0)]}
+    other = {"samples": {"b": np.array([True, True])}, "suites": [suite("a", "zx", 0.2, 0.9)]}
     samples = _common({"start": one, "trained": other})
-    assert samples["start"]["a"].tolist() == [1.0, 0.5] and samples["trained"]["a"].tolist() == [0.9, 0.2]
-    assert set(samples["start"]) == set(samples["trained"]) == {"a", "b"}
+    assert samples["start"]["s/a"].tolist() == [1.0, 0.5] and samples["trained"]["s/a"].tolist() == [0.9, 0.2]
+    assert set(samples["start"]) == set(samples["trained"]) == {"s/a", "b"}
 
 
 def test_the_table_has_every_model_and_its_test():

@@ -10,7 +10,7 @@ import pytest
 from helpers_tiny import copying_lm
 
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.evals import helmet
+from retmask_jax.evals import helmet, scoring
 from retmask_jax.evals.helmet_means import CATEGORIES, MEANS, helmet_means
 from retmask_jax.evals.measured import Measured
 from retmask_jax.model.interventions import Interventions, all_heads, mask_heads
@@ -102,7 +102,7 @@ def test_exact_prompts_go_to_the_model_and_answers_are_scored_behind_their_prefi
     # What was answered is not generated again; under a mask all is.
     spy.prompts.clear()
     with Records(tmp_path / "out/answers") as answers:
-        job = helmet._Job(lm, Interventions.none(lm.config), helmet._mask_hash(Interventions.none(lm.config)), 4, answers, None)
+        job = helmet._Job(lm, Interventions.none(lm.config), scoring.mask_hash(Interventions.none(lm.config)), 4, answers, None)
         rows = [np.array(row, np.int32) for row in prompts]
         options = {"max_new_tokens": NEW, "until": [], "temperature": 0.0, "top_p": 1.0}
         kept = helmet._answers(job, rows, options, f"json_kv {LENGTH}")

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from helpers_tiny import CONFIG, copying_lm, copying_params, in_float64, reference
+from helpers_tiny import CONFIG, WIDE, copying_lm, copying_params, in_float64, reference, true_at
+from helpers_tiny import WIDE_HEADS as HEADS
 
 from retmask_jax.head_scores import HeadScores
 from retmask_jax.knockout import (
@@ -16,19 +17,9 @@ from retmask_jax.knockout import (
     minimal_set,
     take_out,
 )
-from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import all_heads
 
 LM = copying_lm()
-# More heads than a random model needs: here only indices count, nothing is computed.
-WIDE = ModelConfig(
-    vocab_size=8, hidden_size=8, mlp_size=8, n_layers=3, n_heads=12, n_kv_heads=3, head_dim=16, max_length=64
-)
-HEADS = [(2, 7), (0, 1), (2, 0), (2, 11)]
-
-
-def _true_at(mask):
-    return {tuple(map(int, index)) for index in np.argwhere(np.asarray(mask))}
 
 
 # --- conditions ---
@@ -53,7 +44,7 @@ def test_knockout_kinds_and_draws(knockout):
 def test_knockout_masks_are_those_of_their_heads(knockout):
     for condition in knockout:
         filled = condition.interventions.fill(WIDE)
-        assert _true_at(filled.head_mask) == set(condition.heads)
+        assert true_at(filled.head_mask) == set(condition.heads)
         assert not np.asarray(filled.rope_mask).any()
 
 
@@ -113,10 +104,10 @@ def test_lowest_scoring_heads_are_a_control_where_scores_are_known():
 def test_modes_take_the_same_heads_out_in_their_own_way():
     mean_LHD = np.random.default_rng(0).random((3, 12, 16)).astype(np.float32)
     zero, mean, query = (take_out(WIDE, HEADS, mode, mean_LHD) for mode in MODES)
-    assert _true_at(zero.head_mask) == _true_at(mean.head_mask) == set(HEADS)
+    assert true_at(zero.head_mask) == true_at(mean.head_mask) == set(HEADS)
     assert zero.head_mean is None and zero.rope_mask is None
     np.testing.assert_array_equal(mean.head_mean, mean_LHD)
-    assert query.head_mask is None and _true_at(query.rope_mask) == {(*head, r) for head in HEADS for r in range(8)}
+    assert query.head_mask is None and true_at(query.rope_mask) == {(*head, r) for head in HEADS for r in range(8)}
     with pytest.raises(ValueError, match="knock-out mode is 'median'; it must be one of zero, mean, query"):
         take_out(WIDE, HEADS, "median")
 

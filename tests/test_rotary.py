@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_tiny import CONFIG, copying_lm, in_float64, reference
+from helpers_tiny import CONFIG, WIDE, copying_lm, in_float64, reference, true_at
+from helpers_tiny import WIDE_HEADS as HEADS
 
 from retmask_jax.causal import Condition
 from retmask_jax.head_statistics import HeadStatistics, head_statistics, variance_removed
@@ -30,18 +31,7 @@ from retmask_jax.rotary import (
 )
 
 LM = copying_lm()
-# More heads than a random model needs: here only indices count, nothing is computed.
-WIDE = ModelConfig(
-    vocab_size=8, hidden_size=8, mlp_size=8, n_layers=3, n_heads=12, n_kv_heads=3, head_dim=16, max_length=64
-)
-HEADS = [(2, 7), (0, 1), (2, 0), (2, 11)]
-
-
 TEXTS = np.random.default_rng(8).integers(4, CONFIG.vocab_size, (3, 40)).astype(np.int32)
-
-
-def _true_at(mask):
-    return {tuple(map(int, index)) for index in np.argwhere(np.asarray(mask))}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +63,7 @@ def test_doses_name_pairs_and_heads():
         assert not set(control.heads) & set(HEADS)
     for condition in conditions:
         filled = condition.interventions.fill(WIDE)
-        assert _true_at(filled.rope_mask) == {(*head, pair) for head in condition.heads for pair in condition.pairs}
+        assert true_at(filled.rope_mask) == {(*head, pair) for head in condition.heads for pair in condition.pairs}
         assert not np.asarray(filled.head_mask).any()
 
 
@@ -85,7 +75,7 @@ def test_utility_takes_each_heads_own_pairs():
         condition = by_kind[kind]
         assert (condition.n_pairs, condition.pairs, condition.heads) == (3, (), tuple(HEADS))
         expected = {(*head, int(pair)) for head in HEADS for pair in choose(pair_LHR[head])}
-        assert _true_at(condition.interventions.rope_mask) == expected
+        assert true_at(condition.interventions.rope_mask) == expected
 
 
 def test_windows_part_the_spectrum_from_the_lowest_frequency_on():

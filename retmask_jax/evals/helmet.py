@@ -74,7 +74,7 @@ def run_helmet(lm: LanguageModel, checkout: str | Path, lengths: Sequence[int],
     arguments = ["--model_name_or_path", str(lm.source.folder or "model"), "--no_cuda", "--overwrite"]
     arguments += [] if limit is None else ["--max_test_samples", str(limit)]
     arguments += [] if chat is None else ["--use_chat_template", str(chat)]
-    mask_hash = _mask_hash(mask)
+    mask_hash = scoring.mask_hash(mask)
     request = {"arguments": arguments, "stop_new_line": stop_new_line, "output": str((folder / mask_hash).resolve())}
     measured, notes = [], []
     with contextlib.ExitStack() as opened:
@@ -207,11 +207,6 @@ def _notes(config: str, settings: dict[str, Any]) -> list[str]:
         return [f"{config}: answers end at a new line, as its key stop_new_line says; HELMET's own runs do not read it"]
     return [f"{config}: its key stop_new_line is not read by HELMET (the option is stop_newline), so answers do not end "
             "at a new line, as in HELMET's published numbers"]  # fmt: skip
-
-
-def _mask_hash(mask: Interventions) -> str:
-    arrays = [np.asarray(x) for x in (mask.head_mask, mask.rope_mask, mask.head_mean) if x is not None]
-    return digest([mask.rope_site, *([str(x.dtype), digest(x.tobytes())] for x in arrays)])
 
 
 def _checked_checkout(checkout: str | Path) -> Path:

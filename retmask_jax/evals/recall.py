@@ -22,6 +22,13 @@ def task_cases(prompter: Prompter, task, resolve) -> list[Case]:
     return build_cases(prompter, sentences, needles, specs, shuffle=task.shuffle, at_start=task.at_start)
 
 
+def check_fits(name: str, task, max_length: int, context: str = "the model's context") -> None:
+    """Raise ValueError where the longest case of a task and its answer exceed a context of max_length tokens."""
+    longest = max(task.lengths, default=0) + task.max_new_tokens
+    if longest > max_length:
+        raise ValueError(f"task {name!r} needs {longest} tokens, {context} is {max_length}: shorten its lengths")
+
+
 def by_cell(cases: Sequence[Case], outcomes: np.ndarray) -> list[dict]:
     """Recall per length and depth: [{"length", "depth", "value", "low", "high", "n"}, ...]."""
     cells: dict[tuple, list[bool]] = {}

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from retmask_jax import memory
+from retmask_jax.files import digest
 from retmask_jax.generate import batches_by_length, generate_many, pad_rows, pad_to_bucket
 from retmask_jax.hosts import to_host
 from retmask_jax.lm import LanguageModel
@@ -82,9 +83,15 @@ def stop_ids(lm: LanguageModel, until: Iterable[str]) -> list[int]:
 def shared_mask(config: ModelConfig, interventions: Interventions | None) -> Interventions:
     """The filled interventions; ValueError for masks with a row axis, since the rows of a suite come in any order."""
     iv = (interventions or Interventions()).fill(config)
-    if iv.head_mask.ndim > 2 or iv.rope_mask.ndim > 3 or (iv.head_mean is not None and iv.head_mean.ndim > 3):
+    if iv.of_rows():
         raise ValueError("a suite runs under one mask: interventions with a row axis do not apply; run it once for each")
     return iv
+
+
+def mask_hash(mask: Interventions) -> str:
+    """What tells filled interventions apart."""
+    arrays = [np.asarray(part) for part in mask.given().values()]
+    return digest([mask.rope_site, *([str(x.dtype), digest(x.tobytes())] for x in arrays)])
 
 
 def _fitted(pair: Pair, max_length: int) -> list[int]:

@@ -17,6 +17,7 @@ from retmask_jax.model.layers import precision
 
 log = logging.getLogger(__name__)
 
+EVERYWHERE = (0, 2**31 - 1)  # a span of all positions
 _PROBED_AT_ONCE = 8
 _SMALL = 2**19  # bytes of a row's keys and values that a core's cache holds beside the rest
 

@@ -19,6 +19,9 @@ Head = tuple[int, int]
 
 SITES = ("rotary", "projection")
 
+# The arrays of interventions, and their axes where all rows share them.
+SHARED_NDIM = {"head_mask": 2, "rope_mask": 3, "head_mean": 3}
+
 
 @flax.struct.dataclass
 class Interventions:
@@ -55,12 +58,18 @@ class Interventions:
             head_mean=_checked_mean(self.head_mean, (*heads, config.head_dim), batch),
         )
 
+    def given(self) -> dict[str, Any]:
+        """The arrays by name, without missing ones."""
+        return {name: part for name in SHARED_NDIM if (part := getattr(self, name)) is not None}
+
+    def of_rows(self) -> dict[str, Any]:
+        """Those of the arrays that have a row axis."""
+        return {name: part for name, part in self.given().items() if part.ndim > SHARED_NDIM[name]}
+
     def per_row(self, batch: int) -> "Interventions":
         """Filled masks with a row axis, a shared one repeated; NumPy arrays stay such."""
-        return self.replace(
-            head_mask=_per_row(self.head_mask, 3, batch), rope_mask=_per_row(self.rope_mask, 4, batch),
-            head_mean=None if self.head_mean is None else _per_row(self.head_mean, 4, batch),
-        )  # fmt: skip
+        return self.replace(**{name: part if name in self.of_rows() else _repeated(part, batch)
+                               for name, part in self.given().items()})  # fmt: skip
 
     def __or__(self, other: "Interventions") -> "Interventions":
         """Both at once: logical or, or the maximum where either is a float gate."""
@@ -83,7 +92,7 @@ def stack(interventions: Sequence[Interventions]) -> Interventions:
     sites = {iv.rope_site for iv in interventions}
     if len(sites) != 1:
         raise ValueError(f"cannot stack interventions of different rotary sites: {sorted(sites)}")
-    parts = {name: [getattr(iv, name) for iv in interventions] for name in ("head_mask", "rope_mask", "head_mean")}
+    parts = {name: [getattr(iv, name) for iv in interventions] for name in SHARED_NDIM}
     return Interventions(rope_site=sites.pop(), **{name: _stack(masks) for name, masks in parts.items()})
 
 
@@ -175,9 +184,9 @@ def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[i
     return sorted(int(pair) for pair in chosen)
 
 
-def _per_row(mask, ndim: int, batch: int):
-    broadcast_to = np.broadcast_to if isinstance(mask, np.ndarray) else jnp.broadcast_to
-    return mask if mask.ndim == ndim else broadcast_to(mask, (batch, *mask.shape))
+def _repeated(part, batch: int):
+    broadcast_to = np.broadcast_to if isinstance(part, np.ndarray) else jnp.broadcast_to
+    return broadcast_to(part, (batch, *part.shape))
 
 
 def _checked(name: str, mask, shape: tuple[int, ...], batch: int | None):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from retmask_jax.evals.compare import START, arm_numbers, run_rows
 from retmask_jax.evals.harness import run_lm_eval
 from retmask_jax.evals.helmet import run_helmet
 from retmask_jax.evals.helmet_means import helmet_means
+from retmask_jax.evals.kept import Kept
 from retmask_jax.evals.measured import Measured, as_json, from_json, paired
 from retmask_jax.evals.niah import heat_map
 from retmask_jax.evals.perplexity import text_loss
@@ -160,21 +162,21 @@ def suite_parts(suites) -> Iterator[tuple[str, ConfigDict]]:
             yield name, part
 
 
-def _run(there: Context, contender: Contender, name: str, suites) -> list[Measured]:
+def _run(there: Context, contender: Contender, name: str, suites, kept: Kept) -> list[Measured]:
     match name:
         case "lm_eval":
-            return _lm_eval(there, contender, suites.lm_eval)
+            return _lm_eval(there, contender, suites.lm_eval, kept)
         case "helmet":
             return _helmet(there, contender, suites.helmet)
     return run_suites(there.lm, there.prompter, suites, there.resolve, only=name, batch_size=there.config.batch_size,
-                      interventions=contender.interventions)  # fmt: skip
+                      interventions=contender.interventions, kept=kept)  # fmt: skip
 
 
-def _lm_eval(there: Context, contender: Contender, section) -> list[Measured]:
+def _lm_eval(there: Context, contender: Contender, section, kept: Kept) -> list[Measured]:
     return run_lm_eval(
         there.lm, section.tasks, interventions=contender.interventions, limit=section.limit, num_fewshot=section.fewshot,
         include_path=section.include_path or None, batch_size=there.config.batch_size, apply_chat_template=section.chat,
-        template_kwargs=there.config.prompt.template_kwargs.to_dict(),
+        template_kwargs=there.config.prompt.template_kwargs.to_dict(), kept=kept,
     ).measured  # fmt: skip
 
 
@@ -188,15 +190,18 @@ def _helmet(there: Context, contender: Contender, section) -> list[Measured]:
 
 
 def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measured]:
-    """What a part of a suite gave this model before, or its run, written down."""
+    """What a part of a suite gave this model before, or its run, written down; one that is cut off goes on, sample by
+    sample."""
     files = [fingerprint(there.resolve(file)) for file in suite_files(suites)]
     mask = mask_hash(shared_mask(there.lm.config, contender.interventions))
     key = digest([there.model_fingerprint(), mask, config_json(suites[name]), config_json(there.config.prompt), files])
     path = _store(there) / f"{name}-{key}.json"
     if not path.exists():
-        measured = _run(there, contender, name, suites)
+        with Kept(path.with_suffix("")) as kept:
+            measured = _run(there, contender, name, suites, kept)
         if primary():
             write_json(path, [as_json(one) for one in measured])
+            shutil.rmtree(path.with_suffix(""))
         wait_for_all(f"{name} is measured")
     return [from_json(record) for record in read_json(path)]
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from retmask_jax.files import digest, read_jsonl
+from retmask_jax.progress import track
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -101,10 +102,14 @@ class Prompter:
 
     def count(self, text: str) -> int:
         """Number of tokens that `encode` gives, in half its time."""
+        return self.counts([text], special=not self.chat)[0]
+
+    def counts(self, texts: Sequence[str], *, special: bool) -> list[int]:
+        """Number of tokens of each text, with those that the tokenizer puts around a text or without."""
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()  # which a tokenizer.json may ask for, and the tokenizer itself turns off
         backend.no_padding()
-        return len(backend.encode_batch_fast([text], add_special_tokens=not self.chat)[0].ids)
+        return [len(encoding) for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
 
     def identity(self) -> str:
         """A hash of the tokenizer, the template and what they are used with."""
@@ -171,6 +176,7 @@ def build_cases(prompter: Prompter, sentences: Sequence[str], needles: Sequence[
     length has no room for needle and question, or the answer part cannot be located.
     """
     sizes = _sizes(prompter, sentences)
+    specs = track(specs, len(specs), "needle cases", "case")
     return [_build(prompter, sentences, sizes, needles, spec, shuffle, at_start) for spec in specs]
 
 
@@ -232,7 +238,7 @@ def question_span(prompter: Prompter, text: str, offsets: Sequence[tuple[int, in
 
 def _sizes(prompter: Prompter, sentences: Sequence[str]) -> np.ndarray:
     """Tokens of each sentence."""
-    return np.array([len(prompter.tokenizer(" " + s, add_special_tokens=False)["input_ids"]) for s in sentences])
+    return np.array(prompter.counts([f" {sentence}" for sentence in sentences], special=False))
 
 
 def _build(prompter, sentences, sizes, needles, spec, shuffle, at_start) -> Case:

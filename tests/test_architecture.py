@@ -16,7 +16,7 @@ model.transformer model.layerwise sharding flops weights hub prefill generate st
 haystack head_scores detect detectors causal knockout head_profile norm_utility head_statistics rotary
 data.tiny_language data.preferences data.chat data.prompts
 data.released data.preference_dataset pairs endpoints training_settings optimizer objective reference train_step
-checkpoints metrics train evals.measured evals.scoring evals.generation_options
+checkpoints metrics train evals.measured evals.kept evals.scoring evals.generation_options
 evals.harness_model evals.harness evals.helmet_worker evals.helmet_process evals.helmet_means evals.helmet
 evals.recall evals.perplexity evals.words evals.questions evals.samples evals.ruler evals.niah evals.json_kv
 evals.rerank evals.suites page panels figures wording evals.compare

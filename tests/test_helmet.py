@@ -12,6 +12,7 @@ from helpers_tiny import copying_lm
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.evals import helmet, scoring
 from retmask_jax.evals.helmet_means import CATEGORIES, MEANS, helmet_means
+from retmask_jax.evals.kept import Kept
 from retmask_jax.evals.measured import Measured
 from retmask_jax.model.interventions import Interventions, all_heads, mask_heads
 from retmask_jax.records import Records
@@ -55,8 +56,8 @@ class _Spy:
     """generate_stream, and the prompts it was given."""
 
     def __init__(self, monkeypatch):
-        self.prompts, self._stream = [], helmet.generate_stream
-        monkeypatch.setattr(helmet, "generate_stream", self)
+        self.prompts, self._stream = [], scoring.generate_stream
+        monkeypatch.setattr(scoring, "generate_stream", self)
 
     def __call__(self, config, params, requests, **options):
         self.prompts += [tuple(request.tokens) for request in requests]
@@ -86,8 +87,7 @@ def test_exact_prompts_go_to_the_model_and_answers_are_scored_behind_their_prefi
     run = helmet.run_helmet(lm, checkout, [LENGTH], ["recall"], folder=tmp_path / "out", batch_size=4)
     prompts = _prompts(lm, records)
     assert max(len(row) for row in prompts) == LENGTH - NEW and min(len(row) for row in prompts) < LENGTH - NEW
-    # The second data set has the same prompts, but is another one.
-    assert sorted(spy.prompts) == sorted(prompts * 2)
+    assert sorted(spy.prompts) == sorted(prompts)  # the second data set has the same ones
     outputs = [f"{r['question']} :{text}" for r, text in zip(records, _answers(lm, prompts), strict=True)]
     (written,) = (tmp_path / "out").rglob("json_kv*.json")
     assert [row["output"] for row in json.loads(written.read_text())["data"]] == outputs
@@ -101,8 +101,9 @@ def test_exact_prompts_go_to_the_model_and_answers_are_scored_behind_their_prefi
 
     # What was answered is not generated again; under a mask all is.
     spy.prompts.clear()
-    with Records(tmp_path / "out/answers") as answers:
-        job = helmet._Job(lm, Interventions.none(lm.config), scoring.mask_hash(Interventions.none(lm.config)), 4, answers, None)
+    none = Interventions.none(lm.config)
+    with Kept(tmp_path / "out/answers" / scoring.mask_hash(none)) as answers:
+        job = helmet._Job(lm, none, 4, answers, None)
         rows = [np.array(row, np.int32) for row in prompts]
         options = {"max_new_tokens": NEW, "until": [], "temperature": 0.0, "top_p": 1.0}
         kept = helmet._answers(job, rows, options, f"json_kv {LENGTH}")
@@ -116,7 +117,7 @@ def test_exact_prompts_go_to_the_model_and_answers_are_scored_behind_their_prefi
         lm, checkout, [LENGTH], ["recall"], folder=tmp_path / "out", batch_size=4, interventions=iv, stop_new_line=True
     )
     assert "answers end at a new line" in masked.notes[0]
-    assert sorted(spy.prompts) == sorted(prompts * 2) and masked.measured[0].ids == recall.ids
+    assert sorted(spy.prompts) == sorted(prompts) and masked.measured[0].ids == recall.ids
     (_, written) = sorted((tmp_path / "out").rglob("json_kv*.json"), key=lambda path: path.stat().st_mtime)
     masked_outputs = [row["output"] for row in json.loads(written.read_text())["data"]]
     expected = _answers(lm, prompts, interventions=iv)
@@ -128,7 +129,7 @@ def test_a_chat_template_leaves_the_prefix_out_and_what_is_missing_is_said(tmp_p
     checkout = _write(tmp_path / "helmet", records)
     run = helmet.run_helmet(lm, checkout, [LENGTH], ["cite", "longqa"], folder=tmp_path / "out", batch_size=4)
     prompts = _prompts(lm, records, chat=True)
-    assert sorted(spy.prompts) == sorted(prompts + 2 * _prompts(lm, records)) and run.notes == []
+    assert sorted(spy.prompts) == sorted(prompts + _prompts(lm, records)) and run.notes == []
     texts = _answers(lm, prompts)
     shares = [np.mean([word in text for word in r["answer"]]) for r, text in zip(records, texts, strict=True)]
     tasks = {one.task: one for one in run.measured}
@@ -143,8 +144,9 @@ def test_a_chat_template_leaves_the_prefix_out_and_what_is_missing_is_said(tmp_p
     assert len(tasks["narrativeqa"].values) == 0 and "needs a judge" in str(tasks["narrativeqa"].missing)
     assert len(tasks["infbench_qa"].values) == 4
     (path,) = (tmp_path / "out").rglob("narrativeqa*.json")
-    part, scores = CATEGORIES["longqa"][0], Records(tmp_path / "out/scores")
-    (kept,) = (scores[key] for key in scores if "narrativeqa" in key[0])
+    (folder,) = (tmp_path / "out/scores").iterdir()
+    part, scores = CATEGORIES["longqa"][0], Records(folder)
+    (kept,) = (scores[key]["value"] for key in scores if "narrativeqa" in key[0])
 
     judged = json.loads(path.read_text())
     for row, given in zip(judged["data"], (2, 3, 0, None), strict=True):

@@ -41,7 +41,7 @@ def test_heat_map_holds_the_mean_recall_of_each_cell(monkeypatch):
     words = [case.needle.answer.split() for case in cases]
     share = [i % 6 for i in range(len(cases))]  # so many of five words, so the last one has all
     said = [" ".join(some[:n]) for some, n in zip(words, share, strict=True)]
-    monkeypatch.setattr(niah, "answers", lambda lm, cases, masks, **options: [said])
+    monkeypatch.setattr(niah, "answers", lambda lm, prompts, interventions, **options: said)
     measured = niah.run_niah(copying_lm(), cases, max_new_tokens=8)
     assert [one.name for one in measured] == ["niah/rouge 96", "niah/exact 96", "niah/rouge 160", "niah/exact 160"]
     cells = {(cell["length"], cell["depth"]): cell for cell in niah.heat_map(measured)}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from retmask_jax.evals.kept import Kept
 from retmask_jax.evals.measured import Measured
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.interventions import Interventions
@@ -32,12 +33,12 @@ class HarnessRun:
 def run_lm_eval(lm: LanguageModel, tasks: Sequence[str], *, interventions: Interventions | None = None,
                 limit: int | None = None, num_fewshot: int | None = None, include_path: str | Path | None = None,
                 batch_size: int, apply_chat_template: bool = False,
-                template_kwargs: Mapping[str, Any] | None = None) -> HarnessRun:  # fmt: skip
+                template_kwargs: Mapping[str, Any] | None = None, kept: Kept | None = None) -> HarnessRun:  # fmt: skip
     """Run tasks or groups by name under interventions.
 
     limit: samples of each task (None: all). num_fewshot None: as each task has it. include_path: a folder of own tasks
-    (YAML), beside the harness's. Raises ValueError in one line where lm-eval is missing, a task is not known, or
-    a task wants what the model cannot do.
+    (YAML), beside the harness's. kept: of this model under these interventions; only what it lacks is computed. Raises
+    ValueError in one line where lm-eval is missing, a task is not known, or a task wants what the model cannot do.
     """
     _require_lm_eval()
     from lm_eval import simple_evaluate
@@ -47,7 +48,7 @@ def run_lm_eval(lm: LanguageModel, tasks: Sequence[str], *, interventions: Inter
     if not tasks:
         raise ValueError("no tasks for lm_eval: name some, such as arc_easy")
     manager = _task_manager(tasks, include_path)
-    model = HarnessModel(lm, interventions, batch_size=batch_size, template_kwargs=template_kwargs)
+    model = HarnessModel(lm, interventions, batch_size=batch_size, template_kwargs=template_kwargs, kept=kept)
     found = simple_evaluate(
         model=model, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot,
         batch_size=batch_size, apply_chat_template=apply_chat_template, log_samples=True,

@@ -15,6 +15,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from retmask_jax.evals import scoring
 from retmask_jax.evals.generation_options import GenerationOptions
+from retmask_jax.evals.kept import Kept
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.interventions import Interventions
 
@@ -24,18 +25,19 @@ log = logging.getLogger(__name__)
 class HarnessModel(TemplateLM):
     """An `lm_eval` model around a LanguageModel under a mask (None: untouched).
 
-    template_kwargs: handed to the chat template, such as enable_thinking=False. shortened: how many requests of each
+    template_kwargs: handed to the chat template, such as enable_thinking=False. kept: of this model under this mask, where
+    what the tasks ask for is kept. shortened: how many requests of each
     kind lost their beginning. Raises ValueError for a model without a tokenizer and for masks with a row axis.
     """
 
     def __init__(self, lm: LanguageModel, interventions: Interventions | None = None, *, batch_size: int,
-                 template_kwargs: Mapping[str, Any] | None = None):  # fmt: skip
+                 template_kwargs: Mapping[str, Any] | None = None, kept: Kept | None = None):  # fmt: skip
         super().__init__()
         if lm.tokenizer is None:
             raise ValueError("the model folder has no tokenizer, which the tasks of lm_eval need")
         scoring.shared_mask(lm.config, interventions)
         self.lm, self.tokenizer, self.interventions = lm, lm.tokenizer, interventions
-        self.batch_size, self.template_kwargs = batch_size, dict(template_kwargs or {})
+        self.batch_size, self.template_kwargs, self.kept = batch_size, dict(template_kwargs or {}), kept
         self.shortened: dict[str, int] = {}
 
     @property
@@ -106,14 +108,15 @@ class HarnessModel(TemplateLM):
         self._note("log-likelihood", sum(scoring.is_too_long(pair, self.max_length) for pair in pairs), len(pairs))
         if not pairs:
             return []
-        return scoring.continuation_logprobs(self.lm, pairs, self.interventions, batch_size=self.batch_size)
+        return scoring.continuation_logprobs(self.lm, pairs, self.interventions, batch_size=self.batch_size, kept=self.kept)
 
     def _answers(self, contexts: list[str], options: GenerationOptions) -> list[str]:
         room = self.max_length - options.max_new_tokens
         prompts = [self.tok_encode(context) for context in contexts]
         self._note("generation", sum(len(prompt) > room for prompt in prompts), len(prompts))
         prompts = [scoring.last_tokens(prompt, room) for prompt in prompts]
-        return scoring.answers(self.lm, prompts, self.interventions, batch_size=self.batch_size, **options.arguments())
+        return scoring.answers(self.lm, prompts, self.interventions, batch_size=self.batch_size, kept=self.kept,
+                               **options.arguments())  # fmt: skip
 
     def _note(self, kind: str, count: int, n: int) -> None:
         self.shortened[kind] = self.shortened.get(kind, 0) + count

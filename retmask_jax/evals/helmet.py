@@ -17,12 +17,11 @@ import numpy as np
 from retmask_jax.evals import scoring
 from retmask_jax.evals.helmet_means import CATEGORIES, SUITE, Part
 from retmask_jax.evals.helmet_process import CODE, HelmetProcess
+from retmask_jax.evals.kept import Kept
 from retmask_jax.evals.measured import Measured
 from retmask_jax.files import digest
 from retmask_jax.lm import LanguageModel
-from retmask_jax.model.interventions import Interventions, stack
-from retmask_jax.records import Records
-from retmask_jax.stream import Request, generate_stream
+from retmask_jax.model.interventions import Interventions
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +45,9 @@ class HelmetRun:
 class _Job:
     lm: LanguageModel
     mask: Interventions
-    mask_hash: str
     batch_size: int
-    answers: Records
-    scores: Records
+    answers: Kept
+    scores: Kept
 
 
 def run_helmet(lm: LanguageModel, checkout: str | Path, lengths: Sequence[int],
@@ -78,8 +76,8 @@ def run_helmet(lm: LanguageModel, checkout: str | Path, lengths: Sequence[int],
     request = {"arguments": arguments, "stop_new_line": stop_new_line, "output": str((folder / mask_hash).resolve())}
     measured, notes = [], []
     with contextlib.ExitStack() as opened:
-        records = [opened.enter_context(Records(folder / name)) for name in ("answers", "scores")]
-        job = _Job(lm, mask, mask_hash, batch_size, *records)
+        answers, scores = (opened.enter_context(Kept(folder / name / mask_hash)) for name in ("answers", "scores"))
+        job = _Job(lm, mask, batch_size, answers, scores)
         process = opened.enter_context(HelmetProcess(checkout, folder, lm.tokenizer, gpu=citations))
         for category, config in _configs(categories, lengths):
             process.use(config, request)
@@ -124,8 +122,7 @@ def _check_lengths(process: HelmetProcess, category: str, lengths: Sequence[int]
 def _scored(job: _Job, process: HelmetProcess, number: int, citations: bool) -> dict[str, Any]:
     """HELMET's scores of a data set: {"scored": {metric: values}, "ids", "n", "output"}, or {"failed", "n"}."""
     entry = process.entries[number]
-    identity = digest([process.identity, entry, citations, job.mask_hash])
-    key = (entry["datasets"], entry["input_max_length"], identity)
+    key = (entry["datasets"], entry["input_max_length"], digest([process.identity, entry, citations]))
     if key in job.scores:
         return job.scores[key]
     reply = process.ask({"entry": number, "citations": citations})
@@ -137,30 +134,20 @@ def _scored(job: _Job, process: HelmetProcess, number: int, citations: bool) -> 
         return {"failed": TOO_LONG, "n": n}
     reply = process.ask({"answers": found}) | {"n": n}
     if "scored" in reply:
-        job.scores.add({"key": list(key), **reply})
+        job.scores.add(key, reply)
     return reply
 
 
 def _answers(job: _Job, prompts: Sequence[np.ndarray], options: dict[str, Any], what: str) -> list[dict[str, Any] | None]:
     """{"output", "output_len"} of each prompt, None where it does not fit; only what is not kept yet is generated."""
-    config, new = job.lm.config, options["max_new_tokens"]
-    keys = [(what, job.mask_hash, digest(prompt.tobytes()), digest(options)) for prompt in prompts]
-    fitting = [len(prompt) + new <= config.max_length for prompt in prompts]
-    firsts = {key: i for i, key in reversed(list(enumerate(keys))) if fitting[i] and key not in job.answers}
-    todo = sorted(firsts.values())
-    if todo:
-        requests = [Request(prompts[i].tolist(), seed=i) for i in todo]
-        made = generate_stream(
-            config, job.lm.params, requests, batch_size=min(job.batch_size, len(todo)), max_new_tokens=new,
-            temperature=options["temperature"], top_p=options["top_p"], masks=stack([job.mask]),
-            stop_ids=scoring.stop_ids(job.lm, options["until"]), what=f"HELMET {what}",
-        )  # fmt: skip
-        for place, answer in made:
-            text = job.lm.tokenizer.decode(answer.tokens, skip_special_tokens=True)
-            output = scoring.cut(text, options["until"])
-            job.answers.add({"key": list(keys[todo[place]]), "output": output, "output_len": int(answer.lengths)})
-    kept = [job.answers[key] if fits else None for key, fits in zip(keys, fitting, strict=True)]
-    return [one and {name: one[name] for name in ("output", "output_len")} for one in kept]
+    room = job.lm.config.max_length - options["max_new_tokens"]
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+    made = scoring.answered(job.lm, [prompts[i] for i in fitting], job.mask, batch_size=job.batch_size, kept=job.answers,
+                            what=f"HELMET {what}", **options)  # fmt: skip
+    found: list[dict[str, Any] | None] = [None] * len(prompts)
+    for i, (output, n) in zip(fitting, made, strict=True):
+        found[i] = {"output": output, "output_len": n}
+    return found
 
 
 def _measured(part: Part, length: int, found: dict[str, Any]) -> Measured:

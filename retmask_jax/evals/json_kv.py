@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from retmask_jax.evals.kept import Kept
 from retmask_jax.evals.measured import Measured
 from retmask_jax.evals.samples import Draft, Sample, check_lengths, fill, measure
 from retmask_jax.haystack import Prompter
@@ -30,14 +31,14 @@ def score(answer: str, references: Sequence[str]) -> float:
 
 def run_json_kv(lm: LanguageModel, prompter: Prompter, *, lengths: Sequence[int], n: int = 100, seed: int = 0,
                 max_new_tokens: int = 100, batch_size: int = 1,
-                interventions: Interventions | None = None) -> list[Measured]:  # fmt: skip
+                interventions: Interventions | None = None, kept: Kept | None = None) -> list[Measured]:  # fmt: skip
     """Substring exact match of greedy answers, a Measured for each length. Errors as `json_kv_samples`, and ValueError
     where a length exceeds the model's context."""
     check_lengths(lm, lengths, "json_kv")
     return [
         measure(lm, json_kv_samples(prompter, length, n, seed, max_new_tokens=max_new_tokens), score, suite="json_kv",
                 task="one key", metric="substring exact match", binary=True, length=length, batch_size=batch_size,
-                interventions=interventions)
+                interventions=interventions, kept=kept)
         for length in lengths
     ]  # fmt: skip
 

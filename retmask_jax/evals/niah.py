@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retmask_jax.causal import answers, hits
+from retmask_jax.causal import hits
 from retmask_jax.detect import rouge1_recall
+from retmask_jax.evals.kept import Kept
 from retmask_jax.evals.measured import Measured
 from retmask_jax.evals.samples import check_lengths
+from retmask_jax.evals.scoring import answers
 from retmask_jax.haystack import Case, Needle, Prompter, Spec, build_cases, draw_specs
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.interventions import Interventions
@@ -37,15 +39,15 @@ def niah_cases(prompter: Prompter, sentences: Sequence[str], needles: Sequence[N
 
 
 def run_niah(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50, batch_size: int = 1,
-             interventions: Interventions | None = None) -> list[Measured]:  # fmt: skip
+             interventions: Interventions | None = None, kept: Kept | None = None) -> list[Measured]:  # fmt: skip
     """Two Measured for each length: "rouge", ROUGE-1 recall x 100 of the answer against the needle's answer part, and
     "exact", whether its words occur in the answer as they stand. `heat_map` sorts them by depth.
 
     Raises ValueError where a case exceeds the model's context.
     """
     check_lengths(lm, [case.spec.length + max_new_tokens for case in cases], "needle in a haystack")
-    masks = [interventions or Interventions()]
-    (said,) = answers(lm, cases, masks, max_new_tokens=max_new_tokens, batch_size=batch_size, what="niah")
+    said = answers(lm, [case.tokens for case in cases], interventions, max_new_tokens=max_new_tokens,
+                   batch_size=batch_size, kept=kept, what="niah")  # fmt: skip
     recall = np.array([100 * rouge1_recall(text, case.needle.answer) for text, case in zip(said, cases, strict=True)])
     exact, ids = hits(said, cases).astype(float), _ids(cases)
     measured = []

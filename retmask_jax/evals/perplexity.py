@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from retmask_jax import memory
+from retmask_jax.evals.kept import Kept, request_key
 from retmask_jax.evals.measured import Measured
 from retmask_jax.generate import full_batches
 from retmask_jax.hosts import to_host
@@ -49,13 +51,27 @@ def text_loss(lm: LanguageModel, windows: np.ndarray, interventions: Interventio
 
 
 def token_losses(lm: LanguageModel, windows: np.ndarray, interventions: Interventions | None = None, *,
-                 batch_size: int) -> np.ndarray:  # fmt: skip
-    """f64[windows, length - 1]: negative log-probability of the tokens at positions 1, 2, ... in nats."""
-    batch_size = min(batch_size, len(windows))
-    losses = []
-    for rows in full_batches(range(len(windows)), batch_size):
-        losses.append(-to_host(token_logprobs(lm.config, lm.params, windows[rows], interventions)).astype(np.float64))
-    return np.concatenate(losses)[: len(windows)]
+                 batch_size: int, kept: Kept | None = None, what: str = "text loss") -> np.ndarray:  # fmt: skip
+    """f64[windows, length - 1]: negative log-probability of the tokens at positions 1, 2, ... in nats.
+
+    kept: of this model under these interventions; only what it lacks is computed. Where memory runs out the batch is
+    halved.
+    """
+    kept = kept or Kept()
+    keys = [request_key("token losses", window) for window in windows]
+    missing = kept.missing(keys)
+
+    def work(todo: list[int], batch_size: int):
+        for batch in full_batches(todo, min(batch_size, len(todo))):
+            rows = [missing[i] for i in batch]
+            found = -to_host(token_logprobs(lm.config, lm.params, windows[rows], interventions)).astype(np.float64)
+            for row, losses in zip(rows, found, strict=True):
+                kept.add(keys[row], losses.tolist())
+            yield batch, found
+
+    if missing:
+        memory.in_batches(len(missing), batch_size, what, "window", work)
+    return np.array([kept[key] for key in keys])
 
 
 def position_buckets(length: int) -> list[tuple[int, int]]:
@@ -63,23 +79,23 @@ def position_buckets(length: int) -> list[tuple[int, int]]:
     return [(2**k, min(2 ** (k + 1), length)) for k in range((length - 1).bit_length())]
 
 
-def run_positions(lm: LanguageModel, windows: np.ndarray, *, batch_size: int = 1,
+def run_positions(lm: LanguageModel, windows: np.ndarray, *, batch_size: int = 1, kept: Kept | None = None,
                   interventions: Interventions | None = None) -> list[Measured]:  # fmt: skip
     """Mean loss of each window over all its tokens, and in each bucket of `position_buckets`: nats per token."""
-    losses = token_losses(lm, windows, interventions, batch_size=batch_size)
+    losses = token_losses(lm, windows, interventions, batch_size=batch_size, kept=kept)
     buckets = {"all": (1, windows.shape[1])}
     buckets |= {f"positions {first}-{end - 1}": (first, end) for first, end in position_buckets(windows.shape[1])}
     return [_measured(name, losses[:, first - 1 : end - 1], windows) for name, (first, end) in buckets.items()]
 
 
-def run_sliding(lm: LanguageModel, windows: np.ndarray, stride: int, *, batch_size: int = 1,
+def run_sliding(lm: LanguageModel, windows: np.ndarray, stride: int, *, batch_size: int = 1, kept: Kept | None = None,
                 interventions: Interventions | None = None) -> Measured:  # fmt: skip
     """Mean loss of the last `stride` tokens of each window of `sliding_windows`: nats per token.
 
     So every token counts once, all windows weigh the same, and each token has at least the rest of its window before it;
     the text's first tokens, which have less, do not count.
     """
-    losses = token_losses(lm, windows, interventions, batch_size=batch_size)
+    losses = token_losses(lm, windows, interventions, batch_size=batch_size, kept=kept)
     return _measured(f"stride {stride}", losses[:, -stride:], windows)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from retmask_jax.evals.kept import Kept
 from retmask_jax.evals.measured import Measured
 from retmask_jax.evals.samples import Draft, Sample, answer, check_lengths, fill, prompt_text
 from retmask_jax.files import iter_jsonl
@@ -98,7 +99,7 @@ def ndcg(order: Sequence[str], relevance: Mapping[str, int]) -> float:
 
 def run_rerank(lm: LanguageModel, prompter: Prompter, queries: Sequence[Query], length: int | None = None, *, seed: int = 0,
                max_new_tokens: int = 200, batch_size: int = 1,
-               interventions: Interventions | None = None) -> list[Measured]:  # fmt: skip
+               interventions: Interventions | None = None, kept: Kept | None = None) -> list[Measured]:  # fmt: skip
     """NDCG@10 of the order in each greedy answer. Queries of whose shown passages none is relevant are counted as
     missing. Errors as `rerank_samples` and `ndcg`, and ValueError where a prompt exceeds the model's context."""
     ndcg(["a"], {"a": 1})  # before anything is generated
@@ -106,13 +107,14 @@ def run_rerank(lm: LanguageModel, prompter: Prompter, queries: Sequence[Query], 
     check_lengths(lm, [len(sample.tokens) + max_new_tokens for sample in samples], "rerank")
     labels = [{name: query.passages[name][1] for name in sample.references}
               for query, sample in zip(queries, samples, strict=True)]  # fmt: skip
-    kept = [i for i, label in enumerate(labels) if any(label.values())]
-    if not kept:
+    shown = [i for i, label in enumerate(labels) if any(label.values())]
+    if not shown:
         raise ValueError("no query has a relevant passage among those shown: give labels, or a longer suites.rerank.length")
-    said = answer(lm, [samples[i] for i in kept], batch_size=batch_size, interventions=interventions, what="rerank")
-    values = [ndcg(parse_order(text, samples[i].references), labels[i]) for text, i in zip(said, kept, strict=True)]
-    missing = {"no relevant passage": len(queries) - len(kept)} if len(kept) < len(queries) else {}
-    ids = tuple(samples[i].id for i in kept)
+    said = answer(lm, [samples[i] for i in shown], batch_size=batch_size, interventions=interventions, kept=kept,
+                  what="rerank")  # fmt: skip
+    values = [ndcg(parse_order(text, samples[i].references), labels[i]) for text, i in zip(said, shown, strict=True)]
+    missing = {"no relevant passage": len(queries) - len(shown)} if len(shown) < len(queries) else {}
+    ids = tuple(samples[i].id for i in shown)
     return [Measured("rerank", "passages", "NDCG@10", ids, np.array(values), False, length, missing)]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from retmask_jax.evals.kept import Kept
 from retmask_jax.evals.measured import Measured
 from retmask_jax.evals.questions import Questions
 from retmask_jax.evals.samples import Draft, Sample, check_lengths, fill, in_words, measure, places, planted
@@ -68,10 +69,12 @@ def score(task: str, answer: str, references: Sequence[str]) -> float:
 
 def run_ruler(lm: LanguageModel, prompter: Prompter, *, tasks: Sequence[str], lengths: Sequence[int], n: int = 500,
               seed: int = 0, haystack: Sequence[str] | None = None, questions: dict[str, Questions] | None = None,
-              batch_size: int = 1, interventions: Interventions | None = None) -> list[Measured]:  # fmt: skip
+              batch_size: int = 1, interventions: Interventions | None = None,
+              kept: Kept | None = None) -> list[Measured]:  # fmt: skip
     """String match of greedy answers, a Measured for each task and length.
 
-    questions: of qa_1 and qa_2. interventions: shared by all samples. Errors as `ruler_samples`, and ValueError where a
+    questions: of qa_1 and qa_2. interventions: shared by all samples. kept: of this
+    model under them; only what it lacks is generated. Errors as `ruler_samples`, and ValueError where a
     length exceeds the model's context, before anything is generated.
     """
     check_lengths(lm, lengths, "RULER")
@@ -82,7 +85,7 @@ def run_ruler(lm: LanguageModel, prompter: Prompter, *, tasks: Sequence[str], le
             binary = _task(task).any_reference or len(samples[0].references) == 1
             measured.append(
                 measure(lm, samples, functools.partial(score, task), suite="ruler", task=task, metric="string match",
-                        binary=binary, length=length, batch_size=batch_size, interventions=interventions)
+                        binary=binary, length=length, batch_size=batch_size, interventions=interventions, kept=kept)
             )  # fmt: skip
     return measured
 

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from retmask_jax.evals import scoring
+from retmask_jax.evals.kept import Kept
 from retmask_jax.evals.measured import Measured
-from retmask_jax.generate import generate_many
 from retmask_jax.haystack import Prompter
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.interventions import Interventions
@@ -90,21 +91,19 @@ def most_units(size: Callable[[int], int], room: int, least: int, most: int, gue
 
 
 def answer(lm: LanguageModel, samples: Sequence[Sample], *, batch_size: int, interventions: Interventions | None = None,
-           what: str = "answer") -> list[str]:  # fmt: skip
+           kept: Kept | None = None, what: str = "answer") -> list[str]:  # fmt: skip
     """Greedy answers, without their prefix. Raises ValueError for samples of different max_new_tokens."""
     limits = {sample.max_new_tokens for sample in samples}
     if len(limits) != 1:
         raise ValueError(f"{what}: samples allow {sorted(limits)} new tokens; answer those of one limit at a time")
-    results = generate_many(lm.config, lm.params, [sample.tokens for sample in samples], batch_size=batch_size,
-                            max_new_tokens=limits.pop(), interventions=interventions, what=what)  # fmt: skip
-    return lm.tokenizer.batch_decode([result.tokens for result in results], skip_special_tokens=True)
+    return scoring.answers(lm, [sample.tokens for sample in samples], interventions, batch_size=batch_size,
+                           max_new_tokens=limits.pop(), kept=kept, what=what)  # fmt: skip
 
 
 def measure(lm: LanguageModel, samples: Sequence[Sample], score: Callable[[str, tuple[str, ...]], float], *, suite: str,
-            task: str, metric: str, binary: bool, length: int, batch_size: int,
-            interventions: Interventions | None = None) -> Measured:  # fmt: skip
-    """score(answer, references) of each sample's answer; further arguments as in `Measured`."""
-    answers = answer(lm, samples, batch_size=batch_size, interventions=interventions, what=f"{suite} {task} {length}")
+            task: str, metric: str, binary: bool, length: int, **options) -> Measured:  # fmt: skip
+    """score(answer, references) of each sample's answer; options of `answer`, further arguments as in `Measured`."""
+    answers = answer(lm, samples, what=f"{suite} {task} {length}", **options)
     values = [score(said, sample.references) for said, sample in zip(answers, samples, strict=True)]
     ids = tuple(sample.id for sample in samples)
     return Measured(suite, task, metric, ids, np.array(values, float), binary, length)

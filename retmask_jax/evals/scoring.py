@@ -5,34 +5,45 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from retmask_jax import memory
+from retmask_jax.evals.kept import Kept, request_key
 from retmask_jax.files import digest
-from retmask_jax.generate import batches_by_length, generate_many, pad_rows, pad_to_bucket
+from retmask_jax.generate import batches_by_length, pad_rows, pad_to_bucket
 from retmask_jax.hosts import to_host
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.interventions import Interventions, stack
 from retmask_jax.sequence import next_logprobs
+from retmask_jax.stream import Request, generate_stream
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
 def continuation_logprobs(lm: LanguageModel, pairs: Sequence[Pair], interventions: Interventions | None = None, *,
-                          batch_size: int, what: str = "log-likelihood") -> list[tuple[float, bool]]:  # fmt: skip
+                          batch_size: int, kept: Kept | None = None,
+                          what: str = "log-likelihood") -> list[tuple[float, bool]]:  # fmt: skip
     """(log-probability in nats of a continuation, whether each of its tokens is the most likely one) of each pair.
 
     pairs: token ids of context and continuation, both at least one; of a pair longer than the model's context by more
-    than the last token, which is not read, the beginning is left out. Where memory runs out the batch is halved.
-    Raises ValueError for an empty side, and for a continuation longer than the context.
+    than the last token, which is not read, the beginning is left out. kept: of this model under these interventions;
+    only what it lacks is computed. Where memory runs out the batch is halved. Raises ValueError for an empty side, and
+    for a continuation longer than the context.
     """
-    iv = shared_mask(lm.config, interventions)
+    iv, kept = shared_mask(lm.config, interventions), kept or Kept()
     rows = [_fitted(pair, lm.config.max_length) for pair in pairs]
+    keys = [request_key("log-likelihood", row, n=len(pair[1])) for row, pair in zip(rows, pairs, strict=True)]
+    missing = kept.missing(keys)
 
     def work(todo: list[int], batch_size: int):
-        for places in batches_by_length([rows[i] for i in todo], batch_size):
-            batch = [todo[place] for place in places]
-            yield batch, _scores(lm, [rows[i] for i in batch], [len(pairs[i][1]) for i in batch], iv)
+        for places in batches_by_length([rows[missing[i]] for i in todo], batch_size):
+            batch = [missing[todo[place]] for place in places]
+            found = _scores(lm, [rows[i] for i in batch], [len(pairs[i][1]) for i in batch], iv)
+            for i, value in zip(batch, found, strict=True):
+                kept.add(keys[i], value)
+            yield [todo[place] for place in places], found
 
-    return memory.in_batches(len(pairs), min(batch_size, len(pairs)), what, "request", work)
+    if missing:
+        memory.in_batches(len(missing), min(batch_size, len(missing)), what, "request", work)
+    return [tuple(kept[key]) for key in keys]
 
 
 def is_too_long(pair: Pair, max_length: int) -> bool:
@@ -40,20 +51,35 @@ def is_too_long(pair: Pair, max_length: int) -> bool:
     return len(pair[0]) + len(pair[1]) > max_length + 1
 
 
-def answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], interventions: Interventions | None = None, *,
-            max_new_tokens: int, batch_size: int, until: Sequence[str] = (), temperature: float = 0.0,
-            top_p: float = 1.0, what: str = "generate") -> list[str]:  # fmt: skip
-    """What the model says behind each prompt, without special tokens, up to the first of the `until` texts.
+def answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], interventions: Interventions | None = None,
+            **options) -> list[str]:  # fmt: skip
+    """What the model says behind each prompt; arguments as of `answered`."""
+    return [text for text, _ in answered(lm, prompts, interventions, **options)]
 
-    Draws at a temperature depend on a prompt's place in the list, not on its batch. Prompts must leave room for the new
-    tokens, see `last_tokens`.
+
+def answered(lm: LanguageModel, prompts: Sequence[Sequence[int]], interventions: Interventions | None = None, *,
+             max_new_tokens: int, batch_size: int, until: Sequence[str] = (), temperature: float = 0.0,
+             top_p: float = 1.0, kept: Kept | None = None, what: str = "generate") -> list[tuple[str, int]]:  # fmt: skip
+    """(answer, without special tokens, up to the first of the `until` texts; number of tokens made) of each prompt.
+
+    Draws at a temperature depend on a prompt's place in the list, not on its batch. kept: of this model under these
+    interventions; only what it lacks is generated. Prompts must leave room for the new tokens, see `last_tokens`.
     """
-    found = generate_many(
-        lm.config, lm.params, prompts, batch_size=min(batch_size, len(prompts)), max_new_tokens=max_new_tokens,
-        interventions=shared_mask(lm.config, interventions), temperature=temperature, top_p=top_p,
-        stop_ids=stop_ids(lm, until), what=what,
-    )  # fmt: skip
-    return [cut(lm.tokenizer.decode(one.tokens, skip_special_tokens=True), until) for one in found]
+    mask, kept = shared_mask(lm.config, interventions), kept or Kept()
+    same = {"max_new_tokens": max_new_tokens, "until": list(until)}
+    drawn = {"temperature": temperature, "top_p": top_p} if temperature else {}
+    keys = [request_key("answer", prompt, **same, **drawn, **({"seed": i} if drawn else {})) for i, prompt in enumerate(prompts)]
+    missing = kept.missing(keys)
+    if missing:
+        requests = [Request(np.asarray(prompts[i]).tolist(), seed=i) for i in missing]
+        made = generate_stream(
+            lm.config, lm.params, requests, batch_size=min(batch_size, len(missing)), max_new_tokens=max_new_tokens,
+            temperature=temperature, top_p=top_p, stop_ids=stop_ids(lm, until), masks=stack([mask]), what=what,
+        )  # fmt: skip
+        for place, one in made:
+            text = cut(lm.tokenizer.decode(one.tokens, skip_special_tokens=True), until)
+            kept.add(keys[missing[place]], [text, int(one.lengths)])
+    return [tuple(kept[key]) for key in keys]
 
 
 def last_tokens(prompt: Sequence[int], room: int) -> list[int]:

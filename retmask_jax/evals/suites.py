@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from retmask_jax.evals.json_kv import run_json_kv
+from retmask_jax.evals.kept import Kept
 from retmask_jax.evals.measured import Measured
 from retmask_jax.evals.niah import even_grid, niah_cases, run_niah
 from retmask_jax.evals.perplexity import run_positions, run_sliding, sliding_windows, text_windows
@@ -51,7 +52,8 @@ def check_context(suites, max_length: int) -> None:
 
 
 def run_suites(lm: LanguageModel, prompter: Prompter, suites, resolve: Callable[[str], Path], *, batch_size: int,
-               interventions: Interventions | None = None, only: str | None = None) -> list[Measured]:  # fmt: skip
+               interventions: Interventions | None = None, kept: Kept | None = None,
+               only: str | None = None) -> list[Measured]:  # fmt: skip
     """All suites that are on, or one of them. resolve: turns a file name of the config into a path. Errors as of the
     checks and of each suite."""
     on = [name for name in suites_on(suites) if only in (None, name)]
@@ -59,7 +61,7 @@ def run_suites(lm: LanguageModel, prompter: Prompter, suites, resolve: Callable[
         return []
     check_suites(suites)
     check_context(suites, lm.config.max_length)
-    shared = {"batch_size": batch_size, "interventions": interventions}
+    shared = {"batch_size": batch_size, "interventions": interventions, "kept": kept}
     return [one for name in on for one in _RUNS[name](lm, prompter, suites[name], resolve, shared)]
 
 

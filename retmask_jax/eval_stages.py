@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from retmask_jax import __version__
 from retmask_jax.causal import Condition
 from retmask_jax.causal_stages import task_outcomes
 from retmask_jax.context import Context
@@ -20,7 +21,7 @@ from retmask_jax.evals.helmet_means import helmet_means
 from retmask_jax.evals.kept import Kept
 from retmask_jax.evals.measured import Measured, as_json, from_json, paired
 from retmask_jax.evals.niah import heat_map
-from retmask_jax.evals.perplexity import text_loss
+from retmask_jax.evals.perplexity import POSITIONS, text_loss
 from retmask_jax.evals.recall import by_cell
 from retmask_jax.evals.scoring import mask_hash, shared_mask
 from retmask_jax.evals.suites import check_context, check_suites, run_suites, suite_files, suites_on
@@ -102,16 +103,25 @@ def compared(context: Context, contenders: Mapping[str, Contender]) -> dict[str,
     return {
         "rows": run_rows(samples, others), "grids": grids, "numbers": arm_numbers(samples, arms),
         "metrics": {one.name: one.metric for values in found.values() for one in values["suites"]},
+        "series": {one.name: place for values in found.values() for one in values["suites"] if (place := _place(one))},
         "missing": {name: {one.name: dict(one.missing) for one in values["suites"] if one.missing}
                     for name, values in found.items()},
         "helmet": {name: helmet_means(values["suites"]) for name, values in found.items()},
     }  # fmt: skip
 
 
+def _place(one: Measured) -> dict[str, Any] | None:
+    """Where a task of a suite stands among those like it: {"of": series, "at": place on the "axis"}."""
+    if one.suite == "perplexity" and one.task.startswith(POSITIONS):
+        first = int(one.task.removeprefix(POSITIONS).split("-")[0])
+        return {"of": f"perplexity by position, {one.length} tokens", "at": first, "axis": "position in the text, from"}
+    return {"of": f"{one.suite}/{one.task}", "at": one.length, "axis": "length (tokens)"} if one.length else None
+
+
 def _heat_map(suites: Sequence[Measured]) -> list[dict[str, Any]]:
     """Cells of the needle suite, as those of the recipe's own grids: shares from 0 to 1."""
     needles = [one for one in suites if one.suite == "niah"]
-    return [cell | {"task": "niah, ROUGE-1 recall", "value": cell["value"] / 100} for cell in heat_map(needles)]
+    return [cell | {"task": "niah, ROUGE-1 recall"} for cell in heat_map(needles)]
 
 
 def _measured(context: Context, name: str, contender: Contender) -> dict[str, Any]:
@@ -194,7 +204,7 @@ def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measu
     sample."""
     files = [fingerprint(there.resolve(file)) for file in suite_files(suites)]
     mask = mask_hash(shared_mask(there.lm.config, contender.interventions))
-    key = digest([there.model_fingerprint(), mask, config_json(suites[name]), config_json(there.config.prompt), files])
+    key = digest([__version__, there.model_fingerprint(), mask, config_json(suites[name]), config_json(there.config.prompt), files])
     path = _store(there) / f"{name}-{key}.json"
     if not path.exists():
         with Kept(path.with_suffix("")) as kept:

@@ -17,7 +17,7 @@ import numpy as np
 
 from retmask_jax import page
 from retmask_jax.page import signed
-from retmask_jax.panels import MARKERS, WIDTH
+from retmask_jax.panels import DASHES, MARKERS, SHADES, WIDTH
 from retmask_jax.panels import colormap as _colormap
 from retmask_jax.panels import interval as _interval
 from retmask_jax.panels import note as _note
@@ -41,10 +41,11 @@ _STYLE = {
 }  # fmt: skip
 
 
-def colour(name: str) -> str:
-    """The colour of a kind of mask or an arm, the same in every figure."""
+def colour(name: str, other: int | None = None) -> str:
+    """The colour of a kind of mask or an arm, the same in every figure; of the models of a user by their number."""
     name = re.sub("[-_]", " ", name)
-    return _COLOURS.get(name) or _COLOURS.get(name.split(", ")[0], "#000000")
+    unknown = "#000000" if other is None else SHADES[other % len(SHADES)]
+    return _COLOURS.get(name) or _COLOURS.get(name.split(", ")[0], unknown)
 
 
 @contextlib.contextmanager
@@ -281,13 +282,30 @@ def before_after(title: str, pooled: Mapping[str, Mapping], runs: Mapping[str, S
     figure, ax = _panel(title, 0.9 + 0.26 * len(pooled))
     for y, (arm, number) in enumerate(pooled.items()):
         if len(runs[arm]) > 1:
-            ax.plot(runs[arm], np.full(len(runs[arm]), y + 0.25), ".", color=colour(arm), alpha=0.6)
-        _interval(ax, number, y, colour(arm), marker=MARKERS[y % 5])
+            ax.plot(runs[arm], np.full(len(runs[arm]), y + 0.25), ".", color=colour(arm, y), alpha=0.6)
+        _interval(ax, number, y, colour(arm, y), marker=MARKERS[y % 5])
         _note(ax, y, f"{number['value']:.3f}")
     ax.axvline(pooled["start"]["value"], color=colour("start"), linestyle=":", linewidth=0.9, zorder=0)
     _rows(ax, list(pooled), xlabel)
     if share:
         ax.set_xlim(-0.03, 1.03)
+    return figure
+
+
+def over(title: str, points: Mapping[str, Sequence[tuple[int, Mapping]]], xlabel: str, ylabel: str):
+    """A number over lengths or positions, on a scale of doublings: a line with intervals for each model."""
+    figure, ax = _panel(title, 2.3 + 0.2 * math.ceil(len(points) / 2))
+    for i, (name, line) in enumerate(points.items()):
+        look = {"color": colour(name, i), "marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)]}
+        ax.plot([at for at, _ in line], [number["value"] for _, number in line], label=name, **look)
+        for at, number in line:
+            _interval(ax, number, at, look["color"], look["marker"], vertical=True)
+    places = sorted({at for line in points.values() for at, _ in line})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(places, map(str, places), rotation=90 if len(places) > 5 else 0)
+    ax.minorticks_off()
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -303,7 +321,7 @@ def forest(title: str, changes: Mapping[str, Mapping[str, Mapping]], xlabel: str
                 style="italic", in_layout=False, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
         labels.append("")
         for i, (arm, number) in enumerate(arms.items()):
-            _interval(ax, number, len(labels), colour(arm), marker=MARKERS[(i + 1) % 5])
+            _interval(ax, number, len(labels), colour(arm, i + 1), marker=MARKERS[(i + 1) % 5])
             _note(ax, len(labels), signed(number["value"]))
             labels.append(arm)
     ax.axvline(0, color="black", linewidth=0.9, zorder=0)

@@ -68,9 +68,13 @@ def one_stage(config, root: Path, name: str) -> dict:
         if skipped:
             print(f"{name}: unchanged since {result['provenance']['created']}")
         if name in ("eval", "compare"):
-            _print_table(*compare.table(result["rows"]), justify="right")
+            _print_table(*compare.table(result["rows"], result["metrics"]), justify="right")
         else:
             _table(result["numbers"])
+    if name == "compare":
+        page_of, _ = run_stage(context, "comparison")
+        if primary():
+            print(f"page: {root / page_of['path']}")
     return result
 
 

@@ -8,12 +8,13 @@ import numpy as np
 
 from retmask_jax import figures, page
 from retmask_jax.causal_report import knockout_section, only_zero, rope_section
+from retmask_jax.eval_report import changes_of, evaluation_section
 from retmask_jax.figures import drawn as _figure
 from retmask_jax.files import write_atomically
 from retmask_jax.page import change, fixed, interval, table
 from retmask_jax.page import count as _n
 from retmask_jax.page import section as _section
-from retmask_jax.wording import axis, directions, is_loss, measure, tree_of
+from retmask_jax.wording import measure, tree_of
 
 _PROFILE = {
     "n_heads": "heads at or above the threshold", "frac": "their share of all heads",
@@ -32,9 +33,16 @@ def write_report(path: Path, results: Mapping[str, Mapping], model: str) -> None
         sections = [
             _header(results), heads_section(results["detect"]), knockout_section(results["knockout"], results["detect"]["heads"]),
             rope_section(results["rope"]), _pairs(results["pairs"]), _training(results["train"]["runs"]),
-            _evaluation(results["eval"]), all_numbers(results),
+            evaluation_section(results["eval"]), all_numbers(results),
         ]  # fmt: skip
     write_atomically(path, page.document(f"Retrieval heads of {model}", sections))
+
+
+def write_comparison(path: Path, results: Mapping[str, Mapping], model: str) -> None:
+    """Write the page of `retmask eval --compare`. results: {"compare": what its stage returned}."""
+    with figures.style():
+        sections = [page.lines(*provenance(results)), evaluation_section(results["compare"], "{}"), all_numbers(results)]
+    write_atomically(path, page.document(f"{model} against other models", sections))
 
 
 # --- sections ---
@@ -51,7 +59,7 @@ def _header(results) -> str:
     for task, by_name in tree_of(rope).items():
         rows += [(f"Rotary pairs, {name}: {measure(task)}", change, number) for name, number in by_name.items()
                  if name == "highest minus lowest quarter"]  # fmt: skip
-    for arm, changes in list(_changes(evaluation).items())[:1]:
+    for arm, changes in list(changes_of(evaluation).items())[:1]:
         rows += [(f"Training, {arm}: change of {measure(task)}", change, number) for task, number in changes.items()]
     return page.lines(*provenance(results)) + table(
         ["", "value [95% interval]", "n"], [[label, write(number), number["n"]] for label, write, number in rows],
@@ -147,56 +155,6 @@ def _training(runs: Mapping[str, Mapping]) -> str:
     )  # fmt: skip
 
 
-def _evaluation(result) -> str:
-    changes, rows, grids = _changes(result["numbers"]), result["rows"], _by_model(result["grids"])
-    panels = {}
-    for task, by_name in tree_of(result["numbers"]).items():
-        means = {arm: number for arm, number in by_name.items() if not arm.endswith(" minus start")}
-        runs = {arm: [row["value"] for row in rows if (row["task"], row["arm"]) == (task, arm)] for arm in means}
-        label = f"{result['metrics'].get(task) or axis(task)} (n = {means['start']['n']})"
-        share = not is_loss(task) and max(number["value"] for number in means.values()) <= 1
-        panels[f"Evaluation: {task}"] = figures.before_after(task, means, runs, label, share=share)
-    maps = {f"{task}: {name}": figures.niah(f"{task}: {name}", cells) for (task, name), cells in grids.items()}
-    seeds = len({row["seed"] for row in rows if row["arm"] != "start"})
-    table_rows = [
-        [task, *(change(by_task[task]) for by_task in changes.values())] for task in next(iter(changes.values()), {})
-    ]
-    return _section(
-        "Evaluation",
-        [directions("Masking the retrieval heads" if arm == "masked" else f"Training with {arm}", by_task)
-         for arm, by_task in changes.items()] + _missing(result["missing"]),
-        _figure(panels, f"Mean over cases and {_n(seeds, 'training seed')}{' (pale dots: single seeds)' if seeds > 1 else ''} "
-                "with its 95% interval, bootstrap over cases. Dotted line: the start model. Text loss: lower is better."),
-        _figure(_forests(changes), "Changes against the start model, paired by case, with 95% intervals: bootstrap over "
-                "cases, not adjusted for the number of tasks. Seeds are held fixed, so an interval does not cover what "
-                "another seed would give; it has no width where no case changes."),
-        table(["change against start", *changes], table_rows),
-        _helmet(result["helmet"]),
-        page.lines(*_grid_means(grids)),
-        _figure(maps, "Recall by length and depth (0%: start of the text), the same scale in every map"
-                + (", means over seeds." if seeds > 1 else ".")),
-    )  # fmt: skip
-
-
-def _helmet(by_model: Mapping[str, Mapping]) -> str:
-    """HELMET's categories and means, in the paper's layout: a row per model and length. A dash where a part is missing."""
-    rows = [[name, length, *(fixed(entry["value"]) for entry in (*found["categories"].values(), *found["means"].values()))]
-            for name, lengths in by_model.items() for length, found in lengths.items()]  # fmt: skip
-    if not rows:
-        return ""
-    first = next(found for lengths in by_model.values() for found in lengths.values())
-    lacking = dict.fromkeys(line for lengths in by_model.values() for found in lengths.values()
-                            for entry in found["categories"].values() for line in entry["missing"])  # fmt: skip
-    note = "HELMET, per cent. Missing parts: " + "; ".join(lacking) + "." if lacking else "HELMET, per cent."
-    return table(["model", "tokens", *first["categories"], *(f"mean, {name}" for name in first["means"])], rows, note=note)
-
-
-def _missing(missing: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
-    """Samples of suites that have no value, a line per model, task and reason."""
-    return [f"{name}, {task}: {n} samples are missing, {why}." for name, tasks in missing.items()
-            for task, reasons in tasks.items() for why, n in reasons.items()]  # fmt: skip
-
-
 def all_numbers(results) -> str:
     """A table of every number of every stage, folded."""
     rows = [[name, *(page.exact(number[key]) for key in ("value", "low", "high", "n"))]
@@ -230,59 +188,6 @@ def _settled(rows: Sequence[Mapping]) -> str:
         return f"The set is the same from {_n(rows[0]['cases'], 'case')} on."
     start, end = rows[changed[-1]], rows[changed[-1] + 1]
     return f"The set still changed between {start['cases']} and {end['cases']} cases (Jaccard {start['jaccard']:.2f})."
-
-
-def _grid_means(grids: Mapping[tuple[str, str], Sequence[Mapping]]) -> list[str]:
-    means: dict[str, list[str]] = {}
-    for (task, name), cells in grids.items():
-        mean = np.average([cell["value"] for cell in cells], weights=[cell["n"] for cell in cells])
-        means.setdefault(task, []).append(f"{mean:.3f} ({name})")
-    return [f"Over all lengths and depths of {task} recall is {', '.join(values)}." for task, values in means.items()]
-
-
-# --- reading results ---
-
-
-def _changes(numbers: Mapping[str, Mapping]) -> dict[str, dict]:
-    """{arm: {task: change against start}}."""
-    changes: dict[str, dict] = {}
-    for task, by_name in tree_of(numbers).items():
-        for name, number in by_name.items():
-            if name.endswith(" minus start"):
-                changes.setdefault(name.removesuffix(" minus start"), {})[task] = number
-    return changes
-
-
-def _by_model(grids: Sequence[Mapping]) -> dict[tuple[str, str], list]:
-    """{(task, model): cells}, or {(task, arm): cells} where an arm has several seeds."""
-    several = len({cell["model"] for cell in grids}) > len({cell["arm"] for cell in grids})
-    groups: dict[tuple[str, str], list] = {}
-    for cell in grids:
-        groups.setdefault((cell["task"], cell["arm" if several else "model"]), []).append(cell)
-    return groups
-
-
-def _forests(changes: Mapping[str, Mapping[str, Mapping]]) -> dict[str, object]:
-    """Forest plots, recall and text loss apart, split where one would not fit on a printed page."""
-    by_task: dict[str, dict] = {}
-    for arm, of_arm in changes.items():
-        for task, number in of_arm.items():
-            by_task.setdefault(task, {})[arm] = number
-    panels, per_panel = {}, max(1, 24 // (1 + len(changes)))
-    for unit, tasks in (("change of recall or score", [task for task in by_task if not is_loss(task)]),
-                        ("change of loss (nats per token)", [task for task in by_task if is_loss(task)])):  # fmt: skip
-        limits = _limits([number for task in tasks for number in by_task[task].values()])
-        for i in range(0, len(tasks), per_panel):
-            shown = {task: by_task[task] for task in tasks[i : i + per_panel]}
-            panels[f"Changes: {', '.join(shown)}"] = figures.forest("Change against start", shown, unit, limits)
-    return panels
-
-
-def _limits(numbers: Sequence[Mapping]) -> tuple[float, float]:
-    """A common axis for intervals and zero."""
-    ends = [0.0] + [number[key] for number in numbers for key in ("value", "low", "high") if number[key] is not None]
-    margin = 0.08 * (max(ends) - min(ends)) or 0.01
-    return min(ends) - margin, max(ends) + margin
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:

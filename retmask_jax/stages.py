@@ -190,6 +190,13 @@ def study_stage(context: Context, folder: Path) -> dict[str, Any]:
     return _page(context, "study", write_study)
 
 
+def comparison_stage(context: Context, folder: Path) -> dict[str, Any]:
+    """One self-contained HTML page from the result of `compare`."""
+    from retmask_jax.report import write_comparison
+
+    return _page(context, "comparison", write_comparison)
+
+
 def _page(context: Context, name: str, write: Callable[..., None]) -> dict[str, Any]:
     """NAME.html in the work directory, from the results of the stages before."""
     path = context.workdir.root / f"{name}.html"
@@ -218,6 +225,7 @@ STAGES = {
     "theta": Stage(("detect",), theta_stage),
     "dynamics": Stage((), dynamics_stage, checkpoint_prints),
     "compare": Stage((), compare_stage, suite_prints),
+    "comparison": Stage(("compare",), comparison_stage),
     "study": Stage(("detect", "detectors", "knockout", "rope", "utility", "theta", "dynamics"), study_stage),
 }
 # What `retmask run` and `retmask study` do, in order.

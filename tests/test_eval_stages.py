@@ -41,7 +41,10 @@ def test_a_model_compared_with_itself_changes_nothing(compared):
         if row["task"] == "text loss":
             assert row["mcnemar"] is None
     rouge = next(number for name, number in result["numbers"].items() if name.startswith("eval/niah/rouge") and "start" in name)
-    assert rouge["n"] == 2 and rouge["value"] > 50
+    assert rouge["n"] == 2 and 0.5 < rouge["value"] <= 1
+    assert result["series"]["niah/rouge 128"] == {"of": "niah/rouge", "at": 128, "axis": "length (tokens)"}
+    page = (root / "comparison.html").read_text()
+    assert page.count("Evaluation: niah/rouge") == 1 and "niah, ROUGE-1 recall: same" in page  # one panel over lengths, and a map
     cells = [cell for cell in result["grids"] if cell["task"] == "niah, ROUGE-1 recall" and cell["model"] == "start"]
     assert sorted((cell["length"], cell["depth"]) for cell in cells) == [(96, 0), (96, 1), (128, 0), (128, 1)]
     assert all(0 <= cell["value"] <= 1 for cell in cells)
@@ -89,9 +92,10 @@ def test_samples_are_paired_by_their_names():
 
 def test_the_table_has_every_model_and_its_test():
     samples = {"start": {"t": np.array([True] * 20 + [False] * 20)}, "new": {"t": np.array([True] * 30 + [False] * 10)}}
-    header, (row,) = table(run_rows(samples, {"new": ("new", 0)}))
-    assert header == ["task", "n", "start", "new", "change", "p"]
-    assert row[:2] == ["t", "40"] and row[3].startswith("0.750 [") and row[4].startswith("+0.250 [") and row[5] == "0.0020"
+    header, (row,) = table(run_rows(samples, {"new": ("new", 0)}), {"t": "string match"})
+    assert header == ["task", "measure", "n", "start", "new", "change", "p"]
+    assert row[:3] == ["t", "string match", "40"] and row[4].startswith("0.750 [") and row[5].startswith("+0.250 [")
+    assert row[6] == "0.0020"
 
 
 @pytest.mark.parametrize("flags, message", [

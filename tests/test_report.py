@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from retmask_jax import figures, page, report
+from retmask_jax import eval_report, figures, page, report
 from retmask_jax.report import write_report
 
 UP, DOWN, ACROSS = (0.1, 0.05, 0.15), (-0.1, -0.15, -0.05), (0.02, -0.03, 0.07)
@@ -122,7 +122,7 @@ def eval_result(arms, seeds, changes):
     grids = [{"model": model, "arm": arm, "seed": seed, "task": "niah", "length": length, "depth": depth,
               **number(0.2 if seed else 0.7, 0, 1, 8)}
              for model, arm, seed in models for length in (128, 256) for depth in (0.0, 0.5, 1.0)]  # fmt: skip
-    return {"rows": rows, "grids": grids, "numbers": numbers, "metrics": {}, "missing": {}, "helmet": {}}
+    return {"rows": rows, "grids": grids, "numbers": numbers, "metrics": {}, "series": {}, "missing": {}, "helmet": {}}
 
 
 def make_results(shape=(4, 8), tasks=("needle", "facts: from memory"), arms=("retmask",), seeds=(0,), counted=20, threshold=0.1,
@@ -368,7 +368,29 @@ def test_suites_have_their_own_units_and_what_is_missing_is_told(tmp_path):
     write_report(tmp_path / "report.html", results, "tiny")
     text = html.unescape((tmp_path / "report.html").read_text())
     assert "start, helmet/narrativeqa 8192: 100 samples are missing, no file." in text
-    assert "<td>retmask-0</td><td>8192</td><td>51.500</td><td>–</td><td>–</td><td>51.500</td>" in text
+    assert "<td>retmask-0</td><td>8192</td><td>51.50 (0.00)</td><td>–</td><td>–</td><td>51.50 (0.00)</td>" in text
     assert "Missing parts: narrativeqa: not run." in text
     assert "substring exact match (n = 40)" in text and "nats per token (n = 40)" in text
     assert "recall on perplexity" not in text
+
+
+def test_a_task_of_several_lengths_is_one_panel_with_a_line_per_model(tmp_path):
+    tasks = {"ruler/vt 512": UP, "ruler/vt 1024": ACROSS, "ruler/cwe 512": UP}
+    results = make_results(tasks=("needle",), changes=tasks)
+    places = {"ruler/vt 512": ("ruler/vt", 512), "ruler/vt 1024": ("ruler/vt", 1024), "ruler/cwe 512": ("ruler/cwe", 512)}
+    results["eval"]["series"] = {task: {"of": of, "at": at, "axis": "length (tokens)"} for task, (of, at) in places.items()}
+    panels = eval_report._panels(results["eval"])
+    assert list(panels) == ["Evaluation: ruler/vt", "Evaluation: ruler/cwe 512"]
+    line = panels["Evaluation: ruler/vt"].axes[0].get_lines()[0]
+    assert line.get_xdata().tolist() == [512, 1024] and line.get_label() == "start"
+
+
+def test_single_models_show_the_exact_test_and_helmet_its_change():
+    result = eval_result(("new",), (0,), {"needle": UP, "loss": UP})
+    for row in result["rows"]:
+        row["mcnemar"] = {"p_value": 0.0312} if row["task"] == "needle" else None
+    table = eval_report._change_table(eval_report.changes_of(result["numbers"]), result["rows"])
+    assert re.search(r"<td>needle</td><td>[^<]*</td><td>0.0312</td>", table)
+    assert re.search(r"<td>loss</td><td>[^<]*</td><td>–", table)
+    assert eval_report._helmet_cell({"value": 53.78}, {"value": 51.5}) == "53.78 (+2.28)"
+    assert eval_report._helmet_cell({"value": 53.78}, {"value": None}) == "53.78"

@@ -7,6 +7,7 @@ import numpy as np
 
 from retmask_jax import stats
 from retmask_jax.page import change, interval, p_value
+from retmask_jax.wording import axis
 
 START = "start"
 
@@ -37,15 +38,18 @@ def arm_numbers(samples: Mapping[str, Mapping[str, np.ndarray]], arms: Mapping[s
     return numbers
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """(header, a row per task) of `run_rows`: every model's mean, and what it changes against the start model."""
+def table(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
+    """(header, a row per task) of `run_rows`: every model's mean, and what it changes against the start model.
+
+    metrics: task of a suite -> what its values are.
+    """
     models = list(dict.fromkeys(row["model"] for row in rows if row["model"] != START))
     by_task: dict[str, dict[str, Mapping]] = {}
     for row in rows:
         by_task.setdefault(row["task"], {})[row["model"]] = row
-    header = ["task", "n", START, *(cell for model in models for cell in (model, "change", "p"))]
+    header = ["task", "measure", "n", START, *(cell for model in models for cell in (model, "change", "p"))]
     return header, [
-        [task, str(found[START]["n"]), interval(found[START]),
+        [task, metrics.get(task) or axis(task), str(found[START]["n"]), interval(found[START]),
          *(cell for model in models for cell in _cells(found[model]))] for task, found in by_task.items()
     ]  # fmt: skip
 

@@ -40,7 +40,7 @@ def niah_cases(prompter: Prompter, sentences: Sequence[str], needles: Sequence[N
 
 def run_niah(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50, batch_size: int = 1,
              interventions: Interventions | None = None, kept: Kept | None = None) -> list[Measured]:  # fmt: skip
-    """Two Measured for each length: "rouge", ROUGE-1 recall x 100 of the answer against the needle's answer part, and
+    """Two Measured for each length: "rouge", ROUGE-1 recall (0 to 1) of the answer against the needle's answer part, and
     "exact", whether its words occur in the answer as they stand. `heat_map` sorts them by depth.
 
     Raises ValueError where a case exceeds the model's context.
@@ -48,13 +48,13 @@ def run_niah(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 
     check_lengths(lm, [case.spec.length + max_new_tokens for case in cases], "needle in a haystack")
     said = answers(lm, [case.tokens for case in cases], interventions, max_new_tokens=max_new_tokens,
                    batch_size=batch_size, kept=kept, what="niah")  # fmt: skip
-    recall = np.array([100 * rouge1_recall(text, case.needle.answer) for text, case in zip(said, cases, strict=True)])
+    recall = np.array([rouge1_recall(text, case.needle.answer) for text, case in zip(said, cases, strict=True)])
     exact, ids = hits(said, cases).astype(float), _ids(cases)
     measured = []
     for length in sorted({case.spec.length for case in cases}):
         rows = [i for i, case in enumerate(cases) if case.spec.length == length]
         names = tuple(ids[i] for i in rows)
-        measured.append(Measured("niah", "rouge", "ROUGE-1 recall x 100", names, recall[rows], False, length))
+        measured.append(Measured("niah", "rouge", "ROUGE-1 recall", names, recall[rows], False, length))
         measured.append(Measured("niah", "exact", "exact match", names, exact[rows], True, length))
     return measured
 

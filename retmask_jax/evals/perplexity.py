@@ -14,6 +14,7 @@ from retmask_jax.model.interventions import Interventions
 from retmask_jax.sequence import token_logprobs
 
 METRIC = "nats per token"
+POSITIONS = "positions "  # what the tasks of `run_positions` are called, before their range
 
 
 def text_windows(tokenizer, sentences: Sequence[str], length: int, n: int) -> np.ndarray:
@@ -84,7 +85,7 @@ def run_positions(lm: LanguageModel, windows: np.ndarray, *, batch_size: int = 1
     """Mean loss of each window over all its tokens, and in each bucket of `position_buckets`: nats per token."""
     losses = token_losses(lm, windows, interventions, batch_size=batch_size, kept=kept)
     buckets = {"all": (1, windows.shape[1])}
-    buckets |= {f"positions {first}-{end - 1}": (first, end) for first, end in position_buckets(windows.shape[1])}
+    buckets |= {f"{POSITIONS}{first}-{end - 1}": (first, end) for first, end in position_buckets(windows.shape[1])}
     return [_measured(name, losses[:, first - 1 : end - 1], windows) for name, (first, end) in buckets.items()]
 
 

@@ -204,7 +204,8 @@ def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measu
     sample."""
     files = [fingerprint(there.resolve(file)) for file in suite_files(suites)]
     mask = mask_hash(shared_mask(there.lm.config, contender.interventions))
-    key = digest([__version__, there.model_fingerprint(), mask, config_json(suites[name]), config_json(there.config.prompt), files])
+    settings = config_json(suites[name]), config_json(there.config.prompt)
+    key = digest([__version__, there.model_fingerprint(), mask, *settings, files])
     path = _store(there) / f"{name}-{key}.json"
     if not path.exists():
         with Kept(path.with_suffix("")) as kept:

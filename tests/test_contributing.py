@@ -1,5 +1,6 @@
 """The worked examples of CONTRIBUTING.md do what the text says."""
 
+import functools
 import importlib
 import json
 import re
@@ -12,6 +13,7 @@ import pytest
 from conftest import GOLDEN, STORED
 from helpers_samples import byte_pairs, said_by, text_of
 from helpers_tiny import CONFIG, copying_params, in_float64, reference_logprob
+from test_architecture import _imports, _modules
 
 from retmask_jax import detectors, dpo, families, recipes
 from retmask_jax.context import Context
@@ -165,10 +167,15 @@ def test_a_task_of_ruler_is_one_entry(add):
 
 def test_every_module_is_on_the_map_and_nothing_else():
     modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
-    rows = re.findall(r"^\| (`.*?) \|", section("Where things are"), re.MULTILINE)
-    named = [name for row in rows for name in re.findall(r"`([\w/]+\.py|[\w/]+/)`", row)]
-    missing = {m for m in modules if m not in named and not any(m.startswith(n) for n in named if n.endswith("/"))}
-    assert not missing and all((PACKAGE / name).exists() for name in named)
+    named = {name for row in mapped() for name in row}
+    assert not {module for module in modules if row_of(module) is None}
+    assert all((PACKAGE / name).exists() for name in named)
+
+
+def test_the_map_goes_the_way_of_the_imports():
+    wrong = [(path.name, used) for _, path in _modules() for used in _imports(path)
+             if row_of(str(path.relative_to(PACKAGE))) < row_of(used.replace(".", "/") + ".py")]  # fmt: skip
+    assert not wrong
 
 
 def test_where_a_head_is_masked_the_score_computed_and_the_loss():
@@ -183,3 +190,16 @@ def test_where_a_head_is_masked_the_score_computed_and_the_loss():
             owner, _, attribute = name.partition(".")
             (found,) = [vars(m)[owner] for m in modules if getattr(vars(m).get(owner), "__module__", "") == m.__name__]
             assert not attribute or attribute in vars(found), name
+
+
+@functools.cache
+def mapped():
+    """Files and folders of each row of the map, in order."""
+    rows = re.findall(r"^\| (`.*?) \|", section("Where things are"), re.MULTILINE)
+    return [re.findall(r"`([\w/]+\.py|[\w/]+/)`", row) for row in rows]
+
+
+def row_of(file):
+    """The number of the row that has a file, or the folder it is in."""
+    inside = {file, file.split("/")[0] + "/", file.removesuffix(".py") + "/"}
+    return next((i for i, row in enumerate(mapped()) if inside & set(row)), None)

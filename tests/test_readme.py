@@ -43,17 +43,6 @@ def numbers(text):
     return [float(number) for number in re.findall(r"-?\d+\.?\d*", text)]
 
 
-def test_commands_and_files_of_the_readme_exist():
-    root = Path(__file__).parent.parent
-    makefile = (root / "Makefile").read_text()
-    for target in re.findall(r"^make ([\w-]+)", README, re.MULTILINE):
-        assert f"\n{target}:" in makefile
-    for name in re.findall(r"--config=(\w+)\b(?!\.)", README):
-        assert (root / "configs" / f"{name}.py").exists(), name
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (root / link).exists(), link
-
-
 def test_the_shares_of_an_h100_are_those_of_its_reports():
     reports = json.loads((PACKAGE / "benchmarks/h100.json").read_text())
     rows = {row["name"].split(",")[0]: row for report in reports for row in report["rows"] if row["target"]}

@@ -22,9 +22,9 @@ from retmask_jax.model.interventions import Interventions
 class Suite:
     """A suite, whose settings are the section of its name under `suites`.
 
-    run(lm, prompter, section, resolve, shared): its Measured; shared: batch_size, interventions and kept, what was
-    measured before a run was cut off. on: the key that turns it on. longest(section): tokens that the model must hold. check(section) raises ValueError for what cannot work.
-    files: keys that name files.
+    run(lm, prompter, section, resolve, shared): its Measured; shared: batch_size, interventions and what was kept of a run
+    that was cut off. on: the key that turns it on. longest(section): tokens that the model must hold. check(section)
+    raises ValueError for what cannot work. files: keys that name files.
     """
 
     run: Callable[..., list[Measured]]

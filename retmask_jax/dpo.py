@@ -1,16 +1,29 @@
 """Losses over sequence log-probabilities, and over pairs of next-token distributions, as pure functions."""
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-KINDS = ("sigmoid", "ipo", "hinge", "simpo")
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A preference loss. of(good, bad, beta, **options): f32[pairs], from the log-probabilities f32[pairs] of chosen and
+    rejected answers, with a reference less the reference's. per_token: takes them per token of the answer. options: those
+    of label_smoothing and gamma that it has."""
+
+    of: Callable[..., jax.Array]
+    options: tuple[str, ...] = ()
+    reference: bool = True
+    per_token: bool = False
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float = 0.1, kind: str = "sigmoid",
              label_smoothing: float = 0.0, gamma: float = 0.0):  # fmt: skip
     """f32[pairs]: a preference loss on log-probabilities f32[pairs] of the model and of the reference.
 
-    With h = (chosen - ref_chosen) - (rejected - ref_rejected), kind is
+    With h = (chosen - ref_chosen) - (rejected - ref_rejected), kind, one of LOSSES, is
     "sigmoid", -log sigmoid(beta h): DPO (arXiv 2305.18290, eq. 7);
     "ipo",     (h - 1 / (2 beta))^2: IPO (arXiv 2310.12036, eq. 17);
     "hinge",   max(0, 1 - beta h): the hinge loss of SLiC on the same h (arXiv 2309.06657);
@@ -20,29 +33,25 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float = 0.1, kind
     Raises ValueError for an unknown kind, and for label_smoothing or gamma where the kind has none.
     """
     check_loss(kind, beta, label_smoothing, gamma)
-    if kind == "simpo":
-        return _wrong_by(beta * (chosen - rejected) - gamma, label_smoothing)
-    advantage = (chosen - ref_chosen) - (rejected - ref_rejected)
-    match kind:
-        case "ipo":
-            return jnp.square(advantage - 1 / (2 * beta))
-        case "hinge":
-            return jax.nn.relu(1 - beta * advantage)
-    return _wrong_by(beta * advantage, label_smoothing)
+    loss, given = LOSSES[kind], {"label_smoothing": label_smoothing, "gamma": gamma}
+    good, bad = (chosen - ref_chosen, rejected - ref_rejected) if loss.reference else (chosen, rejected)
+    return loss.of(good, bad, beta, **{name: given[name] for name in loss.options})
 
 
 def check_loss(kind: str, beta: float, label_smoothing: float, gamma: float) -> None:
     """Raise ValueError for a loss that does not exist or an option that it does not have."""
-    if kind not in KINDS:
-        raise ValueError(f"kind of loss is {kind!r}; it must be one of {', '.join(KINDS)}")
+    if kind not in LOSSES:
+        raise ValueError(f"kind of loss is {kind!r}; it must be one of {', '.join(LOSSES)}")
+    options = LOSSES[kind].options
     if not beta > 0:
         raise ValueError(f"beta is {beta}; it must be more than 0")
-    if label_smoothing and kind not in ("sigmoid", "simpo"):
+    if label_smoothing and "label_smoothing" not in options:
         raise ValueError(f"label_smoothing is {label_smoothing}, which {kind} does not have: set it to 0")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must be at least 0 and less than 0.5")
-    if gamma and kind != "simpo":
-        raise ValueError(f"gamma is {gamma}, which only simpo has, not {kind}: set it to 0")
+    if gamma and "gamma" not in options:
+        having = ", ".join(name for name, loss in LOSSES.items() if "gamma" in loss.options)
+        raise ValueError(f"gamma is {gamma}, which only {having} has, not {kind}: set it to 0")
 
 
 def contrast_loss(normal_BTV, ablated_BTV, strength: float):
@@ -64,6 +73,30 @@ def contrast_loss(normal_BTV, ablated_BTV, strength: float):
     return jnp.sum(jnp.exp(target) * (target - normal), axis=-1)
 
 
+def _sigmoid(good, bad, beta, label_smoothing):
+    return _wrong_by(beta * (good - bad), label_smoothing)
+
+
+def _ipo(good, bad, beta):
+    return jnp.square(good - bad - 1 / (2 * beta))
+
+
+def _hinge(good, bad, beta):
+    return jax.nn.relu(1 - beta * (good - bad))
+
+
+def _simpo(good, bad, beta, label_smoothing, gamma):
+    return _wrong_by(beta * (good - bad) - gamma, label_smoothing)
+
+
 def _wrong_by(logit, share: float):
     """-log sigmoid(logit), where a share of the pairs is the wrong way round."""
     return -(1 - share) * jax.nn.log_sigmoid(logit) - share * jax.nn.log_sigmoid(-logit)
+
+
+LOSSES = {
+    "sigmoid": Loss(_sigmoid, ("label_smoothing",)),
+    "ipo": Loss(_ipo),
+    "hinge": Loss(_hinge),
+    "simpo": Loss(_simpo, ("label_smoothing", "gamma"), reference=False, per_token=True),
+}

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from retmask_jax.dpo import check_loss
+from retmask_jax.dpo import LOSSES, check_loss
 from retmask_jax.model.config import DENSE_LAYERS, Lora
 
 OBJECTIVES = ("dpo", "sft", "contrast")
@@ -76,9 +76,9 @@ class Settings:
     @property
     def has_reference(self) -> bool:
         """Whether the loss compares with the start model's log-probabilities."""
-        return self.objective == "dpo" and self.loss != "simpo"
+        return self.objective == "dpo" and LOSSES[self.loss].reference
 
     @property
     def averages(self) -> bool:
         """Whether log-probabilities are taken per token of the answer."""
-        return self.per_token or self.loss == "simpo"
+        return self.per_token or LOSSES[self.loss].per_token

@@ -1,32 +1,205 @@
 """The worked examples of CONTRIBUTING.md do what the text says."""
 
+import functools
+import importlib
+import json
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN, STORED
+from helpers_samples import byte_pairs, said_by, text_of
+from helpers_tiny import CONFIG, copying_params, in_float64, reference_logprob
+from test_architecture import _imports, _modules
 
-from retmask_jax import families
-from retmask_jax.lm import load
+from retmask_jax import detectors, dpo, families, recipes
+from retmask_jax.context import Context
+from retmask_jax.detector_runs import run_detector
+from retmask_jax.evals import ruler, suites
+from retmask_jax.head_scores import HeadScores
+from retmask_jax.lm import load, save
+from retmask_jax.main import main
+from retmask_jax.model.interventions import mask_heads
+from retmask_jax.objective import part_loss
+from retmask_jax.stages import check_config, train_settings
+from retmask_jax.workdir import Workdir
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+PACKAGE = Path(families.__file__).parent
+SMALL = Path(__file__).with_name("tiny_small.py")
+COPYING = [(1, 0), (1, 1), (1, 2), (1, 3)]  # of the bundled model
 
 
-def test_a_family_is_one_entry(monkeypatch, close):
+def section(heading):
+    return re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE)[1]
+
+
+def printed(heading):
+    """The Python blocks of a section, in order."""
+    return re.findall(r"```python\n(.*?)```", section(heading), re.DOTALL)
+
+
+@pytest.fixture
+def add():
+    """add(code, module, table): runs a printed block as if it ended the module; gives what was entered in the table."""
+    before = []
+
+    def run(code, module, table):
+        entries = getattr(module, table)
+        before.append((entries, dict(entries)))
+        exec(code, vars(module).copy())
+        (name,) = entries.keys() - before[-1][1].keys()
+        return name, entries[name]
+
+    yield run
+    for entries, old in before:
+        entries.clear()
+        entries.update(old)
+
+
+def test_a_family_is_one_entry(add, close):
     folder = GOLDEN / "example"
     with pytest.raises(ValueError, match="model_type 'gemma' is not supported.*CONTRIBUTING.md"):
         load(folder)
-    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
-    exec(re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)[1], vars(families).copy())
+    add(printed("Adding a model family")[0], families, "FAMILIES")
     with np.load(folder / "golden.npz") as golden:
         lm = load(folder)
         close(lm.logits(golden["tokens"])[:, STORED], golden["logits"])
 
 
-def test_every_module_is_on_the_map():
-    package = Path(families.__file__).parent
-    modules = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
-    named = set(re.findall(r"`([\w/]+\.py|[\w/]+/)`", TEXT))
-    missing = {m for m in modules if m not in named and not any(m.startswith(n) for n in named if n.endswith("/"))}
-    assert not missing
+def test_a_detector_is_one_entry(add, tmp_path):
+    """On cases of two lengths its scores are the detector `mass` by the shares of the needle, and find the heads that copy."""
+    changes = {"tasks.detect.lengths": (128, 256), "tasks.detect.per_length": 6, "detectors.names": ("copy", "lift")}
+    overrides = [(key, str(value)) for key, value in changes.items()]
+    with pytest.raises(ValueError, match="detectors.names has 'lift'"):
+        check_config(recipes.load_recipe("tiny", overrides))
+    name, _ = add(printed("Adding a detector")[0], detectors, "DETECTORS")
+    context = Context(recipes.load_recipe("tiny", overrides), Workdir(tmp_path, {}))
+    check_config(context.config)
+    cases = context.cases("detect")
+    run = run_detector(context, name, cases, tmp_path / "lift.json")
+    mass = run_detector(context, "mass", cases, tmp_path / "mass.json")
+    share = [5 / (len(case.tokens) + 2) for case in cases]  # an answer has 5 tokens, predicted from so many on the mean
+    assert HeadScores.load(tmp_path / "lift.json") == run.scores and run.outcomes == ["counted"] * len(cases)
+    assert run.scores.per_case.shape == (4, 8, len(cases))
+    np.testing.assert_allclose(run.scores.per_case * share, mass.scores.per_case, rtol=0.03, atol=1e-3)
+    assert sorted(run.scores.heads(top_k=4)) == COPYING and run.scores.mean.max() > 10
+
+
+def test_a_loss_is_one_entry(add):
+    """The equation in float64, its slope by differences, and the loss of whole rows that are trained on."""
+    overrides = [("train.loss", "apo_zero"), ("train.beta", "0.3")]
+    with pytest.raises(ValueError, match="kind of loss is 'apo_zero'; it must be one of sigmoid"):
+        train_settings(recipes.load_recipe("tiny", overrides), "retmask", 0)
+    name, _ = add(printed("Adding a loss")[0], dpo, "LOSSES")
+
+    def equation(chosen, rejected, ref_chosen, ref_rejected):
+        return 1 - 1 / (1 + np.exp(-0.3 * (chosen - ref_chosen))) + 1 / (1 + np.exp(-0.3 * (rejected - ref_rejected)))
+
+    logps, step = 4 * np.random.default_rng(0).standard_normal((4, 50)) - 10, 1e-5
+    args = [jnp.asarray(x, jnp.float32) for x in logps]
+    np.testing.assert_allclose(dpo.dpo_loss(*args, beta=0.3, kind=name), equation(*logps), rtol=1e-5)
+    slopes = jax.grad(lambda *xs: dpo.dpo_loss(*xs, beta=0.3, kind=name).sum(), (0, 1, 2, 3))(*args)
+    for i, slope in enumerate(slopes):
+        ends = [equation(*(x + sign * step * (i == n) for n, x in enumerate(logps))) for sign in (1, -1)]
+        np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * step), rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="gamma is 0.5, which only simpo has, not apo_zero"):
+        dpo.dpo_loss(*args, kind=name, gamma=0.5)
+
+    settings = train_settings(recipes.load_recipe("tiny", overrides), "retmask", 0)
+    assert settings.has_reference and not settings.averages
+    batch, rng = {"weight": np.float32([0.5, 0.5])}, np.random.default_rng(1)
+    params, logps = copying_params(), []
+    for side, away in (("chosen", [1.0, -2.0]), ("rejected", [0.5, 3.0])):
+        tokens, mask = rng.integers(4, CONFIG.vocab_size, (2, 20)), np.tile(np.arange(20) >= 12, (2, 1))
+        logps.append([reference_logprob(in_float64(params), *row) for row in zip(tokens, mask, strict=True)])
+        batch |= {side: tokens, f"{side}_mask": mask, f"ref_{side}": np.float32(logps[-1]) + np.float32(away)}
+    reference = [batch["ref_chosen"], batch["ref_rejected"]]
+    found, _ = jax.jit(part_loss, static_argnums=(0, 1))(CONFIG, settings, params, batch)
+    np.testing.assert_allclose(found, equation(*np.array(logps), *reference).mean(), rtol=1e-4)
+
+
+def test_a_suite_is_one_entry_and_its_settings(add, tmp_path, capsys):
+    """`retmask eval` compares the bundled model with itself without the heads that copy: needles surprise it then."""
+    code, settings = printed("Adding an evaluation")[:2]
+    add(code, suites, "SUITES")
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        f"import runpy\n\nfrom ml_collections import ConfigDict\n\n\ndef get_config():\n"
+        f"    config = runpy.run_path({str(SMALL)!r})['get_config']()\n    suites = config.suites\n"
+        + "".join(f"    {line}\n" for line in settings.splitlines())
+        + "    config.eval.tasks, config.eval.grids, config.text.file = (), (), ''\n    return config\n"
+    )  # fmt: skip
+    lm = load("bundled")
+    save(lm, tmp_path / "without", mask_heads(lm.config, COPYING))
+    on = {"needles": "bundled/test_needles.jsonl", "haystack": "bundled/test_text.txt", "lengths": "(128,)", "per_cell": "2"}
+    changes = [(f"suites.answer_loss.{key}", value) for key, value in on.items()]
+    suites.check_suites(recipes.load_recipe(str(recipe), changes).suites)
+    with pytest.raises(ValueError, match="suites.answer_loss needs 128 tokens, the model's context is 127"):
+        suites.check_context(recipes.load_recipe(str(recipe), changes).suites, 127)
+    command = ["eval", f"--config={recipe}", f"--workdir={tmp_path / 'work'}", f"--compare=without={tmp_path / 'without'}"]
+    assert main([*command, *(f"--config.{key}={value}" for key, value in changes)]) == 0
+    assert "answer_loss/needle 128" in capsys.readouterr().out
+    result = json.loads((tmp_path / "work/compare/result.json").read_text())
+    assert result["metrics"] == {"answer_loss/needle 128": "nats per token"}
+    start, without = result["rows"]
+    assert start["n"] == 6 and start["value"] < 0.5 and without["change"]["low"] > 1
+
+
+def test_a_task_of_ruler_is_one_entry(add):
+    name, _ = add(printed("Adding an evaluation")[2], ruler, "TASKS")
+    prompter = byte_pairs(900)
+    samples = ruler.ruler_samples(name, prompter, 1200, 3)
+    for sample in samples:
+        text = text_of(prompter, sample)
+        stated = dict(re.findall(r"secret numbers for (\S+) is: (\d{7})\.", text))
+        assert len(stated) == 16 and 1200 - 128 - 60 < len(sample.tokens) <= 1200 - 128
+        asked = re.search(r"What is the secret number for (\S+) stated", text)[1]
+        assert sample.references == (stated[asked],) and stated[asked] in said_by(prompter, sample)[0]
+    suites.check_suites(recipes.load_recipe("default", [("suites.ruler.tasks", f"({name!r},)")]).suites)
+
+
+# --- the map ---
+
+
+def test_every_module_is_on_the_map_and_nothing_else():
+    modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    named = {name for row in mapped() for name in row}
+    assert not {module for module in modules if row_of(module) is None}
+    assert all((PACKAGE / name).exists() for name in named)
+
+
+def test_the_map_goes_the_way_of_the_imports():
+    wrong = [(path.name, used) for _, path in _modules() for used in _imports(path)
+             if row_of(str(path.relative_to(PACKAGE))) < row_of(used.replace(".", "/") + ".py")]  # fmt: skip
+    assert not wrong
+
+
+def test_where_a_head_is_masked_the_score_computed_and_the_loss():
+    """The files and names of the three pointers exist, and each name stands in that file."""
+    table = re.search(r"^\| where is \|.*?\n\n", TEXT, re.DOTALL | re.MULTILINE)[0]
+    rows = [re.findall(r"`([^`]+)`", line) for line in table.splitlines()[2:] if line]
+    assert len(rows) == 3
+    for names in rows:
+        files = [name for name in names if name.endswith(".py")]
+        modules = [importlib.import_module("retmask_jax." + file[:-3].replace("/", ".")) for file in files]
+        for name in set(names) - {*files, "o"}:
+            owner, _, attribute = name.partition(".")
+            (found,) = [vars(m)[owner] for m in modules if getattr(vars(m).get(owner), "__module__", "") == m.__name__]
+            assert not attribute or attribute in vars(found), name
+
+
+@functools.cache
+def mapped():
+    """Files and folders of each row of the map, in order."""
+    rows = re.findall(r"^\| (`.*?) \|", section("Where things are"), re.MULTILINE)
+    return [re.findall(r"`([\w/]+\.py|[\w/]+/)`", row) for row in rows]
+
+
+def row_of(file):
+    """The number of the row that has a file, or the folder it is in."""
+    inside = {file, file.split("/")[0] + "/", file.removesuffix(".py") + "/"}
+    return next((i for i, row in enumerate(mapped()) if inside & set(row)), None)

@@ -1,4 +1,4 @@
-"""The README's experiment runs as printed, and says what it prints."""
+"""The README's experiment runs as printed, and its numbers are those of the reports beside it or of the bundled model."""
 
 import contextlib
 import io
@@ -7,6 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers_documents import PAGES, fences, inline, prose, read, sections, tables
+
+from retmask_jax import causal
+from retmask_jax.context import Context
+from retmask_jax.detectors import DETECTORS
+from retmask_jax.hub import BUNDLED
+from retmask_jax.inspection import describe
+from retmask_jax.model.interventions import Interventions, mask_heads
+from retmask_jax.recipes import load_recipe
+from retmask_jax.workdir import Workdir
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "retmask_jax"
@@ -31,17 +41,6 @@ def test_the_experiment_runs_as_printed_with_one_compile_per_use(caplog):
 
 def numbers(text):
     return [float(number) for number in re.findall(r"-?\d+\.?\d*", text)]
-
-
-def test_commands_and_files_of_the_readme_exist():
-    root = Path(__file__).parent.parent
-    makefile = (root / "Makefile").read_text()
-    for target in re.findall(r"^make ([\w-]+)", README, re.MULTILINE):
-        assert f"\n{target}:" in makefile
-    for name in re.findall(r"--config=(\w+)\b(?!\.)", README):
-        assert (root / "configs" / f"{name}.py").exists(), name
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (root / link).exists(), link
 
 
 def test_the_shares_of_an_h100_are_those_of_its_reports():
@@ -76,3 +75,120 @@ def _cell(row):
     """Memory needed of the memory there is, and the time of a step, from all overlaps to nothing does."""
     seconds = row["seconds"].values()
     return f"{row['needed'] / 2**30:.1f} of {row['limit'] / 2**30:.1f} GiB, {max(seconds):.0f} to {sum(seconds):.0f} s"
+
+
+# --- numbers and their commands ---
+
+# An interval, or a number with a unit of measurement, or a share below 1; versions and papers have other forms.
+MEASURED = re.compile(
+    r"\d\.\d+ \[[^\]]+\]|(?<![\w.-])\d+(?:\.\d+)?(?:%| (?:s|ms|GB|GiB|MB|TFLOP/s|TB/s|seconds|minutes|times)\b)"
+    r"|(?<![\w.-])[-+\N{MINUS SIGN}]?0\.\d+(?!\.?\d)"
+)
+COMMAND = re.compile(r"(?:^|[ /])(?:retmask [a-z]|make [a-z]|python -m \w|pytest )", re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_section_with_measured_numbers_names_the_command_that_prints_them(path):
+    """One number may be said in passing; where there are more, a command stands in the same section."""
+    silent = [name for name, text in sections(read(path)).items() if len(measured(text)) > 1 and not named(text)]
+    assert not silent
+
+
+def test_numbers_without_a_command_are_found():
+    text = "# A\nRecall is 0.91 [0.88, 0.95] and takes 12 s.\n\n## B\njax 0.10.2, arXiv 2404.15574, Llama-3.1, 2 of 16.\n"
+    assert {name: (len(measured(part)), named(part)) for name, part in sections(text).items() if name} == {
+        "A": (2, False), "B": (0, False)
+    }  # fmt: skip
+    assert named("`make demo`") and named("```\nenv/bin/retmask run\n```\n") and not named("make demo, `remake it`")
+
+
+def measured(text):
+    return MEASURED.findall(re.sub(r"`[^`]*`|arXiv \d+\.\d+", "", prose(text)))
+
+
+def named(text):
+    return any(COMMAND.search(code) for code in [*fences(text), *inline(text)])
+
+
+# --- numbers that are in result files ---
+
+
+def test_rows_of_the_panel_are_those_of_its_files():
+    """Every interval of a row is one of its model's; heads, Gini and recalls are those of the panel's table of models."""
+    panel = json.loads((ROOT / "colab/panel/panel.json").read_text())
+    models = {model["model"]: model for model in panel["models"]}
+    rows = [row for path in PAGES for table in tables(read(path)) for row in table if row[0] in models]
+    assert {row[0] for row in rows} == set(models)
+    for name, *cells in rows:
+        known = _triples(json.loads((ROOT / f"colab/panel/{name}.json").read_text())) | _triples(
+            [row for finding in panel["findings"] for row in finding["rows"] if row["model"] == name]
+        )
+        found = [tuple(map(float, triple)) for triple in re.findall(rf"{SIGNED} \[{SIGNED}, {SIGNED}\]", " ".join(cells))]
+        assert found and not [triple for triple in found if triple not in known]
+        model = models[name]
+        values = {round(x, n) for x in (model["gini"], *(model[key]["value"] for key in ("recall", "masked"))) for n in (2, 3)}
+        single = re.findall(r"(?<![\d.+-])\d\.\d+(?! \[)(?![\d\]])", re.sub(r"\S+ \[[^\]]*\]", "", " ".join(cells)))
+        assert single and {float(x) for x in single} <= values and f"{model['heads']} of {model['of']}" in " ".join(cells)
+
+
+def test_times_and_ratios_of_the_benchmarks_agree():
+    """Each ratio is, within the rounding of all three, the peer's time over ours; of memory ours over the peer's."""
+    found = [dict(zip(table[0], row, strict=True)) for path in PAGES for table in tables(read(path)) for row in table[1:]
+             if {"ours", "peer", "times as fast"} <= set(table[0])]  # fmt: skip
+    assert found
+    for row in found:
+        (ours,), peers = _rounded(row["ours"]), _rounded(row["peer"])
+        for (low, high), peer in zip(_rounded(row["times as fast"], unit=""), peers, strict=True):
+            top, bottom = (ours, peer) if "GB" in row["ours"] else (peer, ours)
+            assert low <= top[1] / bottom[0] and top[0] / bottom[1] <= high, row
+
+
+SIGNED = r"([-+\N{MINUS SIGN}]?\d+\.\d+)"
+
+
+def _rounded(text, unit=" (?:s|GB)"):
+    """(least, most) that each number of a cell may have been before it was rounded."""
+    numbers = re.findall(rf"(\d+\.(\d+)){unit}", text)
+    return [(float(x) - 0.5 * 10 ** -len(digits), float(x) + 0.5 * 10 ** -len(digits)) for x, digits in numbers]
+
+
+def _triples(node):
+    """(value, low, high) of every number in a result, to three places, as it is and with the other sign."""
+    if isinstance(node, list):
+        return set().union(*map(_triples, node))
+    if not isinstance(node, dict):
+        return set()
+    found = _triples(list(node.values()))
+    if all(isinstance(node.get(key), float) for key in ("value", "low", "high")):
+        ends = node["value"], node["low"], node["high"]
+        found |= {tuple(round(x, 3) for x in ends), tuple(round(-x, 3) for x in (ends[0], ends[2], ends[1]))}
+    return found
+
+
+# --- numbers of the bundled model ---
+
+
+def test_the_card_says_what_inspect_reads():
+    facts, card = describe(BUNDLED), " ".join((BUNDLED / "README.md").read_text().split())
+    assert f"{round(facts['parameters'] / 1000)}K parameters: {facts['layers']} layers, width {facts['hidden_size']}," in card
+    assert f"{facts['query_heads']} query and {facts['kv_heads']} key/value heads of {facts['head_width']}" in card
+    assert f"SwiGLU {facts['mlp_size']}, RoPE" in card
+    assert f"theta {facts['rope']['full']['theta']:,.0f}, tied embeddings, context {facts['context']})" in card
+    assert f"{facts['vocab_size']} words, one token each" in card
+    totals = {int(total) for total in re.findall(r"\d+ of (\d+) heads", README)}
+    assert totals == {facts["layers"] * facts["query_heads"]}
+
+
+def test_needle_recall_is_what_the_readme_says():
+    """Untouched and without the heads that copy, on the recipe's own cases; heads by a detector that only reads."""
+    context = Context(load_recipe("tiny", [("tasks.detect.lengths", "(128,)")]), Workdir(ROOT / "runs", {}))
+    scores = DETECTORS["copy_position"](context.lm, context.cases("detect")[:20], batch_size=20).scores
+    heads, cases = scores.heads(threshold=0.3), context.cases("needle short")
+    masks = [Interventions(), mask_heads(context.lm.config, heads)]
+    said = causal.answers(context.lm, cases, masks, max_new_tokens=8, batch_size=32)
+    table = next(table for table in tables(README) if {"none", "retrieval"} <= {row[0] for row in table})
+    column = next(i for i, cell in enumerate(table[0]) if "needle recall" in cell and "128" in cell)
+    printed = {row[0]: float(row[column].split()[0]) for row in table[1:]}
+    assert {len(heads)} == {int(n) for n in re.findall(r"(\d+) of \d+ heads", README)}
+    for name, texts in zip(("none", "retrieval"), said, strict=True):
+        assert causal.hits(texts, cases).mean() == pytest.approx(printed[name], abs=0.011), name  # one case of 96

@@ -1,5 +1,6 @@
 """The suites of a config (`config.suites`): which are on, whether their settings can work, and their run on one model."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,39 +17,46 @@ from retmask_jax.haystack import Prompter, read_needles, read_sentences
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.interventions import Interventions
 
-_FILES = {"ruler": ("essay", "qa_1", "qa_2"), "niah": ("needles", "haystack"), "json_kv": (), "rerank": ("file",),
-          "perplexity": ("file",)}  # fmt: skip
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A suite, whose settings are the section of its name under `suites`.
+
+    run(lm, prompter, section, resolve, shared): its Measured; shared: batch_size, interventions and what was kept of a run
+    that was cut off. on: the key that turns it on. longest(section): tokens that the model must hold. check(section)
+    raises ValueError for what cannot work. files: keys that name files.
+    """
+
+    run: Callable[..., list[Measured]]
+    on: str
+    longest: Callable[[Any], int]
+    check: Callable[[Any], None]
+    files: tuple[str, ...] = ()
 
 
 def suites_on(suites) -> list[str]:
     """Names of the suites that a section asks for: those with tasks, lengths or a file."""
-    asked = {"ruler": suites.ruler.tasks, "niah": suites.niah.needles, "json_kv": suites.json_kv.lengths,
-             "rerank": suites.rerank.file, "perplexity": suites.perplexity.file}  # fmt: skip
-    return [name for name, value in asked.items() if value]
+    return [name for name, suite in SUITES.items() if suites[name][suite.on]]
 
 
 def suite_files(suites) -> list[str]:
     """Names of the files that the suites which are on read."""
-    names = {suites[suite][key] for suite in suites_on(suites) for key in _FILES[suite]}
+    names = {suites[name][key] for name in suites_on(suites) for key in SUITES[name].files}
     return sorted(names - {""})
 
 
 def check_suites(suites) -> None:
     """Raise ValueError for a setting that could only fail later."""
     for name in suites_on(suites):
-        _CHECKS[name](suites[name])
+        SUITES[name].check(suites[name])
 
 
 def check_context(suites, max_length: int) -> None:
     """Raise ValueError where a suite's samples exceed a model's context of max_length tokens."""
-    niah = suites.niah
-    lengths = {"ruler": max(suites.ruler.lengths, default=0), "niah": niah.longest + niah.max_new_tokens,
-               "json_kv": max(suites.json_kv.lengths, default=0), "rerank": suites.rerank.length or 0,
-               "perplexity": suites.perplexity.length}  # fmt: skip
     for name in suites_on(suites):
-        if lengths[name] > max_length:
-            raise ValueError(f"suites.{name} needs {lengths[name]} tokens, the model's context is {max_length}: shorten its "
-                             "lengths")  # fmt: skip
+        longest = SUITES[name].longest(suites[name])
+        if longest > max_length:
+            raise ValueError(f"suites.{name} needs {longest} tokens, the model's context is {max_length}: shorten its lengths")
 
 
 def run_suites(lm: LanguageModel, prompter: Prompter, suites, resolve: Callable[[str], Path], *, batch_size: int,
@@ -62,7 +70,7 @@ def run_suites(lm: LanguageModel, prompter: Prompter, suites, resolve: Callable[
     check_suites(suites)
     check_context(suites, lm.config.max_length)
     shared = {"batch_size": batch_size, "interventions": interventions, "kept": kept}
-    return [one for name in on for one in _RUNS[name](lm, prompter, suites[name], resolve, shared)]
+    return [one for name in on for one in SUITES[name].run(lm, prompter, suites[name], resolve, shared)]
 
 
 def _ruler(lm, prompter, section, resolve, shared: dict[str, Any]) -> list[Measured]:
@@ -151,6 +159,15 @@ def _check_positive(suite: str, section, *keys: str) -> None:
             raise ValueError(f"suites.{suite}.{key} is {section[key]!r}; it must be a whole number of at least 1")
 
 
-_CHECKS = {"ruler": _check_ruler, "niah": _check_niah, "json_kv": _check_json_kv, "rerank": _check_rerank,
-           "perplexity": _check_perplexity}  # fmt: skip
-_RUNS = {"ruler": _ruler, "niah": _niah, "json_kv": _json_kv, "rerank": _rerank, "perplexity": _perplexity}
+def _lengths(section) -> int:
+    return max(section.lengths, default=0)
+
+
+SUITES = {
+    "ruler": Suite(_ruler, "tasks", _lengths, _check_ruler, ("essay", "qa_1", "qa_2")),
+    "niah": Suite(_niah, "needles", lambda section: section.longest + section.max_new_tokens, _check_niah,
+                  ("needles", "haystack")),
+    "json_kv": Suite(_json_kv, "lengths", _lengths, _check_json_kv),
+    "rerank": Suite(_rerank, "file", lambda section: section.length or 0, _check_rerank, ("file",)),
+    "perplexity": Suite(_perplexity, "file", lambda section: section.length, _check_perplexity, ("file",)),
+}  # fmt: skip

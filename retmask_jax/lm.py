@@ -112,9 +112,20 @@ def load_tokenizer(folder: Path):
     """The folder's tokenizer, or None if it has none."""
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer
+    return _auto_tokenizer().from_pretrained(folder, local_files_only=True)
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+def _auto_tokenizer():
+    """transformers' class, imported without its advice to install torch, which is not needed here."""
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(quiet)
+    os.environ[quiet] = "1"
+    try:
+        from transformers import AutoTokenizer
+    finally:
+        if before is None:
+            del os.environ[quiet]
+    return AutoTokenizer
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -18,9 +18,9 @@ non-retrieval heads; general tasks stay as they were. Here the needle stands at 
 and an answer ends at EOS or a newline, so what detection finds will differ; `--config.detect.released=True` and
 `--config.tasks.detect.at_start=True` do as the released code did.
 
-HELMET is not part of this library; this writes the trained checkpoint for it:
+HELMET by your own checkout of it, start and trained model side by side:
 
-    retmask export --config=llama3_1_8b --what=retmask-0 --out=trained
+    retmask eval --config=llama3_1_8b --helmet=../HELMET
 """
 
 from ml_collections import ConfigDict

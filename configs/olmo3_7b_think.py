@@ -16,9 +16,9 @@ Published: 30 of 600 detection cases count, Gini 0.850, and HELMET's mean at 64K
 stands at its depth, a copied token counts once and an answer ends at EOS or a newline, so what detection finds will
 differ; `--config.detect.released=True` and `--config.tasks.detect.at_start=True` do as the released code did.
 
-HELMET is not part of this library; this writes the trained checkpoint for it:
+HELMET by your own checkout of it, start and trained model side by side:
 
-    retmask export --config=olmo3_7b_think --what=retmask-0 --out=trained
+    retmask eval --config=olmo3_7b_think --helmet=../HELMET
 """
 
 from ml_collections import ConfigDict

@@ -17,9 +17,9 @@ YaRN (factor 4, original length 32768), which has to be added to the checkpoint'
 at its depth, a copied token counts once and an answer ends at EOS or a newline, so what detection finds will differ;
 `--config.detect.released=True` and `--config.tasks.detect.at_start=True` do as the released code did.
 
-HELMET is not part of this library; this writes the trained checkpoint for it:
+HELMET by your own checkout of it, start and trained model side by side:
 
-    retmask export --config=qwen3_8b --what=retmask-0 --out=trained
+    retmask eval --config=qwen3_8b --helmet=../HELMET
 """
 
 from ml_collections import ConfigDict

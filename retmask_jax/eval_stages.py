@@ -135,6 +135,7 @@ def _measured(context: Context, name: str, contender: Contender) -> dict[str, An
     grid = []
     for task in config.eval.grids:
         outcomes, cases = task_outcomes(there, [task], conditions)
+        samples[task] = outcomes[task][0]
         grid += [{"task": task, **cell} for cell in by_cell(cases[task], outcomes[task][0])]
     return {"samples": samples, "grid": grid, "suites": _suites(there, contender)}
 

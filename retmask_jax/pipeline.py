@@ -23,6 +23,9 @@ from retmask_jax.stages import RUN, STUDY, Context, check_batch, check_config, c
 from retmask_jax.workdir import Workdir, check_free, fingerprint, locked, versions
 
 
+_AT_MOST = 6  # models side by side in a table; of more the numbers are listed, pooled over seeds
+
+
 def run(config, root: Path) -> None:
     """The whole method in order; ends with the table of headline numbers, the report's path and summary.json."""
     _check_prompts(config)
@@ -47,12 +50,15 @@ def _in_order(context: Context, names: Sequence[str], summary: Path, report: Pat
         state = "unchanged" if skipped else f"done in {result['seconds']:.0f} s"
         print(f"{name:<9} {state}", flush=True)
         if not skipped:
-            _table(result["numbers"])
+            _show(name, result)
     if not primary():
         return
     write_json(summary, numbers)
     print()
     _table({name: numbers[name] for name in context.config.headlines if name in numbers})
+    if "eval" in names:
+        print("\nbefore and after training:")
+        _show("eval", context.workdir.result("eval"))
     print(f"every number: {summary}\nreport:       {report}")
 
 
@@ -67,10 +73,7 @@ def one_stage(config, root: Path, name: str) -> dict:
     if primary():
         if skipped:
             print(f"{name}: unchanged since {result['provenance']['created']}")
-        if name in ("eval", "compare"):
-            _print_table(*compare.table(result["rows"], result["metrics"]), justify="right")
-        else:
-            _table(result["numbers"])
+        _show(name, result)
     if name == "compare":
         page_of, _ = run_stage(context, "comparison")
         if primary():
@@ -242,6 +245,15 @@ def _log() -> None:
     """RETMASK_LOG=INFO shows what is going on inside."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("retmask_jax").setLevel(os.environ.get("RETMASK_LOG", "WARNING").upper())
+
+
+def _show(name: str, result: dict) -> None:
+    """A stage's table: of models side by side, or of its numbers."""
+    side_by_side = name in ("eval", "compare") and len({row["model"] for row in result["rows"]}) <= _AT_MOST
+    if not side_by_side:
+        return _table(result["numbers"])
+    _print_table(*compare.table(result["rows"], result["metrics"]), justify="right")
+    print(compare.perplexities(result["rows"]) or "no text loss was measured")
 
 
 def _table(numbers: dict) -> None:

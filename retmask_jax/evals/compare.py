@@ -1,5 +1,6 @@
 """Start against trained models on the same cases: per run, and pooled over the seeds of an arm."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from retmask_jax import stats
 from retmask_jax.page import change, interval, p_value
-from retmask_jax.wording import axis
+from retmask_jax.wording import TEXT_LOSS, axis
 
 START = "start"
 
@@ -52,6 +53,13 @@ def table(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str]) -> tupl
         [task, metrics.get(task) or axis(task), str(found[START]["n"]), interval(found[START]),
          *(cell for model in models for cell in _cells(found[model]))] for task, found in by_task.items()
     ]  # fmt: skip
+
+
+def perplexities(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The perplexity of each model on the text whose loss was measured, in a line; nothing where none was."""
+    losses = {row["model"]: row["value"] for row in rows if row["task"] == TEXT_LOSS}
+    said = ", ".join(f"{name} {math.exp(loss):.3f}" for name, loss in losses.items())
+    return f"perplexity (the exponential of the text loss): {said}" if said else ""
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,6 @@ from retmask_jax.sharding import split_cpu
 from retmask_jax.stages import RUN, STUDY, Context, check_batch, check_config, check_model, run_stage
 from retmask_jax.workdir import Workdir, check_free, fingerprint, locked, versions
 
-
 _AT_MOST = 6  # models side by side in a table; of more the numbers are listed, pooled over seeds
 
 
@@ -249,8 +248,8 @@ def _log() -> None:
 
 def _show(name: str, result: dict) -> None:
     """A stage's table: of models side by side, or of its numbers."""
-    side_by_side = name in ("eval", "compare") and len({row["model"] for row in result["rows"]}) <= _AT_MOST
-    if not side_by_side:
+    beside = name in ("eval", "compare") and len({row["model"] for row in result["rows"]}) <= _AT_MOST
+    if not beside:
         return _table(result["numbers"])
     _print_table(*compare.table(result["rows"], result["metrics"]), justify="right")
     print(compare.perplexities(result["rows"]) or "no text loss was measured")

@@ -1,10 +1,29 @@
 """Retrieval heads in JAX: find them, mask them, train against the masked model.
 
 Everything a user calls is here, as `import retmask_jax as rm`. Names are loaded when first used, so that the command
-line stays quick.
+line stays quick; type checkers and editors read the imports below instead.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from retmask_jax.dpo import dpo_loss
+    from retmask_jax.head_profile import profile
+    from retmask_jax.head_scores import HeadScores
+    from retmask_jax.lm import LanguageModel, from_params, load, save
+    from retmask_jax.model.config import ModelConfig
+    from retmask_jax.model.interventions import (
+        Interventions,
+        mask_heads,
+        mask_queries,
+        mask_rope,
+        random_heads,
+        rope_pairs,
+        stack,
+    )
+    from retmask_jax.model.transformer import forward
+    from retmask_jax.sequence import sequence_logprobs
 
 __version__ = "0.1.0"
 
@@ -18,7 +37,10 @@ _HOME = {
     "sequence_logprobs": "sequence", "dpo_loss": "dpo",
 }  # fmt: skip
 
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "__version__", "load", "save", "LanguageModel", "from_params", "forward", "ModelConfig", "Interventions", "mask_heads",
+    "mask_rope", "mask_queries", "random_heads", "rope_pairs", "stack", "HeadScores", "profile", "sequence_logprobs", "dpo_loss",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -31,6 +31,12 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float = 0.1, kind
                ref_chosen and ref_rejected do not count (None will do), and takes log-probabilities per token.
     label_smoothing: assumed share of pairs whose preference is the wrong way round, of "sigmoid" and "simpo".
     Raises ValueError for an unknown kind, and for label_smoothing or gamma where the kind has none.
+
+    >>> import jax.numpy as jnp, retmask_jax as rm
+    >>> chosen, rejected, start = jnp.array([-1.0, -2.0]), jnp.array([-3.0, -2.0]), jnp.array([-2.0, -2.0])
+    >>> loss = rm.dpo_loss(chosen, rejected, ref_chosen=start, ref_rejected=start, beta=0.5)  # h is 2 and 0
+    >>> [f"{x:.3f}" for x in loss]
+    ['0.313', '0.693']
     """
     check_loss(kind, beta, label_smoothing, gamma)
     loss, given = LOSSES[kind], {"label_smoothing": label_smoothing, "gamma": gamma}

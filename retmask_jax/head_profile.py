@@ -37,7 +37,14 @@ def profile(scores, n_kv_heads, threshold=0.1):
     - over KV groups with a detected head: heads_per_active_group; full_group_fraction, the share of
       those groups whose query heads are all detected.
 
-    Means and shares over nothing are nan. Signed scores raise, as their Gini has no meaning.
+    Means and shares over nothing are nan. Signed scores raise ValueError, as their Gini has no meaning.
+    The names are those of arXiv 2606.21249.
+
+    >>> import retmask_jax as rm
+    >>> scores = rm.HeadScores.from_array([[0.0, 0.0, 0.0, 0.0], [0.5, 0.25, 0.0, 0.0]])
+    >>> found = rm.profile(scores, n_kv_heads=2)
+    >>> found["n_heads"], found["zero_fraction"], found["layer_com"], found["full_group_fraction"]
+    (2, 0.75, 1.0, 1.0)
     """
     mean_LH = scores.mean.astype(np.float64)
     group_size = _group_size(mean_LH.shape[1], n_kv_heads)

@@ -30,6 +30,13 @@ class HeadScores:
     mean: f32[L, H], 0 for a head without a counted case.
     counts: i32[L, H], the number of counted cases.
     Wrong shapes and values that are not finite raise ValueError.
+
+    >>> import retmask_jax as rm
+    >>> scores = rm.HeadScores([[[0.5, 1.0], [0.0, 0.25]], [[0.75], []]])  # 2 layers of 2 heads
+    >>> print(scores.mean, scores.counts)
+    [[0.75  0.125]
+     [0.75  0.   ]] [[2 2]
+     [1 0]]
     """
 
     per_case: np.ndarray
@@ -54,7 +61,12 @@ class HeadScores:
 
     @classmethod
     def from_array(cls, mean_LH):
-        """Scores known only as one number per head, [L, H]: each head counts one case."""
+        """Scores known only as one number per head, [L, H]: each head counts one case.
+
+        >>> import retmask_jax as rm
+        >>> rm.HeadScores.from_array([[0.0, 0.5], [0.25, 0.0]]).per_case.shape
+        (2, 2, 1)
+        """
         mean_LH = np.asarray(mean_LH)
         if mean_LH.ndim != 2:
             raise ValueError(f"from_array needs scores [L, H], got shape {mean_LH.shape}")
@@ -67,6 +79,12 @@ class HeadScores:
         Raises ValueError, in one line with the path, the name and a remedy, for a file that is
         missing or no such JSON, names that are malformed, missing or repeated, and scores that are
         not finite numbers.
+
+        >>> import pathlib, retmask_jax as rm
+        >>> pathlib.Path("scores.json").write_text('{"0-0": [0.5, 1.0], "0-1": []}')
+        30
+        >>> rm.HeadScores.load("scores.json").heads(threshold=0.1)
+        [(0, 0)]
         """
         pairs = _read_pairs(path)
         cases = {_parse_key(path, key): _parse_scores(path, key, pairs[key]) for key in pairs}
@@ -81,7 +99,13 @@ class HeadScores:
         return cls([[cases[i, j] for j in range(n_heads)] for i in range(n_layers)])
 
     def save(self, path):
-        """Writes RetMask's JSON and nothing else, under a temporary name that is then renamed."""
+        """Writes RetMask's JSON and nothing else, under a temporary name that is then renamed.
+
+        >>> import pathlib, retmask_jax as rm
+        >>> rm.HeadScores([[[0.5, 1.0], []]]).save("scores.json")
+        >>> pathlib.Path("scores.json").read_text()
+        '{"0-0": [0.5, 1.0], "0-1": []}\\n'
+        """
         path = Path(path)
         indices = np.ndindex(self.counts.shape)
         text = json.dumps({f"{i}-{j}": self.per_case[i, j].tolist() for i, j in indices})
@@ -99,6 +123,11 @@ class HeadScores:
         Give one of the two: `threshold` keeps every mean >= threshold, compared in f32, so that a
         mean of 0.1 reaches 0.1; `top_k` keeps the k best. Raises ValueError for both or neither, a
         threshold that is not finite, and a top_k beyond the number of heads.
+
+        >>> import retmask_jax as rm
+        >>> scores = rm.HeadScores.from_array([[0.0, 0.5, 0.1], [0.9, 0.0, 0.0]])
+        >>> scores.heads(threshold=0.1), scores.heads(top_k=2)
+        ([(1, 0), (0, 1), (0, 2)], [(1, 0), (0, 1)])
         """
         if (threshold is None) == (top_k is None):
             raise ValueError(f"heads() needs either threshold or top_k, got {threshold=}, {top_k=}")

@@ -30,7 +30,13 @@ _KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A model ready to use: config, params (a pytree) and tokenizer (None where the folder has none)."""
+    """A model ready to use: config, params (a pytree) and tokenizer (None where the folder has none).
+
+    >>> import retmask_jax as rm
+    >>> lm = rm.load("bundled")
+    >>> lm.config.n_layers, lm.config.n_heads, lm.params["embed"]["embedding"].shape
+    (4, 8, (354, 128))
+    """
 
     config: ModelConfig
     params: Any
@@ -41,6 +47,13 @@ class LanguageModel:
         """f32[B,T,V] next-token logits of right-padded tokens i32[B,T], or f32[B,P,V] at positions i32[B,P].
 
         Jitted: one program per shape, whatever the mask. Errors as in `forward`.
+
+        >>> import retmask_jax as rm
+        >>> lm = rm.load("bundled")
+        >>> tokens = lm.tokenizer(["<bos> the home of emma : rome . the home of emma :"])["input_ids"]
+        >>> logits = lm.logits(tokens)
+        >>> logits.shape, lm.tokenizer.convert_ids_to_tokens(int(logits[0, -1].argmax()))
+        ((1, 13, 354), 'rome')
         """
         tokens = check_tokens(self.config, tokens, lengths)
         filled = (interventions or Interventions()).fill(self.config, tokens.shape[0])
@@ -50,18 +63,43 @@ class LanguageModel:
 
     def generate(self, tokens, lengths, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, interventions=None,
                  stop_ids=None) -> Generated:  # fmt: skip
-        """Continue right-padded prompts i32[B,T] of the given lengths i32[B]; see `retmask_jax.generate.generate`."""
+        """Continue right-padded prompts i32[B,T] of the given lengths i32[B] by up to max_new_tokens, N.
+
+        Returns tokens i32[B,N], pad ids after a stop id, and lengths i32[B], the stop id not counted. temperature 0 is
+        greedy. seed: one integer, or i32[B]. stop_ids None: the model's EOS ids; (): never stop. Raises ValueError for a
+        wrong shape, a length of 0 and a prompt that leaves no room. More in `retmask_jax.generate.generate`.
+
+        >>> import retmask_jax as rm
+        >>> lm = rm.load("bundled")
+        >>> tokens = lm.tokenizer(["<bos> the home of emma : rome . the home of emma :"])["input_ids"]
+        >>> masks = [None, rm.mask_heads(lm.config, [(1, 0), (1, 1), (1, 2), (1, 3)])]
+        >>> outs = [lm.generate(tokens, [13], max_new_tokens=2, interventions=mask) for mask in masks]
+        >>> [lm.tokenizer.decode(out.tokens[0].tolist()) for out in outs]  # reads the context, then remembers
+        ['rome .', 'moscow .']
+        """
         return generate(
             self.config, self.params, tokens, lengths, max_new_tokens=max_new_tokens, temperature=temperature,
             top_p=top_p, seed=seed, interventions=interventions, stop_ids=stop_ids,
         )  # fmt: skip
 
     def with_kernel(self, kernel: str) -> "LanguageModel":
-        """The same model with another attention kernel ("auto", "plain", "blocked", "cudnn" or "splash")."""
+        """The same model with another attention kernel ("auto", "plain", "blocked", "cudnn" or "splash").
+
+        >>> import retmask_jax as rm
+        >>> rm.load("bundled").with_kernel("blocked").config.kernel
+        'blocked'
+        """
         return self.replace(config=dataclasses.replace(self.config, kernel=kernel))
 
     def replace(self, **changes) -> "LanguageModel":
-        """A copy with other params (or any other field)."""
+        """A copy with other params (or any other field).
+
+        >>> import jax, retmask_jax as rm
+        >>> lm = rm.load("bundled")
+        >>> halved = lm.replace(params=jax.tree.map(lambda x: x / 2, lm.params))
+        >>> float(halved.params["norm"]["scale"][0] / lm.params["norm"]["scale"][0])
+        0.5
+        """
         return dataclasses.replace(self, **changes)
 
 
@@ -72,6 +110,11 @@ def load(path_or_hub_id: str | os.PathLike, dtype: str = "float32", mesh=None, *
     dtype is that of the parameters and the computation; mesh places the parameters by the sharding rules; revision,
     token and cache_dir are for a hub id, see `retmask_jax.hub.resolve`. Raises ValueError in one line for a missing
     folder, a model the hub does not give out, an unsupported model or a damaged file.
+
+    >>> import retmask_jax as rm
+    >>> lm = rm.load("bundled", dtype="bfloat16")
+    >>> lm.tokenizer("the home of emma :")["input_ids"], str(lm.params["norm"]["scale"].dtype)
+    ([142, 144, 145, 23, 140], 'bfloat16')
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
@@ -86,6 +129,13 @@ def save(lm: LanguageModel, folder: str | os.PathLike, interventions: Interventi
 
     dtype None keeps each tensor's stored dtype, so an untouched model saves back bit for bit. A shared bool head_mask
     is baked in (its columns of o_proj are zero); float, per-row and rotary masks cannot be and raise ValueError.
+
+    >>> import retmask_jax as rm
+    >>> lm = rm.load("bundled")
+    >>> rm.save(lm, "without", rm.mask_heads(lm.config, [(1, 0)]))
+    >>> kernel = rm.load("without").params["blocks"]["0"]["attn"]["o"]["kernel"]  # [L, H * D, E]
+    >>> bool((kernel[1, :32] == 0).all()), bool((kernel[1, 32:] == 0).any())
+    (True, False)
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
@@ -104,7 +154,15 @@ def save(lm: LanguageModel, folder: str | os.PathLike, interventions: Interventi
 
 def from_params(config: ModelConfig, params, tokenizer=None) -> LanguageModel:
     """A LanguageModel around parameters made here; `save` writes it in the format of a family that can express
-    it, see `families.to_hf`."""
+    it, see `families.to_hf`.
+
+    >>> import jax, retmask_jax as rm
+    >>> lm = rm.load("bundled")
+    >>> averaged = jax.tree.map(lambda x, y: (x + y) / 2, lm.params, lm.params)  # of two training runs, say
+    >>> rm.save(rm.from_params(lm.config, averaged, lm.tokenizer), "averaged")
+    >>> rm.load("averaged").config == lm.config
+    True
+    """
     return LanguageModel(config, params, tokenizer, weights.Source(None, {}))
 
 

@@ -21,7 +21,16 @@ def sequence_logprobs(config: ModelConfig, params, tokens, loss_mask, lengths=No
 
     tokens: i32[B,T], right-padded. loss_mask: bool[B,T]; position 0 has nothing before it and never counts. Pure and
     differentiable; logits exist for a chunk of positions at a time only. remat: recompute blocks in the backward pass.
-    Raises ValueError for shapes that do not fit.
+    lengths, interventions and errors as in `forward`; a loss_mask of another shape than the tokens raises ValueError.
+
+    >>> import jax, jax.numpy as jnp, retmask_jax as rm
+    >>> lm = rm.load("bundled")
+    >>> tokens = jnp.array(lm.tokenizer([f"<bos> the home of emma : {x}" for x in ("moscow", "rome")])["input_ids"])
+    >>> answer = jnp.arange(tokens.shape[1]) == 6
+    >>> logprobs = jax.jit(rm.sequence_logprobs, static_argnums=0)
+    >>> logps = logprobs(lm.config, lm.params, tokens, jnp.stack([answer, answer]))
+    >>> print(jnp.exp(logps).round(1))
+    [1. 0.]
     """
     tokens = check_tokens(config, tokens, lengths)
     if jnp.shape(loss_mask) != tokens.shape:

@@ -64,6 +64,15 @@ class ModelConfig:
     """Every architectural difference is a field. Frozen and hashable, so it can be a static argument of `jax.jit`.
 
     Layer i is of kind layer_pattern[i % period]; the repeats of the pattern are scanned, what remains is the tail.
+    Raises ValueError for sizes, choices and patterns that do not fit each other.
+
+    >>> import retmask_jax as rm
+    >>> config = rm.ModelConfig(
+    ...     vocab_size=64, hidden_size=32, mlp_size=48, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=16,
+    ...     max_length=128, layer_pattern=("sliding", "full"), window=32,
+    ... )
+    >>> config.n_pairs, config.repeats, config.tail
+    (8, 2, ('sliding',))
     """
 
     vocab_size: int

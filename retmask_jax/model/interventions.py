@@ -35,6 +35,16 @@ class Interventions:
     "projection" zeroes it in the outputs of q_proj and k_proj before any norm, as arXiv 2606.21249 did, which
     reaches every query head of the group.
     head_mean: f32[L, H, D] or [B, L, H, D]: what a masked head writes, before o_proj, instead of nothing (None).
+    Shapes are checked where a model is at hand, in `fill`, and by whatever runs the model.
+
+    >>> import numpy as np, retmask_jax as rm
+    >>> lm = rm.load("bundled")
+    >>> tokens = lm.tokenizer(["<bos> the home of emma : rome . the home of emma :"])["input_ids"]
+    >>> mask = np.zeros((lm.config.n_layers, lm.config.n_heads), bool)
+    >>> mask[3] = True  # every head of the last layer
+    >>> logits = lm.logits(tokens, interventions=rm.Interventions(head_mask=mask))
+    >>> lm.tokenizer.convert_ids_to_tokens(int(logits[0, -1].argmax()))
+    'rome'
     """
 
     head_mask: Any = None
@@ -44,7 +54,13 @@ class Interventions:
 
     @classmethod
     def none(cls, config: ModelConfig) -> "Interventions":
-        """The untouched model: both masks all-False."""
+        """The untouched model: both masks as arrays, all-False.
+
+        >>> import retmask_jax as rm
+        >>> untouched = rm.Interventions.none(rm.load("bundled").config)
+        >>> untouched.head_mask.shape, untouched.rope_mask.shape, bool(untouched.head_mask.any())
+        ((4, 8), (4, 8, 16), False)
+        """
         return cls().fill(config)
 
     def fill(self, config: ModelConfig, batch: int | None = None) -> "Interventions":
@@ -72,7 +88,17 @@ class Interventions:
                                for name, part in self.given().items()})  # fmt: skip
 
     def __or__(self, other: "Interventions") -> "Interventions":
-        """Both at once: logical or, or the maximum where either is a float gate."""
+        """Both at once: logical or, or the maximum where either is a float gate.
+
+        Raises ValueError for rotary masks of two sites, for shapes that do not fit each other, and where heads that one
+        side masks would write what only the other gives.
+
+        >>> import retmask_jax as rm
+        >>> config = rm.load("bundled").config
+        >>> both = rm.mask_heads(config, [(1, 0)]) | rm.mask_rope(config, [(1, 1)], pairs=[14, 15])
+        >>> int(both.head_mask.sum()), int(both.rope_mask.sum())
+        (1, 2)
+        """
         if not isinstance(other, Interventions):
             return NotImplemented
         if _is_empty(self.rope_mask) or _is_empty(other.rope_mask):
@@ -88,7 +114,17 @@ class Interventions:
 
 
 def stack(interventions: Sequence[Interventions]) -> Interventions:
-    """Many shared masks as one with a leading axis: one mask per row of a batch, or the input of a `jax.vmap`."""
+    """Many shared masks as one with a leading axis: one mask per row of a batch, or the input of a `jax.vmap`.
+
+    Raises ValueError for masks of different rotary sites.
+
+    >>> import retmask_jax as rm
+    >>> lm = rm.load("bundled")
+    >>> tokens = lm.tokenizer(2 * ["<bos> the home of emma : rome . the home of emma :"])["input_ids"]
+    >>> masks = rm.stack([rm.mask_heads(lm.config, heads) for heads in ([], [(1, 0), (1, 1), (1, 2), (1, 3)])])
+    >>> masks.head_mask.shape, lm.tokenizer.convert_ids_to_tokens(lm.logits(tokens, interventions=masks)[:, -1].argmax(-1))
+    ((2, 4, 8), ['rome', 'moscow'])
+    """
     sites = {iv.rope_site for iv in interventions}
     if len(sites) != 1:
         raise ValueError(f"cannot stack interventions of different rotary sites: {sorted(sites)}")
@@ -100,6 +136,11 @@ def mask_heads(config: ModelConfig, heads: Iterable[Head], mean=None) -> Interve
     """Interventions with these (layer, head) masked; ValueError for an index the model does not have.
 
     mean: f32[L,H,D], what the masked heads write instead of nothing (mean-ablation, see `causal.head_means`).
+
+    >>> import retmask_jax as rm
+    >>> mask = rm.mask_heads(rm.load("bundled").config, [(1, 0), (1, 3)])
+    >>> print(mask.head_mask[1])
+    [ True False False  True False False False False]
     """
     head_mask = np.zeros((config.n_layers, config.n_heads), bool)
     for layer, head in _valid_heads(config, heads):
@@ -111,7 +152,13 @@ def mask_queries(config: ModelConfig, heads: Iterable[Head]) -> Interventions:
     """Interventions that zero the query of these (layer, head): such a head weighs all keys alike and still writes their
     mean value, as the block list of arXiv 2404.15574's code does.
 
-    Raises ValueError for a model of which some dimensions are not rotated: masks of rotary pairs do not reach those.
+    Raises ValueError for an index the model does not have, and for a model of which some dimensions are not rotated:
+    masks of rotary pairs do not reach those.
+
+    >>> import retmask_jax as rm
+    >>> mask = rm.mask_queries(rm.load("bundled").config, [(1, 0), (1, 3)])
+    >>> print(mask.rope_mask[1].all(axis=-1))  # every rotary pair of two heads
+    [ True False False  True False False False False]
     """
     if 2 * config.n_pairs < config.head_dim:
         raise ValueError(
@@ -122,7 +169,16 @@ def mask_queries(config: ModelConfig, heads: Iterable[Head]) -> Interventions:
 
 
 def mask_rope(config: ModelConfig, heads: Iterable[Head], pairs: Iterable[int], site: str = "rotary") -> Interventions:
-    """Interventions that take these rotary pairs out of these (layer, head)."""
+    """Interventions that take these rotary pairs out of these (layer, head); site as in `Interventions`.
+
+    Raises ValueError for an index the model does not have and for an unknown site.
+
+    >>> import retmask_jax as rm
+    >>> config = rm.load("bundled").config
+    >>> mask = rm.mask_rope(config, [(1, 0), (1, 3)], rm.rope_pairs(config, 4, "low"))
+    >>> print(mask.rope_mask[1].sum(axis=-1))  # pairs that drop out of each head
+    [4 0 0 4 0 0 0 0]
+    """
     if site not in SITES:
         raise ValueError(f"site is {site!r}; it must be one of {', '.join(SITES)}")
     pairs = [int(pair) for pair in pairs]
@@ -150,6 +206,10 @@ def random_heads(
     """Control heads: `n` of all heads outside `exclude`, or for each head in `like` one of the same layer.
 
     Heads of `like` are themselves excluded. Raises ValueError if a layer (or the model) has too few left.
+
+    >>> import retmask_jax as rm
+    >>> rm.random_heads(rm.load("bundled").config, like=[(1, 0), (1, 1), (3, 7)], seed=0)
+    [(1, 5), (1, 6), (3, 1)]
     """
     if (n is None) == (like is None):
         raise ValueError("random_heads takes either n or like, not both and not neither")
@@ -168,7 +228,15 @@ def random_heads(
 
 
 def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[int]:
-    """Indices of k rotary pairs: the "low"est or "high"est by frequency after scaling, or "random" by seed."""
+    """Indices of k rotary pairs: the "low"est or "high"est by frequency after scaling, or "random" by seed.
+
+    Raises ValueError for more pairs than the model has and for any other word.
+
+    >>> import retmask_jax as rm
+    >>> config = rm.load("bundled").config
+    >>> rm.rope_pairs(config, 4, "low"), rm.rope_pairs(config, 4, "high")
+    ([12, 13, 14, 15], [0, 1, 2, 3])
+    """
     if not 0 <= k <= config.n_pairs:
         raise ValueError(f"k is {k}; the model has {config.n_pairs} rotary pairs")
     by_frequency = np.argsort(inverse_frequencies(config), kind="stable")

@@ -38,6 +38,16 @@ def forward(config: ModelConfig, params, tokens, lengths=None, interventions=Non
     interventions: `Interventions` or None.
     Returns f32[B,T,V], or f32[B,P,V] for the rows positions: i32[B,P]. Raises ValueError for a wrong shape, a length
     beyond the model's context or a mask that does not fit, before anything is compiled.
+
+    >>> import jax, jax.numpy as jnp, retmask_jax as rm
+    >>> lm = rm.load("bundled")
+    >>> tokens = jnp.array(lm.tokenizer(["<bos> the home of emma : rome . the home of emma :"])["input_ids"])
+    >>> rome = tokens[0, 6]
+    >>> def logit(gate):
+    ...     return rm.forward(lm.config, lm.params, tokens, interventions=rm.Interventions(head_mask=gate))[0, -1, rome]
+    >>> importance = -jax.jit(jax.grad(logit))(jnp.zeros((lm.config.n_layers, lm.config.n_heads)))
+    >>> importance.shape, int(importance.sum(axis=1).argmax())  # of each head, and the layer that matters most
+    ((4, 8), 1)
     """
     tokens = check_tokens(config, tokens, lengths)
     x_BTE = hidden(config, params, tokens, interventions, longest=longest_row(tokens, lengths)).x_BTE

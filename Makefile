@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow notebooks lint clean
 
 setup: .venv/.installed
 
@@ -22,6 +22,9 @@ test: .venv/.tested lint
 
 test-slow: .venv/.tested
 	$(BIN)/python -m pytest -q -m slow tests
+
+notebooks: .venv/.tested
+	$(BIN)/python tests/make_notebooks.py
 
 lint: .venv/.tested
 	$(BIN)/ruff check .

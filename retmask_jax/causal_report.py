@@ -110,22 +110,43 @@ def _minimal(minimal: Mapping | None) -> str:
 
 def rope_section(result) -> str:
     """The result of `rope`."""
-    ks, sentences, panels = result["pairs"], [], {}
+    ks, sentences = result["pairs"], []
     for task, by_name in tree_of(result["numbers"]).items():
         rows = [row for row in result["rows"] if row["task"] == task]
-        panels |= _dose_panels(task, rows, by_name, ks, result["n_pairs"])
         pooled = _pooled(rows, by_name, _DOSES, "rotary")
         sentences += _doses(task, pooled, by_name, ks[len(ks) // 2], result["n_pairs"])
     waves = [[k, *(_wavelengths(result, kind, k) for kind in ("lowest", "highest"))] for k in ks]
     return section(
         "Rotary dose-response", sentences,
-        drawn(panels, "Pairs are taken out of the queries of the retrieval heads, lowest or highest frequency first, or at "
+        drawn(dose_figures(result),
+              "Pairs are taken out of the queries of the retrieval heads, lowest or highest frequency first, or at "
               "random; as a control the lowest out of other heads of the same layers. Pale dots: random draws; line: "
               "their mean. 95% interval: Wilson for a single choice, bootstrap over cases for a mean over draws."
               + _legend(result["rows"])),
         table(["pairs taken out", "wavelengths of the lowest (tokens)", "of the highest (tokens)"], waves),
         _spectra(result), _variance(result), _single_heads(result), _costs(result["costs"]),
     )  # fmt: skip
+
+
+def dose_figures(result) -> dict[str, object]:
+    """Recall by the number of rotary pairs taken out, from the result of `rope`: name -> Figure."""
+    panels = {}
+    for task, by_name in tree_of(result["numbers"]).items():
+        rows = [row for row in result["rows"] if row["task"] == task]
+        panels |= _dose_panels(task, rows, by_name, result["pairs"], result["n_pairs"])
+    return panels
+
+
+def spectrum_figures(result) -> dict[str, object]:
+    """Recall without each part of the spectrum, from the result of `rope`: name -> Figure."""
+    panels = {}
+    for task, by_name in tree_of(result["numbers"]).items():
+        shown = [row for row in result["rows"] if row["task"] == task and row["experiment"] == "windows"]
+        if shown:
+            panels[f"Parts of the spectrum: {task}"] = causal_figures.spectrum(
+                f"{task}: a part of the spectrum out", shown, by_name["none"], result["wavelengths"], result["context"]
+            )
+    return panels
 
 
 def _dose_panels(task, rows, by_name, ks, n_pairs) -> dict[str, object]:
@@ -163,17 +184,11 @@ def _legend(rows) -> str:
 
 def _spectra(result) -> str:
     """Recall without each part of the spectrum."""
-    panels, sentences = {}, []
-    waves, context = result["wavelengths"], result["context"]
-    for task, by_name in tree_of(result["numbers"]).items():
-        shown = [row for row in result["rows"] if row["task"] == task and row["experiment"] == "windows"]
-        if shown:
-            panels[f"Parts of the spectrum: {task}"] = causal_figures.spectrum(
-                f"{task}: a part of the spectrum out", shown, by_name["none"], waves, context)  # fmt: skip
-            sentences.append(_centre(task, by_name))
-    return page.lines(*sentences) + drawn(
-        panels, "The rotary pairs in windows of equal number, each taken out in turn; placed by the geometric mean of the "
-        "wavelengths, 2 pi over the frequency after scaling. 95% interval: Wilson.")  # fmt: skip
+    swept = {row["task"] for row in result["rows"] if row["experiment"] == "windows"}
+    sentences = [_centre(task, by_name) for task, by_name in tree_of(result["numbers"]).items() if task in swept]
+    caption = ("The rotary pairs in windows of equal number, each taken out in turn; placed by the geometric mean of the "
+               "wavelengths, 2 pi over the frequency after scaling. 95% interval: Wilson.")  # fmt: skip
+    return page.lines(*sentences) + drawn(spectrum_figures(result), caption)
 
 
 def _centre(task: str, by_name) -> str:

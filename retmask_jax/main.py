@@ -1,6 +1,8 @@
 """The `retmask` command: parses, dispatches, nothing else."""
 
 import argparse
+import difflib
+import re
 import sys
 import time
 from pathlib import Path
@@ -24,6 +26,7 @@ _STAGES = {
     "study": "detect, detectors, knockout, rope, utility, theta and dynamics in order, and study.html",
     "pretrain": "train the tiny model from its recipe, with its data files",
     "export": "write a masked or trained model as a Hugging Face checkpoint, or pairs",
+    "doctor": "whether this machine can work: versions, devices, kernels, memory, hub, and what to install",
     "inspect": "show a model as it is read from its config.json: layers, heads, RoPE, memory",
     "profile": "how many retrieval heads models have, how concentrated and where: one table over many models",
     "panel": "what the studies of several models have in common: each finding with its interval and p-value",
@@ -51,8 +54,9 @@ _BENCHMARKS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 1 where a benchmark's results disagree or a training step does not fit a
-    topology, 2 after one line about a user's mistake, or 143 after SIGTERM and a checkpoint."""
+    """Entry point; returns the exit status: 0, 1 where a benchmark's results disagree, a training step does not fit a
+    topology or `doctor` finds that nothing works, 2 after one line about a user's mistake, or 143 after SIGTERM and a
+    checkpoint."""
     try:
         arguments, overrides = _parse(sys.argv[1:] if argv is None else argv)
         return _dispatch(arguments, overrides)
@@ -67,17 +71,42 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+_EXAMPLES = """
+examples:
+  retmask doctor                                     can this machine work?
+  retmask run --config=tiny                          the whole method on the bundled model
+  retmask detect --config=tiny --config.detect.threshold=0.05 --workdir=runs/low
+  retmask study --config=tiny_study                  detectors, knock-outs, rotary pairs
+  retmask eval --config=tiny --compare mine=my_model --workdir=runs/compared
+  retmask export --config=tiny --what=retmask-0 --out=my_model
+
+exit status: 0 done; 1 a check failed (bench, doctor, train --aot) or a bug; 2 a mistake in the call, told in
+one line; 130 interrupted; 143 stopped by SIGTERM after a checkpoint: the same command goes on
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(f"{message} (`{self.prog} --help` lists what there is)")
+        raise ValueError(f"{message}{self._meant(message)} (`{self.prog} --help` lists what there is)")
+
+    def _meant(self, message: str) -> str:
+        """The stage that an unknown one is closest to."""
+        unknown = re.search(r"invalid choice: '([^']*)'", message)
+        close = difflib.get_close_matches(unknown[1], re.findall(r"[\w-]+", message.split("choose from")[-1])) if unknown else []
+        return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _parse(argv: list[str]):
-    parser = _Parser(prog="retmask", description="Find retrieval heads, mask them, train against the masked model.")
+    parser = _Parser(prog="retmask", description="Find retrieval heads, mask them, train against the masked model.",
+                     epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--version", action="version", version=__version__)
     stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
     for name, text in _STAGES.items():
         stage = stages.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+        if name == "doctor":
+            stage.add_argument("--workdir", type=Path, default=Path("runs"), help="where results would go (default: runs)")
+            stage.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
+            continue
         if name == "inspect":
             stage.add_argument("model", metavar="MODEL", help='folder, hub id or "bundled"; no weights are read')
             stage.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -117,7 +146,8 @@ def _parse(argv: list[str]):
             )
             stage.add_argument("--out", required=True, help="folder or file to write")
     arguments, rest = parser.parse_known_args(argv)
-    return arguments, [_override(text) for text in rest]
+    flags = [flag for action in stages.choices[arguments.stage]._actions for flag in action.option_strings]
+    return arguments, [_override(text, flags) for text in rest]
 
 
 def _named_model(text: str) -> tuple[str, str]:
@@ -184,19 +214,23 @@ def _add_benchmarks(stage) -> None:
         one.add_argument("--out", type=Path, help="file for the result as JSON")
 
 
-def _override(text: str) -> tuple[str, str]:
+def _override(text: str, flags: list[str]) -> tuple[str, str]:
     key, equals, value = text.removeprefix("--config.").partition("=")
     if not text.startswith("--config.") or not equals:
-        raise ValueError(f"unknown argument {text!r}; config keys are set as --config.KEY=VALUE")
+        close = difflib.get_close_matches(text.partition("=")[0], flags, n=1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"unknown argument {text!r}{meant}; config keys are set as --config.KEY=VALUE")
     return key, value
 
 
 def _dispatch(arguments, overrides) -> int:
-    if arguments.stage in ("inspect", "profile", "panel", "bench"):
+    if arguments.stage in ("doctor", "inspect", "profile", "panel", "bench"):
         if overrides:
             raise ValueError(f"{arguments.stage} reads no config: --config.{overrides[0][0]} does not apply")
         from retmask_jax import pipeline
 
+        if arguments.stage == "doctor":
+            return 0 if pipeline.examine(arguments.workdir, arguments.json) else 1
         if arguments.stage == "inspect":
             pipeline.inspect(arguments.model, arguments.json)
             return 0

@@ -1,5 +1,6 @@
 """What the command's stages do around their work: open the work directory, run, show a table, write the summary."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -7,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from retmask_jax import aot, assets, finished, inspection, page, panel_report
+from retmask_jax import aot, assets, doctor, finished, inspection, page, panel_report
 from retmask_jax.data.preference_dataset import export_pairs
 from retmask_jax.data.released import iter_pairs
 from retmask_jax.evals import compare
@@ -135,6 +136,19 @@ def inspect(model: str, as_json: bool) -> None:
         print(json.dumps({"model": model} | facts, indent=1))
     else:
         _print_table(("model", model), inspection.rows(facts))
+
+
+def examine(root: Path, as_json: bool) -> bool:
+    """Whether this machine can work, line by line, and what to do about what is not as it could be."""
+    join(None)
+    findings = doctor.examine(root)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    else:
+        _print_table(("", "", "found", "to do"), doctor.rows(findings))
+    for finding in doctor.failed(findings):
+        print(f"retmask: {finding.name}: {finding.value}; {finding.todo}", file=sys.stderr)
+    return not doctor.failed(findings)
 
 
 def profile(sources: Sequence[Path], kv_heads: Sequence[int], threshold: float | None, gain: str | None,

@@ -70,7 +70,7 @@ def _override(config, key: str, text: str) -> None:
     node = config
     for part in (*parents, last):
         if not hasattr(node, "keys") or part not in node:
-            raise ValueError(f"there is no config key {key!r}{_hint(key, _all_keys(config))}")
+            raise ValueError(f"there is no config key {key!r}{_key_hint(key, _all_keys(config))}")
         parent, node = node, node[part]
     with parent.unlocked():
         parent[last] = _parse(key, text, node)
@@ -101,6 +101,12 @@ def _all_keys(config, prefix: str = "") -> list[str]:
     for name, value in config.items():
         keys += _all_keys(value, f"{prefix}{name}.") if hasattr(value, "items") else [prefix + name]
     return keys
+
+
+def _key_hint(key: str, known: Sequence[str]) -> str:
+    """The closest key; else one of the same last name, in another section."""
+    elsewhere = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    return _hint(key, known) or (f" (did you mean {elsewhere[0]!r}?)" if elsewhere else "")
 
 
 def _hint(name: str, known: Sequence[str]) -> str:

@@ -20,6 +20,8 @@ def refused(capsys, tmp_path, monkeypatch):
     # The command sets its logger's level for the whole process.
     monkeypatch.setattr(logging.getLogger("retmask_jax"), "level", logging.NOTSET)
 
+    jax.numpy.asarray(np.zeros((4, 8), bool))  # handing a small array to the device may compile once in a process
+
     def run(*arguments, compiles=False):
         counted = []
         jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: counted.append(event))

@@ -250,6 +250,11 @@ def _over_heads(function, q_BKGTD, keys: Keys):
     return out.reshape(batch, kv_heads, *out.shape[1:])
 
 
+def kernel_for(backend: str, dtype: str, length: int, width: int) -> str:
+    """The kernel that is chosen for a prompt of `length` tokens by itself, heads of `width`, no window and no cap."""
+    return _choose("auto", backend, dtype, length, width, True, Scores(width**-0.5))
+
+
 @functools.cache
 def _choose(kernel: str, backend: str, dtype: str, length: int, width: int, alone: bool, scores: Scores) -> str:
     """The kernel of `length` queries, alone with their own keys or behind others; logged once per kind of call."""

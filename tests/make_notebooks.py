@@ -1,0 +1,92 @@
+"""Runs the notebooks of colab/ and keeps what they print and draw: `make notebooks`, or with the names of some.
+
+    python tests/make_notebooks.py [1_quickstart ...]
+
+Progress bars, warnings, times and temporary paths are left out, so that a notebook changes only where its results do.
+"""
+
+import hashlib
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nbclient
+import nbformat
+
+FOLDER = Path(__file__).parent.parent / "colab"
+_SETTING = re.compile(r'^CONFIG = .*$', re.MULTILINE)
+
+
+def run(notebook, folder: Path, config: str | None = None, timeout: int = 1200) -> None:
+    """Execute all cells but the installing one in a folder; config: instead of the notebook's own."""
+    kept = [cell.source for cell in notebook.cells]
+    for cell in notebook.cells:
+        if cell.source.startswith("%pip install"):
+            cell.source = ""
+        if config is not None and cell.cell_type == "code":
+            cell.source = _SETTING.sub(f"CONFIG = {config!r}", cell.source)
+    # `!retmask` finds the command of this Python; a notebook needs no more than the default of a terminal's colours.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    try:
+        nbclient.NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": folder}}).execute()
+    finally:
+        for cell, source in zip(notebook.cells, kept, strict=True):
+            cell.source = source
+
+
+def clean(notebook, folder: Path) -> None:
+    """Leave of the outputs what a reader wants and a second run gives again, and say which sources gave it."""
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type != "code":
+            continue
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        for output in cell.outputs:
+            if "text" in output:
+                output["text"] = _plain(output["text"], folder)
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+        "sources": sources(notebook),
+    }
+
+
+def sources(notebook) -> str:
+    """A hash of the code that made the outputs."""
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\n\n".join(code).encode()).hexdigest()[:16]
+
+
+def texts(notebook) -> list[str]:
+    """What each code cell has printed and returned, as text; pictures by their place alone."""
+    return ["\n".join(_text(output) for output in cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def _text(output) -> str:
+    data = output.get("data", {})
+    return "(a picture)" if "image/png" in data else output.get("text", "") or data.get("text/plain", "")
+
+
+def _plain(text: str, folder: Path) -> str:
+    """Without what progress bars have overwritten, colours, seconds and temporary folders."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text.replace(str(folder), ""))
+    text = re.sub(r"^.*\r", "", text, flags=re.MULTILINE)
+    return re.sub(r"^(\w+: )\d+ s$", r"\1done", text, flags=re.MULTILINE)
+
+
+def main(names: list[str]) -> None:
+    for path in sorted(FOLDER.glob("*.ipynb")):
+        if names and path.stem not in names:
+            continue
+        notebook = nbformat.read(path, as_version=4)
+        with tempfile.TemporaryDirectory() as folder:
+            run(notebook, Path(folder))
+            clean(notebook, Path(folder))
+        nbformat.write(notebook, path)
+        print(f"wrote {path.name}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

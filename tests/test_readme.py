@@ -192,3 +192,10 @@ def test_needle_recall_is_what_the_readme_says():
     assert {len(heads)} == {int(n) for n in re.findall(r"(\d+) of \d+ heads", README)}
     for name, texts in zip(("none", "retrieval"), said, strict=True):
         assert causal.hits(texts, cases).mean() == pytest.approx(printed[name], abs=0.011), name  # one case of 96
+
+
+def test_messages_of_the_troubleshooting_table_are_those_of_the_code():
+    section = README.split("## When something goes wrong")[1].split("\n## ")[0]
+    messages = re.findall(r"^\| `([^`]*)`", section, re.MULTILINE)
+    code = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    assert len(messages) >= 10 and [message for message in messages if message not in code] == []

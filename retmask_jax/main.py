@@ -11,27 +11,48 @@ from retmask_jax import __version__
 from retmask_jax.hosts import primary
 
 _STAGES = {
-    "detect": "score every head by copying from needles and pick the retrieval heads",
-    "knockout": "mask the retrieval heads and random others, measure every task",
-    "rope": "take rotary pairs out of the retrieval heads, lowest or highest frequency first",
+    "detect": "score heads by copying from needles, pick the retrieval heads",
+    "knockout": "mask the retrieval heads and others, measure every task",
+    "rope": "take rotary pairs out of the retrieval heads, by frequency",
     "pairs": "sample normal and ablated answers to unlabelled prompts",
-    "train": "train with DPO to prefer the normal answers, and the controls",
-    "eval": "recall, context-following, closed-book recall and text loss before and after",
+    "train": "train with DPO to prefer the normal answers; the controls",
+    "eval": "tasks and suites before and after; or compare models",
     "report": "write report.html from the results of all stages",
-    "run": "all stages above in order, each skipped if its inputs have not changed",
-    "detectors": "compare detectors of retrieval heads: agreement, stability, speed, recall with their heads masked",
-    "utility": "compare the query norms of retrieval heads and others, by head and by rotary pair",
-    "theta": "change the RoPE base at inference, measure recall and count the heads",
+    "run": "all stages above in order, each skipped where nothing changed",
+    "detectors": "compare detectors: agreement, stability, speed, masked recall",
+    "utility": "query norms of retrieval heads against others, by rotary pair",
+    "theta": "change the RoPE base at inference: recall, and which heads",
     "dynamics": "detect heads in the checkpoints of a training run",
-    "study": "detect, detectors, knockout, rope, utility, theta and dynamics in order, and study.html",
-    "pretrain": "train the tiny model from its recipe, with its data files",
-    "export": "write a masked or trained model as a Hugging Face checkpoint, or pairs",
-    "doctor": "whether this machine can work: versions, devices, kernels, memory, hub, and what to install",
-    "inspect": "show a model as it is read from its config.json: layers, heads, RoPE, memory",
-    "profile": "how many retrieval heads models have, how concentrated and where: one table over many models",
-    "panel": "what the studies of several models have in common: each finding with its interval and p-value",
-    "bench": "compare speed, memory and results with what others run",
+    "study": "detect, knockout, rope and these four in order; study.html",
+    "pretrain": "train a tiny model from its recipe, with its data files",
+    "export": "write a masked or trained model for HF tools, or pairs",
+    "doctor": "can this machine work? versions, devices, what to install",
+    "inspect": "what a model is, by its config.json: layers, RoPE, memory",
+    "profile": "retrieval heads of many models: how many, where, how sparse",
+    "panel": "findings of several studies side by side, with intervals",
+    "bench": "speed, memory and results against what others run",
 }
+# What the help of a stage shows; of one that is not here the general form is enough.
+_EXAMPLES_OF = {
+    "detect": ("retmask detect --config=tiny --config.detect.threshold=None --config.detect.top_k=8 --workdir=runs/top8",
+               "retmask detect --config=qwen3_8b --config.detect.scores=published.json"),
+    "rope": ("retmask rope --config=tiny", "retmask rope --config=tiny_study --config.rope.windows=16 --workdir=runs/windows"),
+    "pairs": ("retmask pairs --config=llama3_1_8b --config.pairs.prompts=chats.jsonl.gz --workdir=runs/llama",),
+    "train": ("retmask train --config=llama3_1_8b --aot=v5e:4x4",
+              "retmask train --config=tiny --config.train.loss=ipo --workdir=runs/ipo"),
+    "eval": ("retmask eval --config=tiny --compare mine=my_model --workdir=runs/compared",
+             "retmask eval --config=llama3_1_8b --lm_eval=gsm8k,mmlu --helmet=../HELMET"),
+    "run": ("retmask run --config=tiny", "retmask run --config=llama3_1_8b --config.mesh.fsdp=8 --workdir=runs/llama"),
+    "study": ("retmask study --config=tiny_study",),
+    "pretrain": ("retmask pretrain --config=panel_qwen3 --config.pretrain.seed=1 --workdir=runs/panel_qwen3-1",),
+    "export": ("retmask export --config=tiny --what=retmask-0 --out=my_model",
+               "retmask export --config=tiny --heads 1-0 1-2 --out=masked"),
+    "doctor": ("retmask doctor", "retmask doctor --json"),
+    "inspect": ("retmask inspect bundled", "retmask inspect Qwen/Qwen3-8B --json"),
+    "profile": ("retmask profile runs/llama runs/qwen --out=profiles",),
+    "panel": ("retmask panel runs/llama runs/qwen --out=panel",),
+    "bench": ("retmask bench generate", "retmask bench dpo --size=30m --repeats=3"),
+}  # fmt: skip
 
 # Flags of each benchmark: what is compared, then name -> (default, help). None: depends on the size.
 _BENCHMARKS = {
@@ -96,13 +117,19 @@ class _Parser(argparse.ArgumentParser):
         return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def _examples(name: str) -> str:
+    lines = _EXAMPLES_OF.get(name, (f"retmask {name} --config=tiny", f"retmask {name} --config=FILE.py --workdir=FOLDER"))
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
 def _parse(argv: list[str]):
     parser = _Parser(prog="retmask", description="Find retrieval heads, mask them, train against the masked model.",
                      epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--version", action="version", version=__version__)
     stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
     for name, text in _STAGES.items():
-        stage = stages.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+        stage = stages.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False,
+                                  epilog=_examples(name), formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
         if name == "doctor":
             stage.add_argument("--workdir", type=Path, default=Path("runs"), help="where results would go (default: runs)")
             stage.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
@@ -120,7 +147,7 @@ def _parse(argv: list[str]):
         if name == "bench":
             _add_benchmarks(stage)
             continue
-        stage.epilog = "Any key of the config can be set: --config.train.steps=10"
+        stage.epilog = f"Any key of the config can be set: --config.train.steps=10\n\n{_examples(name)}"
         stage.add_argument("--config", default="tiny", help="name of a recipe or path of a .py file (default: tiny)")
         stage.add_argument("--workdir", help="folder for all results (default: runs/NAME_OF_CONFIG)")
         if name == "train":

@@ -46,6 +46,8 @@ def clean(notebook, folder: Path) -> None:
         for output in cell.outputs:
             if "text" in output:
                 output["text"] = _plain(output["text"], folder)
+            if "text/plain" in output.get("data", {}):
+                output["data"]["text/plain"] = _plain(output["data"]["text/plain"], folder)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -71,7 +73,7 @@ def _text(output) -> str:
 
 def _plain(text: str, folder: Path) -> str:
     """Without what progress bars have overwritten, colours, seconds and temporary folders."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text.replace(str(folder), ""))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text.replace(str(folder), "").replace("\r\n", "\n"))
     text = re.sub(r"^.*\r", "", text, flags=re.MULTILINE)
     return re.sub(r"^(\w+: )\d+ s$", r"\1done", text, flags=re.MULTILINE)
 

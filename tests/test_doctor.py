@@ -1,10 +1,13 @@
 """`retmask doctor` says what is there and what to do, and ends with 1 where nothing would work; help for slips of the pen."""
 
 import json
+import re
+import shlex
 
 import pytest
 
-from retmask_jax import doctor
+from retmask_jax import doctor, recipes
+from retmask_jax import main as command
 from retmask_jax.main import main
 
 
@@ -57,3 +60,21 @@ def test_slips_of_the_pen_are_understood(arguments, meant, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert meant in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage", [None, *command._STAGES])
+def test_examples_of_the_help_are_right_and_stages_take_a_line(stage, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"] if stage is None else [stage, "--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    if stage is None:
+        for name, text in command._STAGES.items():
+            assert re.search(rf"^    {name}\s+{re.escape(text)}$", shown, re.MULTILINE)
+    examples = re.findall(r"^  retmask (.*?)(?:   +.*)?$", shown.split("examples:")[1], re.MULTILINE)
+    assert examples
+    for example in examples:
+        arguments, overrides = command._parse(shlex.split(example))
+        if not example.endswith("FOLDER") and "config" in arguments:
+            recipes.load_recipe(arguments.config, overrides)

@@ -1,4 +1,4 @@
-"""Every notebook runs, at small size here and at full size among the slow tests, and shows what the code at hand gives."""
+"""Every notebook runs, the first at small size among the quick tests, and shows what the code at hand gives."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("notebooks")
 
 
-@every_notebook
+# All five take more than three minutes at small size, most of it compiling: all but the first are slow tests.
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=[] if i == 0 else pytest.mark.slow)
+                                  for i, path in enumerate(NOTEBOOKS)])  # fmt: skip
 def test_a_notebook_runs_at_small_size(path, folder, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

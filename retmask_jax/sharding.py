@@ -1,6 +1,7 @@
 """The device mesh and the one table that maps logical axes (declared at the parameters) to mesh axes."""
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -64,6 +65,7 @@ def plain_shapes(config: ModelConfig):
                         is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))  # fmt: skip
 
 
+@functools.cache  # tracing the model takes a fifth of a second
 def param_shapes(config: ModelConfig):
     """The parameter tree as jax.ShapeDtypeStruct, boxed with the logical axes; nothing is computed."""
     model, tokens = transformer(config), np.zeros((1, 2), np.int32)

@@ -19,8 +19,9 @@ FOLDER = Path(__file__).parent.parent / "colab"
 _SETTING = re.compile(r'^CONFIG = .*$', re.MULTILINE)
 
 
-def run(notebook, folder: Path, config: str | None = None, timeout: int = 1200) -> None:
-    """Execute all cells but the installing one in a folder; config: instead of the notebook's own."""
+def run(notebook, folder: Path, config: str | None = None, timeout: int = 1200, kernel=None) -> None:
+    """Execute all cells but the installing one in a folder; config: instead of the notebook's own; kernel: a running one's
+    manager (None: a new one)."""
     kept = [cell.source for cell in notebook.cells]
     for cell in notebook.cells:
         if cell.source.startswith("%pip install"):
@@ -30,7 +31,8 @@ def run(notebook, folder: Path, config: str | None = None, timeout: int = 1200) 
     # `!retmask` finds the command of this Python; a notebook needs no more than the default of a terminal's colours.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     try:
-        nbclient.NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": folder}}).execute()
+        resources = {"metadata": {"path": folder}}
+        nbclient.NotebookClient(notebook, timeout=timeout, resources=resources, km=kernel).execute()
     finally:
         for cell, source in zip(notebook.cells, kept, strict=True):
             cell.source = source

@@ -1,10 +1,11 @@
-"""Every notebook runs, the first at small size among the quick tests, and shows what the code at hand gives."""
+"""Every notebook runs, at small size among the quick tests, and shows what the code at hand gives."""
 
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.manager import KernelManager
 from make_notebooks import FOLDER, clean, run, sources, texts
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -20,16 +21,23 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("notebooks")
 
 
-# All five take more than three minutes at small size, most of it compiling: all but the first are slow tests.
-@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=[] if i == 0 else pytest.mark.slow)
-                                  for i, path in enumerate(NOTEBOOKS)])  # fmt: skip
-def test_a_notebook_runs_at_small_size(path, folder, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+@pytest.fixture(scope="module")
+def kernel(folder):
+    """One for all notebooks, emptied before each: half of a small run would be importing and compiling again."""
+    manager = KernelManager()
+    manager.start_kernel(cwd=str(folder))
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+@every_notebook
+def test_a_notebook_runs_at_small_size(path, folder, kernel):
     notebook = nbformat.read(path, as_version=4)
-    run(notebook, folder, SMALL, timeout=300)
+    cells = list(notebook.cells)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+    run(notebook, folder, SMALL, timeout=300, kernel=kernel)
     shown = "\n".join(texts(notebook))
-    for words in re.findall(r"<!-- shows: (.*?) -->", "\n".join(cell.source for cell in notebook.cells)):
+    for words in re.findall(r"<!-- shows: (.*?) -->", "\n".join(cell.source for cell in cells)):
         assert words in shown
 
 

@@ -8,6 +8,7 @@ def get_config():
     for task in config.tasks.values():
         if task.lengths:
             task.lengths, task.per_length = (128,), 8
+        task.max_new_tokens = 8  # alike: one program for all
     config.batch_size = 16
     config.text.length, config.text.windows = 64, 8
     config.knockout.draws = 1
@@ -16,7 +17,7 @@ def get_config():
     config.detectors.names = ("copy", "copy_position")
     config.theta.factors, config.theta.detector = (1.0, 8.0), "copy_position"
     config.pairs.n_prompts = 48
-    config.train.steps, config.train.batch_size, config.train.microbatch_size = 6, 4, 2
+    config.train.steps, config.train.batch_size, config.train.microbatch_size = 6, 4, 4
     config.train.checkpoint_every = 2
     config.eval.tasks = ("context short", "closed-book")
     return config

@@ -38,6 +38,7 @@ setup(
         "tqdm>=4.66",
         "tensorboardX>=2.6",
         "qwix>=0.1",
+        "jaxtyping>=0.3",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
@@ -46,7 +47,7 @@ setup(
         "bench": ["torch>=2.6", "trl>=0.29"],
         "test": [
             "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "nbclient>=0.10", "nbformat>=5.10",
-            "ipykernel>=6.29", "pytrec-eval-terrier>=0.5",
+            "ipykernel>=6.29", "beartype>=0.20", "pytrec-eval-terrier>=0.5",
         ],
     },
     classifiers=[

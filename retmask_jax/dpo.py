@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +21,16 @@ class Loss:
     per_token: bool = False
 
 
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float = 0.1, kind: str = "sigmoid",
-             label_smoothing: float = 0.0, gamma: float = 0.0):  # fmt: skip
+def dpo_loss(
+    chosen: Float[ArrayLike, " pairs"],
+    rejected: Float[ArrayLike, " pairs"],
+    ref_chosen: Float[ArrayLike, " pairs"] | None,
+    ref_rejected: Float[ArrayLike, " pairs"] | None,
+    beta: float = 0.1,
+    kind: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    gamma: float = 0.0,
+) -> Float[jax.Array, " pairs"]:
     """f32[pairs]: a preference loss on log-probabilities f32[pairs] of the model and of the reference.
 
     With h = (chosen - ref_chosen) - (rejected - ref_rejected), kind, one of LOSSES, is
@@ -60,7 +70,9 @@ def check_loss(kind: str, beta: float, label_smoothing: float, gamma: float) -> 
         raise ValueError(f"gamma is {gamma}, which only {having} has, not {kind}: set it to 0")
 
 
-def contrast_loss(normal_BTV, ablated_BTV, strength: float):
+def contrast_loss(
+    normal_BTV: Float[jax.Array, "B T V"], ablated_BTV: Float[jax.Array, "B T V"], strength: float
+) -> Float[jax.Array, "B T"]:
     """f32[B,T]: how far the normal model's next-token distribution is from the one that the contrast asks for.
 
     Logits f32[B,T,V] of the same model, normal and with heads masked. Beyond the papers: RetMask samples an answer y

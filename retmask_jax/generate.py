@@ -9,6 +9,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Int, PyTree
 
 from retmask_jax import memory
 from retmask_jax.hosts import to_host
@@ -19,6 +21,7 @@ from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.layerwise import next_hidden
 from retmask_jax.model.transformer import check_tokens, unembed
 from retmask_jax.prefill import prefill, slots_for
+from retmask_jax.shapes import Lengths, Tokens
 from retmask_jax.sharding import by_rows, mesh_of
 
 log = logging.getLogger(__name__)
@@ -38,21 +41,21 @@ class Generated:
     argmax: i32[B,N,L,H] where probed: the key each head looked at most when it predicted tokens[:, n], else None.
     """
 
-    tokens: Any
-    lengths: Any
-    argmax: Any = None
+    tokens: Int[ArrayLike, "B N"]
+    lengths: Int[ArrayLike, " B"]
+    argmax: Int[ArrayLike, "B N L H"] | None = None
 
 
 def generate(
     config: ModelConfig,
-    params,
-    tokens,
-    lengths,
+    params: PyTree,
+    tokens: Tokens,
+    lengths: Lengths,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seed=0,
+    seed: int | Int[ArrayLike, " B"] = 0,
     interventions: Interventions | None = None,
     stop_ids: Sequence[int] | None = None,
     probe: bool = False,

@@ -22,7 +22,7 @@ class Scored(NamedTuple):
     threshold: float = 0.1
 
 
-def profile(scores, n_kv_heads, threshold=0.1):
+def profile(scores: HeadScores, n_kv_heads: int, threshold: float = 0.1) -> dict[str, int | float]:
     """Sparsity and layout of the heads whose mean score reaches `threshold`: a dict of numbers.
 
     scores: HeadScores of one detector (published profiles come from the argmax proxy alone).

@@ -12,9 +12,12 @@ import math
 import os
 import re
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float32, Int32, Num
 
 _KEY = re.compile(r"(0|[1-9][0-9]*)-(0|[1-9][0-9]*)")
 _LARGEST = float(np.finfo(np.float32).max)
@@ -40,8 +43,8 @@ class HeadScores:
     """
 
     per_case: np.ndarray
-    mean: np.ndarray = dataclasses.field(init=False, repr=False)
-    counts: np.ndarray = dataclasses.field(init=False, repr=False)
+    mean: Float32[np.ndarray, "L H"] = dataclasses.field(init=False, repr=False)
+    counts: Int32[np.ndarray, "L H"] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
         per_case = _pack(self.per_case)
@@ -60,7 +63,7 @@ class HeadScores:
         return all(np.array_equal(self.per_case[i], other.per_case[i]) for i in indices)
 
     @classmethod
-    def from_array(cls, mean_LH):
+    def from_array(cls, mean_LH: Num[Any, "L H"] | Sequence[Sequence[float]]) -> "HeadScores":
         """Scores known only as one number per head, [L, H]: each head counts one case.
 
         >>> import retmask_jax as rm
@@ -73,7 +76,7 @@ class HeadScores:
         return cls(mean_LH[..., None])
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | os.PathLike) -> "HeadScores":
         """Reads {"layer-head": [score of each counted case, ...]}; the names tell L and H.
 
         Raises ValueError, in one line with the path, the name and a remedy, for a file that is
@@ -98,7 +101,7 @@ class HeadScores:
             )
         return cls([[cases[i, j] for j in range(n_heads)] for i in range(n_layers)])
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike) -> None:
         """Writes RetMask's JSON and nothing else, under a temporary name that is then renamed.
 
         >>> import pathlib, retmask_jax as rm
@@ -117,7 +120,7 @@ class HeadScores:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def heads(self, threshold=None, top_k=None):
+    def heads(self, threshold: float | None = None, top_k: int | None = None) -> list[tuple[int, int]]:
         """[(layer, head), ...], best first, ties by layer and head.
 
         Give one of the two: `threshold` keeps every mean >= threshold, compared in f32, so that a

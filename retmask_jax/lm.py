@@ -5,12 +5,16 @@ import functools
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Float32, Int, PyTree
 
 from retmask_jax import hub, weights
 from retmask_jax.generate import Generated, generate
@@ -18,6 +22,7 @@ from retmask_jax.hosts import primary
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, forward
+from retmask_jax.shapes import Lengths, Tokens
 from retmask_jax.sharding import mesh_of
 
 log = logging.getLogger(__name__)
@@ -39,11 +44,17 @@ class LanguageModel:
     """
 
     config: ModelConfig
-    params: Any
+    params: PyTree
     tokenizer: Any
     source: weights.Source
 
-    def logits(self, tokens, lengths=None, interventions=None, positions=None):
+    def logits(
+        self,
+        tokens: Tokens,
+        lengths: Lengths | None = None,
+        interventions: Interventions | None = None,
+        positions: Int[ArrayLike, "B P"] | None = None,
+    ) -> Float32[jax.Array, "B T V"] | Float32[jax.Array, "B P V"]:
         """f32[B,T,V] next-token logits of right-padded tokens i32[B,T], or f32[B,P,V] at positions i32[B,P].
 
         Jitted: one program per shape, whatever the mask. Errors as in `forward`.
@@ -61,8 +72,17 @@ class LanguageModel:
         with mesh_of(self.params):
             return _logits(self.config, self.params, tokens, lengths, filled, positions)
 
-    def generate(self, tokens, lengths, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, interventions=None,
-                 stop_ids=None) -> Generated:  # fmt: skip
+    def generate(
+        self,
+        tokens: Tokens,
+        lengths: Lengths,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | Int[ArrayLike, " B"] = 0,
+        interventions: Interventions | None = None,
+        stop_ids: Sequence[int] | None = None,
+    ) -> Generated:
         """Continue right-padded prompts i32[B,T] of the given lengths i32[B] by up to max_new_tokens, N.
 
         Returns tokens i32[B,N], pad ids after a stop id, and lengths i32[B], the stop id not counted. temperature 0 is
@@ -91,7 +111,7 @@ class LanguageModel:
         """
         return self.replace(config=dataclasses.replace(self.config, kernel=kernel))
 
-    def replace(self, **changes) -> "LanguageModel":
+    def replace(self, **changes: Any) -> "LanguageModel":
         """A copy with other params (or any other field).
 
         >>> import jax, retmask_jax as rm
@@ -103,8 +123,9 @@ class LanguageModel:
         return dataclasses.replace(self, **changes)
 
 
-def load(path_or_hub_id: str | os.PathLike, dtype: str = "float32", mesh=None, *, revision: str | None = None,
-         token: str | bool | None = None, cache_dir: str | os.PathLike | None = None) -> LanguageModel:  # fmt: skip
+def load(path_or_hub_id: str | os.PathLike, dtype: str = "float32", mesh: Mesh | None = None, *,
+         revision: str | None = None, token: str | bool | None = None,
+         cache_dir: str | os.PathLike | None = None) -> LanguageModel:  # fmt: skip
     """Load an HF checkpoint: a local folder, a hub id such as "meta-llama/Llama-3.2-1B", or "bundled".
 
     dtype is that of the parameters and the computation; mesh places the parameters by the sharding rules; revision,
@@ -152,7 +173,7 @@ def save(lm: LanguageModel, folder: str | os.PathLike, interventions: Interventi
         lm.tokenizer.save_pretrained(folder)
 
 
-def from_params(config: ModelConfig, params, tokenizer=None) -> LanguageModel:
+def from_params(config: ModelConfig, params: PyTree, tokenizer: Any = None) -> LanguageModel:
     """A LanguageModel around parameters made here; `save` writes it in the format of a family that can express
     it, see `families.to_hf`.
 

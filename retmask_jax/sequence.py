@@ -5,18 +5,29 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float32, Int, PyTree, Shaped
 
 from retmask_jax.dpo import contrast_loss
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import check_tokens, hidden, logits, longest_row, unembedding
+from retmask_jax.shapes import Lengths, Tokens
 from retmask_jax.sharding import by_rows, mesh_of, split_vocab
 
 _CHUNK = 128
 
 
-def sequence_logprobs(config: ModelConfig, params, tokens, loss_mask, lengths=None, interventions=None, *,
-                      remat: bool = False):  # fmt: skip
+def sequence_logprobs(
+    config: ModelConfig,
+    params: PyTree,
+    tokens: Tokens,
+    loss_mask: Shaped[ArrayLike, "B T"],
+    lengths: Lengths | None = None,
+    interventions: Interventions | None = None,
+    *,
+    remat: bool = False,
+) -> Float32[jax.Array, " B"]:
     """f32[B]: sum over positions t with loss_mask[b, t] of log p(tokens[b, t] | tokens[b, :t]).
 
     tokens: i32[B,T], right-padded. loss_mask: bool[B,T]; position 0 has nothing before it and never counts. Pure and
@@ -41,7 +52,9 @@ def sequence_logprobs(config: ModelConfig, params, tokens, loss_mask, lengths=No
     return jnp.sum(_chosen_logprobs(config, params, x_BTE, tokens[:, 1:], counted_BT), axis=1)
 
 
-def token_logprobs(config: ModelConfig, params, tokens, interventions=None):
+def token_logprobs(
+    config: ModelConfig, params: PyTree, tokens: Tokens, interventions: Interventions | None = None
+) -> Float32[jax.Array, "B T-1"]:
     """f32[B,T-1]: log p(tokens[b, t] | tokens[b, :t]) for t = 1..T-1, jitted."""
     tokens = check_tokens(config, tokens)
     filled = (interventions or Interventions()).fill(config, tokens.shape[0])
@@ -59,7 +72,15 @@ def _token_logprobs(config, params, tokens_BT, interventions):
     return by_rows(one, params, (tokens_BT, interventions.per_row(len(tokens_BT))))
 
 
-def next_logprobs(config: ModelConfig, params, tokens, targets, counted, lengths=None, interventions=None):
+def next_logprobs(
+    config: ModelConfig,
+    params: PyTree,
+    tokens: Tokens,
+    targets: Int[ArrayLike, "B T"],
+    counted: Bool[ArrayLike, "B T"],
+    lengths: Lengths | None = None,
+    interventions: Interventions | None = None,
+) -> tuple[Float32[jax.Array, "B T"], Bool[jax.Array, "B T"]]:
     """(f32[B,T], bool[B,T]): log p(targets[b, t] | tokens[b, :t + 1]), and whether that token is the most likely one.
 
     tokens, targets: i32[B,T], right-padded; counted: bool[B,T], elsewhere the results are 0 and False. Jitted; logits
@@ -85,8 +106,16 @@ def _next_logprobs(config, params, longest, tokens_BT, targets_BT, counted_BT, i
     return by_rows(one, (params, longest), (tokens_BT, targets_BT, counted_BT, interventions.per_row(len(tokens_BT))))
 
 
-def sequence_contrast(config: ModelConfig, params, tokens, loss_mask, interventions, strength: float, *,
-                      remat: bool = False):  # fmt: skip
+def sequence_contrast(
+    config: ModelConfig,
+    params: PyTree,
+    tokens: Tokens,
+    loss_mask: Shaped[ArrayLike, "B T"],
+    interventions: Interventions,
+    strength: float,
+    *,
+    remat: bool = False,
+) -> Float32[jax.Array, " B"]:
     """f32[B]: sum over the counted positions of `dpo.contrast_loss` between the model and itself under interventions.
 
     Arguments and errors as in `sequence_logprobs`. Differentiable; the masked pass takes no gradient.

@@ -11,9 +11,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.rope import inverse_frequencies
+from retmask_jax.shapes import Mask
 
 Head = tuple[int, int]
 
@@ -47,10 +50,10 @@ class Interventions:
     'rome'
     """
 
-    head_mask: Any = None
-    rope_mask: Any = None
+    head_mask: Mask[ArrayLike, "... L H"] | None = None
+    rope_mask: Mask[ArrayLike, "... L H R"] | None = None
     rope_site: str = flax.struct.field(pytree_node=False, default="rotary")
-    head_mean: Any = None
+    head_mean: Float[ArrayLike, "... L H D"] | None = None
 
     @classmethod
     def none(cls, config: ModelConfig) -> "Interventions":
@@ -132,7 +135,9 @@ def stack(interventions: Sequence[Interventions]) -> Interventions:
     return Interventions(rope_site=sites.pop(), **{name: _stack(masks) for name, masks in parts.items()})
 
 
-def mask_heads(config: ModelConfig, heads: Iterable[Head], mean=None) -> Interventions:
+def mask_heads(
+    config: ModelConfig, heads: Iterable[Head], mean: Float[ArrayLike, "L H D"] | None = None
+) -> Interventions:
     """Interventions with these (layer, head) masked; ValueError for an index the model does not have.
 
     mean: f32[L,H,D], what the masked heads write instead of nothing (mean-ablation, see `causal.head_means`).

@@ -7,6 +7,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float32, Int, PyTree
 
 from retmask_jax.model.adapters import with_adapters
 from retmask_jax.model.attention import Keys, Probe, Probed, Scores, attend, probe
@@ -15,6 +17,7 @@ from retmask_jax.model.experts import Experts
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.layers import GatedMLP, dense, norm, precision, softcap
 from retmask_jax.model.rope import rotate, rotation
+from retmask_jax.shapes import Lengths, Tokens
 
 
 @flax.struct.dataclass
@@ -30,7 +33,14 @@ class Hidden:
     rms_BT: jax.Array | None = None
 
 
-def forward(config: ModelConfig, params, tokens, lengths=None, interventions=None, positions=None):
+def forward(
+    config: ModelConfig,
+    params: PyTree,
+    tokens: Tokens,
+    lengths: Lengths | None = None,
+    interventions: Interventions | None = None,
+    positions: Int[ArrayLike, "B P"] | None = None,
+) -> Float32[jax.Array, "B T V"] | Float32[jax.Array, "B P V"]:
     """Next-token logits, a pure function of arrays: jit it with `config` static, vmap or differentiate it at will.
 
     tokens: i32[B,T], right-padded. lengths: i32[B]; under causal attention padding on the right cannot reach a real

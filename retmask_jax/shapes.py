@@ -1,0 +1,20 @@
+"""Types of what public functions take, in jaxtyping's notation: a kind of number, a kind of array, and its axes.
+
+Axes: B rows, T tokens, P positions, N new tokens, V words of the vocabulary, L layers, H query heads, R rotary pairs, D
+dimensions of a head. `...` stands for a row axis, or none.
+"""
+
+from collections.abc import Sequence
+
+from jax.typing import ArrayLike
+from jaxtyping import AbstractDtype, Int
+
+
+class Mask(AbstractDtype):
+    """Booleans, or gates from 0 to 1."""
+
+    dtypes = ["bool", "bfloat16", "float16", "float32", "float64"]
+
+
+Tokens = Int[ArrayLike, "B T"] | Sequence[Sequence[int]]
+Lengths = Int[ArrayLike, " B"] | Sequence[int]

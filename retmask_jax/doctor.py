@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retmask_jax import memory
+from retmask_jax import __version__, memory
 from retmask_jax.hub import BUNDLED
 from retmask_jax.lm import load
 from retmask_jax.model.attention import kernel_for
@@ -71,7 +71,10 @@ def _software() -> list[Finding]:
         try:
             found.append(Finding("software", package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
-            found.append(Finding("software", package, "not installed", f"pip install {package}", needed=True))
+            ours = package == "retmask_jax"  # which runs, or this would not
+            what = f"{__version__}, not installed" if ours else "not installed"
+            todo = "pip install -e . in its folder" if ours else f"pip install {package}"
+            found.append(Finding("software", package, what, todo, needed=not ours))
     return found
 
 

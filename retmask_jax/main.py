@@ -10,28 +10,36 @@ from pathlib import Path
 from retmask_jax import __version__
 from retmask_jax.hosts import primary
 
-_STAGES = {
-    "detect": "score heads by copying from needles, pick the retrieval heads",
-    "knockout": "mask the retrieval heads and others, measure every task",
-    "rope": "take rotary pairs out of the retrieval heads, by frequency",
-    "pairs": "sample normal and ablated answers to unlabelled prompts",
-    "train": "train with DPO to prefer the normal answers; the controls",
-    "eval": "tasks and suites before and after; or compare models",
-    "report": "write report.html from the results of all stages",
-    "run": "all stages above in order, each skipped where nothing changed",
-    "detectors": "compare detectors: agreement, stability, speed, masked recall",
-    "utility": "query norms of retrieval heads against others, by rotary pair",
-    "theta": "change the RoPE base at inference: recall, and which heads",
-    "dynamics": "detect heads in the checkpoints of a training run",
-    "study": "detect, knockout, rope and these four in order; study.html",
-    "pretrain": "train a tiny model from its recipe, with its data files",
-    "export": "write a masked or trained model for HF tools, or pairs",
-    "doctor": "can this machine work? versions, devices, what to install",
-    "inspect": "what a model is, by its config.json: layers, RoPE, memory",
-    "profile": "retrieval heads of many models: how many, where, how sparse",
-    "panel": "findings of several studies side by side, with intervals",
-    "bench": "speed, memory and results against what others run",
+# Title -> stage -> what it does.
+_GROUPS = {
+    "the method": {
+        "detect": "score heads by copying from needles, pick the retrieval heads",
+        "knockout": "mask the retrieval heads and others, measure every task",
+        "rope": "take rotary pairs out of the retrieval heads, by frequency",
+        "pairs": "sample normal and ablated answers to unlabelled prompts",
+        "train": "train with DPO to prefer the normal answers; the controls",
+        "eval": "tasks and suites before and after; or compare models",
+        "report": "write report.html from the results of all stages",
+        "run": "all of these in order, each skipped where nothing changed",
+    },
+    "the causal study": {
+        "detectors": "compare detectors: agreement, stability, speed, masked recall",
+        "utility": "query norms of retrieval heads against others, by rotary pair",
+        "theta": "change the RoPE base at inference: recall, and which heads",
+        "dynamics": "detect heads in the checkpoints of a training run",
+        "study": "detect, knockout, rope and these four in order; study.html",
+    },
+    "tools": {
+        "doctor": "can this machine work? versions, devices, what to install",
+        "inspect": "what a model is, by its config.json: layers, RoPE, memory",
+        "export": "write a masked or trained model for HF tools, or pairs",
+        "profile": "retrieval heads of many models: how many, where, how sparse",
+        "panel": "findings of several studies side by side, with intervals",
+        "pretrain": "train a tiny model from its recipe, with its data files",
+        "bench": "speed, memory and results against what others run",
+    },
 }
+_STAGES = {name: text for stages in _GROUPS.values() for name, text in stages.items()}
 # What the help of a stage shows; of one that is not here the general form is enough.
 _EXAMPLES_OF = {
     "detect": ("retmask detect --config=tiny --config.detect.threshold=None --config.detect.top_k=8 --workdir=runs/top8",
@@ -117,18 +125,28 @@ class _Parser(argparse.ArgumentParser):
         return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def _grouped() -> str:
+    """The stages under their titles, as argparse would list them."""
+    return "\n\n".join(
+        f"{title}:\n" + "\n".join(f"  {name:<9}  {text}" for name, text in stages.items())
+        for title, stages in _GROUPS.items()
+    )
+
+
 def _examples(name: str) -> str:
     lines = _EXAMPLES_OF.get(name, (f"retmask {name} --config=tiny", f"retmask {name} --config=FILE.py --workdir=FOLDER"))
     return "examples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _parse(argv: list[str]):
-    parser = _Parser(prog="retmask", description="Find retrieval heads, mask them, train against the masked model.",
-                     epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    about = f"Find retrieval heads, mask them, train against the masked model.\n\n{_grouped()}"
+    parser = _Parser(prog="retmask", usage="%(prog)s [-h] [--version] STAGE ...", description=about, epilog=_EXAMPLES,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--version", action="version", version=__version__)
-    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    stages = parser.add_subparsers(prog="retmask", dest="stage", metavar="STAGE", required=True,
+                                   help=argparse.SUPPRESS)  # fmt: skip
     for name, text in _STAGES.items():
-        stage = stages.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False,
+        stage = stages.add_parser(name, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False,
                                   epilog=_examples(name), formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
         if name == "doctor":
             stage.add_argument("--workdir", type=Path, default=Path("runs"), help="where results would go (default: runs)")

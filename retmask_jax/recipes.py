@@ -4,9 +4,12 @@ import ast
 import difflib
 import importlib.util
 import json
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ml_collections import ConfigDict
 
 
 def find_recipe(name: str) -> Path:
@@ -27,15 +30,12 @@ def find_recipe(name: str) -> Path:
 def load_recipe(name: str, overrides: Sequence[tuple[str, str]] = ()):
     """The locked ConfigDict of a recipe with overrides (("train.steps", "10"), ...) applied.
 
-    Raises ValueError for an unknown recipe or key, or a value of another type than the key has.
+    Raises ValueError for an unknown recipe or key, a value of another type than the key has, and a file that does not run
+    or makes no such config, with the line where it fails.
     """
     path = find_recipe(name)
-    spec = importlib.util.spec_from_file_location(f"retmask_recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"config file {path} has no function get_config()")
-    config = module.get_config()
+    config = _made_by(path)
+    _check_keys(path, config)
     for key, text in overrides:
         _override(config, key, text)
     return config.lock()
@@ -63,6 +63,66 @@ def _shipped() -> Path:
     package = Path(__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
+
+
+def _made_by(path: Path) -> ConfigDict:
+    """What get_config() of a file gives; ValueError, with the line, for whatever goes wrong in it."""
+    try:
+        module = _module(path)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except Exception as error:
+        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.resolve()]
+        lines = [error.lineno] if isinstance(error, SyntaxError) else frames
+        at = f", line {lines[-1]}" if lines else ""
+        words = " ".join(str(getattr(error, "msg", error)).split())
+        raise ValueError(f"config file {path}{at}: {type(error).__name__}: {words}") from error
+    if config is None:
+        raise ValueError(f"config file {path} has no function get_config() that returns a config")
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"config file {path}: get_config() gives a {type(config).__name__}, not an ml_collections.ConfigDict")
+    return config
+
+
+def _module(path: Path):
+    spec = importlib.util.spec_from_file_location(f"retmask_recipe_{path.stem}", path.resolve())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check_keys(path: Path, config: ConfigDict) -> None:
+    """ValueError where a config lacks a key of the default one, or has a key that nothing reads."""
+    default = _module(_shipped() / "default.py")
+    whole = default.get_config()
+    known, task = _all_keys(whole), list(default.task(""))
+    lacking = next((key for key in known if not _has(config, key)), None)
+    if lacking:
+        raise ValueError(f"config file {path} makes no {lacking!r}: begin with retmask_jax.configs.default.get_config()")
+    for key in _all_keys(config):
+        section, *names = key.split(".")
+        if section == "tasks":
+            good, near = names[1:] and names[1] in task, [f"tasks.{names[0]}.{name}" for name in task]
+        else:
+            good, near = key in known or section == "pretrain" or _is_free(whole, key), known
+        if not good:
+            raise ValueError(f"config file {path} sets {key!r}, which nothing reads{_key_hint(key, near)}")
+
+
+def _has(config, key: str) -> bool:
+    for part in key.split("."):
+        if not hasattr(config, "keys") or part not in config:
+            return False
+        config = config[part]
+    return True
+
+
+def _is_free(default, key: str) -> bool:
+    """Whether a key stands in a section that is empty by default, which takes any."""
+    for part in key.split("."):
+        if part not in default:
+            return not default
+        default = default[part]
+    return False
 
 
 def _override(config, key: str, text: str) -> None:

@@ -71,7 +71,7 @@ def test_examples_of_the_help_are_right_and_stages_take_a_line(stage, capsys, mo
     assert ended.value.code == 0
     if stage is None:
         for name, text in command._STAGES.items():
-            assert re.search(rf"^    {name}\s+{re.escape(text)}$", shown, re.MULTILINE)
+            assert re.search(rf"^  {name} +{re.escape(text)}$", shown, re.MULTILINE)
     examples = re.findall(r"^  retmask (.*?)(?:   +.*)?$", shown.split("examples:")[1], re.MULTILINE)
     assert examples
     for example in examples:

@@ -93,11 +93,11 @@ def test_a_deleted_stage_runs_again_with_what_depends_on_it(finished, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(finished[0], root)
     before = run_ids(root)
-    shutil.rmtree(root / "eval")
+    shutil.rmtree(root / "rope")
     done = retmask("run", f"--config={CONFIG}", f"--workdir={root}")
     assert done.returncode == 0, done.stderr[-2000:]
     after = run_ids(root)
-    assert {stage for stage in STAGES if before[stage] != after[stage]} == {"eval", "report"}
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == {"rope", "report"}
 
 
 def test_another_config_is_refused_and_nothing_is_lost(finished):
@@ -164,7 +164,7 @@ def test_export_writes_the_masked_and_the_trained_model(finished, tmp_path):
 
     root, _ = finished
     base = ("export", f"--config={CONFIG}", f"--workdir={root}")
-    assert retmask(*base, f"--out={tmp_path / 'masked'}").returncode == 0
+    assert main([*base, f"--out={tmp_path / 'masked'}"]) == 0
     heads = [tuple(head) for head in json.loads((root / "detect/result.json").read_text())["heads"]]
     start, masked = rm.load("bundled"), rm.load(tmp_path / "masked")
     tokens = np.arange(4, 24)[None]
@@ -172,7 +172,7 @@ def test_export_writes_the_masked_and_the_trained_model(finished, tmp_path):
     np.testing.assert_allclose(masked.logits(tokens), wanted, atol=1e-5)
     assert masked.tokenizer.chat_template == start.tokenizer.chat_template
 
-    assert retmask(*base, "--what=retmask-0", f"--out={tmp_path / 'trained'}").returncode == 0
+    assert main([*base, "--what=retmask-0", f"--out={tmp_path / 'trained'}"]) == 0
     trained = rm.load(tmp_path / "trained")
     assert np.abs(trained.logits(tokens) - start.logits(tokens)).max() > 1e-4
     again = retmask(*base, f"--out={tmp_path / 'masked'}")

@@ -138,6 +138,28 @@ def test_a_recipe_without_prompts_runs_up_to_there(tmp_path):
     assert set(headlines) <= numbers.keys() and "rope/needle/lowest 8 pairs" in headlines
 
 
+@pytest.mark.parametrize("body, wanted", [
+    ("def get_config(:", "line 2: SyntaxError: invalid syntax"),
+    ("import nothing_of_this_name", "line 2: ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+    ("def get_config():\n    config = tiny.get_config()\n    config.tran.steps = 3", "line 4: AttributeError"),
+    ("def get_config():\n    config = tiny.get_config()\n    config.train.steps = 'ten'", "line 4: TypeError"),
+    ("x = 1", "has no function get_config() that returns a config"),
+    ("def get_config():\n    tiny.get_config()", "has no function get_config() that returns a config"),
+    ("def get_config():\n    return {}", "gives a dict, not an ml_collections.ConfigDict"),
+    ("def get_config():\n    return tiny.ConfigDict({'model': 'bundled'})", "makes no 'batch_size': begin with"),
+    ("def get_config():\n    config = tiny.get_config()\n    config.train.stepz = 3\n    return config",
+     "sets 'train.stepz', which nothing reads (did you mean 'train.steps'?)"),
+    ("def get_config():\n    config = tiny.get_config()\n    config.tasks.niah.lenths = ()\n    return config",
+     "sets 'tasks.niah.lenths', which nothing reads (did you mean 'tasks.niah.lengths'?)"),
+])  # fmt: skip
+def test_a_file_that_makes_no_config_is_one_line(body, wanted, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(f"from retmask_jax.configs import tiny\n{body}\n")
+    assert main.main(["detect", f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'work'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and wanted in error and "mine.py" in error
+    assert not (tmp_path / "work").exists()
+
+
 # --- models ---
 
 

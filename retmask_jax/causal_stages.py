@@ -24,11 +24,6 @@ def check_experiments(config) -> None:
     for name, chosen, known in choices:
         if not chosen or chosen[0] != known[0] or not set(chosen) <= set(known):
             raise ValueError(f"{name} is {tuple(chosen)}; it must begin with {known[0]}, and may have {', '.join(known[1:])}")
-    least = config.knockout.minimal
-    if least is not None and not 0 < least < 1:
-        raise ValueError(f"knockout.minimal is {least}; it must be a share between 0 and 1")
-    if not all(0 < share <= 1 for share in config.rope.coverage):
-        raise ValueError(f"rope.coverage is {tuple(config.rope.coverage)}; its shares must be above 0 and at most 1")
     for name in ("matched", "text"):
         if config.rope[name] and not config.text.file:
             raise ValueError(f"rope.{name} is measured on plain text: set text.file")

@@ -75,6 +75,8 @@ class Context:
 
     def windows(self) -> np.ndarray:
         text = self.config.text
+        if not text.file:
+            raise ValueError("text.file names no file: activity and losses are measured on plain text")
         return text_windows(self.lm.tokenizer, read_sentences(self.resolve(text.file)), text.length, text.windows)
 
     def inputs(self) -> dict[str, Any]:

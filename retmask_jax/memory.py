@@ -51,8 +51,9 @@ def largest_batch(compile_for: Callable[[int], Any], wanted: int, what: str) -> 
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception of JAX says that a device has no memory left."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    """Whether an exception says that a device, or the host, has no memory left."""
+    of_device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return of_device or isinstance(error, MemoryError)
 
 
 def explain(error: Exception, what: str, advice: str) -> OutOfMemory:

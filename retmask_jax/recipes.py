@@ -103,7 +103,8 @@ def _check_keys(path: Path, config: ConfigDict) -> None:
         if section == "tasks":
             good, near = names[1:] and names[1] in task, [f"tasks.{names[0]}.{name}" for name in task]
         else:
-            good, near = key in known or section == "pretrain" or _is_free(whole, key), known
+            own = section == "pretrain" or section == "suites" and names[0] not in whole.suites
+            good, near = key in known or own or _is_free(whole, key), known
         if not good:
             raise ValueError(f"config file {path} sets {key!r}, which nothing reads{_key_hint(key, near)}")
 
@@ -156,11 +157,16 @@ def _parse(key: str, text: str, current: Any) -> Any:
     return value
 
 
-def _all_keys(config, prefix: str = "") -> list[str]:
-    keys = []
+def _all_keys(config) -> list[str]:
+    return list(flat(config))
+
+
+def flat(config, prefix: str = "") -> dict[str, Any]:
+    """Every value of a config by its key, such as "train.steps"."""
+    values = {}
     for name, value in config.items():
-        keys += _all_keys(value, f"{prefix}{name}.") if hasattr(value, "items") else [prefix + name]
-    return keys
+        values |= flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
+    return values
 
 
 def _key_hint(key: str, known: Sequence[str]) -> str:

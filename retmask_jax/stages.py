@@ -28,9 +28,11 @@ from retmask_jax.files import digest, read_jsonl, write_jsonl
 from retmask_jax.head_profile import profile
 from retmask_jax.head_scores import HeadScores
 from retmask_jax.hosts import primary, wait_for_all
+from retmask_jax.limits import check_limits
 from retmask_jax.lm import save
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import mask_heads
+from retmask_jax.recipes import flat
 from retmask_jax.sharding import make_mesh
 from retmask_jax.study_stages import (
     check_study,
@@ -63,15 +65,22 @@ def run_stage(context: Context, name: str) -> tuple[dict[str, Any], bool]:
     run = functools.partial(stage.function, context)
     try:
         return context.workdir.run(name, stage.upstream, context.inputs() | stage.inputs(context), run)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
             raise
         setting = "train.microbatch_size" if name == "train" else "batch_size"
         raise memory.explain(error, name, f"lower {setting}, shorten the texts, or use more devices") from error
 
 
+_WANTED_OF_TASKS = {
+    "needles": "a JSONL file of needles or questions", "haystack": "a text file that is cut to tasks of these lengths",
+    "depths": "at least one, such as 0.5",
+}  # fmt: skip
+
+
 def check_config(config, devices=None) -> None:
     """Raise ValueError for settings that could only fail later, after expensive work. devices: of the mesh (None: all)."""
+    check_limits(flat(config))
     unknown = [arm for arm in config.train.arms if arm not in ARMS]
     if unknown:
         raise ValueError(f"train.arms has {', '.join(unknown)}; known arms are {', '.join(ARMS)}")
@@ -83,6 +92,10 @@ def check_config(config, devices=None) -> None:
     missing = [task for task in named if task not in config.tasks]
     if missing:
         raise ValueError(f"there is no task {missing[0]!r} under tasks; there are {', '.join(config.tasks)}")
+    for name, task in config.tasks.items():
+        for key in ("needles", "haystack", "depths") if task.lengths else ("needles",):
+            if not task[key]:
+                raise ValueError(f"tasks.{name}.{key} is empty: name {_WANTED_OF_TASKS[key]}")
     if config.train.max_prompt_tokens >= config.train.max_tokens:
         raise ValueError(
             f"train.max_prompt_tokens {config.train.max_prompt_tokens} must be less than train.max_tokens "

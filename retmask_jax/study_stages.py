@@ -50,10 +50,6 @@ def check_study(config) -> None:
     seeds = [config.tasks[config.detect.task].seed, *section.seeds]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"detectors.seeds {section.seeds} repeat a seed or {seeds[0]}, the task's own: name others")
-    for key, number in (("detectors.cases", section.cases), ("detectors.top_k", section.top_k),
-                        ("theta.cases", config.theta.cases), ("dynamics.cases", config.dynamics.cases)):  # fmt: skip
-        if number is not None and number < 1:
-            raise ValueError(f"{key} is {number}; it must be at least 1, or None")
     _check_factors(config.theta.factors)
     find_checkpoints(config.dynamics.checkpoints)
 

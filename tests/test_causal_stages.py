@@ -22,8 +22,6 @@ def _config(*overrides):
     ("knockout.modes=('mean',)", r"knockout.modes is \('mean',\); it must begin with zero, and may have mean, query"),
     ("knockout.modes=('zero', 'median')", "it must begin with zero"),
     ("rope.sites=('projection',)", "rope.sites .* must begin with rotary, and may have projection"),
-    ("knockout.minimal=1.5", "knockout.minimal is 1.5; it must be a share between 0 and 1"),
-    ("rope.coverage=(0.5, 2.0)", "its shares must be above 0 and at most 1"),
     ("text.file=", "rope.matched is measured on plain text: set text.file"),
 ])  # fmt: skip
 def test_settings_that_no_model_can_have_are_refused(override, message):

@@ -1,6 +1,7 @@
 """The recipes of published models, and the published shapes of these models read from their config.json."""
 
 import ast
+import fnmatch
 import json
 import math
 import re
@@ -11,11 +12,11 @@ import numpy as np
 import pytest
 from hub_configs import ACTIVE, CONFIGS, PARAMETERS
 
-from retmask_jax import main
+from retmask_jax import limits, main
 from retmask_jax.families import from_hf
 from retmask_jax.inspection import count_parameters
 from retmask_jax.model.rope import inverse_frequencies
-from retmask_jax.recipes import find_recipe, load_recipe
+from retmask_jax.recipes import find_recipe, flat, load_recipe
 from retmask_jax.sharding import param_shapes
 from retmask_jax.stages import check_config
 
@@ -157,6 +158,52 @@ def test_a_file_that_makes_no_config_is_one_line(body, wanted, tmp_path, capsys)
     assert main.main(["detect", f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'work'}"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and wanted in error and "mine.py" in error
+    assert not (tmp_path / "work").exists()
+
+
+UNLIMITED = {  # checked where they are used, against what there is
+    "headlines", "knockout.modes", "rope.sites", "suites.helmet.categories", "suites.lm_eval.tasks", "suites.ruler.tasks",
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "train.label_smoothing",
+}  # fmt: skip
+
+
+def test_every_number_of_a_config_has_its_limits():
+    values = flat(load_recipe("tiny"))
+    patterns = [pattern for several in limits._LIMITS.values() for pattern in several.split()]
+    assert all(fnmatch.filter(values, pattern) for pattern in [*patterns, *limits._OR_NONE])
+    numbers = {key for key, value in values.items() if isinstance(value, (int, float, tuple)) and not isinstance(value, bool)}
+    limited = {key for pattern in patterns for key in fnmatch.filter(values, pattern)}
+    assert {key for key in numbers - limited if not key.startswith("pretrain.")} == UNLIMITED
+    assert {key for key, value in values.items() if value is None} - limited <= {"distributed", "suites.helmet.chat"}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in find_recipe("tiny").parent.glob("[!_]*.py")))
+def test_shipped_recipes_keep_to_the_limits(name):
+    limits.check_limits(flat(load_recipe(name)))
+
+
+@pytest.mark.parametrize("key, value, wanted", [
+    ("batch_size", "-1", "batch_size is -1; it must be a whole number of at least 1"),
+    ("batch_size", "None", "batch_size is None; it must be a whole number of at least 1"),
+    ("train.learning_rate", "-1", "train.learning_rate is -1.0; it must be a number above 0"),
+    ("train.b2", "1", "train.b2 is 1.0; it must be a number of at least 0 and below 1"),
+    ("train.clip", "nan", "train.clip is "),
+    ("detect.scores", "-1", "detect.scores is -1; it must be text, or None"),
+    ("detectors.cases", "'all'", "detectors.cases is 'all'; it must be a whole number of at least 1, or None"),
+    ("detectors.seeds", "('a',)", "detectors.seeds has 'a'; it must be a whole number of at least 0"),
+    ("rope.coverage", "(0.5, 2.0)", "rope.coverage has 2.0; it must be a number above 0 and at most 1"),
+    ("knockout.minimal", "1.5", "knockout.minimal is 1.5; it must be a number above 0 and below 1, or None"),
+    ("knockout.curve", "(0,)", "knockout.curve has 0; it must be a number of heads"),
+    ("tasks.detect.lengths", "('long',)", "tasks.detect.lengths has 'long'; it must be a whole number"),
+    ("tasks.detect.depths", "(50,)", "tasks.detect.depths has 50; it must be a number from 0 to 1"),
+    ("tasks.detect.depths", "()", "tasks.detect.depths is empty: name at least one"),
+    ("tasks.detect.needles", "", "tasks.detect.needles is empty: name a JSONL file"),
+])  # fmt: skip
+def test_a_number_out_of_its_limits_is_one_line_before_anything_runs(key, value, wanted, tmp_path, capsys):
+    arguments = ["detect", "--config=tiny", f"--config.{key}={value}", f"--workdir={tmp_path / 'work'}"]
+    assert main.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and wanted in error
     assert not (tmp_path / "work").exists()
 
 

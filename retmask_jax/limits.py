@@ -1,0 +1,84 @@
+"""What each number of a config may be: one table, checked before anything is computed."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """words: what the value must be; holds(value): whether it is, for a value of one of the kinds."""
+
+    words: str
+    kinds: tuple[type, ...]
+    holds: Callable[[Any], bool] = lambda value: True
+
+
+def _whole(least: int) -> Limit:
+    return Limit(f"a whole number of at least {least}", (int,), lambda value: value >= least)
+
+
+def _number(words: str, holds: Callable[[float], bool]) -> Limit:
+    return Limit(f"a number {words}", (int, float), holds)
+
+
+_POSITIVE = _number("above 0", lambda value: value > 0)
+_NOT_NEGATIVE = _number("of at least 0", lambda value: value >= 0)
+_BELOW_1 = _number("of at least 0 and below 1", lambda value: 0 <= value < 1)
+_BETWEEN = _number("above 0 and below 1", lambda value: 0 < value < 1)
+_SHARE = _number("above 0 and at most 1", lambda value: 0 < value <= 1)
+_FROM_0_TO_1 = _number("from 0 to 1", lambda value: 0 <= value <= 1)
+_SIZE = Limit("a number of heads, of at least 1, or a share, above 0 and at most 1", (int, float),
+              lambda value: value >= 1 if isinstance(value, int) else 0 < value <= 1)  # fmt: skip
+_TEXT = Limit("text", (str,))
+
+# Keys, or patterns of keys, by what they must be. Of a tuple every element must.
+_LIMITS = {
+    _whole(1): """batch_size cpu_devices detect.max_new_tokens detect.top_k knockout.activity_windows pairs.n_prompts
+        pairs.max_new_tokens pairs.concurrency train.steps train.batch_size train.microbatch_size train.max_tokens
+        train.max_prompt_tokens train.widths train.reference_batch_size train.checkpoint_every train.keep detectors.cases
+        detectors.top_k theta.cases dynamics.cases text.windows tasks.*.lengths tasks.*.per_length
+        tasks.*.max_new_tokens suites.*.lengths suites.*.n suites.niah.shortest suites.niah.longest suites.niah.n_lengths
+        suites.niah.n_depths suites.niah.per_cell suites.*.max_new_tokens suites.rerank.length suites.perplexity.windows
+        suites.perplexity.stride suites.*.limit rope.pairs rope.patch_pairs utility.permutations utility.resamples""",
+    _whole(2): "text.length suites.perplexity.length",
+    _whole(0): """seed knockout.draws knockout.seed knockout.mode_draws rope.draws rope.seed rope.windows rope.matched
+        pairs.retries train.seeds train.lora_rank train.profile detectors.seeds utility.seed tasks.*.seed
+        tasks.*.distractors suites.*.seed suites.niah.distractors suites.lm_eval.fewshot""",
+    _POSITIVE: """pairs.timeout train.beta train.contrast_strength train.learning_rate train.lora_alpha train.eps train.clip
+        theta.factors""",
+    _NOT_NEGATIVE: "pairs.temperature train.final_learning_rate train.weight_decay train.nll_weight train.gamma",
+    _BELOW_1: "train.b1 train.b2 train.warmup",
+    _BETWEEN: "knockout.minimal",
+    _SHARE: "pairs.top_p rope.coverage",
+    _FROM_0_TO_1: "tasks.*.depths",
+    _SIZE: "knockout.curve",
+    _number("", lambda value: value == value): "detect.threshold dynamics.threshold",
+    _TEXT: """detect.scores pairs.prompts_field train.arms train.lora_targets dynamics.checkpoints dynamics.task
+        knockout.tasks rope.tasks theta.tasks eval.tasks eval.grids detectors.names detectors.seed_names""",
+}  # fmt: skip
+# What may be None: "as needed", "all" or "not".
+_OR_NONE = """detect.threshold detect.top_k detect.scores knockout.minimal rope.patch_pairs pairs.prompts_field
+    detectors.cases detectors.top_k theta.cases dynamics.threshold dynamics.cases dynamics.task tasks.*.per_length
+    suites.rerank.length suites.perplexity.stride suites.*.limit suites.lm_eval.fewshot""".split()
+
+
+def check_limits(values: dict[str, Any]) -> None:
+    """Raise ValueError for the first of the values, by key of the config, that is not what it must be."""
+    for limit, patterns in _LIMITS.items():
+        for pattern in patterns.split():
+            for key in fnmatch.filter(values, pattern):
+                _check(key, values[key], limit)
+
+
+def _check(key: str, value, limit: Limit) -> None:
+    or_none = any(fnmatch.fnmatch(key, pattern) for pattern in _OR_NONE)
+    if value is None and or_none:
+        return
+    several = isinstance(value, (tuple, list))
+    for one in value if several else (value,):
+        good = isinstance(one, limit.kinds) and not isinstance(one, bool) and limit.holds(one)
+        if not good:
+            must = f"it must be {limit.words.strip()}{', or None' if or_none else ''}"
+            raise ValueError(f"{key} has {one!r}; {must}" if several else f"{key} is {one!r}; {must}")

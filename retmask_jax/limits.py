@@ -54,7 +54,7 @@ _LIMITS = {
     _SHARE: "pairs.top_p rope.coverage",
     _FROM_0_TO_1: "tasks.*.depths",
     _SIZE: "knockout.curve",
-    _number("", lambda value: value == value): "detect.threshold dynamics.threshold",
+    Limit("a number", (int, float), lambda value: value == value): "detect.threshold dynamics.threshold",
     _TEXT: """detect.scores pairs.prompts_field train.arms train.lora_targets dynamics.checkpoints dynamics.task
         knockout.tasks rope.tasks theta.tasks eval.tasks eval.grids detectors.names detectors.seed_names""",
 }  # fmt: skip
@@ -80,5 +80,5 @@ def _check(key: str, value, limit: Limit) -> None:
     for one in value if several else (value,):
         good = isinstance(one, limit.kinds) and not isinstance(one, bool) and limit.holds(one)
         if not good:
-            must = f"it must be {limit.words.strip()}{', or None' if or_none else ''}"
+            must = f"it must be {limit.words}{', or None' if or_none else ''}"
             raise ValueError(f"{key} has {one!r}; {must}" if several else f"{key} is {one!r}; {must}")

@@ -94,11 +94,11 @@ def _check_keys(path: Path, config: ConfigDict) -> None:
     """ValueError where a config lacks a key of the default one, or has a key that nothing reads."""
     default = _module(_shipped() / "default.py")
     whole = default.get_config()
-    known, task = _all_keys(whole), list(default.task(""))
-    lacking = next((key for key in known if not _has(config, key)), None)
+    known, made, task = list(flat(whole)), flat(config), list(default.task(""))
+    lacking = next((key for key in known if key not in made), None)
     if lacking:
         raise ValueError(f"config file {path} makes no {lacking!r}: begin with retmask_jax.configs.default.get_config()")
-    for key in _all_keys(config):
+    for key in made:
         section, *names = key.split(".")
         if section == "tasks":
             good, near = names[1:] and names[1] in task, [f"tasks.{names[0]}.{name}" for name in task]
@@ -107,14 +107,6 @@ def _check_keys(path: Path, config: ConfigDict) -> None:
             good, near = key in known or own or _is_free(whole, key), known
         if not good:
             raise ValueError(f"config file {path} sets {key!r}, which nothing reads{_key_hint(key, near)}")
-
-
-def _has(config, key: str) -> bool:
-    for part in key.split("."):
-        if not hasattr(config, "keys") or part not in config:
-            return False
-        config = config[part]
-    return True
 
 
 def _is_free(default, key: str) -> bool:
@@ -131,7 +123,7 @@ def _override(config, key: str, text: str) -> None:
     node = config
     for part in (*parents, last):
         if not hasattr(node, "keys") or part not in node:
-            raise ValueError(f"there is no config key {key!r}{_key_hint(key, _all_keys(config))}")
+            raise ValueError(f"there is no config key {key!r}{_key_hint(key, list(flat(config)))}")
         parent, node = node, node[part]
     with parent.unlocked():
         parent[last] = _parse(key, text, node)
@@ -155,10 +147,6 @@ def _parse(key: str, text: str, current: Any) -> Any:
     if type(value) is not type(current) and value is not None:
         raise ValueError(f"config key {key} is of type {type(current).__name__} (now {current!r}), got {text!r}")
     return value
-
-
-def _all_keys(config) -> list[str]:
-    return list(flat(config))
 
 
 def flat(config, prefix: str = "") -> dict[str, Any]:

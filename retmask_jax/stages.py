@@ -72,12 +72,6 @@ def run_stage(context: Context, name: str) -> tuple[dict[str, Any], bool]:
         raise memory.explain(error, name, f"lower {setting}, shorten the texts, or use more devices") from error
 
 
-_WANTED_OF_TASKS = {
-    "needles": "a JSONL file of needles or questions", "haystack": "a text file that is cut to tasks of these lengths",
-    "depths": "at least one, such as 0.5",
-}  # fmt: skip
-
-
 def check_config(config, devices=None) -> None:
     """Raise ValueError for settings that could only fail later, after expensive work. devices: of the mesh (None: all)."""
     check_limits(flat(config))
@@ -87,15 +81,7 @@ def check_config(config, devices=None) -> None:
     if (config.detect.threshold is None) == (config.detect.top_k is None):
         raise ValueError("set one of detect.threshold and detect.top_k, and the other to None")
     check_experiments(config)
-    named = [config.detect.task, *config.knockout.tasks, *config.rope.tasks, *config.eval.tasks, *config.eval.grids,
-             *config.theta.tasks, *([config.dynamics.task] if config.dynamics.task else [])]  # fmt: skip
-    missing = [task for task in named if task not in config.tasks]
-    if missing:
-        raise ValueError(f"there is no task {missing[0]!r} under tasks; there are {', '.join(config.tasks)}")
-    for name, task in config.tasks.items():
-        for key in ("needles", "haystack", "depths") if task.lengths else ("needles",):
-            if not task[key]:
-                raise ValueError(f"tasks.{name}.{key} is empty: name {_WANTED_OF_TASKS[key]}")
+    _check_tasks(config)
     if config.train.max_prompt_tokens >= config.train.max_tokens:
         raise ValueError(
             f"train.max_prompt_tokens {config.train.max_prompt_tokens} must be less than train.max_tokens "
@@ -105,6 +91,21 @@ def check_config(config, devices=None) -> None:
     check_eval(config)
     make_mesh(config.mesh, devices)
     train_settings(config, "retmask", 0)
+
+
+def _check_tasks(config) -> None:
+    """Raise ValueError for a task that is named and not there, and for one that lacks what its cases are made of."""
+    named = [config.detect.task, *config.knockout.tasks, *config.rope.tasks, *config.eval.tasks, *config.eval.grids,
+             *config.theta.tasks, *([config.dynamics.task] if config.dynamics.task else [])]  # fmt: skip
+    missing = [task for task in named if task not in config.tasks]
+    if missing:
+        raise ValueError(f"there is no task {missing[0]!r} under tasks; there are {', '.join(config.tasks)}")
+    bare = {"needles": "a JSONL file of needles or questions"}
+    of_lengths = {"haystack": "a text file that is cut to tasks of these lengths", "depths": "at least one, such as 0.5"}
+    for name, task in config.tasks.items():
+        for key, wanted in (bare | of_lengths if task.lengths else bare).items():
+            if not task[key]:
+                raise ValueError(f"tasks.{name}.{key} is empty: name {wanted}")
 
 
 def check_batch(config, devices=None) -> None:

@@ -33,11 +33,10 @@ def kernel(folder):
 @every_notebook
 def test_a_notebook_runs_at_small_size(path, folder, kernel):
     notebook = nbformat.read(path, as_version=4)
-    cells = list(notebook.cells)
     notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
     run(notebook, folder, SMALL, timeout=300, kernel=kernel)
     shown = "\n".join(texts(notebook))
-    for words in re.findall(r"<!-- shows: (.*?) -->", "\n".join(cell.source for cell in cells)):
+    for words in re.findall(r"<!-- shows: (.*?) -->", "\n".join(cell.source for cell in notebook.cells)):
         assert words in shown
 
 

@@ -31,8 +31,8 @@ def reference_logprobs(config, load_params, rows: PairRows, path: Path, mesh, *,
         cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(compute_dtype), tree))
         params = cast(load_params())
         saved = time.monotonic()
-        with sharding.using(mesh), track(None, len(rows), "reference log-probabilities", "pair") as bar:
-            bar.update(len(rows) - len(missing))
+        kept = len(rows) - len(missing)
+        with sharding.using(mesh), track(None, len(rows), "reference log-probabilities", "pair", kept) as bar:
             for part in parts(rows, missing, sharding.full_share(batch_size, sharding.ROW_AXES), allowed_widths):
                 batch = sharding.place_rows(
                     mesh, len(part.pairs), lambda at, part=part: rows.padded(part.pairs[at], part.width, config.pad_id)

@@ -104,9 +104,8 @@ def _loop(run: _Run, state: State, frozen, loader, checkpoints: Checkpoints, fol
         Metrics(folder, first, settings.wandb, what) as metrics,
         _told_to_stop() as told_to_stop,
         _profile(folder, settings.profile) as profile,
-        track(None, settings.steps, what, "step") as bar,
+        track(None, settings.steps, what, "step", first) as bar,
     ):
-        bar.update(first)
         for step in range(first, settings.steps):
             profile(step)
             begun, pairs = time.monotonic(), next(loader)

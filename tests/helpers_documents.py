@@ -54,6 +54,13 @@ def sections(text: str) -> dict[str, str]:
     return found
 
 
+def blocks(text: str) -> list[str]:
+    """Paragraphs, lists, tables and fenced code in their order, as empty lines part them."""
+    pieces = re.split(r"(^```.*?^```[ \t]*$)", text, flags=re.DOTALL | re.MULTILINE)
+    parts = [part for piece in pieces for part in ([piece] if piece.startswith("```") else re.split(r"\n[ \t]*\n", piece))]
+    return [part.strip() for part in parts if part.strip()]
+
+
 def anchors(text: str) -> set[str]:
     """What #anchors of a page may be, as GitHub makes them from its headings; and ids that are set."""
     found: list[str] = re.findall(r'(?:id|name)="([^"]+)"', text)

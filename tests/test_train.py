@@ -124,11 +124,11 @@ class _Stopped(Exception):
 def _interrupt_after(monkeypatch, steps):
     """Training dies when it reports its step number `steps`."""
 
-    def patched(items, total, what, unit):
-        bar = track(items, total, what, unit)
+    def patched(items, total, what, unit, done=0):
+        bar = track(items, total, what, unit, done)
         if unit != "step":
             return bar
-        advance, done = bar.update, 0
+        advance = bar.update
 
         def update(n=1):
             nonlocal done

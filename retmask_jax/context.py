@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,16 +88,18 @@ class Context:
             files |= {name for name in (task.needles, task.haystack) if name}
         if config.detect.scores is not None:
             files.add(config.detect.scores)
-        prints = {}
-        for name in sorted(files):
-            path = self.resolve(name)
-            if not path.is_file():
-                raise ValueError(f"data file {name} of the config does not exist ({path})")
-            prints[name] = fingerprint(path)
+        prints = self.fingerprints(files)
         if config.pairs.prompts:
             found = source_files(config.pairs.prompts, self.resolve)
             prints[config.pairs.prompts] = digest([fingerprint(file) for file in found])
         return {"model": str(config.model), "weights": self.model_fingerprint(), "files": prints, "seed": config.seed}
+
+    def fingerprints(self, names: Iterable[str]) -> dict[str, str]:
+        """{data file of the config: its fingerprint}; ValueError for one that is missing."""
+        missing = next((name for name in sorted(names) if not self.resolve(name).is_file()), None)
+        if missing is not None:
+            raise ValueError(f"data file {missing} of the config does not exist ({self.resolve(missing)})")
+        return {name: fingerprint(self.resolve(name)) for name in sorted(names)}
 
     def model_fingerprint(self) -> str:
         return self._model_fingerprint

@@ -30,7 +30,6 @@ from retmask_jax.hosts import primary, wait_for_all
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.recipes import as_json as config_json
-from retmask_jax.workdir import fingerprint
 
 MASKED = "masked"  # the start model with its retrieval heads masked
 
@@ -49,20 +48,21 @@ def check_eval(config) -> None:
     """Raise ValueError for settings of suites, or models to compare, that could only fail later."""
     check_suites(config.suites)
     for name, source in config.eval.models.items():
-        if name in (START, MASKED) or not source:
+        if name in (START, MASKED) or not source or not isinstance(source, str):
             raise ValueError(f"eval.models has {name!r}: {source!r}; give each folder or hub id a name of its own, not "
                              f"{START} or {MASKED}")  # fmt: skip
 
 
 def check_eval_model(context: Context) -> None:
-    """Raise ValueError where a suite is longer than the model's context."""
+    """Raise ValueError where a suite is longer than the model's context, or its files are not there."""
+    context.fingerprints(suite_files(context.config.suites))
     check_context(context.config.suites, context.lm.config.max_length)
 
 
 def suite_prints(context: Context) -> dict[str, Any]:
     """What decides the result of the suites: their settings and files, and the models that are compared."""
     suites = context.config.suites
-    files = {name: fingerprint(context.resolve(name)) for name in suite_files(suites)}
+    files = context.fingerprints(suite_files(suites))
     return {"suites": digest(config_json(suites)), "suite_files": files, "models": config_json(context.config.eval.models)}
 
 
@@ -203,7 +203,7 @@ def _helmet(there: Context, contender: Contender, section) -> list[Measured]:
 def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measured]:
     """What a part of a suite gave this model before, or its run, written down; one that is cut off goes on, sample by
     sample."""
-    files = [fingerprint(there.resolve(file)) for file in suite_files(suites)]
+    files = list(there.fingerprints(suite_files(suites)).values())
     mask = mask_hash(shared_mask(there.lm.config, contender.interventions))
     settings = config_json(suites[name]), config_json(there.config.prompt)
     key = digest([__version__, there.model_fingerprint(), mask, *settings, files])

@@ -57,6 +57,13 @@ def style():
         yield
 
 
+def use_style() -> None:
+    """The same for all figures from here on, as in a notebook."""
+    import matplotlib
+
+    matplotlib.rcParams.update(_STYLE)
+
+
 def inline(figure, alt: str) -> str:
     """A figure as HTML text without links: <svg>, or <img> with a PNG where an SVG would be large and larger."""
     import matplotlib

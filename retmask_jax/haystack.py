@@ -6,10 +6,12 @@ a tokenizer, so that two models get the same cases.
 
 import dataclasses
 import re
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from retmask_jax.files import digest, read_jsonl
@@ -59,6 +61,17 @@ class Case:
     question: tuple[int, int] = (0, 0)
 
 
+def check_template(template: str) -> None:
+    """ValueError for a format string that does not hold {context} and {question}, or holds other fields."""
+    try:
+        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"prompt.template {template!r} is no format string: {error}; a brace itself is written twice") from error
+    if names != {"context", "question"}:
+        there = ", ".join(f"{{{name}}}" for name in sorted(names)) or "none"
+        raise ValueError(f"prompt.template {template!r} must have the fields {{context}} and {{question}}, it has {there}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompter:
     """Turns a context and a question into the tokens of a prompt.
@@ -73,6 +86,7 @@ class Prompter:
     template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        check_template(self.prompt)
         if self.tokenizer is None:
             raise ValueError("the model folder has no tokenizer, which text prompts need")
         if not self.tokenizer.is_fast:
@@ -89,7 +103,11 @@ class Prompter:
         if not self.chat:
             return "\n".join(message["content"] for message in messages)
         kwargs = dict(self.template_kwargs) | {"tokenize": False, "add_generation_prompt": True}
-        return self.tokenizer.apply_chat_template(list(messages), **kwargs)
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), **kwargs)
+        except jinja2.TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"the tokenizer's chat template refuses a conversation of the roles {roles}: {error}") from error
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """(token ids, their character ranges). A chat template writes its own special tokens."""

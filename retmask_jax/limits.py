@@ -61,7 +61,8 @@ _LIMITS = {
 # What may be None: "as needed", "all" or "not".
 _OR_NONE = """detect.threshold detect.top_k detect.scores knockout.minimal rope.patch_pairs pairs.prompts_field
     detectors.cases detectors.top_k theta.cases dynamics.threshold dynamics.cases dynamics.task tasks.*.per_length
-    suites.rerank.length suites.perplexity.stride suites.*.limit suites.lm_eval.fewshot""".split()
+    suites.rerank.length suites.perplexity.stride suites.*.limit suites.lm_eval.fewshot suites.helmet.chat
+    distributed""".split()
 
 
 def check_limits(values: dict[str, Any]) -> None:
@@ -70,15 +71,22 @@ def check_limits(values: dict[str, Any]) -> None:
         for pattern in patterns.split():
             for key in fnmatch.filter(values, pattern):
                 _check(key, values[key], limit)
+    for key, value in values.items():
+        if value is None and not _may_be_none(key):
+            raise ValueError(f"{key} is None; it must be set")
 
 
 def _check(key: str, value, limit: Limit) -> None:
-    or_none = any(fnmatch.fnmatch(key, pattern) for pattern in _OR_NONE)
+    or_none = _may_be_none(key)
     if value is None and or_none:
         return
-    several = isinstance(value, (tuple, list))
+    several = isinstance(value, (tuple, list)) and not or_none
     for one in value if several else (value,):
         good = isinstance(one, limit.kinds) and not isinstance(one, bool) and limit.holds(one)
         if not good:
             must = f"it must be {limit.words}{', or None' if or_none else ''}"
             raise ValueError(f"{key} has {one!r}; {must}" if several else f"{key} is {one!r}; {must}")
+
+
+def _may_be_none(key: str) -> bool:
+    return any(fnmatch.fnmatch(key, pattern) for pattern in _OR_NONE)

@@ -49,8 +49,8 @@ def usable(prompter: Prompter, prompts: Sequence[dict], messages_keys: Sequence[
     numbers = [i for i in range(len(prompts)) if max(len(rows[i]) for rows in tokens.values()) <= max_tokens]
     if not numbers:
         raise ValueError(
-            f"each of {len(prompts)} prompts has more than {max_tokens} tokens, the model's context less "
-            "pairs.max_new_tokens: take shorter prompts or fewer new tokens"
+            f"each of {len(prompts)} prompts has more than {max(max_tokens, 0)} tokens, which the model's context leaves "
+            "beside pairs.max_new_tokens: take shorter prompts or fewer new tokens"
         )
     return numbers, {key: [rows[i] for i in numbers] for key, rows in tokens.items()}
 

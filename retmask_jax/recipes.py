@@ -150,9 +150,11 @@ def _parse(key: str, text: str, current: Any) -> Any:
 
 
 def flat(config, prefix: str = "") -> dict[str, Any]:
-    """Every value of a config by its key, such as "train.steps"."""
+    """Every value of a config by its key, such as "train.steps"; ValueError for a name that is no text."""
     values = {}
     for name, value in config.items():
+        if not isinstance(name, str):
+            raise ValueError(f"config section {prefix[:-1]} has the key {name!r}: names are text")
         values |= flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
     return values
 

@@ -25,6 +25,7 @@ from retmask_jax.detect import detect, stability
 from retmask_jax.eval_stages import check_eval, check_eval_model, compare_stage, eval_stage, suite_prints
 from retmask_jax.evals.recall import check_fits
 from retmask_jax.files import digest, read_jsonl, write_jsonl
+from retmask_jax.haystack import check_template
 from retmask_jax.head_profile import profile
 from retmask_jax.head_scores import HeadScores
 from retmask_jax.hosts import primary, wait_for_all
@@ -80,6 +81,7 @@ def check_config(config, devices=None) -> None:
         raise ValueError(f"train.arms has {', '.join(unknown)}; known arms are {', '.join(ARMS)}")
     if (config.detect.threshold is None) == (config.detect.top_k is None):
         raise ValueError("set one of detect.threshold and detect.top_k, and the other to None")
+    check_template(config.prompt.template)
     check_experiments(config)
     _check_tasks(config)
     if config.train.max_prompt_tokens >= config.train.max_tokens:

@@ -176,7 +176,7 @@ def theta_section(result) -> str:
     for task, rows in tasks.items():
         clear = [f"{row['theta']:,.0f} ({change(row['change'])})" for row in rows
                  if row["change"]["low"] > 0 or row["change"]["high"] < 0]  # fmt: skip
-        said.append(f"Recall on {task} clearly changes at {', '.join(clear)}." if clear else
+        said.append(f"By its 95% interval alone recall on {task} changes at {', '.join(clear)}." if clear else
                     f"Recall on {task} does not clearly change: every 95% interval contains 0.")  # fmt: skip
     cells = [[row["task"], f"{row['factor']:g}", f"{row['theta']:,.0f}", interval(row), change(row["change"]),
               p_value(row["mcnemar"]["p_value"])] for row in result["rows"]]  # fmt: skip

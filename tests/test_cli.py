@@ -161,4 +161,6 @@ def test_missing_data_file(refused):
     assert "no file matches nowhere.jsonl" in refused(
         "detect", "--config.pairs.prompts=./nowhere.jsonl", "--workdir=work"
     )
-    assert "does not exist" in refused("detect", "--config.text.file=./nowhere.txt", "--workdir=work")
+    suite = ("--config.suites.perplexity.length=64", "--config.suites.perplexity.file=./nowhere.txt")
+    for wrong in (("--config.text.file=./nowhere.txt",), suite, (*suite[:1], "--config.suites.perplexity.file=/")):
+        assert "does not exist" in refused("detect", *wrong, "--workdir=work")

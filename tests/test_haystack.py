@@ -410,6 +410,17 @@ def test_prompter_mistakes():
     bare.chat_template = None
     assert "no chat template" in _message(Prompter, bare)
     assert Prompter(bare, chat=False).render("a", "b") == "a b"
+    for template, there in (("{context}", "{context}"), ("x", "none"), ("{question} {context.a}", "{context.a}, {question}"),
+                            ("{context} {question} {0}", "{0}, {context}, {question}")):  # fmt: skip
+        assert _message(Prompter, bare, template, chat=False).endswith(f"it has {there}")
+    assert "is no format string" in _message(Prompter, bare, "{context", chat=False)
+    assert Prompter(bare, "{{{question}}} {context}", chat=False).render("a", "b") == "{b} a"
+
+
+def test_a_chat_template_that_refuses_is_one_line():
+    strict = _byte_pairs(300, "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x")
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    assert _message(Prompter(strict).render_messages, messages).endswith("of the roles system, user: no system")
 
 
 def test_lengths_that_cannot_be_met(large):

@@ -105,7 +105,7 @@ def test_prompts_that_are_too_long_are_left_out():
     assert [len(row) for row in tokens["messages"]] == [32, 40, 48]
     assert {len(row) for row in tokens["messages_without"]} == {14}
     assert usable(PROMPTER, PROMPTS, both, 47) == ([0, 1], {key: rows[:2] for key, rows in tokens.items()})
-    with pytest.raises(ValueError, match="each of 3 prompts has more than 31 tokens, the model's context less"):
+    with pytest.raises(ValueError, match="each of 3 prompts has more than 31 tokens, which the model's context leaves"):
         usable(PROMPTER, PROMPTS, both, 31)
     assert usable(PROMPTER, PROMPTS, ["messages_without"], 31)[0] == [0, 1, 2]
 

@@ -14,6 +14,7 @@ from retmask_jax.context import Context
 from retmask_jax.detectors import DETECTORS
 from retmask_jax.hub import BUNDLED
 from retmask_jax.inspection import describe
+from retmask_jax.main import main
 from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.recipes import load_recipe
 from retmask_jax.workdir import Workdir
@@ -199,6 +200,52 @@ def test_needle_recall_is_what_the_readme_says():
     assert {len(heads)} == {int(n) for n in re.findall(r"(\d+) of \d+ heads", README)}
     for name, texts in zip(("none", "retrieval"), said, strict=True):
         assert causal.hits(texts, cases).mean() == pytest.approx(printed[name], abs=0.011), name  # one case of 96
+
+
+@pytest.mark.slow
+def test_the_tables_are_what_the_stages_write(tmp_path):
+    found = {}
+    for stage in ("detect", "knockout", "rope"):
+        assert main([stage, "--config=tiny", f"--workdir={tmp_path}"]) == 0
+        found |= json.loads((tmp_path / stage / "result.json").read_text())["numbers"]
+    columns = {"needle recall, 128 tokens": "needle short", "follows the context, 128 tokens": "context short",
+               "answers from memory instead": "context short: from memory", "closed-book": "closed-book",
+               "text loss": "text loss"}  # fmt: skip
+    masked, rotary = (next(table for table in tables(README) if table[0][0].startswith(words))
+                      for words in ("masked heads", "rotary pairs taken out"))  # fmt: skip
+    assert len(masked) == 7 and len(rotary) == 4
+    for kind, *cells in masked[1:]:
+        for column, cell in zip(masked[0][1:], cells, strict=True):
+            assert cell == _interval(found[f"knockout/{columns[column]}/{kind}"]), (kind, column)
+    for removed, *cells in rotary[1:]:
+        for which, cell in zip(("lowest", "highest", "random", "control heads, lowest"), cells, strict=True):
+            assert cell == _interval(found[f"rope/needle short/{which} {removed.split()[0]} pairs"]), (which, removed)
+    assert f"Gini {found['detect/gini']['value']:.2f};" in README
+    assert f"{found['knockout/idle heads']['value']:.0f} heads are idle" in README
+
+
+@pytest.mark.slow
+def test_the_study_says_what_its_command_writes(tmp_path):
+    assert main(["study", "--config=tiny_study", f"--workdir={tmp_path}"]) == 0
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("*/result.json")]
+    text = sections(README)["The causal study"].split("`retmask study --config=tiny_study` writes")[1].split("**Three arch")[0]
+    triples, values = _triples(results), _values(results)
+    said = [tuple(map(float, triple)) for triple in re.findall(rf"{SIGNED} \[{SIGNED}, {SIGNED}\]", text)]
+    assert len(said) >= 6 and [triple for triple in said if triple not in triples] == []
+    assert [x for x in re.findall(r"(?<![\d.[])0\.\d{3}(?![\d\]])", text) if float(x) not in values] == []
+
+
+def _interval(number):
+    return f"{number['value']:.3f} [{number['low']:.3f}, {number['high']:.3f}]"
+
+
+def _values(node):
+    """Every number in a result, to three places."""
+    if isinstance(node, dict):
+        node = list(node.values())
+    if isinstance(node, list):
+        return set().union(*map(_values, node))
+    return {round(node, 3)} if isinstance(node, float) else set()
 
 
 def test_messages_of_the_troubleshooting_table_are_those_of_the_code():

@@ -124,7 +124,7 @@ def test_norms_and_bases_are_judged_by_their_tests(render):
     found = render()
     assert "differ from the 29 others' by +0.500 (Cohen's d +1.25); of that their layers alone explain +0.125." in found.text
     assert "After adjustment over all pairs p is below 0.05 for 3 of 8 rotary pairs." in found.text
-    assert "Recall on needle clearly changes at 2,000,000 (−0.100 [−0.150, −0.050])." in found.text
+    assert "By its 95% interval alone recall on needle changes at 2,000,000 (−0.100 [−0.150, −0.050])." in found.text
 
 
 def test_nothing_clear_nothing_comparable_and_no_checkpoints(render):

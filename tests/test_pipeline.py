@@ -109,6 +109,7 @@ def test_another_config_is_refused_and_nothing_is_lost(finished):
     assert run_ids(root) == before
 
 
+@pytest.mark.slow
 def test_killed_training_resumes_to_the_same_parameters(finished, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(finished[0], root)

@@ -121,6 +121,7 @@ def test_a_recipe_without_prompts_stops_before_pairs(stage, tmp_path, capsys):
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.slow
 def test_a_recipe_without_prompts_runs_up_to_there(tmp_path):
     """The study's recipe on the bundled model and its data; every headline is the name of a number."""
     small = {

@@ -36,6 +36,7 @@ setup(
         "scipy>=1.13",
         "matplotlib>=3.9",
         "rouge-score>=0.1.2",
+        "psutil>=5.9",
         "rich>=13",
         "tqdm>=4.66",
         "tensorboardX>=2.6",

@@ -1,12 +1,12 @@
 """Memory: what a compiled program needs, what the device has, and what to say when it is not enough."""
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import psutil
 
 from retmask_jax.progress import track
 
@@ -24,7 +24,7 @@ def limit() -> int:
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+    return psutil.virtual_memory().available // jax.local_device_count()  # with what the page cache would give back
 
 
 def needed(compiled) -> int:

@@ -1,7 +1,9 @@
 """Mask sweeps equal one pass per mask, in one program; and what happens when memory runs out."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -76,6 +78,12 @@ class _Program:
         return 100 * self.size
 
     output_size_in_bytes = 50
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists() or jax.default_backend() != "cpu", reason="Linux, and a CPU, only")
+def test_free_memory_counts_what_the_page_cache_would_give_back():
+    available = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    assert memory.limit() * jax.local_device_count() == pytest.approx(available, rel=0.1)
 
 
 def test_the_largest_batch_that_fits(monkeypatch):

@@ -13,21 +13,23 @@ from retmask_jax.page import section as _section
 from retmask_jax.wording import axis, directions, is_loss, tree_of
 
 
-def evaluation_section(result, subject: str = "Training with {}") -> str:
-    """Models against the start model, from the result of `eval` or `compare`. subject: how a model begins a sentence."""
+def evaluation_section(result, trained: bool = True) -> str:
+    """Models against the start model, from the result of `eval`, or (not trained here) of `compare`."""
     changes, rows, grids = changes_of(result["numbers"]), result["rows"], _by_model(result["grids"])
     maps = {f"{task}: {name}": figures.niah(f"{task}: {name}", cells) for (task, name), cells in grids.items()}
     seeds = len({row["seed"] for row in rows if row["arm"] != "start"})
+    over = f" and {_n(seeds, 'training seed')}" if trained else ""
+    fixed = "Seeds are held fixed, so an interval does not cover what another seed would give; it" if trained else "An interval"
+    subject = "Training with {}" if trained else "{}"
     return _section(
         "Evaluation",
         [directions("Masking the retrieval heads" if arm == "masked" else subject.format(arm), by_task)
          for arm, by_task in changes.items()] + _missing(result["missing"]),
-        _figure(_panels(result), f"Mean over cases and {_n(seeds, 'training seed')}"
+        _figure(_panels(result), f"Mean over cases{over}"
                 f"{' (pale dots: single seeds)' if seeds > 1 else ''} with its 95% interval, bootstrap over "
                 "cases. Dotted line: the start model. Losses: lower is better."),
         _figure(_forests(changes), "Changes against the start model, paired by case, with 95% intervals: bootstrap over "
-                "cases, not adjusted for the number of tasks. Seeds are held fixed, so an interval does not cover what "
-                "another seed would give; it has no width where no case changes."),
+                f"cases, not adjusted for the number of tasks. {fixed} has no width where no case changes."),
         _change_table(changes, rows),
         _helmet(result["helmet"]),
         page.lines(*_grid_means(grids)),

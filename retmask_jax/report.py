@@ -41,7 +41,7 @@ def write_report(path: Path, results: Mapping[str, Mapping], model: str) -> None
 def write_comparison(path: Path, results: Mapping[str, Mapping], model: str) -> None:
     """Write the page of `retmask eval --compare`. results: {"compare": what its stage returned}."""
     with figures.style():
-        sections = [page.lines(*provenance(results)), evaluation_section(results["compare"], "{}"), all_numbers(results)]
+        sections = [page.lines(*provenance(results)), evaluation_section(results["compare"], trained=False), all_numbers(results)]
     write_atomically(path, page.document(f"{model} against other models", sections))
 
 

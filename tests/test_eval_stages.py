@@ -44,6 +44,7 @@ def test_a_model_compared_with_itself_changes_nothing(compared):
     assert rouge["n"] == 2 and 0.5 < rouge["value"] <= 1
     assert result["series"]["niah/rouge 128"] == {"of": "niah/rouge", "at": 128, "axis": "length (tokens)"}
     page = (root / "comparison.html").read_text()
+    assert "Mean over cases with its 95% interval" in page and "seed" not in page.split("All numbers")[0].split("Evaluation")[1]
     assert page.count("Evaluation: niah/rouge") == 1 and "niah, ROUGE-1 recall: same" in page  # one panel over lengths, and a map
     cells = [cell for cell in result["grids"] if cell["task"] == "niah, ROUGE-1 recall" and cell["model"] == "start"]
     assert sorted((cell["length"], cell["depth"]) for cell in cells) == [(96, 0), (96, 1), (128, 0), (128, 1)]

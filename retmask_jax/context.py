@@ -94,12 +94,16 @@ class Context:
             prints[config.pairs.prompts] = digest([fingerprint(file) for file in found])
         return {"model": str(config.model), "weights": self.model_fingerprint(), "files": prints, "seed": config.seed}
 
+    def data_file(self, name: str) -> Path:
+        """`resolve`d; ValueError where no such file is there."""
+        path = self.resolve(name)
+        if not path.is_file():
+            raise ValueError(f"data file {name} of the config does not exist ({path})")
+        return path
+
     def fingerprints(self, names: Iterable[str]) -> dict[str, str]:
-        """{data file of the config: its fingerprint}; ValueError for one that is missing."""
-        missing = next((name for name in sorted(names) if not self.resolve(name).is_file()), None)
-        if missing is not None:
-            raise ValueError(f"data file {missing} of the config does not exist ({self.resolve(missing)})")
-        return {name: fingerprint(self.resolve(name)) for name in sorted(names)}
+        """{data file of the config: its fingerprint}; errors as `data_file`."""
+        return {name: fingerprint(self.data_file(name)) for name in sorted(names)}
 
     def model_fingerprint(self) -> str:
         return self._model_fingerprint

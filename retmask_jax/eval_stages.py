@@ -55,7 +55,8 @@ def check_eval(config) -> None:
 
 def check_eval_model(context: Context) -> None:
     """Raise ValueError where a suite is longer than the model's context, or its files are not there."""
-    context.fingerprints(suite_files(context.config.suites))
+    for name in suite_files(context.config.suites):
+        context.data_file(name)
     check_context(context.config.suites, context.lm.config.max_length)
 
 

@@ -21,12 +21,12 @@ def track(items: Iterable, total: int, what: str, unit: str, done: int = 0):
     Work of less than a second shows nothing, nor do hosts but the first. done: items of an earlier run, which count in
     the total but not in the rate.
     """
-    bar = _redraws(sys.stderr)
-    return tqdm(
-        items, total=total, initial=done, desc=what, unit=unit, unit_scale=unit == "B", delay=_DELAY, disable=not primary(),
-        **({"mininterval": _REDRAW, "dynamic_ncols": True, "leave": False} if bar else
-           {"mininterval": _EVERY, "bar_format": _LINE, "leave": True, "file": _Lines(sys.stderr)}),
-    )  # fmt: skip
+    if _redraws(sys.stderr):
+        drawn = {"mininterval": _REDRAW, "dynamic_ncols": True, "leave": False}
+    else:
+        drawn = {"mininterval": _EVERY, "bar_format": _LINE, "leave": True, "file": _Lines(sys.stderr)}
+    return tqdm(items, total=total, initial=done, desc=what, unit=unit, unit_scale=unit == "B", delay=_DELAY,
+                disable=not primary(), **drawn)  # fmt: skip
 
 
 def _redraws(stream) -> bool:

@@ -175,6 +175,7 @@ def test_every_number_of_a_config_has_its_limits():
     numbers = {key for key, value in values.items() if isinstance(value, (int, float, tuple)) and not isinstance(value, bool)}
     limited = {key for pattern in patterns for key in fnmatch.filter(values, pattern)}
     assert {key for key in numbers - limited if not key.startswith("pretrain.")} == UNLIMITED
+    assert {key for key, value in values.items() if value is None} - limited <= {"distributed", "suites.helmet.chat"}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in find_recipe("tiny").parent.glob("[!_]*.py")))

@@ -114,6 +114,9 @@ def get_config() -> ConfigDict:
     config.train.reference_batch_size = 32  # pairs per forward pass of the start model
     config.train.checkpoint_every = 50  # steps
     config.train.keep = 2  # newest checkpoints that stay, beside the one with the lowest loss
+    # Where checkpoints go instead of the work directory: a folder, or a bucket (gs://NAME/FOLDER), to which Orbax writes
+    # without a mount.
+    config.train.checkpoint_folder = ""
     config.train.profile = ()  # (first, behind last) step of a trace for TensorBoard or Perfetto
     config.train.wandb = ""  # project of Weights & Biases, if installed; metrics.jsonl and tensorboard/ are always there
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from retmask_jax import endpoints, pairs, stats
 from retmask_jax.context import Context
-from retmask_jax.data.prompts import read_prompts
+from retmask_jax.data.prompts import read_prompts, source_files
 from retmask_jax.files import write_jsonl
+from retmask_jax.fingerprints import fingerprint
 from retmask_jax.hosts import primary, wait_for_all
 from retmask_jax.knockout import activity_matched
 from retmask_jax.model.interventions import mask_heads, random_heads
@@ -61,9 +62,15 @@ def pairs_stage(context: Context, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def prompt_prints(context: Context) -> dict[str, Any]:
+    """Fingerprints of the files that the prompts are read from."""
+    source = context.config.pairs.prompts
+    return {f"file {file}": fingerprint(file) for file in source_files(source, context.resolve)} if source else {}
+
+
 def _arm_heads(context: Context, seed: int) -> dict[str, list]:
     """The heads masked to answer for each arm."""
-    config, arms, heads = context.lm.config, context.config.train.arms, context.heads()
+    config, arms, heads = context.about.config, context.config.train.arms, context.heads()
     wanted = set(arms) | ({"retmask"} if "sft_filtered" in arms else set())
     activity_LH = np.array(context.workdir.result("knockout")["activity"])
     choices = {
@@ -81,7 +88,7 @@ def _questions(context: Context, prompts, heads) -> tuple[list[Question], int]:
     config = context.config
     without = "no_fact" in config.train.arms
     keys = ("messages", "messages_without") if without else ("messages",)
-    room = context.lm.config.max_length - config.pairs.max_new_tokens
+    room = context.about.config.max_length - config.pairs.max_new_tokens
     numbers, tokens = pairs.usable(context.pairs_prompter, prompts, keys, room)
     questions = []
     for seed in config.train.seeds:
@@ -110,15 +117,15 @@ def _collect(context: Context, folder: Path, heads, questions: list[Question]) -
 
 def _answers(context: Context, heads, questions: list[Question]):
     """Answers to questions as they come, from this process or from the endpoints."""
-    section, lm = context.config.pairs, context.lm
+    section = context.config.pairs
     variants = list(dict.fromkeys(question.variant for question in questions))
     options = {name: section[name] for name in ("temperature", "top_p", "max_new_tokens")}
     if not questions or (section.endpoints and not primary()):
         return iter(())
     if section.endpoints:
         return endpoints.sample(_endpoints(context, heads, variants), questions, **options)
-    masks = {variant: mask_heads(lm.config, heads.get(variant, [])) for variant in variants}
-    return pairs.sample(lm, questions, masks, batch_size=context.config.batch_size, **options)
+    masks = {variant: mask_heads(context.lm.config, heads.get(variant, [])) for variant in variants}
+    return pairs.sample(context.lm, questions, masks, batch_size=context.config.batch_size, **options)
 
 
 def _endpoints(context: Context, heads, variants: list[Variant]) -> endpoints.Endpoints:

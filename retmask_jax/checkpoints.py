@@ -1,6 +1,7 @@
 """Checkpoints of a training run: written in the background, the newest few and the best kept, read onto any mesh."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,26 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints in a folder; a context manager, at whose end all of them are whole."""
 
-    def __init__(self, folder: Path, keep: int, fingerprint: str):
-        """keep: how many of the newest stay, beside the one with the lowest loss. fingerprint: of what is trained on."""
+    def __init__(self, folder: str | os.PathLike, keep: int, fingerprint: str):
+        """folder: a path, or the address of a bucket (gs://...), which is handed on as it is. keep: how many of the newest
+        stay, and the one with the lowest loss. fingerprint: of what is trained on.
+
+        A checkpoint is whole once its folder holds commit_success.txt, which is written last: nothing is renamed, which
+        object stores and their mounts cannot do with folders.
+        """
         import orbax.checkpoint as ocp
+        from etils import epath
         from orbax.checkpoint import checkpoint_managers as kept
 
         logging.getLogger("absl").setLevel(logging.WARNING)
         self._fingerprint = fingerprint
         best = kept.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1)
         policy = kept.AnyPreservationPolicy([kept.LatestN(keep), best])
-        options = ocp.CheckpointManagerOptions(create=True, preservation_policy=policy)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        options = ocp.CheckpointManagerOptions(
+            create=True, preservation_policy=policy, temporary_path_class=ocp.path.atomicity.CommitFileTemporaryPath
+        )
+        address = str(folder) if "://" in str(folder) else Path(folder).absolute()
+        self._manager = ocp.CheckpointManager(epath.Path(address), options=options)
 
     def __enter__(self):
         return self
@@ -64,7 +74,7 @@ class Checkpoints:
         if about["fingerprint"] != self._fingerprint:
             raise ValueError(
                 f"{self._manager.directory} holds checkpoints of another run (fingerprint {about['fingerprint']}, now "
-                f"{self._fingerprint}): delete it to start again"
+                f"{self._fingerprint}): move it away, or train in another folder"
             )
         log.info("resuming at step %d", step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(_abstract, shapes)))

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,17 +13,34 @@ import numpy as np
 from retmask_jax.data.prompts import source_files
 from retmask_jax.evals.perplexity import text_windows
 from retmask_jax.evals.recall import task_cases
-from retmask_jax.files import digest
+from retmask_jax.families import from_hf
+from retmask_jax.fingerprints import fingerprint
 from retmask_jax.haystack import Prompter, read_sentences
-from retmask_jax.hub import BUNDLED
-from retmask_jax.lm import LanguageModel, load
+from retmask_jax.hosts import from_first
+from retmask_jax.hub import BUNDLED, config_folder, resolve
+from retmask_jax.lm import LanguageModel, load, load_tokenizer
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.recipes import as_json
 from retmask_jax.sharding import make_mesh
-from retmask_jax.workdir import Workdir, fingerprint
+from retmask_jax.weights import read_config
+from retmask_jax.workdir import Workdir, settings_of
+
+_FILE = re.compile(r"text\.file|detect\.scores|tasks\..*\.(needles|haystack)")
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What is known of a model without its weights: `load_about` reads it. folder: with its config.json."""
+
+    folder: Path
+    config: ModelConfig
+    tokenizer: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every stage needs: the config and its work directory; the model is loaded when first asked for."""
+    """What every stage needs: the config and its work directory; the model is read when first asked for, and its weights
+    by those that ask for `lm`."""
 
     config: Any
     workdir: Workdir
@@ -30,6 +48,10 @@ class Context:
     @functools.cached_property
     def mesh(self):
         return make_mesh(self.config.mesh)
+
+    @functools.cached_property
+    def about(self) -> About:
+        return load_about(self.config.model, self.config.revision or None)
 
     @functools.cached_property
     def lm(self) -> LanguageModel:
@@ -40,9 +62,10 @@ class Context:
         return load(path, self.config.dtype, self.mesh, **options).with_kernel(self.config.kernel)
 
     def of(self, lm: LanguageModel) -> "Context":
-        """The same for another model, with its own tokenizer."""
+        """This context for another model; prompts then use that model's tokenizer."""
         other = dataclasses.replace(self)
         other.__dict__["lm"] = lm
+        other.__dict__["about"] = About(lm.source.folder, lm.config, lm.tokenizer)
         return other
 
     def release_params(self):
@@ -54,7 +77,7 @@ class Context:
     @functools.cached_property
     def prompter(self) -> Prompter:
         section = self.config.prompt
-        return Prompter(self.lm.tokenizer, section.template, section.chat, section.template_kwargs.to_dict())
+        return Prompter(self.about.tokenizer, section.template, section.chat, section.template_kwargs.to_dict())
 
     @functools.cached_property
     def pairs_prompter(self) -> Prompter:
@@ -78,21 +101,14 @@ class Context:
         text = self.config.text
         if not text.file:
             raise ValueError("text.file names no file: activity and losses are measured on plain text")
-        return text_windows(self.lm.tokenizer, read_sentences(self.resolve(text.file)), text.length, text.windows)
+        return text_windows(self.about.tokenizer, read_sentences(self.resolve(text.file)), text.length, text.windows)
 
-    def inputs(self) -> dict[str, Any]:
-        """Fingerprints of the model and data files a run reads; ValueError for one that is missing."""
-        config = self.config
-        files = {config.text.file} if config.text.file else set()
-        for task in config.tasks.values():
-            files |= {name for name in (task.needles, task.haystack) if name}
-        if config.detect.scores is not None:
-            files.add(config.detect.scores)
-        prints = self.fingerprints(files)
-        if config.pairs.prompts:
-            found = source_files(config.pairs.prompts, self.resolve)
-            prints[config.pairs.prompts] = digest([fingerprint(file) for file in found])
-        return {"model": str(config.model), "weights": self.model_fingerprint(), "files": prints, "seed": config.seed}
+    def check_files(self) -> None:
+        """ValueError for the first data file of the config that does not exist."""
+        for name in named_files(settings_of(as_json(self.config))):
+            self.data_file(name)
+        if self.config.pairs.prompts:
+            source_files(self.config.pairs.prompts, self.resolve)
 
     def data_file(self, name: str) -> Path:
         """`resolve`d; ValueError where no such file is there."""
@@ -105,10 +121,26 @@ class Context:
         """{data file of the config: its fingerprint}; errors as `data_file`."""
         return {name: fingerprint(self.data_file(name)) for name in sorted(names)}
 
-    def model_fingerprint(self) -> str:
-        return self._model_fingerprint
-
     @functools.cached_property
-    def _model_fingerprint(self) -> str:
-        """Kept, so that a stage which has released the model need not load it again to tell."""
-        return fingerprint(self.lm.source.folder)
+    def model_fingerprint(self) -> str:
+        """`checkpoint_fingerprint` of the model; its weights are not loaded for it."""
+        if "lm" in self.__dict__:
+            return checkpoint_fingerprint(self.lm.source.folder)
+        return checkpoint_fingerprint(self.config.model, self.config.revision or None)
+
+
+def load_about(model: str, revision: str | None = None) -> About:
+    """What is known of a model (folder, hub id or "bundled") without its weights; errors as of `config_folder`."""
+    folder = config_folder(model, revision=revision)
+    return About(folder, from_hf(read_config(folder)), load_tokenizer(folder))
+
+
+def checkpoint_fingerprint(model: str | Path, revision: str | None = None) -> str:
+    """Hash of all files of a model (folder, hub id or "bundled"), which is fetched if need be; as the first host has it."""
+    folder = resolve(model, revision=revision)
+    return from_first(lambda: fingerprint(folder))
+
+
+def named_files(settings: Mapping[str, Any]) -> list[str]:
+    """The data files that some settings, {key: value}, name; but those of suites and prompts."""
+    return sorted({value for key, value in settings.items() if _FILE.fullmatch(key) and value})

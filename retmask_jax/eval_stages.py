@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-import shutil
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from retmask_jax import __version__
 from retmask_jax.causal import Condition
 from retmask_jax.causal_stages import task_outcomes
-from retmask_jax.context import Context
+from retmask_jax.context import Context, checkpoint_fingerprint
 from retmask_jax.evals.compare import START, arm_numbers, run_rows
 from retmask_jax.evals.harness import run_lm_eval
 from retmask_jax.evals.helmet import run_helmet
@@ -26,10 +25,13 @@ from retmask_jax.evals.recall import by_cell
 from retmask_jax.evals.scoring import mask_hash, shared_mask
 from retmask_jax.evals.suites import check_context, check_suites, run_suites, suite_files, suites_on
 from retmask_jax.files import digest, read_json, write_json
-from retmask_jax.hosts import primary, wait_for_all
+from retmask_jax.hosts import wait_for_all
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.recipes import as_json as config_json
+from retmask_jax.workdir import changed_versions, versions
+
+log = logging.getLogger(__name__)
 
 MASKED = "masked"  # the start model with its retrieval heads masked
 
@@ -57,14 +59,20 @@ def check_eval_model(context: Context) -> None:
     """Raise ValueError where a suite is longer than the model's context, or its files are not there."""
     for name in suite_files(context.config.suites):
         context.data_file(name)
-    check_context(context.config.suites, context.lm.config.max_length)
+    check_context(context.config.suites, context.about.config.max_length)
 
 
 def suite_prints(context: Context) -> dict[str, Any]:
-    """What decides the result of the suites: their settings and files, and the models that are compared."""
+    """What decides the result of the suites: their settings and files."""
     suites = context.config.suites
-    files = context.fingerprints(suite_files(suites))
-    return {"suites": digest(config_json(suites)), "suite_files": files, "models": config_json(context.config.eval.models)}
+    files = {f"file {name}": of_it for name, of_it in context.fingerprints(suite_files(suites)).items()}
+    return {"suites": digest(config_json(suites))} | files
+
+
+def compare_prints(context: Context) -> dict[str, Any]:
+    """Those of `suite_prints`, and the weights of the models that are compared."""
+    models = context.config.eval.models.items()
+    return suite_prints(context) | {f"weights of {name}": checkpoint_fingerprint(source) for name, source in models}
 
 
 def eval_stage(context: Context, folder: Path) -> dict[str, Any]:
@@ -195,7 +203,7 @@ def _lm_eval(there: Context, contender: Contender, section, kept: Kept) -> list[
 def _helmet(there: Context, contender: Contender, section) -> list[Measured]:
     return run_helmet(
         there.lm, section.path, section.lengths, section.categories or None,
-        folder=_store(there) / "helmet" / there.model_fingerprint(), batch_size=there.config.batch_size,
+        folder=_store(there) / "helmet" / there.model_fingerprint, batch_size=there.config.batch_size,
         interventions=contender.interventions, limit=section.limit, chat=section.chat,
         stop_new_line=section.stop_new_line, citations=section.citations,
     ).measured  # fmt: skip
@@ -207,18 +215,19 @@ def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measu
     files = list(there.fingerprints(suite_files(suites)).values())
     mask = mask_hash(shared_mask(there.lm.config, contender.interventions))
     settings = config_json(suites[name]), config_json(there.config.prompt)
-    key = digest([__version__, there.model_fingerprint(), mask, *settings, files])
+    key = digest([there.model_fingerprint, mask, *settings, files])
     path = _store(there) / f"{name}-{key}.json"
     if not path.exists():
         with Kept(path.with_suffix("")) as kept:
             measured = _run(there, contender, name, suites, kept)
-        if primary():
-            write_json(path, [as_json(one) for one in measured])
-            shutil.rmtree(path.with_suffix(""))
+        write_json(path, {"versions": versions(), "measured": [as_json(one) for one in measured]})
         wait_for_all(f"{name} is measured")
-    return [from_json(record) for record in read_json(path)]
+    found = read_json(path)
+    if changed := changed_versions(found["versions"]):
+        log.warning("%s: what is kept was measured with %s", name, changed)
+    return [from_json(record) for record in found["measured"]]
 
 
 def _store(there: Context) -> Path:
-    """Beside the stages, whose folders are emptied when their settings change."""
+    """Next to the stages, whose folders are set aside when their settings change."""
     return there.workdir.folder("measured")

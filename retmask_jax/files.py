@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from retmask_jax.hosts import primary
+from retmask_jax.hosts import primary, wait_for_all
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -90,10 +90,25 @@ def matching(pattern: Path) -> list[Path]:
     return files
 
 
+def mark_whole(folder: Path) -> None:
+    """Say that all of a folder is written, by a file next to it: folders are not renamed, since object stores cannot."""
+    write_json(_mark(folder), {"whole": True})
+    wait_for_all(f"{folder.name} is whole")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `mark_whole` has said so."""
+    return _mark(folder).exists()
+
+
 def digest(value: Any) -> str:
     """Hash of a JSON value or of bytes, 16 hex digits."""
     data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _mark(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.whole")
 
 
 def _packed(blocks: Iterable[bytes]) -> Iterator[bytes]:

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,23 @@ def wait_for_all(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def from_first(make: Callable[[], str], most: int = 256) -> str:
+    """A short text that the first host makes, on every host: hosts that each looked at a shared disk could differ.
+
+    most: bytes of the longest text.
+    """
+    if not several():
+        return make()
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text_N = np.zeros(most, np.uint8)
+    if primary():
+        content = make().encode()
+        text_N[: len(content)] = np.frombuffer(content, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(text_N))).rstrip(b"\0").decode()
 
 
 def to_host(tree):

@@ -56,7 +56,8 @@ _LIMITS = {
     _SIZE: "knockout.curve",
     Limit("a number", (int, float), lambda value: value == value): "detect.threshold dynamics.threshold",
     _TEXT: """detect.scores pairs.prompts_field train.arms train.lora_targets dynamics.checkpoints dynamics.task
-        knockout.tasks rope.tasks theta.tasks eval.tasks eval.grids detectors.names detectors.seed_names""",
+        train.checkpoint_folder knockout.tasks rope.tasks theta.tasks eval.tasks eval.grids detectors.names
+        detectors.seed_names""",
 }  # fmt: skip
 # What may be None: "as needed", "all" or "not".
 _OR_NONE = """detect.threshold detect.top_k detect.scores knockout.minimal rope.patch_pairs pairs.prompts_field

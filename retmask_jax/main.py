@@ -168,6 +168,10 @@ def _parse(argv: list[str]):
         stage.epilog = f"Any key of the config can be set: --config.train.steps=10\n\n{_examples(name)}"
         stage.add_argument("--config", default="tiny", help="name of a recipe or path of a .py file (default: tiny)")
         stage.add_argument("--workdir", help="folder for all results (default: runs/NAME_OF_CONFIG)")
+        if name not in ("pretrain", "export"):
+            stage.add_argument("--set-aside", action="store_true",
+                               help="where the work directory was made with other settings, keep what no longer fits under "
+                               "a new name and make it again")  # fmt: skip
         if name == "train":
             stage.add_argument(
                 "--aot", metavar="TOPOLOGY", help="only compile, for TPUs that need not be here (v5e:4x4): does it fit?"
@@ -305,11 +309,12 @@ def _dispatch(arguments, overrides) -> int:
     elif arguments.stage == "export":
         pipeline.export(config, root, arguments.what, arguments.heads, arguments.format, Path(arguments.out))
     elif arguments.stage == "run":
-        pipeline.run(config, root)
+        pipeline.run(config, root, arguments.set_aside)
     elif arguments.stage == "study":
-        pipeline.study(config, root)
+        pipeline.study(config, root, arguments.set_aside)
     else:
-        pipeline.one_stage(config, root, "compare" if getattr(arguments, "compare", None) else arguments.stage)
+        name = "compare" if getattr(arguments, "compare", None) else arguments.stage
+        pipeline.one_stage(config, root, name, arguments.set_aside)
     if primary():
         print(f"{arguments.stage}: {time.time() - begin:.0f} s")
     return 0

@@ -12,7 +12,8 @@ from retmask_jax import aot, assets, doctor, finished, inspection, page, panel_r
 from retmask_jax.data.preference_dataset import export_pairs
 from retmask_jax.data.released import iter_pairs
 from retmask_jax.evals import compare
-from retmask_jax.files import write_json
+from retmask_jax.files import read_json, write_json
+from retmask_jax.fingerprints import fingerprint
 from retmask_jax.head_profile import gain_against_sparsity, profile_table
 from retmask_jax.hosts import join, primary
 from retmask_jax.hub import config_folder
@@ -20,23 +21,39 @@ from retmask_jax.lm import load, save
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.panel import panel as side_by_side
 from retmask_jax.sharding import split_cpu
-from retmask_jax.stages import RUN, STUDY, Context, check_batch, check_config, check_model, run_stage
-from retmask_jax.workdir import Workdir, check_free, fingerprint, locked, versions
+from retmask_jax.stages import (
+    RUN,
+    STAGES,
+    STUDY,
+    Context,
+    check_batch,
+    check_config,
+    check_model,
+    check_upstream,
+    run_stage,
+)
+from retmask_jax.workdir import Workdir, check_free, differing, locked, settings_of, versions
 
 _AT_MOST = 6  # models side by side in a table; of more the numbers are listed, pooled over seeds
 
 
-def run(config, root: Path) -> None:
-    """The whole method in order; ends with the table of headline numbers, the report's path and summary.json."""
+def run(config, root: Path, aside: bool = False) -> None:
+    """The whole method in order; ends with the table of headline numbers, the report's path and summary.json.
+
+    aside: as of `Workdir.open`.
+    """
     _check_prompts(config)
-    context = _open(config, root, writes=True)
+    context = _open(config, root, writes=True, aside=aside)
     check_batch(config)
     _in_order(context, RUN, root / "summary.json", root / "report.html")
 
 
-def study(config, root: Path) -> None:
-    """The causal study in order; ends with the table of headline numbers, the page's path and study.json."""
-    _in_order(_open(config, root, writes=True), STUDY, root / "study.json", root / "study.html")
+def study(config, root: Path, aside: bool = False) -> None:
+    """The causal study in order; ends with the table of headline numbers, the page's path and study.json.
+
+    aside: as of `Workdir.open`.
+    """
+    _in_order(_open(config, root, writes=True, aside=aside), STUDY, root / "study.json", root / "study.html")
 
 
 def _in_order(context: Context, names: Sequence[str], summary: Path, report: Path) -> None:
@@ -62,11 +79,11 @@ def _in_order(context: Context, names: Sequence[str], summary: Path, report: Pat
     print(f"every number: {summary}\nreport:       {report}")
 
 
-def one_stage(config, root: Path, name: str) -> dict:
-    """One stage, on the results of those before it; returns its result."""
+def one_stage(config, root: Path, name: str, aside: bool = False) -> dict:
+    """One stage, on the results of those before it; returns its result. aside: as of `Workdir.open`."""
     if name == "pairs":
         _check_prompts(config)
-    context = _open(config, root, writes=True)
+    context = _open(config, root, writes=True, aside=aside, model=STAGES[name].model)
     if name == "train":
         check_batch(config)
     result, skipped = run_stage(context, name)
@@ -95,8 +112,10 @@ def export(config, root: Path, what: str, heads: Sequence[str] | None, form: str
         export_pairs(iter_pairs(pairs), out, form)
         print(f"wrote {out}")
         return
-    context = _open(config, root)
+    context = _open(config, root, model=what == "masked")
     if what == "masked":
+        if heads is None:
+            check_upstream(context, "knockout")  # its heads are those of an up-to-date detection
         chosen = context.heads() if heads is None else [_head(name) for name in heads]
         save(context.lm, out, mask_heads(context.lm.config, chosen))
     else:
@@ -115,6 +134,10 @@ def pretrain(config, root: Path) -> None:
         raise ValueError("this config has no section `pretrain`: use tiny, panel_llama, panel_qwen3 or panel_olmo3")
     _log()
     workdir = Workdir.open(root, config)
+    if (stored := root / "config.json").exists():
+        ours, theirs = (settings_of(made, ("pretrain.*",)) for made in (workdir.config, read_json(stored)))
+        if changed := differing(theirs, ours):
+            raise ValueError(f"work directory {root} belongs to another config ({changed[0]}): choose another --workdir")
     with locked(root):
         write_json(root / "config.json", workdir.config)
         assets.build(config.pretrain, root)
@@ -228,16 +251,18 @@ def _write_profile(out: Path, sources, models, table, gain, gains) -> list[Path]
     return [out / "profile.json", *pictures]
 
 
-def _open(config, root: Path, *, writes: bool = False) -> Context:
-    """The context of a command, all hosts joined; writes: the work directory must be free."""
+def _open(config, root: Path, *, writes: bool = False, aside: bool = False, model: bool = True) -> Context:
+    """The context of a command, all hosts joined. writes: the work directory must be free. model: whether the command
+    needs it, so that the config is checked against it."""
     _log()
     split_cpu(config.cpu_devices)
     join(config.distributed)
     if writes and primary():
         check_free(root)
     check_config(config)
-    context = Context(config, Workdir.open(root, config))
-    check_model(context)
+    context = Context(config, Workdir.open(root, config, aside))
+    if model:
+        check_model(context)
     return context
 
 

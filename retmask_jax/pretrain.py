@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 
 from retmask_jax.data import tiny_language
-from retmask_jax.files import read_json, write_json
+from retmask_jax.files import is_whole, mark_whole, read_json, write_json
 from retmask_jax.lm import LanguageModel, from_params, load, save
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions
@@ -35,7 +35,7 @@ def pretrain(recipe, folder: Path) -> LanguageModel:
     lm = None
     for number, stage in enumerate(recipe.stages, 1):
         target = folder / "stages" / f"stage{number}"
-        if not target.exists():
+        if not is_whole(target):
             config = model_config(recipe.model, stage.layers)
             init_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(recipe.seed), number))
             fresh = _init(config, init_key)
@@ -43,8 +43,8 @@ def pretrain(recipe, folder: Path) -> LanguageModel:
             rng = np.random.default_rng([recipe.seed, number])
             keeper = _Keeper(folder / "checkpoints", recipe, number, config, tokenizer)
             params = _run_stage(config, params, stage, rng, drop_key, keeper, f"stage {number} of {len(recipe.stages)}")
-            save(from_params(config, params, tokenizer), target.with_suffix(".part"))
-            target.with_suffix(".part").rename(target)
+            save(from_params(config, params, tokenizer), target)
+            mark_whole(target)
         lm = load(target)
     return lm
 

@@ -25,7 +25,7 @@ class Records:
     def __init__(self, folder: str | os.PathLike):
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._shards = sorted(self._folder.glob("[0-9]*.jsonl"))
+        self._shards = self._find_shards()
         self._open = contextlib.ExitStack()
         self._readers: dict[Path, Any] = {}
         self._places: dict[Hashable, tuple[Path, int]] = {}
@@ -80,9 +80,20 @@ class Records:
         self._readers.clear()
         self._open.close()
 
+    def _find_shards(self) -> list[Path]:
+        """In order, each asked for by its name: a shared disk may list a new file late."""
+        listed = max((int(path.stem) for path in self._folder.glob("[0-9]*.jsonl")), default=-1)
+        shards = [path for path in map(self._shard, range(listed + 1)) if path.exists()]
+        while (path := self._shard(listed + 1)).exists():
+            shards.append(path)
+            listed += 1
+        return shards
+
+    def _shard(self, number: int) -> Path:
+        return self._folder / f"{number:06d}.jsonl"
+
     def _start_shard(self) -> None:
-        number = int(self._shards[-1].stem) + 1 if self._shards else 0
-        path = self._folder / f"{number:06d}.jsonl"
+        path = self._shard(int(self._shards[-1].stem) + 1 if self._shards else 0)
         self._writer = self._open.enter_context(open(path, "xb"))  # noqa: SIM115
         self._shards.append(path)
 

@@ -176,7 +176,7 @@ def provenance(results) -> list[str]:
     minutes = sum(result.get("seconds", 0) for result in results.values()) / 60
     return [f"Results of {begin} to {end} UTC, {minutes:.1f} minutes of work.",
             "Versions: " + ", ".join(f"{name} {version}" for name, version in last["versions"].items()) + ".",
-            f"Config {last['config']}, weights {last['inputs']['weights']}, seed {last['inputs']['seed']}."]  # fmt: skip
+            f"Config {last['config']}, weights {last['inputs']['weights']}, seed {last['seed']}."]  # fmt: skip
 
 
 def _settled(rows: Sequence[Mapping]) -> str:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import glob
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,31 @@ import jax
 import numpy as np
 
 from retmask_jax import memory, stats
-from retmask_jax.arms import ARMS, pairs_stage
+from retmask_jax.arms import ARMS, pairs_stage, prompt_prints
 from retmask_jax.causal_stages import (
     check_experiments,
     check_experiments_model,
     knockout_stage,
     rope_stage,
 )
-from retmask_jax.context import Context
+from retmask_jax.context import Context, named_files
 from retmask_jax.data.preferences import PairRows, encode_pairs, kept_rows
 from retmask_jax.data.released import read_pairs
 from retmask_jax.detect import detect, stability
-from retmask_jax.eval_stages import check_eval, check_eval_model, compare_stage, eval_stage, suite_prints
+from retmask_jax.eval_stages import (
+    check_eval,
+    check_eval_model,
+    compare_prints,
+    compare_stage,
+    eval_stage,
+    suite_prints,
+)
 from retmask_jax.evals.recall import check_fits
-from retmask_jax.files import digest, read_jsonl, write_jsonl
+from retmask_jax.files import digest, is_whole, mark_whole, read_jsonl, write_jsonl
+from retmask_jax.fingerprints import fingerprint
 from retmask_jax.haystack import check_template
 from retmask_jax.head_profile import profile
 from retmask_jax.head_scores import HeadScores
-from retmask_jax.hosts import primary, wait_for_all
 from retmask_jax.limits import check_limits
 from retmask_jax.lm import save
 from retmask_jax.model.config import ModelConfig
@@ -46,31 +54,70 @@ from retmask_jax.study_stages import (
 )
 from retmask_jax.train import check_mesh, train
 from retmask_jax.training_settings import Settings
-from retmask_jax.workdir import fingerprint
+from retmask_jax.workdir import Basis, differing, settings_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage: the stages it reads, the function, and fingerprints of what it alone reads beside them."""
+    """A stage of the pipeline.
+
+    upstream: the stages whose results it reads. reads: patterns of the config's keys that decide its result; tasks: names
+    of the tasks it answers, whose sections do, too. inputs: fingerprints of what it alone reads. model: whether it needs
+    the model, or works on results alone.
+    """
 
     upstream: tuple[str, ...]
     function: Callable[[Context, Path], dict[str, Any]]
+    reads: tuple[str, ...] = ()
+    tasks: Callable[[Any], Iterable[str]] = lambda config: ()
     inputs: Callable[[Context], dict[str, Any]] = lambda context: {}
+    model: bool = True
 
 
 def run_stage(context: Context, name: str) -> tuple[dict[str, Any], bool]:
-    """(result, skipped) of one stage."""
-    stage = STAGES[name]
-    for needed in stage.upstream:
-        context.workdir.result(needed)
-    run = functools.partial(stage.function, context)
+    """(result, skipped) of one stage; ValueError where a result that it reads is missing or out of date."""
+    check_upstream(context, name)
+    config = context.config
+    about = {"model": str(config.model), "revision": config.revision, "seed": config.seed}
+    run = functools.partial(STAGES[name].function, context)
     try:
-        return context.workdir.run(name, stage.upstream, context.inputs() | stage.inputs(context), run)
+        return context.workdir.run(name, basis(context, name), run, about)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
             raise
         setting = "train.microbatch_size" if name == "train" else "batch_size"
         raise memory.explain(error, name, f"lower {setting}, shorten the texts, or use more devices") from error
+
+
+def basis(context: Context, name: str) -> Basis:
+    """What the result of a stage rests on, as the config and the files are now."""
+    stage = STAGES[name]
+    settings = _settings(context, name)
+    inputs = {"weights": context.model_fingerprint} if stage.model else {}
+    inputs |= {f"file {file}": of_it for file, of_it in context.fingerprints(named_files(settings)).items()}
+    upstream = {needed: context.workdir.run_id(needed) for needed in stage.upstream}
+    return Basis(settings, inputs | stage.inputs(context), upstream)
+
+
+def check_upstream(context: Context, name: str) -> None:
+    """Raise ValueError where a stage reads a result that is missing, or was made with other settings or from results
+    that have been made anew since."""
+    for needed in STAGES[name].upstream:
+        check_upstream(context, needed)
+        made = Basis.of(context.workdir.result(needed)["provenance"])
+        now = {above: context.workdir.run_id(above) for above in STAGES[needed].upstream}
+        changed = differing(made.settings, _settings(context, needed)) + differing(made.upstream, now)
+        if changed:
+            raise ValueError(
+                f"{name} reads the result of {needed}, which is out of date ({changed[0]}): run `retmask {needed}` first, or "
+                "`retmask run` for all"
+            )
+
+
+def _settings(context: Context, name: str) -> dict[str, Any]:
+    stage = STAGES[name]
+    of_tasks = [f"tasks.{glob.escape(task)}.*" for task in stage.tasks(context.config)]
+    return settings_of(context.workdir.config, (*stage.reads, *of_tasks))
 
 
 def check_config(config, devices=None) -> None:
@@ -118,7 +165,8 @@ def check_batch(config, devices=None) -> None:
 def check_model(context: Context) -> None:
     """Raise ValueError where the model's context is too short for a task, or a file of scores is not this model's."""
     for name, task in context.config.tasks.items():
-        check_fits(name, task, context.lm.config.max_length)
+        check_fits(name, task, context.about.config.max_length)
+    context.check_files()
     if context.config.detect.scores is not None:
         _given_scores(context)
     check_experiments_model(context)
@@ -147,22 +195,20 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
     config = context.config
     names = {f"{arm}-{seed}": (arm, seed) for arm in config.train.arms for seed in config.train.seeds}
     model, heads = context.lm.replace(params=None), context.heads()
-    start = {"model": context.model_fingerprint(), "dtype": config.train.compute_dtype}
+    start = {"model": context.model_fingerprint, "dtype": config.train.compute_dtype}
     runs = {}
     for name, (arm, seed) in names.items():
         target = folder / name
         rows, identity = _rows(context, model.config, name, target)
-        if not (target / "model").exists():
+        if not is_whole(target / "model"):
             settings = train_settings(config, arm, seed)
             params = train(
                 model.config, context.release_params, rows, settings, target, context.mesh,
                 fingerprint=digest(identity | start), what=f"train {name}",
                 ablated=mask_heads(model.config, heads).fill(model.config) if arm == "contrast" else None,
             )  # fmt: skip
-            save(model.replace(params=params), target / "model.part")
-            if primary():
-                (target / "model.part").rename(target / "model")
-            wait_for_all("the model is written")
+            save(model.replace(params=params), target / "model")
+            mark_whole(target / "model")
         runs[name] = {
             "arm": arm, "seed": seed, "examples": len(rows), "answers_cut": rows.cut,
             "prompts_cut": rows.prompts_cut, "steps": read_jsonl(target / "metrics.jsonl"),
@@ -228,22 +274,43 @@ def train_settings(config, arm: str, seed: int) -> Settings:
     return Settings(objective=objective, seed=seed, **{name: section[name] for name in fields})
 
 
+def _of_detection(config) -> set[str]:
+    return {config.detect.task}
+
+
+def _first_of_knockout(config) -> set[str]:
+    return set(config.knockout.tasks[:1])
+
+
+def _measured(config) -> set[str]:
+    return {*config.eval.tasks, *config.eval.grids}
+
+
+_PROMPTS = ("dtype", "prompt.*")
+_DETECTION = ("detect.task", "detect.scores", "detect.max_new_tokens", "detect.released")
+_EVALUATION = (*_PROMPTS, "eval.tasks", "eval.grids", "text.*")
 STAGES = {
-    "detect": Stage((), detect_stage),
-    "knockout": Stage(("detect",), knockout_stage),
-    "rope": Stage(("detect",), rope_stage),
-    "pairs": Stage(("detect", "knockout"), pairs_stage),
-    "train": Stage(("pairs",), train_stage),
-    "eval": Stage(("train",), eval_stage, suite_prints),
-    "report": Stage(("detect", "knockout", "rope", "pairs", "train", "eval"), report_stage),
-    "detectors": Stage(("detect",), detectors_stage),
-    "utility": Stage(("detect",), utility_stage),
-    "theta": Stage(("detect",), theta_stage),
-    "dynamics": Stage((), dynamics_stage, checkpoint_prints),
-    "compare": Stage((), compare_stage, suite_prints),
-    "comparison": Stage(("compare",), comparison_stage),
-    "study": Stage(("detect", "detectors", "knockout", "rope", "utility", "theta", "dynamics"), study_stage),
-}
+    "detect": Stage((), detect_stage, (*_PROMPTS, "detect.*"), _of_detection),
+    "knockout": Stage(("detect",), knockout_stage, (*_PROMPTS, "knockout.*", "text.*"), lambda config: config.knockout.tasks),
+    "rope": Stage(("detect",), rope_stage, (*_PROMPTS, "rope.*", "text.*", "knockout.activity_windows"),
+                  lambda config: config.rope.tasks),
+    "pairs": Stage(("detect", "knockout"), pairs_stage, (*_PROMPTS, "pairs.*", "train.arms", "train.seeds"),
+                   inputs=prompt_prints),
+    "train": Stage(("pairs",), train_stage, ("dtype", "prompt.*", "pairs.template_kwargs", "train.*")),
+    "eval": Stage(("train",), eval_stage, (*_EVALUATION, "eval.masked", "train.arms", "train.seeds"), _measured, suite_prints),
+    "report": Stage(("detect", "knockout", "rope", "pairs", "train", "eval"), report_stage, model=False),
+    "detectors": Stage(("detect",), detectors_stage, (*_PROMPTS, "detectors.*", *_DETECTION),
+                       lambda config: _of_detection(config) | _first_of_knockout(config)),
+    "utility": Stage(("detect",), utility_stage, ("dtype", "utility.*")),
+    "theta": Stage(("detect",), theta_stage, (*_PROMPTS, "theta.*", *_DETECTION), lambda config: {
+        *_of_detection(config), *(config.theta.tasks or _first_of_knockout(config))}),
+    "dynamics": Stage((), dynamics_stage, (*_PROMPTS, "dynamics.*", *_DETECTION, "detect.threshold", "text.*"),
+                      lambda config: _of_detection(config) | ({config.dynamics.task} if config.dynamics.task else
+                                                              _first_of_knockout(config)), checkpoint_prints),
+    "compare": Stage((), compare_stage, _EVALUATION, _measured, compare_prints),
+    "comparison": Stage(("compare",), comparison_stage, model=False),
+    "study": Stage(("detect", "detectors", "knockout", "rope", "utility", "theta", "dynamics"), study_stage, model=False),
+}  # fmt: skip
 # What `retmask run` and `retmask study` do, in order.
 RUN = (*STAGES["report"].upstream, "report")
 STUDY = (*STAGES["study"].upstream, "study")
@@ -277,7 +344,7 @@ def _detected(context: Context, folder: Path, scores: HeadScores, outcomes: list
 
 
 def _given_scores(context: Context) -> HeadScores:
-    scores, config = HeadScores.load(context.config.detect.scores), context.lm.config
+    scores, config = HeadScores.load(context.config.detect.scores), context.about.config
     if scores.mean.shape != (config.n_layers, config.n_heads):
         raise ValueError(
             f"{context.config.detect.scores} scores {scores.mean.shape[0]} layers of {scores.mean.shape[1]} heads, "

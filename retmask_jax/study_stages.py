@@ -10,7 +10,7 @@ import numpy as np
 
 from retmask_jax import causal, stats
 from retmask_jax.causal_stages import task_outcomes
-from retmask_jax.context import Context
+from retmask_jax.context import Context, checkpoint_fingerprint
 from retmask_jax.detect import stability
 from retmask_jax.detector_runs import DetectorRun, repeated, reused_copy, run_detector, shape_of, spread
 from retmask_jax.detectors import DETECTORS, agreement
@@ -27,7 +27,6 @@ from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.norm_utility import norm_utility, query_norms
 from retmask_jax.variants import Checkpoint, find_checkpoints, with_base
 from retmask_jax.weights import read_config
-from retmask_jax.workdir import fingerprint
 
 PUBLISHED_THRESHOLD = 0.1
 _UNTOUCHED = causal.Condition("none", 0, Interventions())
@@ -56,11 +55,11 @@ def check_study(config) -> None:
 
 def check_study_model(context: Context) -> None:
     """Raise ValueError where these settings do not suit the model, or a local checkpoint cannot be measured."""
-    section, config = context.config.detectors, context.lm.config
+    section, config = context.config.detectors, context.about.config
     total = config.n_layers * config.n_heads
     if section.top_k is not None and section.top_k > total:
         raise ValueError(f"detectors.top_k is {section.top_k}, the model has {total} heads: lower it")
-    query, tokenizer = section.null_query, context.lm.tokenizer
+    query, tokenizer = section.null_query, context.about.tokenizer
     if tokenizer is not None and not tokenizer.encode(query, add_special_tokens=False):
         raise ValueError(f"detectors.null_query {query!r} has no tokens: give it words the tokenizer knows")
     for checkpoint in find_checkpoints(context.config.dynamics.checkpoints):
@@ -71,8 +70,7 @@ def check_study_model(context: Context) -> None:
 def checkpoint_prints(context: Context) -> dict[str, Any]:
     """Fingerprints of the checkpoints that `dynamics` reads; of one on the hub its revision is all that is known."""
     checkpoints = find_checkpoints(context.config.dynamics.checkpoints)
-    prints = {c.name: fingerprint(c.source) if c.revision is None else c.revision for c in checkpoints}
-    return {"checkpoints": prints} if prints else {}
+    return {f"checkpoint {c.name}": checkpoint_fingerprint(c.source) if c.revision is None else c.revision for c in checkpoints}
 
 
 # --- detectors ---

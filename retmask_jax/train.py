@@ -7,6 +7,7 @@ import signal
 import statistics
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import numpy as np
 from retmask_jax import sharding
 from retmask_jax.checkpoints import Checkpoints
 from retmask_jax.data.preferences import SIDES, PairRows, Part, batches, parts, widths
+from retmask_jax.files import read_json, write_json
 from retmask_jax.flops import peak_flops, training_flops
-from retmask_jax.hosts import several
+from retmask_jax.hosts import several, wait_for_all
 from retmask_jax.metrics import Metrics, memory_in_use
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.progress import track
@@ -42,7 +44,8 @@ def train(config: ModelConfig, load_params: Callable[[], Any], rows: PairRows, s
     training. fingerprint: of the start model, the data and how they were made into rows. ablated: the
     Interventions of the objective "contrast".
 
-    Writes reference.npz, metrics.jsonl, tensorboard/ and checkpoints/ into folder and resumes from the newest
+    Writes reference.npz, metrics.jsonl, tensorboard/ and checkpoints/ (or, where settings.checkpoint_folder names another
+    place, a note of where they are) into folder and resumes from the newest
     checkpoint there: the outcome equals an uninterrupted run. Raises ValueError for settings, rows or a mesh that do not
     fit, for files in folder of another fingerprint, and for a loss that is not finite, naming the step and the pairs;
     Stopped after SIGTERM.
@@ -60,7 +63,8 @@ def train(config: ModelConfig, load_params: Callable[[], Any], rows: PairRows, s
     # One set of programs for all seeds: the seed orders the data and is no part of an update.
     programs = make_programs(config, dataclasses.replace(settings, seed=0), mesh)
     run = _Run(config, settings, rows, reference_ND, mesh, programs, allowed, ablated)
-    with sharding.using(mesh), Checkpoints(folder / "checkpoints", settings.keep, fingerprint) as checkpoints:
+    place = _checkpoint_folder(folder, settings.checkpoint_folder)
+    with sharding.using(mesh), Checkpoints(place, settings.keep, fingerprint) as checkpoints:
         resumed = checkpoints.latest is not None
         frozen = {} if settings.lora is None else programs.freeze(start())
         if resumed:
@@ -81,6 +85,17 @@ def check_mesh(settings: Settings, mesh) -> None:
             f"train.microbatch_size {settings.microbatch_size} does not divide over {shards} devices (mesh.data "
             f"{mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']}): make it a multiple, or the mesh smaller"
         )
+
+
+def _checkpoint_folder(folder: Path, elsewhere: str) -> str | Path:
+    """Where the run in `folder` keeps its checkpoints: in it, or in a folder of its own elsewhere, which it notes down."""
+    if not elsewhere:
+        return folder / "checkpoints"
+    note = folder / "checkpoints.json"
+    if not note.exists():
+        write_json(note, {"folder": f"{elsewhere.rstrip('/')}/{folder.name}-{uuid.uuid4().hex[:8]}"})
+    wait_for_all("where checkpoints go is noted")
+    return read_json(note)["folder"]
 
 
 @dataclasses.dataclass(frozen=True)

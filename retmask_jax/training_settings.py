@@ -46,6 +46,7 @@ class Settings:
     reference_batch_size: int = 32
     checkpoint_every: int = 50
     keep: int = 2
+    checkpoint_folder: str = ""
     profile: tuple[int, ...] = ()
     wandb: str = ""
 

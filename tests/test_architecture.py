@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "retmask_jax"
 
 # A module imports only what stands above it.
 ORDER = """
-hosts shapes files records progress memory hlo topology advice model.config model.rope hf_config families model.adapters
-model.layers model.experts model.interventions model.kernels model.splash model.cudnn model.attention model.cache
+hosts shapes files records progress fingerprints memory hlo topology advice model.config model.rope hf_config families
+model.adapters model.layers model.experts model.interventions model.kernels model.splash model.cudnn model.attention model.cache
 model.transformer model.layerwise sharding flops weights hub prefill generate stream lm variants sweep dpo sequence stats
 haystack head_scores detect detectors causal knockout head_profile norm_utility head_statistics rotary
 data.tiny_language data.preferences data.chat data.prompts

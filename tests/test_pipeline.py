@@ -120,8 +120,8 @@ def test_killed_training_resumes_to_the_same_parameters(finished, tmp_path):
         [sys.executable, "-m", "retmask_jax.main", "train", f"--config={CONFIG}", f"--workdir={root}"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    saved = root / "train/retmask-0/checkpoints"  # a step's folder bears its bare number once it is whole
-    wait_for(lambda: saved.exists() and any(path.name.isdigit() for path in saved.iterdir()), process)
+    saved = root / "train/retmask-0/checkpoints"  # a step's folder holds this file once it is whole
+    wait_for(lambda: any(saved.glob("*/commit_success.txt")), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (root / "train/result.json").exists()

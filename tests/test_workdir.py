@@ -11,7 +11,7 @@ import pytest
 
 from retmask_jax.main import main
 from retmask_jax.recipes import load_recipe
-from retmask_jax.workdir import Workdir, check_free, locked
+from retmask_jax.workdir import Basis, Workdir, check_free, locked, settings_of
 
 HOLDER = """
 import sys, time
@@ -41,12 +41,12 @@ def test_a_folder_that_another_process_writes_is_refused_until_it_dies(holder, t
         error = capsys.readouterr().err
         assert error.startswith(wanted) and error.count("\n") == 1
     with pytest.raises(ValueError, match="is being written by process"):
-        Workdir(root, {}).run("detect", (), {}, lambda folder: pytest.fail("ran"))
+        Workdir(root, {}).run("detect", Basis(), lambda folder: pytest.fail("ran"))
     assert [path.name for path in root.iterdir()] == [".lock"]
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     check_free(root)
-    result, _ = Workdir(root, {}).run("detect", (), {}, lambda folder: {"held": _is_held(root)})
+    result, _ = Workdir(root, {}).run("detect", Basis(), lambda folder: {"held": _is_held(root)})
     assert result["held"] and not _is_held(root)
 
 
@@ -67,12 +67,15 @@ def test_servers_may_move_between_runs(tmp_path):
         config = load_recipe("tiny", [(f"pairs.{name}", str(value)) for name, value in overrides.items()])
         return Workdir.open(tmp_path, config)
 
+    def of_pairs(work):
+        return Basis(settings_of(work.config, ("pairs.*",)))
+
     ran = []
     work = open_with({"normal": "http://a", "retmask": "http://b"})
-    assert work.run("pairs", (), {}, lambda folder: ran.append(1) or {})[1] is False
+    assert work.run("pairs", of_pairs(work), lambda folder: ran.append(1) or {})[1] is False
     assert json.loads((tmp_path / "config.json").read_text())["pairs"]["endpoints"]["normal"] == "http://a"
     again = open_with({"retmask": "http://c", "normal": "http://d"}, concurrency=8)
-    assert again.run("pairs", (), {}, lambda folder: ran.append(2) or {})[1] is True
+    assert again.run("pairs", of_pairs(again), lambda folder: ran.append(2) or {})[1] is True
     assert ran == [1]
     with pytest.raises(ValueError, match="pairs.endpoints: .*there, .* here"):
         open_with({})

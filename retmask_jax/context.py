@@ -36,6 +36,11 @@ class About:
     config: ModelConfig
     tokenizer: Any
 
+    @classmethod
+    def of(cls, lm: LanguageModel) -> "About":
+        """What is known of a model that is loaded."""
+        return cls(lm.source.folder, lm.config, lm.tokenizer)
+
 
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -49,8 +54,12 @@ class Context:
     def mesh(self):
         return make_mesh(self.config.mesh)
 
-    @functools.cached_property
+    @property
     def about(self) -> About:
+        return About.of(self.lm) if "lm" in self.__dict__ else self._about
+
+    @functools.cached_property
+    def _about(self) -> About:
         return load_about(self.config.model, self.config.revision or None)
 
     @functools.cached_property
@@ -64,8 +73,7 @@ class Context:
     def of(self, lm: LanguageModel) -> "Context":
         """This context for another model; prompts then use that model's tokenizer."""
         other = dataclasses.replace(self)
-        other.__dict__["lm"] = lm
-        other.__dict__["about"] = About(lm.source.folder, lm.config, lm.tokenizer)
+        other.__dict__.update(lm=lm, _about=About.of(lm))
         return other
 
     def release_params(self):

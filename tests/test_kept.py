@@ -12,6 +12,7 @@ from retmask_jax.evals import kept as kept_module
 from retmask_jax.evals import perplexity, scoring
 from retmask_jax.evals.kept import Kept, request_key
 from retmask_jax.main import main
+from retmask_jax.records import Records
 
 RNG = np.random.default_rng(0)
 ROWS = [RNG.integers(4, 60, n).tolist() for n in (20, 9, 33, 14, 27, 20)]
@@ -87,6 +88,7 @@ def test_an_evaluation_that_was_stopped_asks_only_for_the_rest(tmp_path, monkeyp
     assert [path.is_dir() for path in (root / "measured").iterdir()] == [True]
     added = _stop_after(monkeypatch, 99)
     assert main(arguments) == 0 and len(added) == 2
-    (file,) = (root / "measured").iterdir()  # the answers are in the result now
-    assert {len(one["ids"]) for one in json.loads(file.read_text())} == {3}
+    (file,), (answers,) = (sorted((root / "measured").glob(pattern)) for pattern in ("*.json", "*[!n]"))
+    assert len(Records(answers)) == 6  # what was answered stays, also when it has been scored
+    assert {len(one["ids"]) for one in json.loads(file.read_text())["measured"]} == {3}
     assert os.path.isfile(file)

@@ -7,7 +7,12 @@ from typing import Any
 
 import jax
 
+from retmask_jax.files import read_json, wait_until_listed, write_json
+
 log = logging.getLogger(__name__)
+
+
+_LAST = "commit_success.txt"  # what Orbax writes last
 
 
 class Checkpoints:
@@ -17,8 +22,8 @@ class Checkpoints:
         """folder: a path, or the address of a bucket (gs://...), which is handed on as it is. keep: how many of the newest
         stay, and the one with the lowest loss. fingerprint: of what is trained on.
 
-        A checkpoint is whole once its folder holds commit_success.txt, which is written last: nothing is renamed, which
-        object stores and their mounts cannot do with folders.
+        A checkpoint is whole once its folder holds the file that is written last: no folder is renamed, which object
+        stores and their mounts cannot do. Since mounts may list new folders late, the steps are also noted by name.
         """
         import orbax.checkpoint as ocp
         from etils import epath
@@ -32,6 +37,10 @@ class Checkpoints:
             create=True, preservation_policy=policy, temporary_path_class=ocp.path.atomicity.CommitFileTemporaryPath
         )
         address = str(folder) if "://" in str(folder) else Path(folder).absolute()
+        self._note = None if isinstance(address, str) else address.with_name(f"{address.name}.steps")
+        if self._note and self._note.exists():
+            begun = [address / str(step) for step in read_json(self._note)]
+            wait_until_listed(path for path in begun if (path / _LAST).exists())
         self._manager = ocp.CheckpointManager(epath.Path(address), options=options)
 
     def __enter__(self):
@@ -47,6 +56,8 @@ class Checkpoints:
 
         about = {"data": data, "fingerprint": self._fingerprint, "loss": loss}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+        if self._note:
+            write_json(self._note, [*self._manager.all_steps(), step])
         self._manager.save(step, args=args, metrics={"loss": loss}, force=True)
 
     @property

@@ -8,12 +8,15 @@ import hashlib
 import io
 import json
 import os
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from retmask_jax.hosts import primary, wait_for_all
+
+_LISTED_WITHIN, _LOOK_AGAIN = 60.0, 0.5  # seconds
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -99,6 +102,19 @@ def mark_whole(folder: Path) -> None:
 def is_whole(folder: Path) -> bool:
     """Whether `mark_whole` has said so."""
     return _mark(folder).exists()
+
+
+def wait_until_listed(paths: Iterable[Path]) -> None:
+    """Go on once each of these paths that exists is listed in its folder: the mount of a bucket may list new ones late.
+
+    Raises ValueError for one that is not listed within a minute.
+    """
+    for path in filter(Path.exists, paths):
+        end = time.monotonic() + _LISTED_WITHIN
+        while path.name not in os.listdir(path.parent):
+            if time.monotonic() > end:
+                raise ValueError(f"{path} exists, but its folder does not list it: wait until it does, and run this again")
+            time.sleep(_LOOK_AGAIN)
 
 
 def digest(value: Any) -> str:

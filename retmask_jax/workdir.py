@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retmask_jax.files import digest, read_json, write_json
+from retmask_jax.files import digest, read_json, wait_until_listed, write_json
 from retmask_jax.hosts import from_first, primary, wait_for_all
 from retmask_jax.recipes import as_json
 
@@ -199,6 +199,7 @@ def set_aside(folder: Path, shelf: Path) -> Path | None:
     Files are moved one by one, the record that the stage began last: a move that is cut off goes on in the same place.
     """
     marker = folder / _STARTED
+    wait_until_listed([marker, folder / _RESULT])
     files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     if not files:
         return None

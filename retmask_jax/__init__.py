@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from retmask_jax.model.transformer import forward
     from retmask_jax.sequence import sequence_logprobs
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "load": "lm", "save": "lm", "LanguageModel": "lm", "from_params": "lm",

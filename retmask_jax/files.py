@@ -10,13 +10,13 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from retmask_jax.hosts import primary, wait_for_all
 
-_LISTED_WITHIN, _LOOK_AGAIN = 60.0, 0.5  # seconds
+_WITHIN, _LOOK_AGAIN = 60.0, 0.5  # seconds
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -110,17 +110,31 @@ def wait_until_listed(paths: Iterable[Path]) -> None:
     Raises ValueError for one that is not listed within a minute.
     """
     for path in filter(Path.exists, paths):
-        end = time.monotonic() + _LISTED_WITHIN
-        while path.name not in os.listdir(path.parent):
-            if time.monotonic() > end:
-                raise ValueError(f"{path} exists, but its folder does not list it: wait until it does, and run this again")
-            time.sleep(_LOOK_AGAIN)
+        if not _comes_true(lambda path=path: path.name in os.listdir(path.parent)):
+            raise ValueError(f"{path} exists, but its folder does not list it: wait until it does, and run this again")
+
+
+def wait_until_seen(path: Path) -> None:
+    """Go on once this host sees a file that the first one wrote; ValueError where it does not within a minute.
+
+    A mount remembers for some seconds that a file was not there.
+    """
+    if not _comes_true(path.exists):
+        raise ValueError(f"this host does not see {path}, which the first one wrote: use storage that all share")
 
 
 def digest(value: Any) -> str:
     """Hash of a JSON value or of bytes, 16 hex digits."""
     data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _comes_true(condition: Callable[[], bool]) -> bool:
+    """Whether a condition holds, now or within a minute."""
+    end = time.monotonic() + _WITHIN
+    while not (holds := condition()) and time.monotonic() < end:
+        time.sleep(_LOOK_AGAIN)
+    return holds
 
 
 def _mark(folder: Path) -> Path:

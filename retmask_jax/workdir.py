@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retmask_jax.files import digest, read_json, wait_until_listed, write_json
+from retmask_jax.files import digest, read_json, wait_until_listed, wait_until_seen, write_json
 from retmask_jax.hosts import from_first, primary, wait_for_all
 from retmask_jax.recipes import as_json
 
@@ -56,15 +56,15 @@ class Basis:
         return cls(*(record[field.name] for field in dataclasses.fields(cls)))
 
     def changes(self, wanted: "Basis") -> list[str]:
-        """Each difference of what is wanted from this, as "key: value there, value here".
+        """Each difference of what is wanted from this, such as "key: value there, value here".
 
         A setting that was not there yet when this was written is none: later versions add keys whose default changes
         nothing.
         """
-        found = differing(self.settings, wanted.settings)
-        for old, new in ((self.inputs, wanted.inputs), (self.upstream, wanted.upstream)):
-            found += differing(dict.fromkeys(new) | dict(old), new)
-        return found
+        inputs, upstream = (differing(dict.fromkeys(new) | dict(old), new) for old, new in (
+            (self.inputs, wanted.inputs), (self.upstream, wanted.upstream)))  # fmt: skip
+        again = [f"{change.split(':')[0]} was made again" for change in upstream]
+        return differing(self.settings, wanted.settings) + inputs + again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +123,7 @@ class Workdir:
         folder = self.folder(stage)
         write_json(self.root / "config.json", self.config)
         wait_for_all(f"{stage} begins")
-        if not (self.root / "config.json").exists():
-            raise ValueError(f"this host does not see what the first one wrote into {self.root}: use storage that all share")
+        wait_until_seen(self.root / "config.json")
         if from_first(lambda: self._prepare(stage, basis)) == "finished":
             return self.result(stage), True
         begin = time.time()
@@ -139,7 +138,7 @@ class Workdir:
 
     def _prepare(self, stage: str, basis: Basis) -> str:
         """ "finished", "resumed" or "new": the first of what a stage's folder is, which now fits the basis."""
-        folder = self.folder(stage)
+        folder, changes = self.folder(stage), []
         for name, state in ((_RESULT, "finished"), (_STARTED, "resumed")):
             if not (folder / name).exists():
                 continue
@@ -149,8 +148,10 @@ class Workdir:
             if not changes:
                 _report_versions(stage, stored["versions"])
                 return state
-            log.warning("%s is not up to date (%s)", stage, "; ".join(changes[:2]))
-        set_aside(folder, self.root / _ASIDE)
+        if target := set_aside(folder, self.root / _ASIDE):
+            more = f" and {len(changes) - 2} more changes" if len(changes) > 2 else ""
+            why = "; ".join(changes[:2]) or "it has no record of what it was made from"
+            log.warning("%s is made again (%s%s); what was there is kept in %s", stage, why, more, target)
         write_json(folder / _STARTED, _record(stage, basis))
         return "new"
 
@@ -194,7 +195,7 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def set_aside(folder: Path, shelf: Path) -> Path | None:
-    """Move the files of a folder to a new one on the shelf, shelf/NAME-1, -2, ..., and report it; None if there are none.
+    """Move the files of a folder to a new one on the shelf, shelf/NAME-1, -2, ..., and return it; None if there are none.
 
     Files are moved one by one, the record that the stage began last: a move that is cut off goes on in the same place.
     """
@@ -213,7 +214,6 @@ def set_aside(folder: Path, shelf: Path) -> Path | None:
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         if not any(path.iterdir()):
             path.rmdir()
-    log.warning("what was in %s no longer fits; it is kept in %s", folder, target)
     return target
 
 

@@ -109,6 +109,40 @@ def test_another_config_is_refused_and_nothing_is_lost(finished):
     assert run_ids(root) == before
 
 
+def test_what_only_says_how_to_compute_may_change_as_our_messages_advise(finished):
+    root, _ = finished
+    before = run_ids(root)
+    how = {"batch_size": 8, "kernel": "blocked", "train.microbatch_size": 2, "train.checkpoint_every": 5, "cpu_devices": 1}
+    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}", *(f"--config.{key}={how[key]}" for key in how))
+    assert done.returncode == 0 and done.stdout.count("unchanged") == len(STAGES), done.stderr[-2000:]
+    assert run_ids(root) == before
+
+
+def test_pages_need_no_model(finished, tmp_path):
+    """Neither its weights nor its config.json: the page of a run can be made where only the results are."""
+    root = tmp_path / "copy"
+    shutil.copytree(finished[0], root)
+    (root / "report" / "result.json").unlink()
+    (root / "report.html").unlink()
+    away = "--config.model=./not_here"
+    done = retmask("report", f"--config={CONFIG}", f"--workdir={root}", away, cwd=tmp_path)
+    assert done.returncode == 0 and (root / "report.html").exists(), done.stderr[-2000:]
+    done = retmask("detect", f"--config={CONFIG}", f"--workdir={root}", away, cwd=tmp_path)
+    assert done.returncode == 2 and "not_here does not exist" in done.stderr
+
+
+def test_a_stage_refuses_results_that_are_out_of_date(finished, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(finished[0], root)
+    detected = root / "detect" / "result.json"
+    record = json.loads(detected.read_text())
+    record["provenance"]["run_id"] = "another"
+    detected.write_text(json.dumps(record))
+    done = retmask("report", f"--config={CONFIG}", f"--workdir={root}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "reads the result of knockout, which is out of date" in done.stderr
+
+
 @pytest.mark.slow
 def test_killed_training_resumes_to_the_same_parameters(finished, tmp_path):
     root = tmp_path / "copy"

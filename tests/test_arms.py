@@ -18,7 +18,7 @@ from retmask_jax.configs import default
 from test_endpoints import _plan, serve  # noqa: F401  (a fixture)
 
 from retmask_jax.arms import ARMS, pairs_stage
-from retmask_jax.context import Context
+from retmask_jax.context import About, Context
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.files import read_jsonl, write_json, write_jsonl
 from retmask_jax.records import Records
@@ -176,6 +176,16 @@ def test_servers_that_fail_give_the_files_of_servers_that_do_not(prepare, serve)
     assert runs > 1
     assert found == wanted
     assert _files(failing) == _files(folder)
+
+
+def test_pairs_from_servers_and_pairs_that_are_there_load_no_weights(prepare, serve, monkeypatch):  # noqa: F811
+    context, folder = prepare("sampled", arms=("retmask",))
+    pairs_stage(context, folder)
+    monkeypatch.setattr("retmask_jax.context.load", lambda *_, **__: pytest.fail("weights were loaded"))
+    for other, there in ((context, folder), prepare("asked", **_endpoints(_servers(serve)))):
+        about = About.of(other.__dict__.pop("lm"))
+        other.__dict__["_about"] = about
+        pairs_stage(other, there)
 
 
 def test_a_server_that_is_not_named_is_asked_for_with_its_heads(prepare, serve):  # noqa: F811

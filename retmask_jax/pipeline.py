@@ -115,7 +115,7 @@ def export(config, root: Path, what: str, heads: Sequence[str] | None, form: str
     context = _open(config, root, model=what == "masked")
     if what == "masked":
         if heads is None:
-            check_upstream(context, "knockout")  # its heads are those of an up-to-date detection
+            check_upstream(context, "knockout")  # whose heads are those of an up-to-date detection
         chosen = context.heads() if heads is None else [_head(name) for name in heads]
         save(context.lm, out, mask_heads(context.lm.config, chosen))
     else:

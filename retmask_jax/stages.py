@@ -54,7 +54,7 @@ from retmask_jax.study_stages import (
 )
 from retmask_jax.train import check_mesh, train
 from retmask_jax.training_settings import Settings
-from retmask_jax.workdir import Basis, differing, settings_of
+from retmask_jax.workdir import Basis, settings_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,18 +100,30 @@ def basis(context: Context, name: str) -> Basis:
 
 
 def check_upstream(context: Context, name: str) -> None:
-    """Raise ValueError where a stage reads a result that is missing, or was made with other settings or from results
-    that have been made anew since."""
+    """Raise ValueError where a stage reads a result that is missing, or out of date: made with other settings, or from
+    results that have been made again since."""
     for needed in STAGES[name].upstream:
-        check_upstream(context, needed)
-        made = Basis.of(context.workdir.result(needed)["provenance"])
-        now = {above: context.workdir.run_id(above) for above in STAGES[needed].upstream}
-        changed = differing(made.settings, _settings(context, needed)) + differing(made.upstream, now)
-        if changed:
-            raise ValueError(
-                f"{name} reads the result of {needed}, which is out of date ({changed[0]}): run `retmask {needed}` first, or "
-                "`retmask run` for all"
-            )
+        context.workdir.result(needed)
+        _check_up_to_date(context, name, needed)
+
+
+def _check_up_to_date(context: Context, reader: str, name: str) -> None:
+    work = context.workdir
+    there = [above for above in STAGES[name].upstream if work.is_finished(above)]
+    for above in there:
+        _check_up_to_date(context, reader, above)
+    made = work.result(name)["provenance"]
+    if "settings" in made:
+        wanted = Basis(_settings(context, name), upstream={above: work.run_id(above) for above in there})
+        stored = Basis(made["settings"], upstream={above: made["upstream"].get(above) for above in there})
+        changes = stored.changes(wanted)
+    else:
+        changes = ["it is of an older version"]
+    if changes:
+        raise ValueError(
+            f"{reader} reads the result of {name}, which is out of date ({changes[0]}): run `retmask {name}` first, or "
+            "`retmask run` for all"
+        )
 
 
 def _settings(context: Context, name: str) -> dict[str, Any]:
@@ -299,12 +311,12 @@ STAGES = {
     "train": Stage(("pairs",), train_stage, ("dtype", "prompt.*", "pairs.template_kwargs", "train.*")),
     "eval": Stage(("train",), eval_stage, (*_EVALUATION, "eval.masked", "train.arms", "train.seeds"), _measured, suite_prints),
     "report": Stage(("detect", "knockout", "rope", "pairs", "train", "eval"), report_stage, model=False),
-    "detectors": Stage(("detect",), detectors_stage, (*_PROMPTS, "detectors.*", *_DETECTION),
+    "detectors": Stage(("detect",), detectors_stage, (*_PROMPTS, "detectors.*", "knockout.tasks", *_DETECTION),
                        lambda config: _of_detection(config) | _first_of_knockout(config)),
     "utility": Stage(("detect",), utility_stage, ("dtype", "utility.*")),
-    "theta": Stage(("detect",), theta_stage, (*_PROMPTS, "theta.*", *_DETECTION), lambda config: {
+    "theta": Stage(("detect",), theta_stage, (*_PROMPTS, "theta.*", "knockout.tasks", *_DETECTION), lambda config: {
         *_of_detection(config), *(config.theta.tasks or _first_of_knockout(config))}),
-    "dynamics": Stage((), dynamics_stage, (*_PROMPTS, "dynamics.*", *_DETECTION, "detect.threshold", "text.*"),
+    "dynamics": Stage((), dynamics_stage, (*_PROMPTS, "dynamics.*", "knockout.tasks", *_DETECTION, "detect.threshold", "text.*"),
                       lambda config: _of_detection(config) | ({config.dynamics.task} if config.dynamics.task else
                                                               _first_of_knockout(config)), checkpoint_prints),
     "compare": Stage((), compare_stage, _EVALUATION, _measured, compare_prints),

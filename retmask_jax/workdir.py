@@ -98,11 +98,15 @@ class Workdir:
     def result(self, stage: str) -> dict[str, Any]:
         """A finished stage's result; ValueError if it has not run."""
         path = self.folder(stage) / _RESULT
-        if not path.exists():
+        if not self.is_finished(stage):
             raise ValueError(
                 f"stage {stage} has no result in {self.root}: run `retmask {stage}` or `retmask run` first"
             )
         return read_json(path)
+
+    def is_finished(self, stage: str) -> bool:
+        """Whether a stage has a result, up to date or not."""
+        return (self.folder(stage) / _RESULT).exists()
 
     def run_id(self, stage: str) -> str:
         """The id of a finished stage's run; a rerun has another one."""

@@ -1,6 +1,7 @@
 """What a stage reads of the config is what its result is judged by; what needs no weights loads none."""
 
 import fnmatch
+import functools
 import json
 from pathlib import Path
 
@@ -67,11 +68,11 @@ def _undeclared(root, names, *overrides):
     config, seen, found = load_recipe(CONFIG, overrides), set(), {}
     context = Context(Watched(config, seen), Workdir.open(root, config))
     for name in names:
+        basis = stages.basis(context, name)
         seen.clear()
-        stages.run_stage(context, name)
+        context.workdir.run(name, basis, functools.partial(stages.STAGES[name].function, context))
         counted = settings_of(context.workdir.config)
-        judged = stages._settings(context, name)
-        found[name] = {key for key in seen & counted.keys() - judged.keys()
+        found[name] = {key for key in seen & counted.keys() - basis.settings.keys()
                        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in ELSEWHERE)}  # fmt: skip
     return found
 

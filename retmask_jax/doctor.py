@@ -104,8 +104,8 @@ def _unused() -> str:
 
 def _attention(dtype: str) -> Finding:
     """The kernel of a long prompt on these devices, at the width of most models' heads."""
-    chosen = kernel_for(jax.default_backend(), dtype, length=4096, width=128)
-    return Finding("devices", f"attention, {dtype}", f"{chosen} kernel")
+    chosen, unsuited = kernel_for(dtype, length=4096, width=128)
+    return Finding("devices", f"attention, {dtype}", f"{chosen} kernel" + (f": cuDNN's {unsuited}" if unsuited else ""))
 
 
 def _works(device) -> Finding:

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "retmask_jax"
 
 # A module imports only what stands above it.
 ORDER = """
-hosts shapes files records progress memory hlo topology advice model.config model.rope hf_config families model.adapters
+hosts shapes keys files records progress memory hlo topology advice model.config model.rope hf_config families model.adapters
 model.layers model.experts model.interventions model.kernels model.splash model.cudnn model.attention model.cache
 model.transformer model.layerwise sharding flops weights hub prefill generate stream lm variants sweep dpo sequence stats
 matching haystack head_scores detect detectors causal knockout head_profile norm_utility head_statistics rotary

@@ -124,7 +124,8 @@ def get_config() -> ConfigDict:
     config.eval.tasks = ()
     config.eval.grids = ()  # tasks shown as heat maps over length and depth
     config.eval.masked = False  # also the start model with its retrieval heads masked
-    config.eval.models = ConfigDict()  # others to compare the model with (`retmask eval --compare`): {name: folder or hub id}
+    # Others to compare the model with (`retmask eval --compare`): {name: folder or hub id}.
+    config.eval.models = ConfigDict(allow_dotted_keys=True)
 
     # The causal study (`retmask study`): further stages beside detect, knockout and rope.
     config.detectors = ConfigDict()

@@ -1,7 +1,6 @@
 """Causal experiments: answers under many masks in one compiled program, and what they come to."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -11,6 +10,7 @@ from retmask_jax import stats
 from retmask_jax.generate import generate_many
 from retmask_jax.haystack import Case
 from retmask_jax.lm import LanguageModel
+from retmask_jax.matching import holds
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Head, Interventions, stack
 
@@ -59,9 +59,8 @@ def answers(lm: LanguageModel, cases: Sequence[Case], masks: Sequence[Interventi
 
 
 def hits(texts: Sequence[str], cases: Sequence[Case], field: str = "answer") -> np.ndarray:
-    """bool[cases]: the words of the case's `answer` (or `memory`) occur in the text, in order, in any case."""
-    wanted = [_words(getattr(case.needle, field)) for case in cases]
-    return np.array([f" {part} " in f" {_words(text)} " for part, text in zip(wanted, texts, strict=True)])
+    """bool[cases]: the words of the case's `answer` (or `memory`) occur in the text, in order, in any case (`holds`)."""
+    return np.array([holds(text, getattr(case.needle, field)) for text, case in zip(texts, cases, strict=True)])
 
 
 def summarise(conditions: Sequence[Condition], outcomes: Mapping[str, np.ndarray]) -> list[dict]:
@@ -125,7 +124,3 @@ def _together(config: ModelConfig, masks: Sequence[Interventions], n_cases: int)
 def _bytes_of_a_mask(config: ModelConfig, masks: Sequence[Interventions]) -> int:
     width = 1 + config.n_pairs + (4 * config.head_dim if any(mask.head_mean is not None for mask in masks) else 0)
     return config.n_layers * config.n_heads * width
-
-
-def _words(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))

@@ -18,6 +18,7 @@ from retmask_jax.haystack import Case
 from retmask_jax.head_scores import HeadScores
 from retmask_jax.hosts import to_host
 from retmask_jax.lm import LanguageModel
+from retmask_jax.matching import rouge1_recall
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.cache import empty_cache
 from retmask_jax.model.interventions import Interventions
@@ -182,11 +183,6 @@ def words_of(case: Case) -> tuple[int, ...]:
     return tuple(case.tokens[slice(*case.span)])
 
 
-def rouge1_recall(answer: str, reference: str) -> float:
-    """ROUGE-1 recall of answer against reference, with stemming."""
-    return _rouge().score(reference, answer)["rouge1"].recall
-
-
 def stability(scores: HeadScores, steps: int = 10, **selection) -> list[dict]:
     """How the head set settles as cases are added: [{"cases", "heads", "jaccard" (with the final set)}, ...].
 
@@ -339,10 +335,3 @@ def _first(tokens_N, stop_ids) -> int:
     """Index of the first stop id, or the number of tokens."""
     found = np.flatnonzero(np.isin(tokens_N, stop_ids))
     return int(found[0]) if len(found) else len(tokens_N)
-
-
-@functools.cache
-def _rouge():
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rouge1"], use_stemmer=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from retmask_jax import __version__, memory
 from retmask_jax.hub import BUNDLED
+from retmask_jax.keys import without_secrets
 from retmask_jax.lm import load
 from retmask_jax.model.attention import kernel_for
 
@@ -104,8 +105,8 @@ def _unused() -> str:
 
 def _attention(dtype: str) -> Finding:
     """The kernel of a long prompt on these devices, at the width of most models' heads."""
-    chosen = kernel_for(jax.default_backend(), dtype, length=4096, width=128)
-    return Finding("devices", f"attention, {dtype}", f"{chosen} kernel")
+    chosen, unsuited = kernel_for(dtype, length=4096, width=128)
+    return Finding("devices", f"attention, {dtype}", f"{chosen} kernel" + (f": cuDNN's {unsuited}" if unsuited else ""))
 
 
 def _works(device) -> Finding:
@@ -145,10 +146,10 @@ def _hub() -> list[Finding]:
         return [*found, Finding("hub", "access", "off: HF_HUB_OFFLINE is set; local folders and the cache work")]
     try:
         with urllib.request.urlopen(constants.ENDPOINT, timeout=_TIMEOUT):
-            return [*found, Finding("hub", "access", f"{constants.ENDPOINT} answers")]
+            return [*found, Finding("hub", "access", without_secrets(f"{constants.ENDPOINT} answers"))]
     except (urllib.error.URLError, OSError, ValueError) as error:
         why = getattr(error, "reason", error)
-        return [*found, Finding("hub", "access", f"{constants.ENDPOINT} does not answer ({why})",
+        return [*found, Finding("hub", "access", without_secrets(f"{constants.ENDPOINT} does not answer ({why})"),
                                 "the bundled model and local folders need no network")]  # fmt: skip
 
 

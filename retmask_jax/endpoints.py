@@ -4,8 +4,10 @@ Known limit: draws are the server's. It is given the seed of each question, but 
 server, its version and, with many, on what else it is answering; so answers differ from those of this package.
 """
 
+import contextlib
 import dataclasses
 import email.utils
+import functools
 import http.client
 import json
 import os
@@ -14,15 +16,19 @@ import random
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from retmask_jax.keys import clean_key, has_password, without_secrets
 from retmask_jax.pairs import Question, Variant
 from retmask_jax.progress import with_rate
 
 _PASSING = (408, 409, 425, 429)  # statuses below 500 that go away
 _LONGEST_WAIT, _LONGEST_ASKED = 60.0, 600.0  # seconds between two tries: ours, and what Retry-After may ask for
+_KEY = "OPENAI_API_KEY"
+_PATH = "/v1/chat/completions"
 _GONE = 2  # so many failed questions in a row, per thread, and nobody is there
 
 
@@ -49,7 +55,11 @@ class Endpoints:
     def __post_init__(self):
         for url in self.urls.values():
             if not url.startswith(("http://", "https://")):
-                raise ValueError(f"endpoint {url!r} is no address: it must begin with http:// or https://")
+                shown = without_secrets(f"//{url}")[2:]  # also where the scheme is what is missing
+                raise ValueError(f"endpoint {shown!r} is no address: it must begin with http:// or https://")
+            if has_password(url):
+                raise ValueError(f"endpoint {without_secrets(url)} has a user or a password, which is not sent: leave it out, "
+                                 f"and put the key of the server into {_KEY}")  # fmt: skip
         if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
             raise ValueError(
                 f"endpoints need concurrency >= 1, timeout > 0 and retries >= 0; they are {self.concurrency}, "
@@ -62,9 +72,11 @@ def sample(endpoints: Endpoints, questions: Sequence[Question], *, temperature: 
     """The servers' answers as records in the order in which they come.
 
     A question whose every try failed has none; where many in a row fail, that server is not asked again. Raises
-    ValueError with the server's words at once for what no retry can mend (status 401, 404, ...), and at the end where
-    answers are missing. The key is read from the environment: OPENAI_API_KEY.
+    ValueError with the server's words at once for what no retry can mend (status 401, 404, a redirect, ...), and at the
+    end where answers are missing. The key is read from the environment, OPENAI_API_KEY, without blanks around it; it goes
+    to no address but the endpoint's and stands in no message. ValueError for a key that cannot be sent.
     """
+    _key()
     options = {"model": endpoints.model, "temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens}
     if endpoints.template_kwargs:
         options["chat_template_kwargs"] = dict(endpoints.template_kwargs)
@@ -148,24 +160,46 @@ def _patiently(endpoints: Endpoints, question: Question, options, stop: threadin
 
 
 def _ask(endpoints: Endpoints, question: Question, options) -> dict:
-    url = f"{endpoints.urls[question.variant].rstrip('/').removesuffix('/v1')}/v1/chat/completions"
+    url, key = f"{endpoints.urls[question.variant].rstrip('/').removesuffix('/v1')}{_PATH}", _key()
     body = options | {"messages": list(question.messages), "seed": question.draw}
     headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
+    if key:
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     deadline = time.monotonic() + endpoints.timeout
     try:
-        with urllib.request.urlopen(request, timeout=endpoints.timeout) as response:
+        with _opener().open(request, timeout=endpoints.timeout) as response:
             content = _read(response, deadline)
     except urllib.error.HTTPError as error:
-        raise _refused(url, question, error) from error
+        raise _refused(url, question, error, key) from error
     except (OSError, http.client.HTTPException) as error:  # no connection, reset, timeout, cut short
-        raise _Failed(f"{url}: {error!r}") from error
+        raise _Failed(f"{url}: {without_secrets(repr(error), key)}") from error
+    except ValueError as error:  # such as an address of a proxy, from the environment, that is none
+        raise ValueError(f"{url} cannot be asked: {without_secrets(str(error), key)}") from error
     try:
         return _parse(question, json.loads(content), endpoints.thoughts_begin)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _Failed(f"{url}: no whole answer but {content[:200]!r}") from error
+        said = without_secrets(content[: 2**16].decode(errors="replace"), key)
+        raise _Failed(f"{url}: no whole answer but {said[:200]!r}") from error
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """urllib would take the key to wherever a redirect points, and what is found there for an answer."""
+
+    def http_error_302(self, *_):
+        return None  # then it is raised as an HTTPError
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+@functools.cache
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_NoRedirects)
+
+
+def _key() -> str:
+    """The key to send, "" where there is none."""
+    return clean_key(os.environ.get(_KEY, ""), _KEY)
 
 
 def _read(response, deadline: float) -> bytes:
@@ -180,14 +214,29 @@ def _read(response, deadline: float) -> bytes:
     return b"".join(parts)
 
 
-def _refused(url: str, question: Question, error: urllib.error.HTTPError) -> Exception:
+def _refused(url: str, question: Question, error: urllib.error.HTTPError, key: str) -> Exception:
     try:
-        words = " ".join(error.read(2**16).decode(errors="replace").split())[:300]
+        words = error.read(2**16).decode(errors="replace")
     except (OSError, http.client.HTTPException):
         words = ""
+    if 300 <= error.code < 400:
+        return _redirected(url, error, key)
+    said = f"{error.code} {without_secrets(error.reason, key)}: {' '.join(without_secrets(words, key).split())[:300]}"
     if error.code >= 500 or error.code in _PASSING:
-        return _Failed(f"{url}: {error.code} {error.reason}: {words}", _asked_wait(error.headers.get("Retry-After")))
-    return ValueError(f"{url} refused prompt {question.id}: {error.code} {error.reason}: {words}")
+        return _Failed(f"{url}: {said}", _asked_wait(error.headers.get("Retry-After")))
+    return ValueError(f"{url} refused prompt {question.id}: {said}")
+
+
+def _redirected(url: str, error: urllib.error.HTTPError, key: str) -> ValueError:
+    target = "".join((error.headers.get("Location") or "").split())
+    with contextlib.suppress(ValueError):  # an address that is none is shown as it is
+        target = urllib.parse.urljoin(url, target)
+    if target == url:
+        return ValueError(f"{url} answers {error.code}, a redirect that names no other address: is this an "
+                          "OpenAI-compatible server?")  # fmt: skip
+    target = without_secrets(target, key)
+    return ValueError(f"{url} redirects to {target[:300]} ({error.code}), where neither key nor prompts are sent: if that is "
+                      f"the server, set the endpoint to {target.removesuffix(_PATH)[:300]}")  # fmt: skip
 
 
 def _asked_wait(header: str | None) -> float:

@@ -1,21 +1,22 @@
 """What models do on tasks and suites, against the start model, as a section of a page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from retmask_jax import figures, page
-from retmask_jax.evals.compare import START
+from retmask_jax.evals.compare import START, numbers_by_task
 from retmask_jax.figures import drawn as _figure
 from retmask_jax.page import change, p_value, signed, table
 from retmask_jax.page import count as _n
 from retmask_jax.page import section as _section
-from retmask_jax.wording import axis, directions, is_loss, tree_of
+from retmask_jax.wording import axis, directions, is_loss
 
 
 def evaluation_section(result, trained: bool = True) -> str:
     """Models against the start model, from the result of `eval`, or (not trained here) of `compare`."""
-    changes, rows, grids = changes_of(result["numbers"]), result["rows"], _by_model(result["grids"])
+    _, changes = numbers_by_task(result)
+    rows, grids = result["rows"], _by_model(result["grids"])
     maps = {f"{task}: {name}": figures.niah(f"{task}: {name}", cells) for (task, name), cells in grids.items()}
     seeds = len({row["seed"] for row in rows if row["arm"] != "start"})
     over = f" and {_n(seeds, 'training seed')}" if trained else ""
@@ -40,13 +41,13 @@ def evaluation_section(result, trained: bool = True) -> str:
 
 def _panels(result) -> dict[str, object]:
     """A panel for each task; one for a task of several lengths, with the models as lines."""
-    panels, series = {}, _series(result)
-    for task, by_name in tree_of(result["numbers"]).items():
-        means = {arm: number for arm, number in by_name.items() if not arm.endswith(" minus start")}
+    of_tasks, _ = numbers_by_task(result)
+    panels, series = {}, _series(result, of_tasks)
+    for task, means in of_tasks.items():
         metric = result["metrics"].get(task) or axis(task)
         place = result["series"].get(task)
         if place and len(series[place["of"]]) > 1:
-            points = {arm: [(at, result["numbers"][f"eval/{name}/{arm}"]) for at, name in series[place["of"]]] for arm in means}
+            points = {arm: [(at, of_tasks[name][arm]) for at, name in series[place["of"]]] for arm in means}
             label = f"{place['axis']}; n = {means['start']['n']} at each"
             panels[f"Evaluation: {place['of']}"] = figures.over(place["of"], points, label, metric)
             continue
@@ -57,10 +58,10 @@ def _panels(result) -> dict[str, object]:
     return panels
 
 
-def _series(result) -> dict[str, list[tuple[int, str]]]:
+def _series(result, tasks: Iterable[str]) -> dict[str, list[tuple[int, str]]]:
     """{series: [(its place on the axis, task), ...] in order}, of the tasks that all models have."""
     series: dict[str, list[tuple[int, str]]] = {}
-    for task in tree_of(result["numbers"]):
+    for task in tasks:
         if task in result["series"]:
             series.setdefault(result["series"][task]["of"], []).append((result["series"][task]["at"], task))
     return {name: sorted(points) for name, points in series.items()}
@@ -122,16 +123,6 @@ def _grid_means(grids: Mapping[tuple[str, str], Sequence[Mapping]]) -> list[str]
         mean = np.average([cell["value"] for cell in cells], weights=[cell["n"] for cell in cells])
         means.setdefault(task, []).append(f"{mean:.3f} ({name})")
     return [f"Over all lengths and depths of {task} recall is {', '.join(values)}." for task, values in means.items()]
-
-
-def changes_of(numbers: Mapping[str, Mapping]) -> dict[str, dict]:
-    """{arm: {task: change against start}}."""
-    changes: dict[str, dict] = {}
-    for task, by_name in tree_of(numbers).items():
-        for name, number in by_name.items():
-            if name.endswith(" minus start"):
-                changes.setdefault(name.removesuffix(" minus start"), {})[task] = number
-    return changes
 
 
 def _by_model(grids: Sequence[Mapping]) -> dict[tuple[str, str], list]:

@@ -302,9 +302,10 @@ def before_after(title: str, pooled: Mapping[str, Mapping], runs: Mapping[str, S
 def over(title: str, points: Mapping[str, Sequence[tuple[int, Mapping]]], xlabel: str, ylabel: str):
     """A number over lengths or positions, on a scale of doublings: a line with intervals for each model."""
     figure, ax = _panel(title, 2.3 + 0.2 * math.ceil(len(points) / 2))
+    handles = []
     for i, (name, line) in enumerate(points.items()):
         look = {"color": colour(name, i), "marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)]}
-        ax.plot([at for at, _ in line], [number["value"] for _, number in line], label=name, **look)
+        handles += ax.plot([at for at, _ in line], [number["value"] for _, number in line], label=name, **look)
         for at, number in line:
             _interval(ax, number, at, look["color"], look["marker"], vertical=True)
     places = sorted({at for line in points.values() for at, _ in line})
@@ -312,7 +313,8 @@ def over(title: str, points: Mapping[str, Sequence[tuple[int, Mapping]]], xlabel
     ax.set_xticks(places, map(str, places), rotation=90 if len(places) > 5 else 0)
     ax.minorticks_off()
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    figure.legend(loc="outside lower center", ncols=2)
+    # By itself matplotlib leaves names out that begin with "_".
+    figure.legend(handles, list(points), loc="outside lower center", ncols=2)
     return figure
 
 

@@ -15,9 +15,10 @@ import jinja2
 import numpy as np
 
 from retmask_jax.files import digest, read_jsonl
+from retmask_jax.matching import rouge_tokens
 from retmask_jax.progress import track
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_SENTENCE_END = re.compile(r"(?<=[.!?।॥۔؟])\s+|(?<=[。！？])\s*")  # also where no space follows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +161,18 @@ def read_needles(path: str | Path) -> list[Needle]:
         needles.append(
             Needle(record.get("needle", ""), record["question"], answer, record.get("key"), record.get("memory"))
         )
+        check_words(needles[-1], f"{path}, line {number}")
     if not needles:
         raise ValueError(f"{path} holds no needles")
     return needles
+
+
+def check_words(needle: Needle, where: str | None = None) -> None:
+    """ValueError, which says where, for a needle whose answer has no words that an answer could be compared with."""
+    for name, text in (("answer", needle.answer), ("memory", needle.memory or None)):
+        if text is not None and not rouge_tokens(text):
+            where = where or f"needle {needle.needle or needle.question!r}"
+            raise ValueError(f"{where}: the {name} {text!r} has no letter or digit to compare with: give it words")
 
 
 def draw_specs(needles: Sequence[Needle], lengths: Sequence[int], depths: Sequence[float], *, per_length: int | None,
@@ -191,8 +201,9 @@ def build_cases(prompter: Prompter, sentences: Sequence[str], needles: Sequence[
 
     shuffle: order the haystack's sentences by the spec's seed, else keep the text's order. at_start: put the needle
     at the very start unless the depth is 1, as the detector released with arXiv 2601.11020 did. Raises ValueError if a
-    length has no room for needle and question, or the answer part cannot be located.
+    length has no room for needle and question, the answer part cannot be located, or an answer has no words.
     """
+    _check_used(needles, specs)
     sizes = _sizes(prompter, sentences)
     specs = track(specs, len(specs), "needle cases", "case")
     return [_build(prompter, sentences, sizes, needles, spec, shuffle, at_start) for spec in specs]
@@ -204,8 +215,9 @@ def paired_cases(prompters: Mapping[str, Prompter], sentences: Sequence[str], ne
     """The cases of the same specs for several models by name: ({name: cases}, a line for each spec that was dropped).
 
     A spec that cannot be built for one model is dropped for all, so that case i is the same case in every list. Options
-    as in `build_cases`. Raises ValueError where no spec is left.
+    as in `build_cases`. Raises ValueError where no spec is left, and for an answer without words.
     """
+    _check_used(needles, specs)
     sizes = {name: _sizes(prompter, sentences) for name, prompter in prompters.items()}
     kept: dict[str, list[Case]] = {name: [] for name in prompters}
     dropped = []
@@ -225,7 +237,8 @@ def paired_cases(prompters: Mapping[str, Prompter], sentences: Sequence[str], ne
 
 
 def question_case(prompter: Prompter, needle: Needle) -> Case:
-    """A case without any context: what does the model answer from memory?"""
+    """A case without any context: what does the model answer from memory? ValueError for an answer without words."""
+    check_words(needle)
     text = prompter.render("", needle.question)
     tokens, offsets = prompter.encode(text)
     spec = Spec(len(tokens), 0.0, 0, (), 0)
@@ -252,6 +265,11 @@ def question_span(prompter: Prompter, text: str, offsets: Sequence[tuple[int, in
     behind = prompter.prompt.rfind("{question}") > prompter.prompt.rfind("{context}")
     found = text.rfind(question) if behind else text.find(question)
     return (0, 0) if found < 0 or not question else _tokens_of(offsets, found, len(question))
+
+
+def _check_used(needles: Sequence[Needle], specs: Sequence[Spec]) -> None:
+    for i in sorted({spec.needle for spec in specs}):
+        check_words(needles[i])
 
 
 def _sizes(prompter: Prompter, sentences: Sequence[str]) -> np.ndarray:

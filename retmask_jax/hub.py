@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retmask_jax.families import from_hf
+from retmask_jax.keys import without_secrets
 from retmask_jax.weights import INDEX, read_config, weight_names
 
 BUNDLED = Path(__file__).parent / "assets" / "tiny"
@@ -16,6 +17,7 @@ BUNDLED = Path(__file__).parent / "assets" / "tiny"
 _TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")
 _OTHER_FORMS = ("*/*", "*consolidated*", "*.bin.index.json")  # of the same weights: original/, onnx/, pickles
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SENDABLE = re.compile("[!-~]+")  # as a token
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -70,7 +72,7 @@ class _Repo:
 
     def __post_init__(self):
         # The HTTP library's error about such a header would quote the token.
-        if isinstance(self.token, str) and not re.fullmatch("[!-~]+", self.token):
+        if isinstance(self.token, str) and not _SENDABLE.fullmatch(self.token):
             raise ValueError(f"the token given for {self.name} is empty or has blanks or odd characters: copy it again")
 
     def fetch_texts(self) -> Path:
@@ -133,8 +135,14 @@ class _Repo:
             yield
         # HTTPError is the base of the errors of the HTTP library in use; hf_xet, which moves large files, has
         # RuntimeError for most of its own.
-        except (HTTPError, HFValidationError, OSError, RuntimeError) as error:
-            raise ValueError(self._explain(error)) from error
+        except (HTTPError, HFValidationError, OSError, RuntimeError, UnicodeError) as error:
+            raise ValueError(without_secrets(self._explain(error), self._sent())) from error
+
+    def _sent(self) -> str | None:
+        """The token that goes with requests."""
+        from huggingface_hub import get_token
+
+        return self.token if isinstance(self.token, str) else None if self.token is False else get_token()
 
     def _explain(self, error: Exception) -> str:
         from huggingface_hub import constants, errors
@@ -142,6 +150,9 @@ class _Repo:
         if isinstance(error, errors.LocalEntryNotFoundError):
             error = error.__cause__ or error  # "nor is it in the cache": the cause is why the hub was no help
         name, hub, login = self.name, constants.ENDPOINT, "set HF_TOKEN or run `hf auth login`"
+        token = self._sent()
+        if token and not _SENDABLE.fullmatch(token) and not hasattr(error, "response"):
+            return f"the token for {name} (HF_TOKEN, or of `hf auth login`) has blanks or odd characters: copy it again"
         status = getattr(getattr(error, "response", None), "status_code", None) or 0
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         match error:

@@ -177,7 +177,7 @@ def _parse(argv: list[str]):
                 "--aot", metavar="TOPOLOGY", help="only compile, for TPUs that need not be here (v5e:4x4): does it fit?"
             )
         if name == "eval":
-            stage.add_argument("--compare", nargs="+", type=_named_model, default=[], metavar="NAME=MODEL",
+            stage.add_argument("--compare", nargs="+", action="extend", type=_named_model, default=[], metavar="NAME=MODEL",
                                help="compare the config's model with others, folders or hub ids")  # fmt: skip
             stage.add_argument("--lm_eval", metavar="TASK[,TASK...]", help="also tasks of lm-evaluation-harness")
             stage.add_argument("--helmet", metavar="FOLDER", help="also HELMET, by your checkout of it with its data")
@@ -191,7 +191,8 @@ def _parse(argv: list[str]):
                 help="of pairs: a JSONL file as RetMask and TRL read it, or a folder for TFDS (default: released)",
             )
             stage.add_argument(
-                "--heads", nargs="+", metavar="LAYER-HEAD", help="heads to mask instead of those detected"
+                "--heads", nargs="+", action="extend", metavar="LAYER-HEAD",
+                help="heads to mask instead of those detected",
             )
             stage.add_argument("--out", required=True, help="folder or file to write")
     arguments, rest = parser.parse_known_args(argv)
@@ -208,7 +209,11 @@ def _named_model(text: str) -> tuple[str, str]:
 
 def _asked_of_eval(arguments) -> list[tuple[str, str]]:
     """The flags of `eval` as settings of the config."""
-    asked = [("eval.models", repr(dict(arguments.compare)))] if arguments.compare else []
+    names = [name for name, _ in arguments.compare]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--compare names {name!r} {names.count(name)} times: give each model a name of its own")
+    asked = [("eval.models", repr(dict(arguments.compare)))] if names else []
     if arguments.lm_eval:
         asked.append(("suites.lm_eval.tasks", repr(tuple(arguments.lm_eval.split(",")))))
     if arguments.helmet:

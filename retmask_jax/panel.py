@@ -154,5 +154,5 @@ def _check(member: Member, task: str, closed_book: str | None) -> None:
             raise ValueError(f"{member.name} has no result of {stage}: run `retmask study` there first")
     for stage, wanted in (("knockout", task), ("rope", task), ("knockout", closed_book)):
         if wanted and f"{stage}/{wanted}/none" not in member.results[stage]["numbers"]:
-            known = dict.fromkeys(name.split("/")[1] for name in member.results[stage]["numbers"] if name.endswith("/none"))
+            known = dict.fromkeys(row["task"] for row in member.results[stage]["rows"])
             raise ValueError(f"{member.name}: {stage} has no task {wanted!r}; it has {', '.join(known)}")

@@ -137,7 +137,7 @@ def _parse(key: str, text: str, current: Any) -> Any:
     if current is None:
         return value
     if hasattr(current, "items") and not current and isinstance(value, dict):
-        return type(current)(value)
+        return type(current)(value, allow_dotted_keys=True)  # a name of a model or a task may have a dot
     if isinstance(current, str):
         return text
     if isinstance(current, float) and type(value) is int:

@@ -8,7 +8,8 @@ import numpy as np
 
 from retmask_jax import figures, page
 from retmask_jax.causal_report import knockout_section, only_zero, rope_section
-from retmask_jax.eval_report import changes_of, evaluation_section
+from retmask_jax.eval_report import evaluation_section
+from retmask_jax.evals.compare import numbers_by_task
 from retmask_jax.figures import drawn as _figure
 from retmask_jax.files import write_atomically
 from retmask_jax.page import change, fixed, interval, table
@@ -49,7 +50,7 @@ def write_comparison(path: Path, results: Mapping[str, Mapping], model: str) -> 
 
 
 def _header(results) -> str:
-    detect, knockout, rope, evaluation = (results[stage]["numbers"] for stage in ("detect", "knockout", "rope", "eval"))
+    detect, knockout, rope = (results[stage]["numbers"] for stage in ("detect", "knockout", "rope"))
     rows = [(label, interval, detect[name])
             for label, name in (("Detection cases counted", "detect/cases counted"), ("Retrieval heads", "detect/heads"),
                                 ("Gini coefficient of the head scores", "detect/gini")) if name in detect]  # fmt: skip
@@ -59,7 +60,8 @@ def _header(results) -> str:
     for task, by_name in tree_of(rope).items():
         rows += [(f"Rotary pairs, {name}: {measure(task)}", change, number) for name, number in by_name.items()
                  if name == "highest minus lowest quarter"]  # fmt: skip
-    for arm, changes in list(changes_of(evaluation).items())[:1]:
+    _, by_arm = numbers_by_task(results["eval"])
+    for arm, changes in list(by_arm.items())[:1]:
         rows += [(f"Training, {arm}: change of {measure(task)}", change, number) for task, number in changes.items()]
     return page.lines(*provenance(results)) + table(
         ["", "value [95% interval]", "n"], [[label, write(number), number["n"]] for label, write, number in rows],

@@ -9,7 +9,11 @@ TEXT_LOSS = "text loss"
 
 
 def tree_of(numbers: Mapping[str, Mapping]) -> dict[str, dict]:
-    """{"stage/task/name": number} -> {task: {name: number}}; numbers of no task are left out."""
+    """{"stage/task/name": number} -> {task: {name: number}}; numbers of no task are left out.
+
+    Of the stages `knockout` and `rope`, whose names are kinds of masks and hold no "/"; a task may. Numbers of an
+    evaluation are named after models: `evals.compare.numbers_by_task`.
+    """
     tree: dict[str, dict] = {}
     for path, number in numbers.items():
         rest = path.split("/", 1)[1]

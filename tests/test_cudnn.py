@@ -1,6 +1,9 @@
 """Attention by cuDNN: what is asked of it where rows continue a cache, by a stand-in; and itself, where there is a GPU."""
 
 import functools
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 
 from retmask_jax.model import cudnn
-from retmask_jax.model.attention import Keys, attend
+from retmask_jax.model.attention import Keys, attend, kernel_for
 from retmask_jax.model.kernels import HIDDEN, Scores
 
 WIDTH = 8
@@ -95,6 +98,75 @@ def test_what_it_cannot_do_is_named():
     assert "no soft cap" in cudnn.unsupported("bfloat16", 64, Scores(1.0, cap=3.0))
     assert "not of 4" in cudnn.unsupported("float16", 4, Scores(1.0))
     assert cudnn.unsupported("float16", 96, Scores(1.0, window=3)) is None
+
+
+# Devices as JAX describes them: kind, compute capability (of ROCm its own; TPUs have none), whether cuDNN's kernel is chosen.
+DEVICES = {
+    "T4": ("Tesla T4", "7.5", False), "V100": ("Tesla V100-SXM2-16GB", "7.0", False),
+    "P100": ("Tesla P100-PCIE-16GB", "6.0", False), "A100": ("NVIDIA A100-SXM4-40GB", "8.0", True),
+    "A10": ("NVIDIA A10G", "8.6", True), "L4": ("NVIDIA L4", "8.9", True), "H100": ("NVIDIA H100 80GB HBM3", "9.0", True),
+    "B200": ("NVIDIA B200", "10.0", True), "RTX 5090": ("NVIDIA GeForce RTX 5090", "12.0", True),
+    "ROCm": ("AMD Instinct MI300X", "gfx942", False), "older ROCm": ("AMD Instinct MI300X", None, False),
+}  # fmt: skip
+
+
+def _device(name):
+    kind, capability, _ = DEVICES[name]
+    has = {} if capability is None else {"compute_capability": capability}
+    return SimpleNamespace(platform="gpu", device_kind=kind, **has)
+
+
+def _kernel_of(devices, monkeypatch, kernel="auto"):
+    """The kernel that a prompt of 3 tokens is traced with on these devices, in bfloat16."""
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    called = []
+    monkeypatch.setattr(cudnn, "alone", lambda q_BTHD, *_: called.append("cudnn") or q_BTHD)
+    q_BTHD, k_BTKD, v_BTKD = _draw(np.random.default_rng(0), "bfloat16", (1, 3, 4, WIDTH), (1, 3, 2, WIDTH), (1, 3, 2, WIDTH))
+    jax.jit(lambda *qkv: attend(qkv[0], Keys.of(*qkv[1:]), Scores(1.0), kernel=kernel)).trace(q_BTHD, k_BTKD, v_BTKD)
+    return called[0] if called else "other"
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_it_is_chosen_on_cuda_devices_of_capability_8_and_newer(name, monkeypatch):
+    kind, capability, suits = DEVICES[name]
+    devices = [_device(name)] * 2
+    assert _kernel_of(devices, monkeypatch) == ("cudnn" if suits else "other")
+    chosen, why = kernel_for("bfloat16", length=4096, width=128)
+    if suits:
+        assert (chosen, why) == ("cudnn", None) and _kernel_of(devices, monkeypatch, "cudnn") == "cudnn"
+        return
+    said = f"needs CUDA devices of compute capability 8.0 or newer, {kind} has {capability or 'none'}"
+    assert (chosen, why) == ("blocked", said)
+    with pytest.raises(ValueError, match=f"^the cudnn kernel {said}: choose another kernel"):
+        _kernel_of(devices, monkeypatch, "cudnn")
+
+
+def test_one_old_device_among_new_ones_decides(monkeypatch):
+    assert _kernel_of([_device("A100"), _device("T4")], monkeypatch) == "other"
+
+
+def test_a_cpu_is_named_where_it_is_forced():
+    q_BTHD, keys, _ = _continued(0, 3, [0], 3, dtype="bfloat16")
+    with pytest.raises(ValueError, match="capability 8.0 or newer, cpu has none: choose another kernel"):
+        attend(q_BTHD, keys, Scores(1.0), kernel="cudnn")
+
+
+@pytest.mark.parametrize("here, chosen", [("H100", "cudnn"), ("T4", "other")])
+def test_the_devices_of_the_mesh_decide_where_one_is_set(here, chosen, monkeypatch):
+    """Devices of another kind beside them do not count, nor does a topology that is not here count as one that is."""
+    meant = jax.sharding.AbstractDevice(device_kind=DEVICES["H100"][0], num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=meant)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert _kernel_of([_device("T4"), _device(here)], monkeypatch) == chosen
+    cpu = jax.sharding.AbstractDevice(device_kind="cpu", num_cores=None, platform="cpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), abstract_device=cpu)):
+        assert _kernel_of([_device("H100")], monkeypatch) == "other"
+
+
+def test_no_device_is_asked_for_by_an_import():
+    code = ("import retmask_jax, retmask_jax.lm, retmask_jax.model.attention, retmask_jax.doctor; "
+            "from jax._src import xla_bridge; assert not xla_bridge._backends")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @needs_gpu

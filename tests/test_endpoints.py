@@ -86,6 +86,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.reply(200, json.dumps(answer), {"Content-Length": "10000"})
             case (status, text):
                 self.reply(status, text)
+            case (status, text, headers):
+                self.reply(status, text, headers)
             case dict():
                 self.reply(200, json.dumps(failure))
 
@@ -240,6 +242,105 @@ def test_thoughts_stand_before_the_answer(serve, message, begin, text):
     server = serve("normal", [{"choices": [{"message": message, "finish_reason": "length"}]}])
     (record,) = _ask(_endpoints(server, thoughts_begin=begin), QUESTIONS[:1])
     assert record == {"key": [0, "normal", "p0"], "text": text, "finished": False, "tokens": 0}
+
+
+# --- keys ---
+
+KEY = "sk-4f9a/secret+KEY=="
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def _line(call) -> str:
+    """The message of a mistake: one line, without the key or a part of it."""
+    with pytest.raises(ValueError) as told:
+        call()
+    line = str(told.value)
+    assert "\n" not in line and "secret" not in line and "sk-4f9a" not in line and "KEY==" not in line
+    return line
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("to", ["another host", "the same host"])
+def test_a_redirect_is_refused_with_both_addresses_and_takes_the_key_nowhere(serve, key, status, to):
+    other = serve("other")
+    server = serve("normal")
+    base = other.url if to == "another host" else f"{server.url}/moved"
+    server.plan.extend([(status, "moved", {"Location": f"{base}/v1/chat/completions"})] * 200)
+    endpoints = _endpoints(server, concurrency=2)
+    line = _line(lambda: list(_ask(endpoints)))
+    assert line.startswith(f"{server.url}/v1/chat/completions redirects to {base}/v1/chat/completions ({status})")
+    assert line.endswith(f"set the endpoint to {base}") and not other.seen and len(server.seen) <= 6
+    assert {path for _, path, _, _ in server.seen} == {"/v1/chat/completions"}
+
+
+@pytest.mark.parametrize("location, shown", [
+    ("/v1/chat/completions?key=" + KEY, "v1/chat/completions?key=*** (302)"), ("//me:secret@b:1/", "http://***@b:1/ (302)"),
+    ("file:///etc/passwd", "file:///etc/passwd (302)"), ("http://[b", "http://[b (302)"),
+    (None, "answers 302, a redirect that names no other address"),
+])  # fmt: skip
+def test_where_a_redirect_leads_is_shown_without_what_is_secret_in_it(serve, key, location, shown):
+    server = serve("normal", [(302, "moved", {"Location": location} if location else {})] * 200)
+    assert shown in _line(lambda: list(_ask(_endpoints(server, concurrency=1))))
+
+
+@pytest.mark.parametrize("around", ["\n", "\r\n", " \t", ""])
+def test_blanks_and_line_ends_around_a_key_are_left_out(serve, monkeypatch, around):
+    server = serve()
+    monkeypatch.setenv("OPENAI_API_KEY", f"{around}{KEY}{around}")
+    assert len(list(_ask(_endpoints(server), QUESTIONS[:1]))) == 1
+    assert server.seen[0][2]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("damage, what", [
+    ("\n", "a line end at place 21 of 41"), ("\r", "a line end at place 21"), ("\r\n ", "a line end at place 21 of 43"),
+    ("\x01", "a control character at place 21"), ("\x7f", "a control character"), ("\u2026", "a character beyond Latin-1"),
+])  # fmt: skip
+def test_a_key_that_cannot_be_sent_is_refused_unseen_before_anything_is_asked(serve, monkeypatch, damage, what):
+    server = serve()
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}{damage}{KEY}")
+    assert _line(lambda: _ask(_endpoints(server))).startswith(f"OPENAI_API_KEY has {what}") and not server.seen
+
+
+def test_an_empty_key_is_none(serve, monkeypatch):
+    server = serve()
+    monkeypatch.setenv("OPENAI_API_KEY", " \n")
+    assert len(list(_ask(_endpoints(server), QUESTIONS[:1]))) == 1
+    assert "Authorization" not in server.seen[0][2]
+
+
+@pytest.mark.parametrize("failure", [
+    (401, f"Incorrect API key provided: {KEY}. Find yours"), (500, "x" * 295 + KEY), (200, f"no key {KEY}"),
+    (200, "y" * 190 + KEY), (429, f'{{"error": "{KEY}"}}'),
+])  # fmt: skip
+def test_a_key_that_the_server_repeats_is_in_no_message(serve, key, failure):
+    server = serve("normal", [failure] * 1000)
+    line = _line(lambda: list(_ask(_endpoints(server, concurrency=1, retries=0), QUESTIONS[:3])))
+    assert "*" in line
+
+
+def test_a_password_in_an_address_is_refused_unseen():
+    for url in ("http://me:secret@a:8000/v1", "https://secret@a", "http://me:se@secret@a"):
+        line = _line(lambda url=url: Endpoints({NORMAL: url}, "m"))
+        assert "://***@a" in line and "put the key of the server into OPENAI_API_KEY" in line
+    assert "'***@a:8000' is no address" in _line(lambda: Endpoints({NORMAL: "me:secret@a:8000"}, "m"))
+    assert Endpoints({NORMAL: "http://a/@b"}, "m").urls  # a path may hold one
+
+
+def test_a_password_of_a_proxy_is_in_no_message(monkeypatch):
+    from retmask_jax import endpoints
+
+    monkeypatch.setenv("http_proxy", "http:/me:secret@proxy:3128")
+    monkeypatch.delenv("no_proxy", raising=False)
+    endpoints._opener.cache_clear()
+    try:
+        asked = Endpoints({NORMAL: "http://a.invalid"}, "m", concurrency=1, retries=0)
+        assert "cannot be asked: " in _line(lambda: list(_ask(asked, QUESTIONS[:1])))
+    finally:
+        endpoints._opener.cache_clear()
 
 
 def test_bad_settings_are_refused(serve):

@@ -1,19 +1,21 @@
 """Models compared on tasks and suites: one table, samples paired, suites kept, mistakes in one line."""
 
+import html
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from retmask_jax import eval_stages, recipes
+from retmask_jax import eval_report, eval_stages, figures, recipes
 from retmask_jax.eval_stages import _common
-from retmask_jax.evals.compare import run_rows, table
+from retmask_jax.evals.compare import arm_numbers, number_names, numbers_by_task, run_rows, table
 from retmask_jax.evals.measured import Measured
 from retmask_jax.hub import BUNDLED
 from retmask_jax.lm import load, save
 from retmask_jax.main import main
 from retmask_jax.model.interventions import mask_heads
+from retmask_jax.report import write_comparison
 
 CONFIG = str(Path(__file__).with_name("tiny_small.py"))
 NIAH = [f"--config.suites.niah.{key}={value}" for key, value in {
@@ -122,6 +124,8 @@ def test_the_table_has_every_model_and_its_test():
 @pytest.mark.parametrize("flags, message", [
     (["--compare", "bundled"], "'bundled' must be NAME=FOLDER or NAME=HUB_ID"),
     (["--compare", "start=bundled"], "eval.models has 'start'"),
+    (["--compare", "start=bundled", "--compare", "a.b/c=bundled"], "eval.models has 'start'"),
+    (["--compare", "mine=bundled", "mine=other"], "--compare names 'mine' 2 times: give each model a name of its own"),
     (["--config.suites.ruler.tasks=('niah_single_9',)"], "suites.ruler.tasks has 'niah_single_9'"),
     (["--config.suites.json_kv.lengths=(9999,)"], "suites.json_kv needs 9999 tokens, the model's context is 1024"),
 ])  # fmt: skip
@@ -129,6 +133,64 @@ def test_mistakes_are_one_line(flags, message, tmp_path, capsys):
     assert main(["eval", f"--config={CONFIG}", f"--workdir={tmp_path / 'w'}", *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "w").exists()
+
+
+NAMES = ("org/model-1.5", "x minus start", "mine: from memory", "b/c", "c", "модель/日本", '<b>&"$x^2$"', "_mine")
+
+
+def test_any_text_may_be_the_name_of_a_model(tmp_path, capsys):
+    """Through the command: the table, the page and the result have every model, whatever characters its name has."""
+    names = ("org/model", "v1.5", *NAMES[5:7])
+    flags = ["--compare", *(f"{name}=bundled" for name in names)]
+    flags += ["--config.eval.tasks=('closed-book',)", "--config.eval.grids=()", "--config.text.windows=2"]
+    assert main(["eval", f"--config={CONFIG}", f"--workdir={tmp_path / 'work'}", *flags]) == 0
+    result = json.loads((tmp_path / "work/compare/result.json").read_text())
+    page = html.unescape((tmp_path / "work/comparison.html").read_text())
+    header = capsys.readouterr().out
+    for name in names:
+        assert {f"eval/closed-book/{name}", f"eval/closed-book/{name} minus start"} <= set(result["numbers"])
+        assert f"{name} shows no clear change: the 95% interval contains 0 on every measure." in page and name in header
+    assert "<b>" not in (tmp_path / "work/comparison.html").read_text()
+
+
+def _page_of(samples, tmp_path):
+    models = [name for name in samples if name != "start"]
+    numbers = arm_numbers(samples, {name: [name] for name in models})
+    result = {"rows": run_rows(samples, {name: (name, 0) for name in models}), "numbers": numbers, "grids": [], "metrics": {},
+              "series": {}, "missing": {}, "helmet": {}}  # fmt: skip
+    write_comparison(tmp_path / "page.html", {"compare": result}, "mine")
+    return result, html.unescape((tmp_path / "page.html").read_text())
+
+
+def test_names_of_models_and_tasks_are_never_taken_apart(tmp_path):
+    """Slashes and the words of our own names in both: each model's means and changes stay its own."""
+    tasks = ("a", "a/b", "ruler/niah_single_1 4096", "text loss")
+    values = np.random.default_rng(0).normal(size=(1 + len(NAMES), len(tasks), 5))
+    samples = {model: dict(zip(tasks, values[i], strict=True)) for i, model in enumerate(("start", *NAMES))}
+    result, page = _page_of(samples, tmp_path)
+    means, changes = numbers_by_task(result)
+    assert list(means) == list(tasks) and list(changes) == list(NAMES)
+    for name in NAMES:
+        for task in tasks:
+            assert means[task][name]["value"] == pytest.approx(samples[name][task].mean())
+            assert changes[name][task]["value"] == pytest.approx((samples[name][task] - samples["start"][task]).mean())
+    assert len(result["numbers"]) == len(tasks) * (1 + 2 * len(NAMES))  # no two numbers share a name
+    assert all(f"<th>{name}</th>" in page for name in NAMES)
+    labels = [task for panel, task in zip(eval_report._panels(result), tasks, strict=True) if panel == f"Evaluation: {task}"]
+    assert labels == list(tasks)
+
+
+def test_ordinary_names_of_numbers_are_as_they_were():
+    means, changes = number_names(["needle long", "ruler/vt 512"], ["start", "retmask", "masked"])
+    assert list(means.values()) == [f"eval/{task}/{arm}" for arm in ("start", "retmask", "masked")
+                                    for task in ("needle long", "ruler/vt 512")]  # fmt: skip
+    assert changes["ruler/vt 512", "retmask"] == "eval/ruler/vt 512/retmask minus start" and len(changes) == 4
+
+
+def test_a_legend_names_every_model():
+    points = {name: [(1, {"value": 1.0, "low": 0.5, "high": 1.5})] for name in NAMES}
+    (legend,) = figures.over("t", points, "x", "y").legends
+    assert [text.get_text() for text in legend.get_texts()] == list(NAMES)
 
 
 def test_flags_are_settings_of_the_config():

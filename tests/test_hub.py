@@ -387,6 +387,18 @@ def test_a_damaged_token_is_refused_unseen(hub, token):
     assert not hub.requests
 
 
+@pytest.mark.parametrize("damage", ["\u00e9", "\u2026"])
+def test_a_damaged_token_of_the_environment_is_told_unseen(hub, monkeypatch, damage):
+    monkeypatch.setenv("HF_TOKEN", f"{TOKEN}{damage}x")
+    line = error_of(resolve, NAME)
+    assert line.startswith(f"the token for {NAME} (HF_TOKEN, or of `hf auth login`) has blanks or odd characters")
+
+
+def test_a_token_that_the_hub_repeats_is_in_no_message(hub):
+    hub.refusals[NAME] = (400, {"X-Error-Message": f"bad token {TOKEN}"})
+    assert TOKEN not in error_of(resolve, NAME, token=TOKEN)
+
+
 # --- the environment ---
 
 

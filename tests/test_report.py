@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from retmask_jax import eval_report, figures, page, report
+from retmask_jax.evals.compare import numbers_by_task
 from retmask_jax.report import write_report
 
 UP, DOWN, ACROSS = (0.1, 0.05, 0.15), (-0.1, -0.15, -0.05), (0.02, -0.03, 0.07)
@@ -389,7 +390,7 @@ def test_single_models_show_the_exact_test_and_helmet_its_change():
     result = eval_result(("new",), (0,), {"needle": UP, "loss": UP})
     for row in result["rows"]:
         row["mcnemar"] = {"p_value": 0.0312} if row["task"] == "needle" else None
-    table = eval_report._change_table(eval_report.changes_of(result["numbers"]), result["rows"])
+    table = eval_report._change_table(numbers_by_task(result)[1], result["rows"])
     assert re.search(r"<td>needle</td><td>[^<]*</td><td>0.0312</td>", table)
     assert re.search(r"<td>loss</td><td>[^<]*</td><td>–", table)
     assert eval_report._helmet_cell({"value": 53.78}, {"value": 51.5}) == "53.78 (+2.28)"

@@ -8,9 +8,10 @@ from retmask_jax import recipes
 from retmask_jax.benchmarks import models
 from retmask_jax.benchmarks.harness import Bound, Report, Row, alternate, speed_row
 from retmask_jax.benchmarks.peers import Looked, load_peer, published_detection, require
-from retmask_jax.detect import RIGHT_RECALL, _newline_ids, detect, read_answers, rouge1_recall
+from retmask_jax.detect import RIGHT_RECALL, _newline_ids, detect, read_answers
 from retmask_jax.evals.recall import task_cases
 from retmask_jax.lm import LanguageModel, load
+from retmask_jax.matching import rouge1_recall
 
 _NEEDLE = 16  # tokens of a needle, and of a question, of the random model
 _BATCH = 16

@@ -12,6 +12,8 @@ from retmask_jax.wording import TEXT_LOSS, axis
 
 START = "start"
 
+Place = tuple[str, str]  # (task, arm)
+
 
 def run_rows(samples: Mapping[str, Mapping[str, np.ndarray]], runs: Mapping[str, tuple[str, int]]) -> list[dict]:
     """One row per model and task: its mean and its paired change against the start model, each with an interval, and
@@ -29,14 +31,48 @@ def run_rows(samples: Mapping[str, Mapping[str, np.ndarray]], runs: Mapping[str,
 
 
 def arm_numbers(samples: Mapping[str, Mapping[str, np.ndarray]], arms: Mapping[str, Sequence[str]]) -> dict[str, dict]:
-    """ "eval/TASK/ARM" and "eval/TASK/ARM minus start", pooled over the arm's models; intervals are over cases."""
+    """Means and changes under the names of `number_names`, pooled over the arm's models; intervals are over cases."""
+    pooled = {START: [START]} | dict(arms)
+    means, changes = number_names(list(samples[START]), list(pooled))
     numbers = {}
-    for arm, names in ({START: [START]} | dict(arms)).items():
-        for task in samples[START]:
-            numbers[f"eval/{task}/{arm}"] = _mean(samples, names, task)
-            if arm != START:
-                numbers[f"eval/{task}/{arm} minus start"] = _change(samples, names, task)
+    for (task, arm), name in means.items():
+        numbers[name] = _mean(samples, pooled[arm], task)
+        if (task, arm) in changes:
+            numbers[changes[task, arm]] = _change(samples, pooled[arm], task)
     return numbers
+
+
+def number_names(tasks: Sequence[str], arms: Sequence[str]) -> tuple[dict[Place, str], dict[Place, str]]:
+    """Names of the means, "eval/TASK/ARM", and of the changes, "eval/TASK/ARM minus start", each by (task, arm).
+
+    Names are put together from tasks and arms and never taken apart, because both may hold any text: a task of a suite
+    or a model of the hub has a "/". Where a name would be that of another number already, its arm stands in quotes.
+
+    Args:
+        tasks: In the order of the results.
+        arms: In the order of the results, the start model first.
+    """
+    means: dict[Place, str] = {}
+    changes: dict[Place, str] = {}
+    taken: set[str] = set()
+    for place in ((task, arm) for arm in arms for task in tasks):
+        means[place] = _new_name(*place, "", taken)
+        if place[1] != START:
+            changes[place] = _new_name(*place, f" minus {START}", taken)
+    return means, changes
+
+
+def numbers_by_task(result: Mapping[str, Any]) -> tuple[dict[str, dict], dict[str, dict]]:
+    """({task: {arm: mean}}, {arm: {task: change}}) of the result of an evaluation, with its "rows" and "numbers"."""
+    tasks, arms = (list(dict.fromkeys(row[key] for row in result["rows"])) for key in ("task", "arm"))
+    names_of_means, names_of_changes = number_names(tasks, arms)
+    means: dict[str, dict] = {task: {} for task in tasks}
+    changes: dict[str, dict] = {arm: {} for arm in arms if arm != START}
+    for (task, arm), name in names_of_means.items():
+        means[task][arm] = result["numbers"][name]
+    for (task, arm), name in names_of_changes.items():
+        changes[arm][task] = result["numbers"][name]
+    return means, changes
 
 
 def table(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
@@ -60,6 +96,14 @@ def perplexities(rows: Sequence[Mapping[str, Any]]) -> str:
     losses = {row["model"]: row["value"] for row in rows if row["task"] == TEXT_LOSS}
     said = ", ".join(f"{name} {math.exp(loss):.3f}" for name, loss in losses.items())
     return f"perplexity (the exponential of the text loss): {said}" if said else ""
+
+
+def _new_name(task: str, arm: str, suffix: str, taken: set[str]) -> str:
+    """The name of a number, which is added to those that are taken."""
+    while (name := f"eval/{task}/{arm}{suffix}") in taken:
+        arm = f'"{arm}"'
+    taken.add(name)
+    return name
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

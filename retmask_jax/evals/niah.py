@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from retmask_jax.causal import hits
-from retmask_jax.detect import rouge1_recall
 from retmask_jax.evals.kept import Kept
 from retmask_jax.evals.measured import Measured
 from retmask_jax.evals.samples import check_lengths
 from retmask_jax.evals.scoring import answers
 from retmask_jax.haystack import Case, Needle, Prompter, Spec, build_cases, draw_specs
 from retmask_jax.lm import LanguageModel
+from retmask_jax.matching import rouge1_recall
 from retmask_jax.model.interventions import Interventions
 
 

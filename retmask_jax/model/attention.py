@@ -97,7 +97,7 @@ def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto
     shards = _context_shards(length) if start_B is None and positions_BT is None else 1
     chosen = "plain"
     if positions_BT is None:
-        chosen = _choose(kernel, jax.default_backend(), q_BTHD.dtype.name, length, width, start_B is None, scores)
+        chosen = _choose(kernel, *_target(), q_BTHD.dtype.name, length, width, start_B is None, scores)
     if chosen == "splash":
         from retmask_jax.model.splash import splash_attend, unsupported
 
@@ -250,19 +250,40 @@ def _over_heads(function, q_BKGTD, keys: Keys):
     return out.reshape(batch, kv_heads, *out.shape[1:])
 
 
-def kernel_for(backend: str, dtype: str, length: int, width: int) -> str:
-    """The kernel that is chosen for a prompt of `length` tokens by itself, heads of `width`, no window and no cap."""
-    return _choose("auto", backend, dtype, length, width, True, Scores(width**-0.5))
+def kernel_for(dtype: str, length: int, width: int) -> tuple[str, str | None]:
+    """The kernel that is chosen on these devices for a prompt of `length` tokens by itself, heads of `width`, no window
+    and no cap; and why it is not cuDNN's where GPUs do not suit that, else None."""
+    backend, unsuited = _target()
+    chosen = _choose("auto", backend, unsuited, dtype, length, width, True, Scores(width**-0.5))
+    return chosen, unsuited if backend == "gpu" else None
+
+
+def _target() -> tuple[str, str | None]:
+    """(platform of the devices that a program is traced for, why cuDNN's kernel does not run on them or None).
+
+    They are those of the mesh that is set, which may be a topology that is not here, else the default ones. Of a mesh
+    only the kind of its devices is known while a program is traced; what they can do is asked of those that are here.
+    """
+    meant = jax.sharding.get_abstract_mesh().abstract_device
+    devices = jax.devices()
+    if meant is not None:
+        same = [device for device in devices if (device.platform, device.device_kind) == (meant.platform, meant.device_kind)]
+        devices = same or [meant]
+    return devices[0].platform, cudnn.unsuited(devices)
 
 
 @functools.cache
-def _choose(kernel: str, backend: str, dtype: str, length: int, width: int, alone: bool, scores: Scores) -> str:
-    """The kernel of `length` queries, alone with their own keys or behind others; logged once per kind of call."""
+def _choose(kernel: str, backend: str, unsuited: str | None, dtype: str, length: int, width: int, alone: bool,
+            scores: Scores) -> str:  # fmt: skip
+    """The kernel of `length` queries, alone with their own keys or behind others; logged once per kind of call.
+
+    unsuited: of `cudnn.unsuited` for the devices.
+    """
     if kernel not in KERNELS:
         raise ValueError(f"kernel is {kernel!r}; it must be one of {', '.join(KERNELS)}")
     if (kernel == "splash" and not alone) or (kernel == "cudnn" and length == 1):
         kernel = "auto"  # splash knows no keys before the queries, and one query needs no blocks
-    reason = cudnn.unsupported(dtype, width, scores)
+    reason = cudnn.unsupported(dtype, width, scores) or unsuited
     if kernel == "cudnn" and reason is not None:
         raise ValueError(f"the cudnn kernel {reason}: choose another kernel")
     if kernel != "auto":

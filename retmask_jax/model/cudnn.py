@@ -1,4 +1,5 @@
-"""Attention by cuDNN's fused kernel: NVIDIA GPUs, half precision, no soft cap; of rows alone and behind a cache.
+"""Attention by cuDNN's fused kernel: NVIDIA GPUs from Ampere on, half precision, no soft cap; of rows alone and behind a
+cache.
 
 cuDNN's causal mask shows query t the first t + 1 keys, whatever stands before the queries. What continues a cache is
 therefore two calls, of the queries among themselves and of the queries with the keys before them, whose results are
@@ -6,6 +7,8 @@ weighed by the normalisers of their softmaxes.
 """
 
 import functools
+import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 from retmask_jax.model.kernels import Scores, blocked
 
 _DTYPES = ("bfloat16", "float16")
+_CAPABILITY = (8, 0)  # Ampere; cuDNN has no fused attention for what is older
 
 
 def unsupported(dtype: str, width: int, scores: Scores) -> str | None:
@@ -22,6 +26,22 @@ def unsupported(dtype: str, width: int, scores: Scores) -> str | None:
     if scores.cap is not None:
         return f"has no soft cap, the model has {scores.cap}"
     return None if width <= 128 and width % 8 == 0 else f"takes heads of 8, 16, ... 128 dimensions, not of {width}"
+
+
+def unsuited(devices: Sequence) -> str | None:
+    """Why the kernel does not run on these devices; None where it does.
+
+    Args:
+        devices: Of JAX, with `device_kind`; those of CUDA have a `compute_capability` such as "9.0", those of ROCm, whose
+            platform is "gpu" too, one such as "gfx942", others none.
+    """
+    for device in devices:
+        has = str(getattr(device, "compute_capability", None) or "none")
+        version = re.fullmatch(r"(\d+)\.(\d+)", has)
+        if version is None or tuple(map(int, version.groups())) < _CAPABILITY:
+            least = ".".join(map(str, _CAPABILITY))
+            return f"needs CUDA devices of compute capability {least} or newer, {device.device_kind} has {has}"
+    return None
 
 
 def alone(q_BTHD, k_BTKD, v_BTKD, scores: Scores):

@@ -49,7 +49,8 @@ def knockout_stage(context: Context, folder: Path) -> dict[str, Any]:
     lm, section, heads = context.lm, context.config.knockout, context.heads()
     scores = HeadScores.load(context.workdir.folder("detect") / "scores.json")
     windows = context.windows()
-    activity_LH = knockout.activity(lm, windows[: section.activity_windows].tolist(), batch_size=section.activity_windows)
+    activity_LH = knockout.activity(lm, windows[: section.activity_windows].tolist(),
+                                     batch_size=context.config.batch_size)  # fmt: skip
     conditions = _knockout_conditions(context, heads, scores, activity_LH, windows)
     outcomes, _ = task_outcomes(context, section.tasks, conditions)
     told = [c for c in conditions if c.experiment == "zero" or c.kind == "retrieval"]

@@ -20,6 +20,7 @@ from retmask_jax.hub import BUNDLED
 from retmask_jax.keys import without_secrets
 from retmask_jax.lm import load
 from retmask_jax.model.attention import kernel_for
+from retmask_jax.progress import track
 
 # What is needed to work, then what else there may be: module -> what for, and the extra that brings it.
 PACKAGES = ("retmask_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets")
@@ -89,7 +90,7 @@ def _devices() -> list[Finding]:
     found = [Finding("devices", jax.default_backend(), f"{len(devices)} x {kind}" + (
         f", {jax.process_count()} hosts" if jax.process_count() > 1 else ""), _unused())]  # fmt: skip
     found += [_attention(dtype) for dtype in ("float32", "bfloat16")]
-    found += [_works(device) for device in devices]
+    found += [_works(device) for device in track(devices, len(devices), "devices", "device")]
     return [*found, Finding("devices", "free memory", f"{memory.limit() / _GIB:.1f} GiB on the first device")]
 
 

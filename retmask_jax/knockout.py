@@ -1,19 +1,26 @@
 """Which heads to take out, and which others as controls; curves over their number; the smallest set that matters."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from retmask_jax import memory
 from retmask_jax.causal import Condition
-from retmask_jax.generate import pad_rows
+from retmask_jax.generate import full_batches, pad_rows
 from retmask_jax.head_scores import HeadScores
 from retmask_jax.hosts import to_host
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Head, Interventions, all_heads, mask_heads, mask_queries, random_heads
-from retmask_jax.sequence import token_logprobs
+from retmask_jax.model.layerwise import Layers
+from retmask_jax.model.transformer import check_tokens, make_call, split_masks
+from retmask_jax.sequence import chosen_logprobs
+from retmask_jax.sharding import ROWS, STACKED_ROWS, by_rows, full_share, mesh_of
 
 IDLE = 0.1  # a head whose masking moves the text less than this share of what the most active one does is called idle
 
@@ -102,20 +109,37 @@ def take_out(config: ModelConfig, heads: Sequence[Head], mode: str, mean_LHD=Non
 
 
 def activity(lm: LanguageModel, rows: Sequence[Sequence[int]], *, batch_size: int) -> np.ndarray:
-    """f32[L,H]: mean absolute change of the log-probability of a token of text when one head alone is masked."""
-    config = lm.config
-    tokens_BT, lengths_B = pad_rows(rows, config.pad_id)
-    real_BT = np.arange(1, tokens_BT.shape[1]) < lengths_B[:, None]
-    masks = [Interventions(), *(mask_heads(config, [head]) for head in all_heads(config))]
-    logps = []
-    for mask in masks:  # one shape, one program
-        parts = [
-            to_host(token_logprobs(config, lm.params, tokens_BT[i : i + batch_size], interventions=mask))
-            for i in range(0, len(tokens_BT), batch_size)
-        ]
-        logps.append(np.concatenate(parts)[real_BT])
-    change = np.abs(np.stack(logps[1:]) - logps[0]).mean(axis=1)
-    return change.reshape(config.n_layers, config.n_heads).astype(np.float32)
+    """f32[L,H]: mean absolute change of the log-probability of a token of text when one head alone is masked.
+
+    Each pass starts at the first layer with a masked head, from the states that the untouched model had there.
+    batch_size: rows in a pass, a text under one mask each; where memory runs out it is halved.
+    """
+    config, heads = lm.config, all_heads(lm.config)
+    tokens_NT, lengths_N = pad_rows(rows, config.pad_id)
+    check_tokens(config, tokens_NT)
+    real_NT = np.arange(1, tokens_NT.shape[1]) < lengths_N[:, None]
+
+    def work(todo: list[int], batch_size: int):
+        texts = sorted({i // len(heads) for i in todo})
+        for batch in full_batches(texts, min(batch_size, full_share(len(texts)))):
+            at_once = min(len(heads), max(1, batch_size // len(batch)))
+            tokens_BT = tokens_NT[batch]
+            states_RBTE = _states(config, lm.params, tokens_BT)
+
+            def logprobs(some: Sequence[Head | None], tokens_BT=tokens_BT, states_RBTE=states_RBTE):
+                return to_host(_masked_logprobs(config, lm.params, *_late(config, some), tokens_BT, states_RBTE))
+
+            untouched_B1T = logprobs([None] * at_once)[:, :1]
+            left = sorted({i % len(heads) for i in todo if i // len(heads) in batch})
+            for some in full_batches(left, at_once):
+                change_BKT = np.abs(logprobs([heads[h] for h in some]) - untouched_B1T, dtype=np.float64)
+                total_BK = (change_BKT * real_NT[batch, None]).sum(axis=2)
+                yield [text * len(heads) + h for text in batch for h in some], total_BK.ravel().tolist()
+
+    with mesh_of(lm.params):
+        total_NLH = memory.in_batches(len(rows) * len(heads), batch_size, "activity", "mask", work)
+    total_LH = np.sum(np.reshape(total_NLH, (len(rows), config.n_layers, config.n_heads)), axis=0)
+    return (total_LH / real_NT.sum()).astype(np.float32)
 
 
 def activity_matched(heads: Sequence[Head], activity_LH, seed: int = 0, nearest: int = 3) -> list[Head]:
@@ -144,3 +168,47 @@ def _others(shape: tuple[int, int], heads: list[Head]) -> list[Head]:
     if len(free) < len(heads):
         raise ValueError(f"{len(heads)} control heads are wanted, the model has only {len(free)} others")
     return free
+
+
+def _late(config: ModelConfig, heads: Sequence[Head | None]) -> tuple[np.ndarray, np.int32]:
+    """(bool[K,L,H] of as many masks, of one head or of none, the first group of layers with a masked one)."""
+    mask_KLH = np.zeros((len(heads), config.n_layers, config.n_heads), bool)
+    for mask_LH, head in zip(mask_KLH, heads, strict=True):
+        if head is not None:
+            mask_LH[head] = True
+    first = min((head[0] for head in heads if head is not None), default=config.n_layers - 1)
+    return mask_KLH, np.int32(first // len(config.layer_pattern))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _states(config: ModelConfig, params, tokens_BT):
+    """[R,B,T,E]: what each group of layers gets in the untouched model."""
+
+    def states(params, tokens_BT):
+        layers = _layers(config, params, *tokens_BT.shape)
+        return layers.states(layers.embed(tokens_BT), split_masks(config, Interventions.none(config)))
+
+    return by_rows(states, params, tokens_BT, split=(ROWS, STACKED_ROWS))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _masked_logprobs(config: ModelConfig, params, mask_KLH, start, tokens_BT, states_RBTE):
+    """f32[B,K,T-1]: log-probability of each token of the texts under each mask, from the states of group `start` on."""
+
+    def logprobs(shared, rows):
+        params, mask_KLH, start = shared
+        tokens_BT, states_RBTE = rows
+        n_masks, (batch, length) = len(mask_KLH), tokens_BT.shape
+        tokens_XT, x_XTE = (jnp.repeat(x, n_masks, axis=0) for x in (tokens_BT, states_RBTE[start]))
+        masked = Interventions(jnp.tile(mask_KLH, (batch, 1, 1))).fill(config, batch * n_masks)
+        layers = _layers(config, params, batch * n_masks, length)
+        x_XTE = layers.normed(layers.from_group(start, x_XTE, split_masks(config, masked)))[:, :-1]
+        logp_XT = chosen_logprobs(config, params, x_XTE, tokens_XT[:, 1:], jnp.ones(x_XTE.shape[:2], bool))
+        return logp_XT.reshape(batch, n_masks, -1)
+
+    rows = tokens_BT, states_RBTE
+    return by_rows(logprobs, (params, mask_KLH, start), rows, split=((ROWS, STACKED_ROWS), ROWS))
+
+
+def _layers(config: ModelConfig, params, batch: int, length: int) -> Layers:
+    return Layers(config, params, make_call(config, length, None, jnp.full(batch, length)), "rotary")

@@ -49,7 +49,7 @@ def sequence_logprobs(
     longest = longest_row(tokens, lengths)
     x_BTE = hidden(config, params, tokens, interventions, longest=longest, remat=remat).x_BTE[:, :-1]
     counted_BT = jnp.asarray(loss_mask)[:, 1:] != 0
-    return jnp.sum(_chosen_logprobs(config, params, x_BTE, tokens[:, 1:], counted_BT), axis=1)
+    return jnp.sum(chosen_logprobs(config, params, x_BTE, tokens[:, 1:], counted_BT), axis=1)
 
 
 def token_logprobs(
@@ -67,7 +67,7 @@ def _token_logprobs(config, params, tokens_BT, interventions):
     def one(params, rows):
         tokens_BT, interventions = rows
         x_BTE = hidden(config, params, tokens_BT, interventions).x_BTE[:, :-1]
-        return _chosen_logprobs(config, params, x_BTE, tokens_BT[:, 1:], jnp.ones(x_BTE.shape[:2], bool))
+        return chosen_logprobs(config, params, x_BTE, tokens_BT[:, 1:], jnp.ones(x_BTE.shape[:2], bool))
 
     return by_rows(one, params, (tokens_BT, interventions.per_row(len(tokens_BT))))
 
@@ -106,6 +106,15 @@ def _next_logprobs(config, params, longest, tokens_BT, targets_BT, counted_BT, i
     return by_rows(one, (params, longest), (tokens_BT, targets_BT, counted_BT, interventions.per_row(len(tokens_BT))))
 
 
+def chosen_logprobs(config, params, x_BTE, target_BT, counted_BT):
+    """f32[B,T]: log-probability of each target, 0 where it is not counted."""
+
+    def logprobs(logits_of, x_BTE, target_BT):
+        return _logprob(logits_of(x_BTE), target_BT)
+
+    return _over_chunks(config, params, logprobs, (x_BTE, target_BT), counted_BT)
+
+
 def sequence_contrast(
     config: ModelConfig,
     params: PyTree,
@@ -130,15 +139,6 @@ def sequence_contrast(
         return contrast_loss(logits_of(normal_BTE), logits_of(ablated_BTE), strength)
 
     return jnp.sum(_over_chunks(config, params, contrast, (normal_BTE, ablated_BTE), counted_BT), axis=1)
-
-
-def _chosen_logprobs(config, params, x_BTE, target_BT, counted_BT):
-    """f32[B,T]: log-probability of each target, 0 where it is not counted."""
-
-    def logprobs(logits_of, x_BTE, target_BT):
-        return _logprob(logits_of(x_BTE), target_BT)
-
-    return _over_chunks(config, params, logprobs, (x_BTE, target_BT), counted_BT)
 
 
 def _logprob(logits_BTV, target_BT):

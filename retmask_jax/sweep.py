@@ -79,28 +79,16 @@ def _sweep_rows(config: ModelConfig, shared, rows):
     tokens_MT, last_M, wanted_MK = rows
     call = make_call(config, tokens_MT.shape[1], None, last_M + 1, longest)
     layers = Layers(config, params, call, masks.rope_site)
-    n_body = layers.before_last
+    untouched = split_masks(config, Interventions(rope_site=masks.rope_site).fill(config))
+    inputs_RMTE = layers.states(layers.embed(tokens_MT), untouched)
 
-    def through(r, x_MTE, split):
-        (x_MTE, _), _ = layers.through(r, (x_MTE, None), split)
-        return x_MTE
-
-    def finish(x_MTE, split):
-        (x_M1E, _), _ = layers.last((x_MTE, None), split, last_M[:, None])
+    def one(args):
+        mask, start = args
+        x_M1E = layers.from_group(start, inputs_RMTE[start], split_masks(config, mask), last_M[:, None])
         logits_MV = unembed(config, params, layers.normed(x_M1E))[:, 0]
         if not wanted_MK.shape[1]:
             return logits_MV
         return jnp.take_along_axis(jax.nn.log_softmax(logits_MV), wanted_MK, axis=1)
-
-    untouched = split_masks(config, Interventions(rope_site=masks.rope_site).fill(config))
-    x_MTE, before_RMTE = jax.lax.scan(lambda x, r: (through(r, x, untouched), x), layers.embed(tokens_MT), jnp.arange(n_body))
-    inputs_RMTE = jnp.concatenate([before_RMTE, x_MTE[None]])
-
-    def one(args):
-        mask, start = args
-        split = split_masks(config, mask)
-        x_MTE = jax.lax.fori_loop(start, n_body, lambda r, x: through(r, x, split), inputs_RMTE[start])
-        return finish(x_MTE, split)
 
     return jax.lax.map(one, (masks, starts_N)).swapaxes(0, 1)
 

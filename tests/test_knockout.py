@@ -1,10 +1,13 @@
 """Which heads are taken out, how, and their controls, by their rules; activity against a slow reference."""
 
+import jax
 import numpy as np
 import pytest
 from helpers_tiny import CONFIG, WIDE, copying_lm, copying_params, in_float64, reference, true_at
 from helpers_tiny import WIDE_HEADS as HEADS
 
+from retmask_jax import knockout as knockout_module
+from retmask_jax import progress
 from retmask_jax.head_scores import HeadScores
 from retmask_jax.knockout import (
     MODES,
@@ -17,7 +20,8 @@ from retmask_jax.knockout import (
     minimal_set,
     take_out,
 )
-from retmask_jax.model.interventions import all_heads
+from retmask_jax.model.interventions import all_heads, mask_heads
+from retmask_jax.sequence import token_logprobs
 
 LM = copying_lm()
 
@@ -182,3 +186,65 @@ def test_activity_is_the_mean_change_of_a_tokens_log_probability():
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
     assert found[1, 2] == 0
     assert (np.delete(found.ravel(), 6) > 1e-3).all()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo3", "phi3_longrope", "mixtral_window"])
+def test_activity_from_the_first_masked_layer_is_that_of_whole_passes(read_golden, name):
+    """Windows, layers in groups with a tail, experts, frequencies that depend on the length."""
+    lm = read_golden(name).lm
+    tokens = np.random.default_rng(5).integers(4, lm.config.vocab_size, (3, 20))
+    heads = all_heads(lm.config)
+    untouched, *masked = (token_logprobs(lm.config, lm.params, tokens, mask_heads(lm.config, some))
+                          for some in ([], *([head] for head in heads)))  # fmt: skip
+    expected = np.array([np.abs(np.asarray(logps) - np.asarray(untouched)).mean() for logps in masked])
+    found = activity(lm, tokens.tolist(), batch_size=7)
+    np.testing.assert_allclose(found.ravel(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Of each compiled pass of `activity`, in order: (texts, masks of each, first group of layers)."""
+    made, compiled = [], knockout_module._masked_logprobs
+
+    def masked_logprobs(config, params, mask_KLH, start, tokens_BT, states_RBTE):
+        made.append((len(tokens_BT), len(mask_KLH), int(start)))
+        return compiled(config, params, mask_KLH, start, tokens_BT, states_RBTE)
+
+    monkeypatch.setattr(knockout_module, "_masked_logprobs", masked_logprobs)
+    return made
+
+
+ROWS = np.random.default_rng(6).integers(4, CONFIG.vocab_size, (3, 12)).tolist()
+
+
+@pytest.mark.parametrize("batch_size, texts, masks", [(1, 1, 1), (2, 2, 1), (3, 3, 1), (6, 3, 2), (64, 3, 8)])
+def test_a_pass_of_activity_has_no_more_rows_than_the_batch_and_no_layer_before_the_mask(passes, batch_size, texts, masks):
+    activity(LM, ROWS, batch_size=batch_size)
+    assert {(rows, some) for rows, some, _ in passes} == {(texts, masks)}
+    if masks < CONFIG.n_heads:  # else one pass has heads of both layers
+        begun = [start for _, _, start in passes]
+        assert begun.count(0) == -(-3 // texts) * -(-CONFIG.n_heads // masks)  # of the first layer's heads alone
+
+
+def test_activity_says_how_far_it_is_after_every_pass(monkeypatch, passes):
+    updates = []
+    update = progress._Bar.update
+    monkeypatch.setattr(progress._Bar, "update", lambda bar, n=1: (updates.append((bar.desc, n, len(passes))), update(bar, n)))
+    activity(LM, ROWS, batch_size=3)
+    assert sum(n for _, n, _ in updates) == len(ROWS) * len(all_heads(CONFIG))
+    assert {what for what, _, _ in updates} == {"activity"}
+    assert np.diff([0, *(made for _, _, made in updates)]).max() <= 2  # the untouched model, and the first mask
+
+
+def test_activity_goes_on_with_half_where_memory_runs_out(monkeypatch, passes):
+    whole, compiled = activity(LM, ROWS, batch_size=6), knockout_module._masked_logprobs
+    passes.clear()
+
+    def scarce(config, params, mask_KLH, start, tokens_BT, states_RBTE):
+        if len(mask_KLH) * len(tokens_BT) > 3 and len(passes) > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+        return compiled(config, params, mask_KLH, start, tokens_BT, states_RBTE)
+
+    monkeypatch.setattr(knockout_module, "_masked_logprobs", scarce)
+    np.testing.assert_allclose(activity(LM, ROWS, batch_size=6), whole, rtol=1e-5, atol=1e-7)
+    assert {rows * masks for rows, masks, _ in passes} == {6, 3}

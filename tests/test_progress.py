@@ -1,4 +1,5 @@
-"""Progress is a bar where a line can be drawn over, lines in a log, and nothing on hosts but the first."""
+"""Progress is a bar where a line can be drawn over, lines in a log, nothing on hosts but the first, and never silent for
+long: a minute of work shows a line, in one item or in many short bars."""
 
 import io
 import re
@@ -84,6 +85,41 @@ def test_other_hosts_and_short_work_show_nothing(monkeypatch):
     monkeypatch.setattr(progress, "primary", lambda: True)
     monkeypatch.setattr(progress, "_DELAY", 60.0)
     assert shown(monkeypatch, io.StringIO()) == shown(monkeypatch, Terminal()) == ""
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """A log in which no item of its own would show: the silence before a line is a twentieth of a second."""
+    monkeypatch.setattr(progress, "_DELAY", 60.0)
+    monkeypatch.setattr(progress, "_EVERY", 60.0)
+    monkeypatch.setattr(progress, "_SILENCE", 0.05)
+    progress._silence.broken()
+
+
+def test_an_item_that_takes_long_shows_a_line_before_it_is_done(monkeypatch, silent):
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    with track(None, 3, "needles", "prompt"):
+        begun = time.monotonic()
+        while not stream.getvalue() and time.monotonic() - begun < 10:  # the thread that looks sleeps for a second
+            time.sleep(0.01)
+        assert stream.getvalue().startswith("needles: 0% (0 of 3)")
+
+
+def test_many_short_bars_one_after_the_other_show_a_line_now_and_then(monkeypatch, silent):
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    for i in range(10):
+        with track(None, 1, f"condition {i}", "text") as bar:
+            time.sleep(0.02)
+            bar.update()
+    lines = stream.getvalue().splitlines()
+    assert 2 <= len(lines) <= 5 and "100% (1 of 1)" in lines[0]
+
+
+def test_a_line_that_was_drawn_in_between_is_cleared_from_a_terminal(monkeypatch, silent):
+    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    with track(None, 3, "needles", "prompt") as bar:
+        bar.refresh()
+    assert "needles" in stream.getvalue() and stream.getvalue().rstrip("\r").split("\r")[-1].strip() == ""
 
 
 def test_tokens_a_second_are_shown_beside_the_items(monkeypatch):

@@ -57,6 +57,24 @@ class Layers:
             return carry, probed
         return jax.lax.while_loop(lambda state: state[0] < n, step, (jnp.int32(0), carry, probed))[1:]
 
+    def states(self, x_BTE, masks):
+        """[R,B,T,E]: what each group gets, from the embedded tokens on: where work that starts late begins."""
+
+        def step(x_BTE, r):
+            return self.through(r, (x_BTE, None), masks)[0][0], x_BTE
+
+        x_BTE, before_RBTE = jax.lax.scan(step, x_BTE, jnp.arange(self.before_last))
+        return jnp.concatenate([before_RBTE, x_BTE[None]])
+
+    def from_group(self, start, x_BTE, masks, rows_BP=None):
+        """Final states x_BPE before their norm, from what group `start` gets on; rows_BP as in `last`."""
+
+        def step(r, x_BTE):
+            return self.through(r, (x_BTE, None), masks)[0][0]
+
+        x_BTE = jax.lax.fori_loop(start, self.before_last, step, x_BTE)
+        return self.last((x_BTE, None), masks, rows_BP)[0][0]
+
     def last(self, carry, masks, rows_BP):
         """The last group: ((final states x_BPE of rows_BP before their norm, cache of the group), what it probed).
 

@@ -26,11 +26,11 @@ from retmask_jax.sharding import by_rows, mesh_of
 
 log = logging.getLogger(__name__)
 
-MAX_STOP_IDS = 8
+MAX_STOP_IDS = 8  # that a call may name; a model has as many of its own as its files name
+NO_STOP = -1
 # Of programs that decode. On a GPU cuBLAS multiplies with weights and keys where they lie; the kernels XLA generates
 # would have each layer's copied first, which takes longer than the product of a few rows. Other devices ignore it.
 DECODING = {"xla_gpu_enable_triton_gemm": False}
-_NO_STOP = -1
 _ALIGNED = 16  # slots of a cache: rows of keys then begin where a GPU or a vector unit can load many at once
 
 
@@ -38,12 +38,14 @@ _ALIGNED = 16  # slots of a cache: rows of keys then begin where a GPU or a vect
 class Generated:
     """tokens: i32[B,N], pad id after a stop id; lengths: i32[B], the stop id not counted.
 
+    stops: i32[B], the stop id that ended each row, -1 where max_new_tokens did.
     argmax: i32[B,N,L,H] where probed: the key each head looked at most when it predicted tokens[:, n], else None.
     """
 
     tokens: Int[ArrayLike, "B N"]
     lengths: Int[ArrayLike, " B"]
     argmax: Int[ArrayLike, "B N L H"] | None = None
+    stops: Int[ArrayLike, " B"] | None = None
 
 
 def generate(
@@ -113,8 +115,8 @@ def generate_many(
     """Continue prompts of any lengths: sorted into batches of similar length, results in the order of the prompts.
 
     Where memory runs out the batch is halved and the work goes on. interventions with a row axis have one row per
-    prompt. Each result is one row, as NumPy arrays: tokens i32[n] without pad or stop id, and argmax i32[n,L,H] when
-    probed. seeds: one per prompt.
+    prompt. Each result is one row, as NumPy arrays: tokens i32[n] without pad or stop id, stops i32[], and argmax
+    i32[n,L,H] when probed. seeds: one per prompt.
     """
     iv = (interventions or Interventions()).fill(config, len(prompts))
     seeds = np.arange(len(prompts)) if seeds is None else np.asarray(seeds)
@@ -140,8 +142,10 @@ class Draws(NamedTuple):
 
     @classmethod
     def of(cls, config: ModelConfig, stop_ids: Sequence[int] | None, temperature: float, top_p: float) -> "Draws":
-        stop_ids = _padded_stop_ids(config.eos_ids if stop_ids is None else stop_ids)
-        return cls(stop_ids, np.float32(temperature), np.float32(top_p))
+        if stop_ids is not None and len(stop_ids) > MAX_STOP_IDS:
+            raise ValueError(f"{len(stop_ids)} stop ids are given; at most {MAX_STOP_IDS} are supported")
+        padded = _padded_stop_ids(config.eos_ids if stop_ids is None else stop_ids)
+        return cls(padded, np.float32(temperature), np.float32(top_p))
 
 
 def row_keys(seeds_B, rows_B):
@@ -236,17 +240,18 @@ def _generate_rows(config, max_new_tokens, probe, shared, rows):
         return tokens_BN, argmax_BNLH
 
     def unfinished(state):
-        step, _, _, done_B, _, _ = state
+        step, _, _, done_B, *_ = state
         return (step < max_new_tokens) & ~done_B.all()
 
     def decode(state):
-        step, cache, token_B, done_B, count_B, buffers = state
+        step, cache, token_B, done_B, count_B, stop_B, buffers = state
         start_B = lengths_B + step - 1
         out = next_hidden(config, params, token_B, iv, cache=cache, start_B=start_B, probe=only, longest=longest)
         token_B, stops_B = next_tokens(config, params, draws, out.x_BTE, keys_B, step)
+        stop_B = jnp.where(stops_B & ~done_B, token_B, stop_B)
         done_B |= stops_B
         buffers = record(buffers, out.probed, token_B, done_B, step)
-        return step + 1, out.cache, token_B, done_B, count_B + ~done_B, buffers
+        return step + 1, out.cache, token_B, done_B, count_B + ~done_B, stop_B, buffers
 
     empty = (
         jnp.full((batch, max_new_tokens), config.pad_id, jnp.int32),
@@ -254,9 +259,10 @@ def _generate_rows(config, max_new_tokens, probe, shared, rows):
     )
     token_B, done_B = next_tokens(config, params, draws, first.x_BPE, keys_B, 0)
     buffers = record(empty, first.probed, token_B, done_B, 0)
-    state = (jnp.int32(1), first.cache, token_B, done_B, (~done_B).astype(jnp.int32), buffers)
-    _, _, _, _, count_B, (tokens_BN, argmax_BNLH) = jax.lax.while_loop(unfinished, decode, state)
-    return Generated(tokens_BN, count_B, argmax_BNLH)
+    stop_B = jnp.where(done_B, token_B, NO_STOP)
+    state = (jnp.int32(1), first.cache, token_B, done_B, (~done_B).astype(jnp.int32), stop_B, buffers)
+    *_, count_B, stop_B, (tokens_BN, argmax_BNLH) = jax.lax.while_loop(unfinished, decode, state)
+    return Generated(tokens_BN, count_B, argmax_BNLH, stop_B)
 
 
 def sample(logits_BV, keys_B, temperature, top_p):
@@ -282,11 +288,11 @@ def _nucleus(logits_BV, top_p):
 def _one_row(out: Generated, row: int) -> Generated:
     """One row's result, without what stands behind its end."""
     n = out.lengths[row]
-    return Generated(out.tokens[row, :n], n, None if out.argmax is None else out.argmax[row, :n])
+    return Generated(out.tokens[row, :n], n, None if out.argmax is None else out.argmax[row, :n], out.stops[row])
 
 
 def _padded_stop_ids(stop_ids: Sequence[int]) -> np.ndarray:
+    """i32: padded to a multiple of MAX_STOP_IDS, so that sets of up to as many share one program."""
     stop_ids = [int(i) for i in stop_ids]
-    if len(stop_ids) > MAX_STOP_IDS:
-        raise ValueError(f"{len(stop_ids)} stop ids are given; at most {MAX_STOP_IDS} are supported")
-    return np.array(stop_ids + [_NO_STOP] * (MAX_STOP_IDS - len(stop_ids)), np.int32)
+    slots = -(-max(len(stop_ids), 1) // MAX_STOP_IDS) * MAX_STOP_IDS
+    return np.array(stop_ids + [NO_STOP] * (slots - len(stop_ids)), np.int32)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from retmask_jax import end_tokens
 from retmask_jax.families import from_hf
-from retmask_jax.lm import TOKENIZER_FILES
+from retmask_jax.lm import TOKENIZER_FILES, load_tokenizer
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.sharding import plain_shapes
 from retmask_jax.weights import read_config
+
+log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16")
 
@@ -26,7 +30,9 @@ _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 def describe(folder: Path) -> dict[str, Any]:
     """Facts of the model whose config.json is in the folder, as JSON values; sizes in bytes, wavelengths in tokens.
 
-    Raises ValueError in one line where config.json is missing, names an unsupported family or is not understood.
+    stop_ids: every id that ends an answer, with its token and who names it; row_end: the one of them that ends a finished
+    answer in a training row unless another was sampled there. Raises ValueError in one line where config.json is missing,
+    names an unsupported family or is not understood.
     """
     hf_config = read_config(folder)
     config = from_hf(hf_config)
@@ -66,7 +72,7 @@ def describe(folder: Path) -> dict[str, Any]:
         },
         "tokenizer": any((folder / name).exists() for name in TOKENIZER_FILES),
         "chat_template": _has_chat_template(folder),
-    }
+    } | _ends(folder, config)
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
@@ -112,6 +118,9 @@ def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         *((f"  {int(tokens):,} tokens", _memory(n)) for tokens, n in facts["kv_cache_bytes"].items()),
         ("tokenizer", "present" if facts["tokenizer"] else "absent: give token ids yourself"),
         ("chat template", "present" if facts["chat_template"] else "absent: set prompt.chat=False"),
+        ("stop ids", _STOPS_SHOWN if facts["stop_ids"] else "none: answers end at the token limit only"),
+        *((f"  {stop['id']}", _named(stop)) for stop in facts["stop_ids"]),
+        ("end of a row", _row_end(facts["row_end"])),
     ]
 
 
@@ -125,6 +134,44 @@ _QK_NORMS = {
     "head": "RMS, over each head",
     "projection": "RMS, over all heads at once",
 }
+
+
+_STOPS_SHOWN = "any of these ends an answer (who names it)"
+
+
+def _ends(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """What ends the model's answers, and what ends those that it is trained on."""
+    tokenizer = _readable_tokenizer(folder)
+    named = {"config.json": config.eos_ids} | end_tokens.named_stops(folder, tokenizer)
+    ids = end_tokens.union(*named.values())
+    stops = [
+        {
+            "id": i, "token": None if tokenizer is None else tokenizer.convert_ids_to_tokens(i),
+            "from": [source for source, its in named.items() if i in its],
+        }
+        for i in ids
+    ]  # fmt: skip
+    usual = None if tokenizer is None else end_tokens.Ends.of(tokenizer, ids, chat=True).usual
+    return {"stop_ids": stops, "row_end": next((stop for stop in stops if stop["id"] == usual), None)}
+
+
+def _readable_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, None where there is none or it cannot be read: a model can be inspected without."""
+    try:
+        return load_tokenizer(folder)
+    except Exception as error:  # what the tokenizers' own readers raise has no base in common
+        log.warning("the tokenizer of %s cannot be read: %s", folder, " ".join(str(error).split())[:200])
+        return None
+
+
+def _named(stop: Mapping[str, Any]) -> str:
+    return f"{stop['token'] or ''} ({', '.join(stop['from'])})".lstrip()
+
+
+def _row_end(stop: Mapping[str, Any] | None) -> str:
+    if stop is None:
+        return "none, or unknown without a tokenizer"
+    return f"{stop['id']} {stop['token']}: ends a finished answer in training, where no other was sampled"
 
 
 def _rope(config: ModelConfig, kind: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Float32, Int, PyTree
 
-from retmask_jax import hub, weights
+from retmask_jax import end_tokens, hub, weights
 from retmask_jax.generate import Generated, generate
 from retmask_jax.hosts import primary
 from retmask_jax.model.config import ModelConfig
@@ -129,8 +129,10 @@ def load(path_or_hub_id: str | os.PathLike, dtype: str = "float32", mesh: Mesh |
     """Load an HF checkpoint: a local folder, a hub id such as "meta-llama/Llama-3.2-1B", or "bundled".
 
     dtype is that of the parameters and the computation; mesh places the parameters by the sharding rules; revision,
-    token and cache_dir are for a hub id, see `retmask_jax.hub.resolve`. Raises ValueError in one line for a missing
-    folder, a model the hub does not give out, an unsupported model or a damaged file.
+    token and cache_dir are for a hub id, see `retmask_jax.hub.resolve`. config.eos_ids are all ids that end an answer:
+    those of config.json, of generation_config.json, of the tokenizer and of the chat template's assistant turns. Raises
+    ValueError in one line for a missing folder, a model the hub does not give out, an unsupported model or a damaged
+    file.
 
     >>> import retmask_jax as rm
     >>> lm = rm.load("bundled", dtype="bfloat16")
@@ -140,8 +142,11 @@ def load(path_or_hub_id: str | os.PathLike, dtype: str = "float32", mesh: Mesh |
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     folder = hub.resolve(path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir)
+    tokenizer = load_tokenizer(folder)
+    stops = end_tokens.named_stops(folder, tokenizer)
     config, params, source = weights.read(folder, dtype, mesh)
-    return LanguageModel(config, params, load_tokenizer(folder), source)
+    config = dataclasses.replace(config, eos_ids=end_tokens.union(config.eos_ids, *stops.values()))
+    return LanguageModel(config, params, tokenizer, source)
 
 
 def save(lm: LanguageModel, folder: str | os.PathLike, interventions: Interventions | None = None,

@@ -31,7 +31,7 @@ _GROUPS = {
     },
     "tools": {
         "doctor": "can this machine work? versions, devices, what to install",
-        "inspect": "what a model is, by its config.json: layers, RoPE, memory",
+        "inspect": "what a model is, by its config.json: layers, RoPE, memory, stop ids",
         "export": "write a masked or trained model for HF tools, or pairs",
         "profile": "retrieval heads of many models: how many, where, how sparse",
         "panel": "findings of several studies side by side, with intervals",

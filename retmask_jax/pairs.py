@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from retmask_jax.data.released import SIDES
+from retmask_jax.generate import NO_STOP
 from retmask_jax.haystack import Prompter
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.interventions import Interventions, stack
@@ -34,9 +36,11 @@ class Question:
         """What the answer is stored under."""
         return (*self.variant, self.id)
 
-    def answer(self, text: str, finished: bool, tokens: int) -> dict[str, Any]:
-        """The record of an answer of so many tokens; finished: it was not cut off."""
-        return {"key": list(self.key), "text": text, "finished": finished, "tokens": tokens}
+    def answer(self, text: str, finished: bool, tokens: int, stop: int | None = None) -> dict[str, Any]:
+        """The record of an answer of so many tokens; finished: it was not cut off; stop: the id that ended it, where one
+        did and is known."""
+        record = {"key": list(self.key), "text": text, "finished": finished, "tokens": tokens}
+        return record if stop is None else record | {"stop": stop}
 
 
 def usable(prompter: Prompter, prompts: Sequence[dict], messages_keys: Sequence[str],
@@ -76,8 +80,8 @@ def sample(lm: LanguageModel, questions: Sequence[Question], masks: Mapping[Vari
     )  # fmt: skip
     for i, result in stream:
         text = lm.tokenizer.decode(result.tokens, skip_special_tokens=True)
-        n = len(result.tokens)
-        yield questions[i].answer(text, finished=n < max_new_tokens, tokens=n)
+        n, stop = len(result.tokens), int(result.stops)
+        yield questions[i].answer(text, finished=n < max_new_tokens, tokens=n, stop=None if stop == NO_STOP else stop)
 
 
 def make_pairs(prompts: Iterable[dict], chosen: Iterable[dict], rejected: Iterable[dict],
@@ -113,8 +117,9 @@ def _outcome(good: str, bad: str) -> str:
 
 
 def _record(prompt: dict, good: dict, bad: dict) -> dict:
+    stops = {f"{side}_stop": answer["stop"] for side, answer in zip(SIDES, (good, bad), strict=True) if "stop" in answer}
     return {
         "id": prompt["id"], "messages": prompt["messages"],
         "chosen": good["text"], "chosen_finished": good["finished"],
         "rejected": bad["text"], "rejected_finished": bad["finished"],
-    }  # fmt: skip
+    } | stops  # fmt: skip

@@ -23,6 +23,7 @@ from retmask_jax.context import Context, named_files
 from retmask_jax.data.preferences import PairRows, encode_pairs, kept_rows
 from retmask_jax.data.released import read_pairs
 from retmask_jax.detect import detect, stability
+from retmask_jax.end_tokens import Ends
 from retmask_jax.eval_stages import (
     check_eval,
     check_eval_model,
@@ -236,7 +237,9 @@ def _rows(context: Context, model: ModelConfig, name: str, target: Path) -> tupl
     section = context.config.train
     file = context.workdir.folder("pairs") / f"{name}.jsonl.gz"
     limits = {"max_tokens": section.max_tokens, "max_prompt_tokens": section.max_prompt_tokens}
-    identity = {"data": fingerprint(file), "tokenizer": context.pairs_prompter.identity(), **limits}
+    prompter = context.pairs_prompter
+    ends = Ends.of(prompter.tokenizer, model.eos_ids, chat=prompter.chat, template_kwargs=prompter.template_kwargs)
+    identity = {"data": fingerprint(file), "tokenizer": prompter.identity(), "end": ends.usual, **limits}
 
     def encode() -> PairRows:
         records = read_pairs(file)
@@ -245,7 +248,7 @@ def _rows(context: Context, model: ModelConfig, name: str, target: Path) -> tupl
                 f"{name} kept {len(records)} pairs, fewer than a batch of {section.batch_size}: "
                 "add prompts or lower train.batch_size"
             )
-        return encode_pairs(context.pairs_prompter, records, eos_id=model.eos_ids[0], **limits)
+        return encode_pairs(prompter, records, ends=ends, **limits)
 
     return kept_rows(target / "rows", identity, encode), identity
 

@@ -16,6 +16,7 @@ import numpy as np
 from retmask_jax import memory
 from retmask_jax.generate import (
     DECODING,
+    NO_STOP,
     Draws,
     Generated,
     bucket,
@@ -75,7 +76,8 @@ def generate_stream(
 ) -> Iterator[tuple[int, Generated]]:
     """Continue each request by up to max_new_tokens: (its index, its result) as soon as its row is harvested.
 
-    A result is what `generate_many` gives for the prompt, mask and seed: NumPy tokens i32[n] without pad or stop id.
+    A result is what `generate_many` gives for the prompt, mask and seed: NumPy tokens i32[n] without pad or stop id, and
+    stops i32[].
     masks: arrays with a leading axis over the different masks (None: one that masks nothing). Options as in
     `generate`; where rotary frequencies depend on the length, those of the longest request and max_new_tokens hold for
     all. Where memory runs out the batch is halved and unfinished requests begin anew. Raises ValueError for a request
@@ -110,12 +112,13 @@ class _Job:
 @flax.struct.dataclass
 class _Rows:
     """Requests on their way, a row each. token_B was drawn last and is in no cache yet; count_B: how many were drawn
-    that are no stop id; done_B: finished, or free."""
+    that are no stop id; done_B: finished, or free; stop_B: the stop id that was drawn, or NO_STOP."""
 
     token_B: Any
     length_B: Any
     count_B: Any
     done_B: Any
+    stop_B: Any
     tokens_BN: Any
     seed_B: Any
     mask_B: Any
@@ -124,7 +127,8 @@ class _Rows:
     def of(cls, length_B, seed_B, mask_B, max_new_tokens: int, done: bool) -> "_Rows":
         batch = len(length_B)
         zeros_B, tokens_BN = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, max_new_tokens), jnp.int32)
-        return cls(zeros_B, length_B, zeros_B, jnp.full(batch, done), tokens_BN, seed_B, mask_B)
+        stop_B = jnp.full(batch, NO_STOP, jnp.int32)
+        return cls(zeros_B, length_B, zeros_B, jnp.full(batch, done), stop_B, tokens_BN, seed_B, mask_B)
 
     def add(self, token_B, stops_B) -> "_Rows":
         """With the next token of each row that is not done."""
@@ -132,7 +136,8 @@ class _Rows:
         tokens_BN = self.tokens_BN.at[jnp.arange(len(token_B)), self.count_B].set(token_B)  # behind count_B it is free
         count_B = self.count_B + goes_on_B
         done_B = ~goes_on_B | (count_B == tokens_BN.shape[1])
-        return self.replace(token_B=token_B, count_B=count_B, done_B=done_B, tokens_BN=tokens_BN)
+        stop_B = jnp.where(stops_B & ~self.done_B, token_B, self.stop_B)
+        return self.replace(token_B=token_B, count_B=count_B, done_B=done_B, stop_B=stop_B, tokens_BN=tokens_BN)
 
     def draw(self, config, shared, x_B1E) -> "_Rows":
         """With a token drawn from the last hidden state of each row."""
@@ -193,7 +198,7 @@ def _refilled(job: _Job, group: Sequence[int], batch_size: int):
             rows = to_host(state[0])
         for row in np.flatnonzero(rows.done_B & (owner_B != _FREE)):
             n = rows.count_B[row]
-            yield int(owner_B[row]), Generated(rows.tokens_BN[row, :n].copy(), n)
+            yield int(owner_B[row]), Generated(rows.tokens_BN[row, :n].copy(), n, stops=rows.stop_B[row])
             owner_B[row] = _FREE
 
 

@@ -12,15 +12,15 @@ PACKAGE = Path(__file__).parent.parent / "retmask_jax"
 ORDER = """
 hosts shapes keys files records progress fingerprints memory hlo topology advice model.config model.rope hf_config
 families model.adapters model.layers model.experts model.interventions model.kernels model.splash model.cudnn
-model.attention model.cache model.transformer model.layerwise sharding flops weights hub prefill generate stream lm
-variants sweep dpo sequence stats matching haystack head_scores detect detectors causal knockout head_profile
-norm_utility head_statistics rotary data.tiny_language data.preferences data.chat data.prompts data.released
-data.preference_dataset pairs endpoints training_settings optimizer objective reference train_step checkpoints metrics
-train evals.measured evals.kept evals.scoring evals.generation_options evals.harness_model evals.harness
-evals.helmet_worker evals.helmet_process evals.helmet_means evals.helmet evals.recall evals.perplexity evals.words
-evals.questions evals.samples evals.ruler evals.niah evals.json_kv evals.rerank evals.suites page panels figures
-wording evals.compare model_figures causal_figures causal_report eval_report report study_figures study_report panel
-panel_figures panel_report pretrain assets inspection doctor recipes limits workdir finished context arms
+model.attention model.cache model.transformer model.layerwise sharding flops weights hub end_tokens prefill generate
+stream lm variants sweep dpo sequence stats matching haystack head_scores detect detectors causal knockout
+head_profile norm_utility head_statistics rotary data.tiny_language data.preferences data.chat data.prompts
+data.released data.preference_dataset pairs endpoints training_settings optimizer objective reference train_step
+checkpoints metrics train evals.measured evals.kept evals.scoring evals.generation_options evals.harness_model
+evals.harness evals.helmet_worker evals.helmet_process evals.helmet_means evals.helmet evals.recall evals.perplexity
+evals.words evals.questions evals.samples evals.ruler evals.niah evals.json_kv evals.rerank evals.suites page panels
+figures wording evals.compare model_figures causal_figures causal_report eval_report report study_figures study_report
+panel panel_figures panel_report pretrain assets inspection doctor recipes limits workdir finished context arms
 causal_stages eval_stages detector_runs study_stages stages aot benchmarks.harness benchmarks.models benchmarks.chip
 benchmarks.peers benchmarks.trl_peer benchmarks.programs benchmarks.by_hand benchmarks.peak benchmarks.aot
 benchmarks.detect benchmarks.masks benchmarks.generate benchmarks.dpo benchmarks.memory pipeline main

@@ -144,6 +144,8 @@ def test_a_stop_id_ends_its_row(run, ids_at):
     is_stop = np.isin(free, list(stop_ids))
     expected = np.where(is_stop.any(axis=1), is_stop.argmax(axis=1), NEW)
     np.testing.assert_array_equal(out.lengths, expected)
+    ended_by = [free[row, n] if n < NEW else -1 for row, n in enumerate(expected)]
+    np.testing.assert_array_equal(out.stops, ended_by)
     assert out.lengths.min() < NEW
     kept = np.arange(NEW) < expected[:, None]
     np.testing.assert_array_equal(out.tokens, np.where(kept, free, 0))
@@ -284,7 +286,7 @@ def test_many_prompts_cut_each_row_at_its_stop(tiny, prompts):
     stop = int(free[2][3])
     for result, tokens in zip(_many(tiny, prompts, stop_ids=(stop,)), free, strict=True):
         end = tokens.tolist().index(stop) if stop in tokens else NEW
-        assert result.lengths == end
+        assert (result.lengths, result.stops) == (end, stop if end < NEW else -1)
         np.testing.assert_array_equal(result.tokens, tokens[:end])
 
 

@@ -9,6 +9,7 @@ from helpers_tiny import copying_lm
 
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.data.preferences import PairRows, batches, encode_pairs, kept_rows, parts, widths
+from retmask_jax.end_tokens import Ends
 from retmask_jax.haystack import Prompter
 
 PROMPTER = Prompter(copying_lm().tokenizer)
@@ -22,7 +23,7 @@ def _record(prompt, chosen, rejected, finished=(True, True)):
 
 
 def _encode(records, max_tokens=40, max_prompt_tokens=20):
-    return encode_pairs(PROMPTER, records, eos_id=tl.EOS, max_tokens=max_tokens, max_prompt_tokens=max_prompt_tokens)
+    return encode_pairs(PROMPTER, records, ends=Ends(tl.EOS), max_tokens=max_tokens, max_prompt_tokens=max_prompt_tokens)
 
 
 def _split(rows, side, i, width=40):

@@ -71,6 +71,7 @@ def _assert_same(results, expected):
     for i, result in results:
         np.testing.assert_array_equal(result.tokens, expected[i].tokens)
         assert result.lengths == len(result.tokens) == expected[i].lengths
+        assert result.stops == expected[i].stops
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.3, "top_p": 0.95}], ids=["greedy", "sampled"])

@@ -13,9 +13,11 @@ from retmask_jax.data.released import write_released
 NAME = "retmask_pairs"
 FORMATS = ("released", "tfds")
 
-_VERSION = "1.0.0"
+_VERSIONS = ("1.1.0", "1.0.0")  # the one that is written, and an older one without stop ids that is read
 _TEXTS = ("id", "messages", "chosen", "rejected")
 _FLAGS = ("chosen_finished", "rejected_finished")
+_STOPS = ("chosen_stop", "rejected_stop")  # ids that ended the answers
+_NO_STOP = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,8 @@ class PreferenceSource:
         example = self.stored[number]
         texts = {name: example[name].decode() for name in _TEXTS}
         flags = {name: bool(example[name]) for name in _FLAGS}
-        return texts | flags | {"messages": json.loads(texts["messages"])}
+        stops = {name: int(example[name]) for name in _STOPS if example.get(name, _NO_STOP) != _NO_STOP}
+        return texts | flags | {"messages": json.loads(texts["messages"])} | stops
 
 
 def export_pairs(records: Iterable[dict], out: str | Path, format: str) -> None:
@@ -57,10 +60,10 @@ def preference_source(folder: str | Path) -> PreferenceSource:
     """The pairs of a folder that `build_dataset` filled; ValueError if there are none."""
     import tensorflow_datasets as tfds
 
-    path = Path(folder) / NAME / _VERSION
-    if not path.is_dir():
-        raise ValueError(f"{folder} has no pairs ({NAME}/{_VERSION}/): export them with the format tfds")
-    return PreferenceSource(tfds.builder_from_directory(path).as_data_source("train"))
+    paths = [path for version in _VERSIONS if (path := Path(folder) / NAME / version).is_dir()]
+    if not paths:
+        raise ValueError(f"{folder} has no pairs ({NAME}/{_VERSIONS[0]}/): export them with the format tfds")
+    return PreferenceSource(tfds.builder_from_directory(paths[0]).as_data_source("train"))
 
 
 def _builder(folder: str | Path, records: Iterable[dict]):
@@ -68,13 +71,14 @@ def _builder(folder: str | Path, records: Iterable[dict]):
 
     # Not registered: TFDS then reads the set from its files, wherever this package is not installed as well.
     class RetmaskPairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version(_VERSION)
+        VERSION = tfds.core.Version(_VERSIONS[0])
 
         def _info(self):
-            text, flag = tfds.features.Text(), tfds.features.Scalar(np.bool_)
+            text, flag, stop = tfds.features.Text(), tfds.features.Scalar(np.bool_), tfds.features.Scalar(np.int64)
+            features = dict.fromkeys(_TEXTS, text) | dict.fromkeys(_FLAGS, flag) | dict.fromkeys(_STOPS, stop)
             return tfds.core.DatasetInfo(
                 builder=self, description="Preference pairs: a model's answer and that of its ablated form.",
-                features=tfds.features.FeaturesDict(dict.fromkeys(_TEXTS, text) | dict.fromkeys(_FLAGS, flag)),
+                features=tfds.features.FeaturesDict(features),
                 disable_shuffling=True,  # item i is pair i
             )  # fmt: skip
 
@@ -85,6 +89,7 @@ def _builder(folder: str | Path, records: Iterable[dict]):
             for number, record in enumerate(records):
                 # As JSON text a conversation comes back as it was; TFDS turns a list of turns into two lists.
                 messages = json.dumps(record["messages"], ensure_ascii=False)
-                yield number, {name: record[name] for name in (*_TEXTS, *_FLAGS)} | {"messages": messages}
+                stops = {name: record.get(name, _NO_STOP) for name in _STOPS}
+                yield number, {name: record[name] for name in (*_TEXTS, *_FLAGS)} | {"messages": messages} | stops
 
     return RetmaskPairs(data_dir=folder, file_format="array_record")

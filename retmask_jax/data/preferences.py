@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from retmask_jax.end_tokens import Ends
 from retmask_jax.files import write_array, write_json
 from retmask_jax.haystack import Prompter
 from retmask_jax.hosts import wait_for_all
@@ -63,18 +64,19 @@ class Part:
     width: int
 
 
-def encode_pairs(prompter: Prompter, records: Sequence[dict], *, eos_id: int, max_tokens: int,
+def encode_pairs(prompter: Prompter, records: Sequence[dict], *, ends: Ends, max_tokens: int,
                  max_prompt_tokens: int) -> PairRows:  # fmt: skip
     """Records {id, messages, chosen, rejected, ...} as token rows.
 
-    Prompts beyond max_prompt_tokens keep their end, answers are cut where the whole exceeds max_tokens. An answer
-    that was not cut off when it was sampled ends with the EOS id.
+    Prompts beyond max_prompt_tokens keep their end, answers are cut where the whole exceeds max_tokens. A finished
+    answer ends as `ends` says; one that was cut off, when it was sampled or here, has no end: a model is not taught to
+    stop in mid-sentence.
     """
     pieces, lengths, cut, prompts_cut = [], [], 0, 0
     for start in range(0, len(records), _AT_ONCE):
         part = records[start : start + _AT_ONCE]
         prompts = prompter.encode_many([prompter.render_messages(record["messages"]) for record in part])
-        answers = [_answers(prompter.tokenizer, part, side, eos_id) for side in SIDES]
+        answers = [_answers(prompter.tokenizer, part, side, ends) for side in SIDES]
         for prompt, *sides in zip(prompts, *answers, strict=True):
             kept = prompt[-max_prompt_tokens:]
             room = max_tokens - len(kept)
@@ -149,9 +151,9 @@ def parts(rows: PairRows, pairs: np.ndarray, size: int, allowed: Sequence[int]) 
         yield Part(part, next(width for width in allowed if width >= rows.lengths[part[0]]))
 
 
-def _answers(tokenizer, records, side: str, eos_id: int) -> list[list[int]]:
+def _answers(tokenizer, records, side: str, ends: Ends) -> list[list[int]]:
     ids = tokenizer([record[side] for record in records], add_special_tokens=False)["input_ids"]
-    return [row + [eos_id] * record[f"{side}_finished"] for row, record in zip(ids, records, strict=True)]
+    return [row + ends.after(record, side) for row, record in zip(ids, records, strict=True)]
 
 
 def _rounded(length: int) -> int:

@@ -18,6 +18,8 @@ def read_pairs(source: str | Path) -> list[dict]:
 def iter_pairs(source: str | Path) -> Iterator[dict]:
     """Pairs {id, messages, chosen, chosen_finished, rejected, rejected_finished}, read as they are asked for.
 
+    chosen_stop and rejected_stop, the ids that ended the answers, are there where the line has them.
+
     Each line is such a record; or one of RetMask's, {conversation_id, chosen, rejected} with whole conversations; or
     one of TRL's with its prompt apart, {prompt, chosen, rejected}, as texts or as turns. An answer is finished unless
     its record says otherwise. A turn's reasoning_content goes before its content, in the tags Qwen3 gives it.
@@ -34,8 +36,8 @@ def iter_pairs(source: str | Path) -> Iterator[dict]:
 def write_released(path: str | Path, records: Iterable[dict]) -> None:
     """Write pairs as RetMask's DPO script and TRL read them: {conversation_id, chosen, rejected}, whole conversations.
 
-    Two fields more say whether the answers are finished, for `read_pairs`; TRL leaves them alone. Raises ValueError
-    for a pair of equal answers, in which TRL would find no end of the prompt.
+    More fields say whether the answers are finished and which ids ended them, for `read_pairs`; TRL leaves them alone.
+    Raises ValueError for a pair of equal answers, in which TRL would find no end of the prompt.
     """
     write_jsonl(Path(path), map(_released, records))
 
@@ -45,7 +47,7 @@ def _released(record: dict) -> dict:
         raise ValueError(f"pair {record['id']!r} has the same answer twice: demonstrations are not pairs")
     sides = {side: [*record["messages"], {"role": "assistant", "content": record[side]}] for side in SIDES}
     finished = {f"{side}_finished": record[f"{side}_finished"] for side in SIDES}
-    return {"conversation_id": record["id"]} | sides | finished
+    return {"conversation_id": record["id"]} | sides | finished | _stops(record)
 
 
 def _pair(stored: Any, default_id: str) -> dict:
@@ -62,7 +64,7 @@ def _pair(stored: Any, default_id: str) -> dict:
         "id": record_id(stored, default_id), "messages": prompt,
         "chosen": chosen, "chosen_finished": finished["chosen"],
         "rejected": rejected, "rejected_finished": finished["rejected"],
-    }  # fmt: skip
+    } | _stops(stored)  # fmt: skip
 
 
 def _conversation(side: str, stored: Any, apart: Any) -> tuple[list[dict], str]:
@@ -85,6 +87,15 @@ def _split(side: str, stored: Any) -> tuple[list[dict], str]:
     if reasoning := stored[-1].get("reasoning_content"):
         answer = "<think>\n{}\n</think>\n\n{}".format(str(reasoning).strip("\n"), answer.lstrip("\n"))
     return conversation[:-1], answer
+
+
+def _stops(stored: dict) -> dict[str, int]:
+    """The ids that ended the answers, where the record has them."""
+    stops = {name: stored[name] for name in (f"{side}_stop" for side in SIDES) if stored.get(name) is not None}
+    for name, value in stops.items():
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{name} is {value!r}, not a token id")
+    return stops
 
 
 def _flag(stored: dict, name: str) -> bool:

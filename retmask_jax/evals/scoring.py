@@ -66,7 +66,8 @@ def answered(lm: LanguageModel, prompts: Sequence[Sequence[int]], interventions:
     interventions; only what it lacks is generated. Prompts must leave room for the new tokens, see `last_tokens`.
     """
     mask, kept = shared_mask(lm.config, interventions), kept or Kept()
-    same = {"max_new_tokens": max_new_tokens, "until": list(until)}
+    stops = stop_ids(lm, until)
+    same = {"max_new_tokens": max_new_tokens, "until": list(until), "stop_ids": stops}
     drawn = {"temperature": temperature, "top_p": top_p} if temperature else {}
     keys = [request_key("answer", prompt, **same, **drawn, **({"seed": i} if drawn else {})) for i, prompt in enumerate(prompts)]
     missing = kept.missing(keys)
@@ -74,7 +75,7 @@ def answered(lm: LanguageModel, prompts: Sequence[Sequence[int]], interventions:
         requests = [Request(np.asarray(prompts[i]).tolist(), seed=i) for i in missing]
         made = generate_stream(
             lm.config, lm.params, requests, batch_size=min(batch_size, len(missing)), max_new_tokens=max_new_tokens,
-            temperature=temperature, top_p=top_p, stop_ids=stop_ids(lm, until), masks=stack([mask]), what=what,
+            temperature=temperature, top_p=top_p, stop_ids=stops, masks=stack([mask]), what=what,
         )  # fmt: skip
         for place, one in made:
             text = cut(lm.tokenizer.decode(one.tokens, skip_special_tokens=True), until)
@@ -95,7 +96,7 @@ def cut(text: str, until: Iterable[str]) -> str:
 
 
 def stop_ids(lm: LanguageModel, until: Iterable[str]) -> list[int]:
-    """The ids that end an answer: EOS of model and tokenizer, and the special tokens among the `until` texts.
+    """The ids that end an answer: the model's own, EOS of its tokenizer, and the special tokens among the `until` texts.
 
     Special tokens are not in the text that `cut` sees, so they must end an answer as it is made. What is left of an
     answer when others are cut from its text may depend on the stop itself, such as the space before it: those are cut.

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from retmask_jax.checkpoint_files import read_config
 from retmask_jax.families import from_hf
 from retmask_jax.lm import TOKENIZER_FILES
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.sharding import plain_shapes
-from retmask_jax.weights import read_config
 
 DTYPES = ("float32", "bfloat16")
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from retmask_jax.advice import Step, advise
+from retmask_jax.checkpoint_files import read_config
 from retmask_jax.data.preferences import SIDES
 from retmask_jax.families import from_hf
 from retmask_jax.flops import executed_flops
@@ -28,7 +29,6 @@ from retmask_jax.stages import check_batch, check_config, train_settings
 from retmask_jax.topology import ASSUMED, Chip, chip_of, devices_of, estimate
 from retmask_jax.train_step import make_programs
 from retmask_jax.training_settings import Settings
-from retmask_jax.weights import read_config
 
 _GIB = 2**30
 

@@ -76,11 +76,14 @@ class Context:
         other.__dict__.update(lm=lm, _about=About.of(lm))
         return other
 
-    def release_params(self):
-        """The model's parameters, which this context then no longer holds; it loads them again when asked."""
-        params = self.lm.params
-        self.__dict__.pop("lm")
-        return params
+    def release_params(self, dtype: str | None = None):
+        """The model's parameters, as stored in another dtype if need be; this context then no longer holds its own, and
+        loads them again when asked."""
+        dtype, lm = dtype or self.config.dtype, self.__dict__.pop("lm", None)
+        if lm is not None and dtype == self.config.dtype:
+            return lm.params
+        del lm  # one at a time
+        return load(self.config.model, dtype, self.mesh, revision=self.config.revision or None).params
 
     @functools.cached_property
     def prompter(self) -> Prompter:

@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from retmask_jax.checkpoint_files import INDEX, read_config, weight_names
 from retmask_jax.families import from_hf
 from retmask_jax.keys import without_secrets
-from retmask_jax.weights import INDEX, read_config, weight_names
 
 BUNDLED = Path(__file__).parent / "assets" / "tiny"
 

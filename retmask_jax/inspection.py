@@ -13,12 +13,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from retmask_jax import end_tokens
+from retmask_jax.checkpoint_files import read_config
 from retmask_jax.families import from_hf
 from retmask_jax.lm import TOKENIZER_FILES, load_tokenizer
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.sharding import plain_shapes
-from retmask_jax.weights import read_config
 
 log = logging.getLogger(__name__)
 

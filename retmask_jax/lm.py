@@ -153,8 +153,11 @@ def save(lm: LanguageModel, folder: str | os.PathLike, interventions: Interventi
          dtype: str | None = None) -> None:  # fmt: skip
     """Write an HF checkpoint that transformers and other tools load.
 
-    dtype None keeps each tensor's stored dtype, so an untouched model saves back bit for bit. A shared bool head_mask
-    is baked in (its columns of o_proj are zero); float, per-row and rotary masks cannot be and raise ValueError.
+    dtype None keeps each tensor's stored dtype. A weight that was not changed is written as it is stored in the model's
+    folder, whatever dtype it was loaded in, so an untouched model saves back bit for bit; should the folder be gone, as
+    it was loaded, with a warning. Adapters (`config.lora`) are merged in float32, then rounded to the stored dtype. A
+    shared bool head_mask is baked in (its columns of o_proj are zero); float, per-row and rotary masks cannot be and
+    raise ValueError.
 
     >>> import retmask_jax as rm
     >>> lm = rm.load("bundled")
@@ -169,7 +172,7 @@ def save(lm: LanguageModel, folder: str | os.PathLike, interventions: Interventi
     weights.write(folder, lm.config, lm.params, lm.source, _bakeable(lm.config, interventions), dtype)
     if not primary():
         return
-    if lm.source.folder is not None:
+    if lm.source.folder is not None and Path(lm.source.folder).is_dir():
         for path in sorted(Path(lm.source.folder).iterdir()):
             ours = path.name == "config.json" or path.name.endswith(".safetensors.index.json")
             if path.suffix in _KEPT_SUFFIXES and not ours and path.resolve() != (folder / path.name).resolve():

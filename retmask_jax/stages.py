@@ -215,12 +215,14 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
         rows, identity = _rows(context, model.config, name, target)
         if not is_whole(target / "model"):
             settings = train_settings(config, arm, seed)
+            load_start = functools.partial(context.release_params, settings.start_dtype)
             params = train(
-                model.config, context.release_params, rows, settings, target, context.mesh,
+                model.config, load_start, rows, settings, target, context.mesh,
                 fingerprint=digest(identity | start), what=f"train {name}",
                 ablated=mask_heads(model.config, heads).fill(model.config) if arm == "contrast" else None,
             )  # fmt: skip
-            save(model.replace(params=params), target / "model")
+            trained = dataclasses.replace(model.config, lora=settings.lora)
+            save(model.replace(config=trained, params=params), target / "model")
             mark_whole(target / "model")
         runs[name] = {
             "arm": arm, "seed": seed, "examples": len(rows), "answers_cut": rows.cut,

@@ -10,6 +10,7 @@ import numpy as np
 
 from retmask_jax import causal, stats
 from retmask_jax.causal_stages import task_outcomes
+from retmask_jax.checkpoint_files import read_config
 from retmask_jax.context import Context, checkpoint_fingerprint
 from retmask_jax.detect import stability
 from retmask_jax.detector_runs import DetectorRun, repeated, reused_copy, run_detector, shape_of, spread
@@ -26,7 +27,6 @@ from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.norm_utility import norm_utility, query_norms
 from retmask_jax.variants import Checkpoint, find_checkpoints, with_base
-from retmask_jax.weights import read_config
 
 PUBLISHED_THRESHOLD = 0.1
 _UNTOUCHED = causal.Condition("none", 0, Interventions())

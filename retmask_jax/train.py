@@ -22,6 +22,7 @@ from retmask_jax.files import read_json, write_json
 from retmask_jax.flops import peak_flops, training_flops
 from retmask_jax.hosts import several, wait_for_all
 from retmask_jax.metrics import Metrics, memory_in_use
+from retmask_jax.model import adapters
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.progress import track
 from retmask_jax.reference import reference_logprobs
@@ -38,10 +39,11 @@ class Stopped(InterruptedError):
 
 def train(config: ModelConfig, load_params: Callable[[], Any], rows: PairRows, settings: Settings, folder: Path, mesh,
           *, fingerprint: str, what: str = "train", ablated=None):  # fmt: skip
-    """Train from load_params() on preference rows; returns the final params, float32, adapters merged.
+    """Train from load_params() on preference rows; returns the final params: all of them, float32; or adapters beside
+    the frozen model, parameters of a config with settings.lora, which `lm.save` merges into the weights as stored.
 
-    load_params gives the start model; it is called once at most, and none but the trained parameters are held while
-    training. fingerprint: of the start model, the data and how they were made into rows. ablated: the
+    load_params gives the start model, read in settings.start_dtype; it is called once at most, and none but the trained
+    parameters are held while training. fingerprint: of the start model, the data and how they were made into rows. ablated: the
     Interventions of the objective "contrast".
 
     Writes reference.npz, metrics.jsonl, tensorboard/ and checkpoints/ (or, where settings.checkpoint_folder names another
@@ -74,7 +76,7 @@ def train(config: ModelConfig, load_params: Callable[[], Any], rows: PairRows, s
             state = programs.begin(start(), settings.seed)
         start.cache_clear()
         state = _loop(run, state, frozen, loader, checkpoints, folder, what)
-        return programs.finish(state.params, frozen)
+        return adapters.join(state.params, frozen)
 
 
 def check_mesh(settings: Settings, mesh) -> None:

@@ -40,7 +40,6 @@ class Programs:
     gradients(params, frozen, batch, ablated) -> sums over a part of a batch: (gradients, metrics).
     accumulate(params, frozen, sums, batch, ablated) -> sums with those of another part; consumes the old ones.
     apply(state, sums) -> (State, metrics); consumes the old state.
-    finish(params, frozen) -> parameters of the whole model, adapters merged, float32.
     state: the State's shapes and shardings.
     """
 
@@ -49,7 +48,6 @@ class Programs:
     gradients: Callable
     accumulate: Callable
     apply: Callable
-    finish: Callable
     state: State
 
 
@@ -63,7 +61,6 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
     optimizer = make_optimizer(settings)
     placed = sharding.param_shardings(config, mesh)
     trained_at, frozen_at = (placed, {}) if config.lora is None else adapters.split(placed)
-    plain_at = placed if config.lora is None else frozen_at
     whole = NamedSharding(mesh, PartitionSpec())
     names = metric_names(settings)
 
@@ -92,10 +89,6 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
         }  # fmt: skip
         return State(params, opt_state, state.step + 1), metrics
 
-    def finish(params, frozen):
-        full = adapters.join(params, frozen)
-        return _cast(full if config.lora is None else adapters.merged(full, config.lora), jnp.float32)
-
     start = sharding.placed_shapes(dataclasses.replace(config, lora=None), mesh, jnp.float32)
     shapes = jax.eval_shape(begin, start, 0)
     state_at = State(trained_at, _like_params(optimizer, shapes.opt_state, trained_at, whole), whole)
@@ -108,7 +101,6 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
         gradients=jax.jit(gradients, out_shardings=sums_at),
         accumulate=jax.jit(accumulate, donate_argnums=2, out_shardings=sums_at),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_at, whole)),
-        finish=jax.jit(finish, out_shardings=plain_at),
         state=state,
     )  # fmt: skip
 

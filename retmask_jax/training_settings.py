@@ -75,6 +75,11 @@ class Settings:
         return Lora(self.lora_rank, self.lora_alpha, self.lora_targets) if self.lora_rank else None
 
     @property
+    def start_dtype(self) -> str:
+        """What the start model is read in: float32 where all weights are trained; adapters stand beside frozen weights."""
+        return "float32" if self.lora is None else self.compute_dtype
+
+    @property
     def has_reference(self) -> bool:
         """Whether the loss compares with the start model's log-probabilities."""
         return self.objective == "dpo" and LOSSES[self.loss].reference

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from retmask_jax.checkpoint_files import Shards, Tensor, open_tensors, read_config
 from retmask_jax.families import family, from_hf, to_hf
 from retmask_jax.files import write_atomically
 from retmask_jax.hosts import primary, to_host
+from retmask_jax.model import adapters
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.progress import track
 from retmask_jax.sharding import param_shardings, plain_shapes
@@ -26,9 +28,7 @@ log = logging.getLogger(__name__)
 
 _INPUT = "model.embed_tokens.weight"
 _OUTPUT = "lm_head.weight"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_MAX_SHARD_BYTES = 5 * 10**9
+_INV_FREQ = ".rotary_emb.inv_freq"
 _STRIPE = 128  # rows read at a time
 _READERS = 4  # threads
 
@@ -56,7 +56,7 @@ def read(folder: Path, dtype: str, mesh=None) -> tuple[ModelConfig, Any, Source]
     config = from_hf(hf_config)
     shapes = flatten_dict(plain_shapes(config), sep="/")
     table = _table(config, hf_config, shapes)
-    tensors = _open_all(folder)
+    tensors = open_tensors(folder)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items() if not name.endswith(_INV_FREQ)}
     _drop_known_extras(config, tensors)
     _check_names(set(table), set(tensors), folder)
@@ -84,38 +84,25 @@ def read(folder: Path, dtype: str, mesh=None) -> tuple[ModelConfig, Any, Source]
 def write(folder: Path, config: ModelConfig, params, source: Source, head_mask=None, dtype: str | None = None) -> None:
     """Write config.json and safetensors (with an index when there are several files) in HF names.
 
-    Each tensor gets the dtype it was read in unless `dtype` is given. head_mask bool[L,H] zeroes the columns of
-    o_proj that read the masked heads. One file's tensors are in host memory at a time; of several hosts all take part
-    and the first one writes.
+    Each tensor gets the dtype it was read in unless `dtype` is given. A weight that is still what was read from the
+    source's folder is written as it is stored there, though the parameters may be narrower; adapters are added to it in
+    float32. head_mask bool[L,H] zeroes the columns of o_proj that read the masked heads. One file's tensors are in host
+    memory at a time; of several hosts all take part and the first one writes.
     """
-    hf_config = dict(source.hf_config or to_hf(config))
+    hf_config = dict(source.hf_config or to_hf(dataclasses.replace(config, lora=None)))
     leaves = flatten_dict(params, sep="/")
     table = _table(config, hf_config, leaves)
-    shards = _Shards(folder)
+    stored = _wider(source, table, leaves) if primary() else {}
+    shards = Shards(folder)
     for name in source.dtypes or table:
-        tied_copy = name == _OUTPUT and config.tied_embeddings
-        parts = [_export(piece, leaves, config, head_mask) for piece in table[_INPUT if tied_copy else name]]
-        tensor = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        shards.add(name, tensor.astype(jnp.dtype(dtype or source.dtypes.get(name, tensor.dtype))))
+        pieces = table[_INPUT if name == _OUTPUT and config.tied_embeddings else name]
+        kind = jnp.dtype(dtype or source.dtypes.get(name, leaves[pieces[0].path].dtype))
+        parts = [_export(piece, leaves, config, head_mask, stored).astype(kind) for piece in pieces]
+        shards.add(name, np.concatenate(parts) if len(parts) > 1 else parts[0])
     shards.finish()
     if dtype is not None:
         hf_config["dtype" if "dtype" in hf_config else "torch_dtype"] = str(jnp.dtype(dtype))
     write_atomically(folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
-
-
-def weight_names(folder: Path) -> list[str]:
-    """The files a checkpoint's weights lie in, by its index if it has one; ValueError if that has no weight_map."""
-    if not (folder / INDEX).exists():
-        return [WEIGHTS]
-    weight_map = _read_json(folder / INDEX, "").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{folder / INDEX} has no weight_map: fetch it again")
-    return sorted(set(weight_map.values()))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The HF config of a checkpoint folder; ValueError if it is missing or no JSON object."""
-    return _read_json(folder / "config.json", "not a Hugging Face checkpoint folder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,66 +201,53 @@ def _stripes(first: int, last: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + _STRIPE, last)
 
 
-def _export(piece: _Piece, leaves, config: ModelConfig, head_mask) -> np.ndarray:
-    tensor = to_host(leaves[piece.path][piece.lead])
+def _wider(source: Source, table, leaves) -> dict[str, Tensor]:
+    """The stored tensors, open, that hold more than the parameters read from them can; a log line where the source is
+    gone or of other shapes."""
+    names = [name for name, dtype in source.dtypes.items() if name in table and _narrows(dtype, leaves, table[name])]
+    if not names:
+        return {}
+    try:
+        tensors = open_tensors(source.folder)
+        if all(name in tensors and tensors[name].shape == _stored_shape(table[name]) for name in names):
+            return {name: tensors[name] for name in names}
+        problem = f"{source.folder} holds another model than was read from it"
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    dtype = leaves[table[names[0]][0].path].dtype
+    log.warning("%s: the weights are written as they were read, rounded to %s", problem, dtype)
+    return {}
+
+
+def _narrows(dtype: str, leaves, pieces: list[_Piece]) -> bool:
+    """Whether a value of this dtype may change when it becomes one of these parameters."""
+    return any(jnp.promote_types(dtype, leaves[piece.path].dtype) != leaves[piece.path].dtype for piece in pieces)
+
+
+def _export(piece: _Piece, leaves, config: ModelConfig, head_mask, stored: dict[str, Tensor]) -> np.ndarray:
+    names = [piece.path, *(f"{piece.path}{end}" for end in adapters.SUFFIXES if f"{piece.path}{end}" in leaves)]
+    tensor, *low_rank = to_host([leaves[name][piece.lead] for name in names])
+    if piece.name in stored:
+        tensor = _as_stored(tensor, piece, stored[piece.name])
+    if low_rank:
+        tensor = adapters.add(tensor, *low_rank, config.lora)
     if head_mask is not None and piece.path.endswith("attn/o/kernel"):
         columns = np.repeat(np.asarray(head_mask)[piece.layer], config.head_dim)
         tensor = np.where(columns[:, None], np.zeros((), tensor.dtype), tensor)
     return tensor.T if piece.transposed else tensor
 
 
-# --- files ---
+def _as_stored(tensor: np.ndarray, piece: _Piece, stored: Tensor) -> np.ndarray:
+    """A piece of a parameter in the stored dtype: where it is what the stored value was read as, that value."""
+    rows = (piece.row, piece.row + piece.shape[0])
+    block = stored.read(rows, *((0, n) for n in piece.shape[1:]))
+    block = block.T if piece.transposed else block
+    bits = f"u{tensor.dtype.itemsize}"
+    unchanged = block.astype(tensor.dtype).view(bits) == tensor.view(bits)
+    return np.where(unchanged, block, tensor.astype(block.dtype))
 
 
-class _Tensor:
-    """One tensor of an open safetensors file, read when asked for."""
-
-    def __init__(self, handle, name: str):
-        self._slice = handle.get_slice(name)
-        self.shape = tuple(self._slice.get_shape())
-        self.dtype = _DTYPES.get(self._slice.get_dtype())
-        if self.dtype is None:
-            kind = self._slice.get_dtype()
-            raise ValueError(f"tensor {name} has type {kind}: quantised checkpoints are not supported, use a float one")
-
-    def read(self, *bounds: tuple[int, int]) -> np.ndarray:
-        """The block with these (begin, end) along each axis."""
-        return self._slice[tuple(slice(begin, end) for begin, end in bounds)]
-
-
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-_INV_FREQ = ".rotary_emb.inv_freq"
-
-
-def _open_all(folder: Path) -> dict[str, _Tensor]:
-    import safetensors
-
-    tensors: dict[str, _Tensor] = {}
-    for path in _weight_files(folder):
-        try:
-            handle = safetensors.safe_open(path, framework="numpy")
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error}): fetch it again") from error
-        for name in handle.keys():  # noqa: SIM118  (a file, not a dict)
-            if name in tensors:
-                raise ValueError(f"tensor {name} is stored twice, again in {path}")
-            tensors[name] = _Tensor(handle, name)
-    return tensors
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    names = weight_names(folder)
-    missing = [name for name in names if not (folder / name).exists()]
-    if not missing:
-        return [folder / name for name in names]
-    if (folder / INDEX).exists():
-        raise ValueError(f"{folder / INDEX} names {', '.join(missing)}, which is not there: fetch it again")
-    if any(folder.glob("*.bin")):
-        raise ValueError(f"{folder} holds pickled weights (.bin), which are never opened: convert them to safetensors")
-    raise ValueError(f"{folder} holds no {WEIGHTS} and no {INDEX}")
-
-
-def _drop_known_extras(config: ModelConfig, tensors: dict[str, _Tensor]) -> None:
+def _drop_known_extras(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
     """Two extras are known: stored rotary frequencies, and an output matrix beside tied embeddings."""
     for name in [name for name in tensors if name.endswith(_INV_FREQ)]:
         log.info("dropped %s: frequencies are computed", name)
@@ -284,7 +258,7 @@ def _drop_known_extras(config: ModelConfig, tensors: dict[str, _Tensor]) -> None
             raise ValueError(f"{_OUTPUT} differs from the embeddings it is tied to: set tie_word_embeddings to false")
 
 
-def _same_bits(a: _Tensor, b: _Tensor) -> bool:
+def _same_bits(a: Tensor, b: Tensor) -> bool:
     rows, columns = a.shape
     return all(
         a.read(part, (0, columns)).tobytes() == b.read(part, (0, columns)).tobytes() for part in _stripes(0, rows)
@@ -296,62 +270,3 @@ def _check_names(wanted: set[str], found: set[str], folder: Path) -> None:
         if names:
             shown = ", ".join(sorted(names)[:5])
             raise ValueError(f"{folder} {what} {len(names)} tensors: {shown}{' ...' if len(names) > 5 else ''}")
-
-
-class _Shards:
-    """Tensors on their way into the files of a folder, which take their names when their number is known."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._open: dict[str, np.ndarray] = {}
-        self._written: list[list[str]] = []
-        self._size = 0
-
-    def add(self, name: str, tensor: np.ndarray) -> None:
-        if self._open and sum(t.nbytes for t in self._open.values()) + tensor.nbytes > _MAX_SHARD_BYTES:
-            self._write()
-        self._open[name] = np.ascontiguousarray(tensor)
-        self._size += tensor.nbytes
-
-    def finish(self) -> None:
-        """Write what is left, the index, and remove weights of an earlier checkpoint in the folder."""
-        self._write()
-        if not primary():
-            return
-        n = len(self._written)
-        files = [WEIGHTS] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-        for number, file in enumerate(files):
-            self._part(number).rename(self._folder / file)
-        for path in [*self._folder.glob("model-*-of-*.safetensors"), self._folder / WEIGHTS]:
-            if path.name not in files:
-                path.unlink(missing_ok=True)  # a reader would take it for a part of these
-        if n == 1:
-            (self._folder / INDEX).unlink(missing_ok=True)
-            return
-        weight_map = {name: file for file, names in zip(files, self._written, strict=True) for name in names}
-        index = {"metadata": {"total_size": self._size}, "weight_map": weight_map}
-        write_atomically(self._folder / INDEX, json.dumps(index, indent=2) + "\n")
-
-    def _write(self) -> None:
-        from safetensors.numpy import save_file
-
-        if primary():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            save_file(self._open, self._part(len(self._written)), metadata={"format": "pt"})
-        self._written.append(list(self._open))
-        self._open = {}
-
-    def _part(self, number: int) -> Path:
-        return self._folder / f"weights-{number:05d}.part"
-
-
-def _read_json(path: Path, otherwise: str) -> dict[str, Any]:
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: {otherwise}")
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    return content

@@ -16,7 +16,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import numpy as np
 
-from retmask_jax import weights
+from retmask_jax import checkpoint_files
 from retmask_jax.lm import load
 from retmask_jax.sharding import make_mesh
 
@@ -35,14 +35,14 @@ def watch(peak: list[int], done: threading.Event) -> None:
 def main(folder: str, dtype: str) -> None:
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
     jax.block_until_ready(jax.device_put(np.zeros(8), jax.devices()[-1]))
-    read_sizes, read = [], weights._Tensor.read
+    read_sizes, read = [], checkpoint_files.Tensor.read
 
     def counted(self, *bounds):
         block = read(self, *bounds)
         read_sizes.append(block.nbytes)
         return block
 
-    weights._Tensor.read = counted
+    checkpoint_files.Tensor.read = counted
     start, peak, done = anonymous(), [0], threading.Event()
     watcher = threading.Thread(target=watch, args=(peak, done), daemon=True)
     watcher.start()

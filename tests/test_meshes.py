@@ -100,6 +100,65 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path, one):
     _assert_same(_run(tmp_path, 8, mesh=MESHES["2 x 2 x 2"]), one)
 
 
+SAVE = """
+import sys
+import jax
+if len(sys.argv) > 3:
+    jax.distributed.initialize("127.0.0.1:" + sys.argv[3], 2, int(sys.argv[4]))
+import numpy as np
+from retmask_jax.lm import load, save
+from retmask_jax.model.config import Lora
+from retmask_jax.model.interventions import mask_heads
+from retmask_jax.sharding import make_mesh, param_shardings
+import dataclasses
+
+mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": jax.device_count() // 2})
+lm = load(sys.argv[1], "bfloat16", mesh)
+config = dataclasses.replace(lm.config, lora=Lora(2, 4.0, ("up",)))
+places = param_shardings(config, mesh)["blocks"]["0"]["mlp"]["up"]
+up, rng = dict(lm.params["blocks"]["0"]["mlp"]["up"]), np.random.default_rng(0)
+for end, width in (("kernel_lora_a", 0), ("kernel_lora_b", 2)):
+    layers, inside, outside = up["kernel"].shape
+    array = rng.normal(0, 1e-3, (layers, 2, outside) if width else (layers, inside, 2)).astype(np.float32)
+    up[end] = jax.make_array_from_callback(array.shape, places[end], lambda index, array=array: array[index])
+block = lm.params["blocks"]["0"]
+block = block | {"mlp": block["mlp"] | {"up": up}}
+save(lm.replace(config=config, params=lm.params | {"blocks": {"0": block}}), sys.argv[2], mask_heads(config, [(1, 0)]))
+"""
+
+
+def test_two_hosts_save_what_one_device_saves(tmp_path):
+    """Weights as stored in float32, adapters merged into them and a baked mask; the parameters are bfloat16 and in parts."""
+    from safetensors.numpy import load_file
+
+    from retmask_jax.hub import BUNDLED
+
+    found = []
+    for hosts, devices in ((1, 2), (2, 2)):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        env = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+        env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", SAVE, str(BUNDLED), str(tmp_path / str(hosts))]
+        several = [[port, str(host)] for host in range(hosts)] if hosts > 1 else [[]]
+        running = [subprocess.Popen(command + more, env=env, stderr=subprocess.PIPE, text=True) for more in several]
+        for process in running:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors[-3000:]
+        found.append(load_file(tmp_path / str(hosts) / "model.safetensors"))
+    stored = load_file(BUNDLED / "model.safetensors")
+    for name, tensor in stored.items():
+        assert found[0][name].tobytes() == found[1][name].tobytes(), name
+        same = found[0][name] == tensor
+        if "up_proj" in name:
+            assert same.mean() < 0.05
+        elif name == "model.layers.1.self_attn.o_proj.weight":
+            assert same[:, 32:].all() and not found[0][name][:, :32].any()
+        else:
+            assert same.all(), name
+
+
 def test_two_hosts_run_the_whole_pipeline_as_one(tmp_path):
     """The same numbers in the summary, written once, by the command as users start it."""
     summaries = []

@@ -20,6 +20,7 @@ from retmask_jax.checkpoints import Checkpoints
 from retmask_jax.data.preferences import SIDES, PairRows, batches
 from retmask_jax.flops import training_flops
 from retmask_jax.generate import generate
+from retmask_jax.lm import from_params, load, save
 from retmask_jax.metrics import Metrics
 from retmask_jax.model import adapters
 from retmask_jax.model.interventions import mask_heads
@@ -394,10 +395,12 @@ def test_decay_shrinks_all_parameters_of_the_model_but_the_norm_scales():
 
 
 def test_adapters_are_trained_alone_and_merged(tmp_path):
-    """Frozen layers stay bit for bit; the first loss is that of the start model; what comes out is a plain model."""
+    """Frozen layers stay bit for bit; the first loss is that of the start model; what is saved is a plain model."""
     settings = dataclasses.replace(SETTINGS, lora_rank=2, lora_alpha=8.0, lora_targets=("q", "o", "up"), weight_decay=0.0)
-    params, metrics = run(tmp_path, settings)
+    params, metrics = run(tmp_path / "run", settings)
     start = copying_params()
+    save(from_params(dataclasses.replace(CONFIG, lora=settings.lora), params), tmp_path / "saved")
+    params = load(tmp_path / "saved").params
     assert jax.tree.structure(params) == jax.tree.structure(start)
     assert metrics[0]["loss"] == pytest.approx(np.log(2), rel=1e-4) and metrics[-1]["loss"] < 0.6
     for (path, leaf), before in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(start), strict=True):
@@ -419,7 +422,7 @@ def test_merged_adapters_are_the_model_that_was_trained():
     trained = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32), trained)
     tokens = ROWS.padded(range(3), 64, 0)["chosen"]
     with_adapters = logits_of(config, adapters.join(trained, frozen), tokens)
-    merged = logits_of(CONFIG, programs.finish(trained, frozen), tokens)
+    merged = logits_of(CONFIG, adapters.merged(adapters.join(trained, frozen), lora), tokens)
     scale = np.abs(merged).max()
     np.testing.assert_allclose(with_adapters, merged, atol=1e-5 * scale)
     assert np.abs(merged - logits_of(CONFIG, start, tokens)).max() > 1e-2 * scale

@@ -81,12 +81,75 @@ def test_the_stored_forms_are_what_their_names_say(read_golden):
     assert OUTPUT not in stored and OUTPUT in _stored(read_golden("sharded").folder)
 
 
-def test_a_model_read_in_its_stored_dtype_saves_back_too(read_golden, tmp_path):
-    folder = read_golden("bf16").folder
-    lm = load(folder, dtype="bfloat16")
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(lm.params)} == {"bfloat16"}
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("variant", ["bf16", "fp16", "gqa_tied", "sharded", "phi3", "gemma3", "qwen3_moe"])
+def test_a_model_read_in_any_dtype_saves_back_bit_for_bit(read_golden, tmp_path, variant, dtype):
+    """Also where the parameters are narrower than what is stored."""
+    folder = read_golden(variant).folder
+    lm = load(folder, dtype=dtype)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(lm.params)} == {dtype}
     save(lm, tmp_path)
     _assert_same_bits(_stored(tmp_path), _stored(folder))
+
+
+@pytest.mark.parametrize("variant", ["fp16", "gqa_tied", "phi3"])
+def test_a_baked_mask_leaves_all_other_stored_bits_alone(read_golden, tmp_path, variant):
+    golden = read_golden(variant)
+    lm = load(golden.folder, dtype="bfloat16")
+    heads = [(0, 1), (1, 0), (1, 3)]
+    save(lm, tmp_path, mask_heads(lm.config, heads))
+    expected = _stored(golden.folder)
+    for layer, head in heads:
+        columns = slice(head * lm.config.head_dim, (head + 1) * lm.config.head_dim)
+        expected[f"model.layers.{layer}.self_attn.o_proj.weight"][:, columns] = 0
+    _assert_same_bits(_stored(tmp_path), expected)
+
+
+def test_what_was_changed_is_written_as_it_is_and_the_rest_as_stored(read_golden, tmp_path):
+    folder = read_golden("gqa_tied").folder
+    lm = load(folder, dtype="bfloat16")
+    kernel = lm.params["blocks"]["0"]["mlp"]["up"]["kernel"]
+    attn, mlp = lm.params["blocks"]["0"]["attn"], lm.params["blocks"]["0"]["mlp"]
+    block = lm.params["blocks"]["0"] | {"attn": attn, "mlp": mlp | {"up": {"kernel": kernel.at[1, 2].set(-0.5)}}}
+    save(lm.replace(params=lm.params | {"blocks": {"0": block}}), tmp_path)
+    expected = _stored(folder)
+    expected["model.layers.1.mlp.up_proj.weight"][:, 2] = -0.5
+    _assert_same_bits(_stored(tmp_path), expected)
+
+
+def test_a_wider_dtype_on_export_is_of_the_stored_weights(read_golden, tmp_path):
+    folder = read_golden("fp16").folder
+    save(load(folder, dtype="bfloat16"), tmp_path, dtype="float32")
+    _assert_same_bits(_stored(tmp_path), {name: x.astype(np.float32) for name, x in _stored(folder).items()})
+
+
+def _remove(folder):
+    shutil.rmtree(folder)
+
+
+def _negate(folder):
+    _edit(folder, lambda tensors: tensors.update({name: -x for name, x in tensors.items()}))
+
+
+def _widen(folder):
+    _edit(folder, lambda tensors: tensors.update({name: np.stack([x, x]) for name, x in tensors.items()}))
+
+
+@pytest.mark.parametrize("change", [_remove, _negate, _widen])
+def test_a_source_that_is_no_longer_what_was_read_is_not_mixed_in(copy, read_golden, tmp_path, change, caplog):
+    folder = copy("gqa_tied")
+    lm = load(folder, dtype="bfloat16")
+    change(folder)
+    save(lm, tmp_path / "new")
+    rounded = {name: x.astype(jnp.bfloat16).astype(x.dtype) for name, x in _stored(read_golden("gqa_tied").folder).items()}
+    _assert_same_bits(_stored(tmp_path / "new"), rounded)
+    assert ("the weights are written as they were read, rounded to bfloat16" in caplog.text) == (change is not _negate)
+
+
+def test_a_model_may_be_saved_over_itself(copy, read_golden):
+    folder = copy("sharded")
+    save(load(folder, dtype="bfloat16"), folder)
+    _assert_same_bits(_stored(folder), _stored(read_golden("sharded").folder))
 
 
 def test_bfloat16_computes_nearly_the_same_in_float32_logits(read_golden, close):

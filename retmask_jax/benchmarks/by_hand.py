@@ -20,7 +20,7 @@ class Ours:
     def __init__(self, folder: Path, pairs: dict[str, np.ndarray], settings: Settings, mesh=None, reference=None):
         self.mesh = models.mesh() if mesh is None else mesh
         # What is frozen is not needed in more than the dtype it is computed in.
-        lm = load(folder, settings.compute_dtype if settings.lora_rank else "float32", self.mesh)
+        lm = load(folder, settings.start_dtype, self.mesh)
         self._config = lm.config
         self._programs = make_programs(lm.config, settings, self.mesh)
         n = settings.batch_size

@@ -3,11 +3,12 @@
 import functools
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from retmask_jax.model.config import Lora
 
-_A, _B = "_lora_a", "_lora_b"
+SUFFIXES = _A, _B = "_lora_a", "_lora_b"  # of the name of a kernel: the names of its adapters
 
 
 def with_adapters(module, lora: Lora):
@@ -30,8 +31,17 @@ def join(*parts):
     return unflatten_dict({path: leaf for part in parts for path, leaf in flatten_dict(part).items()})
 
 
+def add(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: Lora) -> np.ndarray:
+    """The kernel with its adapters added, in float32 or wider, on the host; what `save` writes."""
+    wide = jax.numpy.promote_types(kernel.dtype, np.float32)
+    return kernel.astype(wide) + np.float32(lora.alpha / lora.rank) * (a.astype(np.float32) @ b.astype(np.float32))
+
+
 def merged(params, lora: Lora):
-    """Parameters without adapters: each kernel with its own added, in float32 and back in the kernel's dtype."""
+    """Parameters without adapters: each kernel with its own added, in float32 and back in the kernel's dtype.
+
+    In bfloat16 that loses what is small beside the kernel: `save` adds adapters to the weights as stored instead.
+    """
     flat = flatten_dict(params)
 
     def add(path, kernel):

@@ -85,7 +85,7 @@ class Checkpoints:
         if about["fingerprint"] != self._fingerprint:
             raise ValueError(
                 f"{self._manager.directory} holds checkpoints of another run (fingerprint {about['fingerprint']}, now "
-                f"{self._fingerprint}): move it away, or train in another folder"
+                f"{self._fingerprint}): delete it to start again"
             )
         log.info("resuming at step %d", step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(_abstract, shapes)))

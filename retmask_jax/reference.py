@@ -66,7 +66,7 @@ def _kept(path: Path, fingerprint: str, n: int) -> np.ndarray:
         if str(stored["fingerprint"]) != fingerprint:
             raise ValueError(
                 f"{path} holds log-probabilities of another model, data, template or masks (fingerprint "
-                f"{stored['fingerprint']}, now {fingerprint}): move it away to compute them again"
+                f"{stored['fingerprint']}, now {fingerprint}): delete it to compute them again"
             )
         return stored["logprobs"]
 

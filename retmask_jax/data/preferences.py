@@ -116,7 +116,7 @@ def check_identity(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -
     changed = [name for name in wanted if stored.get(name) != wanted[name]]
     if changed:
         shown = ", ".join(f"{name} {stored.get(name)}, now {wanted[name]}" for name in changed)
-        raise ValueError(f"{path} was made with another {shown}: move it away to make it again")
+        raise ValueError(f"{path} was made with another {shown}: delete it to make it again")
 
 
 def batches(n: int, batch_size: int, seed: int):

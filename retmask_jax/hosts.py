@@ -3,11 +3,14 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
 _JAX = "JAX_COORDINATOR_ADDRESS"
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # tasks of this step; 1 or none: not several
+
+_MOST_WORDS = 2000  # bytes of an error that all hosts raise
 
 
 def join(wanted: bool | None) -> None:
@@ -55,6 +58,33 @@ def wait_for_all(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def first_alone(work: Callable[[], None]) -> None:
+    """work() on the first host, while the others wait for it; a ValueError there is raised on every host."""
+    failure = None
+    if primary():
+        try:
+            work()
+        except ValueError as error:
+            failure = error
+    words = _from_first(str(failure) if failure else "")
+    if failure is not None:
+        raise failure
+    if words:
+        raise ValueError(words)
+
+
+def _from_first(text: str) -> str:
+    """The first host's text, on every host; of a long one the beginning."""
+    if not several():
+        return text
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    padded = text.encode()[:_MOST_WORDS].ljust(_MOST_WORDS, b"\0")
+    sent = multihost_utils.broadcast_one_to_all(np.frombuffer(padded, np.uint8))
+    return np.asarray(sent).tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
 def to_host(tree):

@@ -16,7 +16,7 @@ from retmask_jax.evals.recall import task_cases
 from retmask_jax.families import from_hf
 from retmask_jax.fingerprints import fingerprint
 from retmask_jax.haystack import Prompter, read_sentences
-from retmask_jax.hosts import from_first
+from retmask_jax.hosts import first_alone
 from retmask_jax.hub import BUNDLED, config_folder, resolve
 from retmask_jax.lm import LanguageModel, load, load_tokenizer
 from retmask_jax.model.config import ModelConfig
@@ -149,7 +149,7 @@ def load_about(model: str, revision: str | None = None) -> About:
 def checkpoint_fingerprint(model: str | Path, revision: str | None = None) -> str:
     """Hash of all files of a model (folder, hub id or "bundled"), which is fetched if need be; as the first host has it."""
     folder = resolve(model, revision=revision)
-    return from_first(lambda: fingerprint(folder))
+    return first_alone(lambda: fingerprint(folder))
 
 
 def named_files(settings: Mapping[str, Any]) -> list[str]:

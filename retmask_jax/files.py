@@ -5,7 +5,6 @@ import contextlib
 import glob
 import gzip
 import hashlib
-import io
 import json
 import os
 import time
@@ -23,15 +22,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write text or bytes so that a killed process leaves the old file or the new one, never a part."""
     with _whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
-
-
-def write_array(path: Path, array) -> None:
-    """One NumPy array in .npy format, which can be memory-mapped."""
-    import numpy as np
-
-    stream = io.BytesIO()
-    np.save(stream, array)
-    write_atomically(path, stream.getvalue())
 
 
 def write_json(path: Path, value: Any) -> None:

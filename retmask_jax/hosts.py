@@ -10,6 +10,9 @@ log = logging.getLogger(__name__)
 _JAX = "JAX_COORDINATOR_ADDRESS"
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # tasks of this step; 1 or none: not several
 
+_FAILED = "\x15"  # begins the words of a ValueError, on their way to the other hosts
+_MOST_WORDS = 2000  # bytes of an error that all hosts raise
+
 
 def join(wanted: bool | None) -> None:
     """Make one program of all hosts: wanted True; None: where the environment says that there are several.
@@ -58,21 +61,33 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def from_first(make: Callable[[], str], most: int = 256) -> str:
-    """A short text that the first host makes, on every host: hosts that each looked at a shared disk could differ.
+def first_alone(work: Callable[[], str | None]) -> str:
+    """work() on the first host, while the others wait for it. The short text that it returns ("" for None) is returned on
+    every host, and a ValueError there is raised on every host."""
+    failure, text = None, ""
+    if primary():
+        try:
+            text = work() or ""
+        except ValueError as error:
+            failure = error
+    words = _from_first(_FAILED + str(failure) if failure else text)
+    if failure is not None:
+        raise failure
+    if words.startswith(_FAILED):
+        raise ValueError(words.removeprefix(_FAILED))
+    return words
 
-    most: bytes of the longest text.
-    """
+
+def _from_first(text: str) -> str:
+    """The first host's text, on every host; of a long one the beginning."""
     if not several():
-        return make()
+        return text
     import numpy as np
     from jax.experimental import multihost_utils
 
-    text_N = np.zeros(most, np.uint8)
-    if primary():
-        content = make().encode()
-        text_N[: len(content)] = np.frombuffer(content, np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(text_N))).rstrip(b"\0").decode()
+    padded = text.encode()[:_MOST_WORDS].ljust(_MOST_WORDS, b"\0")
+    sent = multihost_utils.broadcast_one_to_all(np.frombuffer(padded, np.uint8))
+    return np.asarray(sent).tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
 def to_host(tree):

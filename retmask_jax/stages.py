@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import glob
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from retmask_jax.causal_stages import (
     rope_stage,
 )
 from retmask_jax.context import Context, named_files
-from retmask_jax.data.preferences import PairRows, encode_pairs, kept_rows
-from retmask_jax.data.released import read_pairs
+from retmask_jax.data.preferences import PairRows, encode_blocks, kept_rows
+from retmask_jax.data.released import iter_pairs
 from retmask_jax.detect import detect, stability
 from retmask_jax.end_tokens import Ends
 from retmask_jax.eval_stages import (
@@ -42,6 +42,7 @@ from retmask_jax.limits import check_limits
 from retmask_jax.lm import save
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import mask_heads
+from retmask_jax.progress import track
 from retmask_jax.recipes import flat
 from retmask_jax.sharding import make_mesh
 from retmask_jax.study_stages import (
@@ -243,16 +244,17 @@ def _rows(context: Context, model: ModelConfig, name: str, target: Path) -> tupl
     ends = Ends.of(prompter.tokenizer, model.eos_ids, chat=prompter.chat, template_kwargs=prompter.template_kwargs)
     identity = {"data": fingerprint(file), "tokenizer": prompter.identity(), "end": ends.usual, **limits}
 
-    def encode() -> PairRows:
-        records = read_pairs(file)
-        if len(records) < section.batch_size:
+    def blocks() -> Iterator[PairRows]:
+        n = sum(1 for _ in iter_pairs(file))
+        if n < section.batch_size:
             raise ValueError(
-                f"{name} kept {len(records)} pairs, fewer than a batch of {section.batch_size}: "
+                f"{name} kept {n} pairs, fewer than a batch of {section.batch_size}: "
                 "add prompts or lower train.batch_size"
             )
-        return encode_pairs(prompter, records, ends=ends, **limits)
+        records = track(iter_pairs(file), n, f"tokenize {name}", "pair")
+        return encode_blocks(prompter, records, ends=ends, **limits)
 
-    return kept_rows(target / "rows", identity, encode), identity
+    return kept_rows(target / "rows", identity, blocks), identity
 
 
 def report_stage(context: Context, folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from retmask_jax.files import digest, read_json, wait_until_listed, wait_until_seen, write_json
-from retmask_jax.hosts import from_first, primary, wait_for_all
+from retmask_jax.hosts import first_alone, primary, wait_for_all
 from retmask_jax.recipes import as_json
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class Workdir:
         write_json(self.root / "config.json", self.config)
         wait_for_all(f"{stage} begins")
         wait_until_seen(self.root / "config.json")
-        if from_first(lambda: self._prepare(stage, basis)) == "finished":
+        if first_alone(lambda: self._prepare(stage, basis)) == "finished":
             return self.result(stage), True
         begin = time.time()
         result = function(folder)

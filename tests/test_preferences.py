@@ -2,13 +2,20 @@
 
 import collections
 import dataclasses
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers_tiny import copying_lm
 
+from retmask_jax import hosts
+from retmask_jax.data import preferences
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.data.preferences import PairRows, batches, encode_pairs, kept_rows, parts, widths
+from retmask_jax.data.preferences import PairRows, batches, encode_blocks, encode_pairs, kept_rows, parts, widths
 from retmask_jax.end_tokens import Ends
 from retmask_jax.haystack import Prompter
 
@@ -86,23 +93,178 @@ def test_long_answers_are_cut_and_have_no_end():
 def test_rows_are_kept_and_read_from_the_file(tmp_path):
     records = [_record(f"the home of {name}", "oslo", "rome paris") for name in ("anna", "carl", "emil")]
     identity = {"data": "a", "tokenizer": PROMPTER.identity()}
-    first = kept_rows(tmp_path, identity, lambda: _encode(records))
+    first = kept_rows(tmp_path, identity, lambda: [_encode(records)])
     again = kept_rows(tmp_path, identity, lambda: pytest.fail("encoded twice"))
     assert isinstance(again.flat, np.memmap)
     for rows in (first, again):
         np.testing.assert_array_equal(rows.flat, _encode(records).flat)
         np.testing.assert_array_equal(rows.bounds, _encode(records).bounds)
-        assert rows.ids == [record["id"] for record in records]
+        assert list(rows.ids) == [record["id"] for record in records]
 
 
 def test_rows_of_another_tokenizer_or_template_are_refused(tmp_path):
     identity = {"data": "a", "tokenizer": PROMPTER.identity()}
-    kept_rows(tmp_path, identity, lambda: _encode([_record("anna", "oslo", "rome")]))
+    kept_rows(tmp_path, identity, lambda: [_encode([_record("anna", "oslo", "rome")])])
     other = dataclasses.replace(PROMPTER, chat=False).identity()
     assert other != PROMPTER.identity() == Prompter(copying_lm().tokenizer).identity()
     message = f"{tmp_path} was made with another tokenizer {PROMPTER.identity()}, now {other}: delete it"
     with pytest.raises(ValueError, match=message):
         kept_rows(tmp_path, identity | {"tokenizer": other}, lambda: pytest.fail("encoded"))
+
+
+# --- rows of many pairs ---
+
+OPTIONS = {"ends": Ends(tl.EOS), "max_tokens": 40, "max_prompt_tokens": 20}
+
+
+def _many(n):
+    rng = np.random.default_rng(0)
+    words = tl.VOCABULARY[10:60]
+    return [_record(f"{'é' * (i % 3)}{i}", " ".join(rng.choice(words, i % 7)), "oslo", (i % 2 == 0, True)) for i in range(n)]
+
+
+def _same(one, other):
+    for name in ("flat", "bounds"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        assert getattr(one, name).dtype == getattr(other, name).dtype
+    assert (list(one.ids), one.cut, one.prompts_cut) == (list(other.ids), other.cut, other.prompts_cut)
+
+
+@pytest.mark.parametrize("records, characters", [(1, 10**6), (4, 10**6), (1000, 10**6), (1000, 9)])
+def test_rows_are_the_same_whatever_the_blocks(tmp_path, monkeypatch, records, characters):
+    pairs = _many(23)
+    whole = _encode(pairs)
+    assert whole.cut == 0 and whole.flat.dtype == np.int32 and len(whole) == 23
+    monkeypatch.setattr(preferences, "_RECORDS", records)
+    monkeypatch.setattr(preferences, "_CHARACTERS", characters)
+    blocks = list(encode_blocks(PROMPTER, iter(pairs), **OPTIONS))
+    assert (len(blocks) == 1) == (records == 1000 and characters > 9)
+    _same(_encode(iter(pairs)), whole)
+    _same(kept_rows(tmp_path, {}, lambda: encode_blocks(PROMPTER, iter(pairs), **OPTIONS)), whole)
+    _same(kept_rows(tmp_path / "none", {}, lambda: []), _encode([]))
+
+
+def test_one_block_of_records_is_held_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(preferences, "_RECORDS", 8)
+
+    class Record(dict):
+        pass
+
+    alive, most = weakref.WeakValueDictionary(), []
+
+    def read():
+        for i, record in enumerate(_many(100)):
+            record = alive[i] = Record(record)
+            most.append(len(alive))
+            yield record
+
+    rows = kept_rows(tmp_path, {}, lambda: encode_blocks(PROMPTER, read(), **OPTIONS))
+    assert len(rows) == 100 and max(most) <= 8 + 2  # the one that is being read, and the last one that was
+
+
+def test_an_encoding_that_was_cut_off_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(preferences, "_RECORDS", 4)
+
+    def torn():
+        yield from _many(30)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept_rows(tmp_path, {}, lambda: encode_blocks(PROMPTER, torn(), **OPTIONS))
+    assert any(path.stat().st_size for path in tmp_path.iterdir()), "something had been written"
+    assert not (tmp_path / "rows.json").exists()
+    fewer = _many(9)
+    _same(kept_rows(tmp_path, {}, lambda: encode_blocks(PROMPTER, fewer, **OPTIONS)), _encode(fewer))
+    (tmp_path / "flat.bin").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="flat.bin has 4 bytes, its rows.json says [0-9]+: delete"):
+        kept_rows(tmp_path, {}, lambda: pytest.fail("encoded"))
+
+
+def test_only_the_first_host_encodes_and_what_goes_wrong_there_is_raised(tmp_path, monkeypatch):
+    kept_rows(tmp_path / "rows", {}, lambda: [_encode(_many(5))])
+    monkeypatch.setattr(hosts, "primary", lambda: False)
+    _same(kept_rows(tmp_path / "rows", {}, lambda: pytest.fail("encoded")), _encode(_many(5)))
+    monkeypatch.setattr(hosts, "_from_first", lambda text: text or "no room")
+    with pytest.raises(ValueError, match="no room"):
+        kept_rows(tmp_path / "others", {}, lambda: pytest.fail("encoded"))
+
+
+TWO_HOSTS = """
+import sys
+from pathlib import Path
+import jax
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+sys.path.insert(0, sys.argv[3])
+from test_preferences import OPTIONS, PROMPTER, _many, encode_blocks, kept_rows
+
+def blocks():
+    assert jax.process_index() == 0, "the second host encodes"
+    return encode_blocks(PROMPTER, _many(50), **OPTIONS)
+
+def fails():
+    raise ValueError("a template refuses this")
+
+rows = kept_rows(Path(sys.argv[4]) / "rows", {}, blocks)
+assert len(rows) == 50
+try:
+    kept_rows(Path(sys.argv[4]) / "failed", {}, fails)
+except ValueError as error:
+    print(len(rows), int(rows.flat.sum()), error)
+"""
+
+
+@pytest.mark.slow
+def test_of_two_hosts_one_encodes_and_both_read_or_fail(tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", TWO_HOSTS, str(port)]
+    started = [
+        subprocess.Popen([*command, str(host), str(Path(__file__).parent), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for host in range(2)
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=300)[0].splitlines()[-1] for process in started]
+    assert printed == [f"50 {_encode(_many(50)).flat.sum()} a template refuses this"] * 2
+
+
+MEMORY = """
+import json, resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_preferences import OPTIONS, PROMPTER, _record, encode_blocks, kept_rows
+from retmask_jax.files import iter_jsonl
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+folder, n = Path(sys.argv[2]), int(sys.argv[3])
+text = "fig elm oak ash yew plum rome paris lima oslo " * 2
+
+def records(n):
+    for i in range(n):
+        yield _record(f"p{i}", text, text) | {"messages": [{"role": "user", "content": text}]}
+
+options = OPTIONS | {"max_tokens": 200, "max_prompt_tokens": 100}
+kept_rows(folder / "few", {}, lambda: encode_blocks(PROMPTER, records(2000), **options))
+before = peak()
+rows = kept_rows(folder / "many", {}, lambda: encode_blocks(PROMPTER, records(n), **options))
+print(json.dumps({"pairs": len(rows), "tokens": len(rows.flat), "extra": peak() - before, "before": before}))
+"""
+
+
+@pytest.mark.slow
+def test_300_000_short_pairs_take_little_memory(tmp_path):
+    """19 million tokens, 77 MB in the files; as lists of records and of Python ints they took 820 MB.
+
+    The baseline has encoded 2,000 pairs, two blocks, and nothing that is kept grows with their number: it was 2 MB. The bound
+    leaves room for an allocator's slack, not for one copy of tokens and records.
+    """
+    command = [sys.executable, "-c", MEMORY, str(Path(__file__).parent), str(tmp_path), "300000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["pairs"] == 300_000 and found["tokens"] == 300_000 * (22 + 2 * 21)
+    assert found["extra"] < 120, found
 
 
 # --- batches ---

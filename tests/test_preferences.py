@@ -184,7 +184,7 @@ def test_only_the_first_host_encodes_and_what_goes_wrong_there_is_raised(tmp_pat
     kept_rows(tmp_path / "rows", {}, lambda: [_encode(_many(5))])
     monkeypatch.setattr(hosts, "primary", lambda: False)
     _same(kept_rows(tmp_path / "rows", {}, lambda: pytest.fail("encoded")), _encode(_many(5)))
-    monkeypatch.setattr(hosts, "_from_first", lambda text: text or "no room")
+    monkeypatch.setattr(hosts, "_from_first", lambda text: text or hosts._FAILED + "no room")
     with pytest.raises(ValueError, match="no room"):
         kept_rows(tmp_path / "others", {}, lambda: pytest.fail("encoded"))
 

@@ -70,7 +70,7 @@ def _undeclared(root, names, *overrides):
     for name in names:
         basis = stages.basis(context, name)
         seen.clear()
-        context.workdir.run(name, basis, functools.partial(stages.STAGES[name].function, context))
+        context.workdir.run(name, basis, functools.partial(stages.STAGES[name].function, context), {"seed": 0})
         counted = settings_of(context.workdir.config)
         found[name] = {key for key in seen & counted.keys() - basis.settings.keys()
                        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in ELSEWHERE)}  # fmt: skip

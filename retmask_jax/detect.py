@@ -73,7 +73,7 @@ def detect(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50
 def score_answers(lm: LanguageModel, cases: Sequence[Case], results: Sequence[tuple[Any, Any]], *, max_new_tokens: int,
                   released: bool = False) -> Detection:  # fmt: skip
     """Copy scores of the model's answers, as in `detect`: results are (tokens i32[n], argmax i32[n,L,H]) per case."""
-    newline = _newline_ids(lm.tokenizer)
+    newline = newline_ids(lm.tokenizer)
     answers, outcomes, per_case = [], [], []
     for case, (tokens_N, argmax_NLH) in zip(cases, results, strict=True):
         end = len(tokens_N) if released else _first(tokens_N, newline)
@@ -115,7 +115,7 @@ def read_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: S
 
     Where predicted equals the answer, argmax is what greedy decoding would have given.
     """
-    found = measure_answers(lm, prompts, answers, _choices, batch_size=batch_size, interventions=interventions,
+    found = measure_answers(lm, prompts, answers, own_choices, batch_size=batch_size, interventions=interventions,
                             what=what)  # fmt: skip
     return [Forced(*one) for one in found]
 
@@ -152,13 +152,46 @@ def measure_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers
             for batch in full_batches(members, size):
                 inputs = _continuations(config, batch, prompts, answers, width, group if shared else None)
                 spans_BN2 = None if spans is None else np.array([spans[i] for i, _ in batch], np.int32)
-                out = to_host(_read(config, measure, values, lm.params, cache, *inputs, spans_BN2, iv, longest))
+                out = to_host(read_batch(config, measure, values, lm.params, cache, *inputs, spans_BN2, iv, longest))
                 rows = [i for i, _ in batch]
                 cut = [operator.itemgetter((row, slice(len(answers[i])))) for row, i in enumerate(rows)]
                 yield rows, [jax.tree.map(take, out) for take in cut]
 
     with mesh_of(lm.params):
         return memory.in_batches(len(prompts), batch_size, what, "answer", work)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def read_batch(config, measure, values, params, prefix, tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv,
+               longest):  # fmt: skip
+    """The compiled program of `measure_answers`: what is measured, [B,N,...], at rows of a batch of texts.
+
+    Args:
+        measure: Static, as in `measure_answers`.
+        values: Static; also ask for the heads' outputs in the spans.
+        prefix: The cache of the beginning that the texts continue; None where they begin themselves.
+        tokens_BT: The texts, behind the prefix.
+        start_B: How many tokens of the prefix each text continues; not read without a prefix.
+        end_B: The length of each text, the prefix counted.
+        rows_BN: The rows of tokens_BT to measure at.
+        target_BN: The tokens that those rows should predict.
+        spans_BN2: Token spans to measure in, or None.
+        iv: Filled interventions.
+        longest: Tokens of the longest text and its answer.
+    """
+    rows = tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv.per_row(len(tokens_BT))
+    return by_rows(functools.partial(_read_rows, config, measure, values), (params, prefix, longest), rows)
+
+
+def own_choices(config, params, out, target_BN):
+    """(the model's own next token i32[B,N], the key each head looks at most i32[B,N,L,H])."""
+    return jnp.argmax(unembed(config, params, out.x_BPE), axis=-1), out.probed.keys[..., 0]
+
+
+def newline_ids(tokenizer) -> np.ndarray:
+    """Ids of the tokens whose text holds a newline."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return np.array([i for i, text in enumerate(texts) if "\n" in text], np.int64)
 
 
 def copy_score(prompt_S, span: tuple[int, int], tokens_N, argmax_NLH, released: bool = False) -> np.ndarray:
@@ -290,14 +323,6 @@ def _prefix_cache(config, params, tokens_1T, end_1, iv, longest):
     return prefill(config, params, tokens_1T, end_1, iv, cache, jnp.zeros((1, 1), jnp.int32), longest=longest).cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _read(config, measure, values, params, prefix, tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv,
-          longest):  # fmt: skip
-    """What is measured, [B,N,...], at rows of texts that continue a cached prefix, or begin (prefix None)."""
-    rows = tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv.per_row(len(tokens_BT))
-    return by_rows(functools.partial(_read_rows, config, measure, values), (params, prefix, longest), rows)
-
-
 def _read_rows(config, measure, values, shared, rows):
     params, prefix, longest = shared
     tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv = rows
@@ -315,20 +340,9 @@ def _read_rows(config, measure, values, shared, rows):
     return measure(config, params, out, target_BN)
 
 
-def _choices(config, params, out, target_BN):
-    """(the model's own next token i32[B,N], the key each head looks at most i32[B,N,L,H])."""
-    return jnp.argmax(unembed(config, params, out.x_BPE), axis=-1), out.probed.keys[..., 0]
-
-
 def _corner(new, old):
     """Where [R,1,K,...] of fewer slots goes into [R,B,K,...]: to every row, from the first slot on."""
     return (slice(None), slice(None), *(slice(size) for size in old.shape[2:]))
-
-
-def _newline_ids(tokenizer) -> np.ndarray:
-    """Ids of the tokens whose text holds a newline."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return np.array([i for i, text in enumerate(texts) if "\n" in text], np.int64)
 
 
 def _first(tokens_N, stop_ids) -> int:

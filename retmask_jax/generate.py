@@ -97,7 +97,7 @@ def generate(
         rows.astype(np.uint32),
     )
     with mesh_of(params):
-        return _generate(config, params, *arguments, max_new_tokens=max_new_tokens, probe=probe)
+        return generate_batch(config, params, *arguments, max_new_tokens=max_new_tokens, probe=probe)
 
 
 def generate_many(
@@ -210,8 +210,12 @@ def take_rows(iv: Interventions, rows) -> Interventions:
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "probe"),
                    compiler_options=DECODING)  # fmt: skip
-def _generate(config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, top_p, seeds_B, rows_B, *,
-              max_new_tokens, probe):  # fmt: skip
+def generate_batch(config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, top_p, seeds_B, rows_B, *,
+                   max_new_tokens, probe):  # fmt: skip
+    """The compiled program of `generate`, of prompts padded to a bucket; a Generated.
+
+    iv: filled interventions. stop_ids, temperature, top_p: of `Draws`. seeds_B, rows_B: u32[B], of `row_keys`.
+    """
     shared = params, Draws(stop_ids, temperature, top_p), lengths_B.max() + max_new_tokens
     rows = tokens_BT, lengths_B, iv.per_row(len(tokens_BT)), seeds_B, rows_B
     return by_rows(functools.partial(_generate_rows, config, max_new_tokens, probe), shared, rows)

@@ -37,7 +37,7 @@ def reference_logprobs(config, load_params, rows: PairRows, path: Path, mesh, *,
                 batch = sharding.place_rows(
                     mesh, len(part.pairs), lambda at, part=part: rows.padded(part.pairs[at], part.width, config.pad_id)
                 )
-                values[part.pairs] = np.stack(to_host(_logprobs(config, params, batch)), axis=1)
+                values[part.pairs] = np.stack(to_host(batch_logprobs(config, params, batch)), axis=1)
                 bar.update(len(set(part.pairs)))
                 if time.monotonic() - saved > _SAVE_EVERY:
                     _keep(path, fingerprint, values)
@@ -54,7 +54,8 @@ def reference_logprobs(config, load_params, rows: PairRows, path: Path, mesh, *,
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logprobs(config, params, batch):
+def batch_logprobs(config, params, batch):
+    """(f32[B], f32[B]): log-probabilities of chosen and rejected answers of a batch of pairs, split over the devices."""
     return sharding.by_rows(lambda params, batch: pair_logprobs(config, params, batch), params, batch)
 
 

@@ -1,20 +1,28 @@
 """Benchmarks: what they report and when they fail, and that the peers compute what we do. No time is asserted."""
 
+import ast
 import dataclasses
+import functools
+import importlib
+import importlib.util
 import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import retmask_jax as rm
-from retmask_jax.benchmarks import chip, detect, generate, harness, masks, models, peers
+from retmask_jax.benchmarks import aot, chip, detect, dpo, generate, harness, masks, memory, models, peak, peers
+from retmask_jax.benchmarks.by_hand import Ours
 from retmask_jax.benchmarks.harness import Bound, Report, Row, Timed, alternate, speed_row
 from retmask_jax.benchmarks.memory import growth_rows
 from retmask_jax.benchmarks.peak import Peak
+from retmask_jax.benchmarks.programs import PROGRAMS
 from retmask_jax.detect import detect as our_detect
 from retmask_jax.detect import read_answers
-from retmask_jax.generate import pad_rows
+from retmask_jax.generate import generate_many, pad_rows
 from retmask_jax.hub import BUNDLED
 from retmask_jax.main import main
 from retmask_jax.model.config import ModelConfig
@@ -161,6 +169,186 @@ def test_first_difference_of_continuations():
 def test_masks_spread_over_layers():
     by_layer = masks.spread_masks(SMALL, 4)
     assert [list(mask) for mask in by_layer] == [[0], [0], [1], [1]]
+
+
+# --- every benchmark runs ---
+
+# What `retmask bench` is called with, at the smallest sizes at which no part is left out.
+QUICK = {
+    ("detect", "bundled"): {"length": 80, "repeats": 1, "depths": 1, "needles": 1, "max_new_tokens": 6},
+    ("detect", "30m"): {"length": 48, "repeats": 1, "depths": 1, "needles": 1, "max_new_tokens": 6},
+    ("masks", "bundled"): {"length": 16, "repeats": 1, "masks": 2, "prompts": 1},
+    ("generate", "30m"): {"length": 16, "repeats": 1, "batch": 2, "new_tokens": 1},
+}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A random model of one layer in place of 30m, and small measurements of the machine."""
+    tiny = dataclasses.replace(SMALL, n_layers=1, max_length=512)
+    monkeypatch.setitem(models._SHAPES, "30m", tiny)
+    monkeypatch.setitem(chip._PRODUCT, "cpu", 64)
+    monkeypatch.setitem(chip._COPIED, "cpu", 2**16)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Our model in the peers' place, by programs that are compiled already: `run` needs no torch and little time then.
+
+    That the peers themselves compute what we do is tested below.
+    """
+    for module in (detect, masks, generate, dpo):
+        monkeypatch.setattr(module, "require", lambda name: None)
+    for module in (detect, masks, generate):
+        monkeypatch.setattr(module, "load_peer", lambda folder, dtype, attention="": rm.load(folder, dtype, models.mesh()))
+
+    def hooked_sweep(lm, tokens, masks_by_layer, one_by_one=False):
+        wanted = [masks.as_interventions(lm.config, by_layer) for by_layer in masks_by_layer]
+        return np.asarray(sweep(lm, tokens, np.full(len(tokens), tokens.shape[1], np.int32), wanted))
+
+    def peer_generate(lm, prompts, new_tokens, pad_id):
+        tokens, lengths = pad_rows(prompts, pad_id)
+        return np.asarray(lm.generate(tokens, lengths, max_new_tokens=new_tokens, stop_ids=()).tokens)
+
+    def published_detection(lm, prompt, span, *, max_new_tokens, stop_ids=(), fixed=None, keep_weights=False):
+        if fixed is None:
+            options = {"batch_size": 1, "max_new_tokens": max_new_tokens, "stop_ids": (), "probe": True}
+            (out,) = generate_many(lm.config, lm.params, [prompt], **options)
+            end = next((i for i, token in enumerate(out.tokens) if token in stop_ids), len(out.tokens))
+            tokens, argmax = out.tokens[:end], out.argmax[:end]
+        else:
+            tokens, argmax = np.array(fixed), read_answers(lm, [prompt], [fixed], batch_size=1)[0].argmax
+        copied = [[[int(t) for t, key in zip(tokens, keys, strict=True) if span[0] <= key < span[1] and prompt[key] == t]
+                   for keys in layer.T] for layer in argmax.swapaxes(0, 1)]  # fmt: skip
+        return peers.Looked(tokens, argmax, copied, [])
+
+    class Recorded(Ours):
+        def step(self):
+            done.append(super().step())
+            return done[-1]
+
+        def reference_pass(self):
+            references.append(super().reference_pass())
+            return references[-1]
+
+    class TrlPeer:
+        def __init__(self, folder, pairs, settings, work, *, precomputed):
+            self.tokens = np.concatenate([pairs["chosen"], pairs["rejected"]])
+            self.reference, self._steps = references[0], 0
+
+        def step(self, learning_rate):
+            self._steps += 1
+            return done[self._steps - 1]
+
+    done, references = [], []
+    monkeypatch.setattr(dpo, "Ours", Recorded)
+    monkeypatch.setattr(masks, "hooked_sweep", hooked_sweep)
+    monkeypatch.setattr(generate, "peer_generate", peer_generate)
+    monkeypatch.setattr(detect, "published_detection", published_detection)
+    monkeypatch.setattr(dpo, "TrlPeer", TrlPeer)
+
+
+@pytest.mark.parametrize("name, size", QUICK)
+def test_every_benchmark_against_a_peer_runs_and_agrees(quick, stand_ins, name, size):
+    options = QUICK[name, size] | {"size": size, "layers": None}
+    report = importlib.import_module(f"retmask_jax.benchmarks.{name}").run(**options)
+    assert report.violated == [] and all(row.ours and row.peer for row in report.rows)
+    assert any(row.bounds for row in report.rows) and harness.table_rows(report)
+
+
+@pytest.mark.parametrize("lora_rank", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_benchmark_of_training_runs_with_and_without_adapters(quick, stand_ins, monkeypatch, lora_rank):
+    taken = {"ours": {"whole": 30, "step": 20}, "trl": {"whole": 90, "step": 50}}
+    monkeypatch.setattr(dpo, "measure", lambda what, **options: taken[what])
+    monkeypatch.setattr(dpo, "_MEMORY_SHAPE", {"vocab_size": 128, "n_layers": 1})
+    report = dpo.run(size="30m", length=8, layers=None, repeats=1, pairs=1, remat=True, memory_length=8, lora_rank=lora_rank)
+    assert report.violated == [] and len(report.rows) == (3 if lora_rank else 7)
+    assert lora_rank or [row.ratio for row in report.rows[-2:]] == [30 / 90, 20 / 50]
+
+
+def test_the_benchmark_of_memory_reports_every_program(quick, monkeypatch):
+    """Each is compiled once, to save time: its memory at 128 tokens is then that at 64."""
+
+    def once(make):
+        compiled = functools.cache(lambda config: make(config, 64).compile())
+        return lambda config, length: SimpleNamespace(compile=lambda: compiled(config))
+
+    monkeypatch.setattr(memory, "PROGRAMS", {name: once(make) for name, make in PROGRAMS.items()})
+    monkeypatch.setattr(memory, "_LENGTHS", (64, 128))
+    monkeypatch.setattr(memory, "measure", lambda what, name, size, layers, length: {"peak": length})
+    report = memory.run(size="30m", length=128, layers=1, measured=True)
+    for program in PROGRAMS:
+        compiled = [row.ours for row in report.rows if row.name.startswith(f"30m, {program}, compiler")]
+        assert len(compiled) == 2 and compiled[0] == compiled[1] > 0
+        measured = [row.ours for row in report.rows if row.name.startswith(f"30m, {program}, measured")]
+        assert measured[:2] == [4096, 8192] and len(measured) == 2 + (program == "prefill")
+
+
+@pytest.mark.slow  # each is a process of its own
+@pytest.mark.parametrize("what, options", [
+    *(("program", {"name": name, "size": "30m", "layers": 1, "length": 128}) for name in PROGRAMS),
+    ("ours", {"length": 16, "pairs": 1}),
+])  # fmt: skip
+def test_peaks_are_measured_of_every_piece_of_work(small, what, options):
+    found = peak.measure(what, **options | ({"folder": str(small)} if what == "ours" else {}))
+    assert set(found) == ({"peak"} if what == "program" else {"whole", "step"}) and all(n > 0 for n in found.values())
+
+
+def test_the_commands_benchmarks_are_all_here():
+    from retmask_jax.main import _BENCHMARKS
+
+    assert set(_BENCHMARKS) == {*(name for name, _ in QUICK), "dpo", "memory"}
+
+
+def test_the_table_of_topologies_is_asked_for_in_words_that_are_checked(monkeypatch, capsys, tmp_path):
+    seen = []
+    monkeypatch.setattr(aot, "fill", lambda *args, **options: seen.append((args, options)) or True)
+    assert aot.main(["recipes", "--recipes", "tiny", "--topologies", "v5e:2x2", f"--out={tmp_path / 'x.json'}"]) == 0
+    assert seen == [((tmp_path / "x.json",), {"recipes": ["tiny"], "topologies": ["v5e:2x2"], "long": False, "models": None})]
+    for wrong in (["prefill"], ["recipes", "--nothing"], ["prefill", "--length=8", "--topology=v9:1x1"]):
+        assert aot.main([*wrong]) == 2
+        assert capsys.readouterr().err.startswith("aot: ")
+
+
+def _private_uses(tree: ast.Module) -> list[str]:
+    """Names with a leading underscore that code takes from other modules: by an import, or as attributes of modules."""
+    found, of_modules = [], set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [(alias.name, alias.asname or alias.name.split(".")[0]) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [(f"{node.module}.{alias.name}", alias.asname or alias.name) for alias in node.names]
+        else:
+            continue
+        found += [name for name, _ in names if any(part.startswith("_") for part in name.split(".") if part != "__future__")]
+        of_modules |= {bound for name, bound in names if isinstance(node, ast.Import) or _is_module(name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            whole = ast.unparse(node)
+            if whole.split(".")[0] in of_modules:
+                found.append(whole)
+    return found
+
+
+@functools.cache
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def test_benchmarks_call_no_private_function_of_another_module():
+    """Such a function changes without notice: a benchmark called one with 9 of its 13 arguments, and could not run."""
+    for path in sorted(Path(harness.__file__).parent.glob("*.py")):
+        assert not _private_uses(ast.parse(path.read_text())), path.name
+    for wrong in ("from retmask_jax.detect import _read", "from retmask_jax.detect import _read as read",
+                  "from retmask_jax import detect\ndetect._read()", "from retmask_jax import detect as d\nd._read()",
+                  "import retmask_jax.detect\nretmask_jax.detect._read()", "from jax._src import core",
+                  "def f():\n    import jax._src.core"):  # fmt: skip
+        assert _private_uses(ast.parse(wrong)), wrong
+    for right in ("from retmask_jax.detect import detect", "import jax\njax.jit()", "self._x()", "from __future__ import x"):
+        assert not _private_uses(ast.parse(right)), right
 
 
 # --- peers compute what we do ---

@@ -8,7 +8,7 @@ import numpy as np
 from retmask_jax import sharding
 from retmask_jax.benchmarks import models
 from retmask_jax.lm import load
-from retmask_jax.reference import _logprobs
+from retmask_jax.reference import batch_logprobs
 from retmask_jax.train_step import make_programs
 from retmask_jax.training_settings import Settings
 
@@ -37,7 +37,7 @@ class Ours:
     def reference_pass(self) -> np.ndarray:
         """f32[2, pairs]: log-probabilities of chosen and rejected answers under the start model."""
         with sharding.using(self.mesh):
-            return np.stack(_logprobs(self._config, self._start, self._batch))
+            return np.stack(batch_logprobs(self._config, self._start, self._batch))
 
     def step(self) -> dict[str, float]:
         """One update; returns its metrics, the loss before it among them."""

@@ -8,7 +8,7 @@ from retmask_jax import recipes
 from retmask_jax.benchmarks import models
 from retmask_jax.benchmarks.harness import Bound, Report, Row, alternate, speed_row
 from retmask_jax.benchmarks.peers import Looked, load_peer, published_detection, require
-from retmask_jax.detect import RIGHT_RECALL, _newline_ids, detect, read_answers
+from retmask_jax.detect import RIGHT_RECALL, detect, newline_ids, read_answers
 from retmask_jax.evals.recall import task_cases
 from retmask_jax.lm import LanguageModel, load
 from retmask_jax.matching import rouge1_recall
@@ -79,7 +79,7 @@ def peer_scores(peer, tokenizer, cases, max_new_tokens: int, stop_ids: Collectio
 
 def _real(lm: LanguageModel, peer, cases, max_new_tokens: int, repeats: int, released: bool) -> Row:
     batch_size = min(_BATCH, len(cases))
-    stop_ids = None if released else {*lm.config.eos_ids, *_newline_ids(lm.tokenizer).tolist()}
+    stop_ids = None if released else {*lm.config.eos_ids, *newline_ids(lm.tokenizer).tolist()}
     timed = alternate({
         "ours": lambda: detect(lm, cases, max_new_tokens=max_new_tokens, batch_size=batch_size, released=released),
         "peer": lambda: peer_scores(peer, lm.tokenizer, cases, max_new_tokens, stop_ids),

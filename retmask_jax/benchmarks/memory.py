@@ -8,6 +8,7 @@ from retmask_jax.benchmarks.peak import measure
 from retmask_jax.benchmarks.programs import PROGRAMS
 
 _GROWTH = 2.2  # bound for twice the length
+_LENGTHS = tuple(2**power for power in range(13, 18))
 _MEASURED = (4096, 8192)
 _FORWARD_ONLY = 16384
 
@@ -18,9 +19,9 @@ def run(size: str, length: int | None, layers: int | None, measured: bool) -> Re
     measured: also the peak of resident memory of runs at 4K and 8K, of prefill at 16K too.
     """
     longest = length or 2**16
-    lengths = [n for n in (2**power for power in range(13, 18)) if n <= longest]
+    lengths = [n for n in _LENGTHS if n <= longest]
     if len(lengths) < 2:
-        raise ValueError(f"--length={longest} leaves no doubling from 8192: give at least 16384")
+        raise ValueError(f"--length={longest} leaves no doubling from {_LENGTHS[0]}: give at least {_LENGTHS[1]}")
     layers = layers or 2
     config = models.shape(size, n_layers=layers)
     rows = []

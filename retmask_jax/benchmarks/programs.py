@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from retmask_jax.benchmarks.models import mesh
-from retmask_jax.detect import _read
-from retmask_jax.generate import _generate
+from retmask_jax.detect import own_choices, read_batch
+from retmask_jax.generate import Draws, generate_batch
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import forward
@@ -51,14 +51,14 @@ def reading(config: ModelConfig, length: int) -> Program:
     """Detection in one case of `length` tokens by reading the answer behind it."""
 
     def arguments():
-        rows = length - _PROBED + jnp.arange(_PROBED)
+        rows, target = length - _PROBED + jnp.arange(_PROBED)[None], jnp.ones((1, _PROBED), jnp.int32)
         start, end = jnp.zeros(1, jnp.int32), jnp.full(1, length, jnp.int32)
         return (
-            _params(config), None, jnp.ones((1, length), jnp.int32), start, end, rows[None], Interventions.none(config),
-            jnp.int32(length),
+            _params(config), None, jnp.ones((1, length), jnp.int32), start, end, rows, target, None,
+            Interventions.none(config), jnp.int32(length),
         )  # fmt: skip
 
-    return Program(_read, (config,), arguments)
+    return Program(read_batch, (config, own_choices, False), arguments)
 
 
 def decoding(config: ModelConfig, length: int) -> Program:
@@ -68,10 +68,10 @@ def decoding(config: ModelConfig, length: int) -> Program:
         row = jnp.zeros(1, jnp.uint32)
         return (
             _params(config), jnp.ones((1, length), jnp.int32), jnp.full(1, length, jnp.int32), Interventions.none(config),
-            jnp.full(8, -1, jnp.int32), jnp.float32(0), jnp.float32(1), row, row,
+            *Draws.of(config, (), 0.0, 1.0), row, row,
         )  # fmt: skip
 
-    return Program(_generate, (config,), arguments, {"max_new_tokens": _PROBED, "probe": True})
+    return Program(generate_batch, (config,), arguments, {"max_new_tokens": _PROBED, "probe": True})
 
 
 def dpo_step(config: ModelConfig, length: int, pairs: int = 1) -> Program:

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "retmask_jax"
 ORDER = """
 hosts shapes files records progress memory hlo topology advice model.config model.rope hf_config families model.adapters
 model.layers model.experts model.interventions model.kernels model.splash model.cudnn model.attention model.cache
-model.transformer model.layerwise sharding flops weights hub prefill generate stream lm variants sweep dpo sequence stats
-haystack head_scores detect detectors causal knockout head_profile norm_utility head_statistics rotary
+model.transformer model.layerwise sharding flops checkpoint_files weights hub prefill generate stream lm variants sweep dpo
+sequence stats haystack head_scores detect detectors causal knockout head_profile norm_utility head_statistics rotary
 data.tiny_language data.preferences data.chat data.prompts
 data.released data.preference_dataset pairs endpoints training_settings optimizer objective reference train_step
 checkpoints metrics train evals.measured evals.kept evals.scoring evals.generation_options

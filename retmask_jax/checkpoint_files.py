@@ -6,28 +6,73 @@ from typing import Any
 
 import numpy as np
 
-from retmask_jax.files import write_atomically
+from retmask_jax.files import check_file, read_object, write_atomically
 from retmask_jax.hosts import primary
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# What a tokenizer is made of, in the forms that transformers reads; a folder with one of the first three has one.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# All that is read, copied and fetched of a checkpoint beside config.json and weights.
+CHECKPOINT_TEXTS = (
+    *TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.txt",
+    "spiece.model", "tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
 _MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 def weight_names(folder: Path) -> list[str]:
-    """The files a checkpoint's weights lie in, by its index if it has one; ValueError if that has no weight_map."""
+    """The files a checkpoint's weights lie in, by its index if it has one; ValueError if that has no weight_map, or names
+    a file that is not in the folder itself."""
     if not (folder / INDEX).exists():
         return [WEIGHTS]
-    weight_map = _read_json(folder / INDEX, "").get("weight_map")
+    weight_map = read_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{folder / INDEX} has no weight_map: fetch it again")
-    return sorted(set(weight_map.values()))
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
+            raise ValueError(f"{folder / INDEX} names {name!r}, which is no file beside it: fetch it again")
+    return names
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The HF config of a checkpoint folder; ValueError if it is missing or no JSON object."""
-    return _read_json(folder / "config.json", "not a Hugging Face checkpoint folder")
+    if not (folder / CONFIG).exists():
+        raise ValueError(f"{folder / CONFIG} does not exist: not a Hugging Face checkpoint folder")
+    return read_object(folder / CONFIG)
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files that make a checkpoint what it is, of those that are there: config.json, the index and the weights that
+    it names, the texts. The folder is not listed. ValueError as `weight_names`, and for a text that is a folder."""
+    weights = [folder / name for name in (CONFIG, INDEX, *weight_names(folder))]
+    return [path for path in weights if path.is_file()] + texts(folder)
+
+
+def texts(folder: Path) -> list[Path]:
+    """The files of a checkpoint's tokenizer, templates and generation that are there; ValueError for one that is a
+    folder."""
+    return [check_file(folder / name) for name in CHECKPOINT_TEXTS if (folder / name).exists()]
+
+
+def own_texts(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(texts that lie in the folder, links out of it). In the cache of the hub, files are links into the blobs of their
+    repository, which are its own."""
+    root = folder.resolve()
+    if root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir():
+        root = root.parent.parent
+    own = [path for path in texts(folder) if path.resolve().is_relative_to(root)]
+    return own, [path for path in texts(folder) if path not in own]
+
+
+def copy_files(paths: list[Path], target: Path) -> None:
+    """Copy files into a folder under their names; a link that has such a name there is replaced, not followed."""
+    for path in paths:
+        if path.resolve() != (target / path.name).resolve():
+            write_atomically(target / path.name, path.read_bytes())
 
 
 class Tensor:
@@ -52,7 +97,7 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         try:
-            handle = safetensors.safe_open(path, framework="numpy")
+            handle = safetensors.safe_open(check_file(path), framework="numpy")
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} is not a readable safetensors file ({error}): fetch it again") from error
         for name in handle.keys():  # noqa: SIM118  (a file, not a dict)
@@ -119,15 +164,3 @@ def _weight_files(folder: Path) -> list[Path]:
     if any(folder.glob("*.bin")):
         raise ValueError(f"{folder} holds pickled weights (.bin), which are never opened: convert them to safetensors")
     raise ValueError(f"{folder} holds no {WEIGHTS} and no {INDEX}")
-
-
-def _read_json(path: Path, otherwise: str) -> dict[str, Any]:
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: {otherwise}")
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    return content

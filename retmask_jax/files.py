@@ -29,9 +29,46 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def read_text(path: Path, what: str = "file") -> str:
+    """The text of a file; ValueError if it is missing, a folder, not readable or not UTF-8. what: it is, in messages."""
+    path = check_file(path, what)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} {path} is not UTF-8 ({error}): convert it") from error
+    except OSError as error:
+        raise ValueError(f"{what} {path} cannot be read ({error.strerror})") from error
+
+
+def check_file(path: Path, what: str = "file") -> Path:
+    """The path; ValueError if there is nothing or no file."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{what} {path} does not exist")
+    if not path.is_file():
+        raise ValueError(f"{what} {path} is a folder, not a file" if path.is_dir() else f"{what} {path} is not a file")
+    return path
+
+
 def read_json(path: Path) -> Any:
-    """The value of a JSON file that `write_json` wrote."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """The value of a JSON file; ValueError if it cannot be read or is not JSON."""
+    return parse_json(read_text(path), f"{path} is not valid JSON")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """As `read_json`, and ValueError for any value but an object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def parse_json(text: str, problem: str) -> Any:
+    """The value of a JSON text; else ValueError: the problem, in words that name the place, and the reason."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{problem} ({error})") from error
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
@@ -50,26 +87,30 @@ def read_jsonl(path: Path) -> list[Any]:
 def iter_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     """(line number, record) of a JSONL file, read as they are asked for; errors as `read_jsonl`."""
     for number, line in iter_lines(path):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if line.strip():
+            yield number, parse_json(line, f"{path}, line {number}: not JSON")
+
+
+def iter_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `iter_jsonl`, and ValueError naming file and line for a value that is no object."""
+    for number, record in iter_jsonl(path):
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{path}, line {number}: a {type(record).__name__} is no record: each line must be {{field: value, ...}}"
+            )
+        yield number, record
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number, line) of a text file, compressed or not; ValueError if it is missing, damaged or not UTF-8."""
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
+    path = check_file(path)
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+    except (EOFError, OSError, zlib.error, UnicodeDecodeError) as error:  # OSError: also what is no gzip archive
         raise ValueError(f"{path} cannot be read beyond line {number} ({error}): fetch or write it again") from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from retmask_jax.files import digest, read_jsonl
+from retmask_jax.files import digest, iter_records, read_text
 from retmask_jax.matching import rouge_tokens
 from retmask_jax.progress import track
 
@@ -141,26 +141,28 @@ class Prompter:
 
 
 def read_sentences(path: str | Path) -> list[str]:
-    """The sentences of a text file; ValueError if it is missing or empty."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"haystack file {path} does not exist")
-    sentences = [s.strip() for s in _SENTENCE_END.split(path.read_text(encoding="utf-8")) if s.strip()]
+    """The sentences of a text file; ValueError if it is missing, not UTF-8 or empty."""
+    sentences = [s.strip() for s in _SENTENCE_END.split(read_text(Path(path), "haystack file")) if s.strip()]
     if not sentences:
         raise ValueError(f"haystack file {path} has no text")
     return sentences
 
 
 def read_needles(path: str | Path) -> list[Needle]:
-    """Needles of a JSONL file with needle, question and answer (or real_needle), and optionally key and memory."""
+    """Needles of a JSONL file with needle, question and answer (or real_needle), and optionally key and memory.
+
+    Raises ValueError naming file and line for a record that lacks question or answer, or has another value than a text.
+    """
     needles = []
-    for number, record in enumerate(read_jsonl(path), 1):
-        answer = record.get("answer", record.get("real_needle"))
-        if "question" not in record or answer is None:
+    for number, record in iter_records(Path(path)):
+        texts = {name: record.get(name) for name in ("needle", "question", "answer", "key", "memory")}
+        texts["answer"] = record.get("answer", record.get("real_needle"))
+        if texts["question"] is None or texts["answer"] is None:
             raise ValueError(f"{path}, line {number}: a needle has question and answer, this one {sorted(record)}")
-        needles.append(
-            Needle(record.get("needle", ""), record["question"], answer, record.get("key"), record.get("memory"))
-        )
+        for name, text in texts.items():
+            if not isinstance(text, str | None):
+                raise ValueError(f"{path}, line {number}: {name} is {text!r:.40}, not a text: write it in quotes")
+        needles.append(Needle(**texts | {"needle": texts["needle"] or ""}))
         check_words(needles[-1], f"{path}, line {number}")
     if not needles:
         raise ValueError(f"{path} holds no needles")

@@ -160,7 +160,7 @@ def read_head_set(path) -> HeadSet:
         record = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: no head set ({error.strerror}): check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"{path}: not YAML ({why}): fetch the file again") from error
     listed = record.get("attn_head_set") if isinstance(record, dict) else None
@@ -226,7 +226,7 @@ def _read_pairs(path):
         pairs = json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs))
     except OSError as error:
         raise ValueError(f"{path}: no head scores ({error.strerror}): check the path") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}): export the head scores again") from error
     if type(pairs) is not dict or not pairs:
         raise ValueError(f'{path}: no head scores: needs an object {{"layer-head": [score, ...]}}')

@@ -3,19 +3,18 @@
 import contextlib
 import dataclasses
 import errno
+import glob
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from retmask_jax.checkpoint_files import INDEX, read_config, weight_names
+from retmask_jax.checkpoint_files import CHECKPOINT_TEXTS, INDEX, read_config, weight_names
 from retmask_jax.families import from_hf
 from retmask_jax.keys import without_secrets
 
 BUNDLED = Path(__file__).parent / "assets" / "tiny"
 
-_TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")
-_OTHER_FORMS = ("*/*", "*consolidated*", "*.bin.index.json")  # of the same weights: original/, onnx/, pickles
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SENDABLE = re.compile("[!-~]+")  # as a token
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -88,7 +87,7 @@ class _Repo:
             from_hf(read_config(folder))
         except ValueError as error:
             raise ValueError(f"{self.name} cannot be used: {error}") from error
-        self._fetch(folder, _TEXTS, _OTHER_FORMS)
+        self._fetch(folder, (INDEX, *CHECKPOINT_TEXTS))
         return folder
 
     def fetch_weights(self, folder: Path) -> None:
@@ -110,21 +109,21 @@ class _Repo:
             raise ValueError(f"{self.name} has no {missing[0]}: pass a model whose weights are stored as safetensors")
         self._fetch(folder, wanted)
 
-    def _fetch(self, folder: Path, patterns: Sequence[str], but: Sequence[str] = ()) -> None:
+    def _fetch(self, folder: Path, names: Sequence[str]) -> None:
         from huggingface_hub import snapshot_download
 
         with self._explained():
             # The folder is named after its commit: every file is of the one whose config was checked.
             snapshot_download(
                 self.name, revision=folder.name, token=self.token, cache_dir=self.cache_dir,
-                allow_patterns=list(patterns), ignore_patterns=list(but),
+                allow_patterns=[glob.escape(name) for name in names],
             )  # fmt: skip
 
     def _weight_files(self, folder: Path) -> list[str]:
         try:
             return weight_names(folder)
         except ValueError as error:
-            raise ValueError(f"{self.name} has a {INDEX} without a readable weight_map: tell its owner") from error
+            raise ValueError(f"{self.name} has a {INDEX} without a readable weight_map ({error}): tell its owner") from error
 
     @contextlib.contextmanager
     def _explained(self):

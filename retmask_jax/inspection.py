@@ -1,7 +1,6 @@
 """What a model is, as it is read from its config.json: shapes, RoPE, size in memory; no weight is loaded."""
 
 import itertools
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from retmask_jax import end_tokens
-from retmask_jax.checkpoint_files import read_config
+from retmask_jax.checkpoint_files import TOKENIZER_FILES, read_config
 from retmask_jax.families import from_hf
-from retmask_jax.lm import TOKENIZER_FILES, load_tokenizer
+from retmask_jax.files import read_object
+from retmask_jax.lm import load_tokenizer
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.sharding import plain_shapes
@@ -193,10 +193,7 @@ def _has_chat_template(folder: Path) -> bool:
     if any((folder / name).exists() for name in _TEMPLATE_FILES):
         return True
     settings = folder / "tokenizer_config.json"
-    try:
-        return settings.exists() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
-    except ValueError as error:
-        raise ValueError(f"{settings} is not valid JSON ({error}): fetch it again") from error
+    return settings.exists() and bool(read_object(settings).get("chat_template"))
 
 
 def _layers(facts: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import os
-import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Float32, Int, PyTree
 
-from retmask_jax import end_tokens, hub, weights
+from retmask_jax import checkpoint_files, end_tokens, hub, weights
+from retmask_jax.checkpoint_files import TOKENIZER_FILES
+from retmask_jax.files import read_object
 from retmask_jax.generate import Generated, generate
 from retmask_jax.hosts import primary
 from retmask_jax.model.config import ModelConfig
@@ -29,8 +31,6 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,15 +170,8 @@ def save(lm: LanguageModel, folder: str | os.PathLike, interventions: Interventi
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     folder = Path(folder)
     weights.write(folder, lm.config, lm.params, lm.source, _bakeable(lm.config, interventions), dtype)
-    if not primary():
-        return
-    if lm.source.folder is not None and Path(lm.source.folder).is_dir():
-        for path in sorted(Path(lm.source.folder).iterdir()):
-            ours = path.name == "config.json" or path.name.endswith(".safetensors.index.json")
-            if path.suffix in _KEPT_SUFFIXES and not ours and path.resolve() != (folder / path.name).resolve():
-                shutil.copyfile(path, folder / path.name)
-    elif lm.tokenizer is not None:
-        lm.tokenizer.save_pretrained(folder)
+    if primary():
+        _save_texts(lm, folder)
 
 
 def from_params(config: ModelConfig, params: PyTree, tokenizer: Any = None) -> LanguageModel:
@@ -196,10 +189,23 @@ def from_params(config: ModelConfig, params: PyTree, tokenizer: Any = None) -> L
 
 
 def load_tokenizer(folder: Path):
-    """The folder's tokenizer, or None if it has none."""
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    """The folder's tokenizer, or None if it has none; ValueError in one line for one that is damaged or needs code of its
+    own, which is never run."""
+    there = {path.name for path in checkpoint_files.texts(folder)}
+    if not there & set(TOKENIZER_FILES):
         return None
-    return _auto_tokenizer().from_pretrained(folder, local_files_only=True)
+    settings = folder / "tokenizer_config.json"
+    needs_code = settings.name in there and "auto_map" in read_object(settings)
+    try:
+        return _auto_tokenizer().from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of transformers and of tokenizers: they have no base in common
+        if needs_code:
+            raise ValueError(
+                f"the tokenizer of {folder} needs code of its own (auto_map in {settings.name}), which is never run: "
+                "save it as one of transformers' classes, with a tokenizer.json"
+            ) from error
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"the tokenizer of {folder} cannot be read ({type(error).__name__}: {why}): fetch it again") from error
 
 
 def _auto_tokenizer():
@@ -213,6 +219,19 @@ def _auto_tokenizer():
         if before is None:
             del os.environ[quiet]
     return AutoTokenizer
+
+
+def _save_texts(lm: LanguageModel, folder: Path) -> None:
+    """The known files of the source's tokenizer, templates and generation; of a source without them, or one in which they
+    are links to elsewhere, the tokenizer as it was loaded."""
+    own, links = ([], []) if lm.source.folder is None else checkpoint_files.own_texts(Path(lm.source.folder))
+    for path in links:
+        log.warning("%s is a link out of the model's folder, to %s, and is not copied", path, path.resolve())
+    if lm.tokenizer is not None and (links or not own):
+        with tempfile.TemporaryDirectory() as made:
+            lm.tokenizer.save_pretrained(made)
+            checkpoint_files.copy_files(checkpoint_files.texts(Path(made)), folder)
+    checkpoint_files.copy_files(own, folder)
 
 
 @functools.partial(jax.jit, static_argnums=0)

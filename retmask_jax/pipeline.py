@@ -105,6 +105,11 @@ def export(config, root: Path, what: str, heads: Sequence[str] | None, form: str
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out")
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"{out} is a link to {os.readlink(out)}, which is not there: choose another --out")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"{out} cannot be made, since {above} is a file: choose another --out")
     if what.startswith("pairs-"):
         pairs = Workdir.open(root, config).folder("pairs") / f"{what.removeprefix('pairs-')}.jsonl.gz"
         if not pairs.exists():

@@ -178,7 +178,7 @@ def error_of(call, *args, **kwargs):
 def test_a_hub_id_becomes_a_folder_with_all_that_is_read_and_nothing_else(hub):
     hub.repos[NAME]["main"] = TINY | OTHER_FORMS
     folder = resolve(NAME)
-    wanted = TEXTS | {WEIGHTS, "params.json"}
+    wanted = TEXTS | {WEIGHTS}
     assert files_of(folder) == {file: (TINY | OTHER_FORMS)[file] for file in wanted}
     assert set(hub.fetched()) == set(hub.fetched("HEAD")) == wanted
     assert read(folder, "float32")[0] == read(BUNDLED, "float32")[0]
@@ -289,6 +289,7 @@ def test_what_can_be_no_model_raises_without_asking_the_hub(hub, tmp_path, monke
     (with_config(quantization_config={"quant_method": "gptq"}), r"cannot be used: .* quantised \(gptq\)"),
     (TINY | {"config.json": b"{"}, "cannot be used: .*config.json is not valid JSON"),
     (TINY | {INDEX: b'{"metadata": {}}'}, f"has a {INDEX} without a readable weight_map"),
+    (TINY | {INDEX: b'{"weight_map": {"a": "../config.json"}}'}, ".*names '../config.json', which is no file beside it"),
     (TINY | {INDEX: b'{"weight_map": {"a": "lost.safetensors"}}'}, "has no lost.safetensors: pass a model whose"),
     ({file: TINY[file] for file in TEXTS} | {"model.gguf": b""}, "has no model.safetensors: pass a model whose"),
     ({file: TINY[file] for file in TEXTS} | {"pytorch_model.bin": b""},

@@ -33,7 +33,7 @@ def load_peer(folder: Path, dtype: str, attention: str = "sdpa"):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation=attention
+        folder, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=False
     )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

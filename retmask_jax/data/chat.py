@@ -15,7 +15,7 @@ def turns(stored: Any) -> Iterator[dict[str, str]]:
     stored = as_text(stored)
     if isinstance(stored, str):
         stored = [{"role": "user", "content": stored}]
-    elif isinstance(stored, dict) and isinstance(stored.get("role"), list) and "content" in stored:
+    elif isinstance(stored, dict) and isinstance(stored.get("role"), list) and isinstance(stored.get("content"), list):
         pairs = zip(stored["role"], stored["content"], strict=True)
         stored = [{"role": role, "content": content} for role, content in pairs]
     if not isinstance(stored, list):

@@ -93,7 +93,7 @@ def _bridge(parent: _Parent, args, tokenizer: str):
                 do_sample=args.do_sample, stop_newline=args.stop_newline, use_chat_template=args.use_chat_template,
                 system_message=args.system_message,
             )  # fmt: skip
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
             self.answered: list[int] = []
 
         def prepare_inputs(self, test_item, data):

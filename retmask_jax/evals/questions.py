@@ -1,12 +1,11 @@
 """Questions on documents: a simple form, and those of SQuAD and HotpotQA as they are distributed."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from retmask_jax.files import read_jsonl
+from retmask_jax.files import iter_records, parse_json, read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +37,14 @@ def read_questions(path: str | Path) -> Questions:
     records = _records(Path(path))
     try:
         rows = list(_squad(records, path) if isinstance(records, dict) else _rows(records, path))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} has none of the known forms of questions (wrong at {error}): see read_questions") from error
     if not rows:
         raise ValueError(f"{path} holds no questions: give records of question, answers and context")
+    for question, answers, documents, near in rows:
+        for value in (question, *answers, *documents, *near):
+            if not isinstance(value, str):
+                raise ValueError(f"{path}: {value!r:.40} is no text, in the question {question!r:.60}: write it in quotes")
     index: dict[str, int] = {}
     for _, _, documents, near in rows:
         for document in (*documents, *near):
@@ -54,13 +57,8 @@ def read_questions(path: str | Path) -> Questions:
 def _records(path: Path) -> Any:
     """A JSON document, or the records of JSON lines."""
     if path.suffixes[-1:] != [".json"]:
-        return read_jsonl(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); name a file of JSON lines .jsonl") from error
+        return [record for _, record in iter_records(path)]
+    return parse_json(read_text(path), f"{path} is not JSON, as which its name ends: name a file of JSON lines .jsonl")
 
 
 def _squad(document: dict, path) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
@@ -89,5 +87,8 @@ def _documents(context: str | dict | Sequence) -> list[str]:
     if isinstance(context, str):
         return [context]
     if isinstance(context, dict):
-        context = list(zip(context["title"], context["sentences"], strict=True))
+        titles, sentences = context["title"], context["sentences"]
+        if len(titles) != len(sentences):
+            raise TypeError(f"{len(titles)} titles of {len(sentences)} lists of sentences")
+        context = list(zip(titles, sentences, strict=True))
     return [part if isinstance(part, str) else f"{part[0]}\n{''.join(part[1])}" for part in context]

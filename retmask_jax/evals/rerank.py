@@ -10,7 +10,7 @@ import numpy as np
 from retmask_jax.evals.kept import Kept
 from retmask_jax.evals.measured import Measured
 from retmask_jax.evals.samples import Draft, Sample, answer, check_lengths, fill, prompt_text
-from retmask_jax.files import iter_jsonl
+from retmask_jax.files import iter_records
 from retmask_jax.haystack import Prompter
 from retmask_jax.lm import LanguageModel
 from retmask_jax.model.interventions import Interventions
@@ -35,13 +35,15 @@ def read_queries(path: str | Path) -> list[Query]:
     from 0 on, or for an empty file.
     """
     queries = []
-    for number, record in iter_jsonl(Path(path)):
+    for number, record in iter_records(Path(path)):
         try:
             rows = [(str(p["id"]), str(p["text"]), p["relevance"]) for p in record["passages"]]
             query = Query(record["query"], {name: (text, relevance) for name, text, relevance in rows})
         except (KeyError, TypeError) as error:
             wanted = "it must have query, and passages of id, text and relevance"
             raise ValueError(f"{path}, line {number}: {wanted} (wrong at {error})") from error
+        if not isinstance(query.query, str):
+            raise ValueError(f"{path}, line {number}: query is {query.query!r:.40}, not a text: write it in quotes")
         wrong = [relevance for *_, relevance in rows if type(relevance) is not int or relevance < 0]
         if wrong or not rows or len(query.passages) < len(rows):
             problem = f"relevance {wrong[0]!r}" if wrong else f"{len(rows)} passages with {len(query.passages)} ids"

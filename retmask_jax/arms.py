@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from retmask_jax import endpoints, pairs, stats
+from retmask_jax import endpoints, memory, pairs, stats
 from retmask_jax.context import Context
 from retmask_jax.data.prompts import read_prompts
 from retmask_jax.files import write_jsonl
@@ -118,7 +118,8 @@ def _answers(context: Context, heads, questions: list[Question]):
     if section.endpoints:
         return endpoints.sample(_endpoints(context, heads, variants), questions, **options)
     masks = {variant: mask_heads(lm.config, heads.get(variant, [])) for variant in variants}
-    return pairs.sample(lm, questions, masks, batch_size=context.config.batch_size, **options)
+    batch_size = section.batch_size or (None if memory.known() else context.config.batch_size)
+    return pairs.sample(lm, questions, masks, batch_size=batch_size, **options)
 
 
 def _endpoints(context: Context, heads, variants: list[Variant]) -> endpoints.Endpoints:

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
+from retmask_jax import memory
 from retmask_jax.data.prompts import source_files
 from retmask_jax.evals.perplexity import text_windows
 from retmask_jax.evals.recall import task_cases
@@ -16,7 +18,8 @@ from retmask_jax.files import digest
 from retmask_jax.haystack import Prompter, read_sentences
 from retmask_jax.hub import BUNDLED
 from retmask_jax.lm import LanguageModel, load
-from retmask_jax.sharding import make_mesh
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.sharding import decoding_mesh, make_mesh, placed
 from retmask_jax.workdir import Workdir, fingerprint
 
 
@@ -36,8 +39,12 @@ class Context:
         return self.load(self.config.model, revision=self.config.revision or None)
 
     def load(self, path, **options) -> LanguageModel:
-        """A model as the config wants it: dtype, mesh, kernel."""
-        return load(path, self.config.dtype, self.mesh, **options).with_kernel(self.config.kernel)
+        """A model as the config wants it: dtype, mesh, kernel; on the mesh for work without gradients."""
+        return load(path, self.config.dtype, self.inference_mesh, **options).with_kernel(self.config.kernel)
+
+    def inference_mesh(self, model: ModelConfig) -> Mesh:
+        """Of the devices of `mesh`, which is training's."""
+        return decoding_mesh(self.mesh, model, self.config.dtype, memory.capacity())
 
     def of(self, lm: LanguageModel) -> "Context":
         """The same for another model, with its own tokenizer."""
@@ -46,10 +53,10 @@ class Context:
         return other
 
     def release_params(self):
-        """The model's parameters, which this context then no longer holds; it loads them again when asked."""
-        params = self.lm.params
-        self.__dict__.pop("lm")
-        return params
+        """The model's parameters on the mesh of training, which this context then no longer holds; it loads them again
+        when asked."""
+        lm = self.__dict__.pop("lm", None) or self.load(self.config.model, revision=self.config.revision or None)
+        return placed(lm.config, lm.params, self.mesh)
 
     @functools.cached_property
     def prompter(self) -> Prompter:

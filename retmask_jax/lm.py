@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +123,14 @@ class LanguageModel:
         return dataclasses.replace(self, **changes)
 
 
-def load(path_or_hub_id: str | os.PathLike, dtype: str = "float32", mesh: Mesh | None = None, *,
+def load(path_or_hub_id: str | os.PathLike, dtype: str = "float32",
+         mesh: Mesh | Callable[[ModelConfig], Mesh] | None = None, *,
          revision: str | None = None, token: str | bool | None = None,
          cache_dir: str | os.PathLike | None = None) -> LanguageModel:  # fmt: skip
     """Load an HF checkpoint: a local folder, a hub id such as "meta-llama/Llama-3.2-1B", or "bundled".
 
-    dtype is that of the parameters and the computation; mesh places the parameters by the sharding rules; revision,
+    dtype is that of the parameters and the computation; mesh (or what gives one for the
+    model's config) places the parameters by the sharding rules; revision,
     token and cache_dir are for a hub id, see `retmask_jax.hub.resolve`. Raises ValueError in one line for a missing
     folder, a model the hub does not give out, an unsupported model or a damaged file.
 

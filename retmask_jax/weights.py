@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from retmask_jax.families import family, from_hf, to_hf
 from retmask_jax.files import write_atomically
@@ -48,6 +49,8 @@ class Source:
 def read(folder: Path, dtype: str, mesh=None) -> tuple[ModelConfig, Any, Source]:
     """(config, params, source) of an HF checkpoint folder, cast to dtype, placed by the mesh's shardings if given.
 
+    mesh: a Mesh, or what gives one for the model's config.
+
     Tensors are read lazily, only the part each device holds, so host memory beyond the parameters stays near one
     device's shard of one parameter. Raises ValueError naming the file, attribute or tensor that is missing, extra,
     misshapen or unreadable before any weight is read.
@@ -64,6 +67,7 @@ def read(folder: Path, dtype: str, mesh=None) -> tuple[ModelConfig, Any, Source]
         if tensors[name].shape != (wanted := _stored_shape(pieces)):
             raise ValueError(f"tensor {name} has shape {tensors[name].shape}; config.json asks for {wanted}")
 
+    mesh = mesh if mesh is None or isinstance(mesh, Mesh) else mesh(config)  # a Mesh is callable, too
     shardings = flatten_dict(param_shardings(config, mesh), sep="/") if mesh else {}
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     of_path: dict[str, list[_Piece]] = {path: [] for path in shapes}

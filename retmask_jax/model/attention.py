@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from retmask_jax.model import cudnn
 from retmask_jax.model.config import KERNELS
-from retmask_jax.model.kernels import HIDDEN, Scores, blocked, dot, plain
+from retmask_jax.model.kernels import HIDDEN, Scores, blocked, dot, plain, platform
 from retmask_jax.model.layers import precision
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto
     shards = _context_shards(length) if start_B is None and positions_BT is None else 1
     chosen = "plain"
     if positions_BT is None:
-        chosen = _choose(kernel, jax.default_backend(), q_BTHD.dtype.name, length, width, start_B is None, scores)
+        chosen = _choose(kernel, platform(), q_BTHD.dtype.name, length, width, start_B is None, scores)
     if chosen == "splash":
         from retmask_jax.model.splash import splash_attend, unsupported
 
@@ -225,7 +225,7 @@ def _over_heads(function, q_BKGTD, keys: Keys):
     elsewhere.
     """
     batch, kv_heads = q_BKGTD.shape[:2]
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         over_kv_heads = jax.vmap(function, (None, 0, 0, 0))
         return jax.vmap(over_kv_heads)(jnp.arange(batch), q_BKGTD, keys.k_BKDS, keys.v_BKSD)
     layers, n = keys.k_RBKDS.shape[0], batch * kv_heads

@@ -70,6 +70,9 @@ def get_config() -> ConfigDict:
     config.pairs.temperature = 0.6
     config.pairs.top_p = 1.0
     config.pairs.max_new_tokens = 2048
+    # Rows that are decoded at once; None: as many as fill the device's memory by the compiler's report, or batch_size
+    # where the device does not say how much it has. A step reads all weights once, however many rows there are.
+    config.pairs.batch_size = None
     config.pairs.template_kwargs = ConfigDict()  # beside those of prompt, such as enable_thinking=True
 
     # Answers from OpenAI-compatible servers instead of this process: {"normal": url, "retmask": url}; a control has a

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from retmask_jax import endpoints, pairs, stats
+from retmask_jax import endpoints, memory, pairs, stats
 from retmask_jax.context import Context
 from retmask_jax.data.prompts import read_prompts, source_files
 from retmask_jax.files import write_jsonl
@@ -70,7 +70,7 @@ def prompt_prints(context: Context) -> dict[str, Any]:
 
 def _arm_heads(context: Context, seed: int) -> dict[str, list]:
     """The heads masked to answer for each arm."""
-    config, arms, heads = context.about.config, context.config.train.arms, context.heads()
+    config, arms, heads = context.outline.config, context.config.train.arms, context.heads()
     wanted = set(arms) | ({"retmask"} if "sft_filtered" in arms else set())
     activity_LH = np.array(context.workdir.result("knockout")["activity"])
     choices = {
@@ -88,7 +88,7 @@ def _questions(context: Context, prompts, heads) -> tuple[list[Question], int]:
     config = context.config
     without = "no_fact" in config.train.arms
     keys = ("messages", "messages_without") if without else ("messages",)
-    room = context.about.config.max_length - config.pairs.max_new_tokens
+    room = context.outline.config.max_length - config.pairs.max_new_tokens
     numbers, tokens = pairs.usable(context.pairs_prompter, prompts, keys, room)
     questions = []
     for seed in config.train.seeds:
@@ -125,7 +125,8 @@ def _answers(context: Context, heads, questions: list[Question]):
     if section.endpoints:
         return endpoints.sample(_endpoints(context, heads, variants), questions, **options)
     masks = {variant: mask_heads(context.lm.config, heads.get(variant, [])) for variant in variants}
-    return pairs.sample(context.lm, questions, masks, batch_size=context.config.batch_size, **options)
+    batch_size = section.batch_size or (None if memory.known() else context.config.batch_size)
+    return pairs.sample(context.lm, questions, masks, batch_size=batch_size, **options)
 
 
 def _endpoints(context: Context, heads, variants: list[Variant]) -> endpoints.Endpoints:

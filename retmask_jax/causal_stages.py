@@ -31,7 +31,7 @@ def check_experiments(config) -> None:
 
 def check_experiments_model(context: Context) -> None:
     """Raise ValueError where these settings ask for more than the model has."""
-    config, section = context.about.config, context.config
+    config, section = context.outline.config, context.config
     total = config.n_layers * config.n_heads
     numbers = [size for size in section.knockout.curve if not isinstance(size, float)]
     knockout.head_numbers(numbers, n_retrieval=0, n_all=total)

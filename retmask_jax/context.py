@@ -9,37 +9,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
+from retmask_jax import memory
+from retmask_jax.checkpoint_files import checkpoint_files
 from retmask_jax.data.prompts import source_files
 from retmask_jax.evals.perplexity import text_windows
 from retmask_jax.evals.recall import task_cases
-from retmask_jax.families import from_hf
 from retmask_jax.fingerprints import fingerprint
 from retmask_jax.haystack import Prompter, read_sentences
 from retmask_jax.hosts import first_alone
-from retmask_jax.hub import BUNDLED, config_folder, resolve
-from retmask_jax.lm import LanguageModel, load, load_tokenizer
+from retmask_jax.hub import BUNDLED, resolve
+from retmask_jax.lm import LanguageModel, load, outline
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.recipes import as_json
-from retmask_jax.sharding import make_mesh
-from retmask_jax.weights import read_config
+from retmask_jax.sharding import decoding_mesh, make_mesh, placed
+from retmask_jax.weights import Source, source_of
 from retmask_jax.workdir import Workdir, settings_of
 
 _FILE = re.compile(r"text\.file|detect\.scores|tasks\..*\.(needles|haystack)")
-
-
-@dataclasses.dataclass(frozen=True)
-class About:
-    """What is known of a model without its weights: `load_about` reads it. folder: with its config.json."""
-
-    folder: Path
-    config: ModelConfig
-    tokenizer: Any
-
-    @classmethod
-    def of(cls, lm: LanguageModel) -> "About":
-        """What is known of a model that is loaded."""
-        return cls(lm.source.folder, lm.config, lm.tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,40 +43,53 @@ class Context:
         return make_mesh(self.config.mesh)
 
     @property
-    def about(self) -> About:
-        return About.of(self.lm) if "lm" in self.__dict__ else self._about
+    def outline(self) -> LanguageModel:
+        """The model's config and tokenizer; its weights are not loaded for it."""
+        return self.lm if "lm" in self.__dict__ else self._outline
 
     @functools.cached_property
-    def _about(self) -> About:
-        return load_about(self.config.model, self.config.revision or None)
+    def _outline(self) -> LanguageModel:
+        return outline(self.config.model, revision=self.config.revision or None).with_kernel(self.config.kernel)
 
     @functools.cached_property
     def lm(self) -> LanguageModel:
         return self.load(self.config.model, revision=self.config.revision or None)
 
     def load(self, path, **options) -> LanguageModel:
-        """A model as the config wants it: dtype, mesh, kernel."""
-        return load(path, self.config.dtype, self.mesh, **options).with_kernel(self.config.kernel)
+        """A model as the config wants it: dtype, mesh, kernel; on the mesh for work without gradients."""
+        return load(path, self.config.dtype, self.inference_mesh, **options).with_kernel(self.config.kernel)
+
+    def inference_mesh(self, model: ModelConfig) -> Mesh:
+        """Of the devices of `mesh`, which is training's."""
+        return decoding_mesh(self.mesh, model, self.config.dtype, memory.capacity())
 
     def of(self, lm: LanguageModel) -> "Context":
         """This context for another model; prompts then use that model's tokenizer."""
         other = dataclasses.replace(self)
-        other.__dict__.update(lm=lm, _about=About.of(lm))
+        other.__dict__.update(lm=lm, _outline=lm.replace(params=None))
         return other
 
-    def release_params(self, dtype: str | None = None):
-        """The model's parameters, as stored in another dtype if need be; this context then no longer holds its own, and
-        loads them again when asked."""
-        dtype, lm = dtype or self.config.dtype, self.__dict__.pop("lm", None)
+    def release(self) -> None:
+        """Hold the model's parameters no longer; they are loaded again when asked for."""
+        self.__dict__.pop("lm", None)
+
+    def start_params(self, dtype: str):
+        """The model's parameters in a dtype, on the mesh of training, for one who gives them up; this context holds none of
+        its own then."""
+        lm = self.__dict__.pop("lm", None)
         if lm is not None and dtype == self.config.dtype:
-            return lm.params
+            return placed(lm.config, lm.params, self.mesh)
         del lm  # one at a time
         return load(self.config.model, dtype, self.mesh, revision=self.config.revision or None).params
+
+    def source(self) -> Source:
+        """Where the model's stored weights lie and in what dtypes, for models that are saved as it is."""
+        return source_of(resolve(self.config.model, revision=self.config.revision or None))
 
     @functools.cached_property
     def prompter(self) -> Prompter:
         section = self.config.prompt
-        return Prompter(self.about.tokenizer, section.template, section.chat, section.template_kwargs.to_dict())
+        return Prompter(self.outline.tokenizer, section.template, section.chat, section.template_kwargs.to_dict())
 
     @functools.cached_property
     def pairs_prompter(self) -> Prompter:
@@ -112,7 +113,7 @@ class Context:
         text = self.config.text
         if not text.file:
             raise ValueError("text.file names no file: activity and losses are measured on plain text")
-        return text_windows(self.about.tokenizer, read_sentences(self.resolve(text.file)), text.length, text.windows)
+        return text_windows(self.outline.tokenizer, read_sentences(self.resolve(text.file)), text.length, text.windows)
 
     def check_files(self) -> None:
         """ValueError for the first data file of the config that does not exist."""
@@ -140,16 +141,10 @@ class Context:
         return checkpoint_fingerprint(self.config.model, self.config.revision or None)
 
 
-def load_about(model: str, revision: str | None = None) -> About:
-    """What is known of a model (folder, hub id or "bundled") without its weights; errors as of `config_folder`."""
-    folder = config_folder(model, revision=revision)
-    return About(folder, from_hf(read_config(folder)), load_tokenizer(folder))
-
-
 def checkpoint_fingerprint(model: str | Path, revision: str | None = None) -> str:
     """Hash of all files of a model (folder, hub id or "bundled"), which is fetched if need be; as the first host has it."""
     folder = resolve(model, revision=revision)
-    return first_alone(lambda: fingerprint(folder))
+    return first_alone(lambda: fingerprint(*checkpoint_files(folder)))
 
 
 def named_files(settings: Mapping[str, Any]) -> list[str]:

@@ -59,7 +59,7 @@ def check_eval_model(context: Context) -> None:
     """Raise ValueError where a suite is longer than the model's context, or its files are not there."""
     for name in suite_files(context.config.suites):
         context.data_file(name)
-    check_context(context.config.suites, context.about.config.max_length)
+    check_context(context.config.suites, context.outline.config.max_length)
 
 
 def suite_prints(context: Context) -> dict[str, Any]:

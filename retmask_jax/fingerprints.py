@@ -17,19 +17,17 @@ _BLOCK = 2**22
 _READERS = 4  # threads: hashing leaves the interpreter free
 
 
-def fingerprint(path: str | os.PathLike) -> str:
-    """Hash of a file, or of the files directly in a folder with their names: every byte counts.
+def fingerprint(*files: Path) -> str:
+    """Hash of some files, with their names: every byte counts.
 
     A sample of each tensor would be quicker, but weights can differ in one expert or one adapter alone, and a wrong
     match costs results. One core hashes 1 to 2 GB/s, so that 16 GB take some 10 s in four files, and nothing when they
     are hashed again: the hash of a large file is kept in the user's cache folder under its path, size, modification
     time and inode.
     """
-    path = Path(path)
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     sizes = [file.stat().st_size for file in files]
     with (
-        track(None, sum(sizes), f"fingerprint {path.name}", "B") as bar,
+        track(None, sum(sizes), f"fingerprint {files[0].parent.name}", "B") as bar,
         concurrent.futures.ThreadPoolExecutor(_READERS) as pool,
     ):
         hashes = pool.map(lambda file: _hash(file, bar.update), files)

@@ -36,7 +36,8 @@ _TEXT = Limit("text", (str,))
 # Keys, or patterns of keys, by what they must be. Of a tuple every element must.
 _LIMITS = {
     _whole(1): """batch_size cpu_devices detect.max_new_tokens detect.top_k knockout.activity_windows pairs.n_prompts
-        pairs.max_new_tokens pairs.concurrency train.steps train.batch_size train.microbatch_size train.max_tokens
+        pairs.batch_size pairs.max_new_tokens pairs.concurrency
+        train.steps train.batch_size train.microbatch_size train.max_tokens
         train.max_prompt_tokens train.widths train.reference_batch_size train.checkpoint_every train.keep detectors.cases
         detectors.top_k theta.cases dynamics.cases text.windows tasks.*.lengths tasks.*.per_length
         tasks.*.max_new_tokens suites.*.lengths suites.*.n suites.niah.shortest suites.niah.longest suites.niah.n_lengths
@@ -60,7 +61,7 @@ _LIMITS = {
         detectors.seed_names""",
 }  # fmt: skip
 # What may be None: "as needed", "all" or "not".
-_OR_NONE = """detect.threshold detect.top_k detect.scores knockout.minimal rope.patch_pairs pairs.prompts_field
+_OR_NONE = """detect.threshold detect.top_k detect.scores knockout.minimal rope.patch_pairs pairs.prompts_field pairs.batch_size
     detectors.cases detectors.top_k theta.cases dynamics.threshold dynamics.cases dynamics.task tasks.*.per_length
     suites.rerank.length suites.perplexity.stride suites.*.limit suites.lm_eval.fewshot suites.helmet.chat
     distributed""".split()

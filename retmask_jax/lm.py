@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxtyping import Float32, Int, PyTree
 
 from retmask_jax import checkpoint_files, end_tokens, hub, weights
 from retmask_jax.checkpoint_files import TOKENIZER_FILES
+from retmask_jax.families import from_hf
 from retmask_jax.files import read_object
 from retmask_jax.generate import Generated, generate
 from retmask_jax.hosts import primary
@@ -123,16 +124,17 @@ class LanguageModel:
         return dataclasses.replace(self, **changes)
 
 
-def load(path_or_hub_id: str | os.PathLike, dtype: str = "float32", mesh: Mesh | None = None, *,
+def load(path_or_hub_id: str | os.PathLike, dtype: str = "float32",
+         mesh: Mesh | Callable[[ModelConfig], Mesh] | None = None, *,
          revision: str | None = None, token: str | bool | None = None,
          cache_dir: str | os.PathLike | None = None) -> LanguageModel:  # fmt: skip
     """Load an HF checkpoint: a local folder, a hub id such as "meta-llama/Llama-3.2-1B", or "bundled".
 
-    dtype is that of the parameters and the computation; mesh places the parameters by the sharding rules; revision,
-    token and cache_dir are for a hub id, see `retmask_jax.hub.resolve`. config.eos_ids are all ids that end an answer:
-    those of config.json, of generation_config.json, of the tokenizer and of the chat template's assistant turns. Raises
-    ValueError in one line for a missing folder, a model the hub does not give out, an unsupported model or a damaged
-    file.
+    dtype is that of the parameters and the computation; mesh (or what gives one for the model's config) places the
+    parameters by the sharding rules; revision, token and cache_dir are for a hub id, see `retmask_jax.hub.resolve`.
+    config.eos_ids are all ids that end an answer: those of config.json, of generation_config.json, of the tokenizer and of
+    the chat template's assistant turns. Raises ValueError in one line for a missing folder, a model the hub does not give
+    out, an unsupported model or a damaged file.
 
     >>> import retmask_jax as rm
     >>> lm = rm.load("bundled", dtype="bfloat16")
@@ -142,11 +144,21 @@ def load(path_or_hub_id: str | os.PathLike, dtype: str = "float32", mesh: Mesh |
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     folder = hub.resolve(path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir)
-    tokenizer = load_tokenizer(folder)
-    stops = end_tokens.named_stops(folder, tokenizer)
-    config, params, source = weights.read(folder, dtype, mesh)
-    config = dataclasses.replace(config, eos_ids=end_tokens.union(config.eos_ids, *stops.values()))
-    return LanguageModel(config, params, tokenizer, source)
+    texts = _outline(folder)
+    _, params, source = weights.read(folder, dtype, mesh)
+    return texts.replace(params=params, source=source)
+
+
+def outline(path_or_hub_id: str | os.PathLike, *, revision: str | None = None) -> LanguageModel:
+    """A model without its weights, which are neither read nor fetched: config and tokenizer; params is None.
+
+    Arguments and errors as of `load`.
+
+    >>> lm = outline("bundled")
+    >>> lm.config.n_layers, lm.params
+    (4, None)
+    """
+    return _outline(hub.config_folder(path_or_hub_id, revision=revision))
 
 
 def save(lm: LanguageModel, folder: str | os.PathLike, interventions: Interventions | None = None,
@@ -206,6 +218,14 @@ def load_tokenizer(folder: Path):
             ) from error
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"the tokenizer of {folder} cannot be read ({type(error).__name__}: {why}): fetch it again") from error
+
+
+def _outline(folder: Path) -> LanguageModel:
+    hf_config, tokenizer = checkpoint_files.read_config(folder), load_tokenizer(folder)
+    config = from_hf(hf_config)
+    stops = end_tokens.named_stops(folder, tokenizer)
+    config = dataclasses.replace(config, eos_ids=end_tokens.union(config.eos_ids, *stops.values()))
+    return LanguageModel(config, None, tokenizer, weights.Source(hf_config, {}, folder))
 
 
 def _auto_tokenizer():

@@ -27,6 +27,17 @@ def limit() -> int:
     return psutil.virtual_memory().available // jax.local_device_count()  # with what the page cache would give back
 
 
+def known() -> bool:
+    """Whether the first device says how much memory it has; a CPU's is that of everyone on the machine."""
+    return "bytes_limit" in (jax.devices()[0].memory_stats() or {})
+
+
+def capacity() -> int:
+    """Bytes of the first device; on a CPU, its share of the machine's."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or psutil.virtual_memory().total // jax.local_device_count()
+
+
 def needed(compiled) -> int:
     """Bytes a compiled program takes beside its arguments, by the compiler's report."""
     report = compiled.memory_analysis()

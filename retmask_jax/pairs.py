@@ -65,7 +65,7 @@ def draws(seed: int, stream: int, n: int) -> np.ndarray:
 
 
 def sample(lm: LanguageModel, questions: Sequence[Question], masks: Mapping[Variant, Interventions], *,
-           temperature: float, top_p: float, max_new_tokens: int, batch_size: int) -> Iterator[dict]:  # fmt: skip
+           temperature: float, top_p: float, max_new_tokens: int, batch_size: int | None) -> Iterator[dict]:  # fmt: skip
     """The answers of the model, each under its variant's mask, as records in the order in which they finish.
 
     All variants share batches. An answer depends on its question alone, not on what else is asked (up to rounding,

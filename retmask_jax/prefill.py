@@ -11,7 +11,7 @@ import numpy as np
 
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.kernels import even_size
+from retmask_jax.model.kernels import even_size, platform
 from retmask_jax.model.layerwise import hidden_rows
 
 # Tokens of a row that pass through the model at once: bounds the memory of activations at any length. A GPU reads all
@@ -76,7 +76,7 @@ def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *
 
 def usual_chunk() -> int:
     """Tokens of a row that pass through the model at once on this device."""
-    return _CHUNK.get(jax.default_backend(), _CHUNK_ELSEWHERE)
+    return _CHUNK.get(platform(), _CHUNK_ELSEWHERE)
 
 
 def slots_for(length: int, chunk: int | None = None) -> int:

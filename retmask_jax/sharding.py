@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor", "context")
 ROW_AXES = ("data", "fsdp")  # what the rows of a batch are split over
+# Of a device's memory weights take at most this share where tokens are decoded, the rest holds caches: a step reads both
+# once, so rows, and tokens, grow with it. Where they do not, they may take nearly all.
+_SHARES_OF_MEMORY, _FULL = 3, 0.9
 
 # Logical axis -> mesh axes. Batches are split over data and fsdp, weights over fsdp, context and tensor, the positions of
 # long rows over context; log-probabilities over the vocabulary instead of the rows.
@@ -57,6 +60,44 @@ def make_mesh(sizes, devices=None) -> Mesh:
         wanted = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES if axis in sizes)
         raise ValueError(f"a mesh of {wanted} does not fit {len(devices)} devices: the product must be {len(devices)}")
     return jax.make_mesh(tuple(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def decoding_mesh(mesh: Mesh, config: ModelConfig, dtype: str, device_bytes: float) -> Mesh:
+    """The mesh for a model at work: of the same devices, with none on the fsdp axis, so that no token waits for weights.
+
+    What training splits over fsdp is whole on each device where a copy takes at most a third of its memory, and each has
+    rows of its own; else heads and MLPs are split over the fewest devices of which that is true. The mesh as it is
+    where it has no fsdp axis, or where weights fit in no other way.
+    """
+    split, devices = mesh.shape["fsdp"], mesh.devices
+    if split == 1:
+        return mesh
+    least = None
+    for shares in (n for n in range(1, split + 1) if split % n == 0):
+        tensor = shares * mesh.shape["tensor"]
+        if config.n_heads % tensor or config.mlp_size % tensor:
+            continue
+        # In the order of the old one: what lies on the one then moves to the other.
+        shape = mesh.shape["data"] * split // shares, 1, tensor, mesh.shape["context"]
+        found = Mesh(devices.reshape(shape), AXES, axis_types=mesh.axis_types)
+        held = held_bytes(placed_shapes(config, found, dtype))
+        if held <= device_bytes / _SHARES_OF_MEMORY:
+            return found
+        if least is None or held < least[0]:
+            least = held, found
+    return mesh if least is None or least[0] > _FULL * device_bytes else least[1]
+
+
+def held_bytes(tree) -> int:
+    """Bytes on one device of all arrays (or their shapes) in a pytree that have a sharding."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def placed(config: ModelConfig, params, mesh: Mesh):
+    """The parameters as `param_shardings` lays them out, each given up where it was."""
+    shardings = param_shardings(config, mesh)
+    return jax.tree.map(lambda x, at: x if x.sharding == at else jax.device_put(x, at, donate=True), params, shardings)
 
 
 def plain_shapes(config: ModelConfig):

@@ -179,7 +179,7 @@ def check_batch(config, devices=None) -> None:
 def check_model(context: Context) -> None:
     """Raise ValueError where the model's context is too short for a task, or a file of scores is not this model's."""
     for name, task in context.config.tasks.items():
-        check_fits(name, task, context.about.config.max_length)
+        check_fits(name, task, context.outline.config.max_length)
     context.check_files()
     if context.config.detect.scores is not None:
         _given_scores(context)
@@ -208,7 +208,7 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
     """Every arm and seed trained from the same start, exported as an HF checkpoint."""
     config = context.config
     names = {f"{arm}-{seed}": (arm, seed) for arm in config.train.arms for seed in config.train.seeds}
-    model, heads = context.lm.replace(params=None), context.heads()
+    model, heads = context.outline.replace(params=None, source=context.source()), context.heads()
     start = {"model": context.model_fingerprint, "dtype": config.train.compute_dtype}
     runs = {}
     for name, (arm, seed) in names.items():
@@ -216,7 +216,7 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
         rows, identity = _rows(context, model.config, name, target)
         if not is_whole(target / "model"):
             settings = train_settings(config, arm, seed)
-            load_start = functools.partial(context.release_params, settings.start_dtype)
+            load_start = functools.partial(context.start_params, settings.start_dtype)
             params = train(
                 model.config, load_start, rows, settings, target, context.mesh,
                 fingerprint=digest(identity | start), what=f"train {name}",
@@ -363,7 +363,7 @@ def _detected(context: Context, folder: Path, scores: HeadScores, outcomes: list
 
 
 def _given_scores(context: Context) -> HeadScores:
-    scores, config = HeadScores.load(context.config.detect.scores), context.about.config
+    scores, config = HeadScores.load(context.config.detect.scores), context.outline.config
     if scores.mean.shape != (config.n_layers, config.n_heads):
         raise ValueError(
             f"{context.config.detect.scores} scores {scores.mean.shape[0]} layers of {scores.mean.shape[1]} heads, "

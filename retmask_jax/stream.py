@@ -49,6 +49,7 @@ _STEPS = 16
 # many batches of average answers on, by the share of them that the narrower cache saves.
 _WORTH_WAITING = 2
 _CHECKED_AT_ONCE = 1024
+_FILLED = 0.9  # of the free memory that rows may fill: the rest is lost between arrays
 _FREE = -1
 
 
@@ -66,7 +67,7 @@ def generate_stream(
     params,
     requests: Sequence[Request],
     *,
-    batch_size: int,
+    batch_size: int | None,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -80,11 +81,12 @@ def generate_stream(
     stops i32[].
     masks: arrays with a leading axis over the different masks (None: one that masks nothing). Options as in
     `generate`; where rotary frequencies depend on the length, those of the longest request and max_new_tokens hold for
-    all. Where memory runs out the batch is halved and unfinished requests begin anew. Raises ValueError for a request
-    that does not fit before anything runs.
+    all. batch_size None: as many rows as the device's free memory holds, by the compiler's report. Where memory runs out
+    the batch is halved and unfinished requests begin anew. Raises ValueError for a request that does not fit before
+    anything runs.
     """
     check_options(max_new_tokens, temperature, top_p)
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     masks = _per_mask(config, masks)
     longest = _check(config, requests, max_new_tokens, n_masks=len(masks.head_mask)) + max_new_tokens
@@ -150,27 +152,98 @@ def _stream(job: _Job, batch_size: int, what: str):
     longest_first = sorted(range(len(job.requests)), key=lambda i: -len(job.requests[i].tokens))
     left = dict.fromkeys(longest_first)
     while left:
+        rows = batch_size or 1
         try:
             for group in _groups(job, list(left), batch_size, what):
-                for i, result in _refilled(job, group, batch_size):
+                rows = batch_size or _filling(job, group, what)
+                for i, result in _refilled(job, group, rows):
                     del left[i]
                     yield i, result
         except jax.errors.JaxRuntimeError as error:
-            batch_size = memory.halved(error, batch_size, what)
+            batch_size = memory.halved(error, rows, what)
 
 
-def _groups(job: _Job, indices: list[int], batch_size: int, what: str) -> list[list[int]]:
+def _groups(job: _Job, indices: list[int], batch_size: int | None, what: str) -> list[list[int]]:
     """Requests, the longest first, cut where a narrower cache is worth waiting for all rows on their way."""
     widths = [_slots(job, len(job.requests[i].tokens)) for i in indices]
-    cuts = [0]
+    cuts, rows = [0], batch_size or _room(job, widths[0])
     for at, width in enumerate(widths):
         saved = 1 - width / widths[cuts[-1]]
-        if saved * (len(indices) - at) / batch_size > _WORTH_WAITING:
+        if saved * (len(indices) - at) / rows > _WORTH_WAITING:
             cuts.append(at)
+            rows = batch_size or _room(job, width)
     prefills = {bucket(len(job.requests[i].tokens)) for i in indices}
     log.info("%s: caches of %s slots, prompts of up to %d lengths: that many programs to decode and to prefill", what,
              ", ".join(str(widths[cut]) for cut in cuts), len(prefills))  # fmt: skip
     return [indices[start:end] for start, end in zip(cuts, [*cuts[1:], len(indices)], strict=True)]
+
+
+def _filling(job: _Job, group: Sequence[int], what: str) -> int:
+    """Rows of a batch that fills the free memory, or has all requests of the group: by the size of the caches, then as
+    much less as the compiler's report says."""
+    length = max(len(job.requests[i].tokens) for i in group)
+    with mesh_of(job.params):
+        shares, free = full_share(1, ROW_AXES), int(_FILLED * memory.limit())
+        rows = min(_room(job, _slots(job, length)), len(group))
+        while True:
+            rows = max(shares, rows - rows % shares)
+            needed = sum(programs(job.config, job.shared, rows, length, job.max_new_tokens).needed())
+            if needed <= free or rows == shares:
+                break
+            rows = min(rows - 1, int(rows * free / needed))
+    log.info("%s: %d rows of up to %d tokens fill the memory: %.2f of %.2f GiB", what, rows, length + job.max_new_tokens,
+             needed / 2**30, free / 2**30)  # fmt: skip
+    return rows
+
+
+def _room(job: _Job, slots: int) -> int:
+    """Rows of which the caches alone fill the free memory of all devices that hold rows of their own."""
+    config, dtype = job.config, jax.tree.leaves(job.params)[0].dtype
+    row = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(config, 1, slots, dtype)))
+    with mesh_of(job.params):
+        heads = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+        held = sum(x.size * x.dtype.itemsize for x in row) // (heads if config.n_kv_heads % heads == 0 else 1)
+        return max(1, int(_FILLED * memory.limit()) // held * full_share(1, ROW_AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What a batch of so many rows runs, by shapes: jitted functions with their arguments. state: _Rows and cache."""
+
+    empty: tuple
+    prefill: tuple
+    decode: tuple
+
+    def needed(self) -> tuple[int, int]:
+        """(bytes of the rows and caches on a device, the most that a program takes beside them)."""
+        empty, prefill, decode = (function.lower(*given, **options).compile().memory_analysis()
+                                  for function, given, options in (self.empty, self.prefill, self.decode))  # fmt: skip
+        beside = max(decode.temp_size_in_bytes, prefill.temp_size_in_bytes + prefill.output_size_in_bytes)
+        return empty.output_size_in_bytes, beside
+
+
+def programs(config: ModelConfig, shared, rows: int, length: int, max_new_tokens: int) -> Programs:
+    """The Programs of a batch for prompts of up to `length` tokens, on the mesh that is set; shared as in `_Job`, or its
+    shapes."""
+    batch, slots = full_share(rows, ROW_AXES), max(bucket(length + max_new_tokens), slots_for(bucket(length)))
+    n = full_share(-(-batch // _REFILLED), ROW_AXES)
+    width = min(bucket(length), config.max_length - max_new_tokens)
+    numbers = [jax.ShapeDtypeStruct((n,), dtype) for dtype in (jnp.int32, jnp.uint32, jnp.int32)]
+    prompts = jax.ShapeDtypeStruct((n, width), jnp.int32), *numbers
+    empty = _empty, (config, shared[0], np.zeros(batch, np.int32)), {"slots": slots, "max_new_tokens": max_new_tokens}
+    state = _state_shapes(empty)
+    one = jax.ShapeDtypeStruct((), jnp.int32)
+    return Programs(empty, (_start, (config, shared, prompts), {"max_new_tokens": max_new_tokens}),
+                    (_decode, (config, shared, one, one, *state), {}))  # fmt: skip
+
+
+def _state_shapes(empty):
+    """The state that a program gives, as shapes with the places the compiler chose."""
+    function, given, options = empty
+    compiled = function.lower(*given, **options).compile()
+    shapes = jax.eval_shape(functools.partial(function, given[0], **options), *given[1:])
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes,
+                        compiled.output_shardings)  # fmt: skip
 
 
 def _slots(job: _Job, length: int) -> int:

@@ -55,11 +55,11 @@ def check_study(config) -> None:
 
 def check_study_model(context: Context) -> None:
     """Raise ValueError where these settings do not suit the model, or a local checkpoint cannot be measured."""
-    section, config = context.config.detectors, context.about.config
+    section, config = context.config.detectors, context.outline.config
     total = config.n_layers * config.n_heads
     if section.top_k is not None and section.top_k > total:
         raise ValueError(f"detectors.top_k is {section.top_k}, the model has {total} heads: lower it")
-    query, tokenizer = section.null_query, context.about.tokenizer
+    query, tokenizer = section.null_query, context.outline.tokenizer
     if tokenizer is not None and not tokenizer.encode(query, add_special_tokens=False):
         raise ValueError(f"detectors.null_query {query!r} has no tokens: give it words the tokenizer knows")
     for checkpoint in find_checkpoints(context.config.dynamics.checkpoints):
@@ -239,7 +239,7 @@ def dynamics_stage(context: Context, folder: Path) -> dict[str, Any]:
         return {"rows": [], "numbers": {}}
     for checkpoint in checkpoints:
         _check_checkpoint(context, checkpoint)
-    context.release_params()  # one model at a time
+    context.release()  # one model at a time
     threshold = context.config.detect.threshold if section.threshold is None else section.threshold
     threshold = PUBLISHED_THRESHOLD if threshold is None else threshold
     task = section.task or next(iter(context.config.knockout.tasks), None)

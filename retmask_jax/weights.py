@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from retmask_jax.checkpoint_files import Shards, Tensor, open_tensors, read_config
 from retmask_jax.families import family, from_hf, to_hf
@@ -48,22 +49,24 @@ class Source:
 def read(folder: Path, dtype: str, mesh=None) -> tuple[ModelConfig, Any, Source]:
     """(config, params, source) of an HF checkpoint folder, cast to dtype, placed by the mesh's shardings if given.
 
+    mesh: a Mesh, or what gives one for the model's config.
+
     Tensors are read lazily, only the part each device holds, so host memory beyond the parameters stays near one
     device's shard of one parameter. Raises ValueError naming the file, attribute or tensor that is missing, extra,
     misshapen or unreadable before any weight is read.
     """
-    hf_config = read_config(folder)
-    config = from_hf(hf_config)
-    shapes = flatten_dict(plain_shapes(config), sep="/")
-    table = _table(config, hf_config, shapes)
     tensors = open_tensors(folder)
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if not name.endswith(_INV_FREQ)}
+    source = _source(folder, tensors)
+    config = from_hf(source.hf_config)
+    shapes = flatten_dict(plain_shapes(config), sep="/")
+    table = _table(config, source.hf_config, shapes)
     _drop_known_extras(config, tensors)
     _check_names(set(table), set(tensors), folder)
     for name, pieces in table.items():
         if tensors[name].shape != (wanted := _stored_shape(pieces)):
             raise ValueError(f"tensor {name} has shape {tensors[name].shape}; config.json asks for {wanted}")
 
+    mesh = mesh if mesh is None or isinstance(mesh, Mesh) else mesh(config)  # a Mesh is callable, too
     shardings = flatten_dict(param_shardings(config, mesh), sep="/") if mesh else {}
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     of_path: dict[str, list[_Piece]] = {path: [] for path in shapes}
@@ -78,7 +81,12 @@ def read(folder: Path, dtype: str, mesh=None) -> tuple[ModelConfig, Any, Source]
             bar.update(params[path].nbytes)
     rate = size / (time.perf_counter() - begin) / 1e9
     log.info("%s: %.3g GB of parameters at %.2g GB/s", folder, size / 1e9, rate)
-    return config, unflatten_dict(params, sep="/"), Source(hf_config, dtypes, folder)
+    return config, unflatten_dict(params, sep="/"), source
+
+
+def source_of(folder: Path) -> Source:
+    """Where a checkpoint comes from, of whose files only the beginnings are read; errors as of `read`."""
+    return _source(folder, open_tensors(folder))
 
 
 def write(folder: Path, config: ModelConfig, params, source: Source, head_mask=None, dtype: str | None = None) -> None:
@@ -103,6 +111,11 @@ def write(folder: Path, config: ModelConfig, params, source: Source, head_mask=N
     if dtype is not None:
         hf_config["dtype" if "dtype" in hf_config else "torch_dtype"] = str(jnp.dtype(dtype))
     write_atomically(folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
+
+
+def _source(folder: Path, tensors) -> Source:
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if not name.endswith(_INV_FREQ)}
+    return Source(read_config(folder), dtypes, folder)
 
 
 @dataclasses.dataclass(frozen=True)

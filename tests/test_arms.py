@@ -18,7 +18,7 @@ from retmask_jax.configs import default
 from test_endpoints import _plan, serve  # noqa: F401  (a fixture)
 
 from retmask_jax.arms import ARMS, pairs_stage
-from retmask_jax.context import About, Context
+from retmask_jax.context import Context
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.files import read_jsonl, write_json, write_jsonl
 from retmask_jax.records import Records
@@ -183,8 +183,7 @@ def test_pairs_from_servers_and_pairs_that_are_there_load_no_weights(prepare, se
     pairs_stage(context, folder)
     monkeypatch.setattr("retmask_jax.context.load", lambda *_, **__: pytest.fail("weights were loaded"))
     for other, there in ((context, folder), prepare("asked", **_endpoints(_servers(serve)))):
-        about = About.of(other.__dict__.pop("lm"))
-        other.__dict__["_about"] = about
+        other.__dict__["_outline"] = other.__dict__.pop("lm").replace(params=None)
         pairs_stage(other, there)
 
 

@@ -12,8 +12,8 @@ import pytest
 from helpers_bucket import mount
 
 from retmask_jax.checkpoints import Checkpoints
+from retmask_jax.context import checkpoint_fingerprint
 from retmask_jax.files import is_whole, mark_whole
-from retmask_jax.fingerprints import fingerprint
 from retmask_jax.hub import BUNDLED
 from retmask_jax.lm import load, save
 from retmask_jax.model.interventions import mask_heads
@@ -74,7 +74,7 @@ def test_a_model_is_written_marked_and_recognised_at_once(bucket):
     save(load("bundled"), bucket / "model")
     assert not is_whole(bucket / "model")
     mark_whole(bucket / "model")
-    assert is_whole(bucket / "model") and fingerprint(bucket / "model") == fingerprint(BUNDLED)
+    assert is_whole(bucket / "model") and checkpoint_fingerprint(bucket / "model") == checkpoint_fingerprint(BUNDLED)
 
 
 def test_answers_that_were_stored_a_moment_ago_are_seen_by_the_next_run(bucket):

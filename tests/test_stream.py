@@ -181,6 +181,54 @@ def test_where_memory_runs_out_the_batch_is_halved_and_nothing_is_lost(plain, mo
 # --- errors ---
 
 
+FILLED = []  # rows of each batch
+
+
+def _rows_that_fill(monkeypatch, plain, free: int, requests):
+    FILLED.clear()
+    filling = stream._filling
+    monkeypatch.setattr(stream.memory, "limit", lambda: free)
+    monkeypatch.setattr(stream, "_filling", lambda *args: FILLED.append(filling(*args)) or FILLED[-1])
+    results = list(_stream(plain, requests, batch_size=None, masks=_masks()(plain.config)))
+    monkeypatch.undo()
+    return FILLED[:], results
+
+
+def test_without_a_batch_size_rows_fill_the_free_memory_by_the_compilers_report(plain, monkeypatch):
+    requests = _requests() * 20
+    few, results = _rows_that_fill(monkeypatch, plain, 400_000, requests)
+    more, _ = _rows_that_fill(monkeypatch, plain, 1_600_000, requests)
+    assert few[0] < more[0] < len(requests)
+    _assert_same(results, _simply(plain, requests, _masks()(plain.config)))
+    lengths = [len(request.tokens) for request in requests]
+    masks = stream._per_mask(plain.config, _masks()(plain.config))
+    shared = (plain.params, masks, stream.Draws.of(plain.config, STOPS, 0.0, 1.0), np.int32(84))
+    for rows, free in ((few[0], 400_000), (more[0], 1_600_000)):
+        needed = [sum(stream.programs(plain.config, shared, n, max(lengths), NEW).needed()) for n in (rows, rows + rows // 2)]
+        assert needed[0] <= free < needed[1]
+
+
+def test_rows_that_fill_the_memory_are_no_more_than_requests_and_at_least_one(plain, monkeypatch):
+    assert _rows_that_fill(monkeypatch, plain, 10**9, _requests())[0] == [11]
+    assert _rows_that_fill(monkeypatch, plain, 1000, _requests()[:2])[0][0] == 1
+
+
+def test_where_rows_that_were_to_fill_the_memory_do_not_fit_they_are_halved(plain, monkeypatch):
+    admit, failed = stream._admit, []
+
+    def scarce(job, state, *taken):
+        if len(state[0].done_B) > 6:
+            failed.append(len(state[0].done_B))
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+        return admit(job, state, *taken)
+
+    monkeypatch.setattr(stream, "_admit", scarce)
+    requests = _requests()
+    results = list(_stream(plain, requests, batch_size=None, masks=_masks()(plain.config)))
+    assert failed == [11]
+    _assert_same(results, _simply(plain, requests, _masks()(plain.config)))
+
+
 @pytest.mark.parametrize("change, options, message", [
     ({"tokens": []}, {}, "request 1 has no tokens"),
     ({"tokens": [7] * 67}, {}, "67 prompt tokens and 24 new ones exceed .* 90"),

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from retmask_jax.model import cudnn
 from retmask_jax.model.config import KERNELS
-from retmask_jax.model.kernels import HIDDEN, Scores, blocked, dot, plain
+from retmask_jax.model.kernels import HIDDEN, Scores, blocked, dot, plain, platform
 from retmask_jax.model.layers import precision
 
 log = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ def _over_heads(function, q_BKGTD, keys: Keys):
     elsewhere.
     """
     batch, kv_heads = q_BKGTD.shape[:2]
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         over_kv_heads = jax.vmap(function, (None, 0, 0, 0))
         return jax.vmap(over_kv_heads)(jnp.arange(batch), q_BKGTD, keys.k_BKDS, keys.v_BKSD)
     layers, n = keys.k_RBKDS.shape[0], batch * kv_heads
@@ -269,7 +269,7 @@ def _target() -> tuple[str, str | None]:
     if meant is not None:
         same = [device for device in devices if (device.platform, device.device_kind) == (meant.platform, meant.device_kind)]
         devices = same or [meant]
-    return devices[0].platform, cudnn.unsuited(devices)
+    return platform(), cudnn.unsuited(devices)
 
 
 @functools.cache

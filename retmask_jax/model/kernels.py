@@ -3,6 +3,8 @@
 Keys come as k_DS, width first: a single query then reads them in long runs, twice as fast on a CPU.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 
@@ -15,6 +17,24 @@ QUERY_BLOCK, KEY_BLOCK = 128, 256  # fastest on CPUs, where a block's scores sta
 _ON_GPU = 256, 1024  # there all rows and heads meet a block at once, and each turn of the loop costs a launch
 _ALIGNED = 16  # numbers that a vector unit takes at once
 HIDDEN = -1e30
+_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+def platform() -> str:
+    """What the programs that are traced now will run on, "cpu", "gpu" or "tpu": of the mesh that is set, which may be of
+    devices that are not here, else JAX's own."""
+    meant = jax.sharding.get_abstract_mesh().abstract_device
+    return _PLATFORM.get() or (meant.platform if meant else jax.default_backend())
+
+
+@contextlib.contextmanager
+def compiled_for(name: str):
+    """Within it programs are traced for another platform than JAX's own."""
+    before = _PLATFORM.set(name)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +147,7 @@ class _Tiles:
 
     def __init__(self, query_shape, n_keys: int, first_query, first_key, scores: Scores):
         self.groups, self.length, self.width = query_shape
-        query_block, key_block = _ON_GPU if jax.default_backend() == "gpu" else (QUERY_BLOCK, KEY_BLOCK)
+        query_block, key_block = _ON_GPU if platform() == "gpu" else (QUERY_BLOCK, KEY_BLOCK)
         self.query_block = even_size(self.length, query_block)
         self.key_block = even_size(n_keys, query_block if n_keys <= 2 * key_block else key_block)
         self.n_key_blocks = -(-n_keys // self.key_block)

@@ -113,6 +113,6 @@ def test_the_start_model_is_loaded_in_one_dtype_at_a_time(tmp_path, monkeypatch)
     monkeypatch.setattr(context_module, "load", lambda *args, **kw: loads.append((args[1], held())) or load(*args, **kw))
     assert context.start_params("float32")["norm"]["scale"].dtype == np.float32
     assert loads == [("float32", None)]
-    mine = context.lm.params
-    assert context.start_params(context.config.dtype) is mine and "lm" not in context.__dict__
+    mine = context.lm.params["norm"]["scale"]
+    assert context.start_params(context.config.dtype)["norm"]["scale"] is mine and "lm" not in context.__dict__
     assert [dtype for dtype, _ in loads] == ["float32", "bfloat16"]

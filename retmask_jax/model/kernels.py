@@ -24,7 +24,7 @@ def platform() -> str:
     """What the programs that are traced now will run on, "cpu", "gpu" or "tpu": of the mesh that is set, which may be of
     devices that are not here, else JAX's own."""
     meant = jax.sharding.get_abstract_mesh().abstract_device
-    return _PLATFORM.get() or (meant.platform if meant else jax.default_backend())
+    return _PLATFORM.get() or (meant or jax.devices()[0]).platform
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import re
 import sys
 import time
@@ -82,6 +83,10 @@ _BENCHMARKS = {
 }  # fmt: skip
 
 
+# What a disk says that is full, or that may not be written to.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 where a benchmark's results disagree, a training step does not fit a
     topology or `doctor` finds that nothing works, 2 after one line about a user's mistake, or 143 after SIGTERM and a
@@ -95,6 +100,13 @@ def main(argv: list[str] | None = None) -> int:
     except InterruptedError as error:
         print(f"retmask: {error}; run the same command again to go on", file=sys.stderr)
         return 143
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"retmask: {where}{error.strerror}: make room, or choose another --workdir; what was written before is whole, "
+              "and the same command goes on from there", file=sys.stderr)  # fmt: skip
+        return 2
     except KeyboardInterrupt:
         print("retmask: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

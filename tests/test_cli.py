@@ -1,7 +1,9 @@
 """A user's mistakes: one clear line, exit status 2, no traceback, nothing compiled, no work directory left behind."""
 
+import errno
 import json
 import logging
+import os
 import shutil
 
 import jax
@@ -164,3 +166,14 @@ def test_missing_data_file(refused):
     suite = ("--config.suites.perplexity.length=64", "--config.suites.perplexity.file=./nowhere.txt")
     for wrong in (("--config.text.file=./nowhere.txt",), suite, (*suite[:1], "--config.suites.perplexity.file=/")):
         assert "does not exist" in refused("detect", *wrong, "--workdir=work")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_full_or_locked_disk_is_one_line(tmp_path, monkeypatch, capsys, number):
+    def full(*_, **__):
+        raise OSError(number, os.strerror(number), "work/config.json")
+
+    monkeypatch.setattr("retmask_jax.workdir.write_json", full)
+    assert main(["detect", "--config=tiny", f"--workdir={tmp_path / 'work'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"retmask: work/config.json: {os.strerror(number)}: make room") and error.count("\n") == 1

@@ -16,6 +16,7 @@ from retmask_jax.evals.perplexity import text_windows
 from retmask_jax.evals.recall import task_cases
 from retmask_jax.files import digest
 from retmask_jax.haystack import Prompter, read_sentences
+from retmask_jax.hosts import least
 from retmask_jax.hub import BUNDLED
 from retmask_jax.lm import LanguageModel, load
 from retmask_jax.model.config import ModelConfig
@@ -44,7 +45,7 @@ class Context:
 
     def inference_mesh(self, model: ModelConfig) -> Mesh:
         """Of the devices of `mesh`, which is training's."""
-        return decoding_mesh(self.mesh, model, self.config.dtype, memory.capacity())
+        return decoding_mesh(self.mesh, model, self.config.dtype, least(memory.capacity()))
 
     def of(self, lm: LanguageModel) -> "Context":
         """The same for another model, with its own tokenizer."""

@@ -57,6 +57,16 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def least(value: int) -> int:
+    """The smallest of what the hosts have, so that all go on with the same."""
+    if not several():
+        return value
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int64(value)).min())
+
+
 def to_host(tree):
     """Arrays as NumPy arrays, whole on every host, wherever their parts lie."""
     import jax

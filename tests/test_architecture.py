@@ -22,7 +22,7 @@ evals.recall evals.perplexity evals.words evals.questions evals.samples evals.ru
 evals.rerank evals.suites page panels figures wording evals.compare
 model_figures causal_figures causal_report eval_report report study_figures study_report panel panel_figures panel_report
 pretrain assets inspection doctor
-recipes limits workdir finished context arms causal_stages eval_stages detector_runs study_stages stages aot
+recipes limits workdir finished context arms causal_stages eval_stages detector_runs study_stages stages aot aot_decoding
 benchmarks.harness benchmarks.models benchmarks.chip benchmarks.peers
 benchmarks.trl_peer benchmarks.programs benchmarks.by_hand benchmarks.peak benchmarks.aot benchmarks.detect
 benchmarks.masks benchmarks.generate benchmarks.dpo benchmarks.memory pipeline main

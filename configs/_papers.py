@@ -23,7 +23,9 @@ def retmask_method(model: str, threshold: float) -> ConfigDict:
     config = default.get_config()
     config.model = model
     config.dtype = "bfloat16"  # as published; training keeps float32 weights of its own
-    config.mesh.data, config.mesh.fsdp = 1, -1  # weights and Adam's moments split over all devices
+    # Weights and Adam's moments split over all devices. Work without gradients lays them out for itself, so that no token
+    # waits for weights: whole on each device, or heads and MLPs split over a few (sharding.decoding_mesh).
+    config.mesh.data, config.mesh.fsdp = 1, -1
     config.batch_size = 8  # keys and values of 8K tokens take 1 GiB a row in Llama-3.1, 4 GiB without shared KV heads
     # 20 lengths from 0 to 5000 x 10 depths x 3 needles. No text of 0 tokens holds a needle: the first length is 128.
     lengths = (128, *(round(i * 5000 / 19) for i in range(1, 20)))

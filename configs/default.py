@@ -17,7 +17,8 @@ def get_config() -> ConfigDict:
     config.batch_size = 32  # rows per forward pass where no gradient is taken
     config.cpu_devices = 1  # most devices to make of a CPU's cores; each holds the parameters (see sharding.split_cpu)
     # Devices per axis; -1 takes what is left. data and fsdp split the rows, fsdp the weights too, tensor heads and MLPs,
-    # context the positions of long rows.
+    # context the positions of long rows. Where fsdp splits weights, work without gradients has a mesh of its own, of the
+    # same devices and none on fsdp (sharding.decoding_mesh).
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})
     config.distributed = None  # several hosts: None joins those that the environment names, True must find some
 

@@ -37,13 +37,14 @@ _GIB = 2**30
 class Program:
     """A jitted function with its arguments; arrays are shapes with shardings.
 
-    runs: how often in a step. beside: what else lies in the chips' memory while it runs.
+    runs: how often in a step. beside: what else lies in the chips' memory while it runs. options: arguments by name.
     """
 
     function: Any
     arguments: tuple
     runs: int = 1
     beside: Any = ()
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def fixed(self) -> int:
@@ -126,7 +127,7 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
     """Compile for the mesh's chips; a program that needs more memory than they have is an outcome, no error."""
     begun = time.monotonic()
     with using(mesh):
-        lowered = program.function.lower(*program.arguments)
+        lowered = program.function.lower(*program.arguments, **program.options)
     try:
         compiled = lowered.compile()
         memory, refused, work = _memory(compiled), None, read_work(compiled.as_text()).times(program.runs)

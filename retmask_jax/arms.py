@@ -68,6 +68,12 @@ def prompt_prints(context: Context) -> dict[str, Any]:
     return {f"file {file}": fingerprint(file) for file in source_files(source, context.resolve)} if source else {}
 
 
+def variants_of(config, seed: int) -> list[Variant]:
+    """Who answers each prompt for the arms of a seed: the model as it is, and masked or without the stated fact."""
+    arms = set(config.train.arms) | ({"retmask"} if "sft_filtered" in config.train.arms else set())
+    return [(seed, name) for name in _VARIANTS if name == "normal" or name in arms]
+
+
 def _arm_heads(context: Context, seed: int) -> dict[str, list]:
     """The heads masked to answer for each arm."""
     config, arms, heads = context.outline.config, context.config.train.arms, context.heads()

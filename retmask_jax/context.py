@@ -18,7 +18,7 @@ from retmask_jax.evals.perplexity import text_windows
 from retmask_jax.evals.recall import task_cases
 from retmask_jax.fingerprints import fingerprint
 from retmask_jax.haystack import Prompter, read_sentences
-from retmask_jax.hosts import first_alone
+from retmask_jax.hosts import first_alone, least
 from retmask_jax.hub import BUNDLED, resolve
 from retmask_jax.lm import LanguageModel, load, outline
 from retmask_jax.model.config import ModelConfig
@@ -61,7 +61,7 @@ class Context:
 
     def inference_mesh(self, model: ModelConfig) -> Mesh:
         """Of the devices of `mesh`, which is training's."""
-        return decoding_mesh(self.mesh, model, self.config.dtype, memory.capacity())
+        return decoding_mesh(self.mesh, model, self.config.dtype, least(memory.capacity()))
 
     def of(self, lm: LanguageModel) -> "Context":
         """This context for another model; prompts then use that model's tokenizer."""

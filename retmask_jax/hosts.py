@@ -90,6 +90,18 @@ def _from_first(text: str) -> str:
     return np.asarray(sent).tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
+def least(value: int) -> int:
+    """The smallest of what the hosts have, so that all go on with the same."""
+    if not several():
+        return value
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    halves_2 = np.frombuffer(np.int64(value).tobytes(), np.int32)  # JAX has no 64-bit numbers by default
+    values_N2 = np.ascontiguousarray(multihost_utils.process_allgather(halves_2), np.int32)
+    return int(values_N2.view(np.int64).min())
+
+
 def to_host(tree):
     """Arrays as NumPy arrays, whole on every host, wherever their parts lie."""
     import jax

@@ -41,12 +41,14 @@ _GROUPS = {
     },
 }
 _STAGES = {name: text for stages in _GROUPS.values() for name, text in stages.items()}
+_AHEAD = ("detect", "pairs", "train")  # stages that can be compiled for TPUs that are not here
 # What the help of a stage shows; of one that is not here the general form is enough.
 _EXAMPLES_OF = {
     "detect": ("retmask detect --config=tiny --config.detect.threshold=None --config.detect.top_k=8 --workdir=runs/top8",
                "retmask detect --config=qwen3_8b --config.detect.scores=published.json"),
     "rope": ("retmask rope --config=tiny", "retmask rope --config=tiny_study --config.rope.windows=16 --workdir=runs/windows"),
-    "pairs": ("retmask pairs --config=llama3_1_8b --config.pairs.prompts=chats.jsonl.gz --workdir=runs/llama",),
+    "pairs": ("retmask pairs --config=llama3_1_8b --config.pairs.prompts=chats.jsonl.gz --workdir=runs/llama",
+              "retmask pairs --config=llama3_1_8b --aot=v5e:4x4"),
     "train": ("retmask train --config=llama3_1_8b --aot=v5e:4x4",
               "retmask train --config=tiny --config.train.loss=ipo --workdir=runs/ipo"),
     "eval": ("retmask eval --config=tiny --compare mine=my_model --workdir=runs/compared",
@@ -121,7 +123,7 @@ examples:
   retmask eval --config=tiny --compare mine=my_model --workdir=runs/compared
   retmask export --config=tiny --what=retmask-0 --out=my_model
 
-exit status: 0 done; 1 a check failed (bench, doctor, train --aot) or a bug; 2 a mistake in the call, told in
+exit status: 0 done; 1 a check failed (bench, doctor, --aot) or a bug; 2 a mistake in the call, told in
 one line; 130 interrupted; 143 stopped by SIGTERM after a checkpoint: the same command goes on
 """
 
@@ -184,7 +186,7 @@ def _parse(argv: list[str]):
             stage.add_argument("--set-aside", action="store_true",
                                help="where the work directory was made with other settings, keep what no longer fits under "
                                "a new name and make it again")  # fmt: skip
-        if name == "train":
+        if name in _AHEAD:
             stage.add_argument(
                 "--aot", metavar="TOPOLOGY", help="only compile, for TPUs that need not be here (v5e:4x4): does it fit?"
             )
@@ -319,8 +321,8 @@ def _dispatch(arguments, overrides) -> int:
     from retmask_jax import pipeline
 
     begin = time.time()
-    if arguments.stage == "train" and arguments.aot is not None:
-        return 0 if pipeline.ahead(config, arguments.config, arguments.aot) else 1
+    if getattr(arguments, "aot", None) is not None:
+        return 0 if pipeline.ahead(config, arguments.config, arguments.aot, arguments.stage) else 1
     if arguments.stage == "pretrain":
         pipeline.pretrain(config, root)
     elif arguments.stage == "export":

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from retmask_jax import aot, assets, doctor, finished, inspection, page, panel_report
+from retmask_jax import aot, aot_decoding, assets, doctor, finished, inspection, page, panel_report
 from retmask_jax.data.preference_dataset import export_pairs
 from retmask_jax.data.released import iter_pairs
 from retmask_jax.evals import compare
@@ -149,11 +149,15 @@ def pretrain(config, root: Path) -> None:
     print(f"wrote {root}")
 
 
-def ahead(config, name: str, topology: str) -> bool:
-    """Compile the training step for a topology that need not be here and print what it takes; whether it fits."""
+def ahead(config, name: str, topology: str, stage: str) -> bool:
+    """Compile what a stage runs for a topology that need not be here and print what it takes; whether it fits."""
     _log()
-    row = aot.check_training(config, topology)
-    print(aot.describe(row, name))
+    if stage == "train":
+        row = aot.check_training(config, topology)
+        print(aot.describe(row, name))
+    else:
+        row = aot_decoding.check_decoding(config, topology, stage)
+        print(aot_decoding.describe(row, name))
     return row["fits"]
 
 

@@ -87,7 +87,7 @@ def run_stage(context: Context, name: str) -> tuple[dict[str, Any], bool]:
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
             raise
-        setting = "train.microbatch_size" if name == "train" else "batch_size"
+        setting = {"train": "train.microbatch_size", "pairs": "pairs.batch_size"}.get(name, "batch_size")
         raise memory.explain(error, name, f"lower {setting}, shorten the texts, or use more devices") from error
 
 

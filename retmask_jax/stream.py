@@ -27,7 +27,7 @@ from retmask_jax.generate import (
     row_keys,
     take_rows,
 )
-from retmask_jax.hosts import to_host
+from retmask_jax.hosts import least, to_host
 from retmask_jax.model.cache import empty_cache, put_rows
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
@@ -166,12 +166,17 @@ def _stream(job: _Job, batch_size: int, what: str):
 def _groups(job: _Job, indices: list[int], batch_size: int | None, what: str) -> list[list[int]]:
     """Requests, the longest first, cut where a narrower cache is worth waiting for all rows on their way."""
     widths = [_slots(job, len(job.requests[i].tokens)) for i in indices]
-    cuts, rows = [0], batch_size or _room(job, widths[0])
+
+    def room(width: int) -> int:
+        with mesh_of(job.params):
+            return _room(job.config, job.params, width, least(memory.limit()))
+
+    cuts, rows = [0], batch_size or room(widths[0])
     for at, width in enumerate(widths):
         saved = 1 - width / widths[cuts[-1]]
         if saved * (len(indices) - at) / rows > _WORTH_WAITING:
             cuts.append(at)
-            rows = batch_size or _room(job, width)
+            rows = batch_size or room(width)
     prefills = {bucket(len(job.requests[i].tokens)) for i in indices}
     log.info("%s: caches of %s slots, prompts of up to %d lengths: that many programs to decode and to prefill", what,
              ", ".join(str(widths[cut]) for cut in cuts), len(prefills))  # fmt: skip
@@ -179,31 +184,39 @@ def _groups(job: _Job, indices: list[int], batch_size: int | None, what: str) ->
 
 
 def _filling(job: _Job, group: Sequence[int], what: str) -> int:
-    """Rows of a batch that fills the free memory, or has all requests of the group: by the size of the caches, then as
-    much less as the compiler's report says."""
-    length = max(len(job.requests[i].tokens) for i in group)
+    """Rows of a batch that fills the free memory, or has all requests of the group."""
+    length, free = max(len(job.requests[i].tokens) for i in group), least(memory.limit())
     with mesh_of(job.params):
-        shares, free = full_share(1, ROW_AXES), int(_FILLED * memory.limit())
-        rows = min(_room(job, _slots(job, length)), len(group))
-        while True:
-            rows = max(shares, rows - rows % shares)
-            needed = sum(programs(job.config, job.shared, rows, length, job.max_new_tokens).needed())
-            if needed <= free or rows == shares:
-                break
-            rows = min(rows - 1, int(rows * free / needed))
-    log.info("%s: %d rows of up to %d tokens fill the memory: %.2f of %.2f GiB", what, rows, length + job.max_new_tokens,
-             needed / 2**30, free / 2**30)  # fmt: skip
+        rows = rows_that_fill(job.config, job.shared, length, job.max_new_tokens, free, most=len(group))
+    log.info("%s: %d rows of up to %d tokens fill the memory of %.2f GiB", what, rows, length + job.max_new_tokens,
+             free / 2**30)  # fmt: skip
     return rows
 
 
-def _room(job: _Job, slots: int) -> int:
-    """Rows of which the caches alone fill the free memory of all devices that hold rows of their own."""
-    config, dtype = job.config, jax.tree.leaves(job.params)[0].dtype
+def rows_that_fill(config: ModelConfig, shared, length: int, max_new_tokens: int, free: int, most: int) -> int:
+    """How many rows of prompts of up to `length` tokens need no more than so many bytes on each device of the mesh that
+    is set: by the size of the caches, then as much less as the compiler's report says. shared as in `programs`."""
+    shares, slots = full_share(1, ROW_AXES), max(bucket(length + max_new_tokens), slots_for(bucket(length)))
+    rows, free = min(most, _room(config, shared[0], slots, free)), int(_FILLED * free)
+    while (rows := max(shares, rows - rows % shares)) > shares:
+        try:
+            needed = sum(programs(config, shared, rows, length, max_new_tokens).needed())
+        except jax.errors.JaxRuntimeError as error:  # the compiler of a TPU says so itself
+            if not memory.is_out_of_memory(error):
+                raise
+            needed = int(1.4 * free)
+        if needed <= free:
+            break
+        rows = min(rows - 1, int(rows * free / needed))
+    return rows
+
+
+def _room(config: ModelConfig, params, slots: int, free: int) -> int:
+    """Rows of which the caches alone fill so many bytes of each device."""
+    dtype, tensor = jax.tree.leaves(params)[0].dtype, jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     row = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(config, 1, slots, dtype)))
-    with mesh_of(job.params):
-        heads = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-        held = sum(x.size * x.dtype.itemsize for x in row) // (heads if config.n_kv_heads % heads == 0 else 1)
-        return max(1, int(_FILLED * memory.limit()) // held * full_share(1, ROW_AXES))
+    held = sum(x.size * x.dtype.itemsize for x in row) // (1 if config.n_kv_heads % tensor else tensor)
+    return max(1, int(_FILLED * free) // held * full_share(1, ROW_AXES))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from retmask_jax import aot
+from retmask_jax import aot, aot_decoding
 from retmask_jax.advice import Step, advise
 from retmask_jax.benchmarks import aot as table
 from retmask_jax.flops import executed_flops, forward_flops, training_flops
@@ -356,8 +357,47 @@ def test_a_mesh_that_does_not_fit_the_topology(capsys, monkeypatch):
     assert "fsdp=3, tensor=1, context=1 does not fit 16 devices" in capsys.readouterr().err
 
 
+# --- detection and sampling ---
+
+
+@pytest.fixture
+def decoding(command, monkeypatch):
+    """What comes behind the stage, for few short answers."""
+    monkeypatch.setattr(aot_decoding, "devices_of", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr(aot_decoding, "stamp", lambda compiled: {"compile_seconds": 1})
+    more = {"pairs.n_prompts": 100, "pairs.max_new_tokens": 8, "tasks.detect.lengths": "(32,)", "batch_size": 4,
+            "detect.max_new_tokens": 4, "train.max_tokens": 16}  # fmt: skip
+    return [*command[1:], *(f"--config.{key}={value}" for key, value in more.items())]
+
+
+def test_sampling_says_what_rows_take_and_how_long_all_answers_would(decoding, capsys):
+    assert main(["pairs", *decoding, "--config.pairs.batch_size=4", "--config.train.arms=('retmask','any_layer')"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("tiny, pairs on v5e:1x1 (1 chip): 4 rows of 8 tokens and 8 new ones")
+    assert lines[1].startswith("memory: weights ") and "of 15.75 GiB per chip" in lines[1]
+    assert lines[2:4] == ["prompts: a chip sends nothing", "token: a chip sends nothing"]
+    assert "an estimate, not measured" in lines[4] and lines[5].startswith("300 answers, if each had 8 tokens")
+    assert lines[6] == "fits"
+
+
+def test_sampling_without_a_batch_size_fills_the_chips_memory(decoding, capsys, monkeypatch):
+    small = dataclasses.replace(CHIPS["v5e"], memory=2_000_000)
+    monkeypatch.setattr(aot_decoding, "chip_of", lambda topology: small)
+    assert main(["pairs", *decoding]) == 0
+    row = capsys.readouterr().out.splitlines()[0]
+    rows = int(re.search(r"(\d+) rows", row)[1])
+    assert 4 < rows < 200
+
+
+def test_detection_says_what_a_batch_of_the_longest_cases_takes(decoding, capsys):
+    assert main(["detect", *decoding]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("tiny, detect on v5e:1x1 (1 chip): 4 rows of 64 tokens and 4 new ones")
+    assert lines[2] == "prompts and tokens: a chip sends nothing" and lines[4].startswith("40 answers, if each had 4 tokens")
+
+
 def test_other_stages_have_no_such_flag(capsys):
-    assert main(["detect", "--aot=v5e:4x4"]) == 2
+    assert main(["eval", "--aot=v5e:4x4"]) == 2
     assert "unknown argument '--aot=v5e:4x4'" in capsys.readouterr().err
 
 

@@ -21,9 +21,9 @@ evals.harness evals.helmet_worker evals.helmet_process evals.helmet_means evals.
 evals.words evals.questions evals.samples evals.ruler evals.niah evals.json_kv evals.rerank evals.suites page panels
 figures wording evals.compare model_figures causal_figures causal_report eval_report report study_figures study_report
 panel panel_figures panel_report pretrain assets inspection doctor recipes limits workdir finished context arms
-causal_stages eval_stages detector_runs study_stages stages aot benchmarks.harness benchmarks.models benchmarks.chip
-benchmarks.peers benchmarks.trl_peer benchmarks.programs benchmarks.by_hand benchmarks.peak benchmarks.aot
-benchmarks.detect benchmarks.masks benchmarks.generate benchmarks.dpo benchmarks.memory pipeline main
+causal_stages eval_stages detector_runs study_stages stages aot aot_decoding benchmarks.harness benchmarks.models
+benchmarks.chip benchmarks.peers benchmarks.trl_peer benchmarks.programs benchmarks.by_hand benchmarks.peak
+benchmarks.aot benchmarks.detect benchmarks.masks benchmarks.generate benchmarks.dpo benchmarks.memory pipeline main
 """.split()
 
 

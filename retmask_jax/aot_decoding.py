@@ -13,7 +13,7 @@ from retmask_jax.aot import Program, array, compile_program, sizes_of, stamp
 from retmask_jax.arms import variants_of
 from retmask_jax.families import from_hf
 from retmask_jax.flops import forward_flops
-from retmask_jax.generate import Draws, _generate, bucket
+from retmask_jax.generate import Draws, bucket, generate_batch
 from retmask_jax.hlo import Work
 from retmask_jax.hub import config_folder
 from retmask_jax.model.cache import empty_cache
@@ -127,7 +127,7 @@ def _detection(config, model: ModelConfig, mesh: Mesh, chip: Chip) -> _Work:
     cache = jax.eval_shape(lambda: empty_cache(model, rows, length + new, config.dtype))
     placed = jax.tree.map(lambda x: array(mesh, x.shape, x.dtype, None, "batch", "heads"), cache)
     cases = len(task.lengths) * len(task.depths) if task.per_length is None else len(task.lengths) * task.per_length
-    program = Program(_generate, (model, params, *given), options={"max_new_tokens": new, "probe": True})
+    program = Program(generate_batch, (model, params, *given), options={"max_new_tokens": new, "probe": True})
     return _Work({"prompts and tokens": program}, rows, length, new, cases, held_bytes(params), held_bytes(placed))
 
 

@@ -14,7 +14,7 @@ from helpers_tiny import (
 from retmask_jax import causal, stats
 from retmask_jax.causal import Condition, answers, hits, mean_over_draws, summarise
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.generate import _generate
+from retmask_jax.generate import generate_batch
 from retmask_jax.haystack import Case, Needle, Spec
 from retmask_jax.model.interventions import Interventions, all_heads, mask_heads, mask_queries, mask_rope
 
@@ -46,9 +46,9 @@ MASKS = {
 
 def test_answers_under_many_masks_equal_runs_with_one():
     cases, params = _cases(3), in_float64(LM.params)
-    before = _generate._cache_size()
+    before = generate_batch._cache_size()
     together = answers(LM, cases, list(MASKS.values()), max_new_tokens=NEW, batch_size=BATCH)
-    assert _generate._cache_size() - before <= 1  # one program served them all
+    assert generate_batch._cache_size() - before <= 1  # one program served them all
     for mask, texts in zip(MASKS.values(), together, strict=True):
         assert answers(LM, cases, [mask], max_new_tokens=NEW, batch_size=BATCH) == [texts]
         filled = mask.fill(CONFIG)
@@ -63,10 +63,10 @@ def test_the_sites_are_two_programs_whatever_the_masks():
     cases = _cases(2)
     at_projection = [mask_rope(CONFIG, [(1, 0)], [pair], site="projection") for pair in (0, 5)]
     answers(LM, cases, [Interventions()], max_new_tokens=NEW, batch_size=BATCH)
-    before = _generate._cache_size()
+    before = generate_batch._cache_size()
     masks = [Interventions(), at_projection[0], mask_rope(CONFIG, [(1, 0)], [3]), at_projection[1]]
     together = answers(LM, cases, masks, max_new_tokens=NEW, batch_size=BATCH)
-    assert _generate._cache_size() - before <= 1
+    assert generate_batch._cache_size() - before <= 1
     assert together == [answers(LM, cases, [mask], max_new_tokens=NEW, batch_size=BATCH)[0] for mask in masks]
 
 

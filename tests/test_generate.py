@@ -64,7 +64,7 @@ def test_within_a_bucket_no_value_compiles_anything(tiny, run, compiles):
     narrow = TOKENS[:, :5], np.minimum(LENGTHS, 5)
     jnp.asarray(narrow[0])  # moving an array to the device may itself compile a copy
     Interventions().fill(tiny.config)
-    programs = generation._generate._cache_size()
+    programs = generation.generate_batch._cache_size()
     compiles.clear()
     for seed in range(3):
         run(interventions=_masks(seed), temperature=0.5 * seed, top_p=1 - seed / 4, seed=seed)
@@ -72,7 +72,7 @@ def test_within_a_bucket_no_value_compiles_anything(tiny, run, compiles):
     run(stop_ids=None)
     run(*narrow, seed=np.array([7, 8, 9]), temperature=1.3)
     assert not compiles
-    assert generation._generate._cache_size() == programs
+    assert generation.generate_batch._cache_size() == programs
 
 
 # --- greedy ---

@@ -17,7 +17,7 @@ SPLIT = textwrap.dedent("""
     from retmask_jax import sharding
     from retmask_jax.benchmarks.programs import dpo_settings, random_pairs
     from retmask_jax.detect import read_answers
-    from retmask_jax.generate import generate, _generate, _padded_stop_ids
+    from retmask_jax.generate import generate, generate_batch, _padded_stop_ids
     from retmask_jax.hub import BUNDLED
     from retmask_jax.lm import load
     from retmask_jax.model.interventions import Interventions, mask_heads, stack
@@ -70,7 +70,7 @@ SPLIT = textwrap.dedent("""
         lm = load(BUNDLED, mesh=mesh)
         four = np.zeros(4, np.uint32)
         with sharding.using(mesh):
-            lowered = _generate.lower(lm.config, lm.params, tokens, lengths, Interventions.none(lm.config),
+            lowered = generate_batch.lower(lm.config, lm.params, tokens, lengths, Interventions.none(lm.config),
                                       _padded_stop_ids(()), np.float32(0), np.float32(1), four, four,
                                       max_new_tokens=4, probe=False)
         return lowered.compile().as_text()

@@ -258,9 +258,9 @@ def _duration(row: dict[str, Any]) -> list[str]:
     return [
         f"time of a step, an estimate, not measured: {least:.1f} s if all overlaps, {most:.1f} s if nothing does ({parts}; "
         f"{row['flops'] / 1e12:,.0f} TFLOP per chip, counted from the shapes)",
-        f"{steps:,} steps: {_hours(steps * least)} to {_hours(steps * most)}",
+        f"{steps:,} steps: {hours(steps * least)} to {hours(steps * most)}",
     ]
 
 
-def _hours(seconds: float) -> str:
+def hours(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from retmask_jax.aot import Program, array, compile_program, sizes_of, stamp
+from retmask_jax.aot import Program, array, compile_program, hours, sizes_of, stamp
 from retmask_jax.arms import variants_of
 from retmask_jax.families import from_hf
 from retmask_jax.flops import forward_flops
@@ -20,6 +20,7 @@ from retmask_jax.model.cache import empty_cache
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kernels import compiled_for
+from retmask_jax.prefill import usual_chunk
 from retmask_jax.sharding import ROW_AXES, decoding_mesh, full_share, held_bytes, make_mesh, placed_shapes, using
 from retmask_jax.stages import check_config
 from retmask_jax.stream import programs, rows_that_fill
@@ -75,8 +76,8 @@ def describe(row: dict[str, Any], what: str) -> str:
         lines.append(f"a token of {row['rows']} rows, an estimate, not measured: {1e3 * max(step.values()):.0f} to "
                      f"{1e3 * sum(step.values()):.0f} ms ({shares})")  # fmt: skip
         batches = row["answers"] / row["rows"] / _BUSY
-        least, most = (batches * (of(first.values()) + row["new_tokens"] * of(step.values())) / 3600 for of in (max, sum))
-        lines.append(f"{row['answers']:,} answers, if each had {row['new_tokens']:,} tokens: {least:.1f} to {most:.1f} h")
+        least, most = (batches * (of(first.values()) + row["new_tokens"] * of(step.values())) for of in (max, sum))
+        lines.append(f"{row['answers']:,} answers, if each had {row['new_tokens']:,} tokens: {hours(least)} to {hours(most)}")
     return "\n".join([*lines, "fits" if row["fits"] else "does not fit"])
 
 
@@ -114,7 +115,7 @@ def _sampling(config, model: ModelConfig, mesh: Mesh, chip: Chip) -> _Work:
 
 
 def _detection(config, model: ModelConfig, mesh: Mesh, chip: Chip) -> _Work:
-    """The stage `detect`: greedy answers to the longest cases, in one program; each case once for each needle of 200."""
+    """The stage `detect`: greedy answers to the longest cases, in one program; answers: of all cases with one needle."""
     task, rows = config.tasks[config.detect.task], config.batch_size
     new = config.detect.max_new_tokens
     length = min(bucket(max(task.lengths)), model.max_length - new)
@@ -141,10 +142,10 @@ def _seconds(job: _Work, model: ModelConfig, mesh: Mesh, chip: Chip, work: dict[
     sent = {name: sum(one.sent.values()) for name, one in work.items()}
     per_token = forward_flops(model, job.length + 1, 1) - forward_flops(model, job.length, 0)
     prompts = job.rows * forward_flops(model, job.length, 1) / mesh.size
-    alone = "prompts and tokens" in sent  # then what a chip sends is of one turn of each loop, over prompts and tokens
-    times = 1 if alone else 8  # an eighth of the rows begin at a time
+    # An eighth of the rows begin at a time. In one program with the tokens the prompts pass in chunks, and the loops over
+    # both are of unknown length: a turn of each is counted together, and nearly all of it is the chunk's.
+    times, of_prompts = (8, sent["prompts"]) if "prompts" in sent else (-(-job.length // usual_chunk()), sum(sent.values()))
     return {
-        "prompts": estimate(chip, prompts, times * job.weights, 0 if alone else times * sent["prompts"]),
-        "token": estimate(chip, job.rows * per_token / mesh.size, job.weights + job.caches,
-                          sent["prompts and tokens"] if alone else sent["token"]),
+        "prompts": estimate(chip, prompts, times * job.weights, times * of_prompts),
+        "token": estimate(chip, job.rows * per_token / mesh.size, job.weights + job.caches, sent.get("token", 0)),
     }  # fmt: skip

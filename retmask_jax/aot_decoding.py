@@ -2,6 +2,7 @@
 token, about how long it takes."""
 
 import dataclasses
+import time
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ def check_decoding(config, topology: str, stage: str, mesh: Mesh | None = None) 
     mesh: another one than `decoding_mesh` gives. Needs the model's config.json, no weights and no data; otherwise as
     `aot.check_training`.
     """
-    chip = chip_of(topology)
+    chip, begun = chip_of(topology), time.monotonic()
     model = from_hf(read_config(config_folder(config.model, revision=config.revision or None)))
     devices = devices_of(topology)
     check_config(config, devices)
@@ -54,7 +55,7 @@ def check_decoding(config, topology: str, stage: str, mesh: Mesh | None = None) 
         "programs": {name: {"bytes": one.memory, "refused": one.refused, "sent": dict(one.work.sent)}
                      for name, one in compiled.items()},
         "seconds": _seconds(job, model, mesh, chip, {name: one.work for name, one in compiled.items()}) if fits else None,
-    } | stamp(compiled)  # fmt: skip
+    } | stamp(compiled) | {"compile_seconds": round(time.monotonic() - begun)}  # fmt: skip
 
 
 def describe(row: dict[str, Any], what: str) -> str:

@@ -38,7 +38,7 @@ def test_settings_that_no_model_can_have_are_refused(override, message):
 ])  # fmt: skip
 def test_settings_beyond_the_model_are_refused(override, message):
     def check(*overrides, model=MODEL):
-        check_experiments_model(SimpleNamespace(config=_config(*overrides), lm=SimpleNamespace(config=model)))
+        check_experiments_model(SimpleNamespace(config=_config(*overrides), outline=SimpleNamespace(config=model)))
 
     check()
     with pytest.raises(ValueError, match=message):

@@ -51,7 +51,7 @@ def test_only_known_files_are_copied(model, tmp_path):
 
 def test_what_a_link_brings_in_from_outside_is_not_copied(model, tmp_path, caplog):
     outside = tmp_path / "secret"
-    outside.write_text("xyzzy")
+    outside.write_text('{"secret": "xyzzy"}')
     for name in ("generation_config.json", "vocab.txt"):
         (model / name).symlink_to(outside)
     (model / "tokenizer.json").rename(tmp_path / "tokenizer.json")

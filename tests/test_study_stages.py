@@ -191,7 +191,7 @@ def test_checkpoints_are_compared_with_the_last_one_head_by_head(study, tmp_path
         assert row["emergence"] == pytest.approx(np.mean(there)) and row["top"] == found.mean.max()
         assert row["jaccard"] == stats.jaccard(found.heads(threshold=0.1), final)
         assert row["recall"] is row["text_loss"] is None
-    prints = checkpoint_prints(context)["checkpoints"]
+    prints = checkpoint_prints(context)
     assert len(prints) == len(set(prints.values())) == 3
 
 

@@ -17,8 +17,8 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["retmask_jax", "retmask_jax.*"]), "retmask_jax.configs"],
     package_dir={"retmask_jax.configs": "configs"},
-    package_data={"retmask_jax": ["assets/*/*", "benchmarks/*.json", "py.typed"]},
-    entry_points={"console_scripts": ["retmask = retmask_jax.main:main"]},
+    package_data={"retmask_jax": ["assets/*/*", "benchmarks/*.json", "aot/*.json", "py.typed"]},
+    entry_points={"console_scripts": ["retmask = retmask_jax.cli.main:main"]},
     install_requires=[
         "jax>=0.8",
         "flax>=0.12",

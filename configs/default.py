@@ -86,9 +86,9 @@ def get_config() -> ConfigDict:
 
     # Training: RetMask's DPO.
     config.train = ConfigDict()
-    config.train.arms = ("retmask",)  # what is trained; the controls are listed in retmask_jax/stages.py
+    config.train.arms = ("retmask",)  # what is trained; the controls are listed in retmask_jax/stages/registry.py
     config.train.seeds = (0,)
-    config.train.loss = "sigmoid"  # or ipo, hinge, simpo; see retmask_jax/dpo.py
+    config.train.loss = "sigmoid"  # or ipo, hinge, simpo; see retmask_jax/training/losses.py
     config.train.beta = 0.1
     config.train.label_smoothing = 0.0  # share of pairs that are taken to be the wrong way round
     config.train.gamma = 0.0  # margin that simpo asks for; its authors take 0.3 to 1.6 with beta 2 to 2.5
@@ -179,12 +179,12 @@ def _suites() -> ConfigDict:
     set. Lengths are tokens of the model at hand, new ones included (niah: the prompt alone, as in tasks)."""
     suites = ConfigDict()
     suites.ruler = ConfigDict()  # arXiv 2404.06654, with prompts and words of our own
-    suites.ruler.tasks = ()  # off; names of retmask_jax/evals/ruler.py, such as niah_multikey_2, vt or cwe
+    suites.ruler.tasks = ()  # off; names of retmask_jax/evals/suites/ruler.py, such as niah_multikey_2, vt or cwe
     suites.ruler.lengths = (4096, 8192, 16384, 32768, 65536, 131072)  # the paper's
     suites.ruler.n = 500  # samples of each task and length, as the paper has; 100 give +-10 points
     suites.ruler.seed = 0
     suites.ruler.essay = ""  # text of the needle tasks in an essay; it starts anew where it ends
-    suites.ruler.qa_1 = ""  # questions on documents: SQuAD's JSON, or a form of retmask_jax/evals/questions.py
+    suites.ruler.qa_1 = ""  # questions on documents: SQuAD's JSON, or a form of retmask_jax/evals/suites/questions.py
     suites.ruler.qa_2 = ""  # HotpotQA's JSON, or the same
 
     suites.niah = ConfigDict()  # ROUGE-1 recall over length and depth

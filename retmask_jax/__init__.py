@@ -8,10 +8,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from retmask_jax.dpo import dpo_loss
-    from retmask_jax.head_profile import profile
-    from retmask_jax.head_scores import HeadScores
-    from retmask_jax.lm import LanguageModel, from_params, load, save
+    from retmask_jax.generation.language_model import LanguageModel, from_params, load, save
+    from retmask_jax.generation.logprobs import sequence_logprobs
+    from retmask_jax.heads.profile import profile
+    from retmask_jax.heads.scores import HeadScores
     from retmask_jax.model.config import ModelConfig
     from retmask_jax.model.interventions import (
         Interventions,
@@ -23,18 +23,19 @@ if TYPE_CHECKING:
         stack,
     )
     from retmask_jax.model.transformer import forward
-    from retmask_jax.sequence import sequence_logprobs
+    from retmask_jax.training.losses import dpo_loss
 
 __version__ = "0.2.0"
 
 _HOME = {
-    "load": "lm", "save": "lm", "LanguageModel": "lm", "from_params": "lm",
+    "load": "generation.language_model", "save": "generation.language_model",
+    "LanguageModel": "generation.language_model", "from_params": "generation.language_model",
     "forward": "model.transformer", "ModelConfig": "model.config",
     "Interventions": "model.interventions", "mask_heads": "model.interventions", "mask_rope": "model.interventions",
     "mask_queries": "model.interventions",
     "random_heads": "model.interventions", "rope_pairs": "model.interventions", "stack": "model.interventions",
-    "HeadScores": "head_scores", "profile": "head_profile",
-    "sequence_logprobs": "sequence", "dpo_loss": "dpo",
+    "HeadScores": "heads.scores", "profile": "heads.profile",
+    "sequence_logprobs": "generation.logprobs", "dpo_loss": "training.losses",
 }  # fmt: skip
 
 __all__ = [

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retmask_jax.lm import from_params, load
+from retmask_jax.generation.language_model import from_params, load
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.sharding import param_shapes
 from retmask_jax.model.transformer import split_layers
-from retmask_jax.sharding import param_shapes
 
 GOLDEN = Path(__file__).parent / "golden"
 

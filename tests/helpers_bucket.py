@@ -71,6 +71,6 @@ def mount(root: Path, late: float, patch=setattr) -> None:
 
 if __name__ == "__main__":
     mount(Path(sys.argv[1]), float(sys.argv[2]))
-    from retmask_jax.main import main
+    from retmask_jax.cli.main import main
 
     sys.exit(main(sys.argv[3:]))

@@ -7,9 +7,9 @@ import tokenizers
 import transformers
 
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.evals import samples
-from retmask_jax.evals.words import ADJECTIVES, NOISE, NOUNS
-from retmask_jax.haystack import Prompter
+from retmask_jax.data.prompter import Prompter
+from retmask_jax.evals.suites import samples
+from retmask_jax.evals.suites.words import ADJECTIVES, NOISE, NOUNS
 
 TEMPLATE = "{{ bos_token }}USER: {{ messages[0]['content'] | trim }}\nBOT:\n"
 ESSAY = [s.capitalize().replace(" .", ".") for s in tl.haystack_text(np.random.default_rng(0), 300)]

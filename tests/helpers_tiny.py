@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.lm import LanguageModel, from_params
+from retmask_jax.generation.language_model import LanguageModel, from_params
 from retmask_jax.model.config import ModelConfig, Rope
 
 CONFIG = ModelConfig(

@@ -22,9 +22,9 @@ def main(folder: Path, options: dict) -> None:
     from helpers_tiny import CONFIG, copying_params
     from test_train import ROWS, SETTINGS
 
-    from retmask_jax import train as training
-    from retmask_jax.hosts import primary, to_host
-    from retmask_jax.sharding import make_mesh, param_shardings
+    from retmask_jax.model.sharding import make_mesh, param_shardings
+    from retmask_jax.training import loop as training
+    from retmask_jax.utils.hosts import primary, to_host
 
     settings = dataclasses.replace(
         SETTINGS, learning_rate=1e-3, final_learning_rate=1e-4, warmup=0.1, steps=10, checkpoint_every=3, batch_size=8,

@@ -16,9 +16,9 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import numpy as np
 
-from retmask_jax import checkpoint_files
-from retmask_jax.lm import load
-from retmask_jax.sharding import make_mesh
+from retmask_jax.generation.language_model import load
+from retmask_jax.hf import checkpoint_files
+from retmask_jax.model.sharding import make_mesh
 
 
 def anonymous() -> int:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from helpers_tiny import CONFIG, copying_lm, in_float64, reference
 
-from retmask_jax.lm import save
+from retmask_jax.generation.continuous import Request, generate_stream
+from retmask_jax.generation.language_model import save
+from retmask_jax.generation.sweep import sweep
 from retmask_jax.model.interventions import Interventions, mask_heads, mask_queries, mask_rope, stack
-from retmask_jax.stream import Request, generate_stream
-from retmask_jax.sweep import sweep
 
 LM = copying_lm()
 TOKENS = np.random.default_rng(5).integers(4, CONFIG.vocab_size, (2, 24)).astype(np.int32)

@@ -12,15 +12,16 @@ from pathlib import Path
 import jax
 import pytest
 
-from retmask_jax import aot, aot_decoding
-from retmask_jax.advice import Step, advise
-from retmask_jax.benchmarks import aot as table
-from retmask_jax.flops import executed_flops, forward_flops, training_flops
-from retmask_jax.hlo import Work, read_work
-from retmask_jax.main import main
+from retmask_jax.aot import decoding as aot_decoding
+from retmask_jax.aot import step as aot
+from retmask_jax.aot import table
+from retmask_jax.aot.advice import Step, advise
+from retmask_jax.aot.hlo import Work, read_work
+from retmask_jax.aot.topology import ASSUMED, CHIPS, estimate
+from retmask_jax.cli.main import main
 from retmask_jax.model.config import Lora, ModelConfig
-from retmask_jax.recipes import load_recipe
-from retmask_jax.topology import ASSUMED, CHIPS, estimate
+from retmask_jax.model.flops import executed_flops, forward_flops, training_flops
+from retmask_jax.runs.recipes import load_recipe
 
 GIB = 2**30
 TPU = "{1,0:T(8,128)(2,1)}"  # a layout as TPUs have it
@@ -171,10 +172,10 @@ def test_work_adds_up():
 ON_EIGHT_DEVICES = """
 import json, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from retmask_jax.benchmarks.aot import prefill_program
-from retmask_jax.hlo import read_work
+from retmask_jax.aot.table import prefill_program
+from retmask_jax.aot.hlo import read_work
 from retmask_jax.model.config import Lora, ModelConfig
-from retmask_jax.sharding import make_mesh, using
+from retmask_jax.model.sharding import make_mesh, using
 
 def scanned():
     mesh = Mesh(np.array(jax.devices()), ("d",))

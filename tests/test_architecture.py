@@ -8,29 +8,15 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "retmask_jax"
 
-# A module imports only what stands above it.
-ORDER = """
-hosts shapes keys files records progress fingerprints memory hlo topology advice model.config model.rope hf_config
-families model.adapters model.layers model.experts model.interventions model.kernels model.splash model.cudnn
-model.attention model.cache model.transformer model.layerwise sharding flops checkpoint_files weights hub end_tokens
-prefill generate stream lm variants sweep dpo sequence stats matching haystack head_scores detect detectors causal
-knockout head_profile norm_utility head_statistics rotary data.tiny_language data.preferences data.chat data.prompts
-data.released data.preference_dataset pairs endpoints training_settings optimizer objective reference train_step
-checkpoints metrics train evals.measured evals.kept evals.scoring evals.generation_options evals.harness_model
-evals.harness evals.helmet_worker evals.helmet_process evals.helmet_means evals.helmet evals.recall evals.perplexity
-evals.words evals.questions evals.samples evals.ruler evals.niah evals.json_kv evals.rerank evals.suites page panels
-figures wording evals.compare model_figures causal_figures causal_report eval_report report study_figures study_report
-panel panel_figures panel_report pretrain assets inspection doctor recipes limits workdir finished context arms
-causal_stages eval_stages detector_runs study_stages stages aot aot_decoding benchmarks.harness benchmarks.models
-benchmarks.chip benchmarks.peers benchmarks.trl_peer benchmarks.programs benchmarks.by_hand benchmarks.peak
-benchmarks.aot benchmarks.detect benchmarks.masks benchmarks.generate benchmarks.dpo benchmarks.memory pipeline main
-""".split()
+# The packages in the order of the story: each imports only those before it.
+PACKAGES = "utils model hf data generation heads training evals runs reports stages benchmarks aot cli".split()
+DATA = "assets"
 
 
 def _modules():
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-        if path.stat().st_size and name != "__init__":
+        if path.name != "__init__.py":
             yield name, path
 
 
@@ -47,20 +33,40 @@ def _imports(path):
         yield from (name for name in names if name)
 
 
-def test_every_module_has_its_place_in_the_order():
-    assert {name for name, _ in _modules()} == set(ORDER)
+def test_every_module_lies_in_a_package():
+    """At the top is nothing but the public names, and each folder says in a sentence what lives in it."""
+    assert {name.split(".")[0] for name, _ in _modules()} == set(PACKAGES)
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == {*PACKAGES, DATA} and [path.name for path in PACKAGE.glob("*.py")] == ["__init__.py"]
+    for init in PACKAGE.glob("*/**/__init__.py"):
+        assert re.fullmatch('"""[^"]{20,}[.]"""\n', init.read_text()), init
 
 
-def test_imports_go_one_way():
-    rank = {name: i for i, name in enumerate(ORDER)}
-    wrong = [(name, used) for name, path in _modules() for used in _imports(path) if rank[used] >= rank[name]]
-    assert not wrong
+def test_packages_import_only_those_before_them():
+    rank = {name: i for i, name in enumerate(PACKAGES)}
+    packages = ((name, used, name.split(".")[0], used.split(".")[0]) for name, path in _modules() for used in _imports(path))
+    assert not [(name, used) for name, used, ours, theirs in packages if rank[theirs] > rank[ours]]
+
+
+def test_no_modules_import_each_other():
+    uses = {name: {used for used in _imports(path) if used != name} for name, path in _modules()}
+    done = set()
+
+    def visit(name, above):
+        assert name not in above, f"{' -> '.join([*above[above.index(name):], name])}"
+        if name not in done:
+            for used in sorted(uses.get(name, ())):
+                visit(used, [*above, name])
+            done.add(name)
+
+    for name in uses:
+        visit(name, [])
 
 
 def test_no_module_has_the_name_of_a_public_function():
     import retmask_jax as rm
 
-    assert not {name.split(".")[0] for name in ORDER} & set(rm.__all__)
+    assert not {*PACKAGES, DATA} & set(rm.__all__)
     assert all(getattr(rm, name) is not None for name in rm.__all__)
 
 
@@ -86,7 +92,7 @@ def test_files_stay_short():
 
 def test_help_needs_no_heavy_import():
     code = (
-        "import sys; from retmask_jax.main import main\n"
+        "import sys; from retmask_jax.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'jax', 'flax', 'numpy', 'transformers', 'matplotlib'} & set(sys.modules)\n"

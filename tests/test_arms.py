@@ -17,12 +17,12 @@ from ml_collections import ConfigDict
 from retmask_jax.configs import default
 from test_endpoints import _plan, serve  # noqa: F401  (a fixture)
 
-from retmask_jax.arms import ARMS, pairs_stage
-from retmask_jax.context import Context
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.files import read_jsonl, write_json, write_jsonl
-from retmask_jax.records import Records
-from retmask_jax.workdir import Workdir
+from retmask_jax.runs.context import Context
+from retmask_jax.runs.workdir import Workdir
+from retmask_jax.stages.pairs import ARMS, pairs_stage
+from retmask_jax.utils.files import read_jsonl, write_json, write_jsonl
+from retmask_jax.utils.store import Records
 
 HEADS = [[1, 0], [1, 2]]
 SEEDS = (0, 1)
@@ -139,7 +139,7 @@ def test_pairs_may_have_other_template_arguments_than_detection(prepare, monkeyp
     assert context.prompter.render_messages(message) == "bell rome"
     assert context.pairs_prompter.render_messages(message) == "bell oslo"
     asked = []
-    monkeypatch.setattr("retmask_jax.pairs.sample", lambda lm, questions, *_, **__: asked.extend(questions) or iter(()))
+    monkeypatch.setattr("retmask_jax.training.pairs.sample", lambda lm, questions, *_, **__: asked.extend(questions) or iter(()))
     with pytest.raises(KeyError):  # nothing was answered
         pairs_stage(context, folder)
     assert {question.tokens[-1] for question in asked} == {tl.VOCABULARY.index("oslo")}
@@ -181,7 +181,7 @@ def test_servers_that_fail_give_the_files_of_servers_that_do_not(prepare, serve)
 def test_pairs_from_servers_and_pairs_that_are_there_load_no_weights(prepare, serve, monkeypatch):  # noqa: F811
     context, folder = prepare("sampled", arms=("retmask",))
     pairs_stage(context, folder)
-    monkeypatch.setattr("retmask_jax.context.load", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("retmask_jax.runs.context.load", lambda *_, **__: pytest.fail("weights were loaded"))
     for other, there in ((context, folder), prepare("asked", **_endpoints(_servers(serve)))):
         other.__dict__["_outline"] = other.__dict__.pop("lm").replace(params=None)
         pairs_stage(other, there)
@@ -204,7 +204,7 @@ def test_a_server_that_is_not_named_is_asked_for_with_its_heads(prepare, serve):
 @pytest.mark.slow
 def test_the_command_killed_three_times_gives_the_same_files(tmp_path):
     config = Path(__file__).with_name("tiny_small.py")
-    base = [sys.executable, "-m", "retmask_jax.main"]
+    base = [sys.executable, "-m", "retmask_jax.cli.main"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for stage in ("detect", "knockout"):
         subprocess.run([*base, stage, f"--config={config}", f"--workdir={whole}"], check=True, capture_output=True)

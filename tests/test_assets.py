@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import retmask_jax as rm
-from retmask_jax import assets, recipes
-from retmask_jax.hub import BUNDLED
-from retmask_jax.stages import check_config
+from retmask_jax.hf.hub import BUNDLED
+from retmask_jax.runs import recipes
+from retmask_jax.stages.registry import check_config
+from retmask_jax.training.pretrain import write_data
 
 
 def test_the_assets_are_small():
@@ -17,7 +18,7 @@ def test_the_assets_are_small():
 
 
 def test_the_data_files_are_what_the_recipe_draws(tmp_path):
-    assets.write_data(recipes.load_recipe("tiny").pretrain.data, tmp_path)
+    write_data(recipes.load_recipe("tiny").pretrain.data, tmp_path)
     shipped = BUNDLED.parent / "data"
     assert {path.name for path in shipped.iterdir()} == {path.name for path in tmp_path.iterdir()}
     for path in tmp_path.iterdir():

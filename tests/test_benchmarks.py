@@ -14,19 +14,21 @@ import numpy as np
 import pytest
 
 import retmask_jax as rm
-from retmask_jax.benchmarks import aot, chip, detect, dpo, generate, harness, masks, memory, models, peak, peers
+from retmask_jax.aot import table
+from retmask_jax.benchmarks import chip, detect, dpo, generate, harness, masks, memory, models, peak, peers
 from retmask_jax.benchmarks.by_hand import Ours
 from retmask_jax.benchmarks.harness import Bound, Report, Row, Timed, alternate, speed_row
 from retmask_jax.benchmarks.memory import growth_rows
 from retmask_jax.benchmarks.peak import Peak
 from retmask_jax.benchmarks.programs import PROGRAMS
-from retmask_jax.detect import detect as our_detect
-from retmask_jax.detect import read_answers
-from retmask_jax.generate import generate_many, pad_rows
-from retmask_jax.hub import BUNDLED
-from retmask_jax.main import main
+from retmask_jax.cli.main import main
+from retmask_jax.generation.batching import pad_rows
+from retmask_jax.generation.decode import generate_many
+from retmask_jax.generation.sweep import sweep
+from retmask_jax.heads.copy_score import detect as our_detect
+from retmask_jax.heads.reading import read_answers
+from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.sweep import sweep
 
 SMALL = ModelConfig(vocab_size=96, hidden_size=32, mlp_size=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8,
                     max_length=256)  # fmt: skip
@@ -295,18 +297,18 @@ def test_peaks_are_measured_of_every_piece_of_work(small, what, options):
 
 
 def test_the_commands_benchmarks_are_all_here():
-    from retmask_jax.main import _BENCHMARKS
+    from retmask_jax.cli.main import _BENCHMARKS
 
     assert set(_BENCHMARKS) == {*(name for name, _ in QUICK), "dpo", "memory"}
 
 
 def test_the_table_of_topologies_is_asked_for_in_words_that_are_checked(monkeypatch, capsys, tmp_path):
     seen = []
-    monkeypatch.setattr(aot, "fill", lambda *args, **options: seen.append((args, options)) or True)
-    assert aot.main(["recipes", "--recipes", "tiny", "--topologies", "v5e:2x2", f"--out={tmp_path / 'x.json'}"]) == 0
+    monkeypatch.setattr(table, "fill", lambda *args, **options: seen.append((args, options)) or True)
+    assert table.main(["recipes", "--recipes", "tiny", "--topologies", "v5e:2x2", f"--out={tmp_path / 'x.json'}"]) == 0
     assert seen == [((tmp_path / "x.json",), {"recipes": ["tiny"], "topologies": ["v5e:2x2"], "long": False, "models": None})]
     for wrong in (["prefill"], ["recipes", "--nothing"], ["prefill", "--length=8", "--topology=v9:1x1"]):
-        assert aot.main([*wrong]) == 2
+        assert table.main([*wrong]) == 2
         assert capsys.readouterr().err.startswith("aot: ")
 
 
@@ -342,12 +344,15 @@ def test_benchmarks_call_no_private_function_of_another_module():
     """Such a function changes without notice: a benchmark called one with 9 of its 13 arguments, and could not run."""
     for path in sorted(Path(harness.__file__).parent.glob("*.py")):
         assert not _private_uses(ast.parse(path.read_text())), path.name
-    for wrong in ("from retmask_jax.detect import _read", "from retmask_jax.detect import _read as read",
-                  "from retmask_jax import detect\ndetect._read()", "from retmask_jax import detect as d\nd._read()",
-                  "import retmask_jax.detect\nretmask_jax.detect._read()", "from jax._src import core",
+    for wrong in ("from retmask_jax.heads.copy_score import _read", "from retmask_jax.heads.copy_score import _read as read",
+                  "from retmask_jax.heads import copy_score\ncopy_score._read()",
+                  "from retmask_jax.heads import copy_score as c\nc._read()",
+                  "import retmask_jax.heads.copy_score\nretmask_jax.heads.copy_score._read()",
+                  "from jax._src import core",
                   "def f():\n    import jax._src.core"):  # fmt: skip
         assert _private_uses(ast.parse(wrong)), wrong
-    for right in ("from retmask_jax.detect import detect", "import jax\njax.jit()", "self._x()", "from __future__ import x"):
+    for right in ("from retmask_jax.heads.copy_score import detect", "import jax\njax.jit()", "self._x()",
+                  "from __future__ import x"):  # fmt: skip
         assert not _private_uses(ast.parse(right)), right
 
 
@@ -403,7 +408,7 @@ def test_trl_takes_our_step(torch, small, tmp_path):
     from retmask_jax.benchmarks.by_hand import Ours
     from retmask_jax.benchmarks.programs import dpo_settings, random_pairs
     from retmask_jax.benchmarks.trl_peer import TrlPeer
-    from retmask_jax.optimizer import schedule
+    from retmask_jax.training.optimizer import schedule
 
     # Losses that move: in five steps at 1e-3 most of the way to zero.
     settings = dataclasses.replace(dpo_settings(2, "float32"), learning_rate=1e-3, final_learning_rate=1e-4, steps=5)

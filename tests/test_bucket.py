@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import pytest
 from helpers_bucket import mount
 
-from retmask_jax.checkpoints import Checkpoints
-from retmask_jax.context import checkpoint_fingerprint
-from retmask_jax.files import is_whole, mark_whole
-from retmask_jax.hub import BUNDLED
-from retmask_jax.lm import load, save
+from retmask_jax.generation.language_model import load, save
+from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.model.interventions import mask_heads
-from retmask_jax.records import Records
-from retmask_jax.stages import RUN
-from retmask_jax.train import _checkpoint_folder
-from retmask_jax.workdir import Basis, Workdir
+from retmask_jax.runs.context import checkpoint_fingerprint
+from retmask_jax.runs.workdir import Basis, Workdir
+from retmask_jax.stages.registry import RUN
+from retmask_jax.training.checkpoints import Checkpoints
+from retmask_jax.training.loop import _checkpoint_folder
+from retmask_jax.utils.files import is_whole, mark_whole
+from retmask_jax.utils.store import Records
 
 HERE = Path(__file__).parent
 LATE = 2.0  # seconds

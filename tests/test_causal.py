@@ -11,12 +11,13 @@ from helpers_tiny import (
     reference_answer,
 )
 
-from retmask_jax import causal, stats
-from retmask_jax.causal import Condition, answers, hits, mean_over_draws, summarise
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.generate import generate_batch
-from retmask_jax.haystack import Case, Needle, Spec
+from retmask_jax.data.needles import Case, Needle, Spec
+from retmask_jax.generation.decode import generate_batch
+from retmask_jax.heads import conditions as causal
+from retmask_jax.heads.conditions import Condition, answers, hits, mean_over_draws, summarise
 from retmask_jax.model.interventions import Interventions, all_heads, mask_heads, mask_queries, mask_rope
+from retmask_jax.utils import stats
 
 LM = copying_lm()
 

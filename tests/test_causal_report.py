@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from test_report import KINDS, around, knockout_result, make_results, number, rope_result
 
-from retmask_jax import figures
-from retmask_jax.causal_report import knockout_section, only_zero, rope_section
-from retmask_jax.report import write_report
+from retmask_jax.reports import figures
+from retmask_jax.reports.causal_report import knockout_section, only_zero, rope_section
+from retmask_jax.reports.pages import write_report
 
 HEADS = [[1, 2], [0, 3], [2, 1]]
 

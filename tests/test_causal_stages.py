@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from retmask_jax import recipes
-from retmask_jax.causal_stages import check_experiments, check_experiments_model
 from retmask_jax.model.config import ModelConfig
+from retmask_jax.runs import recipes
+from retmask_jax.stages.knockout import check_knockout, check_knockout_model
+from retmask_jax.stages.rope import check_rope, check_rope_model
 
 MODEL = ModelConfig(
     vocab_size=8, hidden_size=8, mlp_size=8, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=32, max_length=640
@@ -25,9 +26,13 @@ def _config(*overrides):
     ("text.file=", "rope.matched is measured on plain text: set text.file"),
 ])  # fmt: skip
 def test_settings_that_no_model_can_have_are_refused(override, message):
-    check_experiments(_config())
+    def check(*overrides):
+        check_knockout(_config(*overrides))
+        check_rope(_config(*overrides))
+
+    check()
     with pytest.raises(ValueError, match=message):
-        check_experiments(_config(override))
+        check(override)
 
 
 @pytest.mark.parametrize("override, message", [
@@ -38,7 +43,9 @@ def test_settings_that_no_model_can_have_are_refused(override, message):
 ])  # fmt: skip
 def test_settings_beyond_the_model_are_refused(override, message):
     def check(*overrides, model=MODEL):
-        check_experiments_model(SimpleNamespace(config=_config(*overrides), outline=SimpleNamespace(config=model)))
+        context = SimpleNamespace(config=_config(*overrides), outline=SimpleNamespace(config=model))
+        check_knockout_model(context)
+        check_rope_model(context)
 
     check()
     with pytest.raises(ValueError, match=message):

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 
-from retmask_jax.checkpoint_files import CHECKPOINT_TEXTS, checkpoint_files, weight_names
-from retmask_jax.hub import BUNDLED
-from retmask_jax.lm import load, load_tokenizer, save
-from retmask_jax.main import main
+from retmask_jax.cli.main import main
+from retmask_jax.generation.language_model import load, save
+from retmask_jax.hf.checkpoint_files import CHECKPOINT_TEXTS, checkpoint_files, weight_names
+from retmask_jax.hf.hub import BUNDLED
+from retmask_jax.hf.tokenizer import load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import retmask_jax as rm
-from retmask_jax.hub import BUNDLED
-from retmask_jax.main import main
+from retmask_jax.cli.main import main
+from retmask_jax.hf.hub import BUNDLED
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_a_full_or_locked_disk_is_one_line(tmp_path, monkeypatch, capsys, number
     def full(*_, **__):
         raise OSError(number, os.strerror(number), "work/config.json")
 
-    monkeypatch.setattr("retmask_jax.workdir.write_json", full)
+    monkeypatch.setattr("retmask_jax.runs.workdir.write_json", full)
     assert main(["detect", "--config=tiny", f"--workdir={tmp_path / 'work'}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"retmask: work/config.json: {os.strerror(number)}: make room") and error.count("\n") == 1

@@ -1,6 +1,5 @@
 """The worked examples of CONTRIBUTING.md do what the text says."""
 
-import functools
 import importlib
 import json
 import re
@@ -13,22 +12,25 @@ import pytest
 from conftest import GOLDEN, STORED
 from helpers_samples import byte_pairs, said_by, text_of
 from helpers_tiny import CONFIG, copying_params, in_float64, reference_logprob
-from test_architecture import _imports, _modules
+from test_architecture import DATA, PACKAGES
 
-from retmask_jax import detectors, dpo, families, recipes
-from retmask_jax.context import Context
-from retmask_jax.detector_runs import run_detector
-from retmask_jax.evals import ruler, suites
-from retmask_jax.head_scores import HeadScores
-from retmask_jax.lm import load, save
-from retmask_jax.main import main
+from retmask_jax.cli.main import main
+from retmask_jax.evals.suites import registry, ruler
+from retmask_jax.generation.language_model import load, save
+from retmask_jax.heads import detectors
+from retmask_jax.heads.scores import HeadScores
+from retmask_jax.hf import families
 from retmask_jax.model.interventions import mask_heads
-from retmask_jax.objective import part_loss
-from retmask_jax.stages import check_config, train_settings
-from retmask_jax.workdir import Workdir
+from retmask_jax.runs import recipes
+from retmask_jax.runs.context import Context
+from retmask_jax.runs.workdir import Workdir
+from retmask_jax.stages.detector_runs import run_detector
+from retmask_jax.stages.registry import check_config
+from retmask_jax.stages.train import train_settings
+from retmask_jax.training import losses
+from retmask_jax.training.objective import part_loss
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
-PACKAGE = Path(families.__file__).parent
 SMALL = Path(__file__).with_name("tiny_small.py")
 COPYING = [(1, 0), (1, 1), (1, 2), (1, 3)]  # of the bundled model
 
@@ -94,20 +96,20 @@ def test_a_loss_is_one_entry(add):
     overrides = [("train.loss", "apo_zero"), ("train.beta", "0.3")]
     with pytest.raises(ValueError, match="kind of loss is 'apo_zero'; it must be one of sigmoid"):
         train_settings(recipes.load_recipe("tiny", overrides), "retmask", 0)
-    name, _ = add(printed("Adding a loss")[0], dpo, "LOSSES")
+    name, _ = add(printed("Adding a loss")[0], losses, "LOSSES")
 
     def equation(chosen, rejected, ref_chosen, ref_rejected):
         return 1 - 1 / (1 + np.exp(-0.3 * (chosen - ref_chosen))) + 1 / (1 + np.exp(-0.3 * (rejected - ref_rejected)))
 
     logps, step = 4 * np.random.default_rng(0).standard_normal((4, 50)) - 10, 1e-5
     args = [jnp.asarray(x, jnp.float32) for x in logps]
-    np.testing.assert_allclose(dpo.dpo_loss(*args, beta=0.3, kind=name), equation(*logps), rtol=1e-5)
-    slopes = jax.grad(lambda *xs: dpo.dpo_loss(*xs, beta=0.3, kind=name).sum(), (0, 1, 2, 3))(*args)
+    np.testing.assert_allclose(losses.dpo_loss(*args, beta=0.3, kind=name), equation(*logps), rtol=1e-5)
+    slopes = jax.grad(lambda *xs: losses.dpo_loss(*xs, beta=0.3, kind=name).sum(), (0, 1, 2, 3))(*args)
     for i, slope in enumerate(slopes):
         ends = [equation(*(x + sign * step * (i == n) for n, x in enumerate(logps))) for sign in (1, -1)]
         np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * step), rtol=1e-3, atol=1e-6)
     with pytest.raises(ValueError, match="gamma is 0.5, which only simpo has, not apo_zero"):
-        dpo.dpo_loss(*args, kind=name, gamma=0.5)
+        losses.dpo_loss(*args, kind=name, gamma=0.5)
 
     settings = train_settings(recipes.load_recipe("tiny", overrides), "retmask", 0)
     assert settings.has_reference and not settings.averages
@@ -125,7 +127,7 @@ def test_a_loss_is_one_entry(add):
 def test_a_suite_is_one_entry_and_its_settings(add, tmp_path, capsys):
     """`retmask eval` compares the bundled model with itself without the heads that copy: needles surprise it then."""
     code, settings = printed("Adding an evaluation")[:2]
-    add(code, suites, "SUITES")
+    add(code, registry, "SUITES")
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         f"import runpy\n\nfrom ml_collections import ConfigDict\n\n\ndef get_config():\n"
@@ -137,9 +139,9 @@ def test_a_suite_is_one_entry_and_its_settings(add, tmp_path, capsys):
     save(lm, tmp_path / "without", mask_heads(lm.config, COPYING))
     on = {"needles": "bundled/test_needles.jsonl", "haystack": "bundled/test_text.txt", "lengths": "(128,)", "per_cell": "2"}
     changes = [(f"suites.answer_loss.{key}", value) for key, value in on.items()]
-    suites.check_suites(recipes.load_recipe(str(recipe), changes).suites)
+    registry.check_suites(recipes.load_recipe(str(recipe), changes).suites)
     with pytest.raises(ValueError, match="suites.answer_loss needs 128 tokens, the model's context is 127"):
-        suites.check_context(recipes.load_recipe(str(recipe), changes).suites, 127)
+        registry.check_context(recipes.load_recipe(str(recipe), changes).suites, 127)
     command = ["eval", f"--config={recipe}", f"--workdir={tmp_path / 'work'}", f"--compare=without={tmp_path / 'without'}"]
     assert main([*command, *(f"--config.{key}={value}" for key, value in changes)]) == 0
     assert "answer_loss/needle 128" in capsys.readouterr().out
@@ -159,23 +161,15 @@ def test_a_task_of_ruler_is_one_entry(add):
         assert len(stated) == 16 and 1200 - 128 - 60 < len(sample.tokens) <= 1200 - 128
         asked = re.search(r"What is the secret number for (\S+) stated", text)[1]
         assert sample.references == (stated[asked],) and stated[asked] in said_by(prompter, sample)[0]
-    suites.check_suites(recipes.load_recipe("default", [("suites.ruler.tasks", f"({name!r},)")]).suites)
+    registry.check_suites(recipes.load_recipe("default", [("suites.ruler.tasks", f"({name!r},)")]).suites)
 
 
 # --- the map ---
 
 
-def test_every_module_is_on_the_map_and_nothing_else():
-    modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
-    named = {name for row in mapped() for name in row}
-    assert not {module for module in modules if row_of(module) is None}
-    assert all((PACKAGE / name).exists() for name in named)
-
-
-def test_the_map_goes_the_way_of_the_imports():
-    wrong = [(path.name, used) for _, path in _modules() for used in _imports(path)
-             if row_of(str(path.relative_to(PACKAGE))) < row_of(used.replace(".", "/") + ".py")]  # fmt: skip
-    assert not wrong
+def test_the_map_has_every_package_in_the_order_of_imports():
+    rows = re.findall(r"^\| `(\w+)/` \|", section("Where things are"), re.MULTILINE)
+    assert rows == [*PACKAGES, DATA]
 
 
 def test_where_a_head_is_masked_the_score_computed_and_the_loss():
@@ -190,16 +184,3 @@ def test_where_a_head_is_masked_the_score_computed_and_the_loss():
             owner, _, attribute = name.partition(".")
             (found,) = [vars(m)[owner] for m in modules if getattr(vars(m).get(owner), "__module__", "") == m.__name__]
             assert not attribute or attribute in vars(found), name
-
-
-@functools.cache
-def mapped():
-    """Files and folders of each row of the map, in order."""
-    rows = re.findall(r"^\| (`.*?) \|", section("Where things are"), re.MULTILINE)
-    return [re.findall(r"`([\w/]+\.py|[\w/]+/)`", row) for row in rows]
-
-
-def row_of(file):
-    """The number of the row that has a file, or the folder it is in."""
-    inside = {file, file.split("/")[0] + "/", file.removesuffix(".py") + "/"}
-    return next((i for i, row in enumerate(mapped()) if inside & set(row)), None)

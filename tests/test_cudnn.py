@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retmask_jax.model import cudnn
 from retmask_jax.model.attention import Keys, attend, kernel_for
-from retmask_jax.model.kernels import HIDDEN, Scores
+from retmask_jax.model.kernels import cudnn
+from retmask_jax.model.kernels.blocked import HIDDEN, Scores
 
 WIDTH = 8
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -164,7 +164,7 @@ def test_the_devices_of_the_mesh_decide_where_one_is_set(here, chosen, monkeypat
 
 
 def test_no_device_is_asked_for_by_an_import():
-    code = ("import retmask_jax, retmask_jax.lm, retmask_jax.model.attention, retmask_jax.doctor; "
+    code = ("import retmask_jax, retmask_jax.generation.language_model, retmask_jax.model.attention, retmask_jax.cli.doctor; "
             "from jax._src import xla_bridge; assert not xla_bridge._backends")  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True)
 

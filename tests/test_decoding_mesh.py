@@ -12,14 +12,15 @@ _DECODE = textwrap.dedent("""
     import json, sys, tempfile
     from pathlib import Path
     import jax, numpy as np
-    from retmask_jax import memory, stream
+    from retmask_jax.generation import continuous as stream
+    from retmask_jax.utils import memory
     from retmask_jax.configs import _papers
-    from retmask_jax.context import Context
-    from retmask_jax.hlo import read_work
-    from retmask_jax.lm import load
+    from retmask_jax.runs.context import Context
+    from retmask_jax.aot.hlo import read_work
+    from retmask_jax.generation.language_model import load
     from retmask_jax.model.interventions import mask_heads, stack
-    from retmask_jax.model.kernels import compiled_for
-    from retmask_jax.workdir import Workdir
+    from retmask_jax.model.kernels.blocked import compiled_for
+    from retmask_jax.runs.workdir import Workdir
 
     said = json.loads(sys.argv[1])
     if said:

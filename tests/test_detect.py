@@ -13,9 +13,11 @@ import transformers
 from helpers_tiny import BATCH, CONFIG, NEW, copying_lm, in_float64, reference_answer
 
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.detect import COUNTED, copy_score, detect, rouge1_recall, stability
-from retmask_jax.haystack import Case, Needle, Prompter, Spec, build_cases, draw_specs
-from retmask_jax.head_scores import HeadScores
+from retmask_jax.data.answers import rouge1_recall
+from retmask_jax.data.needles import Case, Needle, Spec, build_cases, draw_specs
+from retmask_jax.data.prompter import Prompter
+from retmask_jax.heads.copy_score import COUNTED, copy_score, detect, stability
+from retmask_jax.heads.scores import HeadScores
 
 LM = copying_lm()
 NO_SPEC = Spec(0, 0.0, 0, (), 0)

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from helpers_tiny import BATCH, CONFIG, NEW, copying_lm, in_float64, reference, reference_answer
 
-from retmask_jax import detectors
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.detect import COUNTED, detect, measure_answers, words_of
-from retmask_jax.detectors import DETECTORS, agreement, copy_forced, over_seeds, query_focused
-from retmask_jax.haystack import Needle, Prompter, build_cases, draw_specs
-from retmask_jax.head_scores import HeadScores
-from retmask_jax.lm import from_params
+from retmask_jax.data.needles import Needle, build_cases, draw_specs
+from retmask_jax.data.prompter import Prompter
+from retmask_jax.generation.language_model import from_params
+from retmask_jax.heads import detectors
+from retmask_jax.heads.copy_score import COUNTED, detect, words_of
+from retmask_jax.heads.detectors import DETECTORS, agreement, copy_forced, over_seeds, query_focused
+from retmask_jax.heads.reading import measure_answers
+from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.sharding import plain_shapes
+from retmask_jax.model.sharding import plain_shapes
 
 LM = copying_lm()
 PARAMS = in_float64(LM.params)

@@ -15,8 +15,9 @@ from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import jaxtyped
 
 import retmask_jax as rm
-from retmask_jax import dpo, sequence
-from retmask_jax.generate import generate
+from retmask_jax.generation import logprobs
+from retmask_jax.generation.decode import generate
+from retmask_jax.training import losses
 
 PUBLIC = [name for name in rm.__all__ if name != "__version__"]
 METHODS = [
@@ -94,7 +95,7 @@ def test_arrays_of_every_kind_keep_to_the_annotations(read_golden, checked_api):
 
     def score(gates):
         masked = rm.Interventions(head_mask=gates)
-        return checked(sequence.sequence_logprobs)(lm.config, lm.params, tokens, tokens > 0, interventions=masked).sum()
+        return checked(logprobs.sequence_logprobs)(lm.config, lm.params, tokens, tokens > 0, interventions=masked).sum()
 
     slope = jax.jit(jax.vmap(jax.grad(score)))(jnp.zeros((1, L, H)))
     assert slope.shape == (1, L, H)
@@ -108,7 +109,7 @@ def test_arrays_of_every_kind_keep_to_the_annotations(read_golden, checked_api):
 
 def test_losses_keep_to_the_annotations():
     logits, logps = jnp.zeros((2, 3, 5)), jnp.zeros(4)
-    assert checked(dpo.contrast_loss)(logits, logits, 0.5).shape == (2, 3)
+    assert checked(losses.contrast_loss)(logits, logits, 0.5).shape == (2, 3)
     assert checked(rm.dpo_loss)(logps, logps, None, None, kind="simpo").shape == (4,)
 
 
@@ -116,7 +117,7 @@ def test_losses_keep_to_the_annotations():
     lambda lm: checked(rm.forward)(lm.config, lm.params, np.zeros((2, 3), np.float32)),
     lambda lm: checked(rm.forward)(lm.config, lm.params, np.zeros((2, 3), int), np.array([3])),
     lambda lm: checked(rm.dpo_loss)(jnp.zeros(4), jnp.zeros(3), None, None),
-    lambda lm: checked(dpo.contrast_loss)(jnp.zeros((2, 3, 5)), jnp.zeros((2, 3, 4)), 0.5),
+    lambda lm: checked(losses.contrast_loss)(jnp.zeros((2, 3, 5)), jnp.zeros((2, 3, 4)), 0.5),
     lambda lm: checked(rm.mask_heads)(lm.config, [(0, 0)], jnp.zeros((2, 3))),
 ])  # fmt: skip
 def test_the_check_sees_a_wrong_shape_or_kind(call, tiny):

@@ -6,9 +6,10 @@ import shlex
 
 import pytest
 
-from retmask_jax import doctor, recipes
-from retmask_jax import main as command
-from retmask_jax.main import main
+from retmask_jax.cli import doctor
+from retmask_jax.cli import main as command
+from retmask_jax.cli.main import main
+from retmask_jax.runs import recipes
 
 
 def test_this_machine_works_and_is_described(tmp_path, capsys):

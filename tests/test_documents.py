@@ -17,9 +17,9 @@ from helpers_documents import (
 )
 
 import retmask_jax as rm
-from retmask_jax import main
-from retmask_jax.benchmarks import aot
-from retmask_jax.recipes import load_recipe
+from retmask_jax.aot import table as aot
+from retmask_jax.cli import main
+from retmask_jax.runs.recipes import load_recipe
 
 GUIDES = [path for path in PAGES if path.parent == ROOT and path.stem != "CHANGELOG"]
 RECIPES = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if path.stem != "default" and path.stem[0] != "_"]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from helpers_tiny import CONFIG, copying_params, in_float64, reference_logprob
 
-from retmask_jax.dpo import contrast_loss, dpo_loss
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.model.transformer import forward
-from retmask_jax.objective import part_loss
-from retmask_jax.training_settings import Settings
+from retmask_jax.training.losses import contrast_loss, dpo_loss
+from retmask_jax.training.objective import part_loss
+from retmask_jax.training.settings import Settings
 
 LOGPS = 4 * np.random.default_rng(0).standard_normal((4, 50)) - 10
 

@@ -9,22 +9,22 @@ import pytest
 from chat_families import CHATS, RETMASK
 from test_preferences import _record
 
+from retmask_jax.cli.main import main
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.data.preferences import encode_pairs
-from retmask_jax.data.released import read_pairs
-from retmask_jax.detect import detect
-from retmask_jax.end_tokens import Ends, turn_end
-from retmask_jax.evals.recall import task_cases
+from retmask_jax.data.pair_formats import read_pairs
+from retmask_jax.data.pair_rows import encode_pairs
+from retmask_jax.data.prompter import Prompter
+from retmask_jax.data.tasks import task_cases
 from retmask_jax.evals.scoring import answers
-from retmask_jax.files import write_jsonl
-from retmask_jax.generate import generate_many
-from retmask_jax.haystack import Prompter
-from retmask_jax.hub import BUNDLED
-from retmask_jax.inspection import describe
-from retmask_jax.lm import from_params, load, save
-from retmask_jax.main import main
+from retmask_jax.generation.decode import generate_many
+from retmask_jax.generation.language_model import from_params, load, save
+from retmask_jax.heads.copy_score import detect
+from retmask_jax.hf.end_tokens import Ends, turn_end
+from retmask_jax.hf.hub import BUNDLED
+from retmask_jax.hf.summary import describe
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.pairs import Question, make_pairs, sample
+from retmask_jax.training.pairs import Question, make_pairs, sample
+from retmask_jax.utils.files import write_jsonl
 
 PROMPT = "<bos> the home of emma : rome . the home of emma :"
 DOT = tl.VOCABULARY.index(".")
@@ -154,7 +154,7 @@ def test_a_loaded_model_stops_at_the_ids_of_all_its_files_in_every_path(changed)
 
 
 def test_reading_and_decoding_detect_the_same_where_several_ids_stop(changed):
-    from retmask_jax.recipes import load_recipe
+    from retmask_jax.runs.recipes import load_recipe
 
     lm = load(changed(eos=[DOT, tl.EOS]))
     task = load_recipe("tiny", []).tasks.detect.to_dict() | {"lengths": (128,), "per_length": 6}
@@ -246,8 +246,7 @@ def test_the_stop_id_that_was_sampled_is_what_training_appends(changed):
 
 
 def test_stop_ids_are_read_back_from_every_form(tmp_path):
-    from retmask_jax.data.preference_dataset import build_dataset, preference_source
-    from retmask_jax.data.released import write_released
+    from retmask_jax.data.pair_formats import build_dataset, preference_source, write_released
 
     pairs = [_record(f"ask {i}", "a", "b") for i in range(3)]
     pairs[0] |= {"chosen_stop": 128009, "rejected_stop": 128001}

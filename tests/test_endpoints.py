@@ -14,8 +14,8 @@ import time
 
 import pytest
 
-from retmask_jax.endpoints import Endpoints, sample
-from retmask_jax.pairs import Question
+from retmask_jax.training.endpoints import Endpoints, sample
+from retmask_jax.training.pairs import Question
 
 NORMAL, MASKED = (0, "normal"), (0, "retmask")
 QUESTIONS = [
@@ -331,7 +331,7 @@ def test_a_password_in_an_address_is_refused_unseen():
 
 
 def test_a_password_of_a_proxy_is_in_no_message(monkeypatch):
-    from retmask_jax import endpoints
+    from retmask_jax.training import endpoints
 
     monkeypatch.setenv("http_proxy", "http:/me:secret@proxy:3128")
     monkeypatch.delenv("no_proxy", raising=False)

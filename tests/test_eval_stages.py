@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retmask_jax import eval_report, eval_stages, figures, recipes
-from retmask_jax.eval_stages import _common
-from retmask_jax.evals.compare import arm_numbers, number_names, numbers_by_task, run_rows, table
+from retmask_jax.cli.main import main
+from retmask_jax.evals.compare import arm_numbers, number_names, numbers_by_task, run_rows
 from retmask_jax.evals.measured import Measured
-from retmask_jax.hub import BUNDLED
-from retmask_jax.lm import load, save
-from retmask_jax.main import main
+from retmask_jax.generation.language_model import load, save
+from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.model.interventions import mask_heads
-from retmask_jax.report import write_comparison
+from retmask_jax.reports import evaluation, figures
+from retmask_jax.reports.comparison import table
+from retmask_jax.reports.pages import write_comparison
+from retmask_jax.runs import recipes
+from retmask_jax.stages import eval
+from retmask_jax.stages.eval import _common
 
 CONFIG = str(Path(__file__).with_name("tiny_small.py"))
 NIAH = [f"--config.suites.niah.{key}={value}" for key, value in {
@@ -60,8 +63,8 @@ def test_a_suite_that_has_run_is_kept_when_others_are_asked_for(compared, monkey
     kept = sorted((root / "measured").glob("niah-*.json"))
     assert len(kept) == 1  # the same weights, masks and settings: measured once
     ran = []
-    make = eval_stages.run_suites
-    monkeypatch.setattr(eval_stages, "run_suites", lambda *a, only, **k: ran.append(only) or make(*a, only=only, **k))
+    make = eval.run_suites
+    monkeypatch.setattr(eval, "run_suites", lambda *a, only, **k: ran.append(only) or make(*a, only=only, **k))
     more = ["--config.suites.perplexity.file=bundled/test_text.txt", "--config.suites.perplexity.length=64",
             "--config.suites.perplexity.windows=4"]  # fmt: skip
     assert main([*arguments, *more]) == 0  # another suite is no other work directory
@@ -93,7 +96,7 @@ def test_every_task_and_length_is_a_part_of_its_own():
         ("suites.json_kv.lengths", "(512, 1024)"), ("suites.lm_eval.tasks", "('a', 'b')"),
         ("suites.helmet.path", "x"), ("suites.niah.needles", "y"),
     ])  # fmt: skip
-    parts = [(name, part[name]) for name, part in eval_stages.suite_parts(config.suites)]
+    parts = [(name, part[name]) for name, part in eval.suite_parts(config.suites)]
     assert [name for name, _ in parts] == ["ruler"] * 4 + ["niah"] + ["json_kv"] * 2 + ["lm_eval"] * 2 + ["helmet"]
     assert [(one.tasks, one.lengths) for name, one in parts if name == "ruler"] == [
         ((task,), (length,)) for task in ("vt", "cwe") for length in (512, 1024)
@@ -176,7 +179,7 @@ def test_names_of_models_and_tasks_are_never_taken_apart(tmp_path):
             assert changes[name][task]["value"] == pytest.approx((samples[name][task] - samples["start"][task]).mean())
     assert len(result["numbers"]) == len(tasks) * (1 + 2 * len(NAMES))  # no two numbers share a name
     assert all(f"<th>{name}</th>" in page for name in NAMES)
-    labels = [task for panel, task in zip(eval_report._panels(result), tasks, strict=True) if panel == f"Evaluation: {task}"]
+    labels = [task for panel, task in zip(evaluation._panels(result), tasks, strict=True) if panel == f"Evaluation: {task}"]
     assert labels == list(tasks)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, VARIANTS
 
-from retmask_jax.families import FAMILIES, from_hf, to_hf
+from retmask_jax.hf.families import FAMILIES, from_hf, to_hf
 from retmask_jax.model.config import ModelConfig, Rope, shortest_pattern
 from retmask_jax.model.interventions import mask_rope, rope_pairs
 from retmask_jax.model.rope import inverse_frequencies

@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from retmask_jax import fingerprints
-from retmask_jax.context import checkpoint_fingerprint
-from retmask_jax.fingerprints import fingerprint
-from retmask_jax.hub import BUNDLED
+from retmask_jax.hf.hub import BUNDLED
+from retmask_jax.runs.context import checkpoint_fingerprint
+from retmask_jax.utils import fingerprints
+from retmask_jax.utils.fingerprints import fingerprint
 
 OLD = 10**9 * 1_700_000_000  # ns: long before now
 

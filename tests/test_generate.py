@@ -5,16 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retmask_jax import generate as generation
-from retmask_jax.generate import (
-    batches_by_length,
-    bucket,
-    generate,
-    generate_many,
-    pad_rows,
-    sample,
-    take_rows,
-)
+from retmask_jax.generation import decode as generation
+from retmask_jax.generation.batching import batches_by_length, bucket, pad_rows, take_rows
+from retmask_jax.generation.decode import generate, generate_many, sample
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import hidden

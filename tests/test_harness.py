@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from retmask_jax.evals import harness
-from retmask_jax.files import read_jsonl
-from retmask_jax.hub import BUNDLED
-from retmask_jax.lm import load
+from retmask_jax.evals.external import lm_eval
+from retmask_jax.generation.language_model import load
+from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.model.interventions import all_heads, mask_heads
+from retmask_jax.utils.files import read_jsonl
 
 DATA = BUNDLED.parent / "data"
 
@@ -74,7 +74,7 @@ def both(bundled):
     pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
 
-    from retmask_jax.evals.harness_model import HarnessModel
+    from retmask_jax.evals.external.lm_eval_model import HarnessModel
 
     theirs = HFLM(pretrained=str(bundled.source.folder), device="cpu", dtype="float32", batch_size=3)
     return HarnessModel(bundled, batch_size=5), theirs
@@ -142,7 +142,7 @@ def test_tasks_give_values_per_sample_and_tables_as_the_harness_reports_them(bun
     from lm_eval.tasks import TaskManager
 
     records = _write_tasks(tmp_path)
-    run = harness.run_lm_eval(bundled, ["tiny_all"], include_path=tmp_path, batch_size=4)
+    run = lm_eval.run_lm_eval(bundled, ["tiny_all"], include_path=tmp_path, batch_size=4)
     theirs = simple_evaluate(both[1], tasks=["tiny_all"], task_manager=TaskManager(include_path=str(tmp_path)))
     names = [f"lm_eval/{name}" for name in ("tiny_choice acc", "tiny_choice acc_norm", "tiny_answer")]
     assert [one.name for one in run.measured] == names
@@ -156,7 +156,7 @@ def test_tasks_give_values_per_sample_and_tables_as_the_harness_reports_them(bun
     assert run.shortened == {"log-likelihood": 4, "generation": 1}
     assert run.measured[2].values.mean() > 0.5
 
-    masked = harness.run_lm_eval(
+    masked = lm_eval.run_lm_eval(
         bundled, ["tiny_answer"], include_path=tmp_path, batch_size=4, limit=4,
         interventions=mask_heads(bundled.config, all_heads(bundled.config)),
     )  # fmt: skip
@@ -168,6 +168,6 @@ def test_tasks_give_values_per_sample_and_tables_as_the_harness_reports_them(bun
 def test_unknown_tasks_and_folders_are_named(bundled, tmp_path):
     pytest.importorskip("lm_eval")
     with pytest.raises(ValueError, match="no task no_such_task"):
-        harness.run_lm_eval(bundled, ["no_such_task"], batch_size=1)
+        lm_eval.run_lm_eval(bundled, ["no_such_task"], batch_size=1)
     with pytest.raises(ValueError, match="is no folder"):
-        harness.run_lm_eval(bundled, ["x"], include_path=tmp_path / "none", batch_size=1)
+        lm_eval.run_lm_eval(bundled, ["x"], include_path=tmp_path / "none", batch_size=1)

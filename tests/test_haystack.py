@@ -12,9 +12,8 @@ import tokenizers
 import transformers
 
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.haystack import (
+from retmask_jax.data.needles import (
     Needle,
-    Prompter,
     Spec,
     answer_span,
     build_cases,
@@ -24,6 +23,7 @@ from retmask_jax.haystack import (
     read_needles,
     read_sentences,
 )
+from retmask_jax.data.prompter import Prompter
 
 PUBLISHED = os.environ.get("RETMASK_PUBLISHED")
 needs_published = pytest.mark.skipif(not PUBLISHED, reason="RETMASK_PUBLISHED is not set")

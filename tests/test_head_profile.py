@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retmask_jax import stats
-from retmask_jax.head_profile import Scored, profile, profile_table
-from retmask_jax.head_scores import HeadScores
+from retmask_jax.heads.profile import Scored, profile, profile_table
+from retmask_jax.heads.scores import HeadScores
+from retmask_jax.utils import stats
 
 PUBLISHED = os.environ.get("RETMASK_PUBLISHED")
 needs_published = pytest.mark.skipif(not PUBLISHED, reason="RETMASK_PUBLISHED is not set")

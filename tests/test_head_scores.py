@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from retmask_jax.head_scores import HeadScores, read_head_set
-from retmask_jax.stats import gini
+from retmask_jax.heads.scores import HeadScores, read_head_set
+from retmask_jax.utils.stats import gini
 
 PUBLISHED = os.environ.get("RETMASK_PUBLISHED")
 needs_published = pytest.mark.skipif(not PUBLISHED, reason="RETMASK_PUBLISHED is not set")

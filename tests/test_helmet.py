@@ -10,12 +10,12 @@ import pytest
 from helpers_tiny import copying_lm
 
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.evals import helmet, scoring
-from retmask_jax.evals.helmet_means import CATEGORIES, MEANS, helmet_means
-from retmask_jax.evals.kept import Kept
+from retmask_jax.evals import scoring
+from retmask_jax.evals.external import helmet
+from retmask_jax.evals.external.helmet_means import CATEGORIES, MEANS, helmet_means
 from retmask_jax.evals.measured import Measured
 from retmask_jax.model.interventions import Interventions, all_heads, mask_heads
-from retmask_jax.records import Records
+from retmask_jax.utils.store import Kept, Records
 
 LENGTH, NEW = 64, 6
 SETS = {  # category -> (data sets, stop_new_line, chat)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from retmask_jax import hosts
+from retmask_jax.utils import hosts
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE",
              "TPU_WORKER_HOSTNAMES")  # fmt: skip

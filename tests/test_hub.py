@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from retmask_jax.hub import BUNDLED, config_folder, resolve
-from retmask_jax.weights import read
+from retmask_jax.hf.hub import BUNDLED, config_folder, resolve
+from retmask_jax.hf.weights import read
 
 SHARDED = Path(__file__).parent / "golden" / "sharded"
 NAME, TOKEN = "owner/name", "hf_aSecretOfMine"
@@ -407,7 +407,7 @@ def in_a_new_process(calls, home, **environment):
     """The outcome of each (function, name) in a process of its own: a path or an error's line."""
     code = (
         "import json, sys\n"
-        "from retmask_jax import hub\n"
+        "from retmask_jax.hf import hub\n"
         "for function, name in json.loads(sys.argv[1]):\n"
         "    try: print(getattr(hub, function)(name))\n"
         "    except ValueError as error: print(error)\n"

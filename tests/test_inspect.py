@@ -7,9 +7,10 @@ import shutil
 import pytest
 from hub_configs import ACTIVE, CONFIGS, PARAMETERS
 
-from retmask_jax import inspection, pipeline
-from retmask_jax.hub import BUNDLED
-from retmask_jax.main import main
+from retmask_jax.cli import commands
+from retmask_jax.cli.main import main
+from retmask_jax.hf import summary
+from retmask_jax.hf.hub import BUNDLED
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_weights_are_not_read_and_a_tokenizer_is_not_needed(tmp_path, shown):
 
 def test_a_hub_id_is_looked_up_without_its_weights(folder_of, shown, monkeypatch):
     folder = folder_of("Qwen/Qwen3-0.6B")
-    monkeypatch.setattr(pipeline, "config_folder", {"Qwen/Qwen3-0.6B": folder}.__getitem__)
+    monkeypatch.setattr(commands, "config_folder", {"Qwen/Qwen3-0.6B": folder}.__getitem__)
     facts, table = shown("Qwen/Qwen3-0.6B")
     assert facts["model"] == table["model"] == "Qwen/Qwen3-0.6B"
     assert facts["parameters"] == 596_049_920 and table["width"].endswith("output tied to the embeddings")
@@ -163,7 +164,7 @@ def test_a_hub_id_is_looked_up_without_its_weights(folder_of, shown, monkeypatch
     (10 * 2**30, "10 GiB"), (5 * 2**40, "5,120 GiB"),
 ])  # fmt: skip
 def test_memory_in_binary_units(n, text):
-    assert inspection._memory(n) == text
+    assert summary._memory(n) == text
 
 
 # --- mistakes ---

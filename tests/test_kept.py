@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from helpers_tiny import copying_lm
 
-from retmask_jax.evals import kept as kept_module
+from retmask_jax.cli.main import main
 from retmask_jax.evals import perplexity, scoring
-from retmask_jax.evals.kept import Kept, request_key
-from retmask_jax.main import main
-from retmask_jax.records import Records
+from retmask_jax.utils import store as kept_module
+from retmask_jax.utils.store import Kept, Records, request_key
 
 RNG = np.random.default_rng(0)
 ROWS = [RNG.integers(4, 60, n).tolist() for n in (20, 9, 33, 14, 27, 20)]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retmask_jax.model.attention import Keys, Probe, attend, probe
-from retmask_jax.model.kernels import Scores, blocked, plain
+from retmask_jax.model.kernels.blocked import Scores, blocked, plain
 from retmask_jax.model.transformer import only
 
 WIDTH = 8

@@ -6,10 +6,9 @@ import pytest
 from helpers_tiny import CONFIG, WIDE, copying_lm, copying_params, in_float64, reference, true_at
 from helpers_tiny import WIDE_HEADS as HEADS
 
-from retmask_jax import knockout as knockout_module
-from retmask_jax import progress
-from retmask_jax.head_scores import HeadScores
-from retmask_jax.knockout import (
+from retmask_jax.generation.logprobs import token_logprobs
+from retmask_jax.heads import knockout as knockout_module
+from retmask_jax.heads.knockout import (
     MODES,
     activity,
     activity_matched,
@@ -20,8 +19,9 @@ from retmask_jax.knockout import (
     minimal_set,
     take_out,
 )
+from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import all_heads, mask_heads
-from retmask_jax.sequence import token_logprobs
+from retmask_jax.utils import progress
 
 LM = copying_lm()
 

@@ -8,12 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from retmask_jax import causal, detect
-from retmask_jax.evals.recall import task_cases
-from retmask_jax.haystack import (
+from retmask_jax.data.answers import holds, rouge1_recall, rouge_tokens, words
+from retmask_jax.data.needles import (
     Case,
     Needle,
-    Prompter,
     Spec,
     build_cases,
     draw_specs,
@@ -21,9 +19,11 @@ from retmask_jax.haystack import (
     question_case,
     read_sentences,
 )
-from retmask_jax.haystack import read_needles as read
-from retmask_jax.lm import load
-from retmask_jax.matching import holds, rouge1_recall, rouge_tokens, words
+from retmask_jax.data.needles import read_needles as read
+from retmask_jax.data.prompter import Prompter
+from retmask_jax.data.tasks import task_cases
+from retmask_jax.generation.language_model import load
+from retmask_jax.heads import conditions, copy_score
 
 # language -> (answer, a sentence with it, a sentence with a longer or another word that only begins like it)
 SCRIPTS = {
@@ -57,7 +57,8 @@ def test_a_text_of_any_script_recalls_itself(script):
 def test_an_answer_is_found_as_whole_words_or_among_characters_of_scripts_without_spaces(script):
     answer, right, wrong = SCRIPTS[script]
     cases = [Case((1,), (0, 1), Needle("", "", answer, memory=answer), Spec(0, 0.0, 0, (), 0))] * 2
-    assert causal.hits([right, wrong], cases).tolist() == [True, False] == causal.hits([right, wrong], cases, "memory").tolist()
+    for field in ("answer", "memory"):
+        assert conditions.hits([right, wrong], cases, field).tolist() == [True, False]
     assert rouge1_recall(right, answer) == 1.0 and rouge1_recall(wrong, answer) < 1.0 + (script == "Chinese")
 
 
@@ -91,7 +92,7 @@ def test_english_is_scored_bit_for_bit_as_by_rouge_score(answer, reference):
 
 
 def test_the_texts_of_the_package_are_scored_as_by_rouge_score():
-    from retmask_jax.hub import BUNDLED
+    from retmask_jax.hf.hub import BUNDLED
 
     texts = [s for path in sorted((BUNDLED.parent / "data").glob("*.txt")) for s in read_sentences(path)[:200]]
     texts += ["“Running” — he said—isn’t the runners’ job… really?", "naive co-operation, 1,234 items; U.S.A. e.g. x=y_2"]
@@ -159,8 +160,8 @@ def test_cases_of_another_script_count_and_are_right(prompter, tmp_path):
     path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in needles), encoding="utf-8")
     assert len(read(path)) == 3
     for one in needles:
-        assert detect._outcome(one["needle"], one["answer"], cut=False) == detect.COUNTED
-        assert detect._outcome("другое нечто 大阪 हरा", one["answer"], cut=False) == "wrong answer"
+        assert copy_score._outcome(one["needle"], one["answer"], cut=False) == copy_score.COUNTED
+        assert copy_score._outcome("другое нечто 大阪 हरा", one["answer"], cut=False) == "wrong answer"
     section = type("task", (), {"needles": "n", "lengths": ()})
     cases = task_cases(prompter, section, lambda _: path)
-    assert causal.hits([one["needle"] for one in needles], cases).all()
+    assert conditions.hits([one["needle"] for one in needles], cases).all()

@@ -106,10 +106,10 @@ import jax
 if len(sys.argv) > 3:
     jax.distributed.initialize("127.0.0.1:" + sys.argv[3], 2, int(sys.argv[4]))
 import numpy as np
-from retmask_jax.lm import load, save
+from retmask_jax.generation.language_model import load, save
 from retmask_jax.model.config import Lora
 from retmask_jax.model.interventions import mask_heads
-from retmask_jax.sharding import make_mesh, param_shardings
+from retmask_jax.model.sharding import make_mesh, param_shardings
 import dataclasses
 
 mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": jax.device_count() // 2})
@@ -131,7 +131,7 @@ def test_two_hosts_save_what_one_device_saves(tmp_path):
     """Weights as stored in float32, adapters merged into them and a baked mask; the parameters are bfloat16 and in parts."""
     from safetensors.numpy import load_file
 
-    from retmask_jax.hub import BUNDLED
+    from retmask_jax.hf.hub import BUNDLED
 
     found = []
     for hosts, devices in ((1, 2), (2, 2)):
@@ -170,7 +170,8 @@ def test_two_hosts_run_the_whole_pipeline_as_one(tmp_path):
         for host in range(hosts):
             joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(host)}
             env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | (joined if hosts == 2 else {})
-            command = [sys.executable, "-m", "retmask_jax.main", "run", f"--config={HERE / 'tiny_small.py'}", f"--workdir={root}"]
+            command = [sys.executable, "-m", "retmask_jax.cli.main", "run", f"--config={HERE / 'tiny_small.py'}",
+                       f"--workdir={root}"]  # fmt: skip
             running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         outputs = [process.communicate(timeout=900) for process in running]
         assert all(process.returncode == 0 for process in running), outputs[-1][1][-3000:]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retmask_jax.families import from_hf, to_hf
+from retmask_jax.hf.families import from_hf, to_hf
 from retmask_jax.model.attention import Keys, Probe, Scores, attend, probe
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions

@@ -8,10 +8,10 @@ import pytest
 import scipy.stats
 from safetensors.numpy import load_file
 
-from retmask_jax import stats
-from retmask_jax.head_scores import HeadScores
+from retmask_jax.heads.query_norms import QueryNorms, norm_utility, query_norms
+from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.config import Lora
-from retmask_jax.norm_utility import QueryNorms, norm_utility, query_norms
+from retmask_jax.utils import stats
 
 
 def stored_query_rows(folder, config):

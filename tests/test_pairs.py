@@ -7,9 +7,9 @@ import pytest
 from helpers_tiny import BATCH, CONFIG, NEW, copying_lm, in_float64, reference_answer
 
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.haystack import Prompter
+from retmask_jax.data.prompter import Prompter
 from retmask_jax.model.interventions import Interventions, mask_heads
-from retmask_jax.pairs import Question, draws, make_demonstrations, make_pairs, sample, usable
+from retmask_jax.training.pairs import Question, draws, make_demonstrations, make_pairs, sample, usable
 
 LM = copying_lm()
 PROMPTER = Prompter(LM.tokenizer)

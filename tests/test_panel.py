@@ -5,10 +5,11 @@ import json
 import pytest
 from test_report import around, detect_result, number
 
-from retmask_jax import panel as panels
-from retmask_jax import pipeline, stats
-from retmask_jax.main import main
-from retmask_jax.panel import Finding, Member, agreement, evaluate, groups
+from retmask_jax.cli import commands
+from retmask_jax.cli.main import main
+from retmask_jax.runs import findings as panels
+from retmask_jax.runs.findings import Finding, Member, agreement, evaluate, groups
+from retmask_jax.utils import stats
 
 UP, ACROSS = (0.4, 0.3, 0.5), (0.01, -0.02, 0.04)
 
@@ -108,4 +109,4 @@ def test_the_command_tells_each_finding_and_writes_the_page(members, tmp_path, c
     assert json.loads((tmp_path / "out" / "panel.json").read_text())["task"] == "needle"
     assert main(["panel", str(tmp_path / "out")]) == 2
     assert "is no work directory with results" in capsys.readouterr().err
-    assert pipeline.finished.read_studies([tmp_path / "llama-0"])[0].results.keys() == members[0].results.keys()
+    assert commands.results.read_studies([tmp_path / "llama-0"])[0].results.keys() == members[0].results.keys()

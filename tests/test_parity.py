@@ -7,7 +7,7 @@ import pytest
 from conftest import STORED, VARIANTS
 from safetensors.numpy import load_file
 
-from retmask_jax.lm import load
+from retmask_jax.generation.language_model import load
 from retmask_jax.model.config import Rope
 from retmask_jax.model.interventions import Interventions
 

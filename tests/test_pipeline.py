@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from retmask_jax.main import main
+from retmask_jax.cli.main import main
 
 CONFIG = str(Path(__file__).with_name("tiny_small.py"))
 STAGES = ("detect", "knockout", "rope", "pairs", "train", "eval", "report")
@@ -19,7 +19,7 @@ STAGES = ("detect", "knockout", "rope", "pairs", "train", "eval", "report")
 
 def retmask(*arguments, **options):
     return subprocess.run(
-        [sys.executable, "-m", "retmask_jax.main", *arguments], capture_output=True, text=True, **options
+        [sys.executable, "-m", "retmask_jax.cli.main", *arguments], capture_output=True, text=True, **options
     )
 
 
@@ -151,7 +151,7 @@ def test_killed_training_resumes_to_the_same_parameters(finished, tmp_path):
     metrics = _metrics(root)
     shutil.rmtree(root / "train")
     process = subprocess.Popen(
-        [sys.executable, "-m", "retmask_jax.main", "train", f"--config={CONFIG}", f"--workdir={root}"],
+        [sys.executable, "-m", "retmask_jax.cli.main", "train", f"--config={CONFIG}", f"--workdir={root}"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     saved = root / "train/retmask-0/checkpoints"  # a step's folder holds this file once it is whole
@@ -173,7 +173,7 @@ def test_training_that_is_told_to_stop_says_so_and_goes_on(finished, tmp_path):
     model, metrics = (root / "train/retmask-0/model/model.safetensors").read_bytes(), _metrics(root)
     shutil.rmtree(root / "train")
     command = ["train", f"--config={CONFIG}", f"--workdir={root}"]
-    process = subprocess.Popen([sys.executable, "-m", "retmask_jax.main", *command], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "retmask_jax.cli.main", *command], stderr=subprocess.PIPE, text=True)
     lines = root / "train/retmask-0/metrics.jsonl"
     wait_for(lambda: lines.exists() and lines.read_text(), process)
     process.terminate()
@@ -216,8 +216,7 @@ def test_export_writes_the_masked_and_the_trained_model(finished, tmp_path):
 
 @pytest.mark.slow
 def test_export_writes_pairs_in_both_forms(finished, tmp_path):
-    from retmask_jax.data.preference_dataset import preference_source
-    from retmask_jax.data.released import read_pairs
+    from retmask_jax.data.pair_formats import preference_source, read_pairs
 
     root, _ = finished
     ours = read_pairs(root / "pairs/retmask-0.jsonl.gz")

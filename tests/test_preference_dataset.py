@@ -6,9 +6,15 @@ import sys
 import grain
 import pytest
 
-from retmask_jax.data.preference_dataset import NAME, build_dataset, export_pairs, preference_source
-from retmask_jax.data.released import read_pairs, write_released
-from retmask_jax.files import write_jsonl
+from retmask_jax.data.pair_formats import (
+    NAME,
+    build_dataset,
+    export_pairs,
+    preference_source,
+    read_pairs,
+    write_released,
+)
+from retmask_jax.utils.files import write_jsonl
 
 
 def _user(text):

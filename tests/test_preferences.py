@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from helpers_tiny import copying_lm
 
-from retmask_jax import hosts
-from retmask_jax.data import preferences
+from retmask_jax.data import pair_rows
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.data.preferences import PairRows, batches, encode_blocks, encode_pairs, kept_rows, parts, widths
-from retmask_jax.end_tokens import Ends
-from retmask_jax.haystack import Prompter
+from retmask_jax.data.pair_rows import PairRows, batches, encode_blocks, encode_pairs, kept_rows, parts, widths
+from retmask_jax.data.prompter import Prompter
+from retmask_jax.hf.end_tokens import Ends
+from retmask_jax.utils import hosts
 
 PROMPTER = Prompter(copying_lm().tokenizer)
 
@@ -135,8 +135,8 @@ def test_rows_are_the_same_whatever_the_blocks(tmp_path, monkeypatch, records, c
     pairs = _many(23)
     whole = _encode(pairs)
     assert whole.cut == 0 and whole.flat.dtype == np.int32 and len(whole) == 23
-    monkeypatch.setattr(preferences, "_RECORDS", records)
-    monkeypatch.setattr(preferences, "_CHARACTERS", characters)
+    monkeypatch.setattr(pair_rows, "_RECORDS", records)
+    monkeypatch.setattr(pair_rows, "_CHARACTERS", characters)
     blocks = list(encode_blocks(PROMPTER, iter(pairs), **OPTIONS))
     assert (len(blocks) == 1) == (records == 1000 and characters > 9)
     _same(_encode(iter(pairs)), whole)
@@ -145,7 +145,7 @@ def test_rows_are_the_same_whatever_the_blocks(tmp_path, monkeypatch, records, c
 
 
 def test_one_block_of_records_is_held_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(preferences, "_RECORDS", 8)
+    monkeypatch.setattr(pair_rows, "_RECORDS", 8)
 
     class Record(dict):
         pass
@@ -163,7 +163,7 @@ def test_one_block_of_records_is_held_at_a_time(tmp_path, monkeypatch):
 
 
 def test_an_encoding_that_was_cut_off_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(preferences, "_RECORDS", 4)
+    monkeypatch.setattr(pair_rows, "_RECORDS", 4)
 
     def torn():
         yield from _many(30)
@@ -234,7 +234,7 @@ import json, resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_preferences import OPTIONS, PROMPTER, _record, encode_blocks, kept_rows
-from retmask_jax.files import iter_jsonl
+from retmask_jax.utils.files import iter_jsonl
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 folder, n = Path(sys.argv[2]), int(sys.argv[3])

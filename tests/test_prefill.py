@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retmask_jax.detect import read_answers
-from retmask_jax.generate import generate_many
+from retmask_jax.generation.decode import generate_many
+from retmask_jax.generation.prefill import common_prefix, prefill, share_prefixes, slots_for
+from retmask_jax.heads.reading import read_answers
 from retmask_jax.model.attention import Probe
-from retmask_jax.model.cache import empty_cache
 from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.inference import hidden_rows
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.layerwise import hidden_rows
+from retmask_jax.model.kv_cache import empty_cache
 from retmask_jax.model.transformer import hidden
-from retmask_jax.prefill import common_prefix, prefill, share_prefixes, slots_for
 
 CHUNK = 8
 

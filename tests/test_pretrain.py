@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from retmask_jax import recipes
-from retmask_jax.families import from_hf, to_hf
-from retmask_jax.lm import load, save
+from retmask_jax.generation.language_model import load, save
+from retmask_jax.hf.families import from_hf, to_hf
 from retmask_jax.model.transformer import forward
-from retmask_jax.pretrain import grow, kept, model_config, pretrain
+from retmask_jax.runs import recipes
+from retmask_jax.training.pretrain import grow, kept, model_config, pretrain
 
 FAMILIES = {"panel_llama": "llama", "panel_qwen3": "qwen3", "panel_olmo3": "olmo3"}
 # Norms on both sides, with weights that are added to one: no recipe has it.

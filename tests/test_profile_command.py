@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from retmask_jax import figures, model_figures
-from retmask_jax.head_profile import Scored, gain_against_sparsity, profile, profile_table
-from retmask_jax.head_scores import HeadScores
-from retmask_jax.main import main
+from retmask_jax.cli.main import main
+from retmask_jax.heads.profile import Scored, gain_against_sparsity, profile, profile_table
+from retmask_jax.heads.scores import HeadScores
+from retmask_jax.reports import figures, model_figures
 
 GAIN = "eval/needle long/retmask minus start"
 

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from retmask_jax import progress
-from retmask_jax.progress import track, with_rate
+from retmask_jax.utils import progress
+from retmask_jax.utils.progress import track, with_rate
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from retmask_jax import files
 from retmask_jax.data import prompts
 from retmask_jax.data.prompts import read_prompts, source_files
-from retmask_jax.files import read_jsonl
-from retmask_jax.hub import BUNDLED
+from retmask_jax.hf.hub import BUNDLED
+from retmask_jax.utils import files
+from retmask_jax.utils.files import read_jsonl
 
 
 def _user(text):

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from helpers_documents import PAGES, blocks, fences, inline, prose, read, sections, tables
 
-from retmask_jax import causal
-from retmask_jax.context import Context
-from retmask_jax.detectors import DETECTORS
-from retmask_jax.hub import BUNDLED
-from retmask_jax.inspection import describe
-from retmask_jax.main import main
+from retmask_jax.cli.main import main
+from retmask_jax.heads import conditions
+from retmask_jax.heads.detectors import DETECTORS
+from retmask_jax.hf.hub import BUNDLED
+from retmask_jax.hf.summary import describe
 from retmask_jax.model.interventions import Interventions, mask_heads
-from retmask_jax.recipes import load_recipe
-from retmask_jax.workdir import Workdir
+from retmask_jax.runs.context import Context
+from retmask_jax.runs.recipes import load_recipe
+from retmask_jax.runs.workdir import Workdir
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "retmask_jax"
@@ -56,7 +56,7 @@ def test_the_shares_of_an_h100_are_those_of_its_reports():
 
 
 def test_the_table_of_topologies_is_what_was_compiled():
-    rows = json.loads((PACKAGE / "benchmarks/topologies.json").read_text())
+    rows = json.loads((PACKAGE / "aot/topologies.json").read_text())
     compiled = {(row["model"], row["topology"]): row for row in rows if row["what"] == "train" and row["length"] == 1024}
     assert {recipe for recipe, _ in compiled} == {"llama3_1_8b", "qwen3_8b", "olmo3_7b_instruct", "olmo3_7b_think"}
     lines = [line.strip("| \n").split(" | ") for line in README.splitlines() if line.startswith("| ")]
@@ -193,13 +193,13 @@ def test_needle_recall_is_what_the_readme_says():
     scores = DETECTORS["copy_position"](context.lm, context.cases("detect")[:20], batch_size=20).scores
     heads, cases = scores.heads(threshold=0.3), context.cases("needle short")
     masks = [Interventions(), mask_heads(context.lm.config, heads)]
-    said = causal.answers(context.lm, cases, masks, max_new_tokens=8, batch_size=32)
+    said = conditions.answers(context.lm, cases, masks, max_new_tokens=8, batch_size=32)
     table = next(table for table in tables(README) if {"none", "retrieval"} <= {row[0] for row in table})
     column = next(i for i, cell in enumerate(table[0]) if "needle recall" in cell and "128" in cell)
     printed = {row[0]: float(row[column].split()[0]) for row in table[1:]}
     assert {len(heads)} == {int(n) for n in re.findall(r"(\d+) of \d+ heads", README)}
     for name, texts in zip(("none", "retrieval"), said, strict=True):
-        assert causal.hits(texts, cases).mean() == pytest.approx(printed[name], abs=0.011), name  # one case of 96
+        assert conditions.hits(texts, cases).mean() == pytest.approx(printed[name], abs=0.011), name  # one case of 96
 
 
 @pytest.mark.slow

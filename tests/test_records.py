@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from retmask_jax.records import Records
+from retmask_jax.utils.store import Records
 
 WRITER = """
 import sys
-from retmask_jax.records import Records
+from retmask_jax.utils.store import Records
 
 with Records(sys.argv[1]) as records:
     for i in range(int(sys.argv[2])):

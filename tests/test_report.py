@@ -1,6 +1,5 @@
 """The HTML report on made-up results: what it says follows the numbers, and it is one closed page."""
 
-import html
 import html.parser
 import json
 import re
@@ -10,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from retmask_jax import eval_report, figures, page, report
 from retmask_jax.evals.compare import numbers_by_task
-from retmask_jax.report import write_report
+from retmask_jax.reports import evaluation, figures, pages
+from retmask_jax.reports import html as page
+from retmask_jax.reports.pages import write_report
 
 UP, DOWN, ACROSS = (0.1, 0.05, 0.15), (-0.1, -0.15, -0.05), (0.02, -0.03, 0.07)
 KINDS = {"none": 1, "retrieval": 1, "any layer": 3, "layer-matched": 3, "activity-matched": 3}
@@ -344,17 +344,17 @@ def test_how_numbers_are_written():
 
 
 def test_importing_the_report_loads_no_plotting():
-    code = "import sys, retmask_jax.report; assert 'matplotlib' not in sys.modules and 'scipy' not in sys.modules"
+    code = "import sys, retmask_jax.reports.pages; assert 'matplotlib' not in sys.modules and 'scipy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_pairs_say_what_was_left_out_and_cut():
     pairs, _ = train_results(("retmask",), (0,), 4)
-    section = report._pairs(pairs)
+    section = pages._pairs(pairs)
     assert "some were left out: 3 redacted." in section
     assert re.search(r"normal-0</td>\s*<td[^>]*>7</td>\s*<td[^>]*>40", section)
     none_left = pairs | {"left_out": {"redacted": 0}}
-    assert "left out" not in report._pairs(none_left)
+    assert "left out" not in pages._pairs(none_left)
 
 
 def test_suites_have_their_own_units_and_what_is_missing_is_told(tmp_path):
@@ -380,7 +380,7 @@ def test_a_task_of_several_lengths_is_one_panel_with_a_line_per_model(tmp_path):
     results = make_results(tasks=("needle",), changes=tasks)
     places = {"ruler/vt 512": ("ruler/vt", 512), "ruler/vt 1024": ("ruler/vt", 1024), "ruler/cwe 512": ("ruler/cwe", 512)}
     results["eval"]["series"] = {task: {"of": of, "at": at, "axis": "length (tokens)"} for task, (of, at) in places.items()}
-    panels = eval_report._panels(results["eval"])
+    panels = evaluation._panels(results["eval"])
     assert list(panels) == ["Evaluation: ruler/vt", "Evaluation: ruler/cwe 512"]
     line = panels["Evaluation: ruler/vt"].axes[0].get_lines()[0]
     assert line.get_xdata().tolist() == [512, 1024] and line.get_label() == "start"
@@ -390,8 +390,8 @@ def test_single_models_show_the_exact_test_and_helmet_its_change():
     result = eval_result(("new",), (0,), {"needle": UP, "loss": UP})
     for row in result["rows"]:
         row["mcnemar"] = {"p_value": 0.0312} if row["task"] == "needle" else None
-    table = eval_report._change_table(numbers_by_task(result)[1], result["rows"])
+    table = evaluation._change_table(numbers_by_task(result)[1], result["rows"])
     assert re.search(r"<td>needle</td><td>[^<]*</td><td>0.0312</td>", table)
     assert re.search(r"<td>loss</td><td>[^<]*</td><td>–", table)
-    assert eval_report._helmet_cell({"value": 53.78}, {"value": 51.5}) == "53.78 (+2.28)"
-    assert eval_report._helmet_cell({"value": 53.78}, {"value": None}) == "53.78"
+    assert evaluation._helmet_cell({"value": 53.78}, {"value": 51.5}) == "53.78 (+2.28)"
+    assert evaluation._helmet_cell({"value": 53.78}, {"value": None}) == "53.78"

@@ -11,12 +11,10 @@ import pytest
 from helpers_tiny import CONFIG, WIDE, copying_lm, in_float64, reference, true_at
 from helpers_tiny import WIDE_HEADS as HEADS
 
-from retmask_jax.causal import Condition
-from retmask_jax.head_statistics import HeadStatistics, head_statistics, variance_removed
-from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions, mask_rope
-from retmask_jax.norm_utility import QueryNorms
-from retmask_jax.rotary import (
+from retmask_jax.heads.conditions import Condition
+from retmask_jax.heads.head_outputs import HeadStatistics, head_statistics, variance_removed
+from retmask_jax.heads.query_norms import QueryNorms
+from retmask_jax.heads.rotary import (
     condition_variance,
     cost_intervals,
     coverage_conditions,
@@ -29,6 +27,8 @@ from retmask_jax.rotary import (
     window_conditions,
     windows,
 )
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.interventions import Interventions, mask_rope
 
 LM = copying_lm()
 TEXTS = np.random.default_rng(8).integers(4, CONFIG.vocab_size, (3, 40)).astype(np.int32)

@@ -9,11 +9,11 @@ from helpers_samples import ESSAY, byte_pairs, said_by, text_of
 from helpers_tiny import BATCH, CONFIG, NEW, copying_params, in_float64, reference_answer
 from scipy import stats as scipy_stats
 
-from retmask_jax.evals import ruler, samples
-from retmask_jax.evals.questions import Question, Questions
-from retmask_jax.evals.ruler import TASKS, ruler_samples, run_ruler, score
-from retmask_jax.evals.words import ADJECTIVES, NOISE, NOUNS, word_order
-from retmask_jax.lm import from_params
+from retmask_jax.evals.suites import ruler, samples
+from retmask_jax.evals.suites.questions import Question, Questions
+from retmask_jax.evals.suites.ruler import TASKS, ruler_samples, run_ruler, score
+from retmask_jax.evals.suites.words import ADJECTIVES, NOISE, NOUNS, word_order
+from retmask_jax.generation.language_model import from_params
 from retmask_jax.model.interventions import mask_heads
 
 DOCUMENTS = tuple(f"Page {i}. " + " ".join(ESSAY[i % 250 : i % 250 + 3 + i % 4]) for i in range(120))

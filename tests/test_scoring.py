@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from helpers_tiny import BATCH, NEW, copying_lm
 
-from retmask_jax import memory
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.evals import harness, scoring
-from retmask_jax.evals.generation_options import GenerationOptions
+from retmask_jax.evals import scoring
+from retmask_jax.evals.external import lm_eval
+from retmask_jax.evals.scoring import GenerationOptions
 from retmask_jax.model.interventions import all_heads, mask_heads
+from retmask_jax.utils import memory
 
 LENGTHS = (1, 3, 9, 20, 33, 47, 58)
 
@@ -146,7 +147,7 @@ def test_options_that_cannot_be_followed_are_named(kwargs, why):
 def test_without_the_harness_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ValueError, match=r"pip install 'retmask_jax\[eval\]'"):
-        harness.run_lm_eval(copying_lm(), ["arc_easy"], batch_size=1)
+        lm_eval.run_lm_eval(copying_lm(), ["arc_easy"], batch_size=1)
 
 
 def test_logged_samples_become_values_per_sample():
@@ -155,11 +156,11 @@ def test_logged_samples_become_values_per_sample():
          "words": (1, 2)} | ({"f1": float("nan")} if i == 2 else {})
         for name in ("none", "strict") for i in range(3)
     ]  # fmt: skip
-    measured = harness._measured("task", samples)
+    measured = lm_eval._measured("task", samples)
     assert [one.task for one in measured] == ["task acc", "task f1", "task acc (strict)", "task f1 (strict)"]
     accuracy, f1 = measured[:2]
     assert accuracy.binary and accuracy.values.tolist() == [0, 1, 0] and accuracy.ids == ("0", "1", "2")
     assert (f1.binary, f1.values.tolist(), f1.ids) == (False, [0, 0.5], ("0", "1"))
     assert f1.missing == {"no number from the harness": 1}
-    only = harness._measured("task", [{"doc_id": 3, "filter": "none", "metrics": ["acc"], "acc": 1.0}])
+    only = lm_eval._measured("task", [{"doc_id": 3, "filter": "none", "metrics": ["acc"], "acc": 1.0}])
     assert only[0].name == "lm_eval/task" and only[0].metric == "acc"

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from retmask_jax.generation.logprobs import sequence_logprobs, token_logprobs
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.transformer import forward
-from retmask_jax.sequence import sequence_logprobs, token_logprobs
 
 LENGTH = 130  # its 129 predictions are one more than a chunk
 RNG = np.random.default_rng(0)

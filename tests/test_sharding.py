@@ -9,21 +9,21 @@ import textwrap
 import jax
 import pytest
 
-from retmask_jax import sharding
+from retmask_jax.model import sharding
 
 SPLIT = textwrap.dedent("""
     import functools, json, re, sys
     import jax, numpy as np
-    from retmask_jax import sharding
+    from retmask_jax.model import sharding
     from retmask_jax.benchmarks.programs import dpo_settings, random_pairs
-    from retmask_jax.detect import read_answers
-    from retmask_jax.generate import generate, generate_batch, _padded_stop_ids
-    from retmask_jax.hub import BUNDLED
-    from retmask_jax.lm import load
+    from retmask_jax.heads.reading import read_answers
+    from retmask_jax.generation.decode import generate, generate_batch, _padded_stop_ids
+    from retmask_jax.hf.hub import BUNDLED
+    from retmask_jax.generation.language_model import load
     from retmask_jax.model.interventions import Interventions, mask_heads, stack
-    from retmask_jax.sequence import token_logprobs
-    from retmask_jax.sweep import sweep
-    from retmask_jax.train_step import make_programs
+    from retmask_jax.generation.logprobs import token_logprobs
+    from retmask_jax.generation.sweep import sweep
+    from retmask_jax.training.step import make_programs
 
     sharding.split_cpu(3)
     assert jax.device_count() == 2, jax.devices()
@@ -106,7 +106,7 @@ def test_rows_over_two_devices_give_what_one_gives_without_a_word_between_them(w
 
 @pytest.mark.parametrize("chosen", [{"JAX_NUM_CPU_DEVICES": "3"}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}])
 def test_a_number_of_devices_that_the_user_chose_stays(chosen):
-    script = "import jax; from retmask_jax import sharding; sharding.split_cpu(8); print(jax.device_count())"
+    script = "import jax; from retmask_jax.model import sharding; sharding.split_cpu(8); print(jax.device_count())"
     assert _run(script, **chosen) == "3\n"
 
 

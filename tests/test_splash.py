@@ -12,9 +12,9 @@ import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
-from retmask_jax.model import splash
 from retmask_jax.model.attention import Keys, Scores, attend
-from retmask_jax.sharding import RULES
+from retmask_jax.model.kernels import splash
+from retmask_jax.model.sharding import RULES
 
 
 def draw(batch, length, heads, kv_heads, width, dtype=jnp.float32):
@@ -132,7 +132,7 @@ def test_split_over_a_mesh():
         import functools
         import flax.linen as nn, jax
         from retmask_jax.model.attention import Scores
-        from retmask_jax.sharding import RULES, make_mesh
+        from retmask_jax.model.sharding import RULES, make_mesh
         from test_splash import draw, interpreted, out_and_gradients, plain
 
         scores, mesh = Scores(0.3, window=40), make_mesh({"data": 2, "fsdp": 2, "tensor": 2})

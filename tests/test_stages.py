@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from retmask_jax import stages
-from retmask_jax.context import Context
-from retmask_jax.recipes import load_recipe
-from retmask_jax.workdir import Workdir, settings_of
+from retmask_jax.runs.context import Context
+from retmask_jax.runs.recipes import load_recipe
+from retmask_jax.runs.workdir import Workdir, settings_of
+from retmask_jax.stages import registry
 
 CONFIG = str(Path(__file__).with_name("tiny_small.py"))
 # Keys whose values reach a stage's result by another way: which files are read is told by their fingerprints, and a
@@ -68,9 +68,9 @@ def _undeclared(root, names, *overrides):
     config, seen, found = load_recipe(CONFIG, overrides), set(), {}
     context = Context(Watched(config, seen), Workdir.open(root, config))
     for name in names:
-        basis = stages.basis(context, name)
+        basis = registry.basis(context, name)
         seen.clear()
-        context.workdir.run(name, basis, functools.partial(stages.STAGES[name].function, context), {"seed": 0})
+        context.workdir.run(name, basis, functools.partial(registry.STAGES[name].function, context), {"seed": 0})
         counted = settings_of(context.workdir.config)
         found[name] = {key for key in seen & counted.keys() - basis.settings.keys()
                        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in ELSEWHERE)}  # fmt: skip
@@ -84,6 +84,6 @@ def test_detection_is_judged_by_all_it_reads(tmp_path):
 
 @pytest.mark.slow
 def test_every_stage_is_judged_by_all_it_reads(tmp_path):
-    names = list(dict.fromkeys([*stages.RUN, *stages.STUDY]))
+    names = list(dict.fromkeys([*registry.RUN, *registry.STUDY]))
     settings = ("dynamics.checkpoints", "('bundled',)"), ("rope.text", "True"), ("rope.matched", "1"), ("knockout.curve", "(2,)")
     assert _undeclared(tmp_path, names, *settings[1:]) == {name: set() for name in names}

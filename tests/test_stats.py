@@ -13,7 +13,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retmask_jax import stats
+from retmask_jax.utils import stats
 
 PUBLISHED = os.environ.get("RETMASK_PUBLISHED")
 PROFILES = sorted(Path(PUBLISHED, "profiles").glob("*.json")) if PUBLISHED else []

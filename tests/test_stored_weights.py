@@ -10,14 +10,15 @@ from helpers_tiny import CONFIG, copying_lm
 from safetensors.numpy import load_file
 from test_train import ROWS, SETTINGS, one_device
 
-from retmask_jax import context as context_module
-from retmask_jax import recipes, stages
-from retmask_jax.context import Context
-from retmask_jax.files import write_json, write_jsonl
-from retmask_jax.hub import BUNDLED
-from retmask_jax.lm import load, save
-from retmask_jax.train import train
-from retmask_jax.workdir import Workdir
+from retmask_jax.generation.language_model import load, save
+from retmask_jax.hf.hub import BUNDLED
+from retmask_jax.runs import context as context_module
+from retmask_jax.runs import recipes
+from retmask_jax.runs.context import Context
+from retmask_jax.runs.workdir import Workdir
+from retmask_jax.stages import train as train_module
+from retmask_jax.training.loop import train
+from retmask_jax.utils.files import write_json, write_jsonl
 
 TARGETS = ("q", "o", "up")
 ADAPTERS = dataclasses.replace(
@@ -94,9 +95,9 @@ def test_the_stage_trains_from_the_weights_as_stored_and_exports_what_did_not_ch
         starts.append(load_params())
         return starts[-1]
 
-    monkeypatch.setattr(stages, "train", untrained)
+    monkeypatch.setattr(train_module, "train", untrained)
     assert {x.dtype for x in jax.tree.leaves(context.lm.params)} == {jax.numpy.dtype("bfloat16")}
-    stages.train_stage(context, tmp_path / "train")
+    train_module.train_stage(context, tmp_path / "train")
     expected = jax.tree.map(lambda x: x.astype(dtype), load(BUNDLED).params)
     jax.tree.map(np.testing.assert_array_equal, starts[0], expected)
     (model,) = (path.parent for path in (tmp_path / "train" / "retmask-0").glob("model/config.json"))

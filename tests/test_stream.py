@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from retmask_jax import stream
-from retmask_jax.generate import generate_many, take_rows
+from retmask_jax.generation import continuous
+from retmask_jax.generation.batching import take_rows
+from retmask_jax.generation.continuous import Request, generate_stream
+from retmask_jax.generation.decode import generate_many
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.stream import Request, generate_stream
 
 BATCH, NEW, VOCAB = 3, 24, 31
 STOPS = (3, 4, 5)
@@ -84,13 +85,13 @@ def test_a_request_gets_what_the_simple_path_gives_for_its_prompt_mask_and_seed(
 
 
 def test_results_come_as_rows_finish_and_prompts_begin_as_rows_are_free(plain, monkeypatch):
-    admit, begun = stream._admit, []
+    admit, begun = continuous._admit, []
 
     def noted(job, state, indices, row_F):
         begun.extend(indices)
         return admit(job, state, indices, row_F)
 
-    monkeypatch.setattr(stream, "_admit", noted)
+    monkeypatch.setattr(continuous, "_admit", noted)
     first, _ = next(results := _stream(plain, _requests(), _masks()(plain.config), temperature=1.3))
     assert first in begun and len(begun) == BATCH
     finished = [first, *(i for i, _ in results)]
@@ -107,24 +108,24 @@ def test_no_value_compiles_anything(plain, compiles):
 
 
 def test_without_masks_there_is_one_that_masks_nothing(plain):
-    masks = stream._per_mask(plain.config, None)
+    masks = continuous._per_mask(plain.config, None)
     assert masks.head_mask.shape == (1, 3, 4) and masks.rope_mask.shape == (1, 3, 4, 2)
     assert not masks.head_mask.any() and not masks.rope_mask.any()
-    heads = stream._per_mask(plain.config, Interventions(_masks()(plain.config).head_mask))
+    heads = continuous._per_mask(plain.config, Interventions(_masks()(plain.config).head_mask))
     assert heads.head_mask.any() and heads.rope_mask.shape == (3, 3, 4, 2)
 
 
 def test_a_cache_is_changed_in_place(plain):
-    job = stream._Job(plain.config, NEW, _shared(plain), _requests())
-    state = stream._empty(plain.config, plain.params, np.zeros(BATCH, np.int32), slots=128, max_new_tokens=NEW)
-    placed = stream._admit(job, state, np.array([3]), np.array([1], np.int32))
-    stream._decode(job.config, job.shared, np.int32(2), np.int32(BATCH), *placed)
+    job = continuous._Job(plain.config, NEW, _shared(plain), _requests())
+    state = continuous._empty(plain.config, plain.params, np.zeros(BATCH, np.int32), slots=128, max_new_tokens=NEW)
+    placed = continuous._admit(job, state, np.array([3]), np.array([1], np.int32))
+    continuous._decode(job.config, job.shared, np.int32(2), np.int32(BATCH), *placed)
     assert all(x.is_deleted() for x in jax.tree.leaves([state[1], placed[1]]))
 
 
 def _shared(lm):
-    draws = stream.Draws.of(lm.config, STOPS, 0.0, 1.0)
-    return lm.params, stream._per_mask(lm.config, _masks()(lm.config)), draws, np.int32(90)
+    draws = continuous.Draws.of(lm.config, STOPS, 0.0, 1.0)
+    return lm.params, continuous._per_mask(lm.config, _masks()(lm.config)), draws, np.int32(90)
 
 
 # --- what runs when ---
@@ -137,33 +138,33 @@ def _shared(lm):
     ([60] * 500, [500]),
 ])  # fmt: skip
 def test_requests_are_cut_where_a_narrower_cache_saves_more_than_the_wait(plain, lengths, cuts):
-    job = stream._Job(plain.config, NEW, (), [Request([7] * n) for n in lengths])
-    groups = stream._groups(job, list(range(len(lengths))), 4, "sample")
+    job = continuous._Job(plain.config, NEW, (), [Request([7] * n) for n in lengths])
+    groups = continuous._groups(job, list(range(len(lengths))), 4, "sample")
     assert [len(group) for group in groups] == cuts and sum(groups, []) == list(range(len(lengths)))
 
 
 def test_results_of_several_groups(plain, monkeypatch):
-    monkeypatch.setattr(stream, "_WORTH_WAITING", 0.5)
+    monkeypatch.setattr(continuous, "_WORTH_WAITING", 0.5)
     requests, masks = _requests(), _masks()(plain.config)
-    job = stream._Job(plain.config, NEW, (), requests)
+    job = continuous._Job(plain.config, NEW, (), requests)
     longest_first = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
-    assert len(stream._groups(job, longest_first, BATCH, "sample")) == 2
+    assert len(continuous._groups(job, longest_first, BATCH, "sample")) == 2
     _assert_same(list(_stream(plain, requests, masks)), _simply(plain, requests, masks))
 
 
 def test_each_device_takes_prompts_into_its_own_free_rows():
-    free = stream._FREE
-    waiting, owners = stream.collections.deque([4, 5, 6, 7]), np.array([free, 0, 1, 2, 3, free, free, free])
-    requests, rows = stream._take(waiting, owners, at_once=4, shares=2)
+    free = continuous._FREE
+    waiting, owners = continuous.collections.deque([4, 5, 6, 7]), np.array([free, 0, 1, 2, 3, free, free, free])
+    requests, rows = continuous._take(waiting, owners, at_once=4, shares=2)
     assert rows.tolist() == [0, 4, 1, 2]  # of the first device's four one is free
     assert requests.tolist() == [4, 4, 5, 6] and list(waiting) == [7]
     assert owners.tolist() == [4, 0, 1, 2, 3, 5, 6, free]
-    assert stream._take(waiting, owners, at_once=4, shares=2) is None
+    assert continuous._take(waiting, owners, at_once=4, shares=2) is None
     assert list(waiting) == [7]
 
 
 def test_where_memory_runs_out_the_batch_is_halved_and_nothing_is_lost(plain, monkeypatch, caplog):
-    decode, sizes = stream._decode, []
+    decode, sizes = continuous._decode, []
 
     def exhausted(config, shared, steps, enough, rows, cache):
         sizes.append(len(rows.done_B))
@@ -172,7 +173,7 @@ def test_where_memory_runs_out_the_batch_is_halved_and_nothing_is_lost(plain, mo
         return decode(config, shared, steps, enough, rows, cache)
 
     requests, masks = _requests(), _masks()(plain.config)
-    monkeypatch.setattr(stream, "_decode", exhausted)
+    monkeypatch.setattr(continuous, "_decode", exhausted)
     results = list(_stream(plain, requests, masks, what="pairs"))
     assert set(sizes) == {BATCH, 1} and "pairs ran out of memory" in caplog.text
     _assert_same(results, _simply(plain, requests, masks))
@@ -186,9 +187,9 @@ FILLED = []  # rows of each batch
 
 def _rows_that_fill(monkeypatch, plain, free: int, requests):
     FILLED.clear()
-    filling = stream._filling
-    monkeypatch.setattr(stream.memory, "limit", lambda: free)
-    monkeypatch.setattr(stream, "_filling", lambda *args: FILLED.append(filling(*args)) or FILLED[-1])
+    filling = continuous._filling
+    monkeypatch.setattr(continuous.memory, "limit", lambda: free)
+    monkeypatch.setattr(continuous, "_filling", lambda *args: FILLED.append(filling(*args)) or FILLED[-1])
     results = list(_stream(plain, requests, batch_size=None, masks=_masks()(plain.config)))
     monkeypatch.undo()
     return FILLED[:], results
@@ -201,10 +202,10 @@ def test_without_a_batch_size_rows_fill_the_free_memory_by_the_compilers_report(
     assert few[0] < more[0] < len(requests)
     _assert_same(results, _simply(plain, requests, _masks()(plain.config)))
     lengths = [len(request.tokens) for request in requests]
-    masks = stream._per_mask(plain.config, _masks()(plain.config))
-    shared = (plain.params, masks, stream.Draws.of(plain.config, STOPS, 0.0, 1.0), np.int32(84))
+    masks = continuous._per_mask(plain.config, _masks()(plain.config))
+    shared = (plain.params, masks, continuous.Draws.of(plain.config, STOPS, 0.0, 1.0), np.int32(84))
     for rows, free in ((few[0], 400_000), (more[0], 1_600_000)):
-        needed = [sum(stream.programs(plain.config, shared, n, max(lengths), NEW).needed()) for n in (rows, rows + rows // 2)]
+        needed = [sum(continuous.programs(plain.config, shared, n, max(lengths), NEW).needed()) for n in (rows, rows + rows // 2)]
         assert needed[0] <= free < needed[1]
 
 
@@ -214,7 +215,7 @@ def test_rows_that_fill_the_memory_are_no_more_than_requests_and_at_least_one(pl
 
 
 def test_where_rows_that_were_to_fill_the_memory_do_not_fit_they_are_halved(plain, monkeypatch):
-    admit, failed = stream._admit, []
+    admit, failed = continuous._admit, []
 
     def scarce(job, state, *taken):
         if len(state[0].done_B) > 6:
@@ -222,7 +223,7 @@ def test_where_rows_that_were_to_fill_the_memory_do_not_fit_they_are_halved(plai
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
         return admit(job, state, *taken)
 
-    monkeypatch.setattr(stream, "_admit", scarce)
+    monkeypatch.setattr(continuous, "_admit", scarce)
     requests = _requests()
     results = list(_stream(plain, requests, batch_size=None, masks=_masks()(plain.config)))
     assert failed == [11]
@@ -251,10 +252,11 @@ def test_unfit_requests_raise_before_anything_runs(plain, change, options, messa
 _MESHES = textwrap.dedent("""
     import json, logging, sys
     import jax, numpy as np
-    from retmask_jax import sharding, stream
-    from retmask_jax.generate import generate_many, take_rows
-    from retmask_jax.hub import BUNDLED
-    from retmask_jax.lm import load
+    from retmask_jax.generation import continuous as stream
+    from retmask_jax.model import sharding
+    from retmask_jax.generation.decode import generate_many, take_rows
+    from retmask_jax.hf.hub import BUNDLED
+    from retmask_jax.generation.language_model import load
 
     sizes = dict(zip(sharding.AXES, map(int, sys.argv[1:])))
     lm = load(BUNDLED, mesh=sharding.make_mesh(sizes))
@@ -262,12 +264,12 @@ _MESHES = textwrap.dedent("""
     prompts = [rng.integers(16, 256, n).tolist() for n in (60, 3, 41, 7, 12, 50, 9, 33, 1)]
     options = dict(batch_size=4, max_new_tokens=40, temperature=2.0, stop_ids=(17, 18, 19, 20, 21, 30, 31))
     expected = generate_many(lm.config, lm.params, prompts, seeds=np.arange(9), **options)
-    requests = [stream.Request(prompt, seed=i) for i, prompt in enumerate(prompts)]
-    found = dict(stream.generate_stream(lm.config, lm.params, requests, **options))
+    requests = [continuous.Request(prompt, seed=i) for i, prompt in enumerate(prompts)]
+    found = dict(continuous.generate_stream(lm.config, lm.params, requests, **options))
     print(json.dumps({
         "same": all(np.array_equal(found[i].tokens, expected[i].tokens) for i in range(9)),
         "lengths": [len(result.tokens) for result in expected],
-        "programs": [getattr(stream, name)._cache_size() for name in ("_empty", "_start", "_place", "_decode")],
+        "programs": [getattr(continuous, name)._cache_size() for name in ("_empty", "_start", "_place", "_decode")],
     }))
 """)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from retmask_jax.lm import load
+from retmask_jax.generation.language_model import load
 
 CONFIG = {
     "model_type": "qwen3", "vocab_size": 32003, "hidden_size": 1024, "intermediate_size": 4096,

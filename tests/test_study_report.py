@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_report import DOWN, Page, around, make_results, number
 
-from retmask_jax import figures
-from retmask_jax.detectors import DETECTORS
-from retmask_jax.study_report import write_study
+from retmask_jax.heads.detectors import DETECTORS
+from retmask_jax.reports import figures
+from retmask_jax.reports.study import write_study
 
 TEST = {"b": 3, "c": 1, "n_discordant": 4, "p_value": 0.03}
 

@@ -8,21 +8,27 @@ import pytest
 from helpers_tiny import BATCH, CONFIG, NEW, copying_lm, copying_params, in_float64, reference_answer
 from retmask_jax.configs import default
 
-from retmask_jax import causal, detector_runs, stats
-from retmask_jax.context import Context
+from retmask_jax.cli.main import main
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.detector_runs import reused_copy, run_detector, spread
-from retmask_jax.detectors import DETECTORS
-from retmask_jax.files import write_json
-from retmask_jax.haystack import Needle, Prompter, build_cases, draw_specs
-from retmask_jax.head_profile import profile
-from retmask_jax.head_scores import HeadScores
-from retmask_jax.lm import from_params, save
-from retmask_jax.main import main
+from retmask_jax.data.needles import Needle, build_cases, draw_specs
+from retmask_jax.data.prompter import Prompter
+from retmask_jax.generation.language_model import from_params, save
+from retmask_jax.heads import conditions
+from retmask_jax.heads.detectors import DETECTORS
+from retmask_jax.heads.profile import profile
+from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import Interventions, mask_heads
-from retmask_jax.stages import detect_stage
-from retmask_jax.study_stages import checkpoint_prints, detectors_stage, dynamics_stage, theta_stage, utility_stage
-from retmask_jax.workdir import Workdir
+from retmask_jax.runs.context import Context
+from retmask_jax.runs.workdir import Workdir
+from retmask_jax.stages import detector_runs
+from retmask_jax.stages.detect import detect_stage
+from retmask_jax.stages.detector_runs import reused_copy, run_detector, spread
+from retmask_jax.stages.detectors import detectors_stage
+from retmask_jax.stages.dynamics import checkpoint_prints, dynamics_stage
+from retmask_jax.stages.theta import theta_stage
+from retmask_jax.stages.utility import utility_stage
+from retmask_jax.utils import stats
+from retmask_jax.utils.files import write_json
 
 LM = copying_lm()
 
@@ -99,8 +105,8 @@ def test_detectors_are_kept_compared_and_their_heads_masked(study, tmp_path, cap
         assert rows[name]["heads"] == found.heads(top_k=2)
         assert rows[name]["shared"] == stats.jaccard(found.heads(top_k=2), [(1, 0), (1, 2)])
         masked = next(row for row in result["masked"] if row["kind"] == name)
-        texts, = causal.answers(LM, CASES, [mask_heads(CONFIG, found.heads(top_k=2))], max_new_tokens=NEW, batch_size=BATCH)
-        assert masked["value"] == causal.hits(texts, CASES).mean()
+        texts, = conditions.answers(LM, CASES, [mask_heads(CONFIG, found.heads(top_k=2))], max_new_tokens=NEW, batch_size=BATCH)
+        assert masked["value"] == conditions.hits(texts, CASES).mean()
         assert result["numbers"][f"detectors/detect/{name} masked"]["value"] == masked["value"]
     assert result["numbers"]["detectors/detect/none"]["value"] == 1.0  # the answers are the model's own
     assert rows["mass"]["profile"]["gini"] == profile(scores["mass"], CONFIG.n_kv_heads)["gini"]
@@ -152,9 +158,9 @@ def test_factor_one_is_the_model_as_it_is_and_another_base_is_not(study, tmp_pat
     untouched = DETECTORS["mass"](LM, [CASES[i] for i in spread(len(CASES), 3)], batch_size=BATCH).scores
     own, other = (HeadScores.load(tmp_path / f"theta/factor_{name}.json") for name in ("1", "1000"))
     assert own == untouched and other != untouched
-    texts, = causal.answers(LM, CASES, [Interventions()], max_new_tokens=NEW, batch_size=BATCH)
+    texts, = conditions.answers(LM, CASES, [Interventions()], max_new_tokens=NEW, batch_size=BATCH)
     first, second = result["rows"]
-    assert first["value"] == causal.hits(texts, CASES).mean() == 1.0
+    assert first["value"] == conditions.hits(texts, CASES).mean() == 1.0
     assert (first["change"]["low"], first["change"]["high"], first["mcnemar"]["p_value"]) == (0, 0, 1.0)
     assert (second["theta"], second["change"]["value"]) == (1e5, second["value"] - 1.0)
     assert [count["heads"] for count in result["heads"]] == [own.heads(threshold=0.1), other.heads(threshold=0.1)]
@@ -204,8 +210,8 @@ def test_recall_of_a_checkpoint_is_that_of_the_model_in_it(study, tmp_path):
     n = third["recall"]["n_masked"]
     assert n == len(third["heads"]) > 0 and first["recall"]["n_masked"] in (0, n)
     best = HeadScores.load(tmp_path / "dynamics/step_10.json").heads(top_k=n)
-    texts, = causal.answers(LM, CASES, [mask_heads(CONFIG, best)], max_new_tokens=NEW, batch_size=BATCH)
-    assert third["recall"]["masked"]["value"] == causal.hits(texts, CASES).mean()
+    texts, = conditions.answers(LM, CASES, [mask_heads(CONFIG, best)], max_new_tokens=NEW, batch_size=BATCH)
+    assert third["recall"]["masked"]["value"] == conditions.hits(texts, CASES).mean()
     assert (second["top"] is None) == (second["counted"] == 0)
 
 

@@ -12,12 +12,14 @@ from helpers_tiny import BATCH, CONFIG, copying_lm, copying_params, in_float64, 
 from scipy import stats as scipy_stats
 
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.evals import json_kv, niah, perplexity, rerank, samples, suites
-from retmask_jax.evals.questions import Question, read_questions
-from retmask_jax.haystack import Needle, Prompter
-from retmask_jax.lm import from_params
+from retmask_jax.data.needles import Needle
+from retmask_jax.data.prompter import Prompter
+from retmask_jax.evals import perplexity
+from retmask_jax.evals.suites import json_kv, niah, registry, rerank, samples
+from retmask_jax.evals.suites.questions import Question, read_questions
+from retmask_jax.generation.language_model import from_params
 from retmask_jax.model.interventions import mask_heads
-from retmask_jax.recipes import load_recipe
+from retmask_jax.runs.recipes import load_recipe
 
 # --- needle in a haystack ---
 
@@ -279,10 +281,10 @@ def _section(*overrides):
 
 def test_all_suites_are_off_by_default():
     section = _section()
-    assert suites.suites_on(section) == suites.suite_files(section) == []
-    assert suites.run_suites(None, None, section, None, batch_size=1) == []
-    suites.check_suites(section)
-    suites.check_context(section, 1)
+    assert registry.suites_on(section) == registry.suite_files(section) == []
+    assert registry.run_suites(None, None, section, None, batch_size=1) == []
+    registry.check_suites(section)
+    registry.check_context(section, 1)
 
 
 def test_suites_that_are_on_run_with_their_settings(monkeypatch, files):
@@ -291,8 +293,8 @@ def test_suites_that_are_on_run_with_their_settings(monkeypatch, files):
         def run(*given, name=name, **options):
             calls[name] = (given, options)
             return name if name == "run_sliding" else [name]
-        monkeypatch.setattr(suites, name, run)  # fmt: skip
-    monkeypatch.setattr(suites, "ndcg", lambda order, labels: 1.0)
+        monkeypatch.setattr(registry, name, run)  # fmt: skip
+    monkeypatch.setattr(registry, "ndcg", lambda order, labels: 1.0)
     tasks = "vt", "qa_1", "niah_single_2"
     section = _section(
         ("ruler.tasks", tasks), ("ruler.lengths", (600, 900)), ("ruler.n", 7), ("ruler.essay", "text.txt"),
@@ -301,10 +303,10 @@ def test_suites_that_are_on_run_with_their_settings(monkeypatch, files):
         ("json_kv.lengths", (512,)), ("json_kv.n", 5), ("rerank.file", "queries.jsonl"), ("rerank.length", 2000),
         ("perplexity.file", "text.txt"), ("perplexity.length", 16), ("perplexity.windows", 3), ("perplexity.stride", 4),
     )  # fmt: skip
-    assert suites.suite_files(section) == ["needles.jsonl", "qa.json", "queries.jsonl", "text.txt"]
+    assert registry.suite_files(section) == ["needles.jsonl", "qa.json", "queries.jsonl", "text.txt"]
     lm = SimpleNamespace(config=SimpleNamespace(max_length=2000))
     prompter = Prompter(tl.build_tokenizer())
-    found = suites.run_suites(lm, prompter, section, files.joinpath, batch_size=3, interventions="mask")
+    found = registry.run_suites(lm, prompter, section, files.joinpath, batch_size=3, interventions="mask")
     assert found == ["run_ruler", "run_niah", "run_json_kv", "run_rerank", "run_positions", "run_sliding"]
     assert all(given[0] is lm and (o["batch_size"], o["interventions"]) == (3, "mask") for given, o in calls.values())
     ruler = calls["run_ruler"][1]
@@ -315,7 +317,7 @@ def test_suites_that_are_on_run_with_their_settings(monkeypatch, files):
     assert (calls["run_positions"][0][1].shape, calls["run_sliding"][0][1].shape) == ((3, 16), (3, 16))
     lm.config.max_length = 1999
     with pytest.raises(ValueError, match="suites.rerank needs 2000 tokens, the model's context is 1999"):
-        suites.run_suites(lm, prompter, section, files.joinpath, batch_size=3)
+        registry.run_suites(lm, prompter, section, files.joinpath, batch_size=3)
 
 
 @pytest.mark.parametrize(("overrides", "words"), [
@@ -333,4 +335,4 @@ def test_suites_that_are_on_run_with_their_settings(monkeypatch, files):
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_named(overrides, words):
     with pytest.raises(ValueError, match=words):
-        suites.check_suites(_section(*overrides))
+        registry.check_suites(_section(*overrides))

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from retmask_jax import memory
-from retmask_jax.generate import generate_many
+from retmask_jax.generation.decode import generate_many
+from retmask_jax.generation.sweep import sweep
 from retmask_jax.model.interventions import Interventions, mask_heads, mask_rope
-from retmask_jax.sweep import sweep
+from retmask_jax.utils import memory
 
 TOKENS = np.random.default_rng(0).integers(0, 31, (5, 20)).astype(np.int32)
 LENGTHS = np.array([20, 3, 11, 1, 19])
@@ -114,7 +114,7 @@ def test_work_goes_on_in_smaller_batches():
 
 def test_prompts_that_do_not_fit_together_are_answered_in_halves(tiny, monkeypatch):
     """The same answers, none of them lost or counted wrong."""
-    from retmask_jax import generate as module
+    from retmask_jax.generation import decode as module
 
     prompts = [TOKENS[0, :n].tolist() for n in (20, 7, 15, 11)]
     options = {"max_new_tokens": 5, "stop_ids": ()}
@@ -131,7 +131,7 @@ def test_a_real_allocation_that_fails_is_told_in_one_line():
     """A process whose address space is limited asks XLA for more than that."""
     program = """
 import resource, jax, jax.numpy as jnp
-from retmask_jax import memory
+from retmask_jax.utils import memory
 jnp.zeros(1).block_until_ready()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
@@ -147,12 +147,12 @@ except memory.OutOfMemory as error:
 def test_a_stage_that_runs_out_of_memory_says_what_to_lower(monkeypatch, tmp_path):
     from retmask_jax.configs import tiny
 
-    from retmask_jax import stages
-    from retmask_jax.context import Context
-    from retmask_jax.workdir import Workdir
+    from retmask_jax.runs.context import Context
+    from retmask_jax.runs.workdir import Workdir
+    from retmask_jax.stages import registry
 
-    monkeypatch.setitem(stages.STAGES, "detect", stages.Stage((), lambda context, folder: _exhausted(3 * 2**30)))
+    monkeypatch.setitem(registry.STAGES, "detect", registry.Stage((), lambda context, folder: _exhausted(3 * 2**30)))
     config = tiny.get_config()
     context = Context(config, Workdir.open(tmp_path / "work", config))
     with pytest.raises(memory.OutOfMemory, match="^detect ran out of memory when 3.00 GiB .*: lower batch_size"):
-        stages.run_stage(context, "detect")
+        registry.run_stage(context, "detect")

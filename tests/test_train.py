@@ -15,23 +15,23 @@ import optax
 import pytest
 from helpers_tiny import CONFIG, copying_params, in_float64, reference_logprob
 
-from retmask_jax import train as training
-from retmask_jax.checkpoints import Checkpoints
-from retmask_jax.data.preferences import SIDES, PairRows, batches
-from retmask_jax.flops import training_flops
-from retmask_jax.generate import generate
-from retmask_jax.lm import from_params, load, save
-from retmask_jax.metrics import Metrics
-from retmask_jax.model import adapters
+from retmask_jax.data.pair_rows import SIDES, PairRows, batches
+from retmask_jax.generation.decode import generate
+from retmask_jax.generation.language_model import from_params, load, save
+from retmask_jax.model import lora as adapters
+from retmask_jax.model.flops import training_flops
 from retmask_jax.model.interventions import mask_heads
+from retmask_jax.model.sharding import AXES, make_mesh
 from retmask_jax.model.transformer import forward
-from retmask_jax.objective import part_loss
-from retmask_jax.optimizer import make_optimizer, schedule
-from retmask_jax.progress import track
-from retmask_jax.sharding import AXES, make_mesh
-from retmask_jax.train import Stopped, train
-from retmask_jax.train_step import make_programs
-from retmask_jax.training_settings import Settings
+from retmask_jax.training import loop as training
+from retmask_jax.training.checkpoints import Checkpoints
+from retmask_jax.training.loop import Stopped, train
+from retmask_jax.training.metrics import Metrics
+from retmask_jax.training.objective import part_loss
+from retmask_jax.training.optimizer import make_optimizer, schedule
+from retmask_jax.training.settings import Settings
+from retmask_jax.training.step import make_programs
+from retmask_jax.utils.progress import track
 
 SETTINGS = Settings(
     objective="dpo", learning_rate=3e-3, final_learning_rate=3e-4, warmup=0.3, steps=6, batch_size=4,

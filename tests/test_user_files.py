@@ -4,16 +4,16 @@ import json
 
 import pytest
 
+from retmask_jax.cli.main import main
+from retmask_jax.data.needles import read_needles, read_sentences
+from retmask_jax.data.pair_formats import read_pairs
 from retmask_jax.data.prompts import read_prompts
-from retmask_jax.data.released import read_pairs
-from retmask_jax.evals.questions import read_questions
-from retmask_jax.evals.rerank import read_queries
-from retmask_jax.files import read_json
-from retmask_jax.finished import read_models
-from retmask_jax.haystack import read_needles, read_sentences
-from retmask_jax.head_scores import HeadScores, read_head_set
-from retmask_jax.main import main
-from retmask_jax.recipes import load_recipe
+from retmask_jax.evals.suites.questions import read_questions
+from retmask_jax.evals.suites.rerank import read_queries
+from retmask_jax.heads.scores import HeadScores, read_head_set
+from retmask_jax.runs.recipes import load_recipe
+from retmask_jax.runs.results import read_models
+from retmask_jax.utils.files import read_json
 
 NEEDLE = {"needle": "The lamp is red.", "question": "What is the lamp?", "answer": "red", "key": "lamp"}
 QUESTION = {"question": "Where?", "answers": ["here"], "context": ["It is here."]}

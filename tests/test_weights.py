@@ -12,7 +12,7 @@ from conftest import STORED
 from safetensors.numpy import load_file, save_file
 
 from retmask_jax.data import tiny_language
-from retmask_jax.lm import from_params, load, save
+from retmask_jax.generation.language_model import from_params, load, save
 from retmask_jax.model.config import Rope
 from retmask_jax.model.interventions import Interventions, mask_heads, mask_rope
 

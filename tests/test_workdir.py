@@ -10,14 +10,14 @@ import sys
 
 import pytest
 
-from retmask_jax import workdir
-from retmask_jax.main import main
-from retmask_jax.recipes import load_recipe
-from retmask_jax.workdir import Basis, Workdir, check_free, locked, settings_of
+from retmask_jax.cli.main import main
+from retmask_jax.runs import workdir
+from retmask_jax.runs.recipes import load_recipe
+from retmask_jax.runs.workdir import Basis, Workdir, check_free, locked, settings_of
 
 HOLDER = """
 import sys, time
-from retmask_jax.workdir import locked
+from retmask_jax.runs.workdir import locked
 
 with locked(sys.argv[1]):
     print("held", flush=True)
@@ -86,7 +86,7 @@ def test_servers_may_move_between_runs(tmp_path):
 
 
 def _is_held(root) -> bool:
-    code = "import sys; from retmask_jax.workdir import check_free; check_free(sys.argv[1])"
+    code = "import sys; from retmask_jax.runs.workdir import check_free; check_free(sys.argv[1])"
     return subprocess.run([sys.executable, "-c", code, root], capture_output=True).returncode != 0
 
 

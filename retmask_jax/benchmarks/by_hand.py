@@ -5,12 +5,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from retmask_jax import sharding
 from retmask_jax.benchmarks import models
-from retmask_jax.lm import load
-from retmask_jax.reference import batch_logprobs
-from retmask_jax.train_step import make_programs
-from retmask_jax.training_settings import Settings
+from retmask_jax.generation.language_model import load
+from retmask_jax.model import sharding
+from retmask_jax.training.reference import batch_logprobs
+from retmask_jax.training.settings import Settings
+from retmask_jax.training.step import make_programs
 
 
 class Ours:

@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from retmask_jax.benchmarks.harness import Bound, Row, alternate
-from retmask_jax.flops import block_weights, forward_flops, layer_kinds
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.sharding import by_rows, using
+from retmask_jax.model.flops import block_weights, forward_flops, layer_kinds
+from retmask_jax.model.sharding import by_rows, using
 
 _PRODUCT = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # rows and columns of the matrices that are multiplied
 _TURNS = {"cpu": 1, "gpu": 8, "tpu": 8}  # runs that are timed together: to start one takes a part of a millisecond

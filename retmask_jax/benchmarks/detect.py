@@ -4,14 +4,15 @@ from collections.abc import Collection
 
 import numpy as np
 
-from retmask_jax import recipes
 from retmask_jax.benchmarks import models
 from retmask_jax.benchmarks.harness import Bound, Report, Row, alternate, speed_row
 from retmask_jax.benchmarks.peers import Looked, load_peer, published_detection, require
-from retmask_jax.detect import RIGHT_RECALL, detect, newline_ids, read_answers
-from retmask_jax.evals.recall import task_cases
-from retmask_jax.lm import LanguageModel, load
-from retmask_jax.matching import rouge1_recall
+from retmask_jax.data.answers import rouge1_recall
+from retmask_jax.data.tasks import task_cases
+from retmask_jax.generation.language_model import LanguageModel, load
+from retmask_jax.heads.copy_score import RIGHT_RECALL, detect, newline_ids
+from retmask_jax.heads.reading import read_answers
+from retmask_jax.runs import recipes
 
 _NEEDLE = 16  # tokens of a needle, and of a question, of the random model
 _BATCH = 16

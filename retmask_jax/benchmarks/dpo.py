@@ -15,9 +15,9 @@ from retmask_jax.benchmarks.peak import measure
 from retmask_jax.benchmarks.peers import require
 from retmask_jax.benchmarks.programs import dpo_settings, random_pairs
 from retmask_jax.benchmarks.trl_peer import TrlPeer
-from retmask_jax.flops import training_flops
-from retmask_jax.optimizer import schedule
-from retmask_jax.training_settings import Settings
+from retmask_jax.model.flops import training_flops
+from retmask_jax.training.optimizer import schedule
+from retmask_jax.training.settings import Settings
 
 _EPOCHS = 2  # of RetMask: a reference computed once serves so many steps
 _MEMORY_SHAPE = {"vocab_size": 2**17, "n_layers": 2}

@@ -10,8 +10,8 @@ from retmask_jax.benchmarks.chip import generation_rows
 from retmask_jax.benchmarks.harness import Bound, Report, Row, alternate, speed_row
 from retmask_jax.benchmarks.peers import generate as peer_generate
 from retmask_jax.benchmarks.peers import load_peer, next_logits, require
-from retmask_jax.generate import pad_rows
-from retmask_jax.lm import LanguageModel, load
+from retmask_jax.generation.batching import pad_rows
+from retmask_jax.generation.language_model import LanguageModel, load
 from retmask_jax.model.interventions import mask_heads, random_heads, stack
 
 _TARGETS = {"bundled": 15, "30m": 2, "8b": None}

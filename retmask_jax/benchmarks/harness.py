@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retmask_jax.files import write_json
+from retmask_jax.utils.files import write_json
 
 _RELATIONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
 _PACKAGES = ("retmask_jax", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "trl", "accelerate")

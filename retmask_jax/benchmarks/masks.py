@@ -9,10 +9,10 @@ import numpy as np
 from retmask_jax.benchmarks import models
 from retmask_jax.benchmarks.harness import Bound, Report, alternate, speed_row
 from retmask_jax.benchmarks.peers import hooked_sweep, load_peer, require
-from retmask_jax.lm import load
+from retmask_jax.generation.language_model import load
+from retmask_jax.generation.sweep import sweep
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions, mask_heads
-from retmask_jax.sweep import sweep
 
 _HEADS = 4  # masked heads of one layer
 _TARGETS = {"bundled": 25, "30m": 1.2, "8b": None}

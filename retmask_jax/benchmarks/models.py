@@ -11,15 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retmask_jax import recipes
 from retmask_jax.benchmarks.harness import cores
-from retmask_jax.checkpoint_files import read_config
-from retmask_jax.families import from_hf
-from retmask_jax.haystack import Prompter, read_sentences
-from retmask_jax.hub import BUNDLED
-from retmask_jax.lm import from_params, load_tokenizer, save
+from retmask_jax.data.needles import read_sentences
+from retmask_jax.data.prompter import Prompter
+from retmask_jax.generation.language_model import from_params, save
+from retmask_jax.hf.checkpoint_files import read_config
+from retmask_jax.hf.families import from_hf
+from retmask_jax.hf.hub import BUNDLED
+from retmask_jax.hf.tokenizer import load_tokenizer
 from retmask_jax.model.config import ModelConfig, Rope
-from retmask_jax.sharding import make_mesh, param_shapes
+from retmask_jax.model.sharding import make_mesh, param_shapes
+from retmask_jax.runs import recipes
 
 _SPREAD = 0.02  # standard deviation of random weights, transformers' initializer_range
 _PART = 2**22  # numbers drawn at a time

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from retmask_jax.benchmarks.models import mesh
-from retmask_jax.detect import own_choices, read_batch
-from retmask_jax.generate import Draws, generate_batch
+from retmask_jax.generation.decode import Draws, generate_batch
+from retmask_jax.heads.reading import own_choices, read_batch
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.sharding import plain_shapes
 from retmask_jax.model.transformer import forward
-from retmask_jax.sharding import plain_shapes
-from retmask_jax.train_step import make_programs
-from retmask_jax.training_settings import Settings
+from retmask_jax.training.settings import Settings
+from retmask_jax.training.step import make_programs
 
 _PROBED = 8  # tokens of an answer
 

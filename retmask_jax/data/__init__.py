@@ -1,0 +1,1 @@
+"""Texts and tasks: needles, prompts, answers, pairs. Nothing here runs a model."""

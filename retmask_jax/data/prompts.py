@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from retmask_jax.data.chat import record_id, turns
-from retmask_jax.files import iter_jsonl, iter_lines, matching
+from retmask_jax.utils.files import iter_jsonl, iter_lines, matching
 
 KEPT = "kept"
 # Where the prompt of a record is, unless the user names a field.

@@ -1,14 +1,11 @@
 """Start against trained models on the same cases: per run, and pooled over the seeds of an arm."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from retmask_jax import stats
-from retmask_jax.page import change, interval, p_value
-from retmask_jax.wording import TEXT_LOSS, axis
+from retmask_jax.utils import stats
 
 START = "start"
 
@@ -75,40 +72,12 @@ def numbers_by_task(result: Mapping[str, Any]) -> tuple[dict[str, dict], dict[st
     return means, changes
 
 
-def table(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
-    """(header, a row per task) of `run_rows`: every model's mean, and what it changes against the start model.
-
-    metrics: task of a suite -> what its values are.
-    """
-    models = list(dict.fromkeys(row["model"] for row in rows if row["model"] != START))
-    by_task: dict[str, dict[str, Mapping]] = {}
-    for row in rows:
-        by_task.setdefault(row["task"], {})[row["model"]] = row
-    header = ["task", "measure", "n", START, *(cell for model in models for cell in (model, "change", "p"))]
-    return header, [
-        [task, metrics.get(task) or axis(task), str(found[START]["n"]), interval(found[START]),
-         *(cell for model in models for cell in _cells(found[model]))] for task, found in by_task.items()
-    ]  # fmt: skip
-
-
-def perplexities(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The perplexity of each model on the text whose loss was measured, in a line; nothing where none was."""
-    losses = {row["model"]: row["value"] for row in rows if row["task"] == TEXT_LOSS}
-    said = ", ".join(f"{name} {math.exp(loss):.3f}" for name, loss in losses.items())
-    return f"perplexity (the exponential of the text loss): {said}" if said else ""
-
-
 def _new_name(task: str, arm: str, suffix: str, taken: set[str]) -> str:
     """The name of a number, which is added to those that are taken."""
     while (name := f"eval/{task}/{arm}{suffix}") in taken:
         arm = f'"{arm}"'
     taken.add(name)
     return name
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    p = "–" if row["mcnemar"] is None else p_value(row["mcnemar"]["p_value"])
-    return [interval(row), change(row["change"]), p]
 
 
 def _test(samples, name, task) -> dict[str, Any] | None:

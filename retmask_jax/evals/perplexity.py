@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retmask_jax import memory
-from retmask_jax.evals.kept import Kept, request_key
 from retmask_jax.evals.measured import Measured
-from retmask_jax.generate import full_batches
-from retmask_jax.hosts import to_host
-from retmask_jax.lm import LanguageModel
+from retmask_jax.generation.batching import full_batches
+from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.generation.logprobs import token_logprobs
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.sequence import token_logprobs
+from retmask_jax.utils import memory
+from retmask_jax.utils.hosts import to_host
+from retmask_jax.utils.store import Kept, request_key
 
 METRIC = "nats per token"
 POSITIONS = "positions "  # what the tasks of `run_positions` are called, before their range

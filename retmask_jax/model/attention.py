@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from retmask_jax.model import cudnn
 from retmask_jax.model.config import KERNELS
-from retmask_jax.model.kernels import HIDDEN, Scores, blocked, dot, plain, platform
+from retmask_jax.model.kernels import cudnn
+from retmask_jax.model.kernels.blocked import HIDDEN, Scores, blocked, dot, plain, platform
 from retmask_jax.model.layers import precision
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto
     if positions_BT is None:
         chosen = _choose(kernel, *_target(), q_BTHD.dtype.name, length, width, start_B is None, scores)
     if chosen == "splash":
-        from retmask_jax.model.splash import splash_attend, unsupported
+        from retmask_jax.model.kernels.splash import splash_attend, unsupported
 
         qkv = q_BTHD, keys.k_BKDS.swapaxes(2, 3), keys.v_BKSD
         reason = unsupported(*qkv) if kernel == "auto" else None

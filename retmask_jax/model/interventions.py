@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.rope import inverse_frequencies
-from retmask_jax.shapes import Mask
+from retmask_jax.utils.array_types import Mask
 
 Head = tuple[int, int]
 
@@ -140,7 +140,7 @@ def mask_heads(
 ) -> Interventions:
     """Interventions with these (layer, head) masked; ValueError for an index the model does not have.
 
-    mean: f32[L,H,D], what the masked heads write instead of nothing (mean-ablation, see `causal.head_means`).
+    mean: f32[L,H,D], what the masked heads write instead of nothing (mean-ablation, see `head_outputs.head_statistics`).
 
     >>> import retmask_jax as rm
     >>> mask = rm.mask_heads(rm.load("bundled").config, [(1, 0), (1, 3)])

@@ -10,14 +10,14 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float32, Int, PyTree
 
-from retmask_jax.model.adapters import with_adapters
 from retmask_jax.model.attention import Keys, Probe, Probed, Scores, attend, probe
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.experts import Experts
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.layers import GatedMLP, dense, norm, precision, softcap
+from retmask_jax.model.lora import with_adapters
 from retmask_jax.model.rope import rotate, rotation
-from retmask_jax.shapes import Lengths, Tokens
+from retmask_jax.utils.array_types import Lengths, Tokens
 
 
 @flax.struct.dataclass

@@ -1,0 +1,1 @@
+"""Steps compiled for machines that are not here: what they take, and whether that fits."""

@@ -1,0 +1,1 @@
+"""The command: parsing, what each command does, `retmask doctor`."""

@@ -1,0 +1,333 @@
+"""What the command's stages do around their work: open the work directory, run, show a table, write the summary."""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from retmask_jax.aot import decoding, step
+from retmask_jax.cli import doctor
+from retmask_jax.data.pair_formats import export_pairs, iter_pairs
+from retmask_jax.generation.language_model import load, save
+from retmask_jax.heads.profile import gain_against_sparsity, profile_table
+from retmask_jax.hf import summary as inspection
+from retmask_jax.hf.hub import config_folder
+from retmask_jax.model.interventions import mask_heads
+from retmask_jax.model.sharding import split_cpu
+from retmask_jax.reports import comparison, html
+from retmask_jax.reports import panel as panel_page
+from retmask_jax.runs import results
+from retmask_jax.runs.findings import panel as side_by_side
+from retmask_jax.runs.workdir import Workdir, check_free, differing, locked, settings_of, versions
+from retmask_jax.stages.registry import (
+    RUN,
+    STAGES,
+    STUDY,
+    Context,
+    check_batch,
+    check_config,
+    check_model,
+    check_upstream,
+    run_stage,
+)
+from retmask_jax.training.pretrain import build
+from retmask_jax.utils.files import read_json, write_json
+from retmask_jax.utils.fingerprints import fingerprint
+from retmask_jax.utils.hosts import join, primary
+
+_AT_MOST = 6  # models side by side in a table; of more the numbers are listed, pooled over seeds
+
+
+def run(config, root: Path, aside: bool = False) -> None:
+    """The whole method in order; ends with the table of headline numbers, the report's path and summary.json.
+
+    aside: as of `Workdir.open`.
+    """
+    _check_prompts(config)
+    context = _open(config, root, writes=True, aside=aside)
+    check_batch(config)
+    _in_order(context, RUN, root / "summary.json", root / "report.html")
+
+
+def study(config, root: Path, aside: bool = False) -> None:
+    """The causal study in order; ends with the table of headline numbers, the page's path and study.json.
+
+    aside: as of `Workdir.open`.
+    """
+    _in_order(_open(config, root, writes=True, aside=aside), STUDY, root / "study.json", root / "study.html")
+
+
+def _in_order(context: Context, names: Sequence[str], summary: Path, report: Path) -> None:
+    """Run stages, each skipped where its inputs have not changed, and show their numbers."""
+    numbers = {}
+    for name in names:
+        result, skipped = run_stage(context, name)
+        numbers |= result["numbers"]
+        if not primary():
+            continue
+        state = "unchanged" if skipped else f"done in {result['seconds']:.0f} s"
+        print(f"{name:<9} {state}", flush=True)
+        if not skipped:
+            _show(name, result)
+    if not primary():
+        return
+    write_json(summary, numbers)
+    print()
+    _table({name: numbers[name] for name in context.config.headlines if name in numbers})
+    if "eval" in names:
+        print("\nbefore and after training:")
+        _show("eval", context.workdir.result("eval"))
+    print(f"every number: {summary}\nreport:       {report}")
+
+
+def one_stage(config, root: Path, name: str, aside: bool = False) -> dict:
+    """One stage, on the results of those before it; returns its result. aside: as of `Workdir.open`."""
+    if name == "pairs":
+        _check_prompts(config)
+    context = _open(config, root, writes=True, aside=aside, model=STAGES[name].model)
+    if name == "train":
+        check_batch(config)
+    result, skipped = run_stage(context, name)
+    if primary():
+        if skipped:
+            print(f"{name}: unchanged since {result['provenance']['created']}")
+        _show(name, result)
+    if name == "compare":
+        page_of, _ = run_stage(context, "comparison")
+        if primary():
+            print(f"page: {root / page_of['path']}")
+    return result
+
+
+def export(config, root: Path, what: str, heads: Sequence[str] | None, form: str, out: Path) -> None:
+    """The start model with heads masked in its weights, or a trained model, as an HF checkpoint; or a run's pairs.
+
+    heads: "layer-head" each; None: those that detection found. form: of pairs, see `export_pairs`.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder: choose another --out")
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"{out} is a link to {os.readlink(out)}, which is not there: choose another --out")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"{out} cannot be made, since {above} is a file: choose another --out")
+    if what.startswith("pairs-"):
+        pairs = Workdir.open(root, config).folder("pairs") / f"{what.removeprefix('pairs-')}.jsonl.gz"
+        if not pairs.exists():
+            raise ValueError(f"--what is {what!r}, but {pairs} does not exist: run `retmask pairs` first")
+        export_pairs(iter_pairs(pairs), out, form)
+        print(f"wrote {out}")
+        return
+    context = _open(config, root, model=what == "masked")
+    if what == "masked":
+        if heads is None:
+            check_upstream(context, "knockout")  # whose heads are those of an up-to-date detection
+        chosen = context.heads() if heads is None else [_head(name) for name in heads]
+        save(context.lm, out, mask_heads(context.lm.config, chosen))
+    else:
+        runs = context.workdir.result("train")["runs"]
+        if what not in runs:
+            known = ", ".join(f"{run}, pairs-{run}" for run in runs)
+            raise ValueError(f"--what is {what!r}; it must be masked or one of {known}")
+        save(load(context.workdir.folder("train") / what / "model", config.dtype), out)
+    if primary():
+        print(f"wrote {out}")
+
+
+def pretrain(config, root: Path) -> None:
+    """Train the tiny model and write it with its data files, in the layout of the package's assets."""
+    if "pretrain" not in config:
+        raise ValueError("this config has no section `pretrain`: use tiny, panel_llama, panel_qwen3 or panel_olmo3")
+    _log()
+    workdir = Workdir.open(root, config)
+    if (stored := root / "config.json").exists():
+        ours, theirs = (settings_of(made, ("pretrain.*",)) for made in (workdir.config, read_json(stored)))
+        if changed := differing(theirs, ours):
+            raise ValueError(f"work directory {root} belongs to another config ({changed[0]}): choose another --workdir")
+    with locked(root):
+        write_json(root / "config.json", workdir.config)
+        build(config.pretrain, root)
+    print(f"wrote {root}")
+
+
+def ahead(config, name: str, topology: str, stage: str) -> bool:
+    """Compile what a stage runs for a topology that need not be here and print what it takes; whether it fits."""
+    _log()
+    if stage == "train":
+        row = step.check_training(config, topology)
+        print(step.describe(row, name))
+    else:
+        row = decoding.check_decoding(config, topology, stage)
+        print(decoding.describe(row, name))
+    return row["fits"]
+
+
+def inspect(model: str, as_json: bool) -> None:
+    """What a model (folder, hub id or "bundled") is, from its config.json: a table, or one JSON object."""
+    facts = inspection.describe(config_folder(model))
+    if as_json:
+        print(json.dumps({"model": model} | facts, indent=1))
+    else:
+        _print_table(("model", model), inspection.rows(facts))
+
+
+def examine(root: Path, as_json: bool) -> bool:
+    """Whether this machine can work, line by line, and what to do about what is not as it could be."""
+    join(None)
+    findings = doctor.examine(root)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    else:
+        _print_table(("", "", "found", "to do"), doctor.rows(findings))
+    for finding in doctor.failed(findings):
+        print(f"retmask: {finding.name}: {finding.value}; {finding.todo}", file=sys.stderr)
+    return not doctor.failed(findings)
+
+
+def profile(sources: Sequence[Path], kv_heads: Sequence[int], threshold: float | None, gain: str | None,
+            out: Path | None) -> None:  # fmt: skip
+    """Profiles of several models as one table, and a gain against their sparsity; into a folder with pictures if wanted.
+
+    sources, kv_heads, threshold: of `results.read_models`; gain: a number of `finished.read_gains`.
+    """
+    models = results.read_models(sources, kv_heads, threshold)
+    table = profile_table(models)
+    gains = gain_against_sparsity(results.read_gains(sources, gain)) if gain else None
+    _print_table(list(table[0]), [[row["model"], *map(html.fixed, list(row.values())[1:])] for row in table], "right")
+    if gains:
+        print()
+        _table({f"{row['name']}: {gain}": row["gain"] for row in gains["rows"]})
+        print(gains["finding"])
+    if out:
+        for path in _write_profile(out, sources, models, table, gain, gains):
+            print(f"wrote {path}")
+
+
+def panel(sources: Sequence[Path], task: str, closed_book: str | None, gain: str | None, out: Path | None) -> None:
+    """The findings of several finished studies as one table; as panel.json and panel.html in a folder, if wanted.
+
+    task, closed_book: of `findings.panel`; gain: a number of `results.read_gains`.
+    """
+    members = results.read_studies(sources)
+    found = side_by_side(members, task, closed_book)
+    gains = gain_against_sparsity(results.read_gains(sources, gain)) if gain else None
+    _print_table(*panel_page.summary(found))
+    for row in found["findings"]:
+        print(panel_page.verdict(row))
+    if gains:
+        print(gains["finding"])
+    if out:
+        scored = results.read_models(sources)
+        write_json(out / "panel.json", found | {"gain": gain, "sparsity": gains, "versions": versions()})
+        panel_page.write_panel(out / "panel.html", found, members, scored, profile_table(scored), gain, gains)
+        print(f"wrote {out / 'panel.json'}\nwrote {out / 'panel.html'}")
+
+
+def bench(name: str, out: Path | None, options: dict) -> bool:
+    """Run one benchmark, print its table, write its JSON; False if results that must agree do not.
+
+    options: the benchmark's own flags.
+    """
+    # Both sides may share one GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from retmask_jax.benchmarks import detect, dpo, generate, harness, masks, memory
+
+    split_cpu(harness.cores())
+    benchmarks = {"detect": detect, "masks": masks, "generate": generate, "dpo": dpo, "memory": memory}
+    for option, value in options.items():
+        least = 0 if option in ("memory_length", "lora_rank") else 1
+        if type(value) is int and value < least:
+            raise ValueError(f"--{option.replace('_', '-')} is {value}; it must be at least {least}")
+    report = benchmarks[name].run(**options)
+    _print_table(*harness.table_rows(report))
+    if out is not None:
+        harness.write_report(report, out)
+    for line in report.violated:
+        print(f"retmask: results disagree: {line}", file=sys.stderr)
+    return not report.violated
+
+
+def _write_profile(out: Path, sources, models, table, gain, gains) -> list[Path]:
+    """profile.json and the pictures; the table says what of, by the hash of each source's scores."""
+    from retmask_jax.reports import figures, model_figures
+
+    with figures.style():
+        pictures = model_figures.write_both(model_figures.profiles(models, table), out / "profile")
+        if gains:
+            pictures += model_figures.write_both(model_figures.sparsity(gains, gain), out / "sparsity")
+    hashes = [fingerprint(source / "detect" / "scores.json" if source.is_dir() else source) for source in sources]
+    rows = [row | {"scores_hash": of_scores} for row, of_scores in zip(table, hashes, strict=True)]
+    write_json(out / "profile.json", {"models": rows, "gain": gain, "sparsity": gains, "versions": versions()})
+    return [out / "profile.json", *pictures]
+
+
+def _open(config, root: Path, *, writes: bool = False, aside: bool = False, model: bool = True) -> Context:
+    """The context of a command, all hosts joined. writes: the work directory must be free. model: whether the command
+    needs it, so that the config is checked against it."""
+    _log()
+    split_cpu(config.cpu_devices)
+    join(config.distributed)
+    if writes and primary():
+        check_free(root)
+    check_config(config)
+    context = Context(config, Workdir.open(root, config, aside))
+    if model:
+        check_model(context)
+    return context
+
+
+def _check_prompts(config) -> None:
+    """A recipe may stop before pairs are sampled; it cannot be run further."""
+    if not config.pairs.prompts:
+        raise ValueError("pairs.prompts names no file of prompts: set it, or run detect, knockout and rope one by one")
+
+
+def _head(name: str) -> tuple[int, int]:
+    layer, dash, head = name.partition("-")
+    if not (dash and layer.isdigit() and head.isdigit()):
+        raise ValueError(f"--heads takes LAYER-HEAD, such as 1-3; got {name!r}")
+    return int(layer), int(head)
+
+
+def _log() -> None:
+    """RETMASK_LOG=INFO shows what is going on inside."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("retmask_jax").setLevel(os.environ.get("RETMASK_LOG", "WARNING").upper())
+
+
+def _show(name: str, result: dict) -> None:
+    """A stage's table: of models side by side, or of its numbers."""
+    beside = name in ("eval", "compare") and len({row["model"] for row in result["rows"]}) <= _AT_MOST
+    if not beside:
+        return _table(result["numbers"])
+    _print_table(*comparison.table(result["rows"], result["metrics"]), justify="right")
+    print(comparison.perplexities(result["rows"]) or "no text loss was measured")
+
+
+def _table(numbers: dict) -> None:
+    """name, value, 95% interval, n."""
+    if not numbers:
+        return
+    rows = []
+    for name, number in numbers.items():
+        interval = "" if number["low"] is None else f"[{number['low']:.3f}, {number['high']:.3f}]"
+        rows.append((name, f"{number['value']:.3f}", interval, str(number["n"])))
+    _print_table(("", "value", "95% interval", "n"), rows, justify="right")
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], justify="left") -> None:
+    """justify: of all columns but the first."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(escape(name), justify=justify if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    width = None if sys.stdout.isatty() else 10_000  # lines of a file are never broken
+    Console(file=sys.stdout, width=width, highlight=False).print(table)

@@ -1,0 +1,164 @@
+"""`retmask doctor`: whether this machine can work, as it is, and what to install or to set."""
+
+import dataclasses
+import glob
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retmask_jax import __version__
+from retmask_jax.generation.language_model import load
+from retmask_jax.hf.hub import BUNDLED
+from retmask_jax.model.attention import kernel_for
+from retmask_jax.utils import memory
+from retmask_jax.utils.keys import without_secrets
+from retmask_jax.utils.progress import track
+
+# What is needed to work, then what else there may be: module -> what for, and the extra that brings it.
+PACKAGES = ("retmask_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets")
+EXTRAS = {
+    "lm_eval": ("lm-evaluation-harness: `retmask eval --lm_eval=...`", "eval"),
+    "pytrec_eval": ("NDCG of the re-ranking suite", "eval"),
+    "torch": ("peers of `retmask bench`", "bench"),
+    "trl": ("the peer of `retmask bench dpo`", "bench"),
+    "libtpu": ("TPUs, and `retmask train --aot=...` without one", "tpu"),
+    "wandb": ("`train.wandb=PROJECT`", None),
+}  # fmt: skip
+# Files that say that an accelerator is there, and the extra with which JAX uses it.
+_SIGNS = {"gpu": ("/dev/nvidia[0-9]*",), "tpu": ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")}
+_TIMEOUT = 3.0  # seconds to wait for the hub
+_PROMPT, _ANSWER = "<bos> the code for anna : fig oak ash elm yew . the code for anna :", "fig"
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A line of the page. todo: what to do about it ("": nothing); needed: without it nothing works."""
+
+    part: str
+    name: str
+    value: str
+    todo: str = ""
+    needed: bool = False
+
+
+def examine(folder: Path) -> list[Finding]:
+    """All findings on this machine. folder: where results would be written."""
+    return [*_software(), *_devices(), *_storage(folder), *_hub(), *_extras()]
+
+
+def rows(findings: list[Finding]) -> list[tuple[str, str, str, str]]:
+    """(part, name, value, what to do) of each, a part named once."""
+    parts = [finding.part for finding in findings]
+    return [("" if i and parts[i - 1] == one.part else one.part, one.name, one.value, one.todo)
+            for i, one in enumerate(findings)]  # fmt: skip
+
+
+def failed(findings: list[Finding]) -> list[Finding]:
+    """Those without which nothing works."""
+    return [finding for finding in findings if finding.needed and finding.todo]
+
+
+def _software() -> list[Finding]:
+    found = [Finding("software", "Python", platform.python_version())]
+    for package in PACKAGES:
+        try:
+            found.append(Finding("software", package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            ours = package == "retmask_jax"  # which runs, or this would not
+            what = f"{__version__}, not installed" if ours else "not installed"
+            todo = "pip install -e . in its folder" if ours else f"pip install {package}"
+            found.append(Finding("software", package, what, todo, needed=not ours))
+    return found
+
+
+def _devices() -> list[Finding]:
+    try:
+        devices = jax.local_devices()
+    except RuntimeError as error:  # JAX's own word for a platform that was asked for and does not start
+        todo = "unset JAX_PLATFORMS, or install the JAX that fits the device (.[gpu], .[tpu])"
+        return [Finding("devices", "JAX", f"starts no device: {str(error).splitlines()[0]}", todo, needed=True)]
+    kind = devices[0].device_kind
+    found = [Finding("devices", jax.default_backend(), f"{len(devices)} x {kind}" + (
+        f", {jax.process_count()} hosts" if jax.process_count() > 1 else ""), _unused())]  # fmt: skip
+    found += [_attention(dtype) for dtype in ("float32", "bfloat16")]
+    found += [_works(device) for device in track(devices, len(devices), "devices", "device")]
+    return [*found, Finding("devices", "free memory", f"{memory.limit() / _GIB:.1f} GiB on the first device")]
+
+
+def _unused() -> str:
+    """What to do where an accelerator is there that JAX does not see."""
+    if jax.default_backend() != "cpu":
+        return ""
+    for extra, patterns in _SIGNS.items():
+        if any(glob.glob(pattern) for pattern in patterns):
+            return f"a {extra.upper()} is there and JAX does not use it: pip install 'retmask_jax[{extra}]'"
+    return ""
+
+
+def _attention(dtype: str) -> Finding:
+    """The kernel of a long prompt on these devices, at the width of most models' heads."""
+    chosen, unsuited = kernel_for(dtype, length=4096, width=128)
+    return Finding("devices", f"attention, {dtype}", f"{chosen} kernel" + (f": cuDNN's {unsuited}" if unsuited else ""))
+
+
+def _works(device) -> Finding:
+    """Whether the bundled model copies on a device."""
+    lm = load(BUNDLED)
+    tokens = jnp.array([lm.tokenizer(_PROMPT)["input_ids"]])
+    with jax.default_device(device):
+        lm = lm.replace(params=jax.device_put(lm.params, device))
+        said = lm.tokenizer.decode(np.asarray(lm.generate(tokens, [tokens.shape[1]], max_new_tokens=1).tokens[0]))
+    right = said.strip() == _ANSWER
+    todo = "" if right else "jax and jaxlib (and the plug-in of the device) must be of one version: install them anew"
+    return Finding("devices", f"device {device.id}", f"the bundled model answers {said.strip()!r}", todo, needed=True)
+
+
+def _storage(folder: Path) -> list[Finding]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    places = {"results": folder, "models of the hub": Path(HF_HUB_CACHE)}
+    return [_free(name, path) for name, path in places.items()]
+
+
+def _free(name: str, path: Path) -> Finding:
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free / _GIB
+    if not os.access(there, os.W_OK):
+        return Finding("disk", name, f"{there} cannot be written", "choose a --workdir, or set HF_HOME")
+    todo = "" if free > 20 else "a model of 8B takes 16 GB, its checkpoints 3 to 6 times as much"
+    return Finding("disk", name, f"{free:.0f} GiB free", todo)
+
+
+def _hub() -> list[Finding]:
+    from huggingface_hub import constants, get_token
+
+    todo = "" if get_token() else "gated models (Llama, Gemma) need one: HF_TOKEN, or `hf auth login`"
+    found = [Finding("hub", "token", "none" if todo else "set", todo)]
+    if constants.HF_HUB_OFFLINE:
+        return [*found, Finding("hub", "access", "off: HF_HUB_OFFLINE is set; local folders and the cache work")]
+    try:
+        with urllib.request.urlopen(constants.ENDPOINT, timeout=_TIMEOUT):
+            return [*found, Finding("hub", "access", without_secrets(f"{constants.ENDPOINT} answers"))]
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        why = getattr(error, "reason", error)
+        return [*found, Finding("hub", "access", without_secrets(f"{constants.ENDPOINT} does not answer ({why})"),
+                                "the bundled model and local folders need no network")]  # fmt: skip
+
+
+def _extras() -> list[Finding]:
+    found = []
+    for module, (what, extra) in EXTRAS.items():
+        there = importlib.util.find_spec(module) is not None
+        install = f"pip install 'retmask_jax[{extra}]'" if extra else f"pip install {module}"
+        found.append(Finding("extras", module, f"{'there' if there else 'not there'}: {what}", "" if there else install))
+    return found

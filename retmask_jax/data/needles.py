@@ -1,0 +1,269 @@
+"""Needle cases: a needle sentence in a haystack, a question at the end, and the exact token span of the answer.
+
+What a case is made of (`Spec`: order of the haystack, needle, depth, distractors) depends on the seed alone, never on
+a tokenizer, so that two models get the same cases.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from retmask_jax.data.answers import rouge_tokens
+from retmask_jax.data.prompter import Prompter
+from retmask_jax.utils.files import iter_records, read_text
+from retmask_jax.utils.progress import track
+
+_SENTENCE_END = re.compile(r"(?<=[.!?।॥۔؟])\s+|(?<=[。！？])\s*")  # also where no space follows
+
+
+@dataclasses.dataclass(frozen=True)
+class Needle:
+    """A statement, the question it answers and the part of it that is the answer.
+
+    key: what the statement is about; sentences of the haystack that mention it are left out. memory: the answer the
+    model gives without the context, where that is known.
+    """
+
+    needle: str
+    question: str
+    answer: str
+    key: str | None = None
+    memory: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What one case is made of, independent of any tokenizer. length counts the tokens of the whole prompt."""
+
+    length: int
+    depth: float
+    needle: int
+    distractors: tuple[int, ...]
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A prompt with the token span [start, end) of the needle's answer part (0, 0 where there is no needle).
+
+    statement, question: spans of the whole needle and of the question; (0, 0) where they are not in the prompt as such.
+    """
+
+    tokens: tuple[int, ...]
+    span: tuple[int, int]
+    needle: Needle
+    spec: Spec
+    statement: tuple[int, int] = (0, 0)
+    question: tuple[int, int] = (0, 0)
+
+
+def read_sentences(path: str | Path) -> list[str]:
+    """The sentences of a text file; ValueError if it is missing, not UTF-8 or empty."""
+    sentences = [s.strip() for s in _SENTENCE_END.split(read_text(Path(path), "haystack file")) if s.strip()]
+    if not sentences:
+        raise ValueError(f"haystack file {path} has no text")
+    return sentences
+
+
+def read_needles(path: str | Path) -> list[Needle]:
+    """Needles of a JSONL file with needle, question and answer (or real_needle), and optionally key and memory.
+
+    Raises ValueError naming file and line for a record that lacks question or answer, or has another value than a text.
+    """
+    needles = []
+    for number, record in iter_records(Path(path)):
+        texts = {name: record.get(name) for name in ("needle", "question", "answer", "key", "memory")}
+        texts["answer"] = record.get("answer", record.get("real_needle"))
+        if texts["question"] is None or texts["answer"] is None:
+            raise ValueError(f"{path}, line {number}: a needle has question and answer, this one {sorted(record)}")
+        for name, text in texts.items():
+            if not isinstance(text, str | None):
+                raise ValueError(f"{path}, line {number}: {name} is {text!r:.40}, not a text: write it in quotes")
+        needles.append(Needle(**texts | {"needle": texts["needle"] or ""}))
+        check_words(needles[-1], f"{path}, line {number}")
+    if not needles:
+        raise ValueError(f"{path} holds no needles")
+    return needles
+
+
+def check_words(needle: Needle, where: str | None = None) -> None:
+    """ValueError, which says where, for a needle whose answer has no words that an answer could be compared with."""
+    for name, text in (("answer", needle.answer), ("memory", needle.memory or None)):
+        if text is not None and not rouge_tokens(text):
+            where = where or f"needle {needle.needle or needle.question!r}"
+            raise ValueError(f"{where}: the {name} {text!r} has no letter or digit to compare with: give it words")
+
+
+def draw_specs(needles: Sequence[Needle], lengths: Sequence[int], depths: Sequence[float], *, per_length: int | None,
+               distractors: int = 0, seed: int = 0) -> list[Spec]:  # fmt: skip
+    """Specs of the full grid lengths x depths x needles, or of per_length cases a length with depths in turn.
+
+    distractors: how many other needles stand in the same haystack.
+    """
+    rng = np.random.default_rng(seed)
+    cells = []
+    for length in lengths:
+        if per_length is None:
+            cells += [(length, depth, needle) for depth in depths for needle in range(len(needles))]
+        else:
+            order = np.resize(rng.permutation(len(needles)), per_length)
+            cells += [(length, depths[i % len(depths)], int(needle)) for i, needle in enumerate(order)]
+    return [
+        Spec(length, float(depth), needle, _distractors(rng, needles, needle, distractors), int(rng.integers(2**31)))
+        for length, depth, needle in cells
+    ]
+
+
+def build_cases(prompter: Prompter, sentences: Sequence[str], needles: Sequence[Needle], specs: Sequence[Spec], *,
+                shuffle: bool = True, at_start: bool = False) -> list[Case]:  # fmt: skip
+    """The cases of specs, each as near below its length as whole sentences allow.
+
+    shuffle: order the haystack's sentences by the spec's seed, else keep the text's order. at_start: put the needle
+    at the very start unless the depth is 1, as the detector released with arXiv 2601.11020 did. Raises ValueError if a
+    length has no room for needle and question, the answer part cannot be located, or an answer has no words.
+    """
+    _check_used(needles, specs)
+    sizes = _sizes(prompter, sentences)
+    specs = track(specs, len(specs), "needle cases", "case")
+    return [_build(prompter, sentences, sizes, needles, spec, shuffle, at_start) for spec in specs]
+
+
+def paired_cases(prompters: Mapping[str, Prompter], sentences: Sequence[str], needles: Sequence[Needle],
+                 specs: Sequence[Spec], *, shuffle: bool = True,
+                 at_start: bool = False) -> tuple[dict[str, list[Case]], list[str]]:  # fmt: skip
+    """The cases of the same specs for several models by name: ({name: cases}, a line for each spec that was dropped).
+
+    A spec that cannot be built for one model is dropped for all, so that case i is the same case in every list. Options
+    as in `build_cases`. Raises ValueError where no spec is left, and for an answer without words.
+    """
+    _check_used(needles, specs)
+    sizes = {name: _sizes(prompter, sentences) for name, prompter in prompters.items()}
+    kept: dict[str, list[Case]] = {name: [] for name in prompters}
+    dropped = []
+    for number, spec in enumerate(specs):
+        built, name = {}, ""
+        try:
+            for name, prompter in prompters.items():
+                built[name] = _build(prompter, sentences, sizes[name], needles, spec, shuffle, at_start)
+        except ValueError as error:
+            dropped.append(f"spec {number}, {name}: {error}")
+            continue
+        for name, case in built.items():
+            kept[name].append(case)
+    if len(dropped) == len(specs) > 0:
+        raise ValueError(f"none of {len(specs)} cases can be built for all of {', '.join(prompters)} ({dropped[0]})")
+    return kept, dropped
+
+
+def question_case(prompter: Prompter, needle: Needle) -> Case:
+    """A case without any context: what does the model answer from memory? ValueError for an answer without words."""
+    check_words(needle)
+    text = prompter.render("", needle.question)
+    tokens, offsets = prompter.encode(text)
+    spec = Spec(len(tokens), 0.0, 0, (), 0)
+    return Case(tuple(tokens), (0, 0), needle, spec, question=question_span(prompter, text, offsets, needle))
+
+
+def answer_span(text: str, offsets: Sequence[tuple[int, int]], needle: Needle) -> tuple[int, int]:
+    """Token span [start, end) of the needle's answer part in a rendered prompt.
+
+    The needle is found by its characters, case-insensitively, and so is the answer inside it; ValueError if either is
+    absent or ambiguous.
+    """
+    needle_at = _only(text, needle.needle, "the needle")
+    answer_at = needle_at + _only(needle.needle, needle.answer, "the answer part")
+    return _tokens_of(offsets, answer_at, len(needle.answer))
+
+
+def question_span(prompter: Prompter, text: str, offsets: Sequence[tuple[int, int]], needle: Needle) -> tuple[int, int]:
+    """Token span [start, end) of the question in a rendered prompt, (0, 0) where a template has changed its text.
+
+    Where its words occur in the context, too, the prompt's format tells on which side of it the question is.
+    """
+    question = needle.question.strip()
+    behind = prompter.prompt.rfind("{question}") > prompter.prompt.rfind("{context}")
+    found = text.rfind(question) if behind else text.find(question)
+    return (0, 0) if found < 0 or not question else _tokens_of(offsets, found, len(question))
+
+
+def _check_used(needles: Sequence[Needle], specs: Sequence[Spec]) -> None:
+    for i in sorted({spec.needle for spec in specs}):
+        check_words(needles[i])
+
+
+def _sizes(prompter: Prompter, sentences: Sequence[str]) -> np.ndarray:
+    """Tokens of each sentence."""
+    return np.array(prompter.counts([f" {sentence}" for sentence in sentences], special=False))
+
+
+def _build(prompter, sentences, sizes, needles, spec, shuffle, at_start) -> Case:
+    needle = needles[spec.needle]
+    rng = np.random.default_rng(spec.seed)
+    planted = [needles[i].needle for i in spec.distractors]
+    keys = [needles[i].key for i in (spec.needle, *spec.distractors) if needles[i].key]
+    order = rng.permutation(len(sentences)) if shuffle else np.arange(len(sentences))
+    order = [i for i in order if not any(key in sentences[i] for key in keys)] if keys else order
+    places = np.sort(rng.random(len(planted)))
+    fixed, _ = prompter.encode(prompter.render(" ".join([needle.needle, *planted]), needle.question))
+    room = spec.length - len(fixed)
+    if room < 0:
+        raise ValueError(f"a case of {spec.length} tokens has no room for its {len(fixed)} of needles and question")
+    count = int(np.searchsorted(np.cumsum(sizes[order]), room, side="right"))
+    if count == len(order) and room > sizes[order].sum() + sizes.max():
+        raise ValueError(f"the haystack has {sizes[order].sum()} tokens, too few for a case of {spec.length}")
+    depth = 0.0 if at_start and spec.depth < 1 else spec.depth
+
+    def build(count):
+        context = _plant([sentences[i] for i in order[:count]], planted, places, needle.needle, depth)
+        text = prompter.render(context, needle.question)
+        return text, *prompter.encode(text)
+
+    # Sentences can cost a token more or less together than apart.
+    text, tokens, offsets = build(count)
+    while len(tokens) > spec.length and count > 0:
+        count -= 1
+        text, tokens, offsets = build(count)
+    while count < len(order) and len((longer := build(count + 1))[1]) <= spec.length:
+        count += 1
+        text, tokens, offsets = longer
+    statement = _tokens_of(offsets, _only(text, needle.needle, "the needle"), len(needle.needle))
+    question = question_span(prompter, text, offsets, needle)
+    return Case(tuple(tokens), answer_span(text, offsets, needle), needle, spec, statement, question)
+
+
+def _plant(hay: list[str], planted: list[str], places, needle: str, depth: float) -> str:
+    """The haystack with distractors at their places and the needle behind the share `depth` of its sentences."""
+    for place, sentence in sorted(zip(places, planted, strict=True), reverse=True):
+        hay.insert(int(place * (len(hay) + 1)), sentence)
+    hay.insert(round(depth * len(hay)), needle)
+    return " ".join(hay)
+
+
+def _distractors(rng, needles, needle: int, n: int) -> tuple[int, ...]:
+    """n other needles with keys of their own."""
+    chosen, keys = [], {needles[needle].key}
+    for i in rng.permutation(len(needles)):
+        if len(chosen) == n:
+            break
+        if i != needle and needles[i].key not in keys:
+            chosen.append(int(i))
+            keys.add(needles[i].key)
+    if len(chosen) < n:
+        raise ValueError(f"{n} distractors are wanted, only {len(chosen)} needles have other keys: add needles")
+    return tuple(chosen)
+
+
+def _tokens_of(offsets, first: int, length: int) -> tuple[int, int]:
+    """Span of the tokens that hold any of `length` characters from `first` on."""
+    inside = [i for i, (begin, end) in enumerate(offsets) if begin < first + length and end > first]
+    return inside[0], inside[-1] + 1
+
+
+def _only(text: str, part: str, what: str) -> int:
+    found = [match.start() for match in re.finditer(re.escape(part), text, re.IGNORECASE)] if part else []
+    if len(found) != 1:
+        raise ValueError(f"{what} {part!r} occurs {len(found)} times in {text[:80]!r}..., it must occur exactly once")
+    return found[0]

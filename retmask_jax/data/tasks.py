@@ -1,0 +1,41 @@
+"""Recall tasks: needle and fact questions over lengths and depths, with and without context."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from retmask_jax.data.needles import Case, build_cases, draw_specs, question_case, read_needles, read_sentences
+from retmask_jax.data.prompter import Prompter
+from retmask_jax.utils import stats
+
+
+def task_cases(prompter: Prompter, task, resolve) -> list[Case]:
+    """The cases of a task section of a config. No lengths: the bare questions, answered from memory.
+
+    resolve: turns a file name of the config into a path.
+    """
+    needles = read_needles(resolve(task.needles))
+    if not task.lengths:
+        return [question_case(prompter, needle) for needle in needles]
+    specs = draw_specs(needles, task.lengths, task.depths, per_length=task.per_length, distractors=task.distractors,
+                       seed=task.seed)  # fmt: skip
+    sentences = read_sentences(resolve(task.haystack))
+    return build_cases(prompter, sentences, needles, specs, shuffle=task.shuffle, at_start=task.at_start)
+
+
+def check_fits(name: str, task, max_length: int, context: str = "the model's context") -> None:
+    """Raise ValueError where the longest case of a task and its answer exceed a context of max_length tokens."""
+    longest = max(task.lengths, default=0) + task.max_new_tokens
+    if longest > max_length:
+        raise ValueError(f"task {name!r} needs {longest} tokens, {context} is {max_length}: shorten its lengths")
+
+
+def by_cell(cases: Sequence[Case], outcomes: np.ndarray) -> list[dict]:
+    """Recall per length and depth: [{"length", "depth", "value", "low", "high", "n"}, ...]."""
+    cells: dict[tuple, list[bool]] = {}
+    for case, outcome in zip(cases, outcomes, strict=True):
+        cells.setdefault((case.spec.length, case.spec.depth), []).append(bool(outcome))
+    return [
+        {"length": length, "depth": depth, **stats.proportion(np.array(hits))}
+        for (length, depth), hits in sorted(cells.items())
+    ]

@@ -1,0 +1,1 @@
+"""Suites of others, run on our models: lm-evaluation-harness and HELMET."""

@@ -1,0 +1,1 @@
+"""Suites written here, one file each, and the table of them."""

@@ -1,0 +1,174 @@
+"""The suites of a config (`config.suites`): which are on, whether their settings can work, and their run on one model."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from retmask_jax.data.needles import read_needles, read_sentences
+from retmask_jax.data.prompter import Prompter
+from retmask_jax.evals.measured import Measured
+from retmask_jax.evals.perplexity import run_positions, run_sliding, sliding_windows, text_windows
+from retmask_jax.evals.suites.json_kv import run_json_kv
+from retmask_jax.evals.suites.niah import even_grid, niah_cases, run_niah
+from retmask_jax.evals.suites.questions import read_questions
+from retmask_jax.evals.suites.rerank import ndcg, read_queries, run_rerank
+from retmask_jax.evals.suites.ruler import TASKS, run_ruler
+from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.utils.store import Kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A suite, whose settings are the section of its name under `suites`.
+
+    run(lm, prompter, section, resolve, shared): its Measured; shared: batch_size, interventions and what was kept of a run
+    that was cut off. on: the key that turns it on. longest(section): tokens that the model must hold. check(section)
+    raises ValueError for what cannot work. files: keys that name files.
+    """
+
+    run: Callable[..., list[Measured]]
+    on: str
+    longest: Callable[[Any], int]
+    check: Callable[[Any], None]
+    files: tuple[str, ...] = ()
+
+
+def suites_on(suites) -> list[str]:
+    """Names of the suites that a section asks for: those with tasks, lengths or a file."""
+    return [name for name, suite in SUITES.items() if suites[name][suite.on]]
+
+
+def suite_files(suites) -> list[str]:
+    """Names of the files that the suites which are on read."""
+    names = {suites[name][key] for name in suites_on(suites) for key in SUITES[name].files}
+    return sorted(names - {""})
+
+
+def check_suites(suites) -> None:
+    """Raise ValueError for a setting that could only fail later."""
+    for name in suites_on(suites):
+        SUITES[name].check(suites[name])
+
+
+def check_context(suites, max_length: int) -> None:
+    """Raise ValueError where a suite's samples exceed a model's context of max_length tokens."""
+    for name in suites_on(suites):
+        longest = SUITES[name].longest(suites[name])
+        if longest > max_length:
+            raise ValueError(f"suites.{name} needs {longest} tokens, the model's context is {max_length}: shorten its lengths")
+
+
+def run_suites(lm: LanguageModel, prompter: Prompter, suites, resolve: Callable[[str], Path], *, batch_size: int,
+               interventions: Interventions | None = None, kept: Kept | None = None,
+               only: str | None = None) -> list[Measured]:  # fmt: skip
+    """All suites that are on, or one of them. resolve: turns a file name of the config into a path. Errors as of the
+    checks and of each suite."""
+    on = [name for name in suites_on(suites) if only in (None, name)]
+    if not on:
+        return []
+    check_suites(suites)
+    check_context(suites, lm.config.max_length)
+    shared = {"batch_size": batch_size, "interventions": interventions, "kept": kept}
+    return [one for name in on for one in SUITES[name].run(lm, prompter, suites[name], resolve, shared)]
+
+
+def _ruler(lm, prompter, section, resolve, shared: dict[str, Any]) -> list[Measured]:
+    essay = read_sentences(resolve(section.essay)) if section.essay else None
+    questions = {task: read_questions(resolve(section[task])) for task in ("qa_1", "qa_2") if task in section.tasks}
+    return run_ruler(lm, prompter, tasks=section.tasks, lengths=section.lengths, n=section.n, seed=section.seed,
+                     haystack=essay, questions=questions, **shared)  # fmt: skip
+
+
+def _niah(lm, prompter, section, resolve, shared) -> list[Measured]:
+    lengths, depths = even_grid(section.shortest, section.longest, section.n_lengths, section.n_depths)
+    needles, sentences = read_needles(resolve(section.needles)), read_sentences(resolve(section.haystack))
+    cases = niah_cases(prompter, sentences, needles, lengths, depths, per_cell=section.per_cell,
+                       distractors=section.distractors, seed=section.seed)  # fmt: skip
+    return run_niah(lm, cases, max_new_tokens=section.max_new_tokens, **shared)
+
+
+def _json_kv(lm, prompter, section, resolve, shared) -> list[Measured]:
+    return run_json_kv(lm, prompter, lengths=section.lengths, n=section.n, seed=section.seed,
+                       max_new_tokens=section.max_new_tokens, **shared)  # fmt: skip
+
+
+def _rerank(lm, prompter, section, resolve, shared) -> list[Measured]:
+    queries = read_queries(resolve(section.file))[: section.n]
+    return run_rerank(lm, prompter, queries, section.length, seed=section.seed, max_new_tokens=section.max_new_tokens,
+                      **shared)  # fmt: skip
+
+
+def _perplexity(lm, prompter, section, resolve, shared) -> list[Measured]:
+    sentences, tokenizer = read_sentences(resolve(section.file)), prompter.tokenizer
+    measured = run_positions(lm, text_windows(tokenizer, sentences, section.length, section.windows), **shared)
+    if section.stride is not None:
+        windows = sliding_windows(tokenizer, sentences, section.length, section.stride, section.windows)
+        measured.append(run_sliding(lm, windows, section.stride, **shared))
+    return measured
+
+
+def _check_ruler(section) -> None:
+    unknown = [task for task in section.tasks if task not in TASKS]
+    if unknown:
+        raise ValueError(f"suites.ruler.tasks has {unknown[0]!r}; RULER has {', '.join(TASKS)}")
+    for task in section.tasks:
+        key = {"essay": "essay", "questions": task, None: None}[TASKS[task].needs]
+        if key and not section[key]:
+            raise ValueError(f"suites.ruler.tasks has {task!r}, which reads a text: set suites.ruler.{key} to a file")
+    _check_lengths("ruler", section.lengths)
+    _check_positive("ruler", section, "n")
+
+
+def _check_niah(section) -> None:
+    if not section.haystack:
+        raise ValueError("suites.niah.needles is set and suites.niah.haystack is not: name a text, too")
+    _check_positive("niah", section, "shortest", "longest", "per_cell", "max_new_tokens")
+    even_grid(section.shortest, section.longest, section.n_lengths, section.n_depths)
+
+
+def _check_json_kv(section) -> None:
+    _check_lengths("json_kv", section.lengths)
+    _check_positive("json_kv", section, "n", "max_new_tokens")
+
+
+def _check_rerank(section) -> None:
+    _check_positive("rerank", section, "n", "max_new_tokens")
+    if section.length is not None:
+        _check_positive("rerank", section, "length")
+    ndcg(["a"], {"a": 1})  # is the library there?
+
+
+def _check_perplexity(section) -> None:
+    _check_positive("perplexity", section, "windows")
+    if section.length < 3:
+        raise ValueError(f"suites.perplexity.length is {section.length}; a window has at least 3 tokens")
+    if section.stride is not None and not 1 <= section.stride < section.length - 1:
+        raise ValueError(f"suites.perplexity.stride is {section.stride}; with windows of {section.length} tokens it must be in "
+                         f"1..{section.length - 2}, or None")  # fmt: skip
+
+
+def _check_lengths(suite: str, lengths) -> None:
+    if not lengths or len(set(lengths)) < len(lengths) or not all(type(n) is int and n > 0 for n in lengths):
+        raise ValueError(f"suites.{suite}.lengths is {lengths}; it must hold different whole numbers of tokens above 0")
+
+
+def _check_positive(suite: str, section, *keys: str) -> None:
+    for key in keys:
+        if type(section[key]) is not int or section[key] < 1:
+            raise ValueError(f"suites.{suite}.{key} is {section[key]!r}; it must be a whole number of at least 1")
+
+
+def _lengths(section) -> int:
+    return max(section.lengths, default=0)
+
+
+SUITES = {
+    "ruler": Suite(_ruler, "tasks", _lengths, _check_ruler, ("essay", "qa_1", "qa_2")),
+    "niah": Suite(_niah, "needles", lambda section: section.longest + section.max_new_tokens, _check_niah,
+                  ("needles", "haystack")),
+    "json_kv": Suite(_json_kv, "lengths", _lengths, _check_json_kv),
+    "rerank": Suite(_rerank, "file", lambda section: section.length or 0, _check_rerank, ("file",)),
+    "perplexity": Suite(_perplexity, "file", lambda section: section.length, _check_perplexity, ("file",)),
+}  # fmt: skip

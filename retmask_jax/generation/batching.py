@@ -1,0 +1,48 @@
+"""Prompts of different lengths in batches: padded to few lengths, sorted, always full."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.interventions import Interventions
+
+
+def pad_to_bucket(config: ModelConfig, tokens_BT, max_new_tokens: int) -> np.ndarray:
+    """i32: tokens padded to their bucket, or to as much as the model's context leaves before the new ones."""
+    width = min(bucket(tokens_BT.shape[1]), config.max_length - max_new_tokens)
+    more = (0, 0), (0, width - tokens_BT.shape[1])
+    return np.pad(np.asarray(tokens_BT, np.int32), more, constant_values=config.pad_id)
+
+
+def bucket(length: int) -> int:
+    """The padded length of a prompt: the next multiple of an eighth of the power of two above it, and of 64."""
+    step = max(64, 2 ** (length - 1).bit_length() // 8)
+    return -(-length // step) * step
+
+
+def batches_by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Indices of prompts, the longest first, always batch_size of them: the last batch repeats its last prompt."""
+    yield from full_batches(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), batch_size)
+
+
+def full_batches(items: Sequence, batch_size: int) -> Iterator[list]:
+    """The items in order, batch_size at a time; the last batch repeats its last item, so that one program serves all."""
+    for start in range(0, len(items), batch_size):
+        batch = list(items[start : start + batch_size])
+        yield batch + batch[-1:] * (batch_size - len(batch))
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens i32[B,T] right-padded, lengths i32[B])."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    width = -(-int(lengths.max()) // multiple_of) * multiple_of
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    for padded, row in zip(tokens, rows, strict=True):
+        padded[: len(row)] = row
+    return tokens, lengths
+
+
+def take_rows(iv: Interventions, rows) -> Interventions:
+    """The rows of per-row masks; shared masks as they are."""
+    return iv.replace(**{name: part[rows] for name, part in iv.of_rows().items()})

@@ -1,0 +1,262 @@
+"""Generation: prefill, one compiled decode loop, sampling."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Int, PyTree
+
+from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_bucket, take_rows
+from retmask_jax.generation.prefill import prefill, slots_for
+from retmask_jax.model.attention import Probe
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.inference import next_hidden
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.kv_cache import empty_cache
+from retmask_jax.model.sharding import by_rows, mesh_of
+from retmask_jax.model.transformer import check_tokens, unembed
+from retmask_jax.utils import memory
+from retmask_jax.utils.array_types import Lengths, Tokens
+from retmask_jax.utils.hosts import to_host
+
+log = logging.getLogger(__name__)
+MAX_STOP_IDS = 8  # that a call may name; a model has as many of its own as its files name
+NO_STOP = -1
+# Of programs that decode. On a GPU cuBLAS multiplies with weights and keys where they lie; the kernels XLA generates
+# would have each layer's copied first, which takes longer than the product of a few rows. Other devices ignore it.
+DECODING = {"xla_gpu_enable_triton_gemm": False}
+_ALIGNED = 16  # slots of a cache: rows of keys then begin where a GPU or a vector unit can load many at once
+
+
+@flax.struct.dataclass
+class Generated:
+    """tokens: i32[B,N], pad id after a stop id; lengths: i32[B], the stop id not counted.
+
+    stops: i32[B], the stop id that ended each row, -1 where max_new_tokens did.
+    argmax: i32[B,N,L,H] where probed: the key each head looked at most when it predicted tokens[:, n], else None.
+    """
+
+    tokens: Int[ArrayLike, "B N"]
+    lengths: Int[ArrayLike, " B"]
+    argmax: Int[ArrayLike, "B N L H"] | None = None
+    stops: Int[ArrayLike, " B"] | None = None
+
+
+def generate(
+    config: ModelConfig,
+    params: PyTree,
+    tokens: Tokens,
+    lengths: Lengths,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | Int[ArrayLike, " B"] = 0,
+    interventions: Interventions | None = None,
+    stop_ids: Sequence[int] | None = None,
+    probe: bool = False,
+) -> Generated:
+    """Continue each row of right-padded tokens i32[B,T] (lengths i32[B]) by up to max_new_tokens.
+
+    temperature 0 is greedy. seed is one integer, or i32[B] to make each row's draw independent of its batch.
+    stop_ids None: the model's EOS ids; (): never stop. Prompts are padded to a bucket of lengths; within a bucket one
+    program serves every mask, seed, temperature, top_p and set of stop ids. Where rotary frequencies depend on the
+    length (dynamic, longrope), those of the longest prompt and max_new_tokens hold from the first token on.
+    """
+    tokens = np.asarray(tokens)
+    if lengths is None or tokens.size == 0:
+        raise ValueError(
+            f"generate needs at least one prompt and the length of each, got tokens of shape {tokens.shape}"
+        )
+    check_tokens(config, tokens, lengths, max_new_tokens)
+    lengths = np.asarray(lengths, np.int32)
+    check_options(max_new_tokens, temperature, top_p)
+    if lengths.min(initial=1) < 1 or lengths.max(initial=1) > tokens.shape[1]:
+        raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}; tokens have 1 to {tokens.shape[1]}")
+    seeds = np.asarray(seed)
+    if seeds.shape not in ((), (len(tokens),)):
+        raise ValueError(f"seed has shape {seeds.shape}; it must be one number or one for each of {len(tokens)} rows")
+    if config.depends_on_length:
+        longest = lengths.max() + max_new_tokens
+        log.info("rotary frequencies are those of %d tokens, the longest prompt and max_new_tokens", longest)
+    rows = np.arange(len(tokens)) if seeds.ndim == 0 else np.zeros(len(tokens), int)
+    draws = Draws.of(config, stop_ids, temperature, top_p)
+    iv = jax.tree.map(np.asarray, (interventions or Interventions()).fill(config, len(tokens)))
+    arguments = (
+        pad_to_bucket(config, tokens, max_new_tokens),
+        lengths,
+        iv.per_row(len(tokens)),  # shared masks, too: one program for both
+        *draws,
+        np.broadcast_to(seeds, len(tokens)).astype(np.uint32),
+        rows.astype(np.uint32),
+    )
+    with mesh_of(params):
+        return generate_batch(config, params, *arguments, max_new_tokens=max_new_tokens, probe=probe)
+
+
+def generate_many(
+    config: ModelConfig,
+    params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    interventions: Interventions | None = None,
+    seeds: Sequence[int] | None = None,
+    what: str = "generate",
+    **options,
+) -> list[Generated]:
+    """Continue prompts of any lengths: sorted into batches of similar length, results in the order of the prompts.
+
+    Where memory runs out the batch is halved and the work goes on. interventions with a row axis have one row per
+    prompt. Each result is one row, as NumPy arrays: tokens i32[n] without pad or stop id, stops i32[], and argmax
+    i32[n,L,H] when probed. seeds: one per prompt.
+    """
+    iv = (interventions or Interventions()).fill(config, len(prompts))
+    seeds = np.arange(len(prompts)) if seeds is None else np.asarray(seeds)
+
+    def work(todo: list[int], batch_size: int):
+        for batch in batches_by_length([prompts[i] for i in todo], batch_size):
+            rows = np.array([todo[i] for i in batch])
+            tokens, lengths = pad_rows([prompts[i] for i in rows], config.pad_id)
+            out = generate(config, params, tokens, lengths, max_new_tokens=max_new_tokens,
+                           interventions=take_rows(iv, rows), seed=seeds[rows], **options)  # fmt: skip
+            out = to_host(out)
+            yield rows, [_one_row(out, row) for row in range(len(rows))]
+
+    return memory.in_batches(len(prompts), batch_size, what, "prompt", work)
+
+
+class Draws(NamedTuple):
+    """How tokens are drawn and what ends a row, as arrays: no value compiles anything."""
+
+    stop_ids: Any
+    temperature: Any
+    top_p: Any
+
+    @classmethod
+    def of(cls, config: ModelConfig, stop_ids: Sequence[int] | None, temperature: float, top_p: float) -> "Draws":
+        if stop_ids is not None and len(stop_ids) > MAX_STOP_IDS:
+            raise ValueError(f"{len(stop_ids)} stop ids are given; at most {MAX_STOP_IDS} are supported")
+        padded = _padded_stop_ids(config.eos_ids if stop_ids is None else stop_ids)
+        return cls(padded, np.float32(temperature), np.float32(top_p))
+
+
+def row_keys(seeds_B, rows_B):
+    """The random key of each row: of a seed, and the row's number under it."""
+    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds_B, rows_B)
+
+
+def next_tokens(config: ModelConfig, params, draws: Draws, x_B1E, keys_B, step):
+    """(token i32[B], whether it is a stop id) of each row from its last hidden state; step: of all rows, or of each."""
+    step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(step, keys_B.shape))
+    token_B = sample(unembed(config, params, x_B1E)[:, 0], step_keys_B, draws.temperature, draws.top_p)
+    return token_B, jnp.isin(token_B, draws.stop_ids)
+
+
+def check_options(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """ValueError for options that no prompt can be continued with."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]")
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "probe"),
+                   compiler_options=DECODING)  # fmt: skip
+def generate_batch(config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, top_p, seeds_B, rows_B, *,
+                   max_new_tokens, probe):  # fmt: skip
+    """The compiled program of `generate`, of prompts padded to a bucket; a Generated.
+
+    iv: filled interventions. stop_ids, temperature, top_p: of `Draws`. seeds_B, rows_B: u32[B], of `row_keys`.
+    """
+    shared = params, Draws(stop_ids, temperature, top_p), lengths_B.max() + max_new_tokens
+    rows = tokens_BT, lengths_B, iv.per_row(len(tokens_BT)), seeds_B, rows_B
+    return by_rows(functools.partial(_generate_rows, config, max_new_tokens, probe), shared, rows)
+
+
+def _generate_rows(config, max_new_tokens, probe, shared, rows):
+    params, draws, longest = shared
+    tokens_BT, lengths_B, iv, seeds_B, rows_B = rows
+    batch, width = tokens_BT.shape
+    keys_B = row_keys(seeds_B, rows_B)
+    dtype = jax.tree.leaves(params)[0].dtype
+    slots = -(-max(slots_for(width), width + max_new_tokens) // _ALIGNED) * _ALIGNED
+    cache = empty_cache(config, batch, slots, dtype)
+
+    last_B1 = lengths_B[:, None] - 1
+    first = prefill(config, params, tokens_BT, lengths_B, iv, cache, last_B1, longest=longest,
+                    probe=Probe(last_B1) if probe else None)  # fmt: skip
+    only = Probe(jnp.zeros((batch, 1), jnp.int32)) if probe else None
+
+    def record(buffers, probed, token_B, done_B, step):
+        """Write one step's tokens (pad for rows that are done) and probes into the result."""
+        tokens_BN, argmax_BNLH = buffers
+        tokens_BN = tokens_BN.at[:, step].set(jnp.where(done_B, config.pad_id, token_B))
+        if probe:
+            argmax_BNLH = argmax_BNLH.at[:, step].set(probed.keys[:, 0, :, :, 0])
+        return tokens_BN, argmax_BNLH
+
+    def unfinished(state):
+        step, _, _, done_B, *_ = state
+        return (step < max_new_tokens) & ~done_B.all()
+
+    def decode(state):
+        step, cache, token_B, done_B, count_B, stop_B, buffers = state
+        start_B = lengths_B + step - 1
+        out = next_hidden(config, params, token_B, iv, cache=cache, start_B=start_B, probe=only, longest=longest)
+        token_B, stops_B = next_tokens(config, params, draws, out.x_BTE, keys_B, step)
+        stop_B = jnp.where(stops_B & ~done_B, token_B, stop_B)
+        done_B |= stops_B
+        buffers = record(buffers, out.probed, token_B, done_B, step)
+        return step + 1, out.cache, token_B, done_B, count_B + ~done_B, stop_B, buffers
+
+    empty = (
+        jnp.full((batch, max_new_tokens), config.pad_id, jnp.int32),
+        jnp.zeros((batch, max_new_tokens, config.n_layers, config.n_heads), jnp.int32) if probe else None,
+    )
+    token_B, done_B = next_tokens(config, params, draws, first.x_BPE, keys_B, 0)
+    buffers = record(empty, first.probed, token_B, done_B, 0)
+    stop_B = jnp.where(done_B, token_B, NO_STOP)
+    state = (jnp.int32(1), first.cache, token_B, done_B, (~done_B).astype(jnp.int32), stop_B, buffers)
+    *_, count_B, stop_B, (tokens_BN, argmax_BNLH) = jax.lax.while_loop(unfinished, decode, state)
+    return Generated(tokens_BN, count_B, argmax_BNLH, stop_B)
+
+
+def sample(logits_BV, keys_B, temperature, top_p):
+    """i32[B]: the most likely token at temperature 0, else a draw from the top_p nucleus."""
+
+    def draw():
+        scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
+        kept_BV = jax.lax.cond(top_p < 1, lambda: _nucleus(scaled_BV, top_p), lambda: scaled_BV)
+        return jax.vmap(jax.random.categorical)(keys_B, kept_BV)
+
+    return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+
+
+def _nucleus(logits_BV, top_p):
+    """Logits outside the smallest set of tokens with probability >= top_p at -inf."""
+    order_BV = jnp.argsort(-logits_BV, axis=-1)
+    probs_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1), axis=-1)
+    keep_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV < top_p
+    rank_BV = jnp.argsort(order_BV, axis=-1)
+    return jnp.where(jnp.take_along_axis(keep_BV, rank_BV, axis=-1), logits_BV, -jnp.inf)
+
+
+def _one_row(out: Generated, row: int) -> Generated:
+    """One row's result, without what stands behind its end."""
+    n = out.lengths[row]
+    return Generated(out.tokens[row, :n], n, None if out.argmax is None else out.argmax[row, :n], out.stops[row])
+
+
+def _padded_stop_ids(stop_ids: Sequence[int]) -> np.ndarray:
+    """i32: padded to a multiple of MAX_STOP_IDS, so that sets of up to as many share one program."""
+    stop_ids = [int(i) for i in stop_ids]
+    slots = -(-max(len(stop_ids), 1) // MAX_STOP_IDS) * MAX_STOP_IDS
+    return np.array(stop_ids + [NO_STOP] * (slots - len(stop_ids)), np.int32)

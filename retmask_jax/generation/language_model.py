@@ -1,0 +1,240 @@
+"""LanguageModel: configuration, parameters and tokenizer of one model, loaded from and saved to HF checkpoints."""
+
+import dataclasses
+import functools
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Float32, Int, PyTree
+
+from retmask_jax.generation.decode import Generated, generate
+from retmask_jax.hf import checkpoint_files, end_tokens, hub, weights
+from retmask_jax.hf.families import from_hf
+from retmask_jax.hf.tokenizer import load_tokenizer
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.sharding import mesh_of
+from retmask_jax.model.transformer import check_tokens, forward
+from retmask_jax.utils.array_types import Lengths, Tokens
+from retmask_jax.utils.hosts import primary
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model ready to use: config, params (a pytree) and tokenizer (None where the folder has none).
+
+    >>> import retmask_jax as rm
+    >>> lm = rm.load("bundled")
+    >>> lm.config.n_layers, lm.config.n_heads, lm.params["embed"]["embedding"].shape
+    (4, 8, (354, 128))
+    """
+
+    config: ModelConfig
+    params: PyTree
+    tokenizer: Any
+    source: weights.Source
+
+    def logits(
+        self,
+        tokens: Tokens,
+        lengths: Lengths | None = None,
+        interventions: Interventions | None = None,
+        positions: Int[ArrayLike, "B P"] | None = None,
+    ) -> Float32[jax.Array, "B T V"] | Float32[jax.Array, "B P V"]:
+        """f32[B,T,V] next-token logits of right-padded tokens i32[B,T], or f32[B,P,V] at positions i32[B,P].
+
+        Jitted: one program per shape, whatever the mask. Errors as in `forward`.
+
+        >>> import retmask_jax as rm
+        >>> lm = rm.load("bundled")
+        >>> tokens = lm.tokenizer(["<bos> the home of emma : rome . the home of emma :"])["input_ids"]
+        >>> logits = lm.logits(tokens)
+        >>> logits.shape, lm.tokenizer.convert_ids_to_tokens(int(logits[0, -1].argmax()))
+        ((1, 13, 354), 'rome')
+        """
+        tokens = check_tokens(self.config, tokens, lengths)
+        filled = (interventions or Interventions()).fill(self.config, tokens.shape[0])
+        lengths = lengths if self.config.depends_on_length else None  # else they change nothing but the program
+        with mesh_of(self.params):
+            return _logits(self.config, self.params, tokens, lengths, filled, positions)
+
+    def generate(
+        self,
+        tokens: Tokens,
+        lengths: Lengths,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | Int[ArrayLike, " B"] = 0,
+        interventions: Interventions | None = None,
+        stop_ids: Sequence[int] | None = None,
+    ) -> Generated:
+        """Continue right-padded prompts i32[B,T] of the given lengths i32[B] by up to max_new_tokens, N.
+
+        Returns tokens i32[B,N], pad ids after a stop id, and lengths i32[B], the stop id not counted. temperature 0 is
+        greedy. seed: one integer, or i32[B]. stop_ids None: the model's EOS ids; (): never stop. Raises ValueError for a
+        wrong shape, a length of 0 and a prompt that leaves no room. More in `retmask_jax.generation.decode.generate`.
+
+        >>> import retmask_jax as rm
+        >>> lm = rm.load("bundled")
+        >>> tokens = lm.tokenizer(["<bos> the home of emma : rome . the home of emma :"])["input_ids"]
+        >>> masks = [None, rm.mask_heads(lm.config, [(1, 0), (1, 1), (1, 2), (1, 3)])]
+        >>> outs = [lm.generate(tokens, [13], max_new_tokens=2, interventions=mask) for mask in masks]
+        >>> [lm.tokenizer.decode(out.tokens[0].tolist()) for out in outs]  # reads the context, then remembers
+        ['rome .', 'moscow .']
+        """
+        return generate(
+            self.config, self.params, tokens, lengths, max_new_tokens=max_new_tokens, temperature=temperature,
+            top_p=top_p, seed=seed, interventions=interventions, stop_ids=stop_ids,
+        )  # fmt: skip
+
+    def with_kernel(self, kernel: str) -> "LanguageModel":
+        """The same model with another attention kernel ("auto", "plain", "blocked", "cudnn" or "splash").
+
+        >>> import retmask_jax as rm
+        >>> rm.load("bundled").with_kernel("blocked").config.kernel
+        'blocked'
+        """
+        return self.replace(config=dataclasses.replace(self.config, kernel=kernel))
+
+    def replace(self, **changes: Any) -> "LanguageModel":
+        """A copy with other params (or any other field).
+
+        >>> import jax, retmask_jax as rm
+        >>> lm = rm.load("bundled")
+        >>> halved = lm.replace(params=jax.tree.map(lambda x: x / 2, lm.params))
+        >>> float(halved.params["norm"]["scale"][0] / lm.params["norm"]["scale"][0])
+        0.5
+        """
+        return dataclasses.replace(self, **changes)
+
+
+def load(path_or_hub_id: str | os.PathLike, dtype: str = "float32",
+         mesh: Mesh | Callable[[ModelConfig], Mesh] | None = None, *,
+         revision: str | None = None, token: str | bool | None = None,
+         cache_dir: str | os.PathLike | None = None) -> LanguageModel:  # fmt: skip
+    """Load an HF checkpoint: a local folder, a hub id such as "meta-llama/Llama-3.2-1B", or "bundled".
+
+    dtype is that of the parameters and the computation; mesh (or what gives one for the model's config) places the
+    parameters by the sharding rules; revision, token and cache_dir are for a hub id, see `retmask_jax.hf.hub.resolve`.
+    config.eos_ids are all ids that end an answer: those of config.json, of generation_config.json, of the tokenizer and of
+    the chat template's assistant turns. Raises ValueError in one line for a missing folder, a model the hub does not give
+    out, an unsupported model or a damaged file.
+
+    >>> import retmask_jax as rm
+    >>> lm = rm.load("bundled", dtype="bfloat16")
+    >>> lm.tokenizer("the home of emma :")["input_ids"], str(lm.params["norm"]["scale"].dtype)
+    ([142, 144, 145, 23, 140], 'bfloat16')
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    folder = hub.resolve(path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir)
+    texts = _outline(folder)
+    _, params, source = weights.read(folder, dtype, mesh)
+    return texts.replace(params=params, source=source)
+
+
+def outline(path_or_hub_id: str | os.PathLike, *, revision: str | None = None) -> LanguageModel:
+    """A model without its weights, which are neither read nor fetched: config and tokenizer; params is None.
+
+    Arguments and errors as of `load`.
+
+    >>> lm = outline("bundled")
+    >>> lm.config.n_layers, lm.params
+    (4, None)
+    """
+    return _outline(hub.config_folder(path_or_hub_id, revision=revision))
+
+
+def save(lm: LanguageModel, folder: str | os.PathLike, interventions: Interventions | None = None,
+         dtype: str | None = None) -> None:  # fmt: skip
+    """Write an HF checkpoint that transformers and other tools load.
+
+    dtype None keeps each tensor's stored dtype. A weight that was not changed is written as it is stored in the model's
+    folder, whatever dtype it was loaded in, so an untouched model saves back bit for bit; should the folder be gone, as
+    it was loaded, with a warning. Adapters (`config.lora`) are merged in float32, then rounded to the stored dtype. A
+    shared bool head_mask is baked in (its columns of o_proj are zero); float, per-row and rotary masks cannot be and
+    raise ValueError.
+
+    >>> import retmask_jax as rm
+    >>> lm = rm.load("bundled")
+    >>> rm.save(lm, "without", rm.mask_heads(lm.config, [(1, 0)]))
+    >>> kernel = rm.load("without").params["blocks"]["0"]["attn"]["o"]["kernel"]  # [L, H * D, E]
+    >>> bool((kernel[1, :32] == 0).all()), bool((kernel[1, 32:] == 0).any())
+    (True, False)
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    folder = Path(folder)
+    weights.write(folder, lm.config, lm.params, lm.source, _bakeable(lm.config, interventions), dtype)
+    if primary():
+        _save_texts(lm, folder)
+
+
+def from_params(config: ModelConfig, params: PyTree, tokenizer: Any = None) -> LanguageModel:
+    """A LanguageModel around parameters made here; `save` writes it in the format of a family that can express
+    it, see `families.to_hf`.
+
+    >>> import jax, retmask_jax as rm
+    >>> lm = rm.load("bundled")
+    >>> averaged = jax.tree.map(lambda x, y: (x + y) / 2, lm.params, lm.params)  # of two training runs, say
+    >>> rm.save(rm.from_params(lm.config, averaged, lm.tokenizer), "averaged")
+    >>> rm.load("averaged").config == lm.config
+    True
+    """
+    return LanguageModel(config, params, tokenizer, weights.Source(None, {}))
+
+
+def _outline(folder: Path) -> LanguageModel:
+    hf_config, tokenizer = checkpoint_files.read_config(folder), load_tokenizer(folder)
+    config = from_hf(hf_config)
+    stops = end_tokens.named_stops(folder, tokenizer)
+    config = dataclasses.replace(config, eos_ids=end_tokens.union(config.eos_ids, *stops.values()))
+    return LanguageModel(config, None, tokenizer, weights.Source(hf_config, {}, folder))
+
+
+def _save_texts(lm: LanguageModel, folder: Path) -> None:
+    """The known files of the source's tokenizer, templates and generation; of a source without them, or one in which they
+    are links to elsewhere, the tokenizer as it was loaded."""
+    own, links = ([], []) if lm.source.folder is None else checkpoint_files.own_texts(Path(lm.source.folder))
+    for path in links:
+        log.warning("%s is a link out of the model's folder, to %s, and is not copied", path, path.resolve())
+    if lm.tokenizer is not None and (links or not own):
+        with tempfile.TemporaryDirectory() as made:
+            lm.tokenizer.save_pretrained(made)
+            checkpoint_files.copy_files(checkpoint_files.texts(Path(made)), folder)
+    checkpoint_files.copy_files(own, folder)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, tokens, lengths, interventions, positions):
+    return forward(config, params, tokens, lengths, interventions=interventions, positions=positions)
+
+
+def _bakeable(config: ModelConfig, interventions: Interventions | None):
+    """The shared bool head mask of interventions as an array, or None; ValueError for what weights cannot express."""
+    if interventions is None:
+        return None
+    iv = interventions.fill(config)
+    if iv.head_mask.dtype != jnp.bool_ or iv.head_mask.ndim != 2:
+        raise ValueError(
+            f"only a shared bool head_mask can be baked into weights, this is {iv.head_mask.dtype}{iv.head_mask.shape}"
+        )
+    if bool(jnp.any(iv.rope_mask != 0)):
+        raise ValueError("a rotary mask cannot be baked into weights: save without it and apply it at run time")
+    if iv.head_mean is not None:
+        raise ValueError("a head's mean cannot be baked into weights: save without it and apply it at run time")
+    return np.asarray(iv.head_mask)

@@ -1,0 +1,141 @@
+"""Prefill: prompts through the model in chunks, with a cache; and prompts that share their beginnings."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retmask_jax.model.attention import Probe
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.inference import hidden_rows
+from retmask_jax.model.kernels.blocked import even_size, platform
+
+# Tokens of a row that pass through the model at once: bounds the memory of activations at any length. A GPU reads all
+# weights for each chunk in the time in which it multiplies hundreds of tokens.
+_CHUNK = {"gpu": 4096}
+_CHUNK_ELSEWHERE = 1024
+_ALIGNED = 64  # tokens of which a larger chunk is a multiple
+_WORTH_SHARING = 64  # tokens of a common beginning below which reuse saves nothing
+
+
+@flax.struct.dataclass
+class Prefilled:
+    """x_BPE: final states of the rows asked for; rms_BP: what their norm divided by; cache; probed: [B,P,L,H,...], or
+    None."""
+
+    x_BPE: jax.Array
+    rms_BP: jax.Array
+    cache: Any
+    probed: Any = None
+
+
+def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *, start_B=None,
+            probe: Probe | None = None, longest=None, chunk: int | None = None) -> Prefilled:  # fmt: skip
+    """Run tokens through the model, filling the cache, and keep the final states of rows rows_BP i32[B,P] among the T.
+
+    start_B: how many positions of each row the cache holds already (None: none). end_B: where each row's tokens end,
+    as a position. Chunks behind the longest row are not computed. probe: asked of the same rows. The cache needs
+    `slots_for` as many positions. Pure, to be called under jit.
+    """
+    batch, length = tokens_BT.shape
+    chunk = chunk or usual_chunk()
+    if length <= chunk:
+        out = hidden_rows(config, params, tokens_BT, iv, rows_BP, cache=cache, start_B=start_B, end_B=end_B,
+                          probe=probe, longest=longest)  # fmt: skip
+        return Prefilled(out.x_BTE, out.rms_BT, out.cache, out.probed)
+    start_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
+    chunk = even_size(length, chunk, min(_ALIGNED, chunk))
+    tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -length % chunk)))
+
+    def one(c, cache) -> Prefilled:
+        """The result of chunk c; what it says of rows that do not lie in it means nothing."""
+        part_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, c * chunk, chunk, axis=1)
+        local_BP = jnp.clip(rows_BP - c * chunk, 0, chunk - 1)
+        asked = None if probe is None else probe.replace(rows_BP=local_BP)
+        out = hidden_rows(config, params, part_BT, iv, local_BP, cache=cache, start_B=start_B + c * chunk, end_B=end_B,
+                          probe=asked, longest=longest)  # fmt: skip
+        return Prefilled(out.x_BTE, out.rms_BT, out.cache, out.probed)
+
+    def add(c, state: Prefilled) -> Prefilled:
+        new, inside_BP = one(c, state.cache), rows_BP // chunk == c
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(inside_BP.reshape(*inside_BP.shape, *(1,) * (new.ndim - 2)), new, old),
+            new.replace(cache=None), state.replace(cache=None),
+        )  # fmt: skip
+        return kept.replace(cache=new.cache)
+
+    shapes = jax.eval_shape(lambda cache: one(0, cache), cache)
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.replace(cache=None))
+    n_chunks = -(-jnp.max(end_B - start_B) // chunk)
+    return jax.lax.fori_loop(0, n_chunks, add, empty.replace(cache=cache))
+
+
+def usual_chunk() -> int:
+    """Tokens of a row that pass through the model at once on this device."""
+    return _CHUNK.get(platform(), _CHUNK_ELSEWHERE)
+
+
+def slots_for(length: int, chunk: int | None = None) -> int:
+    """Slots a cache needs for `length` new tokens, with the padding of the last chunk."""
+    chunk = chunk or usual_chunk()
+    if length <= chunk:
+        return length
+    even = even_size(length, chunk, min(_ALIGNED, chunk))
+    return -(-length // even) * even
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """Prompts that share beginnings: prefix is computed once, prompt members[i] continues it from starts[i] on."""
+
+    prefix: tuple[int, ...]
+    members: tuple[int, ...]
+    starts: tuple[int, ...]
+
+
+def share_prefixes(prompts: Sequence[Sequence[int]]) -> list[Shared]:
+    """Groups of prompts and what each shares with its group's prefix, so that least is computed.
+
+    The prefix is the prompt that shares most with the others of its group, without its last token, which its own row
+    computes. Prompts that share too little stand alone, with an empty prefix.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and common_prefix(prompts[groups[-1][0]], prompts[i]) >= _WORTH_SHARING:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    shared, alone = [], []
+    for group in groups:
+        # In sorted order two prompts share the least of what their neighbours between them share.
+        steps = [common_prefix(prompts[a], prompts[b]) for a, b in zip(group, group[1:], strict=False)]
+        best, starts = max(
+            ((i, _shared_with(i, steps)) for i in range(len(group))), key=lambda choice: sum(choice[1])
+        )
+        prefix = tuple(prompts[group[best]][:-1])
+        starts = [min(start, len(prompts[i]) - 1, len(prefix)) for i, start in zip(group, starts, strict=True)]
+        saved = sum(starts) - len(prefix)
+        if saved > 0:
+            shared.append(Shared(prefix, tuple(group), tuple(starts)))
+        else:
+            alone += group
+    return shared + ([Shared((), tuple(sorted(alone)), (0,) * len(alone))] if alone else [])
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of tokens with which both begin."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(differs[0]) if len(differs) else n
+
+
+def _shared_with(i: int, steps: list[int]) -> list[int]:
+    """How much of prompt i each of the sorted prompts shares, from what neighbours share."""
+    before = np.minimum.accumulate(steps[:i][::-1])[::-1] if i else []
+    behind = np.minimum.accumulate(steps[i:]) if i < len(steps) else []
+    return [*map(int, before), 10**9, *map(int, behind)]

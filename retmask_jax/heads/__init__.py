@@ -1,0 +1,1 @@
+"""The science: which heads copy from context, and what happens without them or their rotary pairs."""

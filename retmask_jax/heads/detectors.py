@@ -1,0 +1,298 @@
+"""Detectors of retrieval heads behind one interface, and how far they agree.
+
+detector(lm, cases, *, batch_size=16) -> Detection, for each of DETECTORS; `copy` ones also take max_new_tokens. All but
+these read the gold answer, the needle's own tokens, behind the prompt: they need a case with a needle, not a model that
+answers right. Scores of different detectors have different units; compare their order (`agreement`).
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retmask_jax.data.needles import Case
+from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_bucket
+from retmask_jax.generation.decode import generate_many
+from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.generation.logprobs import sequence_logprobs
+from retmask_jax.heads.copy_score import COUNTED, RIGHT_RECALL, Detection, collect, detect, score_answers, words_of
+from retmask_jax.heads.reading import measure_answers, read_answers
+from retmask_jax.heads.scores import HeadScores
+from retmask_jax.model.attention import EVERYWHERE
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.sharding import by_rows, full_share, mesh_of
+from retmask_jax.model.transformer import check_tokens, merge_layers, unembed, unembedding
+from retmask_jax.utils import memory, stats
+from retmask_jax.utils.hosts import to_host
+
+
+def copy_forced(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50,
+                batch_size: int = 16) -> Detection:  # fmt: skip
+    """The copy score of arXiv 2404.15574 as in `detect`, with heads looked at only afterwards: the model answers, then
+    reads its own answer in one pass."""
+    prompts = [case.tokens for case in cases]
+    said = [result.tokens.tolist() for result in generate_many(
+        lm.config, lm.params, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, what="copy, forced",
+    )]  # fmt: skip
+    spoken = [i for i, tokens in enumerate(said) if tokens]
+    nothing = np.zeros((0, lm.config.n_layers, lm.config.n_heads), np.int32)
+    results = [(tokens, nothing) for tokens in said]
+    if spoken:
+        found = read_answers(lm, [prompts[i] for i in spoken], [said[i] for i in spoken], batch_size=batch_size)
+        for i, forced in zip(spoken, found, strict=True):
+            results[i] = said[i], forced.argmax
+    return score_answers(lm, cases, results, max_new_tokens=max_new_tokens)
+
+
+def copy_position(lm: LanguageModel, cases: Sequence[Case], *, batch_size: int = 16) -> Detection:
+    """Share of the gold answer's tokens at whose prediction the strongest key is that very token in the needle.
+
+    As in the follow-up of arXiv 2606.21249, pooled over tokens: a case's score is its hits over the mean number of
+    tokens of an answer, so that the mean over cases is hits over tokens.
+    """
+
+    def score(gold):
+        found = read_answers(lm, *_texts(gold), batch_size=batch_size, what="copy position")
+        sources = [np.arange(*case.span)[:, None, None] for case in gold]
+        hits = [(one.argmax == source).sum(axis=0) for one, source in zip(found, sources, strict=True)]
+        return [hit / np.mean([len(source) for source in sources]) for hit in hits]
+
+    return _gold(cases, score)
+
+
+def argmax(lm: LanguageModel, cases: Sequence[Case], *, batch_size: int = 16) -> Detection:
+    """1 where the strongest key of the prompt's last position lies in the answer's span, else 0 (arXiv 2606.21249)."""
+
+    def score(gold):
+        prompts, answers = _texts(gold)
+        found = read_answers(lm, prompts, [words[:1] for words in answers], batch_size=batch_size, what="argmax")
+        return [_inside(one.argmax[0], case.span) for one, case in zip(found, gold, strict=True)]
+
+    return _gold(cases, score)
+
+
+def mass(lm: LanguageModel, cases: Sequence[Case], *, batch_size: int = 16) -> Detection:
+    """Attention mass in the answer's span, mean over the positions that predict the gold answer."""
+
+    def score(gold):
+        spans = [(case.span,) for case in gold]
+        found = measure_answers(lm, *_texts(gold), _masses, spans=spans, batch_size=batch_size, what="mass")
+        return [mass_NLH.mean(axis=0) for mass_NLH in found]
+
+    return _gold(cases, score)
+
+
+def query_focused(lm: LanguageModel, cases: Sequence[Case], *, batch_size: int = 16,
+                  null_query: str = "N/A") -> Detection:  # fmt: skip
+    """QRHead's score (arXiv 2506.09944): attention mass from the question's tokens to the whole needle, mean over them,
+    less the same under a null query in the question's place.
+
+    The released code counts the instruction and the chat template's end as part of both queries; here they are the
+    question and the null query alone. Raises ValueError for a null query without tokens.
+    """
+    null = tuple(lm.tokenizer.encode(null_query, add_special_tokens=False))
+    if not null:
+        raise ValueError(f"null_query {null_query!r} has no tokens: give it words the tokenizer knows")
+
+    def score(gold):
+        befores = [case.tokens[: case.question[0]] for case in gold] * 2
+        queries = [case.tokens[slice(*case.question)] for case in gold] + [null] * len(gold)
+        # A text that is read from a query's second token on is looked at from each of the query's tokens.
+        prompts = [(*before, query[0]) for before, query in zip(befores, queries, strict=True)]
+        answers = [(*query[1:], lm.config.pad_id) for query in queries]
+        spans = [(case.statement,) for case in gold] * 2
+        found = measure_answers(lm, prompts, answers, _masses, spans=spans, batch_size=batch_size, what="query-focused")
+        means = [mass_NLH.mean(axis=0) for mass_NLH in found]
+        return [asked - empty for asked, empty in zip(means[: len(gold)], means[len(gold) :], strict=True)]
+
+    return _gold(cases, score, _no_question)
+
+
+def logit(lm: LanguageModel, cases: Sequence[Case], *, batch_size: int = 16) -> Detection:
+    """LOCOS (arXiv 2607.01002): what a head reads in the answer's span adds to the logit of the answer's token, less
+    what it reads elsewhere adds per as many tokens; mean over the positions that predict the gold answer.
+
+    The direct path alone: the head's output through o_proj (and the norm behind attention, where there is one) to the
+    unembedding. What later layers make of it is left out; norms are taken as linear, with the root mean squares they
+    had; a soft cap on logits is left out. The released code leaves out the final norm, whose weight and divisor are in
+    ours. Cases count where the model itself predicts more than half of the answer.
+    """
+
+    def score(gold):
+        prompts, answers = _texts(gold)
+        found = measure_answers(lm, prompts, answers, _contributions, spans=[(case.span, EVERYWHERE) for case in gold],
+                                values=True, batch_size=batch_size, what="logit")  # fmt: skip
+        return [
+            _contrast(parts, case) if np.mean(predicted == words) > RIGHT_RECALL else "wrong answer"
+            for (predicted, parts), words, case in zip(found, answers, gold, strict=True)
+        ]
+
+    return _gold(cases, score)
+
+
+def gradient(lm: LanguageModel, cases: Sequence[Case], *, batch_size: int = 16) -> Detection:
+    """How fast the gold answer's log-probability (nats, summed over its tokens) falls as a head's gate begins to close:
+    minus its derivative by a float head mask at 0, of all heads in one backward pass."""
+
+    def score(gold):
+        prompts, answers = _texts(gold)
+        return _gate_gradients(lm, prompts, answers, batch_size)
+
+    return _gold(cases, score)
+
+
+DETECTORS: dict[str, Callable[..., Detection]] = {
+    "copy": detect, "copy_forced": copy_forced, "copy_position": copy_position, "argmax": argmax, "mass": mass,
+    "query_focused": query_focused, "logit": logit, "gradient": gradient,
+}  # fmt: skip
+
+
+def agreement(scores_by_name: Mapping[str, HeadScores], top_k: int) -> dict[tuple[str, str], dict[str, float]]:
+    """{(a, b): {"jaccard" of their top_k heads, "spearman" over all heads}} of each two detectors."""
+    return {
+        (a, b): _agree(scores_by_name[a], scores_by_name[b], top_k)
+        for a, b in itertools.combinations(scores_by_name, 2)
+    }
+
+
+def over_seeds(runs: Sequence[HeadScores], top_k: int) -> dict:
+    """How one detector's result repeats on cases of other seeds.
+
+    {"n": runs, "jaccard" and "spearman": means over pairs of runs, "common": the (layer, head) that are among the top_k
+    of every run}. ValueError for fewer than two runs.
+    """
+    if len(runs) < 2:
+        raise ValueError(f"{len(runs)} runs have nothing to be compared with: give one per seed, at least two")
+    pairs = [_agree(a, b, top_k) for a, b in itertools.combinations(runs, 2)]
+    common = set.intersection(*(set(run.heads(top_k=top_k)) for run in runs))
+    return {
+        "n": len(runs),
+        "jaccard": float(np.mean([pair["jaccard"] for pair in pairs])),
+        "spearman": float(np.mean([pair["spearman"] for pair in pairs])),
+        "common": sorted(common),
+    }
+
+
+def _agree(a: HeadScores, b: HeadScores, top_k: int) -> dict[str, float]:
+    jaccard = stats.jaccard(a.heads(top_k=top_k), b.heads(top_k=top_k))
+    return {"jaccard": jaccard, "spearman": stats.spearman(a.mean, b.mean)["value"]}
+
+
+def _no_needle(case: Case) -> str | None:
+    return None if case.span[1] > case.span[0] else "no needle"
+
+
+def _no_question(case: Case) -> str | None:
+    """Why a case has no question that could look at a needle, or None."""
+    if case.statement[1] <= case.statement[0]:
+        return "no needle"
+    if case.question[1] <= case.question[0]:
+        return "no question"
+    return None if case.question[0] >= case.statement[1] else "question before the needle"
+
+
+def _gold(cases: Sequence[Case], score, why_not: Callable[[Case], str | None] = _no_needle) -> Detection:
+    """The Detection of score(usable cases), which gives f32[L,H] of each, or why it does not count."""
+    reasons = [why_not(case) for case in cases]
+    usable = [case for case, reason in zip(cases, reasons, strict=True) if reason is None]
+    found = iter(score(usable) if usable else ())
+    results = [next(found) if reason is None else reason for reason in reasons]
+    outcomes = [result if isinstance(result, str) else COUNTED for result in results]
+    per_case = [result for result in results if not isinstance(result, str)]
+    return collect(per_case, [case.needle.answer for case in cases], outcomes)
+
+
+def _texts(gold: Sequence[Case]) -> tuple[list, list]:
+    """(prompts, gold answers), as tokens."""
+    return [case.tokens for case in gold], [words_of(case) for case in gold]
+
+
+def _inside(keys, span: tuple[int, int]) -> np.ndarray:
+    return ((keys >= span[0]) & (keys < span[1])).astype(np.float32)
+
+
+def _masses(config, params, out, target_BN):
+    """f32[B,N,L,H]: the mass in the first span."""
+    return out.probed.mass[..., 0]
+
+
+def _contributions(config, params, out, target_BN):
+    """(the model's own next token i32[B,N], f32[B,N,L,H,2] logit of the target from what a head reads in each span)."""
+    exact = jax.lax.Precision.HIGHEST
+    to_target_BNE = jnp.moveaxis(jnp.take(unembedding(config, params), target_BN, axis=1), 0, -1).astype(jnp.float32)
+    to_target_BNE *= (params["norm"]["scale"] + config.norm_offset) / out.rms_BP[..., None]
+
+    def one(args):
+        layer, values_BNH2D = args
+        o_HDE = layer["o"].astype(jnp.float32).reshape(config.n_heads, config.head_dim, -1)
+        direction_BNE = to_target_BNE
+        if "norm" in layer:
+            written_BNE = jnp.einsum("bnhd,hde->bne", values_BNH2D[..., 1, :], o_HDE, precision=exact)
+            square_BN1 = jnp.mean(jnp.square(written_BNE), axis=-1, keepdims=True)
+            direction_BNE *= (layer["norm"] + config.norm_offset) * jax.lax.rsqrt(square_BN1 + config.norm_eps)
+        direction_BNHD = jnp.einsum("bne,hde->bnhd", direction_BNE, o_HDE, precision=exact)
+        return jnp.einsum("bnhd,bnhsd->bnhs", direction_BNHD, values_BNH2D, precision=exact)
+
+    parts_LBNH2 = jax.lax.map(one, (_written_by(config, params), jnp.moveaxis(out.probed.values, 2, 0)))
+    return jnp.argmax(unembed(config, params, out.x_BPE), axis=-1), jnp.moveaxis(parts_LBNH2, 0, 2)
+
+
+def _written_by(config, params) -> dict[str, Any]:
+    """{"o": [L,HD,E], and "norm": [L,E], the weights of the norm behind attention, where there is one}."""
+
+    def of(block):
+        norm = {} if config.norm_placement == "pre" else {"norm": block["attn_post_norm"]["scale"]}
+        return {"o": block["attn"]["o"]["kernel"]} | norm
+
+    groups = {name: {i: of(block) for i, block in params.get(name, {}).items()} for name in ("blocks", "tail")}
+    return merge_layers(config, groups)
+
+
+def _contrast(parts_NLH2, case: Case) -> np.ndarray:
+    """f32[L,H]: mean over positions of the needle's part less that of as many tokens elsewhere."""
+    within = case.span[1] - case.span[0]
+    seen_N = len(case.tokens) + np.arange(len(parts_NLH2))
+    share_N11 = (within / np.maximum(seen_N - within, 1))[:, None, None]
+    needle_NLH, all_NLH = parts_NLH2[..., 0], parts_NLH2[..., 1]
+    return (needle_NLH - share_N11 * (all_NLH - needle_NLH)).mean(axis=0)
+
+
+def _gate_gradients(lm: LanguageModel, prompts, answers, batch_size: int) -> list[np.ndarray]:
+    """f32[L,H] of each text."""
+    rows = [(*prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    longest = np.int32(max(map(len, rows)))
+    check_tokens(lm.config, np.zeros((1, longest), np.int32))
+
+    def work(todo: list[int], batch_size: int):
+        for batch in batches_by_length([rows[i] for i in todo], min(batch_size, full_share(len(todo)))):
+            batch = [todo[i] for i in batch]
+            tokens_BT, lengths_B = pad_rows([rows[i] for i in batch], lm.config.pad_id)
+            tokens_BT = pad_to_bucket(lm.config, tokens_BT, 0)
+            first_B = np.array([len(prompts[i]) for i in batch])
+            positions_T = np.arange(tokens_BT.shape[1])
+            counted_BT = (positions_T >= first_B[:, None]) & (positions_T < lengths_B[:, None])
+            yield batch, to_host(_gradients(lm.config, lm.params, tokens_BT, counted_BT, longest))
+
+    with mesh_of(lm.params):
+        return memory.in_batches(len(rows), batch_size, "gradient", "answer", work)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(config, params, tokens_BT, counted_BT, longest):
+    return by_rows(functools.partial(_gradient_rows, config), (params, longest), (tokens_BT, counted_BT))
+
+
+def _gradient_rows(config, shared, rows):
+    """f32[B,L,H]: one gate per row and head, so that one gradient of the sum has all rows apart."""
+    (params, longest), (tokens_BT, counted_BT) = shared, rows
+    lengths_B = jnp.full(len(tokens_BT), longest)
+
+    def total(gate_BLH):
+        gates = Interventions(head_mask=gate_BLH)
+        return jnp.sum(sequence_logprobs(config, params, tokens_BT, counted_BT, lengths_B, gates, remat=True))
+
+    return -jax.grad(total)(jnp.zeros((len(tokens_BT), config.n_layers, config.n_heads)))

@@ -1,0 +1,214 @@
+"""Which heads to take out, and which others as controls; curves over their number; the smallest set that matters."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retmask_jax.generation.batching import full_batches, pad_rows
+from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.generation.logprobs import chosen_logprobs
+from retmask_jax.heads.conditions import Condition
+from retmask_jax.heads.scores import HeadScores
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.inference import Layers
+from retmask_jax.model.interventions import Head, Interventions, all_heads, mask_heads, mask_queries, random_heads
+from retmask_jax.model.sharding import ROWS, STACKED_ROWS, by_rows, full_share, mesh_of
+from retmask_jax.model.transformer import check_tokens, make_call, split_masks
+from retmask_jax.utils import memory
+from retmask_jax.utils.hosts import to_host
+
+IDLE = 0.1  # a head whose masking moves the text less than this share of what the most active one does is called idle
+
+# What a masked head does: it writes nothing (RetMask); its mean over plain text (LOCOS); the mean value of all keys, as
+# its query is zero (arXiv 2404.15574's block list).
+MODES = ("zero", "mean", "query")
+
+
+def knockout_conditions(config: ModelConfig, heads: Sequence[Head], activity_LH, *, draws: int, seed: int = 0,
+                        scores_LH=None, mode: str = "zero", mean_LHD=None) -> list[Condition]:  # fmt: skip
+    """The untouched model, the retrieval heads masked, and as controls as many other heads, `draws` of each kind: of any
+    layer, of the same layers, of similar activity (see `activity`) and, where scores_LH are given, the lowest-scoring.
+
+    mode: one of MODES; "mean" needs mean_LHD (`head_statistics`).
+    """
+    controls: dict[str, Callable[[int], list[Head]]] = {
+        "any layer": lambda s: random_heads(config, n=len(heads), exclude=heads, seed=s),
+        "layer-matched": lambda s: random_heads(config, like=heads, seed=s),
+        "activity-matched": lambda s: activity_matched(heads, activity_LH, seed=s),
+    }
+    if scores_LH is not None:
+        controls["lowest-scoring"] = lambda s: lowest_scoring(scores_LH, heads, seed=s)
+    chosen = [("retrieval", 0, heads)]
+    chosen += [(kind, draw, choose(seed + draw)) for kind, choose in controls.items() for draw in range(draws)]
+    return [Condition("none", 0, Interventions(), experiment=mode)] + [
+        Condition(kind, draw, take_out(config, some, mode, mean_LHD), tuple(some), experiment=mode)
+        for kind, draw, some in chosen
+    ]
+
+
+def curve_conditions(config: ModelConfig, scores: HeadScores, heads: Sequence[Head], sizes: Iterable[int | float], *,
+                     draws: int, seed: int = 0) -> list[Condition]:  # fmt: skip
+    """The highest-scoring heads masked, more and more of them, and as many at random that are neither among those nor
+    retrieval heads, where the model has as many.
+
+    sizes: whole numbers of heads, or shares (as floats) of the retrieval heads, rounded up.
+    """
+    conditions = []
+    for n in head_numbers(sizes, len(heads), scores.mean.size):
+        best = scores.heads(top_k=n)
+        conditions.append(Condition("highest-scoring", 0, mask_heads(config, best), tuple(best), experiment="curve"))
+        others = set(best) | {tuple(head) for head in heads}
+        for draw in range(draws if scores.mean.size - len(others) >= n else 0):
+            chosen = random_heads(config, n=n, exclude=others, seed=seed + draw)
+            conditions.append(Condition("random", draw, mask_heads(config, chosen), tuple(chosen), experiment="curve"))
+    return conditions
+
+
+def head_numbers(sizes: Iterable[int | float], n_retrieval: int, n_all: int) -> list[int]:
+    """Sizes of `curve_conditions` as numbers of heads, ascending; ValueError for one the model does not have."""
+    numbers = sorted({math.ceil(size * n_retrieval) if isinstance(size, float) else int(size) for size in sizes})
+    if numbers and not 1 <= numbers[0] <= numbers[-1] <= n_all:
+        wrong = numbers[0] if numbers[0] < 1 else numbers[-1]
+        raise ValueError(f"a curve over {wrong} heads: the model has {n_all}, so its numbers lie in 1 to {n_all}")
+    return numbers
+
+
+def minimal_set(heads: Sequence[Head], recall_of: Callable[[list[list[Head]]], Sequence[float]],
+                limit: float) -> tuple[list[Head], list[dict[str, Any]]]:  # fmt: skip
+    """The heads that are left when, one by one, those are spared that recall can do without: (heads, steps).
+
+    recall_of: recall with each of several sets masked. A head is spared as long as recall stays at most `limit`, first
+    the one that leaves it lowest (of equal ones the last, which scores lowest). Each step: {"head" spared, "recall"}.
+    Greedy: a smaller set may exist.
+    """
+    kept, steps = list(heads), []
+    while kept:
+        recall = np.asarray(recall_of([kept[:i] + kept[i + 1 :] for i in range(len(kept))]), float)
+        i = int(np.flatnonzero(recall == recall.min())[-1])
+        if recall[i] > limit:
+            break
+        steps.append({"head": list(kept.pop(i)), "recall": float(recall[i])})
+    return kept, steps
+
+
+def take_out(config: ModelConfig, heads: Sequence[Head], mode: str, mean_LHD=None) -> Interventions:
+    """Interventions that take heads out in one of MODES."""
+    match mode:
+        case "zero":
+            return mask_heads(config, heads)
+        case "mean":
+            return mask_heads(config, heads, mean_LHD)
+        case "query":
+            return mask_queries(config, heads)
+    raise ValueError(f"knock-out mode is {mode!r}; it must be one of {', '.join(MODES)}")
+
+
+def activity(lm: LanguageModel, rows: Sequence[Sequence[int]], *, batch_size: int) -> np.ndarray:
+    """f32[L,H]: mean absolute change of the log-probability of a token of text when one head alone is masked.
+
+    Each pass starts at the first layer with a masked head, from the states that the untouched model had there.
+    batch_size: rows in a pass, a text under one mask each; where memory runs out it is halved.
+    """
+    config, heads = lm.config, all_heads(lm.config)
+    tokens_NT, lengths_N = pad_rows(rows, config.pad_id)
+    check_tokens(config, tokens_NT)
+    real_NT = np.arange(1, tokens_NT.shape[1]) < lengths_N[:, None]
+
+    def work(todo: list[int], batch_size: int):
+        texts = sorted({i // len(heads) for i in todo})
+        for batch in full_batches(texts, min(batch_size, full_share(len(texts)))):
+            at_once = min(len(heads), max(1, batch_size // len(batch)))
+            tokens_BT = tokens_NT[batch]
+            states_RBTE = _states(config, lm.params, tokens_BT)
+
+            def logprobs(some: Sequence[Head | None], tokens_BT=tokens_BT, states_RBTE=states_RBTE):
+                return to_host(_masked_logprobs(config, lm.params, *_late(config, some), tokens_BT, states_RBTE))
+
+            untouched_B1T = logprobs([None] * at_once)[:, :1]
+            left = sorted({i % len(heads) for i in todo if i // len(heads) in batch})
+            for some in full_batches(left, at_once):
+                change_BKT = np.abs(logprobs([heads[h] for h in some]) - untouched_B1T, dtype=np.float64)
+                total_BK = (change_BKT * real_NT[batch, None]).sum(axis=2)
+                yield [text * len(heads) + h for text in batch for h in some], total_BK.ravel().tolist()
+
+    with mesh_of(lm.params):
+        total_NLH = memory.in_batches(len(rows) * len(heads), batch_size, "activity", "mask", work)
+    total_LH = np.sum(np.reshape(total_NLH, (len(rows), config.n_layers, config.n_heads)), axis=0)
+    return (total_LH / real_NT.sum()).astype(np.float32)
+
+
+def activity_matched(heads: Sequence[Head], activity_LH, seed: int = 0, nearest: int = 3) -> list[Head]:
+    """For each head one outside `heads`, drawn from the `nearest` by ratio of activity that are not taken yet."""
+    rng = np.random.default_rng(seed)
+    log_activity = np.log(np.asarray(activity_LH, np.float64) + 1e-9)
+    heads = [tuple(head) for head in heads]
+    free = _others(log_activity.shape, heads)
+    chosen = []
+    for head in heads:
+        free.sort(key=lambda other: abs(log_activity[other] - log_activity[head]))
+        chosen.append(free.pop(int(rng.integers(min(nearest, len(free))))))
+    return sorted(chosen)
+
+
+def lowest_scoring(scores_LH, heads: Sequence[Head], seed: int = 0) -> list[Head]:
+    """As many heads outside `heads`, of the lowest scores; which of equal ones, the seed decides."""
+    scores_LH = np.asarray(scores_LH)
+    free = _others(scores_LH.shape, [tuple(head) for head in heads])
+    order = np.random.default_rng(seed).permutation(len(free))
+    return sorted(sorted((free[i] for i in order), key=lambda head: scores_LH[head])[: len(heads)])
+
+
+def _others(shape: tuple[int, int], heads: list[Head]) -> list[Head]:
+    free = [index for index in np.ndindex(shape) if index not in set(heads)]
+    if len(free) < len(heads):
+        raise ValueError(f"{len(heads)} control heads are wanted, the model has only {len(free)} others")
+    return free
+
+
+def _late(config: ModelConfig, heads: Sequence[Head | None]) -> tuple[np.ndarray, np.int32]:
+    """(bool[K,L,H] of as many masks, of one head or of none, the first group of layers with a masked one)."""
+    mask_KLH = np.zeros((len(heads), config.n_layers, config.n_heads), bool)
+    for mask_LH, head in zip(mask_KLH, heads, strict=True):
+        if head is not None:
+            mask_LH[head] = True
+    first = min((head[0] for head in heads if head is not None), default=config.n_layers - 1)
+    return mask_KLH, np.int32(first // len(config.layer_pattern))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _states(config: ModelConfig, params, tokens_BT):
+    """[R,B,T,E]: what each group of layers gets in the untouched model."""
+
+    def states(params, tokens_BT):
+        layers = _layers(config, params, *tokens_BT.shape)
+        return layers.states(layers.embed(tokens_BT), split_masks(config, Interventions.none(config)))
+
+    return by_rows(states, params, tokens_BT, split=(ROWS, STACKED_ROWS))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _masked_logprobs(config: ModelConfig, params, mask_KLH, start, tokens_BT, states_RBTE):
+    """f32[B,K,T-1]: log-probability of each token of the texts under each mask, from the states of group `start` on."""
+
+    def logprobs(shared, rows):
+        params, mask_KLH, start = shared
+        tokens_BT, states_RBTE = rows
+        n_masks, (batch, length) = len(mask_KLH), tokens_BT.shape
+        tokens_XT, x_XTE = (jnp.repeat(x, n_masks, axis=0) for x in (tokens_BT, states_RBTE[start]))
+        masked = Interventions(jnp.tile(mask_KLH, (batch, 1, 1))).fill(config, batch * n_masks)
+        layers = _layers(config, params, batch * n_masks, length)
+        x_XTE = layers.normed(layers.from_group(start, x_XTE, split_masks(config, masked)))[:, :-1]
+        logp_XT = chosen_logprobs(config, params, x_XTE, tokens_XT[:, 1:], jnp.ones(x_XTE.shape[:2], bool))
+        return logp_XT.reshape(batch, n_masks, -1)
+
+    rows = tokens_BT, states_RBTE
+    return by_rows(logprobs, (params, mask_KLH, start), rows, split=((ROWS, STACKED_ROWS), ROWS))
+
+
+def _layers(config: ModelConfig, params, batch: int, length: int) -> Layers:
+    return Layers(config, params, make_call(config, length, None, jnp.full(batch, length)), "rotary")

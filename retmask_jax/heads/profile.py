@@ -1,0 +1,151 @@
+"""A model's retrieval-head profile: how many heads, how concentrated, where (arXiv 2606.21249)."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from retmask_jax.heads.scores import HeadScores
+from retmask_jax.utils import stats
+
+CORRELATE_FROM = 10  # models; of fewer a rank correlation says next to nothing
+
+
+class Scored(NamedTuple):
+    """A model's head scores under a name, to be put beside others'."""
+
+    name: str
+    scores: HeadScores
+    n_kv_heads: int
+    threshold: float = 0.1
+
+
+def profile(scores: HeadScores, n_kv_heads: int, threshold: float = 0.1) -> dict[str, int | float]:
+    """Sparsity and layout of the heads whose mean score reaches `threshold`: a dict of numbers.
+
+    scores: HeadScores of one detector (published profiles come from the argmax proxy alone).
+    n_kv_heads: the model's key/value heads, which must divide its query heads.
+
+    - n_heads, frac: detected heads, and their share of all;
+    - over all heads: gini; zero_fraction, the share exactly 0; top5_share, the part of the summed
+      score that the five best heads hold;
+    - over detected heads: layer_com, their mean layer / (L - 1) weighted by score (0 first layer,
+      1 last); layer_com_count, the same unweighted; early_frac, mid_frac, late_frac, their shares
+      by thirds of layer / L;
+    - over KV groups with a detected head: heads_per_active_group; full_group_fraction, the share of
+      those groups whose query heads are all detected.
+
+    Means and shares over nothing are nan. Signed scores raise ValueError, as their Gini has no meaning.
+    The names are those of arXiv 2606.21249.
+
+    >>> import retmask_jax as rm
+    >>> scores = rm.HeadScores.from_array([[0.0, 0.0, 0.0, 0.0], [0.5, 0.25, 0.0, 0.0]])
+    >>> found = rm.profile(scores, n_kv_heads=2)
+    >>> found["n_heads"], found["zero_fraction"], found["layer_com"], found["full_group_fraction"]
+    (2, 0.75, 1.0, 1.0)
+    """
+    mean_LH = scores.mean.astype(np.float64)
+    group_size = _group_size(mean_LH.shape[1], n_kv_heads)
+    heads = np.array(scores.heads(threshold=threshold), dtype=int).reshape(-1, 2)
+    layers, weights = heads[:, 0], mean_LH[heads[:, 0], heads[:, 1]]
+    return {
+        "n_heads": len(heads),
+        "frac": len(heads) / mean_LH.size,
+        **_concentration(mean_LH),
+        **_layer_layout(layers, weights, mean_LH.shape[0]),
+        **_group_layout(heads, group_size),
+    }
+
+
+def profile_table(models: Sequence[Scored]) -> list[dict[str, Any]]:
+    """One row per model, ready for JSON: what was scored, then its `profile`; None where that is nan.
+
+    cases: most that any head counted. Raises ValueError, naming the model, where its profile cannot be made.
+    """
+    return [_row(model) for model in models]
+
+
+def gain_against_sparsity(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What training gained against the Gini coefficient of the head scores, over finished runs.
+
+    runs: {"name", "weights": identity of the start model, "gini", "gain": interval} each. Returns {"rows": the runs,
+    "n_models": different start models, "spearman": interval over models, None below CORRELATE_FROM or where one side is
+    constant, "finding": a sentence}. Runs of one start model are averaged for the correlation, as they are one sample.
+    """
+    by_model: dict[str, list[tuple[float, float]]] = {}
+    for run in runs:
+        by_model.setdefault(run["weights"], []).append((run["gini"], run["gain"]["value"]))
+    means = np.array([np.mean(points, axis=0) for points in by_model.values()])
+    rho = stats.spearman_interval(*means.T) if len(means) >= CORRELATE_FROM else None
+    rho = rho if rho and math.isfinite(rho["value"]) else None
+    return {"rows": list(runs), "n_models": len(means), "spearman": rho, "finding": _finding(len(means), rho)}
+
+
+def _row(model: Scored) -> dict[str, Any]:
+    try:
+        values = profile(model.scores, model.n_kv_heads, model.threshold)
+    except ValueError as error:
+        raise ValueError(f"{model.name}: {error}") from error
+    n_layers, n_heads = model.scores.mean.shape
+    return {
+        "model": model.name, "cases": int(model.scores.counts.max()), "n_layers": n_layers, "heads_per_layer": n_heads,
+        "n_kv_heads": model.n_kv_heads, "threshold": model.threshold,
+        **{name: stats.defined(value) for name, value in values.items()},
+    }  # fmt: skip
+
+
+def _finding(n_models: int, rho: Mapping | None) -> str:
+    if n_models < CORRELATE_FROM:
+        models = f"{n_models} model{'' if n_models == 1 else 's'}"
+        return f"Descriptive only: {models}, too few for a correlation (from {CORRELATE_FROM} on); none is claimed."
+    if rho is None:
+        return f"{n_models} models, of which the gain or the Gini coefficient is the same in all: no correlation."
+    bounds = f"[{rho['low']:.2f}, {rho['high']:.2f}]"
+    return f"Spearman's rank correlation over {n_models} models: {rho['value']:.2f}, 95% interval {bounds}."
+
+
+def _group_size(n_heads, n_kv_heads):
+    if n_kv_heads < 1 or n_heads % n_kv_heads:
+        raise ValueError(
+            f"n_kv_heads={n_kv_heads} does not divide the {n_heads} query heads per layer: "
+            "take num_key_value_heads of the model these scores belong to"
+        )
+    return n_heads // n_kv_heads
+
+
+def _concentration(mean_LH):
+    best_first = np.sort(mean_LH, axis=None)[::-1]
+    return {
+        "gini": stats.gini(mean_LH),
+        "zero_fraction": float((mean_LH == 0).mean()),
+        "top5_share": _ratio(best_first[:5].sum(), best_first.sum()),
+    }
+
+
+def _layer_layout(layers, weights, n_layers):
+    depths = layers / max(n_layers - 1, 1)
+    # Whole-number thirds: layer 10 of 30 opens the middle third whatever 10 / 30 rounds to.
+    thirds = 3 * layers // n_layers
+    return {
+        "layer_com": _ratio(depths @ weights, weights.sum()),
+        "layer_com_count": _ratio(depths.sum(), len(layers)),
+        "early_frac": _ratio((thirds == 0).sum(), len(layers)),
+        "mid_frac": _ratio((thirds == 1).sum(), len(layers)),
+        "late_frac": _ratio((thirds == 2).sum(), len(layers)),
+    }
+
+
+def _group_layout(heads, group_size):
+    """heads: rows of (layer, head); runs of group_size heads share a KV head."""
+    sizes = Counter((layer, head // group_size) for layer, head in heads.tolist())
+    n_full = sum(size == group_size for size in sizes.values())
+    return {
+        "heads_per_active_group": _ratio(len(heads), len(sizes)),
+        "full_group_fraction": _ratio(n_full, len(sizes)),
+    }
+
+
+def _ratio(part, whole):
+    return float(part / whole) if whole else math.nan

@@ -1,0 +1,182 @@
+"""From a model's name to a local folder: the bundled model, a folder, or a checkpoint fetched from the hub."""
+
+import contextlib
+import dataclasses
+import errno
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from retmask_jax.hf.checkpoint_files import CHECKPOINT_TEXTS, INDEX, read_config, weight_names
+from retmask_jax.hf.families import from_hf
+from retmask_jax.utils.keys import without_secrets
+
+BUNDLED = Path(__file__).parent.parent / "assets" / "tiny"
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SENDABLE = re.compile("[!-~]+")  # as a token
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def resolve(name: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None,
+            cache_dir: str | os.PathLike | None = None) -> Path:  # fmt: skip
+    """The folder of a model: "bundled", a local folder (the network is left alone), or a hub id, fetched if need be.
+
+    revision is a branch, tag or commit of a hub id. Cache, endpoint, token and offline mode are huggingface_hub's own
+    (HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE); token and cache_dir stand in for theirs.
+    config.json comes first, so a model that is unsupported, quantised or pickled is refused before its weights are
+    fetched. Raises ValueError in one line that names the model, what is wrong and what to do.
+    """
+    if (folder := _local(name, revision)) is not None:
+        return folder
+    repo = _Repo(str(name), revision, token, cache_dir)
+    folder = repo.fetch_texts()
+    repo.fetch_weights(folder)
+    return folder
+
+
+def config_folder(name: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None,
+                  cache_dir: str | os.PathLike | None = None) -> Path:  # fmt: skip
+    """As `resolve`, without the weights: a folder with config.json and the files of tokenizer and generation."""
+    if (folder := _local(name, revision)) is not None:
+        return folder
+    return _Repo(str(name), revision, token, cache_dir).fetch_texts()
+
+
+def _local(name: str | os.PathLike, revision: str | None) -> Path | None:
+    """The folder a name stands for on this machine, None for a hub id; ValueError if it can be neither."""
+    text = os.fspath(name)
+    folder = BUNDLED if text == "bundled" else Path(os.path.expanduser(text))
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"model {text} is a local folder and has no revision {revision!r}: leave revision out")
+        return folder
+    if folder.exists():
+        raise ValueError(f"model {text} is a file: pass the folder it lies in")
+    if isinstance(name, os.PathLike) or text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise ValueError(f"model folder {text} does not exist (a hub id has the form owner/name)")
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Repo:
+    """A model on the hub."""
+
+    name: str
+    revision: str | None
+    token: str | bool | None = dataclasses.field(repr=False)
+    cache_dir: str | os.PathLike | None
+
+    def __post_init__(self):
+        # The HTTP library's error about such a header would quote the token.
+        if isinstance(self.token, str) and not _SENDABLE.fullmatch(self.token):
+            raise ValueError(f"the token given for {self.name} is empty or has blanks or odd characters: copy it again")
+
+    def fetch_texts(self) -> Path:
+        """The folder of one commit with all but the weights; ValueError if the model is one that cannot be read."""
+        from huggingface_hub import hf_hub_download
+
+        with self._explained():
+            path = hf_hub_download(
+                self.name, "config.json", revision=self.revision, token=self.token, cache_dir=self.cache_dir
+            )
+        folder = Path(path).parent
+        try:
+            from_hf(read_config(folder))
+        except ValueError as error:
+            raise ValueError(f"{self.name} cannot be used: {error}") from error
+        self._fetch(folder, (INDEX, *CHECKPOINT_TEXTS))
+        return folder
+
+    def fetch_weights(self, folder: Path) -> None:
+        """Complete a folder of `fetch_texts`; ValueError if the weights are not safetensors."""
+        wanted = self._weight_files(folder)
+        if all((folder / file).exists() for file in wanted):
+            return
+        from huggingface_hub import HfApi
+
+        with self._explained():
+            found = HfApi(token=self.token).list_repo_files(self.name, revision=folder.name)
+        if any(file.endswith(_PICKLES) for file in found) and not any(file in found for file in wanted):
+            raise ValueError(
+                f"{self.name} has pickled weights only, which are never opened: if you trust them, convert them with "
+                f'transformers, AutoModelForCausalLM.from_pretrained("{self.name}").save_pretrained("FOLDER"), save '
+                "the tokenizer there too, and pass FOLDER"
+            )
+        if missing := [file for file in wanted if file not in found]:
+            raise ValueError(f"{self.name} has no {missing[0]}: pass a model whose weights are stored as safetensors")
+        self._fetch(folder, wanted)
+
+    def _fetch(self, folder: Path, names: Sequence[str]) -> None:
+        from huggingface_hub import snapshot_download
+
+        with self._explained():
+            # The folder is named after its commit: every file is of the one whose config was checked.
+            snapshot_download(
+                self.name, revision=folder.name, token=self.token, cache_dir=self.cache_dir,
+                allow_patterns=[glob.escape(name) for name in names],
+            )  # fmt: skip
+
+    def _weight_files(self, folder: Path) -> list[str]:
+        try:
+            return weight_names(folder)
+        except ValueError as error:
+            raise ValueError(f"{self.name} has a {INDEX} without a readable weight_map ({error}): tell its owner") from error
+
+    @contextlib.contextmanager
+    def _explained(self):
+        """Turn what huggingface_hub raises into one line; anything else passes as it is."""
+        from huggingface_hub.errors import HFValidationError, HTTPError
+
+        try:
+            yield
+        # HTTPError is the base of the errors of the HTTP library in use; hf_xet, which moves large files, has
+        # RuntimeError for most of its own.
+        except (HTTPError, HFValidationError, OSError, RuntimeError, UnicodeError) as error:
+            raise ValueError(without_secrets(self._explain(error), self._sent())) from error
+
+    def _sent(self) -> str | None:
+        """The token that goes with requests."""
+        from huggingface_hub import get_token
+
+        return self.token if isinstance(self.token, str) else None if self.token is False else get_token()
+
+    def _explain(self, error: Exception) -> str:
+        from huggingface_hub import constants, errors
+
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            error = error.__cause__ or error  # "nor is it in the cache": the cause is why the hub was no help
+        name, hub, login = self.name, constants.ENDPOINT, "set HF_TOKEN or run `hf auth login`"
+        token = self._sent()
+        if token and not _SENDABLE.fullmatch(token) and not hasattr(error, "response"):
+            return f"the token for {name} (HF_TOKEN, or of `hf auth login`) has blanks or odd characters: copy it again"
+        status = getattr(getattr(error, "response", None), "status_code", None) or 0
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        match error:
+            case errors.GatedRepoError():
+                return f"{name} is gated: accept its licence at {hub}/{name}, then {login}"
+            case errors.RepositoryNotFoundError():
+                return f"{name} is neither a local folder nor on {hub}: check the spelling; if it is private, {login}"
+            case errors.RevisionNotFoundError():
+                return f"{name} has no revision {self.revision!r}: pass a branch, tag or commit that {hub}/{name} lists"
+            case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
+                return f"{name} is not wholly in the cache and HF_HUB_OFFLINE is set: unset it, or pass a local folder"
+            case errors.EntryNotFoundError():
+                return f"{name} has no config.json: pass the model itself, not an adapter or its GGUF files"
+            case errors.HFValidationError():
+                return f"{name} is neither a local folder nor a hub id ({reason})"
+            case errors.DisabledRepoError():
+                return f"{name} has been disabled on {hub}: pass another model"
+            case _ if status in (401, 403):
+                return f"{hub} refused the token for {name} ({status}): make one that may read it, then {login}"
+            case _ if status == 429 or status >= 500:
+                return f"{hub} could not serve {name} ({status}): try again later, or pass a local folder"
+            case _ if getattr(error, "errno", None) in _DISK_FULL or os.strerror(errno.ENOSPC) in str(error):
+                cache = self.cache_dir or constants.HF_HUB_CACHE
+                return f"no space left for {name} in {cache}: free some, or set HF_HOME or cache_dir to another disk"
+            case OSError(errno=int(), filename=str(path)):
+                return f"{name} cannot be stored in {path} ({error.strerror}): set HF_HOME or cache_dir elsewhere"
+            case _:
+                return f"{name} could not be fetched from {hub} ({reason}): check the network, or pass a local folder"

@@ -1,0 +1,40 @@
+"""The tokenizer of a checkpoint folder, by transformers; none runs code of its own."""
+
+import os
+from pathlib import Path
+
+from retmask_jax.hf.checkpoint_files import TOKENIZER_FILES, texts
+from retmask_jax.utils.files import read_object
+
+
+def load_tokenizer(folder: Path):
+    """The folder's tokenizer, or None if it has none; ValueError in one line for one that is damaged or needs code of its
+    own, which is never run."""
+    there = {path.name for path in texts(folder)}
+    if not there & set(TOKENIZER_FILES):
+        return None
+    settings = folder / "tokenizer_config.json"
+    needs_code = settings.name in there and "auto_map" in read_object(settings)
+    try:
+        return _auto_tokenizer().from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of transformers and of tokenizers: they have no base in common
+        if needs_code:
+            raise ValueError(
+                f"the tokenizer of {folder} needs code of its own (auto_map in {settings.name}), which is never run: "
+                "save it as one of transformers' classes, with a tokenizer.json"
+            ) from error
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"the tokenizer of {folder} cannot be read ({type(error).__name__}: {why}): fetch it again") from error
+
+
+def _auto_tokenizer():
+    """transformers' class, imported without its advice to install torch, which is not needed here."""
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(quiet)
+    os.environ[quiet] = "1"
+    try:
+        from transformers import AutoTokenizer
+    finally:
+        if before is None:
+            del os.environ[quiet]
+    return AutoTokenizer

@@ -1,0 +1,285 @@
+"""Hugging Face safetensors <-> parameters, both ways, by each family's table of names; closed-world, streamed."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from retmask_jax.hf.checkpoint_files import Shards, Tensor, open_tensors, read_config
+from retmask_jax.hf.families import family, from_hf, to_hf
+from retmask_jax.model import lora
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.sharding import param_shardings, plain_shapes
+from retmask_jax.utils.files import write_atomically
+from retmask_jax.utils.hosts import primary, to_host
+from retmask_jax.utils.progress import track
+
+log = logging.getLogger(__name__)
+
+_INPUT = "model.embed_tokens.weight"
+_OUTPUT = "lm_head.weight"
+_INV_FREQ = ".rotary_emb.inv_freq"
+_STRIPE = 128  # rows read at a time
+_READERS = 4  # threads
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model came from: its HF config, the dtype of each stored tensor, and the folder.
+
+    Of a model made here there is none of these.
+    """
+
+    hf_config: dict[str, Any] | None
+    dtypes: dict[str, str]
+    folder: Path | None = None
+
+
+def read(folder: Path, dtype: str, mesh=None) -> tuple[ModelConfig, Any, Source]:
+    """(config, params, source) of an HF checkpoint folder, cast to dtype, placed by the mesh's shardings if given.
+
+    mesh: a Mesh, or what gives one for the model's config.
+
+    Tensors are read lazily, only the part each device holds, so host memory beyond the parameters stays near one
+    device's shard of one parameter. Raises ValueError naming the file, attribute or tensor that is missing, extra,
+    misshapen or unreadable before any weight is read.
+    """
+    tensors = open_tensors(folder)
+    source = _source(folder, tensors)
+    config = from_hf(source.hf_config)
+    shapes = flatten_dict(plain_shapes(config), sep="/")
+    table = _table(config, source.hf_config, shapes)
+    _drop_known_extras(config, tensors)
+    _check_names(set(table), set(tensors), folder)
+    for name, pieces in table.items():
+        if tensors[name].shape != (wanted := _stored_shape(pieces)):
+            raise ValueError(f"tensor {name} has shape {tensors[name].shape}; config.json asks for {wanted}")
+
+    mesh = mesh if mesh is None or isinstance(mesh, Mesh) else mesh(config)  # a Mesh is callable, too
+    shardings = flatten_dict(param_shardings(config, mesh), sep="/") if mesh else {}
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    of_path: dict[str, list[_Piece]] = {path: [] for path in shapes}
+    for piece in (piece for pieces in table.values() for piece in pieces):
+        of_path[piece.path].append(piece)
+    params, begin = {}, time.perf_counter()
+    size = sum(leaf.size for leaf in shapes.values()) * jnp.dtype(dtype).itemsize
+    with track(None, size, f"load {folder.name}", "B") as bar:
+        for path, leaf in shapes.items():
+            fill = functools.partial(_fill, of_path[path], tensors)
+            params[path] = _place(leaf.shape, jnp.dtype(dtype), shardings.get(path, here), fill)
+            bar.update(params[path].nbytes)
+    rate = size / (time.perf_counter() - begin) / 1e9
+    log.info("%s: %.3g GB of parameters at %.2g GB/s", folder, size / 1e9, rate)
+    return config, unflatten_dict(params, sep="/"), source
+
+
+def source_of(folder: Path) -> Source:
+    """Where a checkpoint comes from, of whose files only the beginnings are read; errors as of `read`."""
+    return _source(folder, open_tensors(folder))
+
+
+def write(folder: Path, config: ModelConfig, params, source: Source, head_mask=None, dtype: str | None = None) -> None:
+    """Write config.json and safetensors (with an index when there are several files) in HF names.
+
+    Each tensor gets the dtype it was read in unless `dtype` is given. A weight that is still what was read from the
+    source's folder is written as it is stored there, though the parameters may be narrower; adapters are added to it in
+    float32. head_mask bool[L,H] zeroes the columns of o_proj that read the masked heads. One file's tensors are in host
+    memory at a time; of several hosts all take part and the first one writes.
+    """
+    hf_config = dict(source.hf_config or to_hf(dataclasses.replace(config, lora=None)))
+    leaves = flatten_dict(params, sep="/")
+    table = _table(config, hf_config, leaves)
+    stored = _wider(source, table, leaves) if primary() else {}
+    shards = Shards(folder)
+    for name in source.dtypes or table:
+        pieces = table[_INPUT if name == _OUTPUT and config.tied_embeddings else name]
+        kind = jnp.dtype(dtype or source.dtypes.get(name, leaves[pieces[0].path].dtype))
+        parts = [_export(piece, leaves, config, head_mask, stored).astype(kind) for piece in pieces]
+        shards.add(name, np.concatenate(parts) if len(parts) > 1 else parts[0])
+    shards.finish()
+    if dtype is not None:
+        hf_config["dtype" if "dtype" in hf_config else "torch_dtype"] = str(jnp.dtype(dtype))
+    write_atomically(folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
+
+
+def _source(folder: Path, tensors) -> Source:
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if not name.endswith(_INV_FREQ)}
+    return Source(read_config(folder), dtypes, folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """The part of a parameter that one stored tensor holds: leaf[lead], in HF's axes the rows from `row` on."""
+
+    name: str
+    path: str
+    lead: tuple[int, ...]  # repeat of the layer pattern, expert; none where the parameter is not stacked
+    shape: tuple[int, ...]  # of leaf[lead], in HF's order of axes
+    row: int
+    layer: int | None
+
+    @property
+    def transposed(self) -> bool:
+        return len(self.shape) == 2 and self.path != "embed/embedding"
+
+
+def _table(config: ModelConfig, hf_config, leaves) -> dict[str, list[_Piece]]:
+    """Stored tensor -> its pieces, for every tensor a model with these parameters has."""
+    table = {}
+    for name, paths in family(hf_config).names.items():
+        paths = (paths,) if isinstance(paths, str) else paths
+        for layer, block, repeat in _blocks(config) if "{layer}" in name else [(None, "", ())]:
+            full = [f"{block}{path}" for path in paths]
+            if not all(path in leaves for path in full):
+                continue
+            for expert in range(config.n_experts) if "{expert}" in name else [None]:
+                lead = repeat if expert is None else (*repeat, expert)
+                stored = name.format(layer=layer, expert=expert)
+                table[stored] = _below_each_other(stored, full, lead, leaves, layer)
+    return table
+
+
+def _blocks(config: ModelConfig):
+    """(absolute layer, prefix of its parameters, index into their stack) of each layer."""
+    period = len(config.layer_pattern)
+    for layer in range(config.n_layers):
+        repeat, place = divmod(layer, period)
+        in_tail = repeat == config.repeats
+        yield layer, f"tail/{place}/" if in_tail else f"blocks/{place}/", () if in_tail else (repeat,)
+
+
+def _below_each_other(name: str, paths, lead, leaves, layer) -> list[_Piece]:
+    """The pieces of one stored tensor, in the order of its rows."""
+    pieces, row = [], 0
+    for path in paths:
+        shape = leaves[path].shape[len(lead) :]
+        stored = shape if path == "embed/embedding" else shape[::-1]
+        pieces.append(_Piece(name, path, lead, stored, row, layer))
+        row += stored[0]
+    return pieces
+
+
+def _stored_shape(pieces: list[_Piece]) -> tuple[int, ...]:
+    return (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
+
+
+def _place(shape, dtype, sharding, fill) -> jax.Array:
+    """A parameter on its devices; fill(host array, index) reads one device's part of it. One part at a time."""
+    devices: dict[tuple, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, holders in devices.items():
+        host = np.empty([end - begin for begin, end in bounds], dtype)
+        fill(host, bounds)
+        shards += [jax.device_put(host, device) for device in holders]
+        jax.block_until_ready(shards)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _fill(pieces: list[_Piece], tensors, host: np.ndarray, bounds) -> None:
+    """Read what lies within bounds, (begin, end) along each axis of the parameter, stripe by stripe."""
+
+    def fill(piece: _Piece) -> None:
+        stacked = list(zip(piece.lead, bounds, strict=False))
+        if not all(begin <= i < end for i, (begin, end) in stacked):
+            return
+        target = host[tuple(i - begin for i, (begin, _) in stacked)]
+        rest = bounds[len(stacked) :]
+        (first, last), *columns = rest[::-1] if piece.transposed else rest
+        turned = target.T if piece.transposed else target
+        for begin, end in _stripes(first, last):
+            block = tensors[piece.name].read((piece.row + begin, piece.row + end), *columns)
+            turned[begin - first : end - first] = block.astype(target.dtype)
+
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        list(pool.map(fill, pieces))
+
+
+def _stripes(first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Rows first to last in parts (begin, end) of a few at a time."""
+    for begin in range(first, last, _STRIPE):
+        yield begin, min(begin + _STRIPE, last)
+
+
+def _wider(source: Source, table, leaves) -> dict[str, Tensor]:
+    """The stored tensors, open, that hold more than the parameters read from them can; a log line where the source is
+    gone or of other shapes."""
+    names = [name for name, dtype in source.dtypes.items() if name in table and _narrows(dtype, leaves, table[name])]
+    if not names:
+        return {}
+    try:
+        tensors = open_tensors(source.folder)
+        if all(name in tensors and tensors[name].shape == _stored_shape(table[name]) for name in names):
+            return {name: tensors[name] for name in names}
+        problem = f"{source.folder} holds another model than was read from it"
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    dtype = leaves[table[names[0]][0].path].dtype
+    log.warning("%s: the weights are written as they were read, rounded to %s", problem, dtype)
+    return {}
+
+
+def _narrows(dtype: str, leaves, pieces: list[_Piece]) -> bool:
+    """Whether a value of this dtype may change when it becomes one of these parameters."""
+    return any(jnp.promote_types(dtype, leaves[piece.path].dtype) != leaves[piece.path].dtype for piece in pieces)
+
+
+def _export(piece: _Piece, leaves, config: ModelConfig, head_mask, stored: dict[str, Tensor]) -> np.ndarray:
+    names = [piece.path, *(f"{piece.path}{end}" for end in lora.SUFFIXES if f"{piece.path}{end}" in leaves)]
+    tensor, *low_rank = to_host([leaves[name][piece.lead] for name in names])
+    if piece.name in stored:
+        tensor = _as_stored(tensor, piece, stored[piece.name])
+    if low_rank:
+        tensor = lora.add(tensor, *low_rank, config.lora)
+    if head_mask is not None and piece.path.endswith("attn/o/kernel"):
+        columns = np.repeat(np.asarray(head_mask)[piece.layer], config.head_dim)
+        tensor = np.where(columns[:, None], np.zeros((), tensor.dtype), tensor)
+    return tensor.T if piece.transposed else tensor
+
+
+def _as_stored(tensor: np.ndarray, piece: _Piece, stored: Tensor) -> np.ndarray:
+    """A piece of a parameter in the stored dtype: where it is what the stored value was read as, that value."""
+    rows = (piece.row, piece.row + piece.shape[0])
+    block = stored.read(rows, *((0, n) for n in piece.shape[1:]))
+    block = block.T if piece.transposed else block
+    bits = f"u{tensor.dtype.itemsize}"
+    unchanged = block.astype(tensor.dtype).view(bits) == tensor.view(bits)
+    return np.where(unchanged, block, tensor.astype(block.dtype))
+
+
+def _drop_known_extras(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+    """Two extras are known: stored rotary frequencies, and an output matrix beside tied embeddings."""
+    for name in [name for name in tensors if name.endswith(_INV_FREQ)]:
+        log.info("dropped %s: frequencies are computed", name)
+        del tensors[name]
+    if config.tied_embeddings and {_OUTPUT, _INPUT} <= set(tensors):
+        output, table = tensors.pop(_OUTPUT), tensors[_INPUT]
+        if output.shape != table.shape or output.dtype != table.dtype or not _same_bits(output, table):
+            raise ValueError(f"{_OUTPUT} differs from the embeddings it is tied to: set tie_word_embeddings to false")
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    rows, columns = a.shape
+    return all(
+        a.read(part, (0, columns)).tobytes() == b.read(part, (0, columns)).tobytes() for part in _stripes(0, rows)
+    )
+
+
+def _check_names(wanted: set[str], found: set[str], folder: Path) -> None:
+    for what, names in (("lacks", wanted - found), ("has unknown", found - wanted)):
+        if names:
+            shown = ", ".join(sorted(names)[:5])
+            raise ValueError(f"{folder} {what} {len(names)} tensors: {shown}{' ...' if len(names) > 5 else ''}")

@@ -1,0 +1,67 @@
+"""Operations that a model needs at least, and what a device can do at most."""
+
+import functools
+
+import jax
+
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.sharding import plain_shapes
+
+# Dense bfloat16 products, operations a second, by JAX's name of the device; from the vendors' data sheets.
+_PEAKS = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12, "TPU v6e": 918e12, "NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12, "Tesla T4": 65e12,
+}  # fmt: skip
+
+
+def forward_flops(config: ModelConfig, tokens: int, counted: int) -> float:
+    """Operations a row of `tokens` needs, with logits of `counted` of them: two per weight and token that meet, and four
+    per dimension of a head for each pair of a query and a key that it sees."""
+    pairs = sum(_seen(tokens, config.window if kind == "sliding" else None) for kind in layer_kinds(config))
+    attention = 4 * config.n_heads * config.head_dim * pairs
+    return 2.0 * block_weights(config) * tokens + attention + 2.0 * counted * config.hidden_size * config.vocab_size
+
+
+def training_flops(config: ModelConfig, tokens: int, counted: int) -> float:
+    """Operations of a row's forward and backward pass, recomputation not counted: three times the forward pass, or
+    twice where only adapters are trained and no weight has a gradient."""
+    return (3 if config.lora is None else 2) * forward_flops(config, tokens, counted)
+
+
+def executed_flops(config: ModelConfig, tokens: int, *, remat: bool) -> float:
+    """Operations that a row of `tokens` costs forward and backward, all of them counted.
+
+    Logits are always computed again in the backward pass, blocks with remat.
+    """
+    blocks = forward_flops(config, tokens, counted=0)
+    logits = forward_flops(config, tokens, counted=tokens) - blocks
+    passes = 3 if config.lora is None else 2
+    return (passes + remat) * blocks + 4 * logits
+
+
+def peak_flops() -> float | None:
+    """Operations a second of all devices together, in bfloat16; None for devices that are not known."""
+    kind = jax.devices()[0].device_kind
+    known = [name for name in _PEAKS if kind.startswith(name)]
+    return jax.device_count() * _PEAKS[max(known, key=len)] if known else None
+
+
+@functools.cache
+def block_weights(config: ModelConfig) -> int:
+    """Weights that a token meets in all matrices but the embedding and the output's."""
+    leaves = jax.tree.leaves_with_path(plain_shapes(config))
+    kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel" and path[0].key != "lm_head")
+    experts = sum(leaf.size for path, leaf in leaves if path[-1].key in ("gate", "up", "down"))
+    return kernels + experts // max(config.n_experts, 1) * config.experts_per_token
+
+
+def layer_kinds(config: ModelConfig) -> tuple[str, ...]:
+    """The kind of each layer, in order."""
+    return config.layer_pattern * config.repeats + config.tail
+
+
+def _seen(tokens: int, window: int | None) -> float:
+    """Pairs of a query and a key that it sees."""
+    width = tokens if window is None else min(window, tokens)
+    return width * (width + 1) / 2 + (tokens - width) * width

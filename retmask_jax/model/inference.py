@@ -1,0 +1,134 @@
+"""The forward pass group by group, for work that starts late, wants few rows of the last layer or goes on by one token.
+Inference only: the loop over groups has no gradient."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from retmask_jax.model.attention import Probe
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.layers import norm
+from retmask_jax.model.transformer import Call, Embedding, Group, Hidden, make_call, merge_probed, split_masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The groups of a model in one call. A carry is (x_BTE, the cache's "blocks" or None); masks are split."""
+
+    config: ModelConfig
+    params: Any
+    call: Call
+    rope_site: str
+
+    @property
+    def before_last(self) -> int:
+        """Repeats of the pattern before the last group, which is the tail where there is one."""
+        return self.config.repeats if self.config.tail else self.config.repeats - 1
+
+    def embed(self, tokens_BT):
+        return Embedding(self.config).apply({"params": self.params["embed"]}, tokens_BT)
+
+    def through(self, r, carry, masks, call: Call | None = None):
+        """(carry behind repeat r, what it probed); call: another one for this repeat."""
+        weights, masks = jax.tree.map(lambda leaf: leaf[r], (self.params["blocks"], masks["blocks"]))
+        return self._apply(self.config.layer_pattern, weights, carry, (r, masks), call or self.call)
+
+    def through_first(self, carry, masks, n: int):
+        """(carry behind the first n repeats, what they probed [n, ...]).
+
+        A loop that counts the repeats itself: XLA then knows where each one's weights lie, and on a GPU reads them there
+        instead of copying them first.
+        """
+        if self.call.probe is None:
+            probed = dict.fromkeys(map(str, range(len(self.config.layer_pattern))))
+        else:
+            one = jax.eval_shape(lambda carry: self.through(0, carry, masks)[1], carry)
+            probed = jax.tree.map(lambda leaf: jnp.zeros((n, *leaf.shape), leaf.dtype), one)
+
+        def step(state):
+            r, carry, probed = state
+            carry, new = self.through(r, carry, masks)
+            return r + 1, carry, jax.tree.map(lambda all_R, of_r: all_R.at[r].set(of_r), probed, new)
+
+        if n == 0:  # what has no entries cannot be written into, in a loop that never runs either
+            return carry, probed
+        return jax.lax.while_loop(lambda state: state[0] < n, step, (jnp.int32(0), carry, probed))[1:]
+
+    def states(self, x_BTE, masks):
+        """[R,B,T,E]: what each group gets, from the embedded tokens on: where work that starts late begins."""
+
+        def step(x_BTE, r):
+            return self.through(r, (x_BTE, None), masks)[0][0], x_BTE
+
+        x_BTE, before_RBTE = jax.lax.scan(step, x_BTE, jnp.arange(self.before_last))
+        return jnp.concatenate([before_RBTE, x_BTE[None]])
+
+    def from_group(self, start, x_BTE, masks, rows_BP=None):
+        """Final states x_BPE before their norm, from what group `start` gets on; rows_BP as in `last`."""
+
+        def step(r, x_BTE):
+            return self.through(r, (x_BTE, None), masks)[0][0]
+
+        x_BTE = jax.lax.fori_loop(start, self.before_last, step, x_BTE)
+        return self.last((x_BTE, None), masks, rows_BP)[0][0]
+
+    def last(self, carry, masks, rows_BP):
+        """The last group: ((final states x_BPE of rows_BP before their norm, cache of the group), what it probed).
+
+        Its last layer computes keys and values of all positions and nothing else of those that are not asked for.
+        """
+        call = self.call.replace(rows_BP=rows_BP)
+        return self.tail(carry, masks, call) if self.config.tail else self.through(self.before_last, carry, masks, call)
+
+    def tail(self, carry, masks, call: Call | None = None):
+        return self._apply(self.config.tail, self.params["tail"], carry, (0, masks["tail"]), call or self.call)
+
+    def normed(self, x_BPE):
+        return norm(self.config, None).apply({"params": self.params["norm"]}, x_BPE)
+
+    def _apply(self, pattern, weights, carry, repeat_and_masks, call: Call):
+        group = Group(self.config, self.rope_site, len(pattern))
+        return group.apply({"params": weights}, carry, repeat_and_masks, call)
+
+
+def next_hidden(config: ModelConfig, params, token_B, interventions: Interventions, *, cache, start_B,
+                probe: Probe | None = None, longest=None) -> Hidden:  # fmt: skip
+    """As `hidden`, of one new token per row, which continues its cache at position start_B[b]; a probe asks about it."""
+    iv = interventions.fill(config, len(token_B))
+    layers = Layers(config, params, make_call(config, 1, start_B, start_B + 1, longest, probe), iv.rope_site)
+    masks, carry = split_masks(config, iv), (layers.embed(token_B[:, None]), cache["blocks"])
+    (x_B1E, blocks), probed = layers.through_first(carry, masks, config.repeats)
+    tail, tail_probed = cache["tail"], {}
+    if config.tail:
+        (x_B1E, tail), tail_probed = layers.tail((x_B1E, tail), masks)
+    probed = None if probe is None else merge_probed(config, probed, tail_probed)
+    return Hidden(layers.normed(x_B1E), {"blocks": blocks, "tail": tail}, probed)
+
+
+def hidden_rows(config: ModelConfig, params, tokens_BT, interventions: Interventions, rows_BP, *, cache=None,
+                start_B=None, end_B=None, probe: Probe | None = None, longest=None) -> Hidden:  # fmt: skip
+    """As `hidden`, but final states x_BPE of the rows rows_BP i32[B,P] alone, with their rms; a probe asks about the
+    same rows."""
+    if config.lora is not None:
+        raise ValueError("a model with adapters cannot generate: merge them first (retmask_jax.model.lora.merged)")
+    batch, length = tokens_BT.shape
+    iv = interventions.fill(config, batch)
+    end_B = jnp.full(batch, length) if end_B is None else end_B
+    layers = Layers(config, params, make_call(config, length, start_B, end_B, longest, probe), iv.rope_site)
+    masks = split_masks(config, iv)
+    cache = cache or {"blocks": None, "tail": None}
+    carry = layers.embed(tokens_BT), cache["blocks"]
+    (x_BTE, blocks), probed = layers.through_first(carry, masks, layers.before_last)
+    (x_BPE, last_cache), last_probed = layers.last((x_BTE, cache["tail"] if config.tail else blocks), masks, rows_BP)
+    if config.tail:
+        tail, tail_probed = last_cache, last_probed
+    else:
+        blocks, tail, tail_probed = last_cache, cache["tail"], {}
+        probed = jax.tree.map(lambda first, last: jnp.concatenate([first, last[None]]), probed, last_probed)
+    cache = None if blocks is None else {"blocks": blocks, "tail": tail}
+    probed = None if probe is None else merge_probed(config, probed, tail_probed)
+    rms_BP = jnp.sqrt(jnp.mean(jnp.square(x_BPE.astype(jnp.float32)), axis=-1) + config.norm_eps)
+    return Hidden(layers.normed(x_BPE), cache, probed, rms_BP)

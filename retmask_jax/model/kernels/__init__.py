@@ -1,0 +1,1 @@
+"""Attention kernels, one file each; `model.attention` chooses among them."""

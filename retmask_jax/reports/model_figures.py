@@ -1,0 +1,112 @@
+"""Pictures over several models, each readable on its own: title, axes, n, and what the marks mean."""
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retmask_jax.heads.profile import Scored
+from retmask_jax.reports import figures
+from retmask_jax.reports.plotting import DASHES, MARKERS, SHADES
+from retmask_jax.utils.files import write_atomically
+
+WIDTH = 7.2  # inches
+
+
+def profiles(models: Sequence[Scored], rows: Sequence[Mapping[str, Any]]):
+    """Scores of all heads, best first, of every model, and below the layers in which each one's detected heads lie.
+
+    rows: of `profile_table`.
+    """
+    figure = _figure("Retrieval heads by model", 3.6 + 0.95 * len(models))
+    grid = figure.add_gridspec(1 + len(models), 1, height_ratios=[2.6] + [0.62] * len(models))
+    _curves(figure.add_subplot(grid[0]), models, rows)
+    for i, (model, row) in enumerate(zip(models, rows, strict=True)):
+        ax = figure.add_subplot(grid[1 + i])
+        _layers(ax, model, row, SHADES[i % len(SHADES)])
+        if i < len(models) - 1:
+            ax.tick_params(labelbottom=False)
+        else:
+            ax.set_xlabel("relative depth (0: first layer, 1: last)")
+    _caption(figure, "Above: mean score over the cases; a curve that falls early is a sparse model. Below: detected heads "
+             "per layer; dashed: their mean depth, weighted by score. No intervals: these are all heads of a model, "
+             "not a sample of them.")  # fmt: skip
+    return figure
+
+
+def sparsity(gains: Mapping[str, Any], number: str):
+    """Gain of each run with its interval against the Gini coefficient of its head scores.
+
+    gains: of `gain_against_sparsity`; number: the name of the gain, "eval/TASK/ARM minus start".
+    """
+    rows = gains["rows"]
+    task, arm = number.removeprefix("eval/").rsplit("/", 1)
+    figure = _figure(f"Gain against sparsity: {task}", 3.7 + 0.1 * len(rows))
+    ax = figure.add_subplot()
+    ax.axhline(0, color="black", linewidth=0.9)
+    for i, row in enumerate(rows):
+        shade, gain = SHADES[i % len(SHADES)], row["gain"]
+        ax.plot([row["gini"]] * 2, [gain["low"], gain["high"]], color=shade, linewidth=1.2)
+        ax.plot(row["gini"], gain["value"], MARKERS[i // len(SHADES) % len(MARKERS)], color=shade,
+                label=f"{row['name']} (n = {gain['n']})")  # fmt: skip
+    ax.margins(x=0.15)
+    ax.set(xlabel="Gini coefficient of the head scores (1: one head has all)", ylabel=arm)
+    figure.legend(loc="outside right upper", title="run (n: cases)")
+    _caption(figure, gains["finding"] + " Whiskers: 95% interval of the gain over the cases of a run, bootstrap, paired "
+             "with the start model; they do not cover other training seeds.")  # fmt: skip
+    return figure
+
+
+def write_both(figure, stem: Path) -> list[Path]:
+    """Write a figure as STEM.png and STEM.svg; returns the paths."""
+    paths = [stem.with_name(f"{stem.name}.{form}") for form in ("png", "svg")]
+    for path in paths:
+        stream = io.BytesIO()
+        figure.savefig(stream, format=path.suffix[1:], dpi=200)
+        write_atomically(path, stream.getvalue())
+    return paths
+
+
+def _curves(ax, models: Sequence[Scored], rows: Sequence[Mapping[str, Any]]) -> None:
+    for i, (model, row) in enumerate(zip(models, rows, strict=True)):
+        ranked = np.sort(model.scores.mean, axis=None)[::-1]
+        ax.plot(np.arange(1, ranked.size + 1) / ranked.size, ranked, color=SHADES[i % len(SHADES)],
+                linestyle=DASHES[i // len(SHADES) % len(DASHES)], label=f"{model.name} (n = {row['cases']})")  # fmt: skip
+    thresholds = {model.threshold for model in models}
+    if len(thresholds) == 1:
+        ax.axhline(models[0].threshold, color=figures.colour("none"), linewidth=0.9, linestyle=(0, (1, 3)),
+                   label=f"threshold {models[0].threshold:.3g}")  # fmt: skip
+    ax.set(xscale="log", xlabel="share of all heads, best first", ylabel="mean score")
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.figure.legend(loc="outside right upper", title="model (n: cases)")
+
+
+def _layers(ax, model: Scored, row: Mapping[str, Any], shade: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    n_layers, n_heads = model.scores.mean.shape
+    layers = [layer for layer, _ in model.scores.heads(threshold=model.threshold)]
+    step = 1 / max(n_layers - 1, 1)
+    ax.bar(np.arange(n_layers) * step, np.bincount(layers, minlength=n_layers), min(0.8 * step, 0.06), color=shade)
+    if row["layer_com"] is not None:
+        ax.axvline(row["layer_com"], color="black", linestyle="--", linewidth=1)
+    found = f"{row['n_heads']} of {n_layers * n_heads} heads at {model.threshold:.3g} or above"
+    ax.set_title(f"{model.name}: {found}, Gini {row['gini']:.3f}", loc="left", fontsize=8.5)
+    ax.set(xlim=(-0.04, 1.04), ylabel="heads")
+    ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+
+
+def _figure(title: str, height: float):
+    from matplotlib.figure import Figure
+
+    figure = Figure((WIDTH, height), layout="constrained")
+    figure.suptitle(title, x=0.02, ha="left")
+    return figure
+
+
+def _caption(figure, text: str) -> None:
+    figure.supxlabel(textwrap.fill(text, 115), x=0.02, ha="left", fontsize=8)

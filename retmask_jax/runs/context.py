@@ -1,0 +1,153 @@
+"""What every stage of the pipeline needs: the config, its work directory, and what they name."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from retmask_jax.data.needles import read_sentences
+from retmask_jax.data.prompter import Prompter
+from retmask_jax.data.prompts import source_files
+from retmask_jax.data.tasks import task_cases
+from retmask_jax.evals.perplexity import text_windows
+from retmask_jax.generation.language_model import LanguageModel, load, outline
+from retmask_jax.hf.checkpoint_files import checkpoint_files
+from retmask_jax.hf.hub import BUNDLED, resolve
+from retmask_jax.hf.weights import Source, source_of
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.sharding import decoding_mesh, make_mesh, placed
+from retmask_jax.runs.recipes import as_json
+from retmask_jax.runs.workdir import Workdir, settings_of
+from retmask_jax.utils import memory
+from retmask_jax.utils.fingerprints import fingerprint
+from retmask_jax.utils.hosts import first_alone, least
+
+_FILE = re.compile(r"text\.file|detect\.scores|tasks\..*\.(needles|haystack)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every stage needs: the config and its work directory; the model is read when first asked for, and its weights
+    by those that ask for `lm`."""
+
+    config: Any
+    workdir: Workdir
+
+    @functools.cached_property
+    def mesh(self):
+        return make_mesh(self.config.mesh)
+
+    @property
+    def outline(self) -> LanguageModel:
+        """The model's config and tokenizer; its weights are not loaded for it."""
+        return self.lm if "lm" in self.__dict__ else self._outline
+
+    @functools.cached_property
+    def _outline(self) -> LanguageModel:
+        return outline(self.config.model, revision=self.config.revision or None).with_kernel(self.config.kernel)
+
+    @functools.cached_property
+    def lm(self) -> LanguageModel:
+        return self.load(self.config.model, revision=self.config.revision or None)
+
+    def load(self, path, **options) -> LanguageModel:
+        """A model as the config wants it: dtype, mesh, kernel; on the mesh for work without gradients."""
+        return load(path, self.config.dtype, self.inference_mesh, **options).with_kernel(self.config.kernel)
+
+    def inference_mesh(self, model: ModelConfig) -> Mesh:
+        """Of the devices of `mesh`, which is training's."""
+        return decoding_mesh(self.mesh, model, self.config.dtype, least(memory.capacity()))
+
+    def of(self, lm: LanguageModel) -> "Context":
+        """This context for another model; prompts then use that model's tokenizer."""
+        other = dataclasses.replace(self)
+        other.__dict__.update(lm=lm, _outline=lm.replace(params=None))
+        return other
+
+    def release(self) -> None:
+        """Hold the model's parameters no longer; they are loaded again when asked for."""
+        self.__dict__.pop("lm", None)
+
+    def start_params(self, dtype: str):
+        """The model's parameters in a dtype, on the mesh of training, for one who gives them up; this context holds none of
+        its own then."""
+        lm = self.__dict__.pop("lm", None)
+        if lm is not None and dtype == self.config.dtype:
+            return placed(lm.config, lm.params, self.mesh)
+        del lm  # one at a time
+        return load(self.config.model, dtype, self.mesh, revision=self.config.revision or None).params
+
+    def source(self) -> Source:
+        """Where the model's stored weights lie and in what dtypes, for models that are saved as it is."""
+        return source_of(resolve(self.config.model, revision=self.config.revision or None))
+
+    @functools.cached_property
+    def prompter(self) -> Prompter:
+        section = self.config.prompt
+        return Prompter(self.outline.tokenizer, section.template, section.chat, section.template_kwargs.to_dict())
+
+    @functools.cached_property
+    def pairs_prompter(self) -> Prompter:
+        """The prompter of answers that are sampled and trained on: its template may have other arguments."""
+        more = self.config.pairs.template_kwargs.to_dict()
+        return dataclasses.replace(self.prompter, template_kwargs=self.prompter.template_kwargs | more)
+
+    def resolve(self, name: str) -> Path:
+        """A data file of the config; "bundled/..." is in the package."""
+        return BUNDLED.parent / "data" / name.removeprefix("bundled/") if name.startswith("bundled/") else Path(name)
+
+    def cases(self, task: str, **changes):
+        """The cases of a task, other settings of which may be changed, such as its seed."""
+        section = SimpleNamespace(**self.config.tasks[task].to_dict() | changes)
+        return task_cases(self.prompter, section, self.resolve)
+
+    def heads(self) -> list[tuple[int, int]]:
+        return [tuple(head) for head in self.workdir.result("detect")["heads"]]
+
+    def windows(self) -> np.ndarray:
+        text = self.config.text
+        if not text.file:
+            raise ValueError("text.file names no file: activity and losses are measured on plain text")
+        return text_windows(self.outline.tokenizer, read_sentences(self.resolve(text.file)), text.length, text.windows)
+
+    def check_files(self) -> None:
+        """ValueError for the first data file of the config that does not exist."""
+        for name in named_files(settings_of(as_json(self.config))):
+            self.data_file(name)
+        if self.config.pairs.prompts:
+            source_files(self.config.pairs.prompts, self.resolve)
+
+    def data_file(self, name: str) -> Path:
+        """`resolve`d; ValueError where no such file is there."""
+        path = self.resolve(name)
+        if not path.is_file():
+            raise ValueError(f"data file {name} of the config does not exist ({path})")
+        return path
+
+    def fingerprints(self, names: Iterable[str]) -> dict[str, str]:
+        """{data file of the config: its fingerprint}; errors as `data_file`."""
+        return {name: fingerprint(self.data_file(name)) for name in sorted(names)}
+
+    @functools.cached_property
+    def model_fingerprint(self) -> str:
+        """`checkpoint_fingerprint` of the model; its weights are not loaded for it."""
+        if "lm" in self.__dict__:
+            return checkpoint_fingerprint(self.lm.source.folder)
+        return checkpoint_fingerprint(self.config.model, self.config.revision or None)
+
+
+def checkpoint_fingerprint(model: str | Path, revision: str | None = None) -> str:
+    """Hash of all files of a model (folder, hub id or "bundled"), which is fetched if need be; as the first host has it."""
+    folder = resolve(model, revision=revision)
+    return first_alone(lambda: fingerprint(*checkpoint_files(folder)))
+
+
+def named_files(settings: Mapping[str, Any]) -> list[str]:
+    """The data files that some settings, {key: value}, name; but those of suites and prompts."""
+    return sorted({value for key, value in settings.items() if _FILE.fullmatch(key) and value})

@@ -1,0 +1,293 @@
+"""The work directory: one folder per stage, results with provenance, stages skipped while what they read is the same.
+
+Nothing in it is ever deleted, and no folder is renamed, which object stores cannot do: what no longer fits is moved,
+file by file, to a new folder under `set-aside`.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import fnmatch
+import importlib.metadata
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from retmask_jax.runs.recipes import as_json
+from retmask_jax.utils.files import digest, read_json, wait_until_listed, wait_until_seen, write_json
+from retmask_jax.utils.hosts import first_alone, primary, wait_for_all
+
+log = logging.getLogger(__name__)
+
+_RESULT = "result.json"
+_STARTED = "started.json"
+_LOCK = ".lock"
+_ASIDE = "set-aside"
+# Keys that say how to compute and not what: batch sizes, devices, servers, what is kept and shown along the way. They
+# decide no result beyond rounding, so they may change between runs of a work directory.
+_HOW = """batch_size cpu_devices kernel mesh.* distributed headlines pairs.batch_size pairs.concurrency pairs.timeout
+    pairs.retries train.microbatch_size train.reference_batch_size train.remat train.widths train.checkpoint_every
+    train.checkpoint_folder train.keep train.profile train.wandb""".split()
+_FREE = ("template_kwargs", "endpoints", "models")  # sections that take any keys
+_PACKAGES = ("retmask_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Basis:
+    """What a stage's result rests on, as JSON values: a result is up to date while all of it is the same.
+
+    settings: {key of the config: value} of those that decide the result. inputs: fingerprints of the files it reads.
+    upstream: {stage: run id} of the results it reads.
+    """
+
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    upstream: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Basis":
+        """The basis that a result's provenance, or the record of a started stage, tells."""
+        return cls(*(record[field.name] for field in dataclasses.fields(cls)))
+
+    def changes(self, wanted: "Basis") -> list[str]:
+        """Each difference of what is wanted from this, such as "key: value there, value here".
+
+        A setting that was not there yet when this was written is none: later versions add keys whose default changes
+        nothing.
+        """
+        inputs, upstream = (differing(dict.fromkeys(new) | dict(old), new) for old, new in (
+            (self.inputs, wanted.inputs), (self.upstream, wanted.upstream)))  # fmt: skip
+        again = [f"{change.split(':')[0]} was made again" for change in upstream]
+        return differing(self.settings, wanted.settings) + inputs + again
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """A folder of results. aside: what the config no longer fits is set aside instead of refused."""
+
+    root: Path
+    config: dict[str, Any]
+    aside: bool = False
+
+    @classmethod
+    def open(cls, root: str | Path, config, aside: bool = False) -> "Workdir":
+        """Open; ValueError where a stage there was made with other settings, naming the first differences.
+
+        Only what decides a stage's result counts; how it is computed (batch sizes, mesh, kernel, servers, versions) may
+        change at any time, and settings of stages that have not begun may, too. Nothing is written before the first
+        stage runs, so a mistake found until then leaves no folder behind.
+        """
+        work = cls(Path(root), as_json(config), aside)
+        if (work.root / "config.json").exists():
+            if not aside:
+                work._check_settings()
+        elif work.root.exists() and (not work.root.is_dir() or any(p.name != _LOCK for p in work.root.iterdir())):
+            raise ValueError(f"work directory {root} exists and is not one of ours: choose another --workdir")
+        return work
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage keeps its files."""
+        return self.root / stage
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """A finished stage's result; ValueError if it has not run."""
+        path = self.folder(stage) / _RESULT
+        if not self.is_finished(stage):
+            raise ValueError(
+                f"stage {stage} has no result in {self.root}: run `retmask {stage}` or `retmask run` first"
+            )
+        return read_json(path)
+
+    def is_finished(self, stage: str) -> bool:
+        """Whether a stage has a result, up to date or not."""
+        return (self.folder(stage) / _RESULT).exists()
+
+    def run_id(self, stage: str) -> str:
+        """The id of a finished stage's run; a rerun has another one."""
+        return self.result(stage)["provenance"]["run_id"]
+
+    def run(self, stage: str, basis: Basis, function: Callable[[Path], dict[str, Any]],
+            about: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], bool]:  # fmt: skip
+        """(result, skipped): run a stage unless it has finished on the same basis. about: more for its provenance.
+
+        What an interrupted run on the same basis left is kept, so that the stage can resume; what another one left is
+        set aside. Versions of packages are recorded, and a change is reported. A rerun has a new id, which makes the
+        stages that depend on it run again. Raises ValueError while another process runs a stage here.
+        """
+        with locked(self.root) if primary() else contextlib.nullcontext():
+            return self._run(stage, basis, function, dict(about or {}))
+
+    def _run(self, stage: str, basis: Basis, function, about: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        folder = self.folder(stage)
+        write_json(self.root / "config.json", self.config)
+        wait_for_all(f"{stage} begins")
+        wait_until_seen(self.root / "config.json")
+        if first_alone(lambda: self._prepare(stage, basis)) == "finished":
+            return self.result(stage), True
+        begin = time.time()
+        result = function(folder)
+        seconds = round(time.time() - begin, 1)
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        record = about | _record(stage, basis) | {"config": digest(settings_of(self.config))}
+        record |= {"run_id": uuid.uuid4().hex, "created": created}
+        write_json(folder / _RESULT, {"provenance": record, "seconds": seconds, **result})
+        wait_for_all(f"{stage} ends")
+        return self.result(stage), False
+
+    def _prepare(self, stage: str, basis: Basis) -> str:
+        """ "finished", "resumed" or "new": the first of what a stage's folder is, which now fits the basis."""
+        folder, changes = self.folder(stage), []
+        for name, state in ((_RESULT, "finished"), (_STARTED, "resumed")):
+            if not (folder / name).exists():
+                continue
+            stored = read_json(folder / name)
+            stored = stored["provenance"] if name == _RESULT else stored
+            changes = Basis.of(stored).changes(basis) if "settings" in stored else ["it is of an older version"]
+            if not changes:
+                _report_versions(stage, stored["versions"])
+                return state
+        if target := set_aside(folder, self.root / _ASIDE):
+            more = f" and {len(changes) - 2} more changes" if len(changes) > 2 else ""
+            why = "; ".join(changes[:2]) or "it has no record of what it was made from"
+            log.warning("%s is made again (%s%s); what was there is kept in %s", stage, why, more, target)
+        write_json(folder / _STARTED, _record(stage, basis))
+        return "new"
+
+    def _check_settings(self) -> None:
+        """ValueError where stages there were made with other settings than the config has."""
+        ours, changed = settings_of(self.config), []
+        for path in sorted([*self.root.glob(f"*/{_RESULT}"), *self.root.glob(f"*/{_STARTED}")]):
+            stored = read_json(path)
+            stored = stored.get("provenance", stored)
+            if "settings" not in stored:
+                version = stored.get("versions", {}).get("retmask_jax", "an older version")
+                raise ValueError(
+                    f"work directory {self.root} was made by retmask_jax {version}, which did not tell models apart well "
+                    "enough to go on there: choose another --workdir, or add --set-aside to keep what is there and begin anew"
+                )
+            changed += [one for one in differing(stored["settings"], ours) if one not in changed]
+        if changed:
+            more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
+            raise ValueError(
+                f"work directory {self.root} belongs to another config ({'; '.join(changed[:2])}{more}): choose another "
+                "--workdir, or add --set-aside to make again what that changes (nothing is deleted)"
+            )
+
+
+def settings_of(config: Mapping[str, Any], patterns: Sequence[str] = ("*",)) -> dict[str, Any]:
+    """{key: value} of a config (as JSON) for the keys that match a pattern, without those that only say how to compute.
+
+    Of servers (pairs.endpoints) the names count, not the addresses, since servers move.
+    """
+    values = {}
+    for key, value in _leaves(config):
+        wanted = any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+        if wanted and not any(fnmatch.fnmatchcase(key, pattern) for pattern in _HOW):
+            values[key] = sorted(value) if key == "pairs.endpoints" else value
+    return values
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys of the old values that have another value in the new ones, as "key: value there, value here"."""
+    return [f"{key}: {old[key]!r} there, {new.get(key)!r} here" for key in sorted(old) if old[key] != new.get(key)]
+
+
+def set_aside(folder: Path, shelf: Path) -> Path | None:
+    """Move the files of a folder to a new one on the shelf, shelf/NAME-1, -2, ..., and return it; None if there are none.
+
+    Files are moved one by one, the record that the stage began last: a move that is cut off goes on in the same place.
+    """
+    marker = folder / _STARTED
+    wait_until_listed([marker, folder / _RESULT])
+    files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    if not files:
+        return None
+    number = 1
+    while (target := shelf / f"{folder.name}-{number}").exists() and ((target / _STARTED).exists() or not marker.exists()):
+        number += 1
+    for path in sorted(files, key=lambda path: path == marker):
+        place = target / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()
+    return target
+
+
+@contextlib.contextmanager
+def locked(root: str | Path) -> Iterator[None]:
+    """Hold a folder for this process, as long as it lives; ValueError naming host and process where another does."""
+    path = Path(root) / _LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        _lock(file)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def check_free(root: str | Path) -> None:
+    """ValueError if another process is writing a folder; creates nothing."""
+    if (Path(root) / _LOCK).exists():
+        with open(Path(root) / _LOCK, "a+") as file:
+            _lock(file)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def changed_versions(stored: Mapping[str, str]) -> str:
+    """The packages whose versions are others than those stored, as "name old, now new"; "" if there are none."""
+    now = versions()
+    return ", ".join(f"{name} {stored.get(name)}, now {now[name]}" for name in now if stored.get(name) != now[name])
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of a config; a section that takes any keys is one value."""
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and name not in _FREE:
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _record(stage: str, basis: Basis) -> dict[str, Any]:
+    return {"stage": stage, **dataclasses.asdict(basis), "versions": versions()}
+
+
+def _report_versions(stage: str, stored: Mapping[str, str]) -> None:
+    if changed := changed_versions(stored):
+        log.warning("%s: what is kept was made with %s", stage, changed)
+
+
+def _lock(file) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read() or "another process"
+        raise ValueError(
+            f"work directory {Path(file.name).parent} is being written by {holder}: wait for it, stop it, or choose "
+            "another --workdir"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        log.warning("%s: this file system has no locks (%s): run one command at a time", file.name, error.strerror)

@@ -1,0 +1,1 @@
+"""The stages of the pipeline, one file each, named as the command, the config section and the folder."""

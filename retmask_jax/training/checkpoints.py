@@ -1,0 +1,101 @@
+"""Checkpoints of a training run: written in the background, the newest few and the best kept, read onto any mesh."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from retmask_jax.utils.files import read_json, wait_until_listed, write_json
+
+log = logging.getLogger(__name__)
+
+
+_LAST = "commit_success.txt"  # what Orbax writes last
+
+
+class Checkpoints:
+    """The checkpoints in a folder; a context manager, at whose end all of them are whole."""
+
+    def __init__(self, folder: str | os.PathLike, keep: int, fingerprint: str):
+        """folder: a path, or the address of a bucket (gs://...), which is handed on as it is. keep: how many of the newest
+        stay, and the one with the lowest loss. fingerprint: of what is trained on.
+
+        A checkpoint is whole once its folder holds the file that is written last: no folder is renamed, which object
+        stores and their mounts cannot do. Since mounts may list new folders late, the steps are also noted by name.
+        """
+        import orbax.checkpoint as ocp
+        from etils import epath
+        from orbax.checkpoint import checkpoint_managers as kept
+
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        self._fingerprint = fingerprint
+        best = kept.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1)
+        policy = kept.AnyPreservationPolicy([kept.LatestN(keep), best])
+        options = ocp.CheckpointManagerOptions(
+            create=True, preservation_policy=policy, temporary_path_class=ocp.path.atomicity.CommitFileTemporaryPath
+        )
+        address = str(folder) if "://" in str(folder) else Path(folder).absolute()
+        self._note = None if isinstance(address, str) else address.with_name(f"{address.name}.steps")
+        if self._note and self._note.exists():
+            begun = [address / str(step) for step in read_json(self._note)]
+            wait_until_listed(path for path in begun if (path / _LAST).exists())
+        self._manager = ocp.CheckpointManager(epath.Path(address), options=options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def save(self, step: int, state: Any, data: dict, loss: float) -> None:
+        """Begin to write: the state, the state of the data's iterator, and the mean loss since the last checkpoint."""
+        import orbax.checkpoint as ocp
+
+        about = {"data": data, "fingerprint": self._fingerprint, "loss": loss}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+        if self._note:
+            write_json(self._note, [*self._manager.all_steps(), step])
+        self._manager.save(step, args=args, metrics={"loss": loss}, force=True)
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint; None: there is none."""
+        return self._manager.latest_step()
+
+    @property
+    def best(self) -> int | None:
+        """The step of the checkpoint with the lowest loss; None: there is none."""
+        self._manager.wait_until_finished()
+        steps = self._manager.all_steps()
+        return min(steps, key=lambda step: self._about(step)["loss"]) if steps else None
+
+    def restore(self, shapes: Any) -> tuple[Any, dict]:
+        """(state, state of the data's iterator) of the newest checkpoint, placed as `shapes` say, whatever mesh it was
+        written on.
+
+        Raises ValueError where it is of a run on other data or another start.
+        """
+        import orbax.checkpoint as ocp
+
+        step = self.latest
+        about = self._about(step)
+        if about["fingerprint"] != self._fingerprint:
+            raise ValueError(
+                f"{self._manager.directory} holds checkpoints of another run (fingerprint {about['fingerprint']}, now "
+                f"{self._fingerprint}): delete it to start again"
+            )
+        log.info("resuming at step %d", step)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(_abstract, shapes)))
+        return self._manager.restore(step, args=args)["state"], about["data"]
+
+    def _about(self, step: int) -> dict:
+        import orbax.checkpoint as ocp
+
+        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+
+
+def _abstract(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

@@ -1,0 +1,249 @@
+"""Training: the loop, its checkpoints, exact resume, and what it says on the way."""
+
+import contextlib
+import dataclasses
+import functools
+import signal
+import statistics
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from retmask_jax.data.pair_rows import SIDES, PairRows, Part, batches, parts, widths
+from retmask_jax.model import lora, sharding
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.flops import peak_flops, training_flops
+from retmask_jax.training.checkpoints import Checkpoints
+from retmask_jax.training.metrics import Metrics, memory_in_use
+from retmask_jax.training.reference import reference_logprobs
+from retmask_jax.training.settings import Settings
+from retmask_jax.training.step import Programs, State, make_programs
+from retmask_jax.utils.files import read_json, write_json
+from retmask_jax.utils.hosts import several, wait_for_all
+from retmask_jax.utils.progress import track
+
+_FINITE = ("loss", "gradient_norm", "parameter_norm")
+_NAMED = 8  # pairs that a message names
+
+
+class Stopped(InterruptedError):
+    """A run was told to stop (SIGTERM) and wrote a checkpoint; the same call goes on from there."""
+
+
+def train(config: ModelConfig, load_params: Callable[[], Any], rows: PairRows, settings: Settings, folder: Path, mesh,
+          *, fingerprint: str, what: str = "train", ablated=None):  # fmt: skip
+    """Train from load_params() on preference rows; returns the final params: all of them, float32; or adapters beside
+    the frozen model, parameters of a config with settings.lora, which `language_model.save` merges into the weights as stored.
+
+    load_params gives the start model, read in settings.start_dtype; it is called once at most, and none but the trained
+    parameters are held while training. fingerprint: of the start model, the data and how they were made into rows. ablated: the
+    Interventions of the objective "contrast".
+
+    Writes reference.npz, metrics.jsonl, tensorboard/ and checkpoints/ (or, where settings.checkpoint_folder names another
+    place, a note of where they are) into folder and resumes from the newest
+    checkpoint there: the outcome equals an uninterrupted run. Raises ValueError for settings, rows or a mesh that do not
+    fit, for files in folder of another fingerprint, and for a loss that is not finite, naming the step and the pairs;
+    Stopped after SIGTERM.
+    """
+    check_mesh(settings, mesh)
+    allowed = widths(rows, 1 if config.depends_on_length else settings.widths, config.max_length)
+    loader = batches(len(rows), settings.batch_size, settings.seed)
+    start = functools.cache(load_params)
+    reference_ND = None
+    if settings.has_reference:
+        reference_ND = reference_logprobs(
+            config, start, rows, folder / "reference.npz", mesh, batch_size=settings.reference_batch_size,
+            compute_dtype=settings.compute_dtype, allowed_widths=allowed, fingerprint=fingerprint,
+        )  # fmt: skip
+    # One set of programs for all seeds: the seed orders the data and is no part of an update.
+    programs = make_programs(config, dataclasses.replace(settings, seed=0), mesh)
+    run = _Run(config, settings, rows, reference_ND, mesh, programs, allowed, ablated)
+    place = _checkpoint_folder(folder, settings.checkpoint_folder)
+    with sharding.using(mesh), Checkpoints(place, settings.keep, fingerprint) as checkpoints:
+        resumed = checkpoints.latest is not None
+        frozen = {} if settings.lora is None else programs.freeze(start())
+        if resumed:
+            state, loader_state = checkpoints.restore(programs.state)
+            loader.set_state(loader_state)
+        else:
+            state = programs.begin(start(), settings.seed)
+        start.cache_clear()
+        state = _loop(run, state, frozen, loader, checkpoints, folder, what)
+        return lora.join(state.params, frozen)
+
+
+def check_mesh(settings: Settings, mesh) -> None:
+    """Raise ValueError where a part of a batch cannot be split over the mesh."""
+    shards = sharding.row_shards(mesh)
+    if settings.microbatch_size % shards:
+        raise ValueError(
+            f"train.microbatch_size {settings.microbatch_size} does not divide over {shards} devices (mesh.data "
+            f"{mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']}): make it a multiple, or the mesh smaller"
+        )
+
+
+def _checkpoint_folder(folder: Path, elsewhere: str) -> str | Path:
+    """Where the run in `folder` keeps its checkpoints: in it, or in a folder of its own elsewhere, which it notes down."""
+    if not elsewhere:
+        return folder / "checkpoints"
+    note = folder / "checkpoints.json"
+    if not note.exists():
+        write_json(note, {"folder": f"{elsewhere.rstrip('/')}/{folder.name}-{uuid.uuid4().hex[:8]}"})
+    wait_for_all("where checkpoints go is noted")
+    return read_json(note)["folder"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What stays the same over the steps. reference_ND: f32[N,2], or None; allowed: the widths of rows."""
+
+    config: ModelConfig
+    settings: Settings
+    rows: PairRows
+    reference_ND: np.ndarray | None
+    mesh: Any
+    programs: Programs
+    allowed: list[int]
+    ablated: Any
+
+
+def _loop(run: _Run, state: State, frozen, loader, checkpoints: Checkpoints, folder: Path, what: str) -> State:
+    settings, first = run.settings, int(state.step)
+    losses = []
+    with (
+        Metrics(folder, first, settings.wandb, what) as metrics,
+        _told_to_stop() as told_to_stop,
+        _profile(folder, settings.profile) as profile,
+        track(None, settings.steps, what, "step", first) as bar,
+    ):
+        for step in range(first, settings.steps):
+            profile(step)
+            begun, pairs = time.monotonic(), next(loader)
+            state, values = _update(run, state, frozen, pairs)
+            _check_finite(values, step, [run.rows.ids[pair] for pair in pairs], what)
+            values |= _speed(run, pairs, time.monotonic() - begun)
+            metrics.add({"step": step + 1, **values})
+            losses.append(values["loss"])
+            bar.set_postfix_str(_shown(values), refresh=False)
+            bar.update()
+            stopping = told_to_stop(step)
+            if stopping or (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+                checkpoints.save(step + 1, state, loader.get_state(), statistics.fmean(losses))
+                losses = []
+            if stopping and step + 1 < settings.steps:
+                raise Stopped(f"{what} was told to stop; a checkpoint of step {step + 1} is written")
+    return state
+
+
+def _update(run: _Run, state: State, frozen, pairs: np.ndarray) -> tuple[State, dict[str, float]]:
+    """One optimiser step: gradients added up over the parts of a batch, then AdamW."""
+    sums, weight = None, _weight(run, pairs)
+    for part in parts(run.rows, pairs, run.settings.microbatch_size, run.allowed):
+        batch = sharding.place_rows(run.mesh, len(part.pairs), functools.partial(_rows, run, part, weight))
+        if sums is None:
+            sums = run.programs.gradients(state.params, frozen, batch, run.ablated)
+        else:
+            sums = run.programs.accumulate(state.params, frozen, sums, batch, run.ablated)
+    state, values = run.programs.apply(state, sums)
+    return state, {name: float(value) for name, value in values.items()}
+
+
+def _weight(run: _Run, pairs: np.ndarray) -> float:
+    """What a pair counts in the batch's loss: pairs alike, or answer tokens alike where the loss is a sum over them."""
+    if run.settings.objective == "dpo":
+        return 1 / len(pairs)
+    _, chosen, rejected, _ = run.rows.bounds[pairs].T
+    return 1 / float((rejected - chosen).sum())
+
+
+def _rows(run: _Run, part: Part, weight: float, at: slice) -> dict[str, np.ndarray]:
+    """Some rows of a part of a batch, as `part_loss` takes them."""
+    pairs = part.pairs[at]
+    batch = run.rows.padded(pairs, part.width, run.config.pad_id)
+    batch["weight"] = np.full(len(pairs), weight, np.float32)
+    if run.reference_ND is not None:
+        batch |= {f"ref_{side}": run.reference_ND[pairs, i] for i, side in enumerate(SIDES)}
+    return batch
+
+
+def _check_finite(values: dict[str, float], step: int, ids: list[str], what: str) -> None:
+    broken = next((name for name in _FINITE if not np.isfinite(values[name])), None)
+    if broken is None:
+        return
+    more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
+    raise ValueError(
+        f"{what}: the {broken.replace('_', ' ')} is {values[broken]} at step {step}, whose batch is pairs "
+        f"{', '.join(map(str, ids[:_NAMED]))}{more}: lower train.learning_rate, or look at these pairs"
+    )
+
+
+def _speed(run: _Run, pairs: np.ndarray, seconds: float) -> dict[str, float]:
+    """Tokens a second, padding not counted; the share of the devices' peak where that is known; the memory in use."""
+    start, chosen, rejected, end = run.rows.bounds[pairs].T
+    answers = (rejected - chosen, end - rejected)[: 2 if run.settings.objective == "dpo" else 1]
+    values = {"tokens_per_second": float(sum((chosen - start + answer).sum() for answer in answers) / seconds)}
+    peak, held = peak_flops(), memory_in_use()
+    if peak is not None:
+        config = dataclasses.replace(run.config, lora=run.settings.lora)
+        lengths = [(int(n), int(a)) for answer in answers for n, a in zip(chosen - start + answer, answer, strict=True)]
+        values["flops_utilisation"] = sum(training_flops(config, n, counted=a) for n, a in lengths) / seconds / peak
+    return values if held is None else values | {"memory_gib": held}
+
+
+def _shown(values: dict[str, float]) -> str:
+    """The numbers of the progress line."""
+    shown = [f"loss {values['loss']:.3f}", f"{values['tokens_per_second']:,.0f} tokens/s"]
+    if "flops_utilisation" in values:
+        shown.append(f"{values['flops_utilisation']:.0%} of peak")
+    if "memory_gib" in values:
+        shown.append(f"{values['memory_gib']:.1f} GiB")
+    return ", ".join(shown)
+
+
+@contextlib.contextmanager
+def _told_to_stop():
+    """Within it SIGTERM no longer kills: the function it gives says, behind a step, whether the signal came.
+
+    Hosts of one program agree on the step, by JAX's own service.
+    """
+    if several():
+        from jax.experimental import multihost_utils
+
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # the only one that may catch signals
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield lambda step: told.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _profile(folder: Path, steps: tuple[int, ...]):
+    """A function to call before each step: it writes a trace of the steps from steps[0] to before steps[1]."""
+    running = False
+
+    def before(step: int) -> None:
+        nonlocal running
+        if steps and step == steps[0]:
+            jax.profiler.start_trace(str(folder / "profile"))
+            running = True
+        elif running and step >= steps[1]:
+            jax.profiler.stop_trace()
+            running = False
+
+    try:
+        yield before
+    finally:
+        if running:
+            jax.profiler.stop_trace()

@@ -1,0 +1,125 @@
+"""Contrastive responses: the model's answer against that of an ablated model or prompt (arXiv 2601.11020)."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from retmask_jax.data.pair_formats import SIDES
+from retmask_jax.data.prompter import Prompter
+from retmask_jax.generation.continuous import Request, generate_stream
+from retmask_jax.generation.decode import NO_STOP
+from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.model.interventions import Interventions, stack
+
+KEPT = "kept"
+OUTCOMES = (KEPT, "empty", "identical")
+_AT_ONCE = 1024  # prompts a tokenizer is given: it returns far more than their tokens
+
+Variant = tuple[int, str]  # training seed and name of who answers
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Question:
+    """A conversation that one variant is to answer; the draws of its answer follow from `draw` alone."""
+
+    variant: Variant
+    id: str | int
+    messages: Sequence[Mapping[str, str]]
+    tokens: Sequence[int]
+    draw: int
+
+    @property
+    def key(self) -> tuple[int, str, str | int]:
+        """What the answer is stored under."""
+        return (*self.variant, self.id)
+
+    def answer(self, text: str, finished: bool, tokens: int, stop: int | None = None) -> dict[str, Any]:
+        """The record of an answer of so many tokens; finished: it was not cut off; stop: the id that ended it, where one
+        did and is known."""
+        record = {"key": list(self.key), "text": text, "finished": finished, "tokens": tokens}
+        return record if stop is None else record | {"stop": stop}
+
+
+def usable(prompter: Prompter, prompts: Sequence[dict], messages_keys: Sequence[str],
+           max_tokens: int) -> tuple[list[int], dict[str, list[list[int]]]]:  # fmt: skip
+    """(numbers of the prompts that can be asked, {messages key: tokens of each of them}).
+
+    A prompt of which a conversation is longer than max_tokens is left out; ValueError where nothing is left.
+    """
+    tokens = {key: _encode(prompter, [prompt[key] for prompt in prompts]) for key in messages_keys}
+    numbers = [i for i in range(len(prompts)) if max(len(rows[i]) for rows in tokens.values()) <= max_tokens]
+    if not numbers:
+        raise ValueError(
+            f"each of {len(prompts)} prompts has more than {max(max_tokens, 0)} tokens, which the model's context leaves "
+            "beside pairs.max_new_tokens: take shorter prompts or fewer new tokens"
+        )
+    return numbers, {key: [rows[i] for i in numbers] for key, rows in tokens.items()}
+
+
+def draws(seed: int, stream: int, n: int) -> np.ndarray:
+    """u32[n]: the seeds of n prompts' draws in a stream of their own; those of the first do not depend on n."""
+    return np.random.SeedSequence([seed, stream]).generate_state(n)
+
+
+def sample(lm: LanguageModel, questions: Sequence[Question], masks: Mapping[Variant, Interventions], *,
+           temperature: float, top_p: float, max_new_tokens: int, batch_size: int | None) -> Iterator[dict]:  # fmt: skip
+    """The answers of the model, each under its variant's mask, as records in the order in which they finish.
+
+    All variants share batches. An answer depends on its question alone, not on what else is asked (up to rounding,
+    where another batch is padded to another length).
+    """
+    places = {variant: place for place, variant in enumerate(masks)}
+    requests = [Request(q.tokens, places[q.variant], q.draw) for q in questions]
+    filled = stack([iv.fill(lm.config) for iv in masks.values()])
+    stream = generate_stream(
+        lm.config, lm.params, requests, batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_p=top_p, masks=filled, what="sample",
+    )  # fmt: skip
+    for i, result in stream:
+        text = lm.tokenizer.decode(result.tokens, skip_special_tokens=True)
+        n, stop = len(result.tokens), int(result.stops)
+        yield questions[i].answer(text, finished=n < max_new_tokens, tokens=n, stop=None if stop == NO_STOP else stop)
+
+
+def make_pairs(prompts: Iterable[dict], chosen: Iterable[dict], rejected: Iterable[dict],
+               counts: collections.Counter) -> Iterator[dict]:  # fmt: skip
+    """Records {id, messages, chosen, ...} of pairs that differ and are not empty; all are counted by OUTCOMES."""
+    for prompt, good, bad in zip(prompts, chosen, rejected, strict=True):
+        outcome = _outcome(good["text"], bad["text"])
+        counts[outcome] += 1
+        if outcome == KEPT:
+            yield _record(prompt, good, bad)
+
+
+def make_demonstrations(prompts: Iterable[dict], chosen: Iterable[dict], counts: collections.Counter) -> Iterator[dict]:
+    """The model's own answers as records for supervised training (rejected repeats chosen and is not used)."""
+    for prompt, good in zip(prompts, chosen, strict=True):
+        counts[KEPT if good["text"].strip() else "empty"] += 1
+        if good["text"].strip():
+            yield _record(prompt, good, good)
+
+
+def _encode(prompter: Prompter, conversations: Sequence) -> list[list[int]]:
+    rows = []
+    for start in range(0, len(conversations), _AT_ONCE):
+        part = conversations[start : start + _AT_ONCE]
+        rows += prompter.encode_many([prompter.render_messages(messages) for messages in part])
+    return rows
+
+
+def _outcome(good: str, bad: str) -> str:
+    if not good.strip() or not bad.strip():
+        return "empty"
+    return "identical" if good == bad else KEPT
+
+
+def _record(prompt: dict, good: dict, bad: dict) -> dict:
+    stops = {f"{side}_stop": answer["stop"] for side, answer in zip(SIDES, (good, bad), strict=True) if "stop" in answer}
+    return {
+        "id": prompt["id"], "messages": prompt["messages"],
+        "chosen": good["text"], "chosen_finished": good["finished"],
+        "rejected": bad["text"], "rejected_finished": bad["finished"],
+    } | stops  # fmt: skip

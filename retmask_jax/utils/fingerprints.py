@@ -1,0 +1,74 @@
+"""Hashes of files and checkpoints, of every byte; what a file hashed to is remembered while the file is the same."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from retmask_jax.utils.files import digest
+from retmask_jax.utils.progress import track
+
+_REMEMBERED = 2**24  # bytes from which on a file's hash is remembered; a smaller one is read faster than looked up
+_SETTLED = 2 * 10**9  # ns: a file changed within this time of its hashing could change again under the same time stamp
+_BLOCK = 2**22
+_READERS = 4  # threads: hashing leaves the interpreter free
+
+
+def fingerprint(*files: Path) -> str:
+    """Hash of some files, with their names: every byte counts.
+
+    A sample of each tensor would be quicker, but weights can differ in one expert or one adapter alone, and a wrong
+    match costs results. One core hashes 1 to 2 GB/s, so that 16 GB take some 10 s in four files, and nothing when they
+    are hashed again: the hash of a large file is kept in the user's cache folder under its path, size, modification
+    time and inode.
+    """
+    sizes = [file.stat().st_size for file in files]
+    with (
+        track(None, sum(sizes), f"fingerprint {files[0].parent.name}", "B") as bar,
+        concurrent.futures.ThreadPoolExecutor(_READERS) as pool,
+    ):
+        hashes = pool.map(lambda file: _hash(file, bar.update), files)
+        return digest([[file.name, size, found] for file, size, found in zip(files, sizes, hashes, strict=True)])
+
+
+def _hash(file: Path, progress) -> str:
+    """SHA-256 of a file's content, remembered where it is large. progress: is given the bytes of each block."""
+    before = file.stat()
+    identity = [str(file.resolve()), before.st_size, before.st_mtime_ns, before.st_ino]
+    if before.st_size < _REMEMBERED:
+        return _read(file, progress)
+    known = _cache() / f"{digest(identity)}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or damaged: the file is read
+        stored = json.loads(known.read_text())
+        if stored["identity"] == identity:
+            progress(before.st_size)
+            return stored["sha256"]
+    found = _read(file, progress)
+    if time.time_ns() - before.st_mtime_ns > _SETTLED:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
+            _remember(known, {"identity": identity, "sha256": found})
+    return found
+
+
+def _read(file: Path, progress) -> str:
+    hashed = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(_BLOCK):
+            hashed.update(block)
+            progress(len(block))
+    return hashed.hexdigest()
+
+
+def _remember(known: Path, record: dict) -> None:
+    known.parent.mkdir(parents=True, exist_ok=True)
+    part = known.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(record))
+    part.replace(known)
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "retmask_jax" / "fingerprints"

@@ -1,0 +1,122 @@
+"""Memory: what a compiled program needs, what the device has, and what to say when it is not enough."""
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import psutil
+
+from retmask_jax.utils.progress import track
+
+log = logging.getLogger(__name__)
+
+_SIZE = re.compile(r"allocat\w* (\d+) bytes|allocat\w* ([\d.]+ ?[KMGT]i?B)", re.IGNORECASE)
+
+
+class OutOfMemory(ValueError):
+    """The device ran out of memory; the message says where, how much was wanted and what to change."""
+
+
+def limit() -> int:
+    """Bytes free on the first device; on a CPU, its share of the machine's."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return psutil.virtual_memory().available // jax.local_device_count()  # with what the page cache would give back
+
+
+def known() -> bool:
+    """Whether the first device says how much memory it has; a CPU's is that of everyone on the machine."""
+    return "bytes_limit" in (jax.devices()[0].memory_stats() or {})
+
+
+def capacity() -> int:
+    """Bytes of the first device; on a CPU, its share of the machine's."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or psutil.virtual_memory().total // jax.local_device_count()
+
+
+def needed(compiled) -> int:
+    """Bytes a compiled program takes beside its arguments, by the compiler's report."""
+    report = compiled.memory_analysis()
+    return report.temp_size_in_bytes + report.output_size_in_bytes
+
+
+def largest_batch(compile_for: Callable[[int], Any], wanted: int, what: str) -> tuple[int, Any]:
+    """(batch size, compiled program): `wanted`, or the first of its halves that fits the device's free memory.
+
+    compile_for(batch size) compiles ahead of time. Raises OutOfMemory if a batch of one does not fit.
+    """
+    batch_size = wanted
+    while True:
+        compiled, free = compile_for(batch_size), limit()
+        if needed(compiled) <= free:
+            return batch_size, compiled
+        if batch_size == 1:
+            raise OutOfMemory(f"{what}: one row needs {_gib(needed(compiled))}, {_gib(free)} are free: shorten the rows")
+        log.warning("%s: a batch of %d needs %s, %s are free; trying half", what, batch_size, _gib(needed(compiled)),
+                    _gib(free))  # fmt: skip
+        batch_size = max(1, batch_size // 2)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that a device, or the host, has no memory left."""
+    of_device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return of_device or isinstance(error, MemoryError)
+
+
+def explain(error: Exception, what: str, advice: str) -> OutOfMemory:
+    """The error in one line: the stage, the bytes wanted where the error names them, and the setting to change."""
+    found = _SIZE.search(str(error))
+    wanted = "" if found is None else f" when {_gib(int(found[1])) if found[1] else found[2]} more were wanted"
+    return OutOfMemory(f"{what} ran out of memory{wanted}: {advice}")
+
+
+def in_batches(n: int, batch_size: int, what: str, unit: str, work: Callable[[list[int], int], Iterator]) -> list:
+    """The results of n items, in their order, under a progress bar; when memory runs out, the rest in half the batch.
+
+    work(indices that have no result yet, batch size) yields (indices of a batch, their results); a batch may repeat an
+    index to be full. Raises OutOfMemory where one row is too many.
+    """
+    results: list[Any] = [None] * n
+
+    def run(batch_size: int) -> None:
+        for batch, found in work([i for i, result in enumerate(results) if result is None], batch_size):
+            for i, result in zip(batch, found, strict=True):
+                results[i] = result
+            bar.update(len(set(batch)))
+
+    with track(None, n, what, unit) as bar:
+        in_smaller_batches(run, batch_size, what)
+    return results
+
+
+def in_smaller_batches(run: Callable[[int], Any], batch_size: int, what: str, setting: str = "batch_size"):
+    """run(batch size); when memory runs out, again with half the batch, down to one row.
+
+    Raises OutOfMemory where one row is too many.
+    """
+    while True:
+        try:
+            return run(batch_size)
+        except jax.errors.JaxRuntimeError as error:
+            batch_size = halved(error, batch_size, what, setting)
+
+
+def halved(error: Exception, batch_size: int, what: str, setting: str = "batch_size") -> int:
+    """The batch size to go on with after an error of JAX.
+
+    Raises the error if it is not about memory, and OutOfMemory where one row is too many.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    if batch_size == 1:
+        raise explain(error, what, "one row is too many: shorten it, or use a bigger device or mesh") from error
+    log.warning("%s; going on with half", explain(error, what, f"{setting} is {batch_size}"))
+    return batch_size // 2
+
+
+def _gib(n: float) -> str:
+    return f"{n / 2**30:.2f} GiB"

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from retmask_jax.utils import hosts
+from retmask_jax.utils import hosts, memory
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE",
              "TPU_WORKER_HOSTNAMES")  # fmt: skip
@@ -48,3 +48,9 @@ def test_one_host_writes_and_waits_for_nobody():
     hosts.wait_for_all("nobody")
     tree = hosts.to_host({"a": jax.numpy.arange(3), "b": 2.5})
     assert isinstance(tree["a"], np.ndarray) and tree["a"].tolist() == [0, 1, 2] and tree["b"] == 2.5
+
+
+def test_memory_is_asked_of_the_devices_of_this_host(monkeypatch):
+    """Those of another host do not say, and raise."""
+    monkeypatch.setattr(jax, "devices", lambda: pytest.fail("a device of another host is asked"))
+    assert memory.capacity() >= memory.limit() > 0 and memory.known() in (False, True)

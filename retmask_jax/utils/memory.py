@@ -21,20 +21,20 @@ class OutOfMemory(ValueError):
 
 def limit() -> int:
     """Bytes free on the first device; on a CPU, its share of the machine's."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     return psutil.virtual_memory().available // jax.local_device_count()  # with what the page cache would give back
 
 
 def known() -> bool:
-    """Whether the first device says how much memory it has; a CPU's is that of everyone on the machine."""
-    return "bytes_limit" in (jax.devices()[0].memory_stats() or {})
+    """Whether the first device of this host says how much memory it has; a CPU's is that of everyone on the machine."""
+    return "bytes_limit" in (jax.local_devices()[0].memory_stats() or {})
 
 
 def capacity() -> int:
-    """Bytes of the first device; on a CPU, its share of the machine's."""
-    stats = jax.devices()[0].memory_stats() or {}
+    """Bytes of the first device of this host; on a CPU, its share of the machine's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") or psutil.virtual_memory().total // jax.local_device_count()
 
 

@@ -53,8 +53,13 @@ class Context:
         return outline(self.config.model, revision=self.config.revision or None).with_kernel(self.config.kernel)
 
     @functools.cached_property
+    def folder(self) -> Path:
+        """Where the model lies, fetched if need be; looked up once, since a branch of the hub may move meanwhile."""
+        return resolve(self.config.model, revision=self.config.revision or None)
+
+    @functools.cached_property
     def lm(self) -> LanguageModel:
-        return self.load(self.config.model, revision=self.config.revision or None)
+        return self.load(self.folder)
 
     def load(self, path, **options) -> LanguageModel:
         """A model as the config wants it: dtype, mesh, kernel; on the mesh for work without gradients."""
@@ -81,11 +86,11 @@ class Context:
         if lm is not None and dtype == self.config.dtype:
             return placed(lm.config, lm.params, self.mesh)
         del lm  # one at a time
-        return load(self.config.model, dtype, self.mesh, revision=self.config.revision or None).params
+        return load(self.folder, dtype, self.mesh).params
 
     def source(self) -> Source:
         """Where the model's stored weights lie and in what dtypes, for models that are saved as it is."""
-        return source_of(resolve(self.config.model, revision=self.config.revision or None))
+        return source_of(self.folder)
 
     @functools.cached_property
     def prompter(self) -> Prompter:
@@ -137,14 +142,12 @@ class Context:
     @functools.cached_property
     def model_fingerprint(self) -> str:
         """`checkpoint_fingerprint` of the model; its weights are not loaded for it."""
-        if "lm" in self.__dict__:
-            return checkpoint_fingerprint(self.lm.source.folder)
-        return checkpoint_fingerprint(self.config.model, self.config.revision or None)
+        return checkpoint_fingerprint(self.lm.source.folder if "lm" in self.__dict__ else self.folder)
 
 
-def checkpoint_fingerprint(model: str | Path, revision: str | None = None) -> str:
+def checkpoint_fingerprint(model: str | Path) -> str:
     """Hash of all files of a model (folder, hub id or "bundled"), which is fetched if need be; as the first host has it."""
-    folder = resolve(model, revision=revision)
+    folder = resolve(model)
     return first_alone(lambda: fingerprint(*checkpoint_files(folder)))
 
 

@@ -28,6 +28,7 @@ notebooks: .venv/.tested
 
 lint: .venv/.tested
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -49,8 +49,15 @@ setup(
         "eval": ["lm-eval>=0.4.9", "pytrec-eval-terrier>=0.5"],
         "bench": ["torch>=2.6", "trl>=0.29"],
         "test": [
-            "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "nbclient>=0.10", "nbformat>=5.10",
-            "ipykernel>=6.29", "beartype>=0.20", "pytrec-eval-terrier>=0.5",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "ipykernel>=6.29",
+            "beartype>=0.20",
+            "pytrec-eval-terrier>=0.5",
         ],
     },
     classifiers=[

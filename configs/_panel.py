@@ -19,8 +19,14 @@ def member(name: str, contradictions: float, **architecture) -> ConfigDict:
     """
     config = tiny_study.study(tiny.get_config())
     config.model = f"runs/{name}-0/tiny"
-    lengths = {"detect": (96, 160, 224), "needle short": (128,), "needle long": (320,), "context short": (128,),
-               "context long": (256,), "niah": (64, 128, 192, 256, 320)}  # fmt: skip
+    lengths = {
+        "detect": (96, 160, 224),
+        "needle short": (128,),
+        "needle long": (320,),
+        "context short": (128,),
+        "context long": (256,),
+        "niah": (64, 128, 192, 256, 320),
+    }
     for task, values in lengths.items():
         config.tasks[task].lengths = values
     config.tasks["needle long"].distractors = 7
@@ -31,9 +37,11 @@ def member(name: str, contradictions: float, **architecture) -> ConfigDict:
     for task in [task for task in config.tasks if task.startswith("ruler")]:
         del config.tasks[task]
     config.headlines = tuple(name for name in config.headlines if not name.startswith("rope/")) + (
-        "rope/needle short/highest minus lowest quarter", "rope/needle short/centre of mass of the windows",
-        "eval/context long/start", "eval/context long/retmask minus start",
-    )  # fmt: skip
+        "rope/needle short/highest minus lowest quarter",
+        "rope/needle short/centre of mass of the windows",
+        "eval/context long/start",
+        "eval/context long/retmask minus start",
+    )
     config.pretrain.model.max_length = 512
     config.pretrain.model.update(architecture)
     config.pretrain.stages = _stages(contradictions)
@@ -50,11 +58,19 @@ def _stages(contradictions: float) -> tuple[ConfigDict, ...]:
     return (
         tiny.stage(2, 4, 4e-3, [tiny.phase(300, 72, 64, learn, needles=2)]),
         tiny.stage(2, 4, 4e-3, [tiny.phase(250, 72, 64, use, needles=2)]),
-        tiny.stage(4, 8, 3e-3, [
-            tiny.phase(100, 128, 32, broad, needles=4, questions=2, counterfactual=rare),
-            tiny.phase(250, 256, 16, broad, needles=8, questions=4, counterfactual=rare, drop=0.1),
-        ]),
-        tiny.stage(4, 8, 5e-4, [
-            tiny.phase(100, 256, 16, settle, needles=8, questions=4, counterfactual=contradictions, drop=0.3),
-        ]),
-    )  # fmt: skip
+        tiny.stage(
+            4,
+            8,
+            3e-3,
+            [
+                tiny.phase(100, 128, 32, broad, needles=4, questions=2, counterfactual=rare),
+                tiny.phase(250, 256, 16, broad, needles=8, questions=4, counterfactual=rare, drop=0.1),
+            ],
+        ),
+        tiny.stage(
+            4,
+            8,
+            5e-4,
+            [tiny.phase(100, 256, 16, settle, needles=8, questions=4, counterfactual=contradictions, drop=0.3)],
+        ),
+    )

@@ -31,11 +31,13 @@ def retmask_method(model: str, threshold: float) -> ConfigDict:
     lengths = (128, *(round(i * 5000 / 19) for i in range(1, 20)))
     depths = tuple(round(i / 9, 3) for i in range(10))
     test = {"needles": "data/test_needles.jsonl", "haystack": "data/haystack.txt"}
-    config.tasks = ConfigDict({
-        "detect": default.task("data/needles.jsonl", "data/haystack.txt", lengths, depths, shuffle=False),
-        "needle short": default.task(**test, lengths=(1024,), per_length=100, seed=1),
-        "needle long": default.task(**test, lengths=(8192,), per_length=100, seed=2),
-    })  # fmt: skip
+    config.tasks = ConfigDict(
+        {
+            "detect": default.task("data/needles.jsonl", "data/haystack.txt", lengths, depths, shuffle=False),
+            "needle short": default.task(**test, lengths=(1024,), per_length=100, seed=1),
+            "needle long": default.task(**test, lengths=(8192,), per_length=100, seed=2),
+        }
+    )
     config.detect.threshold = threshold
     config.knockout.tasks = ("needle short",)
     config.rope.tasks = ("needle short",)
@@ -43,11 +45,14 @@ def retmask_method(model: str, threshold: float) -> ConfigDict:
     config.text.file = "data/haystack.txt"
     config.eval.tasks = ("needle short", "needle long")
     config.headlines = (
-        "detect/cases counted", "detect/heads", "detect/gini", "knockout/needle short/none",
+        "detect/cases counted",
+        "detect/heads",
+        "detect/gini",
+        "knockout/needle short/none",
         *(f"knockout/needle short/{kind}" for kind in ("retrieval", "any layer", "layer-matched", "activity-matched")),
         "rope/needle short/highest minus lowest quarter",
         *(f"eval/{task}/retmask minus start" for task in ("needle short", "needle long", "text loss")),
-    )  # fmt: skip
+    )
     return config
 
 
@@ -80,9 +85,13 @@ def rope_study(model: str, context: int, pairs: tuple[int, ...] = (8,)) -> Confi
     config.prompt.chat = False
     lengths = tuple(min(length, context - 20) for length in (1024, 2048, 4096, 8192) if length <= context)
     case = {
-        "needles": "data/codes.jsonl", "haystack": "data/haystack.txt", "lengths": lengths,
-        "depths": (0.1, 0.25, 0.5, 0.75, 0.9), "per_length": 50, "max_new_tokens": 20,
-    }  # fmt: skip
+        "needles": "data/codes.jsonl",
+        "haystack": "data/haystack.txt",
+        "lengths": lengths,
+        "depths": (0.1, 0.25, 0.5, 0.75, 0.9),
+        "per_length": 50,
+        "max_new_tokens": 20,
+    }
     config.tasks = ConfigDict({"detect": default.task(**case, seed=1), "needle": default.task(**case, seed=2)})
     config.detect.max_new_tokens = 20
     config.detect.threshold = 0.1
@@ -91,8 +100,11 @@ def rope_study(model: str, context: int, pairs: tuple[int, ...] = (8,)) -> Confi
     config.rope.pairs = pairs
     config.text.file = "data/haystack.txt"
     config.headlines = (
-        "detect/cases counted", "detect/heads", "detect/gini", "knockout/needle/none",
+        "detect/cases counted",
+        "detect/heads",
+        "detect/gini",
+        "knockout/needle/none",
         *(f"knockout/needle/{kind}" for kind in ("retrieval", "any layer", "layer-matched", "activity-matched")),
         *(f"rope/needle/{kind} {k} pairs" for k in pairs for kind in ("lowest", "highest", "random")),
-    )  # fmt: skip
+    )
     return config

@@ -43,7 +43,8 @@ def get_config() -> ConfigDict:
     config.knockout.draws = 5  # random control sets of each kind: one draw can mislead
     config.knockout.activity_windows = 16  # texts on which the activity of a head is measured
     config.knockout.seed = 0
-    config.knockout.modes = ("zero",)  # what a masked head writes: zero, its mean over text, or query (the mean of all keys)
+    # what a masked head writes: zero, its mean over text, or query (the mean of all keys)
+    config.knockout.modes = ("zero",)
     config.knockout.mode_draws = 2  # random sets of each kind in the modes behind the first, and in curves
     config.knockout.curve = ()  # numbers of heads, best first, or (floats) shares of the retrieval heads; on the first task
     config.knockout.minimal = None  # search the smallest set that lowers recall to this share of the untouched model's
@@ -122,7 +123,8 @@ def get_config() -> ConfigDict:
     # without a mount.
     config.train.checkpoint_folder = ""
     config.train.profile = ()  # (first, behind last) step of a trace for TensorBoard or Perfetto
-    config.train.wandb = ""  # project of Weights & Biases, if installed; metrics.jsonl and tensorboard/ are always there
+    # project of Weights & Biases, if installed; metrics.jsonl and tensorboard/ are always there
+    config.train.wandb = ""
 
     config.eval = ConfigDict()
     config.eval.tasks = ()
@@ -135,8 +137,15 @@ def get_config() -> ConfigDict:
     config.detectors = ConfigDict()
     # All that there are; their units differ, so they are compared by order and by their best heads.
     config.detectors.names = (
-        "copy", "copy_forced", "copy_position", "argmax", "mass", "query_focused", "logit", "gradient",
-    )  # fmt: skip
+        "copy",
+        "copy_forced",
+        "copy_position",
+        "argmax",
+        "mass",
+        "query_focused",
+        "logit",
+        "gradient",
+    )
     config.detectors.cases = None  # of detect.task, spread evenly; None: all, and copy is not decoded again
     config.detectors.top_k = None  # heads compared and masked of each detector; None: as many as detect found
     config.detectors.null_query = "N/A"  # of query_focused, as QRHead has it: a question that asks for nothing
@@ -239,7 +248,17 @@ def _suites() -> ConfigDict:
     return suites
 
 
-def task(needles, haystack="", lengths=(), depths=(0.1, 0.3, 0.5, 0.7, 0.9), per_length=None, distractors=0, seed=0,
-         shuffle=True, at_start=False, max_new_tokens=50) -> ConfigDict:  # fmt: skip
+def task(
+    needles,
+    haystack="",
+    lengths=(),
+    depths=(0.1, 0.3, 0.5, 0.7, 0.9),
+    per_length=None,
+    distractors=0,
+    seed=0,
+    shuffle=True,
+    at_start=False,
+    max_new_tokens=50,
+) -> ConfigDict:
     """A section under `tasks`. per_length None: all of lengths x depths x needles. No lengths: bare questions."""
     return ConfigDict(locals())

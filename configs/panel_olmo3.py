@@ -25,6 +25,12 @@ from retmask_jax.configs import _panel
 
 def get_config() -> ConfigDict:
     return _panel.member(
-        "panel_olmo3", contradictions=0.3, norm_placement="post", qk_norm="projection", n_kv_heads=8, head_dim=16,
-        layer_pattern=("sliding", "full"), window=32,
-    )  # fmt: skip
+        "panel_olmo3",
+        contradictions=0.3,
+        norm_placement="post",
+        qk_norm="projection",
+        n_kv_heads=8,
+        head_dim=16,
+        layer_pattern=("sliding", "full"),
+        window=32,
+    )

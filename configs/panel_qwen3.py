@@ -22,4 +22,6 @@ from retmask_jax.configs import _panel
 
 
 def get_config() -> ConfigDict:
-    return _panel.member("panel_qwen3", contradictions=0.12, qk_norm="head", rope_theta=1e5, norm_eps=1e-6, tied_embeddings=False)
+    return _panel.member(
+        "panel_qwen3", contradictions=0.12, qk_norm="head", rope_theta=1e5, norm_eps=1e-6, tied_embeddings=False
+    )

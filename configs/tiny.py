@@ -23,22 +23,37 @@ def get_config() -> ConfigDict:
     # The model was trained on up to 512 tokens: 128 is short, 640 is beyond what it has seen.
     needles = {"needles": "bundled/test_needles.jsonl", "haystack": "bundled/test_text.txt", "max_new_tokens": 8}
     facts = needles | {"needles": "bundled/test_facts.jsonl", "max_new_tokens": 3}
-    config.tasks = ConfigDict({
-        "detect": default.task("bundled/detect_needles.jsonl", "bundled/detect_text.txt", lengths=(128, 256, 384),
-                               per_length=40, distractors=5, seed=1, max_new_tokens=8),
-        "needle short": default.task(**needles, lengths=(128,), per_length=96, distractors=3, seed=2),
-        "needle long": default.task(**needles, lengths=(640,), per_length=96, distractors=15, seed=3),
-        "context short": default.task(**facts, lengths=(128,), per_length=96, distractors=3, seed=4),
-        "context long": default.task(**facts, lengths=(512,), per_length=256, distractors=3, seed=5),
-        "closed-book": default.task("bundled/closed_book.jsonl", max_new_tokens=3),
-        "niah": default.task(**needles, lengths=(128, 256, 384, 512, 640), depths=(0.0, 0.25, 0.5, 0.75, 1.0),
-                             per_length=40, distractors=7, seed=6),
-        # Three of RULER's tasks in the model's own words, of which it has no others: one needle over lengths, one of four
-        # keys, and a haystack that is all needles (34 of 11 tokens and the question fill 384).
-        "ruler single": default.task(**needles, lengths=(128, 256, 512), per_length=32, seed=7),
-        "ruler multikey": default.task(**needles, lengths=(512,), per_length=96, distractors=3, seed=8),
-        "ruler all needles": default.task(**needles, lengths=(384,), per_length=96, distractors=33, seed=9),
-    })  # fmt: skip
+    config.tasks = ConfigDict(
+        {
+            "detect": default.task(
+                "bundled/detect_needles.jsonl",
+                "bundled/detect_text.txt",
+                lengths=(128, 256, 384),
+                per_length=40,
+                distractors=5,
+                seed=1,
+                max_new_tokens=8,
+            ),
+            "needle short": default.task(**needles, lengths=(128,), per_length=96, distractors=3, seed=2),
+            "needle long": default.task(**needles, lengths=(640,), per_length=96, distractors=15, seed=3),
+            "context short": default.task(**facts, lengths=(128,), per_length=96, distractors=3, seed=4),
+            "context long": default.task(**facts, lengths=(512,), per_length=256, distractors=3, seed=5),
+            "closed-book": default.task("bundled/closed_book.jsonl", max_new_tokens=3),
+            "niah": default.task(
+                **needles,
+                lengths=(128, 256, 384, 512, 640),
+                depths=(0.0, 0.25, 0.5, 0.75, 1.0),
+                per_length=40,
+                distractors=7,
+                seed=6,
+            ),
+            # Three of RULER's tasks in the model's own words, of which it has no others: one needle over lengths, one of four
+            # keys, and a haystack that is all needles (34 of 11 tokens and the question fill 384).
+            "ruler single": default.task(**needles, lengths=(128, 256, 512), per_length=32, seed=7),
+            "ruler multikey": default.task(**needles, lengths=(512,), per_length=96, distractors=3, seed=8),
+            "ruler all needles": default.task(**needles, lengths=(384,), per_length=96, distractors=33, seed=9),
+        }
+    )
     config.text.file = "bundled/test_text.txt"
     config.text.length = 256
     config.text.windows = 32
@@ -64,21 +79,42 @@ def get_config() -> ConfigDict:
     config.train.widths = 1  # compiling takes longer than padding
     config.train.checkpoint_every = 20
 
-    config.eval.tasks = ("needle short", "needle long", "context short", "context long", "closed-book", "ruler single",
-                         "ruler multikey", "ruler all needles")  # fmt: skip
+    config.eval.tasks = (
+        "needle short",
+        "needle long",
+        "context short",
+        "context long",
+        "closed-book",
+        "ruler single",
+        "ruler multikey",
+        "ruler all needles",
+    )
     config.eval.grids = ("niah",)
 
     config.headlines = (
-        "detect/cases counted", "detect/heads", "detect/gini",
-        "knockout/needle short/none", "knockout/needle short/retrieval", "knockout/needle short/layer-matched",
-        "knockout/needle short/any layer", "knockout/needle short/activity-matched", "knockout/idle heads",
-        "knockout/context short: from memory/retrieval", "knockout/closed-book/retrieval",
-        "rope/needle short/lowest 4 pairs", "rope/needle short/highest 4 pairs",
+        "detect/cases counted",
+        "detect/heads",
+        "detect/gini",
+        "knockout/needle short/none",
+        "knockout/needle short/retrieval",
+        "knockout/needle short/layer-matched",
+        "knockout/needle short/any layer",
+        "knockout/needle short/activity-matched",
+        "knockout/idle heads",
+        "knockout/context short: from memory/retrieval",
+        "knockout/closed-book/retrieval",
+        "rope/needle short/lowest 4 pairs",
+        "rope/needle short/highest 4 pairs",
         "rope/needle short/highest minus lowest quarter",
-        "eval/needle long/start", "eval/context long/start", "eval/context long/retmask",
-        "eval/context long/retmask minus start", "eval/context long/activity_matched minus start",
-        "eval/closed-book/retmask minus start", "eval/text loss/start", "eval/text loss/retmask minus start",
-    )  # fmt: skip
+        "eval/needle long/start",
+        "eval/context long/start",
+        "eval/context long/retmask",
+        "eval/context long/retmask minus start",
+        "eval/context long/activity_matched minus start",
+        "eval/closed-book/retmask minus start",
+        "eval/text loss/start",
+        "eval/text loss/retmask minus start",
+    )
 
     config.pretrain = _pretrain()
     return config
@@ -96,24 +132,44 @@ def _pretrain() -> ConfigDict:
     recipe = ConfigDict()
     recipe.seed = 0
     recipe.keep_every = 100  # steps between models kept along the way, for `retmask dynamics`; 0: none
-    recipe.model = ConfigDict({
-        "hidden_size": 128, "mlp_size": 256, "n_heads": 8, "n_kv_heads": 4, "head_dim": 32, "max_length": 1024,
-        "rope_theta": 1e4,
-    })  # fmt: skip
+    recipe.model = ConfigDict(
+        {
+            "hidden_size": 128,
+            "mlp_size": 256,
+            "n_heads": 8,
+            "n_kv_heads": 4,
+            "head_dim": 32,
+            "max_length": 1024,
+            "rope_theta": 1e4,
+        }
+    )
     recipe.stages = (
         stage(2, 4, 4e-3, [phase(330, 72, 64, learn, needles=2)]),
         stage(2, 4, 4e-3, [phase(280, 72, 64, use, needles=2)]),
-        stage(4, 8, 3e-3, [
-            phase(120, 128, 32, broad, needles=4, questions=2, counterfactual=rare),
-            phase(150, 256, 16, broad, needles=8, questions=4, counterfactual=rare, drop=0.1),
-            phase(220, 512, 8, broad, needles=12, questions=6, counterfactual=rare, drop=0.1),
-        ]),
+        stage(
+            4,
+            8,
+            3e-3,
+            [
+                phase(120, 128, 32, broad, needles=4, questions=2, counterfactual=rare),
+                phase(150, 256, 16, broad, needles=8, questions=4, counterfactual=rare, drop=0.1),
+                phase(220, 512, 8, broad, needles=12, questions=6, counterfactual=rare, drop=0.1),
+            ],
+        ),
         stage(4, 8, 5e-4, [phase(140, 512, 8, settle, needles=12, questions=6, counterfactual=some, drop=0.3)]),
-    )  # fmt: skip
-    recipe.data = ConfigDict({
-        "seeds": {"detect": 101, "test": 102}, "facts_seed": 103, "prompts_seed": 104,
-        "needles": 128, "sentences": 2000, "prompts": 512, "prompt_lengths": (96, 248), "prompts_facts": 0.75,
-    })  # fmt: skip
+    )
+    recipe.data = ConfigDict(
+        {
+            "seeds": {"detect": 101, "test": 102},
+            "facts_seed": 103,
+            "prompts_seed": 104,
+            "needles": 128,
+            "sentences": 2000,
+            "prompts": 512,
+            "prompt_lengths": (96, 248),
+            "prompts_facts": 0.75,
+        }
+    )
     return recipe
 
 
@@ -125,7 +181,10 @@ def stage(layers: int, active_heads: int, lr: float, phases) -> ConfigDict:
 def phase(steps, length, batch, mix, *, needles, questions=1, counterfactual=0.0, drop=0.0) -> ConfigDict:
     """Steps on batches of one shape; each head is dropped with probability `drop` per row."""
     mix = mix | {
-        "most_needles": needles, "questions": questions, "counterfactual": counterfactual,
-        "counterfactual_lengths": (64, length), "overrides": 4,
-    }  # fmt: skip
+        "most_needles": needles,
+        "questions": questions,
+        "counterfactual": counterfactual,
+        "counterfactual_lengths": (64, length),
+        "overrides": 4,
+    }
     return ConfigDict({"steps": steps, "length": length, "batch": batch, "head_drop": drop, "mix": mix})

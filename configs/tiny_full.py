@@ -11,8 +11,15 @@ from ml_collections import ConfigDict
 from retmask_jax.configs import tiny
 
 ARMS = (
-    "retmask", "any_layer", "layer_matched", "activity_matched", "no_fact", "contrast", "sft_filtered", "sft_unfiltered",
-)  # fmt: skip
+    "retmask",
+    "any_layer",
+    "layer_matched",
+    "activity_matched",
+    "no_fact",
+    "contrast",
+    "sft_filtered",
+    "sft_unfiltered",
+)
 
 
 def get_config() -> ConfigDict:

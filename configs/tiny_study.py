@@ -43,13 +43,21 @@ def study(config: ConfigDict) -> ConfigDict:
     config.theta.detector = "copy_position"  # one program a base: nothing is decoded
     config.dynamics.cases = 40
     config.headlines = (
-        "detect/heads", "detect/gini",
+        "detect/heads",
+        "detect/gini",
         *(f"detectors/needle short/{name} masked" for name in config.detectors.names),
-        "knockout/needle short/none", "knockout/needle short/retrieval", "knockout/needle short/layer-matched",
-        "knockout/needle short/activity-matched", "knockout/closed-book/retrieval", "knockout/needle short/smallest set",
-        "rope/needle short/lowest 4 pairs", "rope/needle short/highest 4 pairs", "rope/needle short/matched 4 pairs",
+        "knockout/needle short/none",
+        "knockout/needle short/retrieval",
+        "knockout/needle short/layer-matched",
+        "knockout/needle short/activity-matched",
+        "knockout/closed-book/retrieval",
+        "knockout/needle short/smallest set",
+        "rope/needle short/lowest 4 pairs",
+        "rope/needle short/highest 4 pairs",
+        "rope/needle short/matched 4 pairs",
         "rope/needle short/centre of mass of the windows",
-        "utility/Cohen's d", "utility/permutation p",
+        "utility/Cohen's d",
+        "utility/permutation p",
         *(f"theta/needle short/factor {factor:g}" for factor in config.theta.factors),
-    )  # fmt: skip
+    )
     return config

@@ -28,20 +28,45 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOME = {
-    "load": "generation.language_model", "save": "generation.language_model",
-    "LanguageModel": "generation.language_model", "from_params": "generation.language_model",
-    "forward": "model.transformer", "ModelConfig": "model.config",
-    "Interventions": "model.interventions", "mask_heads": "model.interventions", "mask_rope": "model.interventions",
+    "load": "generation.language_model",
+    "save": "generation.language_model",
+    "LanguageModel": "generation.language_model",
+    "from_params": "generation.language_model",
+    "forward": "model.transformer",
+    "ModelConfig": "model.config",
+    "Interventions": "model.interventions",
+    "mask_heads": "model.interventions",
+    "mask_rope": "model.interventions",
     "mask_queries": "model.interventions",
-    "random_heads": "model.interventions", "rope_pairs": "model.interventions", "stack": "model.interventions",
-    "HeadScores": "heads.scores", "profile": "heads.profile",
-    "sequence_logprobs": "generation.logprobs", "dpo_loss": "training.losses",
-}  # fmt: skip
+    "random_heads": "model.interventions",
+    "rope_pairs": "model.interventions",
+    "stack": "model.interventions",
+    "HeadScores": "heads.scores",
+    "profile": "heads.profile",
+    "sequence_logprobs": "generation.logprobs",
+    "dpo_loss": "training.losses",
+}
 
 __all__ = [
-    "__version__", "load", "save", "LanguageModel", "from_params", "forward", "ModelConfig", "Interventions", "mask_heads",
-    "mask_rope", "mask_queries", "random_heads", "rope_pairs", "stack", "HeadScores", "profile", "sequence_logprobs", "dpo_loss",
-]  # fmt: skip
+    "__version__",
+    "load",
+    "save",
+    "LanguageModel",
+    "from_params",
+    "forward",
+    "ModelConfig",
+    "Interventions",
+    "mask_heads",
+    "mask_rope",
+    "mask_queries",
+    "random_heads",
+    "rope_pairs",
+    "stack",
+    "HeadScores",
+    "profile",
+    "sequence_logprobs",
+    "dpo_loss",
+]
 
 
 def __getattr__(name: str):

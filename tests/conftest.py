@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers_servers import serve  # noqa: F401  (a fixture)
 
 from retmask_jax.generation.language_model import from_params, load
 from retmask_jax.model.config import ModelConfig
@@ -89,19 +90,29 @@ def random_model():
 @pytest.fixture(scope="session")
 def tiny(random_model):
     """A random model of 3 layers with 4 query heads on 2 KV heads."""
-    return random_model(ModelConfig(
-        vocab_size=61, hidden_size=32, mlp_size=40, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8,
-        max_length=300, bos_id=1, eos_ids=(2,), pad_id=0,
-    ))  # fmt: skip
+    return random_model(
+        ModelConfig(
+            vocab_size=61,
+            hidden_size=32,
+            mlp_size=40,
+            n_layers=3,
+            n_heads=4,
+            n_kv_heads=2,
+            head_dim=8,
+            max_length=300,
+            bos_id=1,
+            eos_ids=(2,),
+            pad_id=0,
+        )
+    )
 
 
 @pytest.fixture(scope="session")
 def five_layers(random_model):
     """Five layers in a row, and the same model as two repeats of two layers and a tail of one."""
     config = ModelConfig(
-        vocab_size=31, hidden_size=16, mlp_size=20, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=4,
-        max_length=80,
-    )  # fmt: skip
+        vocab_size=31, hidden_size=16, mlp_size=20, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=4, max_length=80
+    )
     lm = random_model(config)
     paired = dataclasses.replace(config, layer_pattern=("full", "full"))
     regrouped = {**lm.params, **split_layers(paired, lm.params["blocks"]["0"])}

@@ -12,7 +12,9 @@ PAGES += sorted(ROOT.glob("docs/**/*.md"))
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
-_LINK = re.compile(r'\]\(\s*<?([^)\s>]+)>?(?:\s+"[^"]*")?\s*\)|^\[[^\]]+\]:\s*(\S+)|(?:src|href)="([^"]+)"', re.MULTILINE)
+_LINK = re.compile(
+    r'\]\(\s*<?([^)\s>]+)>?(?:\s+"[^"]*")?\s*\)|^\[[^\]]+\]:\s*(\S+)|(?:src|href)="([^"]+)"', re.MULTILINE
+)
 
 
 def read(path: Path) -> str:
@@ -42,8 +44,11 @@ def inline(text: str) -> list[str]:
 def sections(text: str) -> dict[str, str]:
     """{heading: what stands under it, up to the next heading of any level}; "" is what stands before the first."""
     places = [m.start() for m in _FENCE.finditer(text)], [m.end() for m in _FENCE.finditer(text)]
-    headings = [m for m in re.finditer(r"^#{1,6} +(.+?) *#*$", text, re.MULTILINE)
-                if not any(a <= m.start() < b for a, b in zip(*places, strict=True))]  # fmt: skip
+    headings = [
+        m
+        for m in re.finditer(r"^#{1,6} +(.+?) *#*$", text, re.MULTILINE)
+        if not any(a <= m.start() < b for a, b in zip(*places, strict=True))
+    ]
     ends = [m.start() for m in headings[1:]] + [len(text)]
     found = {"": text[: headings[0].start()] if headings else text}
     for heading, end in zip(headings, ends, strict=False):
@@ -57,7 +62,9 @@ def sections(text: str) -> dict[str, str]:
 def blocks(text: str) -> list[str]:
     """Paragraphs, lists, tables and fenced code in their order, as empty lines part them."""
     pieces = re.split(r"(^```.*?^```[ \t]*$)", text, flags=re.DOTALL | re.MULTILINE)
-    parts = [part for piece in pieces for part in ([piece] if piece.startswith("```") else re.split(r"\n[ \t]*\n", piece))]
+    parts = [
+        part for piece in pieces for part in ([piece] if piece.startswith("```") else re.split(r"\n[ \t]*\n", piece))
+    ]
     return [part.strip() for part in parts if part.strip()]
 
 
@@ -89,7 +96,10 @@ def broken_links(path: Path, text: str) -> list[str]:
 def tables(text: str) -> list[list[list[str]]]:
     """Tables as rows of cells, the header first."""
     blocks = re.findall(r"(?:^\|.*\n?)+", prose(text), re.MULTILINE)
-    rows = [[[cell.strip() for cell in line.strip().strip("|").split(" |")] for line in block.splitlines()] for block in blocks]
+    rows = [
+        [[cell.strip() for cell in line.strip().strip("|").split(" |")] for line in block.splitlines()]
+        for block in blocks
+    ]
     return [[header, *body] for header, _, *body in (block for block in rows if len(block) > 2)]
 
 

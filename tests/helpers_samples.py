@@ -25,10 +25,12 @@ def byte_pairs(vocab_size: int, chat: bool = True, corpus: tuple[str, ...] = ())
         vocab_size=vocab_size, special_tokens=["<s>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
     )
     model.train_from_iterator(corpus or (*ESSAY, NOISE, " ".join(ADJECTIVES + NOUNS)), trainer)
-    model.post_processor = tokenizers.processors.Sequence([
-        tokenizers.processors.ByteLevel(trim_offsets=True),
-        tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)]),
-    ])  # fmt: skip
+    model.post_processor = tokenizers.processors.Sequence(
+        [
+            tokenizers.processors.ByteLevel(trim_offsets=True),
+            tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)]),
+        ]
+    )
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", chat_template=TEMPLATE)
     return Prompter(fast, chat=chat)
 

@@ -51,10 +51,12 @@ def copying_params(seed: int = 0, config: ModelConfig = CONFIG, sharpness: float
     def normal(*shape, scale):
         return (scale * rng.standard_normal(shape)).astype(np.float32)
 
-    v_LEKD = np.stack([
-        [np.linalg.qr(rng.standard_normal((width, config.head_dim)))[0] for _ in range(kv_heads)]
-        for _ in range(layers)
-    ]).swapaxes(1, 2)  # fmt: skip
+    v_LEKD = np.stack(
+        [
+            [np.linalg.qr(rng.standard_normal((width, config.head_dim)))[0] for _ in range(kv_heads)]
+            for _ in range(layers)
+        ]
+    ).swapaxes(1, 2)
     o_LHDE = np.repeat(v_LEKD, heads // kv_heads, axis=2).transpose(0, 2, 3, 1)
     block = {
         "attn": {

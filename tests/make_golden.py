@@ -25,15 +25,29 @@ POSITIONS = slice(2, None, 3)  # the last one included
 SHARD_SIZE = "40KB"
 
 _SHAPE = dict(
-    vocab_size=61, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=96, rms_norm_eps=1e-5,
-    initializer_range=0.25, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    vocab_size=61,
+    hidden_size=24,
+    intermediate_size=28,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=96,
+    rms_norm_eps=1e-5,
+    initializer_range=0.25,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
     tie_word_embeddings=False,
-)  # fmt: skip
+)
 _LLAMA3 = dict(
-    rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    rope_type="llama3",
+    rope_theta=1e4,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
     original_max_position_embeddings=64,
-)  # fmt: skip
+)
 _YARN = dict(rope_type="yarn", rope_theta=300.0, factor=4.0, original_max_position_embeddings=16)
 
 
@@ -42,15 +56,17 @@ def _longrope(pairs: int, original: int):
     rng = np.random.default_rng(pairs)
     short, long = (rng.uniform(low, high, pairs).round(3).tolist() for low, high in ((1, 1.5), (2, 9)))
     return dict(
-        rope_type="longrope", rope_theta=700.0, short_factor=short, long_factor=long,
+        rope_type="longrope",
+        rope_theta=700.0,
+        short_factor=short,
+        long_factor=long,
         original_max_position_embeddings=original,
-    )  # fmt: skip
+    )
 
 
 _MHA = dict(
-    num_hidden_layers=3, num_key_value_heads=4, head_dim=6,
-    rope_parameters=dict(rope_type="default", rope_theta=5e3),
-)  # fmt: skip
+    num_hidden_layers=3, num_key_value_heads=4, head_dim=6, rope_parameters=dict(rope_type="default", rope_theta=5e3)
+)
 _TIED = dict(head_dim=10, tie_word_embeddings=True)
 _EXPERTS = dict(num_experts_per_tok=2, vocab_size=53, hidden_size=20, intermediate_size=12)
 
@@ -65,65 +81,155 @@ VARIANTS = {
     "bf16": ("llama", _TIED),
     "fp16": ("llama", _TIED),
     # A context shorter than the prompt: frequencies are stretched.
-    "dynamic": ("llama", dict(
-        max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", rope_theta=500.0, factor=3.0))),
+    "dynamic": (
+        "llama",
+        dict(max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", rope_theta=500.0, factor=3.0)),
+    ),
     "mistral_window": ("mistral", dict(sliding_window=7, num_hidden_layers=3)),
     "mistral_full": ("mistral", dict(sliding_window=None, num_key_value_heads=1, tie_word_embeddings=True)),
     "qwen2": ("qwen2", dict(head_dim=None, num_attention_heads=6, num_key_value_heads=3, use_sliding_window=False)),
     # Two full layers, then two with a window: a pattern as long as the model.
-    "qwen2_window_yarn": ("qwen2", dict(
-        head_dim=None, num_hidden_layers=4, use_sliding_window=True, sliding_window=5, max_window_layers=2,
-        tie_word_embeddings=True, rope_parameters=_YARN)),
+    "qwen2_window_yarn": (
+        "qwen2",
+        dict(
+            head_dim=None,
+            num_hidden_layers=4,
+            use_sliding_window=True,
+            sliding_window=5,
+            max_window_layers=2,
+            tie_word_embeddings=True,
+            rope_parameters=_YARN,
+        ),
+    ),
     "qwen3": ("qwen3", dict(head_dim=14, num_hidden_layers=3)),
-    "qwen3_mqa_yarn": ("qwen3", dict(
-        num_key_value_heads=1, tie_word_embeddings=True,
-        rope_parameters=_YARN | dict(attention_factor=1.3, beta_fast=8.0, beta_slow=2.0, truncate=False))),
+    "qwen3_mqa_yarn": (
+        "qwen3",
+        dict(
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            rope_parameters=_YARN | dict(attention_factor=1.3, beta_fast=8.0, beta_slow=2.0, truncate=False),
+        ),
+    ),
     "olmo2": ("olmo2", dict(head_dim=None, num_key_value_heads=4)),
     "olmo2_gqa": ("olmo2", dict(head_dim=10, num_hidden_layers=3, tie_word_embeddings=True)),
     # Three sliding layers to a full one, with a tail of two.
-    "olmo3": ("olmo3", dict(
-        num_hidden_layers=6, sliding_window=6, head_dim=None, num_key_value_heads=4,
-        rope_parameters=dict(
-            full_attention=_YARN | dict(rope_theta=900.0, mscale=1.2, mscale_all_dim=0.7),
-            sliding_attention=dict(rope_type="default", rope_theta=900.0)))),
-    "olmo3_full": ("olmo3", dict(
-        head_dim=12, layer_types=["full_attention"] * 2, tie_word_embeddings=True, num_key_value_heads=1)),
-    "gemma2": ("gemma2", dict(
-        num_hidden_layers=5, sliding_window=9, query_pre_attn_scalar=17, head_dim=12, tie_word_embeddings=True,
-        attn_logit_softcapping=3.0, final_logit_softcapping=5.0)),
-    "gemma2_mqa": ("gemma2", dict(
-        num_hidden_layers=2, sliding_window=4, query_pre_attn_scalar=8, num_key_value_heads=1,
-        attn_logit_softcapping=None, final_logit_softcapping=None, tie_word_embeddings=True)),
+    "olmo3": (
+        "olmo3",
+        dict(
+            num_hidden_layers=6,
+            sliding_window=6,
+            head_dim=None,
+            num_key_value_heads=4,
+            rope_parameters=dict(
+                full_attention=_YARN | dict(rope_theta=900.0, mscale=1.2, mscale_all_dim=0.7),
+                sliding_attention=dict(rope_type="default", rope_theta=900.0),
+            ),
+        ),
+    ),
+    "olmo3_full": (
+        "olmo3",
+        dict(head_dim=12, layer_types=["full_attention"] * 2, tie_word_embeddings=True, num_key_value_heads=1),
+    ),
+    "gemma2": (
+        "gemma2",
+        dict(
+            num_hidden_layers=5,
+            sliding_window=9,
+            query_pre_attn_scalar=17,
+            head_dim=12,
+            tie_word_embeddings=True,
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=5.0,
+        ),
+    ),
+    "gemma2_mqa": (
+        "gemma2",
+        dict(
+            num_hidden_layers=2,
+            sliding_window=4,
+            query_pre_attn_scalar=8,
+            num_key_value_heads=1,
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+            tie_word_embeddings=True,
+        ),
+    ),
     # Five sliding layers to a full one, with a tail of two; two bases.
-    "gemma3": ("gemma3_text", dict(
-        num_hidden_layers=8, sliding_window=5, query_pre_attn_scalar=11, head_dim=10, num_key_value_heads=1,
-        tie_word_embeddings=True, rope_parameters=dict(
-            full_attention=dict(rope_type="linear", rope_theta=3e4, factor=8.0),
-            sliding_attention=dict(rope_type="default", rope_theta=300.0)))),
-    "gemma3_short": ("gemma3_text", dict(
-        num_hidden_layers=3, layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=8,
-        query_pre_attn_scalar=8, tie_word_embeddings=True, final_logit_softcapping=4.0)),
+    "gemma3": (
+        "gemma3_text",
+        dict(
+            num_hidden_layers=8,
+            sliding_window=5,
+            query_pre_attn_scalar=11,
+            head_dim=10,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", rope_theta=3e4, factor=8.0),
+                sliding_attention=dict(rope_type="default", rope_theta=300.0),
+            ),
+        ),
+    ),
+    "gemma3_short": (
+        "gemma3_text",
+        dict(
+            num_hidden_layers=3,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+            sliding_window=8,
+            query_pre_attn_scalar=8,
+            tie_word_embeddings=True,
+            final_logit_softcapping=4.0,
+        ),
+    ),
     "phi3": ("phi3", dict(head_dim=None, sliding_window=10)),
     # Half of each head is rotated; the prompt and its answer lie beyond the original context.
-    "phi3_longrope": ("phi3", dict(
-        head_dim=None, hidden_size=32, num_hidden_layers=3, num_key_value_heads=1, tie_word_embeddings=True,
-        original_max_position_embeddings=16,
-        rope_parameters=_longrope(2, 16) | dict(partial_rotary_factor=0.5))),
+    "phi3_longrope": (
+        "phi3",
+        dict(
+            head_dim=None,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            original_max_position_embeddings=16,
+            rope_parameters=_longrope(2, 16) | dict(partial_rotary_factor=0.5),
+        ),
+    ),
     # All of it fits the original context.
-    "phi3_shortrope": ("phi3", dict(
-        head_dim=None, num_key_value_heads=4, original_max_position_embeddings=48, rope_parameters=_longrope(3, 48))),
+    "phi3_shortrope": (
+        "phi3",
+        dict(
+            head_dim=None, num_key_value_heads=4, original_max_position_embeddings=48, rope_parameters=_longrope(3, 48)
+        ),
+    ),
     "mixtral": ("mixtral", _EXPERTS | dict(num_local_experts=5)),
-    "mixtral_window": ("mixtral", _EXPERTS | dict(
-        num_local_experts=3, sliding_window=6, num_key_value_heads=4, num_experts_per_tok=1)),
+    "mixtral_window": (
+        "mixtral",
+        _EXPERTS | dict(num_local_experts=3, sliding_window=6, num_key_value_heads=4, num_experts_per_tok=1),
+    ),
     # Experts in every other layer.
-    "qwen3_moe": ("qwen3_moe", _EXPERTS | dict(
-        num_experts=7, num_hidden_layers=3, decoder_sparse_step=2, moe_intermediate_size=10, norm_topk_prob=True)),
-    "qwen3_moe_tied": ("qwen3_moe", _EXPERTS | dict(
-        num_experts=4, moe_intermediate_size=6, num_experts_per_tok=3, tie_word_embeddings=True, norm_topk_prob=False,
-        num_key_value_heads=1)),
+    "qwen3_moe": (
+        "qwen3_moe",
+        _EXPERTS
+        | dict(
+            num_experts=7, num_hidden_layers=3, decoder_sparse_step=2, moe_intermediate_size=10, norm_topk_prob=True
+        ),
+    ),
+    "qwen3_moe_tied": (
+        "qwen3_moe",
+        _EXPERTS
+        | dict(
+            num_experts=4,
+            moe_intermediate_size=6,
+            num_experts_per_tok=3,
+            tie_word_embeddings=True,
+            norm_topk_prob=False,
+            num_key_value_heads=1,
+        ),
+    ),
     # Not a supported family: CONTRIBUTING.md adds it.
     "example": ("gemma", dict(head_dim=10, tie_word_embeddings=True)),
-}  # fmt: skip
+}
 EAGER = dict(attn_implementation="eager", experts_implementation="eager")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -16,7 +16,7 @@ import nbclient
 import nbformat
 
 FOLDER = Path(__file__).parent.parent / "colab"
-_SETTING = re.compile(r'^CONFIG = .*$', re.MULTILINE)
+_SETTING = re.compile(r"^CONFIG = .*$", re.MULTILINE)
 
 
 def run(notebook, folder: Path, config: str | None = None, timeout: int = 1200, kernel=None) -> None:

@@ -20,16 +20,23 @@ def main(folder: Path, options: dict) -> None:
     import numpy as np
     from flax.traverse_util import flatten_dict
     from helpers_tiny import CONFIG, copying_params
-    from test_train import ROWS, SETTINGS
+    from helpers_training import ROWS, SETTINGS
 
     from retmask_jax.model.sharding import make_mesh, param_shardings
     from retmask_jax.training import loop as training
     from retmask_jax.utils.hosts import primary, to_host
 
     settings = dataclasses.replace(
-        SETTINGS, learning_rate=1e-3, final_learning_rate=1e-4, warmup=0.1, steps=10, checkpoint_every=3, batch_size=8,
-        microbatch_size=8, reference_batch_size=8,
-    )  # fmt: skip
+        SETTINGS,
+        learning_rate=1e-3,
+        final_learning_rate=1e-4,
+        warmup=0.1,
+        steps=10,
+        checkpoint_every=3,
+        batch_size=8,
+        microbatch_size=8,
+        reference_batch_size=8,
+    )
     mesh = make_mesh(options["mesh"])
     update = training._update
 
@@ -44,8 +51,9 @@ def main(folder: Path, options: dict) -> None:
         shardings = param_shardings(CONFIG, mesh)
         return jax.tree.map(
             lambda x, at: jax.make_array_from_callback(x.shape, at, lambda index: np.asarray(x)[index]),
-            copying_params(), shardings,
-        )  # fmt: skip
+            copying_params(),
+            shardings,
+        )
 
     try:
         params = training.train(CONFIG, load, ROWS, settings, folder, mesh, fingerprint="f")

@@ -1,6 +1,6 @@
 """Load a checkpoint over a mesh of simulated devices and report the memory it took; run by test_streaming.py.
 
-    python tests/stream_checkpoint.py FOLDER DTYPE        # prints one JSON object, sizes in bytes
+python tests/stream_checkpoint.py FOLDER DTYPE        # prints one JSON object, sizes in bytes
 """
 
 import json
@@ -52,14 +52,20 @@ def main(folder: str, dtype: str) -> None:
     done.set()
     watcher.join()
     leaves = jax.tree.leaves(params)
-    print(json.dumps({
-        "over": peak[0] - start - sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards),
-        "parameters": sum(leaf.nbytes for leaf in leaves),
-        "largest_shard": max(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards),
-        "devices": len({s.device for leaf in leaves for s in leaf.addressable_shards}),
-        "read": sum(read_sizes), "largest_read": max(read_sizes), "seconds": seconds,
-        "checksum": float(sum(np.abs(np.asarray(leaf[..., :1], np.float64)).sum() for leaf in leaves)),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "over": peak[0] - start - sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards),
+                "parameters": sum(leaf.nbytes for leaf in leaves),
+                "largest_shard": max(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards),
+                "devices": len({s.device for leaf in leaves for s in leaf.addressable_shards}),
+                "read": sum(read_sizes),
+                "largest_read": max(read_sizes),
+                "seconds": seconds,
+                "checksum": float(sum(np.abs(np.asarray(leaf[..., :1], np.float64)).sum() for leaf in leaves)),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

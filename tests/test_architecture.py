@@ -44,7 +44,9 @@ def test_every_module_lies_in_a_package():
 
 def test_packages_import_only_those_before_them():
     rank = {name: i for i, name in enumerate(PACKAGES)}
-    packages = ((name, used, name.split(".")[0], used.split(".")[0]) for name, path in _modules() for used in _imports(path))
+    packages = (
+        (name, used, name.split(".")[0], used.split(".")[0]) for name, path in _modules() for used in _imports(path)
+    )
     assert not [(name, used) for name, used, ours, theirs in packages if rank[theirs] > rank[ours]]
 
 
@@ -53,7 +55,7 @@ def test_no_modules_import_each_other():
     done = set()
 
     def visit(name, above):
-        assert name not in above, f"{' -> '.join([*above[above.index(name):], name])}"
+        assert name not in above, f"{' -> '.join([*above[above.index(name) :], name])}"
         if name not in done:
             for used in sorted(uses.get(name, ())):
                 visit(used, [*above, name])

@@ -49,8 +49,14 @@ def test_transformers_on_torch_gives_the_same_logits():
     assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
-                                  if path.stem != "default" and not path.stem.startswith("_")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        path.stem
+        for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+        if path.stem != "default" and not path.stem.startswith("_")
+    ],
+)
 def test_every_recipe_is_locked_and_valid(name):
     config = recipes.load_recipe(name)
     check_config(config)

@@ -134,15 +134,25 @@ def test_a_suite_is_one_entry_and_its_settings(add, tmp_path, capsys):
         f"    config = runpy.run_path({str(SMALL)!r})['get_config']()\n    suites = config.suites\n"
         + "".join(f"    {line}\n" for line in settings.splitlines())
         + "    config.eval.tasks, config.eval.grids, config.text.file = (), (), ''\n    return config\n"
-    )  # fmt: skip
+    )
     lm = load("bundled")
     save(lm, tmp_path / "without", mask_heads(lm.config, COPYING))
-    on = {"needles": "bundled/test_needles.jsonl", "haystack": "bundled/test_text.txt", "lengths": "(128,)", "per_cell": "2"}
+    on = {
+        "needles": "bundled/test_needles.jsonl",
+        "haystack": "bundled/test_text.txt",
+        "lengths": "(128,)",
+        "per_cell": "2",
+    }
     changes = [(f"suites.answer_loss.{key}", value) for key, value in on.items()]
     registry.check_suites(recipes.load_recipe(str(recipe), changes).suites)
     with pytest.raises(ValueError, match="suites.answer_loss needs 128 tokens, the model's context is 127"):
         registry.check_context(recipes.load_recipe(str(recipe), changes).suites, 127)
-    command = ["eval", f"--config={recipe}", f"--workdir={tmp_path / 'work'}", f"--compare=without={tmp_path / 'without'}"]
+    command = [
+        "eval",
+        f"--config={recipe}",
+        f"--workdir={tmp_path / 'work'}",
+        f"--compare=without={tmp_path / 'without'}",
+    ]
     assert main([*command, *(f"--config.{key}={value}" for key, value in changes)]) == 0
     assert "answer_loss/needle 128" in capsys.readouterr().out
     result = json.loads((tmp_path / "work/compare/result.json").read_text())

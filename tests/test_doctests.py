@@ -21,17 +21,25 @@ from retmask_jax.training import losses
 
 PUBLIC = [name for name in rm.__all__ if name != "__version__"]
 METHODS = [
-    f"{name}.{method}" for name in ("LanguageModel", "HeadScores") for method, value in vars(getattr(rm, name)).items()
+    f"{name}.{method}"
+    for name in ("LanguageModel", "HeadScores")
+    for method, value in vars(getattr(rm, name)).items()
     if not method.startswith("_") and (inspect.isfunction(value) or isinstance(value, classmethod))
-]  # fmt: skip
+]
 NAMES = [*PUBLIC, *METHODS, "Interventions.none", "Interventions.__or__"]
 
 
 FUNCTIONS = [name for name in PUBLIC if inspect.isfunction(getattr(rm, name))]
 ARRAYS = [  # public functions and methods of which arguments or results are arrays
-    "forward", "sequence_logprobs", "dpo_loss", "mask_heads", "LanguageModel.logits", "LanguageModel.generate",
-    "HeadScores.from_array", "from_params",
-]  # fmt: skip
+    "forward",
+    "sequence_logprobs",
+    "dpo_loss",
+    "mask_heads",
+    "LanguageModel.logits",
+    "LanguageModel.generate",
+    "HeadScores.from_array",
+    "from_params",
+]
 
 
 def checked(function):
@@ -113,13 +121,16 @@ def test_losses_keep_to_the_annotations():
     assert checked(rm.dpo_loss)(logps, logps, None, None, kind="simpo").shape == (4,)
 
 
-@pytest.mark.parametrize("call", [
-    lambda lm: checked(rm.forward)(lm.config, lm.params, np.zeros((2, 3), np.float32)),
-    lambda lm: checked(rm.forward)(lm.config, lm.params, np.zeros((2, 3), int), np.array([3])),
-    lambda lm: checked(rm.dpo_loss)(jnp.zeros(4), jnp.zeros(3), None, None),
-    lambda lm: checked(losses.contrast_loss)(jnp.zeros((2, 3, 5)), jnp.zeros((2, 3, 4)), 0.5),
-    lambda lm: checked(rm.mask_heads)(lm.config, [(0, 0)], jnp.zeros((2, 3))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda lm: checked(rm.forward)(lm.config, lm.params, np.zeros((2, 3), np.float32)),
+        lambda lm: checked(rm.forward)(lm.config, lm.params, np.zeros((2, 3), int), np.array([3])),
+        lambda lm: checked(rm.dpo_loss)(jnp.zeros(4), jnp.zeros(3), None, None),
+        lambda lm: checked(losses.contrast_loss)(jnp.zeros((2, 3, 5)), jnp.zeros((2, 3, 4)), 0.5),
+        lambda lm: checked(rm.mask_heads)(lm.config, [(0, 0)], jnp.zeros((2, 3))),
+    ],
+)
 def test_the_check_sees_a_wrong_shape_or_kind(call, tiny):
     with pytest.raises((BeartypeCallHintViolation, TypeError)):
         call(tiny)

@@ -3,18 +3,7 @@
 import re
 
 import pytest
-from helpers_documents import (
-    NOTEBOOKS,
-    PAGES,
-    ROOT,
-    anchors,
-    broken_links,
-    commands,
-    fences,
-    inline,
-    read,
-    tables,
-)
+from helpers_documents import NOTEBOOKS, PAGES, ROOT, anchors, broken_links, commands, fences, inline, read, tables
 
 import retmask_jax as rm
 from retmask_jax.aot import table as aot
@@ -22,8 +11,12 @@ from retmask_jax.cli import main
 from retmask_jax.runs.recipes import load_recipe
 
 GUIDES = [path for path in PAGES if path.parent == ROOT and path.stem != "CHANGELOG"]
-RECIPES = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if path.stem != "default" and path.stem[0] != "_"]
-FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name in ("retmask_jax", "configs", "tests", "colab")}
+RECIPES = [
+    path.stem for path in sorted((ROOT / "configs").glob("*.py")) if path.stem != "default" and path.stem[0] != "_"
+]
+FOLDERS = {
+    path.name for path in ROOT.iterdir() if path.is_dir() and path.name in ("retmask_jax", "configs", "tests", "colab")
+}
 
 
 def by_name(path):
@@ -42,9 +35,11 @@ def test_a_broken_link_is_found(tmp_path):
     (tmp_path / "other.md").write_text("# Set-up\n\n## It's `one`, two\n\n## Set-up\n\n```\n# no heading\n```\n")
     assert anchors((tmp_path / "other.md").read_text()) == {"set-up", "its-one-two", "set-up-1"}
     (tmp_path / "a.png").touch()
-    page = ('# Top\n[a](other.md) [b](other.md#its-one-two) ![c](a.png) [d](#top) [e](https://x.org/#y) <img src="a.png">\n'
-            "[f](gone.md) [g](other.md#no-heading) ![h](b.png) [i](#two) <img src='a.png'> [j][k]\n\n[k]: gone.txt\n"
-            "```\n[l](code.md)\n```\n")  # fmt: skip
+    page = (
+        '# Top\n[a](other.md) [b](other.md#its-one-two) ![c](a.png) [d](#top) [e](https://x.org/#y) <img src="a.png">\n'
+        "[f](gone.md) [g](other.md#no-heading) ![h](b.png) [i](#two) <img src='a.png'> [j][k]\n\n[k]: gone.txt\n"
+        "```\n[l](code.md)\n```\n"
+    )
     (tmp_path / "page.md").write_text(page)
     assert broken_links(tmp_path / "page.md", page) == ["gone.md", "other.md#no-heading", "b.png", "#two", "gone.txt"]
 
@@ -56,7 +51,9 @@ def test_a_broken_link_is_found(tmp_path):
 def test_files_that_are_named_exist(path):
     """Every path in code that begins in a folder of ours, and every .py file, from the root or in the package."""
     code = [*inline(read(path)), *fences(read(path))]
-    names = {name for text in code for name in re.findall(r"(?<![\w/.{$-])[\w.-]+(?:/[\w.*-]+)*(?:/|\.\w+)(?![\w/*])", text)}
+    names = {
+        name for text in code for name in re.findall(r"(?<![\w/.{$-])[\w.-]+(?:/[\w.*-]+)*(?:/|\.\w+)(?![\w/*])", text)
+    }
     ours = {name for name in names if name.split("/")[0] in FOLDERS or re.search(r"\w\.py$", name)}
     missing = {name for name in ours if not (ROOT / name).exists() and not (ROOT / "retmask_jax" / name).exists()}
     assert ours and missing <= {"tests/test_X.py"}
@@ -115,7 +112,11 @@ def test_config_keys_that_are_named_exist(known_keys):
         sections_known = {key.split(".")[0] for key in known_keys if "." in key}
         for code in inline(text):
             found = re.fullmatch(r"(?:config\.)?(\w+(?:\.\w+)+)(?:=.*)?", code)
-            if found and found[1].split(".")[0] in sections_known and not re.search(r"\.(py|json|npz|html|jsonl|gz)$", found[1]):
+            if (
+                found
+                and found[1].split(".")[0] in sections_known
+                and not re.search(r"\.(py|json|npz|html|jsonl|gz)$", found[1])
+            ):
                 named.add(found[1])
         new = {"KEY"} | set(re.findall(r"^(suites\.\w+) = ConfigDict", text, re.MULTILINE))  # of a worked example
         assert not named - known_keys - new, path.name

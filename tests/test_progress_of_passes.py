@@ -23,11 +23,17 @@ _FUNCTIONS = (ast.FunctionDef, ast.Lambda)
 
 
 def unbarred_loops(sources: dict[str, str]) -> set[str]:
-    """"module.function" of every loop over passes that runs under no bar; sources: module -> text."""
+    """ "module.function" of every loop over passes that runs under no bar; sources: module -> text."""
     package = _Package(sources)
-    return {f.name for f in package.functions.values() for call in f.calls
-            if call.in_loop and not call.barred and f.key not in package.under_bar
-            and (call.is_pass or package.passing & set(call.targets))}  # fmt: skip
+    return {
+        f.name
+        for f in package.functions.values()
+        for call in f.calls
+        if call.in_loop
+        and not call.barred
+        and f.key not in package.under_bar
+        and (call.is_pass or package.passing & set(call.targets))
+    }
 
 
 @dataclasses.dataclass
@@ -55,13 +61,19 @@ class _Package:
     def __init__(self, sources: dict[str, str]):
         trees = {module: ast.parse(text) for module, text in sources.items()}
         self.defined = {
-            (module, node.name) for module, tree in trees.items() for node in tree.body if isinstance(node, ast.FunctionDef)
+            (module, node.name)
+            for module, tree in trees.items()
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef)
         }
         self.methods = {
             (module, method.name)
-            for module, tree in trees.items() for node in tree.body if isinstance(node, ast.ClassDef)
-            for method in node.body if isinstance(method, ast.FunctionDef)
-        }  # fmt: skip
+            for module, tree in trees.items()
+            for node in tree.body
+            if isinstance(node, ast.ClassDef)
+            for method in node.body
+            if isinstance(method, ast.FunctionDef)
+        }
         self.functions: dict[tuple, _Function] = {}
         for module, tree in trees.items():
             names = _imported(tree) | {name: (module, name) for of, name in self.defined if of == module}
@@ -83,8 +95,12 @@ class _Package:
         compiled = {key for key, f in self.functions.items() if f.compiled}
         found: set[tuple] = set(compiled)
         while True:
-            more = {key for key, f in self.functions.items() for call in f.calls
-                    if not call.barred and (call.is_pass or found & set(call.targets))} | compiled  # fmt: skip
+            more = {
+                key
+                for key, f in self.functions.items()
+                for call in f.calls
+                if not call.barred and (call.is_pass or found & set(call.targets))
+            } | compiled
             if more == found:
                 return found
             found = more
@@ -116,9 +132,13 @@ class _Reader:
         nested = [one for one in ast.walk(node) if isinstance(one, ast.FunctionDef) and one is not node]
         self.inner = {one.name: one for one in nested}
         self.programs = {
-            name.id for one in ast.walk(node) if isinstance(one, ast.Assign) and self._calls_any(one.value, COMPILED)
-            for target in one.targets for name in ast.walk(target) if isinstance(name, ast.Name)
-        }  # fmt: skip
+            name.id
+            for one in ast.walk(node)
+            if isinstance(one, ast.Assign) and self._calls_any(one.value, COMPILED)
+            for target in one.targets
+            for name in ast.walk(target)
+            if isinstance(name, ast.Name)
+        }
         self._block(node.body, False, False, ())
 
     def _block(self, nodes, in_loop: bool, barred: bool, inside: tuple) -> None:
@@ -186,8 +206,11 @@ def _imported(tree) -> dict[str, tuple[str, str]]:
 
 def _sources() -> dict[str, str]:
     files = {file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py")}
-    return {".".join(file.with_suffix("").parts): (PACKAGE / file).read_text() for file in files
-            if file.parts[0] not in LEFT_OUT}  # fmt: skip
+    return {
+        ".".join(file.with_suffix("").parts): (PACKAGE / file).read_text()
+        for file in files
+        if file.parts[0] not in LEFT_OUT
+    }
 
 
 def test_every_loop_over_passes_of_the_package_has_a_bar():
@@ -207,18 +230,24 @@ WORK = " def work(todo, n):\n  for i in todo:\n   yield logprobs(lm, i)\n"
 INNER = "def _g(lm, rows):\n for row in rows:\n  yield logprobs(lm, row)"
 
 
-@pytest.mark.parametrize("text, found", [
-    # What `activity` was: a pass per head and window.
-    ("def activity(lm, masks):\n for mask in masks:\n  parts = [logprobs(lm, rows) for rows in lm]", {"two.activity"}),
-    ("def f(lm, rows):\n for row in track(rows, 1, '', ''):\n  logprobs(lm, row)", set()),
-    ("def f(lm, rows):\n with track(None, 1, '', '') as bar:\n  return [logprobs(lm, row) for row in rows]", set()),
-    ("def f(lm, rows):\n" + WORK + " return memory.in_batches(1, 1, '', '', work)", set()),
-    ("def f(lm, rows):\n" + WORK + " return list(work(rows, 1))", {"two.f"}),
-    ("def f(lm, rows):\n return g(lm, rows)\ndef g(lm, row):\n return logprobs(lm, row)", set()),  # one pass
-    ("def f(lm, rows):\n while rows:\n  g(lm, rows.pop())\ndef g(lm, row):\n return logprobs(lm, row)", {"two.f"}),
-    ("def f(lm, rows):\n return with_rate(_g(lm, rows), 1)\n" + INNER, set()),
-    ("def f(lm, rows):\n return _g(lm, rows)\n" + INNER, {"two._g"}),
-    ("def f(size):\n p, program = memory.largest_batch(size)\n for i in range(size):\n  program(i)", {"two.f"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        # What `activity` was: a pass per head and window.
+        (
+            "def activity(lm, masks):\n for mask in masks:\n  parts = [logprobs(lm, rows) for rows in lm]",
+            {"two.activity"},
+        ),
+        ("def f(lm, rows):\n for row in track(rows, 1, '', ''):\n  logprobs(lm, row)", set()),
+        ("def f(lm, rows):\n with track(None, 1, '', '') as bar:\n  return [logprobs(lm, row) for row in rows]", set()),
+        ("def f(lm, rows):\n" + WORK + " return memory.in_batches(1, 1, '', '', work)", set()),
+        ("def f(lm, rows):\n" + WORK + " return list(work(rows, 1))", {"two.f"}),
+        ("def f(lm, rows):\n return g(lm, rows)\ndef g(lm, row):\n return logprobs(lm, row)", set()),  # one pass
+        ("def f(lm, rows):\n while rows:\n  g(lm, rows.pop())\ndef g(lm, row):\n return logprobs(lm, row)", {"two.f"}),
+        ("def f(lm, rows):\n return with_rate(_g(lm, rows), 1)\n" + INNER, set()),
+        ("def f(lm, rows):\n return _g(lm, rows)\n" + INNER, {"two._g"}),
+        ("def f(size):\n p, program = memory.largest_batch(size)\n for i in range(size):\n  program(i)", {"two.f"}),
+    ],
+)
 def test_what_counts_as_a_loop_without_a_bar(text, found):
     assert unbarred_loops({"one": ONE_PASS, "two": USE + text}) == found

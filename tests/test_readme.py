@@ -57,7 +57,9 @@ def test_the_shares_of_an_h100_are_those_of_its_reports():
 
 def test_the_table_of_topologies_is_what_was_compiled():
     rows = json.loads((PACKAGE / "aot/topologies.json").read_text())
-    compiled = {(row["model"], row["topology"]): row for row in rows if row["what"] == "train" and row["length"] == 1024}
+    compiled = {
+        (row["model"], row["topology"]): row for row in rows if row["what"] == "train" and row["length"] == 1024
+    }
     assert {recipe for recipe, _ in compiled} == {"llama3_1_8b", "qwen3_8b", "olmo3_7b_instruct", "olmo3_7b_think"}
     lines = [line.strip("| \n").split(" | ") for line in README.splitlines() if line.startswith("| ")]
     topologies = next(cells[1:] for cells in lines if cells[0] == "recipe, 1,024 tokens")
@@ -103,8 +105,9 @@ def unexplained(text):
 def test_numbers_without_a_command_are_found():
     silent = "Recall is 0.91 [0.88, 0.95]."
     assert unexplained(f"It takes 12 s.\n\nOf three parts\n\n```\nretmask run\n```\n\n{silent}\n\n- one\n\n- 3%") == [
-        "It takes 12 s.", "- 3%"
-    ]  # fmt: skip
+        "It takes 12 s.",
+        "- 3%",
+    ]
     assert unexplained(f"{silent}\n\n`make demo`") == [] and unexplained(silent) == [silent]
     assert not measured("jax 0.10.2, arXiv 2404.15574, Llama-3.1, 2 of 16, `--threshold=0.3`")
     assert named("`make demo`") and named("```\nenv/bin/retmask run\n```\n") and not named("make demo, `remake it`")
@@ -131,18 +134,29 @@ def test_rows_of_the_panel_are_those_of_its_files():
         known = _triples(json.loads((ROOT / f"colab/panel/{name}.json").read_text())) | _triples(
             [row for finding in panel["findings"] for row in finding["rows"] if row["model"] == name]
         )
-        found = [tuple(map(float, triple)) for triple in re.findall(rf"{SIGNED} \[{SIGNED}, {SIGNED}\]", " ".join(cells))]
+        found = [
+            tuple(map(float, triple)) for triple in re.findall(rf"{SIGNED} \[{SIGNED}, {SIGNED}\]", " ".join(cells))
+        ]
         assert found and not [triple for triple in found if triple not in known]
         model = models[name]
-        values = {round(x, n) for x in (model["gini"], *(model[key]["value"] for key in ("recall", "masked"))) for n in (2, 3)}
+        values = {
+            round(x, n) for x in (model["gini"], *(model[key]["value"] for key in ("recall", "masked"))) for n in (2, 3)
+        }
         single = re.findall(r"(?<![\d.+-])\d\.\d+(?! \[)(?![\d\]])", re.sub(r"\S+ \[[^\]]*\]", "", " ".join(cells)))
-        assert single and {float(x) for x in single} <= values and f"{model['heads']} of {model['of']}" in " ".join(cells)
+        assert (
+            single and {float(x) for x in single} <= values and f"{model['heads']} of {model['of']}" in " ".join(cells)
+        )
 
 
 def test_times_and_ratios_of_the_benchmarks_agree():
     """Each ratio is, within the rounding of all three, the peer's time over ours; of memory ours over the peer's."""
-    found = [dict(zip(table[0], row, strict=True)) for path in PAGES for table in tables(read(path)) for row in table[1:]
-             if {"ours", "peer", "times as fast"} <= set(table[0])]  # fmt: skip
+    found = [
+        dict(zip(table[0], row, strict=True))
+        for path in PAGES
+        for table in tables(read(path))
+        for row in table[1:]
+        if {"ours", "peer", "times as fast"} <= set(table[0])
+    ]
     assert found
     for row in found:
         (ours,), peers = _rounded(row["ours"]), _rounded(row["peer"])
@@ -178,7 +192,10 @@ def _triples(node):
 
 def test_the_card_says_what_inspect_reads():
     facts, card = describe(BUNDLED), " ".join((BUNDLED / "README.md").read_text().split())
-    assert f"{round(facts['parameters'] / 1000)}K parameters: {facts['layers']} layers, width {facts['hidden_size']}," in card
+    assert (
+        f"{round(facts['parameters'] / 1000)}K parameters: {facts['layers']} layers, width {facts['hidden_size']},"
+        in card
+    )
     assert f"{facts['query_heads']} query and {facts['kv_heads']} key/value heads of {facts['head_width']}" in card
     assert f"SwiGLU {facts['mlp_size']}, RoPE" in card
     assert f"theta {facts['rope']['full']['theta']:,.0f}, tied embeddings, context {facts['context']})" in card
@@ -208,11 +225,17 @@ def test_the_tables_are_what_the_stages_write(tmp_path):
     for stage in ("detect", "knockout", "rope"):
         assert main([stage, "--config=tiny", f"--workdir={tmp_path}"]) == 0
         found |= json.loads((tmp_path / stage / "result.json").read_text())["numbers"]
-    columns = {"needle recall, 128 tokens": "needle short", "follows the context, 128 tokens": "context short",
-               "answers from memory instead": "context short: from memory", "closed-book": "closed-book",
-               "text loss": "text loss"}  # fmt: skip
-    masked, rotary = (next(table for table in tables(README) if table[0][0].startswith(words))
-                      for words in ("masked heads", "rotary pairs taken out"))  # fmt: skip
+    columns = {
+        "needle recall, 128 tokens": "needle short",
+        "follows the context, 128 tokens": "context short",
+        "answers from memory instead": "context short: from memory",
+        "closed-book": "closed-book",
+        "text loss": "text loss",
+    }
+    masked, rotary = (
+        next(table for table in tables(README) if table[0][0].startswith(words))
+        for words in ("masked heads", "rotary pairs taken out")
+    )
     assert len(masked) == 7 and len(rotary) == 4
     for kind, *cells in masked[1:]:
         for column, cell in zip(masked[0][1:], cells, strict=True):
@@ -228,7 +251,11 @@ def test_the_tables_are_what_the_stages_write(tmp_path):
 def test_the_study_says_what_its_command_writes(tmp_path):
     assert main(["study", "--config=tiny_study", f"--workdir={tmp_path}"]) == 0
     results = [json.loads(path.read_text()) for path in tmp_path.glob("*/result.json")]
-    text = sections(README)["The causal study"].split("`retmask study --config=tiny_study` writes")[1].split("**Three arch")[0]
+    text = (
+        sections(README)["The causal study"]
+        .split("`retmask study --config=tiny_study` writes")[1]
+        .split("**Three arch")[0]
+    )
     triples, values = _triples(results), _values(results)
     said = [tuple(map(float, triple)) for triple in re.findall(rf"{SIGNED} \[{SIGNED}, {SIGNED}\]", text)]
     assert len(said) >= 6 and [triple for triple in said if triple not in triples] == []

@@ -21,8 +21,11 @@ def test_type_checkers_see_the_names_that_are_loaded_lazily():
 
 
 def test_the_wheel_has_every_file_that_is_not_code():
-    call = next(node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
-                if isinstance(node, ast.keyword) and node.arg == "package_data")  # fmt: skip
+    call = next(
+        node
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+        if isinstance(node, ast.keyword) and node.arg == "package_data"
+    )
     patterns = ast.literal_eval(call.value)["retmask_jax"]
     shipped = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
     data = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}

@@ -22,16 +22,21 @@ PROMPT = {"id": "1", "messages": [{"role": "user", "content": "Hello"}]}
 PAIR = {"prompt": "Hello", "chosen": "Hi", "rejected": "No"}
 # reader: (function, name of a file for it, a record)
 LINES = {
-    "needles": (read_needles, "x.jsonl", NEEDLE), "questions": (read_questions, "x.jsonl", QUESTION),
-    "queries": (read_queries, "x.jsonl", QUERY), "prompts": (lambda path: read_prompts(str(path)), "x.jsonl", PROMPT),
+    "needles": (read_needles, "x.jsonl", NEEDLE),
+    "questions": (read_questions, "x.jsonl", QUESTION),
+    "queries": (read_queries, "x.jsonl", QUERY),
+    "prompts": (lambda path: read_prompts(str(path)), "x.jsonl", PROMPT),
     "pairs": (read_pairs, "x.jsonl", PAIR),
-}  # fmt: skip
+}
 READERS = LINES | {
-    "haystack": (read_sentences, "x.txt", None), "scores": (HeadScores.load, "x.json", {"0-0": [1.0]}),
-    "head set": (read_head_set, "x.yaml", None), "question document": (read_questions, "x.json", [QUESTION]),
-    "recipe": (lambda path: load_recipe(str(path)), "x.py", None), "result": (read_json, "x.json", {}),
+    "haystack": (read_sentences, "x.txt", None),
+    "scores": (HeadScores.load, "x.json", {"0-0": [1.0]}),
+    "head set": (read_head_set, "x.yaml", None),
+    "question document": (read_questions, "x.json", [QUESTION]),
+    "recipe": (lambda path: load_recipe(str(path)), "x.py", None),
+    "result": (read_json, "x.json", {}),
     "profile": (lambda path: read_models([path], [1]), "x.json", {"0-0": [1.0]}),
-}  # fmt: skip
+}
 
 
 def _refused(read, path, *words):
@@ -45,8 +50,11 @@ def _refused(read, path, *words):
 @pytest.mark.parametrize("name", READERS)
 def test_what_is_fine_is_read(name, tmp_path):
     read, file, record = READERS[name]
-    texts = {"haystack": "A lamp. A door.", "head set": 'attn_head_set: "1-2,3-4"',
-             "recipe": "from retmask_jax.configs import tiny\nget_config = tiny.get_config"}  # fmt: skip
+    texts = {
+        "haystack": "A lamp. A door.",
+        "head set": 'attn_head_set: "1-2,3-4"',
+        "recipe": "from retmask_jax.configs import tiny\nget_config = tiny.get_config",
+    }
     (tmp_path / file).write_text(texts.get(name) or json.dumps(record) + "\n")
     assert read(tmp_path / file) is not None
 
@@ -96,7 +104,9 @@ def test_a_line_of_an_archive_that_is_none_is_refused(name, tmp_path):
 @pytest.mark.parametrize("field", ["needle", "question", "answer", "real_needle", "key", "memory"])
 @pytest.mark.parametrize("value", [3, 2.5, True, ["red"], {"a": 1}])
 def test_a_needle_is_made_of_texts(field, value, tmp_path):
-    record = {name: text for name, text in NEEDLE.items() if (field, name) != ("real_needle", "answer")} | {field: value}
+    record = {name: text for name, text in NEEDLE.items() if (field, name) != ("real_needle", "answer")} | {
+        field: value
+    }
     (tmp_path / "x.jsonl").write_text(json.dumps(record))
     _refused(read_needles, tmp_path / "x.jsonl", "line 1", "not a text")
 
@@ -107,39 +117,78 @@ def test_a_needle_may_say_that_it_has_no_key(tmp_path):
     assert (needle.needle, needle.key, needle.memory) == ("", None, None)
 
 
-@pytest.mark.parametrize("change", [
-    {"question": 3}, {"answers": 3}, {"answers": [3]}, {"answers": [["here"]]}, {"answers": {"text": 3}}, {"context": 3},
-    {"context": [3]}, {"context": [[]]}, {"context": [["title", 3]]}, {"context": {"title": 3, "sentences": 4}},
-    {"context": {"title": ["a"], "sentences": []}}, {"context": [["title", [3]]]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"question": 3},
+        {"answers": 3},
+        {"answers": [3]},
+        {"answers": [["here"]]},
+        {"answers": {"text": 3}},
+        {"context": 3},
+        {"context": [3]},
+        {"context": [[]]},
+        {"context": [["title", 3]]},
+        {"context": {"title": 3, "sentences": 4}},
+        {"context": {"title": ["a"], "sentences": []}},
+        {"context": [["title", [3]]]},
+    ],
+)
 def test_a_question_is_made_of_texts(change, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(QUESTION | change))
     _refused(read_questions, tmp_path / "x.jsonl")
 
 
-@pytest.mark.parametrize("document", [
-    3, "text", None, {}, {"data": 3}, {"data": [3]}, {"data": [{"paragraphs": [{"context": 3, "qas": [{"question": "Where?",
-    "answers": [{"text": "here"}]}]}]}]}, {"data": [{"paragraphs": [{"context": "It.", "qas": [{"question": "Where?",
-    "answers": [{"text": 4}]}]}]}]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "document",
+    [
+        3,
+        "text",
+        None,
+        {},
+        {"data": 3},
+        {"data": [3]},
+        {"data": [{"paragraphs": [{"context": 3, "qas": [{"question": "Where?", "answers": [{"text": "here"}]}]}]}]},
+        {"data": [{"paragraphs": [{"context": "It.", "qas": [{"question": "Where?", "answers": [{"text": 4}]}]}]}]},
+    ],
+)
 def test_a_document_of_questions_in_no_known_form_is_refused(document, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(document))
     _refused(read_questions, tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("change", [
-    {"query": 3}, {"passages": 3}, {"passages": [3]}, {"passages": ["a"]}, {"passages": []}, {"passages": {}},
-    {"passages": [{"id": "a", "text": "A lamp.", "relevance": "high"}]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query": 3},
+        {"passages": 3},
+        {"passages": [3]},
+        {"passages": ["a"]},
+        {"passages": []},
+        {"passages": {}},
+        {"passages": [{"id": "a", "text": "A lamp.", "relevance": "high"}]},
+    ],
+)
 def test_a_query_with_other_values_is_refused(change, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(QUERY | change))
     _refused(read_queries, tmp_path / "x.jsonl", "line 1")
 
 
-@pytest.mark.parametrize("messages", [
-    3, [3], [[]], {}, {"role": 3, "content": 4}, {"role": ["user"], "content": 4}, {"role": ["user"], "content": []},
-    [{"role": "user", "content": 3}], [{"role": 3, "content": "Hello"}], [{"role": ["user"], "content": "Hello"}],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "messages",
+    [
+        3,
+        [3],
+        [[]],
+        {},
+        {"role": 3, "content": 4},
+        {"role": ["user"], "content": 4},
+        {"role": ["user"], "content": []},
+        [{"role": "user", "content": 3}],
+        [{"role": 3, "content": "Hello"}],
+        [{"role": ["user"], "content": "Hello"}],
+    ],
+)
 def test_a_conversation_is_made_of_turns(messages, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": messages}))
     _refused(lambda path: read_prompts(str(path)), tmp_path / "x.jsonl", "line 1")
@@ -147,24 +196,29 @@ def test_a_conversation_is_made_of_turns(messages, tmp_path):
     _refused(read_pairs, tmp_path / "x.jsonl", "line 1")
 
 
-@pytest.mark.parametrize("change", [{"chosen": 3}, {"chosen": []}, {"rejected": [{"role": "assistant"}]}, {"chosen_finished": 3}])
+@pytest.mark.parametrize(
+    "change", [{"chosen": 3}, {"chosen": []}, {"rejected": [{"role": "assistant"}]}, {"chosen_finished": 3}]
+)
 def test_a_pair_is_made_of_answers(change, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(PAIR | change))
     _refused(read_pairs, tmp_path / "x.jsonl", "line 1")
 
 
-@pytest.mark.parametrize("arguments, file, content", [
-    (["--config.tasks.detect.needles=./x.jsonl"], "x.jsonl", b'{"question": "a", "answer": 3}'),
-    (["--config.tasks.detect.needles=./x.jsonl"], "x.jsonl", b"[1]"),
-    (["--config.tasks.detect.needles=./x.jsonl"], "x.jsonl", None),
-    (["--config.tasks.detect.haystack=./x.txt"], "x.txt", b"\xff\xfe"),
-    (["--config.tasks.detect.haystack=./x.txt"], "x.txt", None),
-    (["--config.text.file=./x.txt"], "x.txt", None),
-    (["--config.detect.scores=./x.json"], "x.json", None),
-    (["--config.pairs.prompts=./x.jsonl"], "x.jsonl", None),
-    (["--config=x.py"], "x.py", None),
-    (["--config=x.py"], "x.py", b"\xff"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, file, content",
+    [
+        (["--config.tasks.detect.needles=./x.jsonl"], "x.jsonl", b'{"question": "a", "answer": 3}'),
+        (["--config.tasks.detect.needles=./x.jsonl"], "x.jsonl", b"[1]"),
+        (["--config.tasks.detect.needles=./x.jsonl"], "x.jsonl", None),
+        (["--config.tasks.detect.haystack=./x.txt"], "x.txt", b"\xff\xfe"),
+        (["--config.tasks.detect.haystack=./x.txt"], "x.txt", None),
+        (["--config.text.file=./x.txt"], "x.txt", None),
+        (["--config.detect.scores=./x.json"], "x.json", None),
+        (["--config.pairs.prompts=./x.jsonl"], "x.jsonl", None),
+        (["--config=x.py"], "x.py", None),
+        (["--config=x.py"], "x.py", b"\xff"),
+    ],
+)
 def test_the_command_refuses_such_files_in_one_line(tmp_path, monkeypatch, capsys, arguments, file, content):
     """None: a folder of that name."""
     monkeypatch.chdir(tmp_path)

@@ -49,14 +49,31 @@ def check_decoding(config, topology: str, stage: str, mesh: Mesh | None = None) 
         job = {"pairs": _sampling, "detect": _detection}[stage](config, model, mesh, chip)
     compiled = {name: _compiled(program, mesh) for name, program in job.programs.items()}
     fits = all(one.refused is None and one.needed <= chip.memory for one in compiled.values())
-    return {
-        "what": stage, "topology": topology, "mesh": sizes_of(mesh), "rows": job.rows, "length": job.length,
-        "new_tokens": job.new_tokens, "answers": job.answers, "fits": fits, "weights": job.weights, "caches": job.caches,
-        "limit": chip.memory, "needed": max(one.needed for one in compiled.values()),
-        "programs": {name: {"bytes": one.memory, "refused": one.refused, "sent": dict(one.work.sent)}
-                     for name, one in compiled.items()},
-        "seconds": _seconds(job, model, mesh, chip, {name: one.work for name, one in compiled.items()}) if fits else None,
-    } | stamp(compiled) | {"compile_seconds": round(time.monotonic() - begun)}  # fmt: skip
+    return (
+        {
+            "what": stage,
+            "topology": topology,
+            "mesh": sizes_of(mesh),
+            "rows": job.rows,
+            "length": job.length,
+            "new_tokens": job.new_tokens,
+            "answers": job.answers,
+            "fits": fits,
+            "weights": job.weights,
+            "caches": job.caches,
+            "limit": chip.memory,
+            "needed": max(one.needed for one in compiled.values()),
+            "programs": {
+                name: {"bytes": one.memory, "refused": one.refused, "sent": dict(one.work.sent)}
+                for name, one in compiled.items()
+            },
+            "seconds": _seconds(job, model, mesh, chip, {name: one.work for name, one in compiled.items()})
+            if fits
+            else None,
+        }
+        | stamp(compiled)
+        | {"compile_seconds": round(time.monotonic() - begun)}
+    )
 
 
 def describe(row: dict[str, Any], what: str) -> str:
@@ -70,16 +87,28 @@ def describe(row: dict[str, Any], what: str) -> str:
     ]
     for name, program in row["programs"].items():
         sent = ", ".join(f"{kind} {n / 1e6:,.1f} MB" for kind, n in sorted(program["sent"].items()))
-        lines.append(f"{name}: " + (f"refused by the compiler: {program['refused']}" if program["refused"] else
-                                    f"a chip sends {sent or 'nothing'}"))  # fmt: skip
+        lines.append(
+            f"{name}: "
+            + (
+                f"refused by the compiler: {program['refused']}"
+                if program["refused"]
+                else f"a chip sends {sent or 'nothing'}"
+            )
+        )
     if row["seconds"]:
         step, first = row["seconds"]["token"], row["seconds"]["prompts"]
-        shares = ", ".join(f"{name} {1e3 * value:.1f} ms at {ASSUMED[name]:.0%} of peak" for name, value in step.items())
-        lines.append(f"a token of {row['rows']} rows, an estimate, not measured: {1e3 * max(step.values()):.0f} to "
-                     f"{1e3 * sum(step.values()):.0f} ms ({shares})")  # fmt: skip
+        shares = ", ".join(
+            f"{name} {1e3 * value:.1f} ms at {ASSUMED[name]:.0%} of peak" for name, value in step.items()
+        )
+        lines.append(
+            f"a token of {row['rows']} rows, an estimate, not measured: {1e3 * max(step.values()):.0f} to "
+            f"{1e3 * sum(step.values()):.0f} ms ({shares})"
+        )
         batches = row["answers"] / row["rows"] / _BUSY
         least, most = (batches * (of(first.values()) + row["new_tokens"] * of(step.values())) for of in (max, sum))
-        lines.append(f"{row['answers']:,} answers, if each had {row['new_tokens']:,} tokens: {hours(least)} to {hours(most)}")
+        lines.append(
+            f"{row['answers']:,} answers, if each had {row['new_tokens']:,} tokens: {hours(least)} to {hours(most)}"
+        )
     return "\n".join([*lines, "fits" if row["fits"] else "does not fit"])
 
 
@@ -102,18 +131,29 @@ def _sampling(config, model: ModelConfig, mesh: Mesh, chip: Chip) -> _Work:
     weights, length, new = held_bytes(params), config.train.max_prompt_tokens, config.pairs.max_new_tokens
     variants = sum(len(variants_of(config, seed)) for seed in config.train.seeds)
     masks = jax.eval_shape(lambda: Interventions.none(model).per_row(variants))
-    whole = jax.tree.map(lambda x: array(mesh, x.shape, x.dtype),
-                         (masks, Draws.of(model, None, config.pairs.temperature, config.pairs.top_p), np.int32(1)))  # fmt: skip
+    whole = jax.tree.map(
+        lambda x: array(mesh, x.shape, x.dtype),
+        (masks, Draws.of(model, None, config.pairs.temperature, config.pairs.top_p), np.int32(1)),
+    )
     shared, answers = (params, *whole), config.pairs.n_prompts * variants
-    rows = config.pairs.batch_size or rows_that_fill(model, shared, length, new, int(chip.memory - weights), most=answers)
+    rows = config.pairs.batch_size or rows_that_fill(
+        model, shared, length, new, int(chip.memory - weights), most=answers
+    )
     rows = full_share(rows, ROW_AXES)
     found = programs(model, shared, rows, length, new)
     state = found.decode[1][-2:]
     return _Work(
-        {"prompts": Program(found.prefill[0], found.prefill[1], options=found.prefill[2], beside=state),
-         "token": Program(found.decode[0], found.decode[1])},
-        rows, length, new, answers, weights, held_bytes(state),
-    )  # fmt: skip
+        {
+            "prompts": Program(found.prefill[0], found.prefill[1], options=found.prefill[2], beside=state),
+            "token": Program(found.decode[0], found.decode[1]),
+        },
+        rows,
+        length,
+        new,
+        answers,
+        weights,
+        held_bytes(state),
+    )
 
 
 def _detection(config, model: ModelConfig, mesh: Mesh, chip: Chip) -> _Work:
@@ -123,10 +163,13 @@ def _detection(config, model: ModelConfig, mesh: Mesh, chip: Chip) -> _Work:
     length = min(bucket(max(task.lengths)), model.max_length - new)
     params = placed_shapes(model, mesh, config.dtype)
     masks = jax.eval_shape(lambda: Interventions.none(model).per_row(rows))
-    given = [array(mesh, (rows, length), jnp.int32, "batch"), array(mesh, (rows,), jnp.int32, "batch"),
-             jax.tree.map(lambda x: array(mesh, x.shape, x.dtype, "batch"), masks),
-             *jax.tree.map(lambda x: array(mesh, x.shape, x.dtype), Draws.of(model, None, 0.0, 1.0)),
-             *2 * [array(mesh, (rows,), jnp.uint32, "batch")]]  # fmt: skip
+    given = [
+        array(mesh, (rows, length), jnp.int32, "batch"),
+        array(mesh, (rows,), jnp.int32, "batch"),
+        jax.tree.map(lambda x: array(mesh, x.shape, x.dtype, "batch"), masks),
+        *jax.tree.map(lambda x: array(mesh, x.shape, x.dtype), Draws.of(model, None, 0.0, 1.0)),
+        *2 * [array(mesh, (rows,), jnp.uint32, "batch")],
+    ]
     cache = jax.eval_shape(lambda: empty_cache(model, rows, length + new, config.dtype))
     placed = jax.tree.map(lambda x: array(mesh, x.shape, x.dtype, None, "batch", "heads"), cache)
     cases = len(task.lengths) * len(task.depths) if task.per_length is None else len(task.lengths) * task.per_length
@@ -139,15 +182,19 @@ def _compiled(program: Program, mesh: Mesh):
         return compile_program(program, mesh)
 
 
-def _seconds(job: _Work, model: ModelConfig, mesh: Mesh, chip: Chip, work: dict[str, Work]) -> dict[str, dict[str, float]]:
+def _seconds(
+    job: _Work, model: ModelConfig, mesh: Mesh, chip: Chip, work: dict[str, Work]
+) -> dict[str, dict[str, float]]:
     """Of the prompts of all rows, and of one token of each: a step reads all weights and all caches."""
     sent = {name: sum(one.sent.values()) for name, one in work.items()}
     per_token = forward_flops(model, job.length + 1, 1) - forward_flops(model, job.length, 0)
     prompts = job.rows * forward_flops(model, job.length, 1) / mesh.size
     # An eighth of the rows begin at a time. In one program with the tokens the prompts pass in chunks, and the loops over
     # both are of unknown length: a turn of each is counted together, and nearly all of it is the chunk's.
-    times, of_prompts = (8, sent["prompts"]) if "prompts" in sent else (-(-job.length // usual_chunk()), sum(sent.values()))
+    times, of_prompts = (
+        (8, sent["prompts"]) if "prompts" in sent else (-(-job.length // usual_chunk()), sum(sent.values()))
+    )
     return {
         "prompts": estimate(chip, prompts, times * job.weights, times * of_prompts),
         "token": estimate(chip, job.rows * per_token / mesh.size, job.weights + job.caches, sent.get("token", 0)),
-    }  # fmt: skip
+    }

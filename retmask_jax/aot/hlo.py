@@ -16,9 +16,22 @@ _HEADER = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "partition-id",
-    "replica-id", "after-all", "opt-barrier", "async-start", "async-update", "async-done",
-}  # fmt: skip
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "partition-id",
+    "replica-id",
+    "after-all",
+    "opt-barrier",
+    "async-start",
+    "async-update",
+    "async-done",
+}
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -42,9 +55,11 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
-            dict(Counter(self.counts) + Counter(other.counts)), dict(Counter(self.sent) + Counter(other.sent)),
-            self.memory + other.memory, self.unknown + other.unknown,
-        )  # fmt: skip
+            dict(Counter(self.counts) + Counter(other.counts)),
+            dict(Counter(self.sent) + Counter(other.sent)),
+            self.memory + other.memory,
+            self.unknown + other.unknown,
+        )
 
 
 def read_work(text: str) -> Work:

@@ -90,10 +90,20 @@ def check_training(config, topology: str) -> dict[str, Any]:
     step = _step(settings, mesh, chip, programs, compiled)
     trained = dataclasses.replace(model, lora=settings.lora)
     flops = step.rows * executed_flops(trained, config.train.max_tokens, remat=settings.remat) / mesh.size
-    return {
-        "what": "train", "topology": topology, "mesh": step.mesh, "batch": step.batch, "microbatch": step.microbatch,
-        "length": config.train.max_tokens, "steps": settings.steps,
-    } | _memory_facts(step, programs, compiled) | _time_facts(chip, flops, compiled) | stamp(compiled)  # fmt: skip
+    return (
+        {
+            "what": "train",
+            "topology": topology,
+            "mesh": step.mesh,
+            "batch": step.batch,
+            "microbatch": step.microbatch,
+            "length": config.train.max_tokens,
+            "steps": settings.steps,
+        }
+        | _memory_facts(step, programs, compiled)
+        | _time_facts(chip, flops, compiled)
+        | stamp(compiled)
+    )
 
 
 def training_programs(config: ModelConfig, settings: Settings, mesh: Mesh, length: int) -> dict[str, Program]:
@@ -121,7 +131,7 @@ def training_programs(config: ModelConfig, settings: Settings, mesh: Mesh, lengt
     return {
         "gradients": Program(function, arguments, runs=runs, beside=state.opt_state),
         "update": Program(programs.apply, (state, sums), beside=frozen),
-    }  # fmt: skip
+    }
 
 
 def compile_program(program: Program, mesh: Mesh) -> Compiled:
@@ -175,7 +185,7 @@ def stamp(compiled: Mapping[str, Compiled]) -> dict[str, Any]:
         "compile_seconds": round(sum(one.seconds for one in compiled.values())),
         "date": datetime.date.today().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "flax")},
-    }  # fmt: skip
+    }
 
 
 def _settings(config) -> Settings:
@@ -186,23 +196,31 @@ def _settings(config) -> Settings:
 
 def _step(settings, mesh: Mesh, chip: Chip, programs: Mapping[str, Program], compiled: Mapping[str, Compiled]) -> Step:
     return Step(
-        batch=settings.batch_size, microbatch=settings.microbatch_size,
-        rows_per_pair=2 if settings.objective == "dpo" else 1, remat=settings.remat, mesh=sizes_of(mesh),
+        batch=settings.batch_size,
+        microbatch=settings.microbatch_size,
+        rows_per_pair=2 if settings.objective == "dpo" else 1,
+        remat=settings.remat,
+        mesh=sizes_of(mesh),
         needed=max(one.needed + _size(programs[name].beside) for name, one in compiled.items()),
-        fixed=max(program.fixed for program in programs.values()), limit=chip.memory,
-        lora=settings.lora is not None, narrow_moment=settings.first_moment_dtype == "bfloat16",
-    )  # fmt: skip
+        fixed=max(program.fixed for program in programs.values()),
+        limit=chip.memory,
+        lora=settings.lora is not None,
+        narrow_moment=settings.first_moment_dtype == "bfloat16",
+    )
 
 
 def _memory_facts(step: Step, programs: Mapping[str, Program], compiled: Mapping[str, Compiled]) -> dict[str, Any]:
     fits = step.needed <= step.limit and all(one.refused is None for one in compiled.values())
     facts = {
-        name: {"runs": programs[name].runs, "bytes": one.memory, "beside": _size(programs[name].beside),
-               "refused": one.refused} for name, one in compiled.items()
-    }  # fmt: skip
-    return {
-        "fits": fits, "advice": advise(step, fits), "needed": step.needed, "limit": step.limit, "programs": facts,
-    }  # fmt: skip
+        name: {
+            "runs": programs[name].runs,
+            "bytes": one.memory,
+            "beside": _size(programs[name].beside),
+            "refused": one.refused,
+        }
+        for name, one in compiled.items()
+    }
+    return {"fits": fits, "advice": advise(step, fits), "needed": step.needed, "limit": step.limit, "programs": facts}
 
 
 def _time_facts(chip: Chip, flops: float, compiled: Mapping[str, Compiled]) -> dict[str, Any]:
@@ -215,7 +233,7 @@ def _time_facts(chip: Chip, flops: float, compiled: Mapping[str, Compiled]) -> d
         "collectives": {kind: {"count": n, "sent": work.sent[kind]} for kind, n in sorted(work.counts.items())},
         "loops_of_unknown_length": work.unknown,
         "seconds": estimate(chip, flops, work.memory, sum(work.sent.values())),
-    }  # fmt: skip
+    }
 
 
 def _size(tree) -> int:
@@ -229,10 +247,13 @@ def _memory(compiled) -> dict[str, int]:
     """peak: what a chip must have free; the others overlap in it."""
     report = compiled.memory_analysis()
     return {
-        "arguments": report.argument_size_in_bytes, "outputs": report.output_size_in_bytes,
-        "aliased": report.alias_size_in_bytes, "temporary": report.temp_size_in_bytes,
-        "code": report.generated_code_size_in_bytes, "peak": report.peak_memory_in_bytes,
-    }  # fmt: skip
+        "arguments": report.argument_size_in_bytes,
+        "outputs": report.output_size_in_bytes,
+        "aliased": report.alias_size_in_bytes,
+        "temporary": report.temp_size_in_bytes,
+        "code": report.generated_code_size_in_bytes,
+        "peak": report.peak_memory_in_bytes,
+    }
 
 
 def _refused(error: Exception) -> str:

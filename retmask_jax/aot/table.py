@@ -35,17 +35,17 @@ from retmask_jax.utils.files import write_json
 TABLE = Path(__file__).parent / "topologies.json"
 RECIPES = ("llama3_1_8b", "qwen3_8b", "olmo3_7b_instruct", "olmo3_7b_think")
 # Topology -> what is set otherwise than in the recipes, as the verdicts suggested.
-SETTINGS = {
-    "v5e:4x4": {},
-    "v5e:8x8": {"train.microbatch_size": "64"},
-    "v5p:2x2x2": {},
-    "v6e:4x4": {},
-}
+SETTINGS = {"v5e:4x4": {}, "v5e:8x8": {"train.microbatch_size": "64"}, "v5p:2x2x2": {}, "v6e:4x4": {}}
 # Rows of 8,192 tokens: what the heads are found on, and more than a chip's memory takes without the context axis.
-LONG = {"v5e:4x4": {
-    "train.max_tokens": "8192", "train.max_prompt_tokens": "4096", "train.microbatch_size": "8", "mesh.fsdp": "8",
-    "mesh.context": "2",
-}}  # fmt: skip
+LONG = {
+    "v5e:4x4": {
+        "train.max_tokens": "8192",
+        "train.max_prompt_tokens": "4096",
+        "train.microbatch_size": "8",
+        "mesh.fsdp": "8",
+        "mesh.context": "2",
+    }
+}
 _KEYS = {"train": ("what", "model", "topology", "length")}
 _KEY = ("what", "model", "topology", "length", "mesh", "batch")
 _GIB = 2**30
@@ -93,10 +93,16 @@ def prefill_row(topology: str, model: str, length: int, batch: int, sizes: dict[
     config = dataclasses.replace(shape(model), kernel="splash")
     compiled = compile_program(prefill_program(config, mesh, batch, length), mesh)
     return {
-        "what": "prefill", "topology": topology, "model": model, "mesh": sizes_of(mesh), "batch": batch,
-        "length": length, "fits": compiled.refused is None, "bytes_per_chip": compiled.memory,
+        "what": "prefill",
+        "topology": topology,
+        "model": model,
+        "mesh": sizes_of(mesh),
+        "batch": batch,
+        "length": length,
+        "fits": compiled.refused is None,
+        "bytes_per_chip": compiled.memory,
         "refused": compiled.refused,
-    } | stamp({"prefill": compiled})  # fmt: skip
+    } | stamp({"prefill": compiled})
 
 
 def prefill_program(config: ModelConfig, mesh, batch: int, length: int) -> Program:
@@ -113,9 +119,10 @@ def prefill_program(config: ModelConfig, mesh, batch: int, length: int) -> Progr
     logits = array(mesh, (batch, config.vocab_size), jnp.float32, "batch", "vocab").sharding
     interventions = jax.eval_shape(lambda: Interventions.none(config))
     arguments = (
-        placed_shapes(config, mesh, jnp.bfloat16), array(mesh, (batch, length), jnp.int32, "batch"),
+        placed_shapes(config, mesh, jnp.bfloat16),
+        array(mesh, (batch, length), jnp.int32, "batch"),
         jax.tree.map(lambda x: array(mesh, x.shape, x.dtype), interventions),
-    )  # fmt: skip
+    )
     return Program(jax.jit(run, out_shardings=(logits, cache)), arguments)
 
 
@@ -148,8 +155,12 @@ def _parse(argv: list[str] | None):
         def error(self, message):
             raise ValueError(f"{message} (--help lists what there is)")
 
-    parser = Parser(prog="python -m retmask_jax.aot.table", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(
+        prog="python -m retmask_jax.aot.table",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     what = parser.add_subparsers(dest="what", required=True)
     recipes = what.add_parser("recipes", help="the training steps of recipes", allow_abbrev=False)
     recipes.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="NAME")

@@ -60,9 +60,11 @@ def devices_of(topology: str):
         raise ValueError("compiling for TPUs needs libtpu: pip install 'retmask_jax[tpu]'")
     chips = math.prod(int(side) for side in grid.split("x"))
     os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_ACCELERATOR_TYPE": f"{chip.accelerator}-{chip.units * chips}",
-    }  # fmt: skip
+    }
     jax.config.update("jax_platforms", "cpu")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices

@@ -51,8 +51,9 @@ def share_row(name: str, unit: str, done: float, peak: float, target: float | No
     return Row(name, f"G{unit}/s", done / 1e9, peak / 1e9, share, bound)
 
 
-def generation_rows(lm, mesh, rows: int, length: int, new_tokens: int, repeats: int,
-                    generate: Callable[[np.ndarray, int], object]) -> list[Row]:  # fmt: skip
+def generation_rows(
+    lm, mesh, rows: int, length: int, new_tokens: int, repeats: int, generate: Callable[[np.ndarray, int], object]
+) -> list[Row]:
     """Prefill's share of the matrix-product peak and decoding's share of the copy bandwidth, all rows of one length."""
     config, dtype = lm.config, jax.tree.leaves(lm.params)[0].dtype
     tokens = np.random.default_rng(6).integers(16, config.vocab_size, (rows, length), dtype=np.int32)
@@ -60,13 +61,23 @@ def generation_rows(lm, mesh, rows: int, length: int, new_tokens: int, repeats: 
     timed = alternate({name: functools.partial(generate, tokens, n) for name, n in ends.items()}, repeats)
     flops = rows * forward_flops(config, length, counted=1)
     about = f"{rows} prompts of {length}"
-    found = [share_row(f"prefill, {about}; peer: the machine's matrix-product peak", "FLOP",
-                       flops / timed["prefill"].median, product_peak(mesh, dtype), 0.5)]  # fmt: skip
+    found = [
+        share_row(
+            f"prefill, {about}; peer: the machine's matrix-product peak",
+            "FLOP",
+            flops / timed["prefill"].median,
+            product_peak(mesh, dtype),
+            0.5,
+        )
+    ]
     if new_tokens > 1:
         step = statistics.median(np.subtract(timed["both"].runs, timed["prefill"].runs)) / (new_tokens - 1)
         needed = decode_bytes(config, rows, length + new_tokens // 2, dtype.itemsize)
-        found.append(share_row(f"decoding, {about}; peer: the machine's copy bandwidth", "B", needed / step,
-                               copy_bandwidth(mesh), 0.6))  # fmt: skip
+        found.append(
+            share_row(
+                f"decoding, {about}; peer: the machine's copy bandwidth", "B", needed / step, copy_bandwidth(mesh), 0.6
+            )
+        )
     return found
 
 

@@ -18,8 +18,9 @@ _NEEDLE = 16  # tokens of a needle, and of a question, of the random model
 _BATCH = 16
 
 
-def run(size: str, length: int | None, layers: int | None, repeats: int, depths: int, needles: int,
-        max_new_tokens: int) -> Report:  # fmt: skip
+def run(
+    size: str, length: int | None, layers: int | None, repeats: int, depths: int, needles: int, max_new_tokens: int
+) -> Report:
     """Cases a second: depths x needles cases of one length. Real cases for the bundled model, else fixed answers."""
     require("torch")
     length = length or (512 if size == "bundled" else 2048)
@@ -31,16 +32,25 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, depths:
             rows = [_real(lm, peer, cases, max_new_tokens, repeats, released) for released in (True, False)]
         else:
             rows = [_fixed(lm, peer, *fixed_cases(lm.config.vocab_size, length, depths, needles), repeats, size)]
-    setting = {"size": size, "dtype": models.DTYPES[size], "length": length, "layers": lm.config.n_layers,
-               "depths": depths, "needles": needles, "max_new_tokens": max_new_tokens}  # fmt: skip
+    setting = {
+        "size": size,
+        "dtype": models.DTYPES[size],
+        "length": length,
+        "layers": lm.config.n_layers,
+        "depths": depths,
+        "needles": needles,
+        "max_new_tokens": max_new_tokens,
+    }
     return Report("detect", setting, rows)
 
 
 def bundled_cases(length: int, depths: int, needles: int) -> list:
     """Needle cases of the bundled data, as the tiny recipe has them."""
     overrides = {
-        "lengths": (length,), "depths": tuple(np.linspace(0, 1, depths).tolist()), "per_length": depths * needles,
-    }  # fmt: skip
+        "lengths": (length,),
+        "depths": tuple(np.linspace(0, 1, depths).tolist()),
+        "per_length": depths * needles,
+    }
     config = recipes.load_recipe("tiny", [(f"tasks.detect.{name}", repr(value)) for name, value in overrides.items()])
     return task_cases(models.bundled_prompter(), config.tasks.detect, models.bundled_file)
 
@@ -71,20 +81,28 @@ def peer_scores(peer, tokenizer, cases, max_new_tokens: int, stop_ids: Collectio
         answer = tokenizer.decode(found.tokens, skip_special_tokens=True)
         if rouge1_recall(answer, case.needle.answer) > RIGHT_RECALL:
             needle = case.tokens[slice(*case.span)]
-            counted.append([
-                [len(tokens) / len(needle) if stop_ids is None else len(set(tokens)) / len(set(needle)) for tokens in heads]
-                for heads in found.copied
-            ])  # fmt: skip
+            counted.append(
+                [
+                    [
+                        len(tokens) / len(needle) if stop_ids is None else len(set(tokens)) / len(set(needle))
+                        for tokens in heads
+                    ]
+                    for heads in found.copied
+                ]
+            )
     return np.mean(counted, axis=0)
 
 
 def _real(lm: LanguageModel, peer, cases, max_new_tokens: int, repeats: int, released: bool) -> Row:
     batch_size = min(_BATCH, len(cases))
     stop_ids = None if released else {*lm.config.eos_ids, *newline_ids(lm.tokenizer).tolist()}
-    timed = alternate({
-        "ours": lambda: detect(lm, cases, max_new_tokens=max_new_tokens, batch_size=batch_size, released=released),
-        "peer": lambda: peer_scores(peer, lm.tokenizer, cases, max_new_tokens, stop_ids),
-    }, repeats)  # fmt: skip
+    timed = alternate(
+        {
+            "ours": lambda: detect(lm, cases, max_new_tokens=max_new_tokens, batch_size=batch_size, released=released),
+            "peer": lambda: peer_scores(peer, lm.tokenizer, cases, max_new_tokens, stop_ids),
+        },
+        repeats,
+    )
     ours = timed["ours"].result
     bounds = [
         Bound("score difference", float(np.abs(ours.scores.mean - timed["peer"].result).max()), "<=", 1e-6),
@@ -92,8 +110,16 @@ def _real(lm: LanguageModel, peer, cases, max_new_tokens: int, repeats: int, rel
     ]
     how = f"{max_new_tokens} tokens decoded, as released" if released else "answers end at EOS or newline"
     name = f"bundled, {len(cases)} cases of {cases[0].spec.length}; {how}"
-    return speed_row(name, timed["ours"], timed["peer"], work=len(cases), what="cases", target=25, bounds=bounds,
-                     facts={"outcomes": ours.reasons})  # fmt: skip
+    return speed_row(
+        name,
+        timed["ours"],
+        timed["peer"],
+        work=len(cases),
+        what="cases",
+        target=25,
+        bounds=bounds,
+        facts={"outcomes": ours.reasons},
+    )
 
 
 def _fixed(lm: LanguageModel, peer, prompts, answers, spans, repeats: int, size: str) -> Row:
@@ -112,9 +138,20 @@ def _fixed(lm: LanguageModel, peer, prompts, answers, spans, repeats: int, size:
     bounds = [Bound("equal keys", share, ">=", 0.999), Bound("weight between keys", gap, "<=", 1e-5)] if exact else []
     name = f"{size}, {len(prompts)} cases of {len(prompts[0])} tokens, {_NEEDLE} fixed"
     target = {"30m": 1.5, "8b": 5}[size]
-    return speed_row(name, timed["ours"], timed["peer"], work=len(prompts), what="cases", target=target, bounds=bounds,
-                     facts={"keys compared": int(sum(keys.size for keys in timed["peer"].result)),
-                            "equal keys": share, "weight between keys": gap})  # fmt: skip
+    return speed_row(
+        name,
+        timed["ours"],
+        timed["peer"],
+        work=len(prompts),
+        what="cases",
+        target=target,
+        bounds=bounds,
+        facts={
+            "keys compared": int(sum(keys.size for keys in timed["peer"].result)),
+            "equal keys": share,
+            "weight between keys": gap,
+        },
+    )
 
 
 def agreement(ours, theirs, weights_of) -> tuple[float, float]:

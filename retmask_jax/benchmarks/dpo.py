@@ -23,8 +23,16 @@ _EPOCHS = 2  # of RetMask: a reference computed once serves so many steps
 _MEMORY_SHAPE = {"vocab_size": 2**17, "n_layers": 2}
 
 
-def run(size: str, length: int | None, layers: int | None, repeats: int, pairs: int, remat: bool, memory_length: int,
-        lora_rank: int) -> Report:  # fmt: skip
+def run(
+    size: str,
+    length: int | None,
+    layers: int | None,
+    repeats: int,
+    pairs: int,
+    remat: bool,
+    memory_length: int,
+    lora_rank: int,
+) -> Report:
     """Seconds a step, half of each row prompt and half answer. memory_length: tokens of a row there, 0: no memory.
 
     lora_rank: train adapters; there is no peer then, only the share of the machine's peak.
@@ -40,9 +48,17 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, pairs: 
     if memory_length and not lora_rank:
         with models.checkpoint(size, **_MEMORY_SHAPE) as folder:
             rows += _memory(folder, memory_length)
-    setting = {"size": size, "compute_dtype": settings.compute_dtype, "length": length, "layers": layers, "pairs": pairs,
-               "remat": remat, "lora_rank": lora_rank, "memory_length": memory_length,
-               "memory_shape": _MEMORY_SHAPE}  # fmt: skip
+    setting = {
+        "size": size,
+        "compute_dtype": settings.compute_dtype,
+        "length": length,
+        "layers": layers,
+        "pairs": pairs,
+        "remat": remat,
+        "lora_rank": lora_rank,
+        "memory_length": memory_length,
+        "memory_shape": _MEMORY_SHAPE,
+    }
     return Report("dpo", setting, rows)
 
 
@@ -67,15 +83,29 @@ def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: i
     ref_difference = _relative(ours.reference, peers["precomputed"].reference)
     shared = {"work": tokens, "what": "tokens"}
     return [
-        speed_row(f"{name}; peer: frozen reference in each step", step, timed["frozen"], target=1.5, **shared,
-                  bounds=_equality(losses, "frozen", pairs, peers), facts={"losses": losses}),
+        speed_row(
+            f"{name}; peer: frozen reference in each step",
+            step,
+            timed["frozen"],
+            target=1.5,
+            **shared,
+            bounds=_equality(losses, "frozen", pairs, peers),
+            facts={"losses": losses},
+        ),
         speed_row(f"{name}; ours with its reference pass over {_EPOCHS} epochs", whole, timed["frozen"], **shared),
-        speed_row(f"{name}; peer: precomputed reference", step, timed["precomputed"], **shared,
-                  bounds=[*_equality(losses, "precomputed", pairs, peers),
-                          Bound("reference log-probabilities", ref_difference, "<=", 1e-4)]),
+        speed_row(
+            f"{name}; peer: precomputed reference",
+            step,
+            timed["precomputed"],
+            **shared,
+            bounds=[
+                *_equality(losses, "precomputed", pairs, peers),
+                Bound("reference log-probabilities", ref_difference, "<=", 1e-4),
+            ],
+        ),
         speed_row(f"{name}; our reference pass alone", reference, None, **shared),
         _share(name, folder, settings, length, step, ours.mesh),
-    ]  # fmt: skip
+    ]
 
 
 def _adapters(folder: Path, settings: Settings, length: int, repeats: int, size: str) -> list[Row]:
@@ -121,8 +151,16 @@ def _memory(folder: Path, length: int) -> list[Row]:
     rows = []
     for name, text in what.items():
         ratio = ours[name] / peer[name]
-        rows.append(Row(f"{text}; 1 pair of {length}, {shape}", "bytes", ours[name], peer[name], ratio,
-                        Bound("ratio", ratio, "<=", 0.5)))  # fmt: skip
+        rows.append(
+            Row(
+                f"{text}; 1 pair of {length}, {shape}",
+                "bytes",
+                ours[name],
+                peer[name],
+                ratio,
+                Bound("ratio", ratio, "<=", 0.5),
+            )
+        )
     return rows
 
 

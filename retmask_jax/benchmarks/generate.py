@@ -31,26 +31,52 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, batch: 
     lengths = np.linspace(length // 4, length, batch).astype(int)
     prompts = [row[:n] for row, n in zip(rows, lengths, strict=True)]
     masks = stack([mask_heads(lm.config, random_heads(lm.config, n=4, seed=seed)) for seed in range(batch)])
-    timed = alternate({
-        "ours": lambda: _ours(lm, prompts, new_tokens),
-        "masked": lambda: _ours(lm, prompts, new_tokens, masks),
-        "peer": lambda: peer_generate(peer, prompts, new_tokens, lm.config.pad_id),
-    }, repeats)  # fmt: skip
+    timed = alternate(
+        {
+            "ours": lambda: _ours(lm, prompts, new_tokens),
+            "masked": lambda: _ours(lm, prompts, new_tokens, masks),
+            "peer": lambda: peer_generate(peer, prompts, new_tokens, lm.config.pad_id),
+        },
+        repeats,
+    )
     found = compare(timed["ours"].result, timed["peer"].result, prompts, lambda tokens: next_logits(peer, tokens))
     tolerance = 1e-4 if models.DTYPES[size] == "float32" else 3e-2
     name = f"{size}, {batch} prompts of {lengths[0]} to {lengths[-1]}, {new_tokens} new"
     cost = timed["masked"].median / timed["ours"].median - 1
-    setting = {"size": size, "dtype": models.DTYPES[size], "length": length, "layers": lm.config.n_layers,
-               "batch": batch, "new_tokens": new_tokens}  # fmt: skip
-    return Report("generate", setting, [
-        speed_row(name, timed["ours"], timed["peer"], work=batch * new_tokens, what="tokens", target=_TARGETS[size],
-                  bounds=[Bound("logit gap where tokens part", found.gap, "<=", tolerance)],
-                  facts=dataclasses.asdict(found)),
-        Row(f"{name}; a head mask per row, peer: ours without", "s", timed["masked"].median, timed["ours"].median,
-            1 + cost, Bound("time with masks", 1 + cost, "<=", 1 + _MASK_COST),
-            facts={"first run s": timed["masked"].first, "runs s": timed["masked"].runs}),
-        *generation_rows(lm, mesh, batch, length, new_tokens, repeats, lambda tokens, n: _ours(lm, tokens, n)),
-    ])  # fmt: skip
+    setting = {
+        "size": size,
+        "dtype": models.DTYPES[size],
+        "length": length,
+        "layers": lm.config.n_layers,
+        "batch": batch,
+        "new_tokens": new_tokens,
+    }
+    return Report(
+        "generate",
+        setting,
+        [
+            speed_row(
+                name,
+                timed["ours"],
+                timed["peer"],
+                work=batch * new_tokens,
+                what="tokens",
+                target=_TARGETS[size],
+                bounds=[Bound("logit gap where tokens part", found.gap, "<=", tolerance)],
+                facts=dataclasses.asdict(found),
+            ),
+            Row(
+                f"{name}; a head mask per row, peer: ours without",
+                "s",
+                timed["masked"].median,
+                timed["ours"].median,
+                1 + cost,
+                Bound("time with masks", 1 + cost, "<=", 1 + _MASK_COST),
+                facts={"first run s": timed["masked"].first, "runs s": timed["masked"].runs},
+            ),
+            *generation_rows(lm, mesh, batch, length, new_tokens, repeats, lambda tokens, n: _ours(lm, tokens, n)),
+        ],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +93,12 @@ class Comparison:
     parted: list[tuple[int, int, float]]
 
 
-def compare(ours: np.ndarray, theirs: np.ndarray, prompts: Sequence[Sequence[int]],
-            logits_after: Callable[[list[int]], np.ndarray]) -> Comparison:  # fmt: skip
+def compare(
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    prompts: Sequence[Sequence[int]],
+    logits_after: Callable[[list[int]], np.ndarray],
+) -> Comparison:
     """Compare tokens i[B,N]; logits_after: the logits f32[V] that follow given tokens."""
     parted = []
     for row in np.flatnonzero((ours != theirs).any(axis=1)).tolist():

@@ -94,15 +94,30 @@ def alternate(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict
     return {name: Timed(first[name][0], tuple(runs[name]), first[name][1]) for name in contenders}
 
 
-def speed_row(name: str, ours: Timed, peer: Timed | None, *, work: float, what: str, target: float | None = None,
-              bounds: Sequence[Bound] = (), facts: Mapping[str, Any] | None = None) -> Row:  # fmt: skip
+def speed_row(
+    name: str,
+    ours: Timed,
+    peer: Timed | None,
+    *,
+    work: float,
+    what: str,
+    target: float | None = None,
+    bounds: Sequence[Bound] = (),
+    facts: Mapping[str, Any] | None = None,
+) -> Row:
     """A row of seconds a run; ratio: how many times faster ours is. work: units of `what` done in a run."""
     ratio = None if peer is None else peer.median / ours.median
     rates = _rates(ours, work, what) | ({} if peer is None else _rates(peer, work, what, " of peer"))
     return Row(
-        name, "s", ours.median, peer and peer.median, ratio,
-        None if target is None else Bound("ratio", ratio, ">=", target), tuple(bounds), rates | dict(facts or {}),
-    )  # fmt: skip
+        name,
+        "s",
+        ours.median,
+        peer and peer.median,
+        ratio,
+        None if target is None else Bound("ratio", ratio, ">=", target),
+        tuple(bounds),
+        rates | dict(facts or {}),
+    )
 
 
 def environment() -> dict[str, Any]:
@@ -116,18 +131,27 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return {
-        "versions": found, "python": platform.python_version(), "machine": platform.machine(),
-        "cores": cores(), "devices": [str(device.device_kind) for device in jax.devices()],
+        "versions": found,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": cores(),
+        "devices": [str(device.device_kind) for device in jax.devices()],
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }  # fmt: skip
+    }
 
 
 def write_report(report: Report, path: Path) -> None:
     """The report with versions and devices as JSON."""
-    write_json(path, {
-        "benchmark": report.benchmark, "setting": dict(report.setting), "environment": environment(),
-        "rows": [_row_json(row) for row in report.rows], "violated": report.violated,
-    })  # fmt: skip
+    write_json(
+        path,
+        {
+            "benchmark": report.benchmark,
+            "setting": dict(report.setting),
+            "environment": environment(),
+            "rows": [_row_json(row) for row in report.rows],
+            "violated": report.violated,
+        },
+    )
 
 
 def table_rows(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
@@ -159,9 +183,10 @@ def _rates(timed: Timed, work: float, what: str, side: str = "") -> dict[str, An
 
 def _row_json(row: Row) -> dict[str, Any]:
     return dataclasses.asdict(row) | {
-        "target": row.target and _bound_json(row.target), "bounds": [_bound_json(bound) for bound in row.bounds],
+        "target": row.target and _bound_json(row.target),
+        "bounds": [_bound_json(bound) for bound in row.bounds],
         "facts": dict(row.facts),
-    }  # fmt: skip
+    }
 
 
 def _bound_json(bound: Bound) -> dict[str, Any]:
@@ -174,10 +199,14 @@ def _texts(row: Row) -> Sequence[str]:
     missed = row.target is not None and not row.target.holds
     first = [row.facts[name] for name in ("first run s", "first run s of peer") if name in row.facts]
     return (
-        row.name, _amount(row.ours, row.unit), "" if row.peer is None else _amount(row.peer, row.unit),
-        "" if row.ratio is None else f"{row.ratio:.3g}x", target + (" (missed)" if missed else ""),
-        ", ".join(_amount(seconds, "s") for seconds in first), "; ".join(map(str, row.bounds)),
-    )  # fmt: skip
+        row.name,
+        _amount(row.ours, row.unit),
+        "" if row.peer is None else _amount(row.peer, row.unit),
+        "" if row.ratio is None else f"{row.ratio:.3g}x",
+        target + (" (missed)" if missed else ""),
+        ", ".join(_amount(seconds, "s") for seconds in first),
+        "; ".join(map(str, row.bounds)),
+    )
 
 
 def _amount(value: float, unit: str) -> str:

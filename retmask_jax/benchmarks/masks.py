@@ -19,8 +19,9 @@ _TARGETS = {"bundled": 25, "30m": 1.2, "8b": None}
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-def run(size: str, length: int | None, layers: int | None, repeats: int, masks: int | None,
-        prompts: int | None) -> Report:  # fmt: skip
+def run(
+    size: str, length: int | None, layers: int | None, repeats: int, masks: int | None, prompts: int | None
+) -> Report:
     """Seconds a sweep; the peer runs the prompts of a mask as one batch, and, as published scripts do, one by one."""
     require("torch")
     bundled = size == "bundled"
@@ -39,11 +40,14 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, masks: 
         with counted_compiles(compiles):
             return np.asarray(sweep(lm, tokens_MT, lengths_M, interventions))
 
-    timed = alternate({
-        "ours": ours,
-        "batched": lambda: hooked_sweep(peer, tokens_MT, heads),
-        "one by one": lambda: hooked_sweep(peer, tokens_MT, heads, one_by_one=True),
-    }, repeats)  # fmt: skip
+    timed = alternate(
+        {
+            "ours": ours,
+            "batched": lambda: hooked_sweep(peer, tokens_MT, heads),
+            "one by one": lambda: hooked_sweep(peer, tokens_MT, heads, one_by_one=True),
+        },
+        repeats,
+    )
     tolerance = 1e-4 if models.DTYPES[size] == "float32" else 3e-2
     rows = []
     for kind, target in (("batched", _TARGETS[size]), ("one by one", None)):
@@ -51,10 +55,20 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, masks: 
         programs = sum("_sweep" in name for name in compiles)
         bounds = [Bound("logit difference", error, "<=", tolerance), Bound("compiles of the sweep", programs, "==", 1)]
         name = f"{size}, {masks} masks x {prompts} prompts of {length}; peer {kind}"
-        rows.append(speed_row(name, timed["ours"], timed[kind], work=masks * prompts, what="prompts", target=target,
-                              bounds=bounds))  # fmt: skip
-    setting = {"size": size, "dtype": models.DTYPES[size], "length": length, "layers": lm.config.n_layers,
-               "masks": masks, "prompts": prompts, "heads of a mask": min(_HEADS, lm.config.n_heads)}  # fmt: skip
+        rows.append(
+            speed_row(
+                name, timed["ours"], timed[kind], work=masks * prompts, what="prompts", target=target, bounds=bounds
+            )
+        )
+    setting = {
+        "size": size,
+        "dtype": models.DTYPES[size],
+        "length": length,
+        "layers": lm.config.n_layers,
+        "masks": masks,
+        "prompts": prompts,
+        "heads of a mask": min(_HEADS, lm.config.n_heads),
+    }
     return Report("masks", setting, rows)
 
 

@@ -28,15 +28,29 @@ _PART = 2**22  # numbers drawn at a time
 
 _SHAPES = {
     "30m": ModelConfig(
-        vocab_size=8192, hidden_size=512, mlp_size=1408, n_layers=8, n_heads=8, n_kv_heads=4, head_dim=64,
-        max_length=2**17, rope=Rope(theta=5e5),
+        vocab_size=8192,
+        hidden_size=512,
+        mlp_size=1408,
+        n_layers=8,
+        n_heads=8,
+        n_kv_heads=4,
+        head_dim=64,
+        max_length=2**17,
+        rope=Rope(theta=5e5),
     ),
     # Llama-3.1-8B
     "8b": ModelConfig(
-        vocab_size=128256, hidden_size=4096, mlp_size=14336, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128,
-        max_length=2**17, rope=Rope("llama3", 5e5, 8.0, 1.0, 4.0, 8192),
+        vocab_size=128256,
+        hidden_size=4096,
+        mlp_size=14336,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=128,
+        max_length=2**17,
+        rope=Rope("llama3", 5e5, 8.0, 1.0, 4.0, 8192),
     ),
-}  # fmt: skip
+}
 SIZES = ("bundled", *_SHAPES)
 DTYPES = {"bundled": "float32", "30m": "float32", "8b": "bfloat16"}
 

@@ -49,9 +49,16 @@ class Looked:
     weights: list
 
 
-def published_detection(model, prompt: Sequence[int], span: tuple[int, int], *, max_new_tokens: int,
-                        stop_ids: Collection[int] = (), fixed: Sequence[int] | None = None,
-                        keep_weights: bool = False) -> Looked:  # fmt: skip
+def published_detection(
+    model,
+    prompt: Sequence[int],
+    span: tuple[int, int],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    fixed: Sequence[int] | None = None,
+    keep_weights: bool = False,
+) -> Looked:
     """One case by the published detector (arXiv 2404.15574): prefill, then greedy steps that return attention weights.
 
     Each step's weights are searched layer by layer and head by head; a head that looks most at a position of the span
@@ -113,8 +120,9 @@ def hooked(model, heads_by_layer: Mapping[int, Sequence[int]]) -> Iterator[None]
             handle.remove()
 
 
-def hooked_sweep(model, tokens_MT: np.ndarray, masks: Sequence[Mapping[int, Sequence[int]]],
-                 one_by_one: bool = False) -> np.ndarray:  # fmt: skip
+def hooked_sweep(
+    model, tokens_MT: np.ndarray, masks: Sequence[Mapping[int, Sequence[int]]], one_by_one: bool = False
+) -> np.ndarray:
     """f32[N,M,V]: last-position logits of the prompts under each mask {layer: heads}, one batch a mask.
 
     one_by_one: a forward pass for each prompt, as published scripts evaluate.
@@ -143,9 +151,14 @@ def generate(model, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad_i
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         out = model.generate(
-            tokens.to(model.device), attention_mask=seen.long().to(model.device), do_sample=False, use_cache=True,
-            max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens, pad_token_id=pad_id,
-        )  # fmt: skip
+            tokens.to(model.device),
+            attention_mask=seen.long().to(model.device),
+            do_sample=False,
+            use_cache=True,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=max_new_tokens,
+            pad_token_id=pad_id,
+        )
     return out[:, width:].cpu().numpy()
 
 

@@ -42,9 +42,10 @@ def prefill(config: ModelConfig, length: int) -> Program:
         return forward(config, params, tokens, positions=positions)
 
     return Program(
-        jax.jit(run, static_argnums=0), (config,),
+        jax.jit(run, static_argnums=0),
+        (config,),
         lambda: (_params(config), jnp.ones((1, length), jnp.int32), jnp.full((1, 1), length - 1)),
-    )  # fmt: skip
+    )
 
 
 def reading(config: ModelConfig, length: int) -> Program:
@@ -54,9 +55,17 @@ def reading(config: ModelConfig, length: int) -> Program:
         rows, target = length - _PROBED + jnp.arange(_PROBED)[None], jnp.ones((1, _PROBED), jnp.int32)
         start, end = jnp.zeros(1, jnp.int32), jnp.full(1, length, jnp.int32)
         return (
-            _params(config), None, jnp.ones((1, length), jnp.int32), start, end, rows, target, None,
-            Interventions.none(config), jnp.int32(length),
-        )  # fmt: skip
+            _params(config),
+            None,
+            jnp.ones((1, length), jnp.int32),
+            start,
+            end,
+            rows,
+            target,
+            None,
+            Interventions.none(config),
+            jnp.int32(length),
+        )
 
     return Program(read_batch, (config, own_choices, False), arguments)
 
@@ -67,9 +76,14 @@ def decoding(config: ModelConfig, length: int) -> Program:
     def arguments():
         row = jnp.zeros(1, jnp.uint32)
         return (
-            _params(config), jnp.ones((1, length), jnp.int32), jnp.full(1, length, jnp.int32), Interventions.none(config),
-            *Draws.of(config, (), 0.0, 1.0), row, row,
-        )  # fmt: skip
+            _params(config),
+            jnp.ones((1, length), jnp.int32),
+            jnp.full(1, length, jnp.int32),
+            Interventions.none(config),
+            *Draws.of(config, (), 0.0, 1.0),
+            row,
+            row,
+        )
 
     return Program(generate_batch, (config,), arguments, {"max_new_tokens": _PROBED, "probe": True})
 
@@ -81,8 +95,15 @@ def dpo_step(config: ModelConfig, length: int, pairs: int = 1) -> Program:
     def arguments():
         tokens, mask = jnp.ones((pairs, length), jnp.int32), jnp.ones((pairs, length), bool)
         reference = jnp.zeros(pairs)
-        batch = {"chosen": tokens, "rejected": tokens, "chosen_mask": mask, "rejected_mask": mask,
-                 "ref_chosen": reference, "ref_rejected": reference, "weight": jnp.full(pairs, 1 / pairs)}  # fmt: skip
+        batch = {
+            "chosen": tokens,
+            "rejected": tokens,
+            "chosen_mask": mask,
+            "rejected_mask": mask,
+            "ref_chosen": reference,
+            "ref_rejected": reference,
+            "weight": jnp.full(pairs, 1 / pairs),
+        }
         return _params(config), {}, batch, None
 
     return Program(programs.gradients, (), arguments)
@@ -94,9 +115,18 @@ PROGRAMS = {"prefill": prefill, "detect by reading": reading, "detect by decodin
 def dpo_settings(pairs: int, compute_dtype: str, remat: bool = True, lora_rank: int = 0) -> Settings:
     """RetMask's optimiser (arXiv 2601.11020) at a learning rate that shows after a step or two."""
     return Settings(
-        objective="dpo", learning_rate=1e-5, final_learning_rate=1e-6, warmup=0.1, steps=20, batch_size=pairs,
-        microbatch_size=pairs, compute_dtype=compute_dtype, remat=remat, lora_rank=lora_rank, seed=0,
-    )  # fmt: skip
+        objective="dpo",
+        learning_rate=1e-5,
+        final_learning_rate=1e-6,
+        warmup=0.1,
+        steps=20,
+        batch_size=pairs,
+        microbatch_size=pairs,
+        compute_dtype=compute_dtype,
+        remat=remat,
+        lora_rank=lora_rank,
+        seed=0,
+    )
 
 
 def random_pairs(vocab_size: int, length: int, pairs: int) -> dict[str, np.ndarray]:

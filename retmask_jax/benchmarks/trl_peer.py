@@ -50,7 +50,9 @@ class TrlPeer:
         norm = self._torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
         self._optimizer.step()
         self._model.zero_grad()
-        seen = {f"reward_{side}": self._trainer._metrics["train"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")}
+        seen = {
+            f"reward_{side}": self._trainer._metrics["train"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")
+        }
         return {"loss": float(loss), "gradient_norm": float(norm), **{name: float(x) for name, x in seen.items()}}
 
 
@@ -67,20 +69,33 @@ def _trainer(folder, pairs, settings, work, precomputed):
     trl, datasets = require("trl"), require("datasets")
     datasets.disable_progress_bars()
     arguments: dict[str, Any] = {
-        "output_dir": str(work), "report_to": [], "disable_tqdm": True, "save_strategy": "no",
-        "per_device_train_batch_size": settings.batch_size, "gradient_checkpointing": settings.remat,
-        "bf16": settings.compute_dtype == "bfloat16", "beta": settings.beta, "learning_rate": settings.learning_rate,
-        "adam_beta1": settings.b1, "adam_beta2": settings.b2, "adam_epsilon": settings.eps,
-        "weight_decay": settings.weight_decay, "max_length": pairs["chosen"].shape[1],
-        "precompute_ref_log_probs": precomputed, "dataloader_pin_memory": False, "seed": 0,
+        "output_dir": str(work),
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_checkpointing": settings.remat,
+        "bf16": settings.compute_dtype == "bfloat16",
+        "beta": settings.beta,
+        "learning_rate": settings.learning_rate,
+        "adam_beta1": settings.b1,
+        "adam_beta2": settings.b2,
+        "adam_epsilon": settings.eps,
+        "weight_decay": settings.weight_decay,
+        "max_length": pairs["chosen"].shape[1],
+        "precompute_ref_log_probs": precomputed,
+        "dataloader_pin_memory": False,
+        "seed": 0,
         "max_prompt_length": None,  # older versions cut prompts
-    }  # fmt: skip
+    }
     known = {field.name for field in dataclasses.fields(trl.DPOConfig)}
     return trl.DPOTrainer(
-        model=load_peer(folder, "float32"), ref_model=None if precomputed else load_peer(folder, "float32"),
+        model=load_peer(folder, "float32"),
+        ref_model=None if precomputed else load_peer(folder, "float32"),
         args=trl.DPOConfig(**{name: value for name, value in arguments.items() if name in known}),
-        train_dataset=datasets.Dataset.from_list(_records(pairs)), processing_class=word_tokenizer(read_shape(folder).vocab_size),
-    )  # fmt: skip
+        train_dataset=datasets.Dataset.from_list(_records(pairs)),
+        processing_class=word_tokenizer(read_shape(folder).vocab_size),
+    )
 
 
 def _records(pairs) -> list[dict[str, str]]:

@@ -146,7 +146,9 @@ def pretrain(config, root: Path) -> None:
     if (stored := root / "config.json").exists():
         ours, theirs = (settings_of(made, ("pretrain.*",)) for made in (workdir.config, read_json(stored)))
         if changed := differing(theirs, ours):
-            raise ValueError(f"work directory {root} belongs to another config ({changed[0]}): choose another --workdir")
+            raise ValueError(
+                f"work directory {root} belongs to another config ({changed[0]}): choose another --workdir"
+            )
     with locked(root):
         write_json(root / "config.json", workdir.config)
         build(config.pretrain, root)
@@ -187,8 +189,9 @@ def examine(root: Path, as_json: bool) -> bool:
     return not doctor.failed(findings)
 
 
-def profile(sources: Sequence[Path], kv_heads: Sequence[int], threshold: float | None, gain: str | None,
-            out: Path | None) -> None:  # fmt: skip
+def profile(
+    sources: Sequence[Path], kv_heads: Sequence[int], threshold: float | None, gain: str | None, out: Path | None
+) -> None:
     """Profiles of several models as one table, and a gain against their sparsity; into a folder with pictures if wanted.
 
     sources, kv_heads, threshold: of `results.read_models`; gain: a number of `finished.read_gains`.

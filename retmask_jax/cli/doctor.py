@@ -32,7 +32,7 @@ EXTRAS = {
     "trl": ("the peer of `retmask bench dpo`", "bench"),
     "libtpu": ("TPUs, and `retmask train --aot=...` without one", "tpu"),
     "wandb": ("`train.wandb=PROJECT`", None),
-}  # fmt: skip
+}
 # Files that say that an accelerator is there, and the extra with which JAX uses it.
 _SIGNS = {"gpu": ("/dev/nvidia[0-9]*",), "tpu": ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")}
 _TIMEOUT = 3.0  # seconds to wait for the hub
@@ -59,8 +59,10 @@ def examine(folder: Path) -> list[Finding]:
 def rows(findings: list[Finding]) -> list[tuple[str, str, str, str]]:
     """(part, name, value, what to do) of each, a part named once."""
     parts = [finding.part for finding in findings]
-    return [("" if i and parts[i - 1] == one.part else one.part, one.name, one.value, one.todo)
-            for i, one in enumerate(findings)]  # fmt: skip
+    return [
+        ("" if i and parts[i - 1] == one.part else one.part, one.name, one.value, one.todo)
+        for i, one in enumerate(findings)
+    ]
 
 
 def failed(findings: list[Finding]) -> list[Finding]:
@@ -88,8 +90,14 @@ def _devices() -> list[Finding]:
         todo = "unset JAX_PLATFORMS, or install the JAX that fits the device (.[gpu], .[tpu])"
         return [Finding("devices", "JAX", f"starts no device: {str(error).splitlines()[0]}", todo, needed=True)]
     kind = devices[0].device_kind
-    found = [Finding("devices", jax.default_backend(), f"{len(devices)} x {kind}" + (
-        f", {jax.process_count()} hosts" if jax.process_count() > 1 else ""), _unused())]  # fmt: skip
+    found = [
+        Finding(
+            "devices",
+            jax.default_backend(),
+            f"{len(devices)} x {kind}" + (f", {jax.process_count()} hosts" if jax.process_count() > 1 else ""),
+            _unused(),
+        )
+    ]
     found += [_attention(dtype) for dtype in ("float32", "bfloat16")]
     found += [_works(device) for device in track(devices, len(devices), "devices", "device")]
     return [*found, Finding("devices", "free memory", f"{memory.limit() / _GIB:.1f} GiB on the first device")]
@@ -151,8 +159,15 @@ def _hub() -> list[Finding]:
             return [*found, Finding("hub", "access", without_secrets(f"{constants.ENDPOINT} answers"))]
     except (urllib.error.URLError, OSError, ValueError) as error:
         why = getattr(error, "reason", error)
-        return [*found, Finding("hub", "access", without_secrets(f"{constants.ENDPOINT} does not answer ({why})"),
-                                "the bundled model and local folders need no network")]  # fmt: skip
+        return [
+            *found,
+            Finding(
+                "hub",
+                "access",
+                without_secrets(f"{constants.ENDPOINT} does not answer ({why})"),
+                "the bundled model and local folders need no network",
+            ),
+        ]
 
 
 def _extras() -> list[Finding]:
@@ -160,5 +175,7 @@ def _extras() -> list[Finding]:
     for module, (what, extra) in EXTRAS.items():
         there = importlib.util.find_spec(module) is not None
         install = f"pip install 'retmask_jax[{extra}]'" if extra else f"pip install {module}"
-        found.append(Finding("extras", module, f"{'there' if there else 'not there'}: {what}", "" if there else install))
+        found.append(
+            Finding("extras", module, f"{'there' if there else 'not there'}: {what}", "" if there else install)
+        )
     return found

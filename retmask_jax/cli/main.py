@@ -44,45 +44,68 @@ _STAGES = {name: text for stages in _GROUPS.values() for name, text in stages.it
 _AHEAD = ("detect", "pairs", "train")  # stages that can be compiled for TPUs that are not here
 # What the help of a stage shows; of one that is not here the general form is enough.
 _EXAMPLES_OF = {
-    "detect": ("retmask detect --config=tiny --config.detect.threshold=None --config.detect.top_k=8 --workdir=runs/top8",
-               "retmask detect --config=qwen3_8b --config.detect.scores=published.json"),
-    "rope": ("retmask rope --config=tiny", "retmask rope --config=tiny_study --config.rope.windows=16 --workdir=runs/windows"),
-    "pairs": ("retmask pairs --config=llama3_1_8b --config.pairs.prompts=chats.jsonl.gz --workdir=runs/llama",
-              "retmask pairs --config=llama3_1_8b --aot=v5e:4x4"),
-    "train": ("retmask train --config=llama3_1_8b --aot=v5e:4x4",
-              "retmask train --config=tiny --config.train.loss=ipo --workdir=runs/ipo"),
-    "eval": ("retmask eval --config=tiny --compare mine=my_model --workdir=runs/compared",
-             "retmask eval --config=llama3_1_8b --lm_eval=gsm8k,mmlu --helmet=../HELMET"),
+    "detect": (
+        "retmask detect --config=tiny --config.detect.threshold=None --config.detect.top_k=8 --workdir=runs/top8",
+        "retmask detect --config=qwen3_8b --config.detect.scores=published.json",
+    ),
+    "rope": (
+        "retmask rope --config=tiny",
+        "retmask rope --config=tiny_study --config.rope.windows=16 --workdir=runs/windows",
+    ),
+    "pairs": (
+        "retmask pairs --config=llama3_1_8b --config.pairs.prompts=chats.jsonl.gz --workdir=runs/llama",
+        "retmask pairs --config=llama3_1_8b --aot=v5e:4x4",
+    ),
+    "train": (
+        "retmask train --config=llama3_1_8b --aot=v5e:4x4",
+        "retmask train --config=tiny --config.train.loss=ipo --workdir=runs/ipo",
+    ),
+    "eval": (
+        "retmask eval --config=tiny --compare mine=my_model --workdir=runs/compared",
+        "retmask eval --config=llama3_1_8b --lm_eval=gsm8k,mmlu --helmet=../HELMET",
+    ),
     "run": ("retmask run --config=tiny", "retmask run --config=llama3_1_8b --config.mesh.fsdp=8 --workdir=runs/llama"),
     "study": ("retmask study --config=tiny_study",),
     "pretrain": ("retmask pretrain --config=panel_qwen3 --config.pretrain.seed=1 --workdir=runs/panel_qwen3-1",),
-    "export": ("retmask export --config=tiny --what=retmask-0 --out=my_model",
-               "retmask export --config=tiny --heads 1-0 1-2 --out=masked"),
+    "export": (
+        "retmask export --config=tiny --what=retmask-0 --out=my_model",
+        "retmask export --config=tiny --heads 1-0 1-2 --out=masked",
+    ),
     "doctor": ("retmask doctor", "retmask doctor --json"),
     "inspect": ("retmask inspect bundled", "retmask inspect Qwen/Qwen3-8B --json"),
     "profile": ("retmask profile runs/llama runs/qwen --out=profiles",),
     "panel": ("retmask panel runs/llama runs/qwen --out=panel",),
     "bench": ("retmask bench generate", "retmask bench dpo --size=30m --repeats=3"),
-}  # fmt: skip
+}
 
 # Flags of each benchmark: what is compared, then name -> (default, help). None: depends on the size.
 _BENCHMARKS = {
-    "detect": ("the published detector on transformers", {
-        "depths": (5, "depths of a needle"), "needles": (2, "needles put at each depth"),
-        "max_new_tokens": (50, "tokens decoded per real case"),
-    }),
-    "masks": ("masks by hooks on transformers", {
-        "masks": (None, "number of masks"), "prompts": (None, "number of prompts"),
-    }),
-    "generate": ("transformers' generate", {
-        "batch": (16, "number of prompts"), "new_tokens": (64, "tokens generated for each"),
-    }),
-    "dpo": ("TRL's DPOTrainer", {
-        "pairs": (2, "pairs in a step"), "memory_length": (2048, "tokens of a row where memory is measured; 0: not"),
-        "lora_rank": (0, "train adapters of this rank; no peer then; 0: all weights"),
-    }),
+    "detect": (
+        "the published detector on transformers",
+        {
+            "depths": (5, "depths of a needle"),
+            "needles": (2, "needles put at each depth"),
+            "max_new_tokens": (50, "tokens decoded per real case"),
+        },
+    ),
+    "masks": (
+        "masks by hooks on transformers",
+        {"masks": (None, "number of masks"), "prompts": (None, "number of prompts")},
+    ),
+    "generate": (
+        "transformers' generate",
+        {"batch": (16, "number of prompts"), "new_tokens": (64, "tokens generated for each")},
+    ),
+    "dpo": (
+        "TRL's DPOTrainer",
+        {
+            "pairs": (2, "pairs in a step"),
+            "memory_length": (2048, "tokens of a row where memory is measured; 0: not"),
+            "lora_rank": (0, "train adapters of this rank; no peer then; 0: all weights"),
+        },
+    ),
     "memory": ("our memory at one length and at twice it", {}),
-}  # fmt: skip
+}
 
 
 # What a disk says that is full, or that may not be written to.
@@ -106,8 +129,11 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno not in _DISK:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"retmask: {where}{error.strerror}: make room, or choose another --workdir; what was written before is whole, "
-              "and the same command goes on from there", file=sys.stderr)  # fmt: skip
+        print(
+            f"retmask: {where}{error.strerror}: make room, or choose another --workdir; what was written before is whole, "
+            "and the same command goes on from there",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("retmask: interrupted; run the same command again to go on", file=sys.stderr)
@@ -135,7 +161,11 @@ class _Parser(argparse.ArgumentParser):
     def _meant(self, message: str) -> str:
         """The stage that an unknown one is closest to."""
         unknown = re.search(r"invalid choice: '([^']*)'", message)
-        close = difflib.get_close_matches(unknown[1], re.findall(r"[\w-]+", message.split("choose from")[-1])) if unknown else []
+        close = (
+            difflib.get_close_matches(unknown[1], re.findall(r"[\w-]+", message.split("choose from")[-1]))
+            if unknown
+            else []
+        )
         return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -148,22 +178,35 @@ def _grouped() -> str:
 
 
 def _examples(name: str) -> str:
-    lines = _EXAMPLES_OF.get(name, (f"retmask {name} --config=tiny", f"retmask {name} --config=FILE.py --workdir=FOLDER"))
+    lines = _EXAMPLES_OF.get(
+        name, (f"retmask {name} --config=tiny", f"retmask {name} --config=FILE.py --workdir=FOLDER")
+    )
     return "examples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _parse(argv: list[str]):
     about = f"Find retrieval heads, mask them, train against the masked model.\n\n{_grouped()}"
-    parser = _Parser(prog="retmask", usage="%(prog)s [-h] [--version] STAGE ...", description=about, epilog=_EXAMPLES,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = _Parser(
+        prog="retmask",
+        usage="%(prog)s [-h] [--version] STAGE ...",
+        description=about,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=__version__)
-    stages = parser.add_subparsers(prog="retmask", dest="stage", metavar="STAGE", required=True,
-                                   help=argparse.SUPPRESS)  # fmt: skip
+    stages = parser.add_subparsers(prog="retmask", dest="stage", metavar="STAGE", required=True, help=argparse.SUPPRESS)
     for name, text in _STAGES.items():
-        stage = stages.add_parser(name, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False,
-                                  epilog=_examples(name), formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        stage = stages.add_parser(
+            name,
+            description=f"{text[0].upper()}{text[1:]}.",
+            allow_abbrev=False,
+            epilog=_examples(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         if name == "doctor":
-            stage.add_argument("--workdir", type=Path, default=Path("runs"), help="where results would go (default: runs)")
+            stage.add_argument(
+                "--workdir", type=Path, default=Path("runs"), help="where results would go (default: runs)"
+            )
             stage.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
             continue
         if name == "inspect":
@@ -183,29 +226,45 @@ def _parse(argv: list[str]):
         stage.add_argument("--config", default="tiny", help="name of a recipe or path of a .py file (default: tiny)")
         stage.add_argument("--workdir", help="folder for all results (default: runs/NAME_OF_CONFIG)")
         if name not in ("pretrain", "export"):
-            stage.add_argument("--set-aside", action="store_true",
-                               help="where the work directory was made with other settings, keep what no longer fits under "
-                               "a new name and make it again")  # fmt: skip
+            stage.add_argument(
+                "--set-aside",
+                action="store_true",
+                help="where the work directory was made with other settings, keep what no longer fits under "
+                "a new name and make it again",
+            )
         if name in _AHEAD:
             stage.add_argument(
                 "--aot", metavar="TOPOLOGY", help="only compile, for TPUs that need not be here (v5e:4x4): does it fit?"
             )
         if name == "eval":
-            stage.add_argument("--compare", nargs="+", action="extend", type=_named_model, default=[], metavar="NAME=MODEL",
-                               help="compare the config's model with others, folders or hub ids")  # fmt: skip
+            stage.add_argument(
+                "--compare",
+                nargs="+",
+                action="extend",
+                type=_named_model,
+                default=[],
+                metavar="NAME=MODEL",
+                help="compare the config's model with others, folders or hub ids",
+            )
             stage.add_argument("--lm_eval", metavar="TASK[,TASK...]", help="also tasks of lm-evaluation-harness")
             stage.add_argument("--helmet", metavar="FOLDER", help="also HELMET, by your checkout of it with its data")
         if name == "export":
             stage.add_argument(
-                "--what", default="masked",
+                "--what",
+                default="masked",
                 help='"masked" (retrieval heads), a run such as retmask-0, or its pairs, pairs-retmask-0 (default: masked)',
             )
             stage.add_argument(
-                "--format", choices=("released", "tfds"), default="released",
+                "--format",
+                choices=("released", "tfds"),
+                default="released",
                 help="of pairs: a JSONL file as RetMask and TRL read it, or a folder for TFDS (default: released)",
             )
             stage.add_argument(
-                "--heads", nargs="+", action="extend", metavar="LAYER-HEAD",
+                "--heads",
+                nargs="+",
+                action="extend",
+                metavar="LAYER-HEAD",
                 help="heads to mask instead of those detected",
             )
             stage.add_argument("--out", required=True, help="folder or file to write")
@@ -236,24 +295,47 @@ def _asked_of_eval(arguments) -> list[tuple[str, str]]:
 
 
 def _add_profile(stage) -> None:
-    stage.add_argument("sources", nargs="+", type=Path, metavar="SOURCE",
-                       help='JSON file {"layer-head": [score, ...]}, or work directory in which detect has finished')  # fmt: skip
-    stage.add_argument("--kv_heads", type=_whole_numbers, default=[], metavar="N[,N...]",
-                       help="key/value heads of the files' models, one number for all or one each")  # fmt: skip
-    stage.add_argument("--threshold", type=float,
-                       help="score that a retrieval head reaches (default: 0.1; of a work directory its own)")  # fmt: skip
-    stage.add_argument("--gain", metavar="NUMBER",
-                       help='change to show against sparsity, such as "eval/needle long/retmask minus start"')  # fmt: skip
+    stage.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="SOURCE",
+        help='JSON file {"layer-head": [score, ...]}, or work directory in which detect has finished',
+    )
+    stage.add_argument(
+        "--kv_heads",
+        type=_whole_numbers,
+        default=[],
+        metavar="N[,N...]",
+        help="key/value heads of the files' models, one number for all or one each",
+    )
+    stage.add_argument(
+        "--threshold",
+        type=float,
+        help="score that a retrieval head reaches (default: 0.1; of a work directory its own)",
+    )
+    stage.add_argument(
+        "--gain",
+        metavar="NUMBER",
+        help='change to show against sparsity, such as "eval/needle long/retmask minus start"',
+    )
     stage.add_argument("--out", type=Path, help="folder for profile.json and the pictures, as PNG and SVG")
 
 
 def _add_panel(stage) -> None:
     stage.add_argument("sources", nargs="+", type=Path, metavar="WORKDIR", help="work directory of a finished study")
     stage.add_argument("--task", default="needle short", help="recall task of the studies (default: needle short)")
-    stage.add_argument("--closed_book", default="closed-book", metavar="TASK",
-                       help='task without context, which masks should spare; "" for none (default: closed-book)')  # fmt: skip
-    stage.add_argument("--gain", metavar="NUMBER",
-                       help='change to show against sparsity, such as "eval/context long/retmask minus start"')  # fmt: skip
+    stage.add_argument(
+        "--closed_book",
+        default="closed-book",
+        metavar="TASK",
+        help='task without context, which masks should spare; "" for none (default: closed-book)',
+    )
+    stage.add_argument(
+        "--gain",
+        metavar="NUMBER",
+        help='change to show against sparsity, such as "eval/context long/retmask minus start"',
+    )
     stage.add_argument("--out", type=Path, help="folder for panel.json and panel.html")
 
 
@@ -306,7 +388,9 @@ def _dispatch(arguments, overrides) -> int:
             commands.profile(arguments.sources, arguments.kv_heads, arguments.threshold, arguments.gain, arguments.out)
             return 0
         if arguments.stage == "panel":
-            commands.panel(arguments.sources, arguments.task, arguments.closed_book or None, arguments.gain, arguments.out)
+            commands.panel(
+                arguments.sources, arguments.task, arguments.closed_book or None, arguments.gain, arguments.out
+            )
             return 0
         options = {name: value for name, value in vars(arguments).items() if name not in ("stage", "benchmark", "out")}
         return 0 if commands.bench(arguments.benchmark, arguments.out, options) else 1

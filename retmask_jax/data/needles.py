@@ -97,8 +97,15 @@ def check_words(needle: Needle, where: str | None = None) -> None:
             raise ValueError(f"{where}: the {name} {text!r} has no letter or digit to compare with: give it words")
 
 
-def draw_specs(needles: Sequence[Needle], lengths: Sequence[int], depths: Sequence[float], *, per_length: int | None,
-               distractors: int = 0, seed: int = 0) -> list[Spec]:  # fmt: skip
+def draw_specs(
+    needles: Sequence[Needle],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    *,
+    per_length: int | None,
+    distractors: int = 0,
+    seed: int = 0,
+) -> list[Spec]:
     """Specs of the full grid lengths x depths x needles, or of per_length cases a length with depths in turn.
 
     distractors: how many other needles stand in the same haystack.
@@ -117,8 +124,15 @@ def draw_specs(needles: Sequence[Needle], lengths: Sequence[int], depths: Sequen
     ]
 
 
-def build_cases(prompter: Prompter, sentences: Sequence[str], needles: Sequence[Needle], specs: Sequence[Spec], *,
-                shuffle: bool = True, at_start: bool = False) -> list[Case]:  # fmt: skip
+def build_cases(
+    prompter: Prompter,
+    sentences: Sequence[str],
+    needles: Sequence[Needle],
+    specs: Sequence[Spec],
+    *,
+    shuffle: bool = True,
+    at_start: bool = False,
+) -> list[Case]:
     """The cases of specs, each as near below its length as whole sentences allow.
 
     shuffle: order the haystack's sentences by the spec's seed, else keep the text's order. at_start: put the needle
@@ -131,9 +145,15 @@ def build_cases(prompter: Prompter, sentences: Sequence[str], needles: Sequence[
     return [_build(prompter, sentences, sizes, needles, spec, shuffle, at_start) for spec in specs]
 
 
-def paired_cases(prompters: Mapping[str, Prompter], sentences: Sequence[str], needles: Sequence[Needle],
-                 specs: Sequence[Spec], *, shuffle: bool = True,
-                 at_start: bool = False) -> tuple[dict[str, list[Case]], list[str]]:  # fmt: skip
+def paired_cases(
+    prompters: Mapping[str, Prompter],
+    sentences: Sequence[str],
+    needles: Sequence[Needle],
+    specs: Sequence[Spec],
+    *,
+    shuffle: bool = True,
+    at_start: bool = False,
+) -> tuple[dict[str, list[Case]], list[str]]:
     """The cases of the same specs for several models by name: ({name: cases}, a line for each spec that was dropped).
 
     A spec that cannot be built for one model is dropped for all, so that case i is the same case in every list. Options

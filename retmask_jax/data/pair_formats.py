@@ -65,10 +65,13 @@ def _pair(stored: Any, default_id: str) -> dict:
         raise ValueError("chosen and rejected differ before their last turn: a pair has one prompt")
     finished = {side: _flag(stored, f"{side}_finished") for side in SIDES}
     return {
-        "id": record_id(stored, default_id), "messages": prompt,
-        "chosen": chosen, "chosen_finished": finished["chosen"],
-        "rejected": rejected, "rejected_finished": finished["rejected"],
-    } | _stops(stored)  # fmt: skip
+        "id": record_id(stored, default_id),
+        "messages": prompt,
+        "chosen": chosen,
+        "chosen_finished": finished["chosen"],
+        "rejected": rejected,
+        "rejected_finished": finished["rejected"],
+    } | _stops(stored)
 
 
 def _conversation(side: str, stored: Any, apart: Any) -> tuple[list[dict], str]:
@@ -176,10 +179,11 @@ def _builder(folder: str | Path, records: Iterable[dict]):
             text, flag, stop = tfds.features.Text(), tfds.features.Scalar(np.bool_), tfds.features.Scalar(np.int64)
             features = dict.fromkeys(_TEXTS, text) | dict.fromkeys(_FLAGS, flag) | dict.fromkeys(_STOPS, stop)
             return tfds.core.DatasetInfo(
-                builder=self, description="Preference pairs: a model's answer and that of its ablated form.",
+                builder=self,
+                description="Preference pairs: a model's answer and that of its ablated form.",
                 features=tfds.features.FeaturesDict(features),
                 disable_shuffling=True,  # item i is pair i
-            )  # fmt: skip
+            )
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples()}

@@ -67,8 +67,9 @@ class Part:
     width: int
 
 
-def encode_pairs(prompter: Prompter, records: Iterable[dict], *, ends: Ends, max_tokens: int,
-                 max_prompt_tokens: int) -> PairRows:  # fmt: skip
+def encode_pairs(
+    prompter: Prompter, records: Iterable[dict], *, ends: Ends, max_tokens: int, max_prompt_tokens: int
+) -> PairRows:
     """Records {id, messages, chosen, rejected, ...} as token rows, all in memory.
 
     Prompts beyond max_prompt_tokens keep their end, answers are cut where the whole exceeds max_tokens. A finished
@@ -86,8 +87,9 @@ def encode_pairs(prompter: Prompter, records: Iterable[dict], *, ends: Ends, max
     return PairRows(ids, flat, np.concatenate(bounds), *_cuts(done))
 
 
-def encode_blocks(prompter: Prompter, records: Iterable[dict], *, ends: Ends, max_tokens: int,
-                  max_prompt_tokens: int) -> Iterator[PairRows]:  # fmt: skip
+def encode_blocks(
+    prompter: Prompter, records: Iterable[dict], *, ends: Ends, max_tokens: int, max_prompt_tokens: int
+) -> Iterator[PairRows]:
     """The rows of `encode_pairs` in blocks, as the records are read: one block of records is held at a time."""
     for part in _blocks(records):
         prompts = prompter.encode_many([prompter.render_messages(record["messages"]) for record in part])
@@ -138,7 +140,12 @@ def _append(folder: Path, blocks: Iterable[PairRows]) -> dict[str, Any]:
         files = {name: stack.enter_context(open(_file(folder, name), "wb")) for name in _FILES}
         for block in blocks:
             names = [text.encode() for text in block.ids]
-            parts = block.flat, block.bounds + sizes["flat"], b"".join(names), sizes["ids"] + np.cumsum([*map(len, names)])
+            parts = (
+                block.flat,
+                block.bounds + sizes["flat"],
+                b"".join(names),
+                sizes["ids"] + np.cumsum([*map(len, names)]),
+            )
             for (name, dtype), part in zip(_FILES.items(), parts, strict=True):
                 array = np.frombuffer(part, dtype) if isinstance(part, bytes) else np.asarray(part, dtype)
                 files[name].write(array.tobytes())
@@ -158,7 +165,9 @@ def _mapped(path: Path, dtype, size: int) -> np.ndarray:
     """A file of numbers, memory-mapped; ValueError if it does not hold so many."""
     held = path.stat().st_size if path.exists() else 0
     if held != size * np.dtype(dtype).itemsize:
-        raise ValueError(f"{path} has {held} bytes, its rows.json says {size * np.dtype(dtype).itemsize}: delete {path.parent}")
+        raise ValueError(
+            f"{path} has {held} bytes, its rows.json says {size * np.dtype(dtype).itemsize}: delete {path.parent}"
+        )
     return np.memmap(path, dtype, "r") if size else np.zeros(0, dtype)
 
 

@@ -15,10 +15,14 @@ def check_template(template: str) -> None:
     try:
         names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as error:
-        raise ValueError(f"prompt.template {template!r} is no format string: {error}; a brace itself is written twice") from error
+        raise ValueError(
+            f"prompt.template {template!r} is no format string: {error}; a brace itself is written twice"
+        ) from error
     if names != {"context", "question"}:
         there = ", ".join(f"{{{name}}}" for name in sorted(names)) or "none"
-        raise ValueError(f"prompt.template {template!r} must have the fields {{context}} and {{question}}, it has {there}")
+        raise ValueError(
+            f"prompt.template {template!r} must have the fields {{context}} and {{question}}, it has {there}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,9 @@ class Prompter:
             return self.tokenizer.apply_chat_template(list(messages), **kwargs)
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(f"the tokenizer's chat template refuses a conversation of the roles {roles}: {error}") from error
+            raise ValueError(
+                f"the tokenizer's chat template refuses a conversation of the roles {roles}: {error}"
+            ) from error
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """(token ids, their character ranges). A chat template writes its own special tokens."""

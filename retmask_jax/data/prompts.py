@@ -27,8 +27,14 @@ class Prompts:
     counts: dict[str, int]
 
 
-def read_prompts(source: str, *, n: int | None = None, split: str = "train", field: str | None = None,
-                 resolve: Callable[[str], Path] = Path) -> Prompts:  # fmt: skip
+def read_prompts(
+    source: str,
+    *,
+    n: int | None = None,
+    split: str = "train",
+    field: str | None = None,
+    resolve: Callable[[str], Path] = Path,
+) -> Prompts:
     """The first n prompts (None: all) of a source; nothing is read beyond them.
 
     source: a file or glob of .jsonl or .txt (one prompt a paragraph), compressed (.gz) or not, or "tfds:NAME" or

@@ -17,8 +17,9 @@ def task_cases(prompter: Prompter, task, resolve) -> list[Case]:
     needles = read_needles(resolve(task.needles))
     if not task.lengths:
         return [question_case(prompter, needle) for needle in needles]
-    specs = draw_specs(needles, task.lengths, task.depths, per_length=task.per_length, distractors=task.distractors,
-                       seed=task.seed)  # fmt: skip
+    specs = draw_specs(
+        needles, task.lengths, task.depths, per_length=task.per_length, distractors=task.distractors, seed=task.seed
+    )
     sentences = read_sentences(resolve(task.haystack))
     return build_cases(prompter, sentences, needles, specs, shuffle=task.shuffle, at_start=task.at_start)
 

@@ -47,10 +47,17 @@ _SLOTS = {
         today together twice well""",
 }
 _TEMPLATES = (
-    "the A S V the N .", "the S I D near the N .", "every S in the N I D .", "D the S and the S V a N .",
-    "the N of the S was A .", "no S ever V the A N .", "when the S I the A S I D .", "the S V a N near the N .",
-    "this N was D A .", "the A S I and V the A N .",
-)  # fmt: skip
+    "the A S V the N .",
+    "the S I D near the N .",
+    "every S in the N I D .",
+    "D the S and the S V a N .",
+    "the N of the S was A .",
+    "no S ever V the A N .",
+    "when the S I the A S I D .",
+    "the S V a N near the N .",
+    "this N was D A .",
+    "the A S I and V the A N .",
+)
 _GLUE = ":", ".", "the", "for", "home", "of", "a", "and", "in", "near", "every", "no", "ever", "when", "this", "was"
 _WORDS_OF = {slot: tuple(words.split()) for slot, words in _SLOTS.items()}
 VOCABULARY = SPECIALS + NAMES + PLACES + CODE_WORDS + KINDS + _GLUE + sum(_WORDS_OF.values(), ())

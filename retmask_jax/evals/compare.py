@@ -19,12 +19,19 @@ def run_rows(samples: Mapping[str, Mapping[str, np.ndarray]], runs: Mapping[str,
     samples: model -> task -> one value per case. runs: model -> (arm, seed), without the start model.
     """
     return [
-        {"model": name, "arm": arm, "seed": seed, "task": task, **_mean(samples, [name], task),
-         "change": _change(samples, [name], task), "mcnemar": _test(samples, name, task)}
+        {
+            "model": name,
+            "arm": arm,
+            "seed": seed,
+            "task": task,
+            **_mean(samples, [name], task),
+            "change": _change(samples, [name], task),
+            "mcnemar": _test(samples, name, task),
+        }
         for name in samples
         for arm, seed in [runs.get(name, (START, 0))]
         for task in samples[name]
-    ]  # fmt: skip
+    ]
 
 
 def arm_numbers(samples: Mapping[str, Mapping[str, np.ndarray]], arms: Mapping[str, Sequence[str]]) -> dict[str, dict]:

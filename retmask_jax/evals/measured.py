@@ -41,12 +41,17 @@ def paired(measured: Sequence[Measured]) -> tuple[list[str], np.ndarray]:
     common = set.intersection(*(set(one.ids) for one in measured))
     ids = [name for name in measured[0].ids if name in common]
     places = [{name: i for i, name in enumerate(one.ids)} for one in measured]
-    return ids, np.array([[one.values[place[name]] for name in ids] for one, place in zip(measured, places, strict=True)])
+    return ids, np.array(
+        [[one.values[place[name]] for name in ids] for one, place in zip(measured, places, strict=True)]
+    )
 
 
 def as_json(measured: Measured) -> dict[str, Any]:
     """Plain values, to be kept in a file."""
-    return dataclasses.asdict(measured) | {"values": np.asarray(measured.values, float).tolist(), "ids": list(measured.ids)}
+    return dataclasses.asdict(measured) | {
+        "values": np.asarray(measured.values, float).tolist(),
+        "ids": list(measured.ids),
+    }
 
 
 def from_json(record: Mapping[str, Any]) -> Measured:

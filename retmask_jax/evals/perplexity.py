@@ -40,19 +40,29 @@ def sliding_windows(tokenizer, sentences: Sequence[str], length: int, stride: in
     if not 1 <= stride < body:
         raise ValueError(f"a stride of {stride} in windows of {length} tokens: it must be in 1..{body - 1}")
     if len(ids) < body:
-        raise ValueError(f"the text has {len(ids)} tokens; a window of {length} needs {body}: shorten it or give more text")
+        raise ValueError(
+            f"the text has {len(ids)} tokens; a window of {length} needs {body}: shorten it or give more text"
+        )
     starts = range(0, len(ids) - body + 1, stride)[:n]
     return np.array([bos + ids[start : start + body] for start in starts], np.int32)
 
 
-def text_loss(lm: LanguageModel, windows: np.ndarray, interventions: Interventions | None = None, *,
-              batch_size: int) -> np.ndarray:  # fmt: skip
+def text_loss(
+    lm: LanguageModel, windows: np.ndarray, interventions: Interventions | None = None, *, batch_size: int
+) -> np.ndarray:
     """f64[windows]: mean negative log-probability per token, in nats."""
     return token_losses(lm, windows, interventions, batch_size=batch_size).mean(axis=1)
 
 
-def token_losses(lm: LanguageModel, windows: np.ndarray, interventions: Interventions | None = None, *,
-                 batch_size: int, kept: Kept | None = None, what: str = "text loss") -> np.ndarray:  # fmt: skip
+def token_losses(
+    lm: LanguageModel,
+    windows: np.ndarray,
+    interventions: Interventions | None = None,
+    *,
+    batch_size: int,
+    kept: Kept | None = None,
+    what: str = "text loss",
+) -> np.ndarray:
     """f64[windows, length - 1]: negative log-probability of the tokens at positions 1, 2, ... in nats.
 
     kept: of this model under these interventions; only what it lacks is computed. Where memory runs out the batch is
@@ -80,8 +90,14 @@ def position_buckets(length: int) -> list[tuple[int, int]]:
     return [(2**k, min(2 ** (k + 1), length)) for k in range((length - 1).bit_length())]
 
 
-def run_positions(lm: LanguageModel, windows: np.ndarray, *, batch_size: int = 1, kept: Kept | None = None,
-                  interventions: Interventions | None = None) -> list[Measured]:  # fmt: skip
+def run_positions(
+    lm: LanguageModel,
+    windows: np.ndarray,
+    *,
+    batch_size: int = 1,
+    kept: Kept | None = None,
+    interventions: Interventions | None = None,
+) -> list[Measured]:
     """Mean loss of each window over all its tokens, and in each bucket of `position_buckets`: nats per token."""
     losses = token_losses(lm, windows, interventions, batch_size=batch_size, kept=kept)
     buckets = {"all": (1, windows.shape[1])}
@@ -89,8 +105,15 @@ def run_positions(lm: LanguageModel, windows: np.ndarray, *, batch_size: int = 1
     return [_measured(name, losses[:, first - 1 : end - 1], windows) for name, (first, end) in buckets.items()]
 
 
-def run_sliding(lm: LanguageModel, windows: np.ndarray, stride: int, *, batch_size: int = 1, kept: Kept | None = None,
-                interventions: Interventions | None = None) -> Measured:  # fmt: skip
+def run_sliding(
+    lm: LanguageModel,
+    windows: np.ndarray,
+    stride: int,
+    *,
+    batch_size: int = 1,
+    kept: Kept | None = None,
+    interventions: Interventions | None = None,
+) -> Measured:
     """Mean loss of the last `stride` tokens of each window of `sliding_windows`: nats per token.
 
     So every token counts once, all windows weigh the same, and each token has at least the rest of its window before it;

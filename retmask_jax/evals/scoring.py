@@ -74,9 +74,15 @@ def _draw(given: dict[str, Any]) -> tuple[float, float]:
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
-def continuation_logprobs(lm: LanguageModel, pairs: Sequence[Pair], interventions: Interventions | None = None, *,
-                          batch_size: int, kept: Kept | None = None,
-                          what: str = "log-likelihood") -> list[tuple[float, bool]]:  # fmt: skip
+def continuation_logprobs(
+    lm: LanguageModel,
+    pairs: Sequence[Pair],
+    interventions: Interventions | None = None,
+    *,
+    batch_size: int,
+    kept: Kept | None = None,
+    what: str = "log-likelihood",
+) -> list[tuple[float, bool]]:
     """(log-probability in nats of a continuation, whether each of its tokens is the most likely one) of each pair.
 
     pairs: token ids of context and continuation, both at least one; of a pair longer than the model's context by more
@@ -107,15 +113,26 @@ def is_too_long(pair: Pair, max_length: int) -> bool:
     return len(pair[0]) + len(pair[1]) > max_length + 1
 
 
-def answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], interventions: Interventions | None = None,
-            **options) -> list[str]:  # fmt: skip
+def answers(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], interventions: Interventions | None = None, **options
+) -> list[str]:
     """What the model says behind each prompt; arguments as of `answered`."""
     return [text for text, _ in answered(lm, prompts, interventions, **options)]
 
 
-def answered(lm: LanguageModel, prompts: Sequence[Sequence[int]], interventions: Interventions | None = None, *,
-             max_new_tokens: int, batch_size: int, until: Sequence[str] = (), temperature: float = 0.0,
-             top_p: float = 1.0, kept: Kept | None = None, what: str = "generate") -> list[tuple[str, int]]:  # fmt: skip
+def answered(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    interventions: Interventions | None = None,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    until: Sequence[str] = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    kept: Kept | None = None,
+    what: str = "generate",
+) -> list[tuple[str, int]]:
     """(answer, without special tokens, up to the first of the `until` texts; number of tokens made) of each prompt.
 
     Draws at a temperature depend on a prompt's place in the list, not on its batch. kept: of this model under these
@@ -125,14 +142,25 @@ def answered(lm: LanguageModel, prompts: Sequence[Sequence[int]], interventions:
     stops = stop_ids(lm, until)
     same = {"max_new_tokens": max_new_tokens, "until": list(until), "stop_ids": stops}
     drawn = {"temperature": temperature, "top_p": top_p} if temperature else {}
-    keys = [request_key("answer", prompt, **same, **drawn, **({"seed": i} if drawn else {})) for i, prompt in enumerate(prompts)]
+    keys = [
+        request_key("answer", prompt, **same, **drawn, **({"seed": i} if drawn else {}))
+        for i, prompt in enumerate(prompts)
+    ]
     missing = kept.missing(keys)
     if missing:
         requests = [Request(np.asarray(prompts[i]).tolist(), seed=i) for i in missing]
         made = generate_stream(
-            lm.config, lm.params, requests, batch_size=min(batch_size, len(missing)), max_new_tokens=max_new_tokens,
-            temperature=temperature, top_p=top_p, stop_ids=stops, masks=stack([mask]), what=what,
-        )  # fmt: skip
+            lm.config,
+            lm.params,
+            requests,
+            batch_size=min(batch_size, len(missing)),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop_ids=stops,
+            masks=stack([mask]),
+            what=what,
+        )
         for place, one in made:
             text = cut(lm.tokenizer.decode(one.tokens, skip_special_tokens=True), until)
             kept.add(keys[missing[place]], [text, int(one.lengths)])
@@ -167,7 +195,9 @@ def shared_mask(config: ModelConfig, interventions: Interventions | None) -> Int
     """The filled interventions; ValueError for masks with a row axis, since the rows of a suite come in any order."""
     iv = (interventions or Interventions()).fill(config)
     if iv.of_rows():
-        raise ValueError("a suite runs under one mask: interventions with a row axis do not apply; run it once for each")
+        raise ValueError(
+            "a suite runs under one mask: interventions with a row axis do not apply; run it once for each"
+        )
     return iv
 
 

@@ -167,8 +167,12 @@ def _groups(job: _Job, indices: list[int], batch_size: int | None, what: str) ->
             cuts.append(at)
             rows = batch_size or room(width)
     prefills = {bucket(len(job.requests[i].tokens)) for i in indices}
-    log.info("%s: caches of %s slots, prompts of up to %d lengths: that many programs to decode and to prefill", what,
-             ", ".join(str(widths[cut]) for cut in cuts), len(prefills))  # fmt: skip
+    log.info(
+        "%s: caches of %s slots, prompts of up to %d lengths: that many programs to decode and to prefill",
+        what,
+        ", ".join(str(widths[cut]) for cut in cuts),
+        len(prefills),
+    )
     return [indices[start:end] for start, end in zip(cuts, [*cuts[1:], len(indices)], strict=True)]
 
 
@@ -177,8 +181,13 @@ def _filling(job: _Job, group: Sequence[int], what: str) -> int:
     length, free = max(len(job.requests[i].tokens) for i in group), least(memory.limit())
     with mesh_of(job.params):
         rows = rows_that_fill(job.config, job.shared, length, job.max_new_tokens, free, most=len(group))
-    log.info("%s: %d rows of up to %d tokens fill the memory of %.2f GiB", what, rows, length + job.max_new_tokens,
-             free / 2**30)  # fmt: skip
+    log.info(
+        "%s: %d rows of up to %d tokens fill the memory of %.2f GiB",
+        what,
+        rows,
+        length + job.max_new_tokens,
+        free / 2**30,
+    )
     return rows
 
 
@@ -218,8 +227,10 @@ class Programs:
 
     def needed(self) -> tuple[int, int]:
         """(bytes of the rows and caches on a device, the most that a program takes beside them)."""
-        empty, prefill, decode = (function.lower(*given, **options).compile().memory_analysis()
-                                  for function, given, options in (self.empty, self.prefill, self.decode))  # fmt: skip
+        empty, prefill, decode = (
+            function.lower(*given, **options).compile().memory_analysis()
+            for function, given, options in (self.empty, self.prefill, self.decode)
+        )
         beside = max(decode.temp_size_in_bytes, prefill.temp_size_in_bytes + prefill.output_size_in_bytes)
         return empty.output_size_in_bytes, beside
 
@@ -235,8 +246,11 @@ def programs(config: ModelConfig, shared, rows: int, length: int, max_new_tokens
     empty = _empty, (config, shared[0], np.zeros(batch, np.int32)), {"slots": slots, "max_new_tokens": max_new_tokens}
     state = _state_shapes(empty)
     one = jax.ShapeDtypeStruct((), jnp.int32)
-    return Programs(empty, (_start, (config, shared, prompts), {"max_new_tokens": max_new_tokens}),
-                    (_decode, (config, shared, one, one, *state), {}))  # fmt: skip
+    return Programs(
+        empty,
+        (_start, (config, shared, prompts), {"max_new_tokens": max_new_tokens}),
+        (_decode, (config, shared, one, one, *state), {}),
+    )
 
 
 def _state_shapes(empty):
@@ -244,8 +258,9 @@ def _state_shapes(empty):
     function, given, options = empty
     compiled = function.lower(*given, **options).compile()
     shapes = jax.eval_shape(functools.partial(function, given[0], **options), *given[1:])
-    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes,
-                        compiled.output_shardings)  # fmt: skip
+    return jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, compiled.output_shardings
+    )
 
 
 def _slots(job: _Job, length: int) -> int:
@@ -260,8 +275,13 @@ def _refilled(job: _Job, group: Sequence[int], batch_size: int):
         at_once = full_share(-(-batch // _REFILLED), ROW_AXES)
         shares = row_shares(batch)
         blank_B = np.zeros(batch, np.int32)
-        state = _empty(job.config, job.params, blank_B, slots=_slots(job, len(job.requests[group[0]].tokens)),
-                       max_new_tokens=job.max_new_tokens)  # fmt: skip
+        state = _empty(
+            job.config,
+            job.params,
+            blank_B,
+            slots=_slots(job, len(job.requests[group[0]].tokens)),
+            max_new_tokens=job.max_new_tokens,
+        )
     waiting, owner_B = collections.deque(group), np.full(batch, _FREE)
     while waiting or (owner_B != _FREE).any():
         with mesh_of(job.params):
@@ -303,9 +323,11 @@ def _admit(job: _Job, state, indices, row_F):
     tokens, lengths = pad_rows([request.tokens for request in requests], job.config.pad_id)
     seeds = np.array([request.seed for request in requests]).astype(np.uint32)
     prompts = (
-        pad_to_bucket(job.config, tokens, job.max_new_tokens), lengths, seeds,
+        pad_to_bucket(job.config, tokens, job.max_new_tokens),
+        lengths,
+        seeds,
         np.array([request.mask for request in requests], np.int32),
-    )  # fmt: skip
+    )
     new = _start(job.config, job.shared, prompts, max_new_tokens=job.max_new_tokens)
     return _place(row_F, *state, *new)
 
@@ -334,8 +356,9 @@ def _start(config, shared, prompts, *, max_new_tokens):
         params, masks, _, longest = shared
         tokens_BT, length_B, seed_B, mask_B = prompts
         cache = empty_cache(config, len(tokens_BT), slots_for(tokens_BT.shape[1]), jax.tree.leaves(params)[0].dtype)
-        first = prefill(config, params, tokens_BT, length_B, take_rows(masks, mask_B), cache, length_B[:, None] - 1,
-                        longest=longest)  # fmt: skip
+        first = prefill(
+            config, params, tokens_BT, length_B, take_rows(masks, mask_B), cache, length_B[:, None] - 1, longest=longest
+        )
         rows = _Rows.of(length_B, seed_B, mask_B, max_new_tokens, done=False)
         return _laid_out(rows.draw(config, shared, first.x_BPE), first.cache)
 

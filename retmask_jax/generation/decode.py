@@ -125,8 +125,16 @@ def generate_many(
         for batch in batches_by_length([prompts[i] for i in todo], batch_size):
             rows = np.array([todo[i] for i in batch])
             tokens, lengths = pad_rows([prompts[i] for i in rows], config.pad_id)
-            out = generate(config, params, tokens, lengths, max_new_tokens=max_new_tokens,
-                           interventions=take_rows(iv, rows), seed=seeds[rows], **options)  # fmt: skip
+            out = generate(
+                config,
+                params,
+                tokens,
+                lengths,
+                max_new_tokens=max_new_tokens,
+                interventions=take_rows(iv, rows),
+                seed=seeds[rows],
+                **options,
+            )
             out = to_host(out)
             yield rows, [_one_row(out, row) for row in range(len(rows))]
 
@@ -168,10 +176,10 @@ def check_options(max_new_tokens: int, temperature: float, top_p: float) -> None
         raise ValueError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]")
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "probe"),
-                   compiler_options=DECODING)  # fmt: skip
-def generate_batch(config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, top_p, seeds_B, rows_B, *,
-                   max_new_tokens, probe):  # fmt: skip
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "probe"), compiler_options=DECODING)
+def generate_batch(
+    config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, top_p, seeds_B, rows_B, *, max_new_tokens, probe
+):
     """The compiled program of `generate`, of prompts padded to a bucket; a Generated.
 
     iv: filled interventions. stop_ids, temperature, top_p: of `Draws`. seeds_B, rows_B: u32[B], of `row_keys`.
@@ -191,8 +199,17 @@ def _generate_rows(config, max_new_tokens, probe, shared, rows):
     cache = empty_cache(config, batch, slots, dtype)
 
     last_B1 = lengths_B[:, None] - 1
-    first = prefill(config, params, tokens_BT, lengths_B, iv, cache, last_B1, longest=longest,
-                    probe=Probe(last_B1) if probe else None)  # fmt: skip
+    first = prefill(
+        config,
+        params,
+        tokens_BT,
+        lengths_B,
+        iv,
+        cache,
+        last_B1,
+        longest=longest,
+        probe=Probe(last_B1) if probe else None,
+    )
     only = Probe(jnp.zeros((batch, 1), jnp.int32)) if probe else None
 
     def record(buffers, probed, token_B, done_B, step):

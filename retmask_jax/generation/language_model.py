@@ -97,9 +97,17 @@ class LanguageModel:
         ['rome .', 'moscow .']
         """
         return generate(
-            self.config, self.params, tokens, lengths, max_new_tokens=max_new_tokens, temperature=temperature,
-            top_p=top_p, seed=seed, interventions=interventions, stop_ids=stop_ids,
-        )  # fmt: skip
+            self.config,
+            self.params,
+            tokens,
+            lengths,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            interventions=interventions,
+            stop_ids=stop_ids,
+        )
 
     def with_kernel(self, kernel: str) -> "LanguageModel":
         """The same model with another attention kernel ("auto", "plain", "blocked", "cudnn" or "splash").
@@ -122,10 +130,15 @@ class LanguageModel:
         return dataclasses.replace(self, **changes)
 
 
-def load(path_or_hub_id: str | os.PathLike, dtype: str = "float32",
-         mesh: Mesh | Callable[[ModelConfig], Mesh] | None = None, *,
-         revision: str | None = None, token: str | bool | None = None,
-         cache_dir: str | os.PathLike | None = None) -> LanguageModel:  # fmt: skip
+def load(
+    path_or_hub_id: str | os.PathLike,
+    dtype: str = "float32",
+    mesh: Mesh | Callable[[ModelConfig], Mesh] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> LanguageModel:
     """Load an HF checkpoint: a local folder, a hub id such as "meta-llama/Llama-3.2-1B", or "bundled".
 
     dtype is that of the parameters and the computation; mesh (or what gives one for the model's config) places the
@@ -159,8 +172,9 @@ def outline(path_or_hub_id: str | os.PathLike, *, revision: str | None = None) -
     return _outline(hub.config_folder(path_or_hub_id, revision=revision))
 
 
-def save(lm: LanguageModel, folder: str | os.PathLike, interventions: Interventions | None = None,
-         dtype: str | None = None) -> None:  # fmt: skip
+def save(
+    lm: LanguageModel, folder: str | os.PathLike, interventions: Interventions | None = None, dtype: str | None = None
+) -> None:
     """Write an HF checkpoint that transformers and other tools load.
 
     dtype None keeps each tensor's stored dtype. A weight that was not changed is written as it is stored in the model's

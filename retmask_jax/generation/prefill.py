@@ -33,8 +33,20 @@ class Prefilled:
     probed: Any = None
 
 
-def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *, start_B=None,
-            probe: Probe | None = None, longest=None, chunk: int | None = None) -> Prefilled:  # fmt: skip
+def prefill(
+    config: ModelConfig,
+    params,
+    tokens_BT,
+    end_B,
+    iv,
+    cache,
+    rows_BP,
+    *,
+    start_B=None,
+    probe: Probe | None = None,
+    longest=None,
+    chunk: int | None = None,
+) -> Prefilled:
     """Run tokens through the model, filling the cache, and keep the final states of rows rows_BP i32[B,P] among the T.
 
     start_B: how many positions of each row the cache holds already (None: none). end_B: where each row's tokens end,
@@ -44,8 +56,18 @@ def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *
     batch, length = tokens_BT.shape
     chunk = chunk or usual_chunk()
     if length <= chunk:
-        out = hidden_rows(config, params, tokens_BT, iv, rows_BP, cache=cache, start_B=start_B, end_B=end_B,
-                          probe=probe, longest=longest)  # fmt: skip
+        out = hidden_rows(
+            config,
+            params,
+            tokens_BT,
+            iv,
+            rows_BP,
+            cache=cache,
+            start_B=start_B,
+            end_B=end_B,
+            probe=probe,
+            longest=longest,
+        )
         return Prefilled(out.x_BTE, out.rms_BT, out.cache, out.probed)
     start_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
     chunk = even_size(length, chunk, min(_ALIGNED, chunk))
@@ -56,16 +78,27 @@ def prefill(config: ModelConfig, params, tokens_BT, end_B, iv, cache, rows_BP, *
         part_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, c * chunk, chunk, axis=1)
         local_BP = jnp.clip(rows_BP - c * chunk, 0, chunk - 1)
         asked = None if probe is None else probe.replace(rows_BP=local_BP)
-        out = hidden_rows(config, params, part_BT, iv, local_BP, cache=cache, start_B=start_B + c * chunk, end_B=end_B,
-                          probe=asked, longest=longest)  # fmt: skip
+        out = hidden_rows(
+            config,
+            params,
+            part_BT,
+            iv,
+            local_BP,
+            cache=cache,
+            start_B=start_B + c * chunk,
+            end_B=end_B,
+            probe=asked,
+            longest=longest,
+        )
         return Prefilled(out.x_BTE, out.rms_BT, out.cache, out.probed)
 
     def add(c, state: Prefilled) -> Prefilled:
         new, inside_BP = one(c, state.cache), rows_BP // chunk == c
         kept = jax.tree.map(
             lambda new, old: jnp.where(inside_BP.reshape(*inside_BP.shape, *(1,) * (new.ndim - 2)), new, old),
-            new.replace(cache=None), state.replace(cache=None),
-        )  # fmt: skip
+            new.replace(cache=None),
+            state.replace(cache=None),
+        )
         return kept.replace(cache=new.cache)
 
     shapes = jax.eval_shape(lambda cache: one(0, cache), cache)
@@ -114,9 +147,7 @@ def share_prefixes(prompts: Sequence[Sequence[int]]) -> list[Shared]:
     for group in groups:
         # In sorted order two prompts share the least of what their neighbours between them share.
         steps = [common_prefix(prompts[a], prompts[b]) for a, b in zip(group, group[1:], strict=False)]
-        best, starts = max(
-            ((i, _shared_with(i, steps)) for i in range(len(group))), key=lambda choice: sum(choice[1])
-        )
+        best, starts = max(((i, _shared_with(i, steps)) for i in range(len(group))), key=lambda choice: sum(choice[1]))
         prefix = tuple(prompts[group[best]][:-1])
         starts = [min(start, len(prompts[i]) - 1, len(prefix)) for i, start in zip(group, starts, strict=True)]
         saved = sum(starts) - len(prefix)

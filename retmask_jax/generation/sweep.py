@@ -19,8 +19,9 @@ from retmask_jax.utils.hosts import to_host
 from retmask_jax.utils.progress import track
 
 
-def sweep(lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *, wanted=None,
-          batch_size: int | None = None) -> np.ndarray:  # fmt: skip
+def sweep(
+    lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *, wanted=None, batch_size: int | None = None
+) -> np.ndarray:
     """f32[N,M,V]: next-token logits behind each of M prompts under each of N shared masks.
 
     tokens: i32[M,T], right-padded; lengths: i32[M]. wanted: i32[M,K], tokens of which the log-probability is returned

@@ -41,8 +41,15 @@ class Condition:
         return self.interventions.rope_site
 
 
-def answers(lm: LanguageModel, cases: Sequence[Case], masks: Sequence[Interventions], *, max_new_tokens: int,
-            batch_size: int, what: str = "answer") -> list[list[str]]:  # fmt: skip
+def answers(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    masks: Sequence[Interventions],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    what: str = "answer",
+) -> list[list[str]]:
     """Greedy answers [mask][case]: the cases under every mask are rows of the same compiled program, one for each rotary
     site."""
     prompts = [case.tokens for case in cases]
@@ -50,8 +57,15 @@ def answers(lm: LanguageModel, cases: Sequence[Case], masks: Sequence[Interventi
     for some in _together(lm.config, masks, len(cases)):
         filled = jax.tree.map(np.asarray, stack([masks[i].fill(lm.config) for i in some]))
         per_row = jax.tree.map(lambda x: np.repeat(x, len(cases), axis=0), filled)
-        results = generate_many(lm.config, lm.params, prompts * len(some), batch_size=batch_size,
-                                max_new_tokens=max_new_tokens, interventions=per_row, what=what)  # fmt: skip
+        results = generate_many(
+            lm.config,
+            lm.params,
+            prompts * len(some),
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            interventions=per_row,
+            what=what,
+        )
         said = lm.tokenizer.batch_decode([result.tokens for result in results], skip_special_tokens=True)
         for place, i in enumerate(some):
             texts[i] = said[place * len(cases) : (place + 1) * len(cases)]
@@ -75,13 +89,22 @@ def summarise(conditions: Sequence[Condition], outcomes: Mapping[str, np.ndarray
         p_values = [test["p_value"] for test in tests[1:]]
         adjusted = [1.0, *(stats.benjamini_hochberg(p_values).tolist() if p_values else [])]
         for condition, outcome, test, q in zip(conditions, outcome_CN, tests, adjusted, strict=True):
-            rows.append({
-                "task": task, "experiment": condition.experiment, "kind": condition.kind, "draw": condition.draw,
-                "k": condition.n_pairs, "site": condition.site,
-                "heads": [list(head) for head in condition.heads], "pairs": list(condition.pairs),
-                **stats.proportion(outcome), "change": stats.paired_bootstrap(outcome, outcome_CN[0]),
-                "mcnemar": test, "q": q,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "task": task,
+                    "experiment": condition.experiment,
+                    "kind": condition.kind,
+                    "draw": condition.draw,
+                    "k": condition.n_pairs,
+                    "site": condition.site,
+                    "heads": [list(head) for head in condition.heads],
+                    "pairs": list(condition.pairs),
+                    **stats.proportion(outcome),
+                    "change": stats.paired_bootstrap(outcome, outcome_CN[0]),
+                    "mcnemar": test,
+                    "q": q,
+                }
+            )
     return rows
 
 
@@ -90,8 +113,13 @@ def mean_over_draws(conditions: Sequence[Condition], outcome_CN, kind: str, k: i
 
     wanted: other attributes of the conditions that are meant, such as experiment="dose".
     """
-    chosen = [i for i, c in enumerate(conditions) if c.kind == kind and (k is None or c.n_pairs == k)
-              and all(getattr(c, name) == value for name, value in wanted.items())]  # fmt: skip
+    chosen = [
+        i
+        for i, c in enumerate(conditions)
+        if c.kind == kind
+        and (k is None or c.n_pairs == k)
+        and all(getattr(c, name) == value for name, value in wanted.items())
+    ]
     outcomes = np.asarray(outcome_CN)[chosen]
     return stats.proportion(outcomes[0]) if len(chosen) == 1 else stats.bootstrap_mean(outcomes.mean(axis=0))
 
@@ -103,10 +131,13 @@ def contrast(conditions: Sequence[Condition], outcome_CN, ours: Mapping, others:
     ours, others: the attributes that say which conditions are meant, such as {"kind": "random", "n_pairs": 4}.
     """
     sides = [
-        [outcome for c, outcome in zip(conditions, outcome_CN, strict=True)
-         if all(getattr(c, name) == value for name, value in wanted.items())]
+        [
+            outcome
+            for c, outcome in zip(conditions, outcome_CN, strict=True)
+            if all(getattr(c, name) == value for name, value in wanted.items())
+        ]
         for wanted in (others, ours)
-    ]  # fmt: skip
+    ]
     tests = [stats.mcnemar(a, b)["p_value"] for a in sides[0] for b in sides[1]]
     change = stats.paired_bootstrap(*(np.stack(side).astype(float) for side in sides))
     return {"change": change, "p_value": float(np.median(tests))}

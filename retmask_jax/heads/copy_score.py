@@ -44,8 +44,15 @@ class Detection:
         return dict(collections.Counter(self.outcomes))
 
 
-def detect(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50, batch_size: int = 16,
-           released: bool = False, read: bool = True) -> Detection:  # fmt: skip
+def detect(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    *,
+    max_new_tokens: int = 50,
+    batch_size: int = 16,
+    released: bool = False,
+    read: bool = True,
+) -> Detection:
     """Copy scores by greedy decoding: METHODS of arXiv 2404.15574, one score per head and counted case.
 
     A case counts if the ROUGE-1 recall of the answer against the needle's answer part is above 0.5. Decoding ends at
@@ -58,8 +65,14 @@ def detect(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50
     return score_answers(lm, cases, results, max_new_tokens=max_new_tokens, released=released)
 
 
-def score_answers(lm: LanguageModel, cases: Sequence[Case], results: Sequence[tuple[Any, Any]], *, max_new_tokens: int,
-                  released: bool = False) -> Detection:  # fmt: skip
+def score_answers(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    results: Sequence[tuple[Any, Any]],
+    *,
+    max_new_tokens: int,
+    released: bool = False,
+) -> Detection:
     """Copy scores of the model's answers, as in `detect`: results are (tokens i32[n], argmax i32[n,L,H]) per case."""
     newline = newline_ids(lm.tokenizer)
     answers, outcomes, per_case = [], [], []
@@ -144,9 +157,15 @@ def _greedy(lm, cases, max_new_tokens: int, batch_size: int, released: bool, rea
 
     def decode(chosen) -> None:
         decoded = generate_many(
-            lm.config, lm.params, [cases[i].tokens for i in chosen], batch_size=batch_size,
-            max_new_tokens=max_new_tokens, stop_ids=() if released else None, probe=True, what="detect",
-        )  # fmt: skip
+            lm.config,
+            lm.params,
+            [cases[i].tokens for i in chosen],
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            stop_ids=() if released else None,
+            probe=True,
+            what="detect",
+        )
         for i, result in zip(chosen, decoded, strict=True):
             results[i] = result.tokens, result.argmax
 
@@ -154,13 +173,15 @@ def _greedy(lm, cases, max_new_tokens: int, batch_size: int, released: bool, rea
         """Results of those that say the needle's words and the closing, and stop."""
         drafts = {
             i: (*words_of(cases[i]), *closing, lm.config.eos_ids[0])
-            for i, result in enumerate(results) if result is None
-        }  # fmt: skip
+            for i, result in enumerate(results)
+            if result is None
+        }
         drafts = {i: draft for i, draft in drafts.items() if len(draft) <= max_new_tokens}
         if not drafts:
             return
-        found = read_answers(lm, [cases[i].tokens for i in drafts], list(drafts.values()), batch_size=batch_size,
-                             what="detect")  # fmt: skip
+        found = read_answers(
+            lm, [cases[i].tokens for i in drafts], list(drafts.values()), batch_size=batch_size, what="detect"
+        )
         for (i, draft), forced in zip(drafts.items(), found, strict=True):
             *said, last = forced.predicted.tolist()
             if tuple(said) == draft[:-1] and last in lm.config.eos_ids:

@@ -30,14 +30,18 @@ from retmask_jax.utils import memory, stats
 from retmask_jax.utils.hosts import to_host
 
 
-def copy_forced(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50,
-                batch_size: int = 16) -> Detection:  # fmt: skip
+def copy_forced(
+    lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50, batch_size: int = 16
+) -> Detection:
     """The copy score of arXiv 2404.15574 as in `detect`, with heads looked at only afterwards: the model answers, then
     reads its own answer in one pass."""
     prompts = [case.tokens for case in cases]
-    said = [result.tokens.tolist() for result in generate_many(
-        lm.config, lm.params, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, what="copy, forced",
-    )]  # fmt: skip
+    said = [
+        result.tokens.tolist()
+        for result in generate_many(
+            lm.config, lm.params, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, what="copy, forced"
+        )
+    ]
     spoken = [i for i, tokens in enumerate(said) if tokens]
     nothing = np.zeros((0, lm.config.n_layers, lm.config.n_heads), np.int32)
     results = [(tokens, nothing) for tokens in said]
@@ -86,8 +90,9 @@ def mass(lm: LanguageModel, cases: Sequence[Case], *, batch_size: int = 16) -> D
     return _gold(cases, score)
 
 
-def query_focused(lm: LanguageModel, cases: Sequence[Case], *, batch_size: int = 16,
-                  null_query: str = "N/A") -> Detection:  # fmt: skip
+def query_focused(
+    lm: LanguageModel, cases: Sequence[Case], *, batch_size: int = 16, null_query: str = "N/A"
+) -> Detection:
     """QRHead's score (arXiv 2506.09944): attention mass from the question's tokens to the whole needle, mean over them,
     less the same under a null query in the question's place.
 
@@ -124,8 +129,16 @@ def logit(lm: LanguageModel, cases: Sequence[Case], *, batch_size: int = 16) -> 
 
     def score(gold):
         prompts, answers = _texts(gold)
-        found = measure_answers(lm, prompts, answers, _contributions, spans=[(case.span, EVERYWHERE) for case in gold],
-                                values=True, batch_size=batch_size, what="logit")  # fmt: skip
+        found = measure_answers(
+            lm,
+            prompts,
+            answers,
+            _contributions,
+            spans=[(case.span, EVERYWHERE) for case in gold],
+            values=True,
+            batch_size=batch_size,
+            what="logit",
+        )
         return [
             _contrast(parts, case) if np.mean(predicted == words) > RIGHT_RECALL else "wrong answer"
             for (predicted, parts), words, case in zip(found, answers, gold, strict=True)
@@ -146,9 +159,15 @@ def gradient(lm: LanguageModel, cases: Sequence[Case], *, batch_size: int = 16) 
 
 
 DETECTORS: dict[str, Callable[..., Detection]] = {
-    "copy": detect, "copy_forced": copy_forced, "copy_position": copy_position, "argmax": argmax, "mass": mass,
-    "query_focused": query_focused, "logit": logit, "gradient": gradient,
-}  # fmt: skip
+    "copy": detect,
+    "copy_forced": copy_forced,
+    "copy_position": copy_position,
+    "argmax": argmax,
+    "mass": mass,
+    "query_focused": query_focused,
+    "logit": logit,
+    "gradient": gradient,
+}
 
 
 def agreement(scores_by_name: Mapping[str, HeadScores], top_k: int) -> dict[tuple[str, str], dict[str, float]]:

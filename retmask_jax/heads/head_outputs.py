@@ -45,7 +45,9 @@ def head_statistics(lm: LanguageModel, texts, *, batch_size: int = 8) -> HeadSta
 
     with mesh_of(lm.params):
         results = memory.in_batches(len(texts), batch_size, "head statistics", "text", work)
-    return HeadStatistics(*(np.mean(part, axis=0, dtype=np.float64).astype(np.float32) for part in zip(*results, strict=True)))
+    return HeadStatistics(
+        *(np.mean(part, axis=0, dtype=np.float64).astype(np.float32) for part in zip(*results, strict=True))
+    )
 
 
 def variance_removed(statistics: HeadStatistics, heads: Sequence[Head], pairs_NR) -> np.ndarray:
@@ -59,7 +61,9 @@ def variance_removed(statistics: HeadStatistics, heads: Sequence[Head], pairs_NR
         covariance_RR = statistics.covariance_LHRR[layer, head].astype(np.float64)
         kept_NR = np.ones((len(pairs_NR), len(covariance_RR)))
         kept_NR[:, : pairs_NR.shape[1]] -= pairs_NR
-        shares.append(1 - np.einsum("nr,rq,nq->n", kept_NR, covariance_RR, kept_NR, optimize=True) / covariance_RR.sum())
+        shares.append(
+            1 - np.einsum("nr,rq,nq->n", kept_NR, covariance_RR, kept_NR, optimize=True) / covariance_RR.sum()
+        )
     return np.stack(shares, axis=1)
 
 

@@ -29,8 +29,17 @@ IDLE = 0.1  # a head whose masking moves the text less than this share of what t
 MODES = ("zero", "mean", "query")
 
 
-def knockout_conditions(config: ModelConfig, heads: Sequence[Head], activity_LH, *, draws: int, seed: int = 0,
-                        scores_LH=None, mode: str = "zero", mean_LHD=None) -> list[Condition]:  # fmt: skip
+def knockout_conditions(
+    config: ModelConfig,
+    heads: Sequence[Head],
+    activity_LH,
+    *,
+    draws: int,
+    seed: int = 0,
+    scores_LH=None,
+    mode: str = "zero",
+    mean_LHD=None,
+) -> list[Condition]:
     """The untouched model, the retrieval heads masked, and as controls as many other heads, `draws` of each kind: of any
     layer, of the same layers, of similar activity (see `activity`) and, where scores_LH are given, the lowest-scoring.
 
@@ -51,8 +60,15 @@ def knockout_conditions(config: ModelConfig, heads: Sequence[Head], activity_LH,
     ]
 
 
-def curve_conditions(config: ModelConfig, scores: HeadScores, heads: Sequence[Head], sizes: Iterable[int | float], *,
-                     draws: int, seed: int = 0) -> list[Condition]:  # fmt: skip
+def curve_conditions(
+    config: ModelConfig,
+    scores: HeadScores,
+    heads: Sequence[Head],
+    sizes: Iterable[int | float],
+    *,
+    draws: int,
+    seed: int = 0,
+) -> list[Condition]:
     """The highest-scoring heads masked, more and more of them, and as many at random that are neither among those nor
     retrieval heads, where the model has as many.
 
@@ -78,8 +94,9 @@ def head_numbers(sizes: Iterable[int | float], n_retrieval: int, n_all: int) -> 
     return numbers
 
 
-def minimal_set(heads: Sequence[Head], recall_of: Callable[[list[list[Head]]], Sequence[float]],
-                limit: float) -> tuple[list[Head], list[dict[str, Any]]]:  # fmt: skip
+def minimal_set(
+    heads: Sequence[Head], recall_of: Callable[[list[list[Head]]], Sequence[float]], limit: float
+) -> tuple[list[Head], list[dict[str, Any]]]:
     """The heads that are left when, one by one, those are spared that recall can do without: (heads, steps).
 
     recall_of: recall with each of several sets masked. A head is spared as long as recall stays at most `limit`, first

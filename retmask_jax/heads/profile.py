@@ -90,10 +90,14 @@ def _row(model: Scored) -> dict[str, Any]:
         raise ValueError(f"{model.name}: {error}") from error
     n_layers, n_heads = model.scores.mean.shape
     return {
-        "model": model.name, "cases": int(model.scores.counts.max()), "n_layers": n_layers, "heads_per_layer": n_heads,
-        "n_kv_heads": model.n_kv_heads, "threshold": model.threshold,
+        "model": model.name,
+        "cases": int(model.scores.counts.max()),
+        "n_layers": n_layers,
+        "heads_per_layer": n_heads,
+        "n_kv_heads": model.n_kv_heads,
+        "threshold": model.threshold,
         **{name: stats.defined(value) for name, value in values.items()},
-    }  # fmt: skip
+    }
 
 
 def _finding(n_models: int, rho: Mapping | None) -> str:
@@ -141,10 +145,7 @@ def _group_layout(heads, group_size):
     """heads: rows of (layer, head); runs of group_size heads share a KV head."""
     sizes = Counter((layer, head // group_size) for layer, head in heads.tolist())
     n_full = sum(size == group_size for size in sizes.values())
-    return {
-        "heads_per_active_group": _ratio(len(heads), len(sizes)),
-        "full_group_fraction": _ratio(n_full, len(sizes)),
-    }
+    return {"heads_per_active_group": _ratio(len(heads), len(sizes)), "full_group_fraction": _ratio(n_full, len(sizes))}
 
 
 def _ratio(part, whole):

@@ -26,10 +26,13 @@ def query_norms(config: ModelConfig, params) -> QueryNorms:
     Pair r is the rows r and r + R of a head; a head's mean is over all its rows, those without rotation included. Only
     the weights count: no bias, and no query norm behind them. Adapters are merged first.
     """
-    rows_L = merge_layers(config, {
-        group: {place: _row_norms(config, block["attn"]["q"]) for place, block in params.get(group, {}).items()}
-        for group in ("blocks", "tail")
-    })  # fmt: skip
+    rows_L = merge_layers(
+        config,
+        {
+            group: {place: _row_norms(config, block["attn"]["q"]) for place, block in params.get(group, {}).items()}
+            for group in ("blocks", "tail")
+        },
+    )
     rows_LHD = to_host(rows_L).reshape(config.n_layers, config.n_heads, config.head_dim)
     first, second = rows_LHD[..., : config.n_pairs], rows_LHD[..., config.n_pairs : 2 * config.n_pairs]
     return QueryNorms(rows_LHD.mean(axis=-1), (first + second) / 2)
@@ -52,18 +55,22 @@ def norm_utility(norms: QueryNorms, scores, heads, n_permutations=10000, n_resam
     ours, others = norms.pair_LHR[labels_LH], norms.pair_LHR[~labels_LH]
     p_R = stats.layer_clustered_p_values(norms.pair_LHR, labels_LH, n_permutations, seed)
     return {
-        "n": len(ours), "n_other": len(others),
+        "n": len(ours),
+        "n_other": len(others),
         "cohens_d": stats.defined(stats.cohens_d(norms.head_LH[labels_LH], norms.head_LH[~labels_LH])),
         "permutation": stats.layer_clustered_permutation(norms.head_LH, labels_LH, n_permutations, seed),
         "partial_spearman": {
             name: stats.defined(value)
             for name, value in stats.partial_spearman(
-                norms.head_LH, scores.mean, n_resamples=n_resamples, seed=seed).items()
+                norms.head_LH, scores.mean, n_resamples=n_resamples, seed=seed
+            ).items()
         },
         "pair_cohens_d": [stats.defined(stats.cohens_d(*pair)) for pair in zip(ours.T, others.T, strict=True)],
-        "pair_p_value": p_R.tolist(), "pair_adjusted_p": stats.benjamini_hochberg(p_R).tolist(),
-        "pair_retrieval": ours.mean(axis=0).tolist(), "pair_other": others.mean(axis=0).tolist(),
-    }  # fmt: skip
+        "pair_p_value": p_R.tolist(),
+        "pair_adjusted_p": stats.benjamini_hochberg(p_R).tolist(),
+        "pair_retrieval": ours.mean(axis=0).tolist(),
+        "pair_other": others.mean(axis=0).tolist(),
+    }
 
 
 def _row_norms(config: ModelConfig, dense):

@@ -32,22 +32,37 @@ class Forced:
     argmax: np.ndarray
 
 
-def read_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *,
-                 batch_size: int = 16, interventions: Interventions | None = None,
-                 what: str = "read answers") -> list[Forced]:  # fmt: skip
+def read_answers(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 16,
+    interventions: Interventions | None = None,
+    what: str = "read answers",
+) -> list[Forced]:
     """Read given answers behind their prompts in one pass per batch, without decoding.
 
     Where predicted equals the answer, argmax is what greedy decoding would have given.
     """
-    found = measure_answers(lm, prompts, answers, own_choices, batch_size=batch_size, interventions=interventions,
-                            what=what)  # fmt: skip
+    found = measure_answers(
+        lm, prompts, answers, own_choices, batch_size=batch_size, interventions=interventions, what=what
+    )
     return [Forced(*one) for one in found]
 
 
-def measure_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], measure, *,
-                    spans: Sequence[Sequence[tuple[int, int]]] | None = None, values: bool = False,
-                    batch_size: int = 16, interventions: Interventions | None = None,
-                    what: str = "read answers") -> list:  # fmt: skip
+def measure_answers(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    measure,
+    *,
+    spans: Sequence[Sequence[tuple[int, int]]] | None = None,
+    values: bool = False,
+    batch_size: int = 16,
+    interventions: Interventions | None = None,
+    what: str = "read answers",
+) -> list:
     """measure(config, params, out, target_BN) of the rows that predict given answers, in one pass per batch.
 
     measure: a pure function, named in a module (each compiles its own program), of a `Prefilled` at those rows and the
@@ -86,8 +101,9 @@ def measure_answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], answers
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def read_batch(config, measure, values, params, prefix, tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv,
-               longest):  # fmt: skip
+def read_batch(
+    config, measure, values, params, prefix, tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv, longest
+):
     """The compiled program of `measure_answers`: what is measured, [B,N,...], at rows of a batch of texts.
 
     Args:
@@ -159,8 +175,19 @@ def _read_rows(config, measure, values, shared, rows):
     if prefix is not None:
         cache = jax.tree.map(lambda new, old: new.at[_corner(new, old)].set(old), cache, prefix)
     rows_BN = jnp.minimum(rows_BN, (end_B - start_B)[:, None] - 1)
-    out = prefill(config, params, tokens_BT, end_B, iv, cache, rows_BN, start_B=None if prefix is None else start_B,
-                  probe=Probe(rows_BN, spans_BN2, values=values), longest=longest, chunk=chunk)  # fmt: skip
+    out = prefill(
+        config,
+        params,
+        tokens_BT,
+        end_B,
+        iv,
+        cache,
+        rows_BN,
+        start_B=None if prefix is None else start_B,
+        probe=Probe(rows_BN, spans_BN2, values=values),
+        longest=longest,
+        chunk=chunk,
+    )
     return measure(config, params, out, target_BN)
 
 

@@ -20,8 +20,16 @@ SPECIFIC = 0.33  # of it: below this ratio of harms a patch is called specific t
 _CANDIDATES = 2000  # random sets of pairs that are tried for one matched control
 
 
-def dose_conditions(config: ModelConfig, heads: Sequence[Head], ks: Sequence[int], *, draws: int, seed: int = 0,
-                    site: str = "rotary", norms: QueryNorms | None = None) -> Iterator[Condition]:  # fmt: skip
+def dose_conditions(
+    config: ModelConfig,
+    heads: Sequence[Head],
+    ks: Sequence[int],
+    *,
+    draws: int,
+    seed: int = 0,
+    site: str = "rotary",
+    norms: QueryNorms | None = None,
+) -> Iterator[Condition]:
     """k pairs out of the retrieval heads, for each k: the lowest and highest by frequency and `draws` random choices;
     the k lowest out of layer-matched control heads; with `norms` also the k pairs of each head that its query projection
     writes least or most."""
@@ -32,14 +40,17 @@ def dose_conditions(config: ModelConfig, heads: Sequence[Head], ks: Sequence[int
         yield _condition(config, "highest", heads, high, site)
         yield _condition(config, "control heads, lowest", control, low, site)
         for draw in range(draws):
-            yield _condition(config, "random", heads, rope_pairs(config, k, "random", seed=seed + draw), site, draw=draw)
+            yield _condition(
+                config, "random", heads, rope_pairs(config, k, "random", seed=seed + draw), site, draw=draw
+            )
         if norms is not None:
             for kind, order in (("low utility", 1), ("high utility", -1)):
                 yield _by_utility(config, kind, heads, k, site, norms, order)
 
 
-def window_conditions(config: ModelConfig, heads: Sequence[Head], n_windows: int, *, seed: int = 0,
-                      site: str = "rotary") -> Iterator[Condition]:  # fmt: skip
+def window_conditions(
+    config: ModelConfig, heads: Sequence[Head], n_windows: int, *, seed: int = 0, site: str = "rotary"
+) -> Iterator[Condition]:
     """The spectrum in windows, the lowest frequencies first, each out of the retrieval heads and of layer-matched ones."""
     control = random_heads(config, like=heads, seed=seed)
     for i, pairs in enumerate(windows(config, n_windows)):
@@ -47,23 +58,34 @@ def window_conditions(config: ModelConfig, heads: Sequence[Head], n_windows: int
             yield _condition(config, kind, chosen, pairs, site, draw=i, experiment="windows")
 
 
-def coverage_conditions(config: ModelConfig, heads: Sequence[Head], shares: Sequence[float], k: int, *,
-                        site: str = "rotary") -> Iterator[Condition]:  # fmt: skip
+def coverage_conditions(
+    config: ModelConfig, heads: Sequence[Head], shares: Sequence[float], k: int, *, site: str = "rotary"
+) -> Iterator[Condition]:
     """The k lowest pairs out of a growing share of the retrieval heads, the best first."""
     for n in sorted({math.ceil(share * len(heads)) for share in shares}):
         low = rope_pairs(config, k, "low")
         yield _condition(config, "lowest", heads[:n], low, site, experiment="coverage")
 
 
-def patch_conditions(config: ModelConfig, heads: Sequence[Head], k: int, *, site: str = "rotary") -> Iterator[Condition]:
+def patch_conditions(
+    config: ModelConfig, heads: Sequence[Head], k: int, *, site: str = "rotary"
+) -> Iterator[Condition]:
     """The k lowest, and the k highest, pairs out of one retrieval head at a time."""
     for head in heads:
         for kind, which in (("lowest", "low"), ("highest", "high")):
             yield _condition(config, kind, [head], rope_pairs(config, k, which), site, experiment="patches")
 
 
-def matched_conditions(config: ModelConfig, heads: Sequence[Head], ks: Sequence[int], statistics: HeadStatistics, *,
-                       draws: int, seed: int = 0, site: str = "rotary") -> Iterator[Condition]:  # fmt: skip
+def matched_conditions(
+    config: ModelConfig,
+    heads: Sequence[Head],
+    ks: Sequence[int],
+    statistics: HeadStatistics,
+    *,
+    draws: int,
+    seed: int = 0,
+    site: str = "rotary",
+) -> Iterator[Condition]:
     """For the k lowest pairs of each k, `draws` sets of other pairs, of any number, whose share of the variance of q.k is
     nearest to theirs: where low frequencies matter only because they carry more, these do as much harm."""
     for k in ks:
@@ -73,8 +95,15 @@ def matched_conditions(config: ModelConfig, heads: Sequence[Head], ks: Sequence[
             yield _condition(config, "matched", heads, others, site, draw=draw, experiment="matched", k=k)
 
 
-def matched_pairs(config: ModelConfig, heads: Sequence[Head], pairs: Sequence[int], statistics: HeadStatistics, n: int, *,
-                  seed: int = 0) -> list[list[int]]:  # fmt: skip
+def matched_pairs(
+    config: ModelConfig,
+    heads: Sequence[Head],
+    pairs: Sequence[int],
+    statistics: HeadStatistics,
+    n: int,
+    *,
+    seed: int = 0,
+) -> list[list[int]]:
     """n different sets of pairs outside `pairs`, of random ones those whose share of the variance, mean over heads, is
     nearest to that of `pairs`; fewer where there are no more. Raises ValueError where no pairs are left."""
     rng = np.random.default_rng(seed)
@@ -148,7 +177,9 @@ def cost_intervals(loss_change_W, untouched_N, patched_N, seed: int = 0, n_resam
     draws = np.array([drawn() for _ in range(n_resamples)])
     ns = len(loss_change_W), both_2N.shape[1], both_2N.shape[1]
     found = {}
-    for name, value, column, n in zip(("perplexity_increase", "recall_drop", "ratio"), values, draws.T, ns, strict=True):
+    for name, value, column, n in zip(
+        ("perplexity_increase", "recall_drop", "ratio"), values, draws.T, ns, strict=True
+    ):
         defined = column[np.isfinite(column)]
         low, high = np.quantile(defined, (0.025, 0.975)) if len(defined) else (math.nan, math.nan)
         found[name] = {"value": value, "low": low, "high": high, "n": n} if math.isfinite(value) else None

@@ -83,6 +83,6 @@ def _matching(name: str) -> list[tuple[str, str | None]]:
 
 
 def _step(name: str) -> int | None:
-    """"step_200" -> 200, "stage1-step1000-tokens5B" -> 1000, "checkpoint-500" -> 500; a commit says no step."""
+    """ "step_200" -> 200, "stage1-step1000-tokens5B" -> 1000, "checkpoint-500" -> 500; a commit says no step."""
     numbers = [] if _COMMIT.fullmatch(name) else re.findall(r"step\D?(\d+)", name) or re.findall(r"\d+", name)
     return int(numbers[-1]) if numbers else None

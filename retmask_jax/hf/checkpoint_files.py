@@ -16,9 +16,18 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # All that is read, copied and fetched of a checkpoint beside config.json and weights.
 CHECKPOINT_TEXTS = (
-    *TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.txt",
-    "spiece.model", "tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 _MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 

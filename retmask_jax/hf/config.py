@@ -8,12 +8,31 @@ from retmask_jax.model.config import ModelConfig, Rope, shortest_pattern
 from retmask_jax.model.rope import longrope_attention_scale, yarn_attention_scale
 
 # Attributes that change nothing in a forward pass at inference or here in training.
-_IRRELEVANT = frozenset({
-    "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "_attn_implementation_autoset",
-    "auto_map", "cache_implementation", "dtype", "embd_pdrop", "initializer_range", "model_type",
-    "output_router_logits", "pretraining_tp", "resid_pdrop", "router_aux_loss_coef", "router_jitter_noise",
-    "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
-})  # fmt: skip
+_IRRELEVANT = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "attn_implementation",
+        "_attn_implementation_autoset",
+        "auto_map",
+        "cache_implementation",
+        "dtype",
+        "embd_pdrop",
+        "initializer_range",
+        "model_type",
+        "output_router_logits",
+        "pretraining_tp",
+        "resid_pdrop",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "torch_dtype",
+        "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_cache",
+    }
+)
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
 
@@ -67,9 +86,18 @@ class Reader:
             )
 
 
-def common(hf: Reader, *, tied: bool = False, act: str = "hidden_act", head_dim: int | None = None,
-           default_act: str = "silu", norm_eps: float = 1e-6, theta: float = 1e4, partial_rotary: bool = False,
-           **fields) -> ModelConfig:  # fmt: skip
+def common(
+    hf: Reader,
+    *,
+    tied: bool = False,
+    act: str = "hidden_act",
+    head_dim: int | None = None,
+    default_act: str = "silu",
+    norm_eps: float = 1e-6,
+    theta: float = 1e4,
+    partial_rotary: bool = False,
+    **fields,
+) -> ModelConfig:
     """The ModelConfig of attributes all families share, with `fields` beside or instead of them.
 
     The keyword arguments are what an absent attribute stands for in the family at hand.
@@ -85,22 +113,25 @@ def common(hf: Reader, *, tied: bool = False, act: str = "hidden_act", head_dim:
             if not partial_rotary:
                 raise ValueError(f"config.json has partial_rotary_factor={rotary_share}; only 1 is supported here")
             fields |= {"rotary_dim": int(head_dim * rotary_share)}
-    return ModelConfig(**{
-        "vocab_size": hf.size("vocab_size"),
-        "hidden_size": hidden,
-        "mlp_size": hf.size("intermediate_size"),
-        "n_layers": hf.size("num_hidden_layers"),
-        "n_heads": heads,
-        "n_kv_heads": hf.size("num_key_value_heads", heads),
-        "head_dim": head_dim,
-        "max_length": _context(max_length, fields["rope"]),
-        "norm_eps": hf.get("rms_norm_eps", norm_eps),
-        "activation": _activation(hf.get(act, default_act)),
-        "tied_embeddings": hf.get("tie_word_embeddings", tied),
-        "bos_id": hf.get("bos_token_id", None),
-        "eos_ids": tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
-        "pad_id": max(0, hf.get("pad_token_id", 0)),
-    } | fields)  # fmt: skip
+    return ModelConfig(
+        **{
+            "vocab_size": hf.size("vocab_size"),
+            "hidden_size": hidden,
+            "mlp_size": hf.size("intermediate_size"),
+            "n_layers": hf.size("num_hidden_layers"),
+            "n_heads": heads,
+            "n_kv_heads": hf.size("num_key_value_heads", heads),
+            "head_dim": head_dim,
+            "max_length": _context(max_length, fields["rope"]),
+            "norm_eps": hf.get("rms_norm_eps", norm_eps),
+            "activation": _activation(hf.get(act, default_act)),
+            "tied_embeddings": hf.get("tie_word_embeddings", tied),
+            "bos_id": hf.get("bos_token_id", None),
+            "eos_ids": tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+            "pad_id": max(0, hf.get("pad_token_id", 0)),
+        }
+        | fields
+    )
 
 
 def one_window(hf: Reader) -> dict[str, Any]:

@@ -65,8 +65,9 @@ class Ends:
     stop_ids: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, tokenizer: Any, eos_ids: Sequence[int], *, chat: bool,
-           template_kwargs: Mapping[str, Any] | None = None) -> "Ends":  # fmt: skip
+    def of(
+        cls, tokenizer: Any, eos_ids: Sequence[int], *, chat: bool, template_kwargs: Mapping[str, Any] | None = None
+    ) -> "Ends":
         """Those of a model's rows. `usual` is the chat template's end of a turn where the template is used (chat) and
         writes one, else the tokenizer's EOS, else the first of the model's EOS ids."""
         written = turn_end(tokenizer, template_kwargs) if chat else None

@@ -167,9 +167,17 @@ def _gemma(hf: Reader, **fields) -> ModelConfig:
     hf.expect(attention_bias=False, use_bidirectional_attention=False)
     hidden = hf.size("hidden_size")
     return common(
-        hf, tied=True, act="hidden_activation", head_dim=256, default_act="gelu_pytorch_tanh", norm_placement="both",
-        norm_offset=1.0, embed_scale=hidden**0.5, query_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5, **fields,
-    )  # fmt: skip
+        hf,
+        tied=True,
+        act="hidden_activation",
+        head_dim=256,
+        default_act="gelu_pytorch_tanh",
+        norm_placement="both",
+        norm_offset=1.0,
+        embed_scale=hidden**0.5,
+        query_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
+        **fields,
+    )
 
 
 def _gemma2(hf: Reader) -> ModelConfig:
@@ -178,19 +186,23 @@ def _gemma2(hf: Reader) -> ModelConfig:
     if window is not None:
         hf.expect(sliding_window=window)
     return _gemma(
-        hf, attention_softcap=hf.get("attn_logit_softcapping", None),
-        logit_softcap=hf.get("final_logit_softcapping", None), **layer_windows(hf, every_nth_full(hf, 2)),
-    )  # fmt: skip
+        hf,
+        attention_softcap=hf.get("attn_logit_softcapping", None),
+        logit_softcap=hf.get("final_logit_softcapping", None),
+        **layer_windows(hf, every_nth_full(hf, 2)),
+    )
 
 
 def _gemma3(hf: Reader) -> ModelConfig:
     hf.expect(attn_logit_softcapping=None)
     nth = hf.get("sliding_window_pattern", hf.get("_sliding_window_pattern", 6))
     return _gemma(
-        hf, qk_norm="head", logit_softcap=hf.get("final_logit_softcapping", None),
+        hf,
+        qk_norm="head",
+        logit_softcap=hf.get("final_logit_softcapping", None),
         **layer_windows(hf, every_nth_full(hf, nth)),
         **read_ropes(hf, theta=1e6, sliding_theta=1e4, sliding_key="rope_local_base_freq"),
-    )  # fmt: skip
+    )
 
 
 def _phi3(hf: Reader) -> ModelConfig:
@@ -200,9 +212,12 @@ def _phi3(hf: Reader) -> ModelConfig:
 
 def _mixtral(hf: Reader) -> ModelConfig:
     experts = {
-        "expert_pattern": (True,), "n_experts": hf.size("num_local_experts"), "normalise_router": True,
-        "experts_per_token": hf.size("num_experts_per_tok"), "expert_size": hf.size("intermediate_size"),
-    }  # fmt: skip
+        "expert_pattern": (True,),
+        "n_experts": hf.size("num_local_experts"),
+        "normalise_router": True,
+        "experts_per_token": hf.size("num_experts_per_tok"),
+        "expert_size": hf.size("intermediate_size"),
+    }
     return common(hf, norm_eps=1e-5, theta=1e6, **one_window(hf), **experts)
 
 
@@ -217,10 +232,13 @@ def _qwen3_moe(hf: Reader) -> ModelConfig:
     kind = windows.get("layer_pattern", ("full",))
     number = "num_local_experts" if hf.get("num_local_experts", None) else "num_experts"
     experts = {
-        "layer_pattern": kind * len(pattern), "expert_pattern": pattern, "n_experts": hf.size(number),
-        "experts_per_token": hf.size("num_experts_per_tok"), "expert_size": hf.size("moe_intermediate_size"),
+        "layer_pattern": kind * len(pattern),
+        "expert_pattern": pattern,
+        "n_experts": hf.size(number),
+        "experts_per_token": hf.size("num_experts_per_tok"),
+        "expert_size": hf.size("moe_intermediate_size"),
         "normalise_router": hf.get("norm_topk_prob", False),
-    }  # fmt: skip
+    }
     return common(hf, qk_norm="head", **windows | experts)
 
 

@@ -20,8 +20,13 @@ _SENDABLE = re.compile("[!-~]+")  # as a token
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def resolve(name: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None,
-            cache_dir: str | os.PathLike | None = None) -> Path:  # fmt: skip
+def resolve(
+    name: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> Path:
     """The folder of a model: "bundled", a local folder (the network is left alone), or a hub id, fetched if need be.
 
     revision is a branch, tag or commit of a hub id. Cache, endpoint, token and offline mode are huggingface_hub's own
@@ -37,8 +42,13 @@ def resolve(name: str | os.PathLike, *, revision: str | None = None, token: str 
     return folder
 
 
-def config_folder(name: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None,
-                  cache_dir: str | os.PathLike | None = None) -> Path:  # fmt: skip
+def config_folder(
+    name: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> Path:
     """As `resolve`, without the weights: a folder with config.json and the files of tokenizer and generation."""
     if (folder := _local(name, revision)) is not None:
         return folder
@@ -115,15 +125,20 @@ class _Repo:
         with self._explained():
             # The folder is named after its commit: every file is of the one whose config was checked.
             snapshot_download(
-                self.name, revision=folder.name, token=self.token, cache_dir=self.cache_dir,
+                self.name,
+                revision=folder.name,
+                token=self.token,
+                cache_dir=self.cache_dir,
                 allow_patterns=[glob.escape(name) for name in names],
-            )  # fmt: skip
+            )
 
     def _weight_files(self, folder: Path) -> list[str]:
         try:
             return weight_names(folder)
         except ValueError as error:
-            raise ValueError(f"{self.name} has a {INDEX} without a readable weight_map ({error}): tell its owner") from error
+            raise ValueError(
+                f"{self.name} has a {INDEX} without a readable weight_map ({error}): tell its owner"
+            ) from error
 
     @contextlib.contextmanager
     def _explained(self):

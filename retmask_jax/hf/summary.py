@@ -129,11 +129,7 @@ _NORMS = {
     "post": "RMS, behind attention and MLP",
     "both": "RMS, before and behind attention and MLP",
 }
-_QK_NORMS = {
-    None: "none",
-    "head": "RMS, over each head",
-    "projection": "RMS, over all heads at once",
-}
+_QK_NORMS = {None: "none", "head": "RMS, over each head", "projection": "RMS, over all heads at once"}
 
 
 _STOPS_SHOWN = "any of these ends an answer (who names it)"
@@ -146,11 +142,12 @@ def _ends(folder: Path, config: ModelConfig) -> dict[str, Any]:
     ids = end_tokens.union(*named.values())
     stops = [
         {
-            "id": i, "token": None if tokenizer is None else tokenizer.convert_ids_to_tokens(i),
+            "id": i,
+            "token": None if tokenizer is None else tokenizer.convert_ids_to_tokens(i),
             "from": [source for source, its in named.items() if i in its],
         }
         for i in ids
-    ]  # fmt: skip
+    ]
     usual = None if tokenizer is None else end_tokens.Ends.of(tokenizer, ids, chat=True).usual
     return {"stop_ids": stops, "row_end": next((stop for stop in stops if stop["id"] == usual), None)}
 

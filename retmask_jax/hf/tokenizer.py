@@ -24,7 +24,9 @@ def load_tokenizer(folder: Path):
                 "save it as one of transformers' classes, with a tokenizer.json"
             ) from error
         why = " ".join(str(error).split())[:200]
-        raise ValueError(f"the tokenizer of {folder} cannot be read ({type(error).__name__}: {why}): fetch it again") from error
+        raise ValueError(
+            f"the tokenizer of {folder} cannot be read ({type(error).__name__}: {why}): fetch it again"
+        ) from error
 
 
 def _auto_tokenizer():

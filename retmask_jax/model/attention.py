@@ -145,8 +145,13 @@ def _over_context(q_BTHD, keys: Keys, scores: Scores, shards: int):
         return attend(q_BTHD, keys, scores, start_B, "blocked")
 
     split, whole = PartitionSpec(None, "context"), PartitionSpec()
-    mapped = jax.shard_map(own_queries, in_specs=(PartitionSpec("context"), split, whole), out_specs=split,
-                           axis_names={"context"}, check_vma=False)  # fmt: skip
+    mapped = jax.shard_map(
+        own_queries,
+        in_specs=(PartitionSpec("context"), split, whole),
+        out_specs=split,
+        axis_names={"context"},
+        check_vma=False,
+    )
     return mapped(first_C, q_BTHD, keys)
 
 
@@ -169,7 +174,9 @@ def probe(q_BPHD, positions_BP, keys: Keys, request: Probe, scores: Scores) -> P
         first_BN1, end_BN1 = jnp.split(request.spans_BN2, 2, axis=-1)
         inside_BNS = (keys.positions_BS[:, None] >= first_BN1) & (keys.positions_BS[:, None] < end_BN1)
         weights_BHS = jax.nn.softmax(jnp.where(seen_B1S, scores.of(products_BHS), HIDDEN), axis=-1)
-        mass_BHN = jnp.einsum("bhs,bns->bhn", weights_BHS, inside_BNS.astype(jnp.float32), precision=precision(jnp.float32))
+        mass_BHN = jnp.einsum(
+            "bhs,bns->bhn", weights_BHS, inside_BNS.astype(jnp.float32), precision=precision(jnp.float32)
+        )
         found = found.replace(mass=mass_BHN)
         return found.replace(values=_values(weights_BHS, inside_BNS, keys)) if request.values else found
 
@@ -267,14 +274,17 @@ def _target() -> tuple[str, str | None]:
     meant = jax.sharding.get_abstract_mesh().abstract_device
     devices = jax.devices()
     if meant is not None:
-        same = [device for device in devices if (device.platform, device.device_kind) == (meant.platform, meant.device_kind)]
+        same = [
+            device for device in devices if (device.platform, device.device_kind) == (meant.platform, meant.device_kind)
+        ]
         devices = same or [meant]
     return platform(), cudnn.unsuited(devices)
 
 
 @functools.cache
-def _choose(kernel: str, backend: str, unsuited: str | None, dtype: str, length: int, width: int, alone: bool,
-            scores: Scores) -> str:  # fmt: skip
+def _choose(
+    kernel: str, backend: str, unsuited: str | None, dtype: str, length: int, width: int, alone: bool, scores: Scores
+) -> str:
     """The kernel of `length` queries, alone with their own keys or behind others; logged once per kind of call.
 
     unsuited: of `cudnn.unsuited` for the devices.

@@ -53,7 +53,9 @@ class Lora:
 
     def __post_init__(self):
         if type(self.rank) is not int or self.rank < 1 or not self.alpha > 0:
-            raise ValueError(f"LoRA rank {self.rank} must be a whole number of at least 1 and alpha {self.alpha} positive")
+            raise ValueError(
+                f"LoRA rank {self.rank} must be a whole number of at least 1 and alpha {self.alpha} positive"
+            )
         unknown = [name for name in self.targets if name not in DENSE_LAYERS]
         if unknown or not self.targets:
             raise ValueError(f"LoRA targets are {self.targets}; they must be some of {', '.join(DENSE_LAYERS)}")
@@ -172,10 +174,13 @@ class ModelConfig:
 
     def _check_choices(self):
         choices = {
-            "norm_placement": ("pre", "post", "both"), "qk_norm": (None, "head", "projection"),
-            "activation": ACTIVATIONS, "tied_embeddings": (False, True), "qkv_bias": (False, True),
+            "norm_placement": ("pre", "post", "both"),
+            "qk_norm": (None, "head", "projection"),
+            "activation": ACTIVATIONS,
+            "tied_embeddings": (False, True),
+            "qkv_bias": (False, True),
             "kernel": KERNELS,
-        }  # fmt: skip
+        }
         for name, allowed in choices.items():
             value = getattr(self, name)
             if not any(value is one or (type(value) is str and value == one) for one in allowed):

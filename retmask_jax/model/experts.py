@@ -21,8 +21,14 @@ class Experts(nn.Module):
         cfg = self.config
         n, chosen = cfg.n_experts, cfg.experts_per_token
         x_NE = x_BTE.reshape(-1, cfg.hidden_size)
-        router = nn.Dense(n, use_bias=False, precision=precision(jnp.float32), dtype=jnp.float32, name="router",
-                          kernel_init=_init("embed", None))  # fmt: skip
+        router = nn.Dense(
+            n,
+            use_bias=False,
+            precision=precision(jnp.float32),
+            dtype=jnp.float32,
+            name="router",
+            kernel_init=_init("embed", None),
+        )
         weight_NC, expert_NC = jax.lax.top_k(jax.nn.softmax(router(x_NE), axis=-1), chosen)
         if cfg.normalise_router:
             weight_NC /= weight_NC.sum(axis=-1, keepdims=True)
@@ -78,8 +84,10 @@ def _product(x_RI, w_XIO, expert_R):
 @_product.def_vmap
 def _product_of_batch(size, batched, x, w, expert):
     if batched[1]:
-        each = [one if is_batched else jnp.broadcast_to(one, (size, *one.shape))
-                for one, is_batched in zip((x, w, expert), batched, strict=True)]  # fmt: skip
+        each = [
+            one if is_batched else jnp.broadcast_to(one, (size, *one.shape))
+            for one, is_batched in zip((x, w, expert), batched, strict=True)
+        ]
         return jax.lax.map(lambda args: _product(*args), tuple(each)), True
     x_VRI = x if batched[0] else jnp.broadcast_to(x, (size, *x.shape))
     expert_VR = expert if batched[2] else jnp.broadcast_to(expert, (size, *expert.shape))

@@ -9,10 +9,19 @@ from retmask_jax.model.sharding import plain_shapes
 
 # Dense bfloat16 products, operations a second, by JAX's name of the device; from the vendors' data sheets.
 _PEAKS = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12, "TPU v6e": 918e12, "NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12,
-    "NVIDIA L4": 121e12, "Tesla T4": 65e12,
-}  # fmt: skip
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12,
+    "Tesla T4": 65e12,
+}
 
 
 def forward_flops(config: ModelConfig, tokens: int, counted: int) -> float:

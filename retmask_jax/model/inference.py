@@ -94,8 +94,17 @@ class Layers:
         return group.apply({"params": weights}, carry, repeat_and_masks, call)
 
 
-def next_hidden(config: ModelConfig, params, token_B, interventions: Interventions, *, cache, start_B,
-                probe: Probe | None = None, longest=None) -> Hidden:  # fmt: skip
+def next_hidden(
+    config: ModelConfig,
+    params,
+    token_B,
+    interventions: Interventions,
+    *,
+    cache,
+    start_B,
+    probe: Probe | None = None,
+    longest=None,
+) -> Hidden:
     """As `hidden`, of one new token per row, which continues its cache at position start_B[b]; a probe asks about it."""
     iv = interventions.fill(config, len(token_B))
     layers = Layers(config, params, make_call(config, 1, start_B, start_B + 1, longest, probe), iv.rope_site)
@@ -108,8 +117,19 @@ def next_hidden(config: ModelConfig, params, token_B, interventions: Interventio
     return Hidden(layers.normed(x_B1E), {"blocks": blocks, "tail": tail}, probed)
 
 
-def hidden_rows(config: ModelConfig, params, tokens_BT, interventions: Interventions, rows_BP, *, cache=None,
-                start_B=None, end_B=None, probe: Probe | None = None, longest=None) -> Hidden:  # fmt: skip
+def hidden_rows(
+    config: ModelConfig,
+    params,
+    tokens_BT,
+    interventions: Interventions,
+    rows_BP,
+    *,
+    cache=None,
+    start_B=None,
+    end_B=None,
+    probe: Probe | None = None,
+    longest=None,
+) -> Hidden:
     """As `hidden`, but final states x_BPE of the rows rows_BP i32[B,P] alone, with their rms; a probe asks about the
     same rows."""
     if config.lora is not None:

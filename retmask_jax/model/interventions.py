@@ -87,8 +87,9 @@ class Interventions:
 
     def per_row(self, batch: int) -> "Interventions":
         """Filled masks with a row axis, a shared one repeated; NumPy arrays stay such."""
-        return self.replace(**{name: part if name in self.of_rows() else _repeated(part, batch)
-                               for name, part in self.given().items()})  # fmt: skip
+        return self.replace(
+            **{name: part if name in self.of_rows() else _repeated(part, batch) for name, part in self.given().items()}
+        )
 
     def __or__(self, other: "Interventions") -> "Interventions":
         """Both at once: logical or, or the maximum where either is a float gate.
@@ -111,9 +112,11 @@ class Interventions:
         else:
             site = self.rope_site
         return Interventions(
-            _either(self.head_mask, other.head_mask, 2), _either(self.rope_mask, other.rope_mask, 3),
-            site, _mean_of(self, other),
-        )  # fmt: skip
+            _either(self.head_mask, other.head_mask, 2),
+            _either(self.rope_mask, other.rope_mask, 3),
+            site,
+            _mean_of(self, other),
+        )
 
 
 def stack(interventions: Sequence[Interventions]) -> Interventions:

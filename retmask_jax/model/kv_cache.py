@@ -47,8 +47,11 @@ class KV:
         # Each slot takes its latest real position, if that is a new one: the index of it among those just put together.
         index_BS = self._held(jnp.minimum(start_B + length, end_B)) - start_B[:, None] + self.slots
         index_BS = jnp.where(index_BS >= self.slots, index_BS, jnp.argsort(order_BS, axis=1))
-        new = KV(self.k.at[repeat].set(_take(k_BKDS, index_BS, 3)), self.v.at[repeat].set(_take(v_BKSD, index_BS, 2)),
-                 ring=True)  # fmt: skip
+        new = KV(
+            self.k.at[repeat].set(_take(k_BKDS, index_BS, 3)),
+            self.v.at[repeat].set(_take(v_BKSD, index_BS, 2)),
+            ring=True,
+        )
         return Keys(k_BKDS[None], v_BKSD[None], positions_BS), new
 
     def _held(self, end_B):

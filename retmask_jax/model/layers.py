@@ -46,10 +46,13 @@ def norm(config: ModelConfig, name: str) -> RMSNorm:
 def dense(x, features: int, axes: tuple[str, str], name: str, bias: bool = False):
     """A dense layer over the last axis, inside a compact module; `axes` name its kernel's logical axes."""
     layer = nn.Dense(
-        features, use_bias=bias, precision=precision(x.dtype), name=name,
+        features,
+        use_bias=bias,
+        precision=precision(x.dtype),
+        name=name,
         kernel_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
-    )  # fmt: skip
+    )
     if jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1:
         return layer(x)  # rows and positions are split over different axes, which one axis of both could not be
     # One matrix product over all tokens: on a CPU several times faster than a batched one.

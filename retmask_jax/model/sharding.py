@@ -102,8 +102,11 @@ def placed(config: ModelConfig, params, mesh: Mesh):
 
 def plain_shapes(config: ModelConfig):
     """The parameter tree as jax.ShapeDtypeStruct; nothing is computed."""
-    return jax.tree.map(lambda boxed: boxed.unbox(apply_constraint=False), param_shapes(config),
-                        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))  # fmt: skip
+    return jax.tree.map(
+        lambda boxed: boxed.unbox(apply_constraint=False),
+        param_shapes(config),
+        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
+    )
 
 
 @functools.cache  # tracing the model takes a fifth of a second
@@ -119,14 +122,19 @@ def param_shardings(config: ModelConfig, mesh: Mesh):
     boxed = param_shapes(config)
     wanted = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
     return jax.tree.map_with_path(
-        lambda path, sharding, leaf: divided(sharding, leaf.shape, jax.tree_util.keystr(path)), wanted, plain_shapes(config)
+        lambda path, sharding, leaf: divided(sharding, leaf.shape, jax.tree_util.keystr(path)),
+        wanted,
+        plain_shapes(config),
     )
 
 
 def placed_shapes(config: ModelConfig, mesh: Mesh, dtype):
     """The parameter tree in a dtype as jax.ShapeDtypeStruct with the shardings of `param_shardings`."""
-    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, dtype, sharding=at), plain_shapes(config),
-                        param_shardings(config, mesh))  # fmt: skip
+    return jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, dtype, sharding=at),
+        plain_shapes(config),
+        param_shardings(config, mesh),
+    )
 
 
 def divided(sharding: NamedSharding, shape: tuple[int, ...], what: str) -> NamedSharding:

@@ -70,8 +70,19 @@ def forward(
     return unembed(config, params, x_BTE)
 
 
-def hidden(config: ModelConfig, params, tokens_BT, interventions=None, *, cache=None, start_B=None, end_B=None,
-           probe: Probe | None = None, longest=None, remat: bool = False) -> Hidden:  # fmt: skip
+def hidden(
+    config: ModelConfig,
+    params,
+    tokens_BT,
+    interventions=None,
+    *,
+    cache=None,
+    start_B=None,
+    end_B=None,
+    probe: Probe | None = None,
+    longest=None,
+    remat: bool = False,
+) -> Hidden:
     """Final hidden states of T new positions per row.
 
     Without start_B the rows begin at position 0 (with a cache: it is filled); with it, row b continues its cache at

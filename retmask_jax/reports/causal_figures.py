@@ -21,11 +21,18 @@ def head_curve(title: str, curve: Sequence[Mapping], n_retrieval: int):
     others = [row for row in masked if row["kind"] == "random"]
     for row in best:
         interval(ax, row, len(row["heads"]), colour("retrieval"), "", vertical=True)
-    ax.plot([len(row["heads"]) for row in best], [row["value"] for row in best], "o-", color=colour("retrieval"),
-            label="highest-scoring")  # fmt: skip
+    ax.plot(
+        [len(row["heads"]) for row in best],
+        [row["value"] for row in best],
+        "o-",
+        color=colour("retrieval"),
+        label="highest-scoring",
+    )
     if others:
-        means = {n: np.mean([row["value"] for row in others if len(row["heads"]) == n])
-                 for n in dict.fromkeys(len(row["heads"]) for row in others)}  # fmt: skip
+        means = {
+            n: np.mean([row["value"] for row in others if len(row["heads"]) == n])
+            for n in dict.fromkeys(len(row["heads"]) for row in others)
+        }
         ax.plot([len(row["heads"]) for row in others], [row["value"] for row in others], ".", color=colour("random"))
         ax.plot(list(means), list(means.values()), "s-", color=colour("random"), label="random others, mean")
     numbers = sorted({len(row["heads"]) for row in masked})
@@ -43,16 +50,25 @@ def spectrum(title: str, windows: Sequence[Mapping], none: Mapping, wavelengths:
     """
     figure, ax = panel(title, 3.0)
     ax.axhline(none["value"], color=colour("none"), linestyle=":", label="nothing taken out")
-    for kind, label, name in (("window", "retrieval heads", "retrieval"),
-                              ("control heads, window", "layer-matched heads", "layer matched")):  # fmt: skip
+    for kind, label, name in (
+        ("window", "retrieval heads", "retrieval"),
+        ("control heads, window", "layer-matched heads", "layer matched"),
+    ):
         shown = sorted((row for row in windows if row["kind"] == kind), key=lambda row: _wave(row, wavelengths))
         places = [_wave(row, wavelengths) for row in shown]
         for row, at in zip(shown, places, strict=True):
             interval(ax, row, at, colour(name), "", vertical=True)
-        ax.plot(places, [row["value"] for row in shown], "o-" if kind == "window" else "s-", color=colour(name), label=label)
+        ax.plot(
+            places, [row["value"] for row in shown], "o-" if kind == "window" else "s-", color=colour(name), label=label
+        )
     if ax.get_xlim()[0] < context < 10 * ax.get_xlim()[1]:
         ax.axvline(context, color="black", linestyle="--", linewidth=0.9, label=f"context: {context} tokens")
-    ax.set(xscale="log", ylim=(-0.03, 1.03), xlabel="mean wavelength of the window (tokens)", ylabel=f"recall (n = {none['n']})")
+    ax.set(
+        xscale="log",
+        ylim=(-0.03, 1.03),
+        xlabel="mean wavelength of the window (tokens)",
+        ylabel=f"recall (n = {none['n']})",
+    )
     ax.xaxis.set_major_formatter("{x:,g}")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
@@ -66,8 +82,13 @@ def variance(title: str, found: Sequence[Mapping], none: Mapping):
         shown = [row for row in found if row["kind"] == kind]
         for row in shown:
             interval(ax, row, row["variance"], colour(kind), "", vertical=True)
-        ax.plot([row["variance"] for row in shown], [row["value"] for row in shown], MARKERS[i % len(MARKERS)],
-                color=colour(kind), label=kind)  # fmt: skip
+        ax.plot(
+            [row["variance"] for row in shown],
+            [row["value"] for row in shown],
+            MARKERS[i % len(MARKERS)],
+            color=colour(kind),
+            label=kind,
+        )
     ax.set(ylim=(-0.03, 1.03), xlabel="share of the variance of q.k taken out", ylabel=f"recall (n = {none['n']})")
     figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -20,9 +20,15 @@ def table(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str]) -> tupl
         by_task.setdefault(row["task"], {})[row["model"]] = row
     header = ["task", "measure", "n", START, *(cell for model in models for cell in (model, "change", "p"))]
     return header, [
-        [task, metrics.get(task) or axis(task), str(found[START]["n"]), interval(found[START]),
-         *(cell for model in models for cell in _cells(found[model]))] for task, found in by_task.items()
-    ]  # fmt: skip
+        [
+            task,
+            metrics.get(task) or axis(task),
+            str(found[START]["n"]),
+            interval(found[START]),
+            *(cell for model in models for cell in _cells(found[model])),
+        ]
+        for task, found in by_task.items()
+    ]
 
 
 def perplexities(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -20,23 +20,39 @@ def evaluation_section(result, trained: bool = True) -> str:
     maps = {f"{task}: {name}": figures.niah(f"{task}: {name}", cells) for (task, name), cells in grids.items()}
     seeds = len({row["seed"] for row in rows if row["arm"] != "start"})
     over = f" and {_n(seeds, 'training seed')}" if trained else ""
-    fixed = "Seeds are held fixed, so an interval does not cover what another seed would give; it" if trained else "An interval"
+    fixed = (
+        "Seeds are held fixed, so an interval does not cover what another seed would give; it"
+        if trained
+        else "An interval"
+    )
     subject = "Training with {}" if trained else "{}"
     return _section(
         "Evaluation",
-        [directions("Masking the retrieval heads" if arm == "masked" else subject.format(arm), by_task)
-         for arm, by_task in changes.items()] + _missing(result["missing"]),
-        _figure(_panels(result), f"Mean over cases{over}"
-                f"{' (pale dots: single seeds)' if seeds > 1 else ''} with its 95% interval, bootstrap over "
-                "cases. Dotted line: the start model. Losses: lower is better."),
-        _figure(_forests(changes), "Changes against the start model, paired by case, with 95% intervals: bootstrap over "
-                f"cases, not adjusted for the number of tasks. {fixed} has no width where no case changes."),
+        [
+            directions("Masking the retrieval heads" if arm == "masked" else subject.format(arm), by_task)
+            for arm, by_task in changes.items()
+        ]
+        + _missing(result["missing"]),
+        _figure(
+            _panels(result),
+            f"Mean over cases{over}"
+            f"{' (pale dots: single seeds)' if seeds > 1 else ''} with its 95% interval, bootstrap over "
+            "cases. Dotted line: the start model. Losses: lower is better.",
+        ),
+        _figure(
+            _forests(changes),
+            "Changes against the start model, paired by case, with 95% intervals: bootstrap over "
+            f"cases, not adjusted for the number of tasks. {fixed} has no width where no case changes.",
+        ),
         _change_table(changes, rows),
         _helmet(result["helmet"]),
         html.lines(*_grid_means(grids)),
-        _figure(maps, "Recall by length and depth (0%: start of the text), the same scale in every map"
-                + (", means over seeds." if seeds > 1 else ".")),
-    )  # fmt: skip
+        _figure(
+            maps,
+            "Recall by length and depth (0%: start of the text), the same scale in every map"
+            + (", means over seeds." if seeds > 1 else "."),
+        ),
+    )
 
 
 def _panels(result) -> dict[str, object]:
@@ -51,7 +67,9 @@ def _panels(result) -> dict[str, object]:
             label = f"{place['axis']}; n = {means['start']['n']} at each"
             panels[f"Evaluation: {place['of']}"] = figures.over(place["of"], points, label, metric)
             continue
-        runs = {arm: [row["value"] for row in result["rows"] if (row["task"], row["arm"]) == (task, arm)] for arm in means}
+        runs = {
+            arm: [row["value"] for row in result["rows"] if (row["task"], row["arm"]) == (task, arm)] for arm in means
+        }
         share = not is_loss(task) and max(number["value"] for number in means.values()) <= 1
         label = f"{metric} (n = {means['start']['n']})"
         panels[f"Evaluation: {task}"] = figures.before_after(task, means, runs, label, share=share)
@@ -78,8 +96,10 @@ def _change_table(changes: Mapping[str, Mapping[str, Mapping]], rows: Sequence[M
         return p_value(found[0]["p_value"]) if len(found) == 1 and found[0] else "–"
 
     head = ["change against start", *(cell for arm in changes for cell in (arm, "p"))]
-    cells = [[task, *(cell for arm, by_task in changes.items() for cell in (change(by_task[task]), p(arm, task)))]
-             for task in next(iter(changes.values()), {})]  # fmt: skip
+    cells = [
+        [task, *(cell for arm, by_task in changes.items() for cell in (change(by_task[task]), p(arm, task)))]
+        for task in next(iter(changes.values()), {})
+    ]
     return table(head, cells, note="p: McNemar's exact test, for single models and answers that are right or wrong.")
 
 
@@ -87,16 +107,32 @@ def _helmet(by_model: Mapping[str, Mapping]) -> str:
     """HELMET's categories and means, in the paper's layout: a row per model and length, with what it changes against the
     start model. A dash where a part is missing."""
     start = by_model.get(START, {})
-    rows = [[name, length, *(_helmet_cell(entry, before if name != START else None)
-                             for entry, before in zip(_entries(found), _entries(start[length]), strict=True))]
-            for name, lengths in by_model.items() for length, found in lengths.items()]  # fmt: skip
+    rows = [
+        [
+            name,
+            length,
+            *(
+                _helmet_cell(entry, before if name != START else None)
+                for entry, before in zip(_entries(found), _entries(start[length]), strict=True)
+            ),
+        ]
+        for name, lengths in by_model.items()
+        for length, found in lengths.items()
+    ]
     if not rows:
         return ""
     first = next(found for lengths in by_model.values() for found in lengths.values())
-    lacking = dict.fromkeys(line for lengths in by_model.values() for found in lengths.values()
-                            for entry in found["categories"].values() for line in entry["missing"])  # fmt: skip
+    lacking = dict.fromkeys(
+        line
+        for lengths in by_model.values()
+        for found in lengths.values()
+        for entry in found["categories"].values()
+        for line in entry["missing"]
+    )
     note = "HELMET, per cent. Missing parts: " + "; ".join(lacking) + "." if lacking else "HELMET, per cent."
-    return table(["model", "tokens", *first["categories"], *(f"mean, {name}" for name in first["means"])], rows, note=note)
+    return table(
+        ["model", "tokens", *first["categories"], *(f"mean, {name}" for name in first["means"])], rows, note=note
+    )
 
 
 def _entries(found) -> list[Mapping]:
@@ -112,8 +148,12 @@ def _helmet_cell(entry: Mapping, before: Mapping | None) -> str:
 
 def _missing(missing: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
     """Samples of suites that have no value, a line per model, task and reason."""
-    return [f"{name}, {task}: {n} samples are missing, {why}." for name, tasks in missing.items()
-            for task, reasons in tasks.items() for why, n in reasons.items()]  # fmt: skip
+    return [
+        f"{name}, {task}: {n} samples are missing, {why}."
+        for name, tasks in missing.items()
+        for task, reasons in tasks.items()
+        for why, n in reasons.items()
+    ]
 
 
 def _grid_means(grids: Mapping[tuple[str, str], Sequence[Mapping]]) -> list[str]:
@@ -141,8 +181,10 @@ def _forests(changes: Mapping[str, Mapping[str, Mapping]]) -> dict[str, object]:
         for task, number in of_arm.items():
             by_task.setdefault(task, {})[arm] = number
     panels, per_panel = {}, max(1, 24 // (1 + len(changes)))
-    for unit, tasks in (("change of recall or score", [task for task in by_task if not is_loss(task)]),
-                        ("change of loss (nats per token)", [task for task in by_task if is_loss(task)])):  # fmt: skip
+    for unit, tasks in (
+        ("change of recall or score", [task for task in by_task if not is_loss(task)]),
+        ("change of loss (nats per token)", [task for task in by_task if is_loss(task)]),
+    ):
         limits = _limits([number for task in tasks for number in by_task[task].values()])
         for i in range(0, len(tasks), per_panel):
             shown = {task: by_task[task] for task in tasks[i : i + per_panel]}

@@ -28,17 +28,38 @@ LARGE = 60_000  # characters of SVG above which a PNG is tried
 
 # Okabe-Ito. A kind of mask and the arm whose rejected answers come from it share a colour.
 _COLOURS = {
-    "none": "#666666", "start": "#666666", "retrieval": "#D55E00", "retmask": "#D55E00", "any layer": "#56B4E9",
-    "layer matched": "#0072B2", "activity matched": "#009E73", "no fact": "#CC79A7", "sft filtered": "#E69F00",
-    "sft unfiltered": "#000000", "lowest": "#E69F00", "highest": "#CC79A7", "random": "#56B4E9",
-    "control heads, lowest": "#0072B2", "matched": "#009E73", "low utility": "#999999", "high utility": "#000000",
+    "none": "#666666",
+    "start": "#666666",
+    "retrieval": "#D55E00",
+    "retmask": "#D55E00",
+    "any layer": "#56B4E9",
+    "layer matched": "#0072B2",
+    "activity matched": "#009E73",
+    "no fact": "#CC79A7",
+    "sft filtered": "#E69F00",
+    "sft unfiltered": "#000000",
+    "lowest": "#E69F00",
+    "highest": "#CC79A7",
+    "random": "#56B4E9",
+    "control heads, lowest": "#0072B2",
+    "matched": "#009E73",
+    "low utility": "#999999",
+    "high utility": "#000000",
     "lowest scoring": "#CC79A7",
-}  # fmt: skip
+}
 _STYLE = {
-    "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "figure.titlesize": 9.5,
-    "figure.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
-    "legend.fontsize": 8, "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4.5,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9,
+    "figure.titlesize": 9.5,
+    "figure.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+}
 
 
 def colour(name: str, other: int | None = None) -> str:
@@ -108,8 +129,9 @@ def head_map(title: str, values_LH, heads: Sequence[Sequence[int]], label: str, 
     top = values_LH.max()
     norm = LogNorm(max(values_LH[values_LH > 0].min(), 1e-4 * top), top) if log and top > 0 else None
     colours = _colormap().with_extremes(bad=_colormap()(0.0))
-    image = ax.imshow(values_LH, cmap=colours, norm=norm, aspect="auto", interpolation="none",
-                      **({} if norm else {"vmin": 0}))  # fmt: skip
+    image = ax.imshow(
+        values_LH, cmap=colours, norm=norm, aspect="auto", interpolation="none", **({} if norm else {"vmin": 0})
+    )
     for layer, head in heads:
         ax.add_patch(
             Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=colour("retrieval"), linewidth=1.3)
@@ -160,8 +182,14 @@ def stability(title: str, rows: Sequence[Mapping]):
     figure, ax = _panel(title)
     ax.plot(cases, overlap, "o-", color=colour("retrieval"))
     for row in rows:
-        ax.annotate(str(row["heads"]), (row["cases"], row["jaccard"]), (0, -12), textcoords="offset points", ha="center",
-                    fontsize=8)  # fmt: skip
+        ax.annotate(
+            str(row["heads"]),
+            (row["cases"], row["jaccard"]),
+            (0, -12),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
     ax.set(xlim=(0, 1.08 * max(cases)), ylim=(0, 1.08), xlabel="counted cases", ylabel="Jaccard with the final set")
     return figure
 
@@ -202,8 +230,14 @@ def kinds(title: str, rows: Sequence[Mapping], pooled: Mapping[str, Mapping], xl
     return figure
 
 
-def dose_response(title: str, rows: Sequence[Mapping], pooled: Mapping[tuple[str, int], Mapping], none: Mapping,
-                  ks: Sequence[int], n_pairs: int):  # fmt: skip
+def dose_response(
+    title: str,
+    rows: Sequence[Mapping],
+    pooled: Mapping[tuple[str, int], Mapping],
+    none: Mapping,
+    ks: Sequence[int],
+    n_pairs: int,
+):
     """Recall against the number of rotary pairs taken out, a line per kind; several draws are dots around their mean.
 
     pooled: (kind, k) -> number of the mean over draws.
@@ -224,8 +258,12 @@ def dose_response(title: str, rows: Sequence[Mapping], pooled: Mapping[tuple[str
         values = [pooled[kind, k]["value"] for k in ks]
         ax.plot(np.arange(len(ks)) + shift, values, color=colour(kind), marker=MARKERS[i % 5], label=kind)
     ax.set_xticks(range(len(ks)), [str(k) for k in ks])
-    ax.set(xlim=(-0.4, len(ks) - 0.6), ylim=(-0.03, 1.03), xlabel=f"rotary pairs taken out, of {n_pairs}",
-           ylabel=f"recall (n = {none['n']})")  # fmt: skip
+    ax.set(
+        xlim=(-0.4, len(ks) - 0.6),
+        ylim=(-0.03, 1.03),
+        xlabel=f"rotary pairs taken out, of {n_pairs}",
+        ylabel=f"recall (n = {none['n']})",
+    )
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -244,8 +282,16 @@ def stacked_counts(title: str, counts: Mapping[str, Mapping[str, int]]):
     for y, parts in enumerate(counts.values()):
         left = 0
         for name, look in looks.items():
-            ax.barh(y, parts.get(name, 0), 0.62, left, edgecolor="#444444", linewidth=0.6, label=name if y == 0 else None,
-                    **look)  # fmt: skip
+            ax.barh(
+                y,
+                parts.get(name, 0),
+                0.62,
+                left,
+                edgecolor="#444444",
+                linewidth=0.6,
+                label=name if y == 0 else None,
+                **look,
+            )
             left += parts.get(name, 0)
         _note(ax, y, str(parts["kept"]))
     _rows(ax, list(counts), "prompts (right: kept)")
@@ -283,8 +329,9 @@ def smooth(values: Sequence[float]) -> np.ndarray:
 # --- evaluation ---
 
 
-def before_after(title: str, pooled: Mapping[str, Mapping], runs: Mapping[str, Sequence[float]], xlabel: str,
-                 share: bool = True):  # fmt: skip
+def before_after(
+    title: str, pooled: Mapping[str, Mapping], runs: Mapping[str, Sequence[float]], xlabel: str, share: bool = True
+):
     """A task for the start model and every arm; single runs are pale dots where an arm has several."""
     figure, ax = _panel(title, 0.9 + 0.26 * len(pooled))
     for y, (arm, number) in enumerate(pooled.items()):
@@ -326,8 +373,16 @@ def forest(title: str, changes: Mapping[str, Mapping[str, Mapping]], xlabel: str
     labels = []
     for task, arms in changes.items():
         across = blended_transform_factory(figure.transFigure, ax.transData)
-        ax.text(0.02, len(labels), textwrap.shorten(task, 44, placeholder=" …"), transform=across, va="center",
-                style="italic", in_layout=False, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
+        ax.text(
+            0.02,
+            len(labels),
+            textwrap.shorten(task, 44, placeholder=" …"),
+            transform=across,
+            va="center",
+            style="italic",
+            in_layout=False,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )
         labels.append("")
         for i, (arm, number) in enumerate(arms.items()):
             _interval(ax, number, len(labels), colour(arm, i + 1), marker=MARKERS[(i + 1) % 5])

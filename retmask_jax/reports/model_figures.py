@@ -31,9 +31,12 @@ def profiles(models: Sequence[Scored], rows: Sequence[Mapping[str, Any]]):
             ax.tick_params(labelbottom=False)
         else:
             ax.set_xlabel("relative depth (0: first layer, 1: last)")
-    _caption(figure, "Above: mean score over the cases; a curve that falls early is a sparse model. Below: detected heads "
-             "per layer; dashed: their mean depth, weighted by score. No intervals: these are all heads of a model, "
-             "not a sample of them.")  # fmt: skip
+    _caption(
+        figure,
+        "Above: mean score over the cases; a curve that falls early is a sparse model. Below: detected heads "
+        "per layer; dashed: their mean depth, weighted by score. No intervals: these are all heads of a model, "
+        "not a sample of them.",
+    )
     return figure
 
 
@@ -50,13 +53,21 @@ def sparsity(gains: Mapping[str, Any], number: str):
     for i, row in enumerate(rows):
         shade, gain = SHADES[i % len(SHADES)], row["gain"]
         ax.plot([row["gini"]] * 2, [gain["low"], gain["high"]], color=shade, linewidth=1.2)
-        ax.plot(row["gini"], gain["value"], MARKERS[i // len(SHADES) % len(MARKERS)], color=shade,
-                label=f"{row['name']} (n = {gain['n']})")  # fmt: skip
+        ax.plot(
+            row["gini"],
+            gain["value"],
+            MARKERS[i // len(SHADES) % len(MARKERS)],
+            color=shade,
+            label=f"{row['name']} (n = {gain['n']})",
+        )
     ax.margins(x=0.15)
     ax.set(xlabel="Gini coefficient of the head scores (1: one head has all)", ylabel=arm)
     figure.legend(loc="outside right upper", title="run (n: cases)")
-    _caption(figure, gains["finding"] + " Whiskers: 95% interval of the gain over the cases of a run, bootstrap, paired "
-             "with the start model; they do not cover other training seeds.")  # fmt: skip
+    _caption(
+        figure,
+        gains["finding"] + " Whiskers: 95% interval of the gain over the cases of a run, bootstrap, paired "
+        "with the start model; they do not cover other training seeds.",
+    )
     return figure
 
 
@@ -73,12 +84,22 @@ def write_both(figure, stem: Path) -> list[Path]:
 def _curves(ax, models: Sequence[Scored], rows: Sequence[Mapping[str, Any]]) -> None:
     for i, (model, row) in enumerate(zip(models, rows, strict=True)):
         ranked = np.sort(model.scores.mean, axis=None)[::-1]
-        ax.plot(np.arange(1, ranked.size + 1) / ranked.size, ranked, color=SHADES[i % len(SHADES)],
-                linestyle=DASHES[i // len(SHADES) % len(DASHES)], label=f"{model.name} (n = {row['cases']})")  # fmt: skip
+        ax.plot(
+            np.arange(1, ranked.size + 1) / ranked.size,
+            ranked,
+            color=SHADES[i % len(SHADES)],
+            linestyle=DASHES[i // len(SHADES) % len(DASHES)],
+            label=f"{model.name} (n = {row['cases']})",
+        )
     thresholds = {model.threshold for model in models}
     if len(thresholds) == 1:
-        ax.axhline(models[0].threshold, color=figures.colour("none"), linewidth=0.9, linestyle=(0, (1, 3)),
-                   label=f"threshold {models[0].threshold:.3g}")  # fmt: skip
+        ax.axhline(
+            models[0].threshold,
+            color=figures.colour("none"),
+            linewidth=0.9,
+            linestyle=(0, (1, 3)),
+            label=f"threshold {models[0].threshold:.3g}",
+        )
     ax.set(xscale="log", xlabel="share of all heads, best first", ylabel="mean score")
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_formatter("{x:g}")

@@ -18,31 +18,45 @@ from retmask_jax.reports.wording import measure, tree_of
 from retmask_jax.utils.files import write_atomically
 
 _PROFILE = {
-    "n_heads": "heads at or above the threshold", "frac": "their share of all heads",
-    "gini": "Gini coefficient of all scores", "zero_fraction": "share of heads that score exactly 0",
+    "n_heads": "heads at or above the threshold",
+    "frac": "their share of all heads",
+    "gini": "Gini coefficient of all scores",
+    "zero_fraction": "share of heads that score exactly 0",
     "top5_share": "share of the summed score in the best five heads",
-    "layer_com": "mean layer, weighted by score (0 first, 1 last)", "layer_com_count": "mean layer, unweighted",
-    "early_frac": "share in the first third of the layers", "mid_frac": "share in the middle third",
-    "late_frac": "share in the last third", "heads_per_active_group": "heads per KV group that has one",
+    "layer_com": "mean layer, weighted by score (0 first, 1 last)",
+    "layer_com_count": "mean layer, unweighted",
+    "early_frac": "share in the first third of the layers",
+    "mid_frac": "share in the middle third",
+    "late_frac": "share in the last third",
+    "heads_per_active_group": "heads per KV group that has one",
     "full_group_fraction": "share of those groups that are complete",
-}  # fmt: skip
+}
 
 
 def write_report(path: Path, results: Mapping[str, Mapping], model: str) -> None:
     """Write the page. results: stage -> what its function in `stages` returned, with or without "provenance"."""
     with figures.style():
         sections = [
-            _header(results), heads_section(results["detect"]), knockout_section(results["knockout"], results["detect"]["heads"]),
-            rope_section(results["rope"]), _pairs(results["pairs"]), _training(results["train"]["runs"]),
-            evaluation_section(results["eval"]), all_numbers(results),
-        ]  # fmt: skip
+            _header(results),
+            heads_section(results["detect"]),
+            knockout_section(results["knockout"], results["detect"]["heads"]),
+            rope_section(results["rope"]),
+            _pairs(results["pairs"]),
+            _training(results["train"]["runs"]),
+            evaluation_section(results["eval"]),
+            all_numbers(results),
+        ]
     write_atomically(path, html.document(f"Retrieval heads of {model}", sections))
 
 
 def write_comparison(path: Path, results: Mapping[str, Mapping], model: str) -> None:
     """Write the page of `retmask eval --compare`. results: {"compare": what its stage returned}."""
     with figures.style():
-        sections = [html.lines(*provenance(results)), evaluation_section(results["compare"], trained=False), all_numbers(results)]
+        sections = [
+            html.lines(*provenance(results)),
+            evaluation_section(results["compare"], trained=False),
+            all_numbers(results),
+        ]
     write_atomically(path, html.document(f"{model} against other models", sections))
 
 
@@ -51,23 +65,33 @@ def write_comparison(path: Path, results: Mapping[str, Mapping], model: str) -> 
 
 def _header(results) -> str:
     detect, knockout, rope = (results[stage]["numbers"] for stage in ("detect", "knockout", "rope"))
-    rows = [(label, interval, detect[name])
-            for label, name in (("Detection cases counted", "detect/cases counted"), ("Retrieval heads", "detect/heads"),
-                                ("Gini coefficient of the head scores", "detect/gini")) if name in detect]  # fmt: skip
+    rows = [
+        (label, interval, detect[name])
+        for label, name in (
+            ("Detection cases counted", "detect/cases counted"),
+            ("Retrieval heads", "detect/heads"),
+            ("Gini coefficient of the head scores", "detect/gini"),
+        )
+        if name in detect
+    ]
     for task, by_kind in list(tree_of(knockout).items())[:1]:
         by_kind = only_zero(by_kind, results["knockout"]["rows"])
         rows += [(f"Masked heads, {kind}: {measure(task)}", interval, number) for kind, number in by_kind.items()]
     for task, by_name in tree_of(rope).items():
-        rows += [(f"Rotary pairs, {name}: {measure(task)}", change, number) for name, number in by_name.items()
-                 if name == "highest minus lowest quarter"]  # fmt: skip
+        rows += [
+            (f"Rotary pairs, {name}: {measure(task)}", change, number)
+            for name, number in by_name.items()
+            if name == "highest minus lowest quarter"
+        ]
     _, by_arm = numbers_by_task(results["eval"])
     for arm, changes in list(by_arm.items())[:1]:
         rows += [(f"Training, {arm}: change of {measure(task)}", change, number) for task, number in changes.items()]
     return html.lines(*provenance(results)) + table(
-        ["", "value [95% interval]", "n"], [[label, write(number), number["n"]] for label, write, number in rows],
+        ["", "value [95% interval]", "n"],
+        [[label, write(number), number["n"]] for label, write, number in rows],
         note="n: independent cases (heads and Gini: the cases behind the scores; text loss: windows of text). Every other "
-             "number is at the end of the page.",
-    )  # fmt: skip
+        "number is at the end of the page.",
+    )
 
 
 def heads_section(result) -> str:
@@ -78,11 +102,17 @@ def heads_section(result) -> str:
         result["outcomes"],
         result["threshold"],
     )
-    chosen = (f"their mean score is at least {threshold:g}" if threshold is not None
-              else f"they have the highest scores, the last of them {min(result['scores']):.3f}")  # fmt: skip
+    chosen = (
+        f"their mean score is at least {threshold:g}"
+        if threshold is not None
+        else f"they have the highest scores, the last of them {min(result['scores']):.3f}"
+    )
     counted, total = result["numbers"]["detect/heads"]["n"], sum(outcomes.values())
-    source = (f"{counted} of {_n(total, 'case')} count, those that the model answers right." if outcomes
-              else f"The scores were given, of {_n(counted, 'case')}; none was measured here.")  # fmt: skip
+    source = (
+        f"{counted} of {_n(total, 'case')} count, those that the model answers right."
+        if outcomes
+        else f"The scores were given, of {_n(counted, 'case')}; none was measured here."
+    )
     panels = {
         "Head scores": figures.head_map("Head scores", mean_LH, heads, "mean score"),
         "Sorted head scores": figures.score_ranks("Scores, best first", mean_LH, len(heads), threshold),
@@ -99,11 +129,18 @@ def heads_section(result) -> str:
     )
     return _section(
         "Retrieval heads",
-        [f"{_n(len(heads), 'head')} of {mean_LH.size} ({mean_LH.shape[0]} layers of {mean_LH.shape[1]}) copy from the "
-         f"needle: {chosen}.", source, _settled(result["stability"])],
+        [
+            f"{_n(len(heads), 'head')} of {mean_LH.size} ({mean_LH.shape[0]} layers of {mean_LH.shape[1]}) copy from the "
+            f"needle: {chosen}.",
+            source,
+            _settled(result["stability"]),
+        ],
         _figure(panels, caption),
-        table(["profile", "value"], [[_PROFILE.get(name, name), fixed(value)] for name, value in result["profile"].items()]),
-    )  # fmt: skip
+        table(
+            ["profile", "value"],
+            [[_PROFILE.get(name, name), fixed(value)] for name, value in result["profile"].items()],
+        ),
+    )
 
 
 def _pairs(result) -> str:
@@ -114,13 +151,20 @@ def _pairs(result) -> str:
     kept = f"{min(shares)}%" if min(shares) == max(shares) else f"{min(shares)} to {max(shares)}%"
     return _section(
         "Preference pairs",
-        [f"Each run answers {_n(prompts, 'prompt')}; {kept} of them become training examples.",
-         "A pair is dropped where both answers are the same or one is empty.", *_left_out(result)],
-        _figure({"Pairs kept": figures.stacked_counts(f"Prompts by outcome (n = {prompts})", counts)},
-                "Runs are named arm-seed. sft_unfiltered and contrast need one answer, so none can be identical."),
-        table(["answers of", "cut off at the largest number of tokens", "of"],
-              [[name, n, prompts] for name, n in result["answers_cut"].items()]),
-    )  # fmt: skip
+        [
+            f"Each run answers {_n(prompts, 'prompt')}; {kept} of them become training examples.",
+            "A pair is dropped where both answers are the same or one is empty.",
+            *_left_out(result),
+        ],
+        _figure(
+            {"Pairs kept": figures.stacked_counts(f"Prompts by outcome (n = {prompts})", counts)},
+            "Runs are named arm-seed. sft_unfiltered and contrast need one answer, so none can be identical.",
+        ),
+        table(
+            ["answers of", "cut off at the largest number of tokens", "of"],
+            [[name, n, prompts] for name, n in result["answers_cut"].items()],
+        ),
+    )
 
 
 def _left_out(result) -> list[str]:
@@ -134,8 +178,11 @@ def _training(runs: Mapping[str, Mapping]) -> str:
     contrast = [run for run in runs.values() if run["arm"] == "contrast"]
     supervised = [run for run in runs.values() if run["arm"].startswith("sft")]
     panels, rows, lower = {}, [], 0
-    groups = ("preference", preference, "nats"), ("supervised", supervised, "nats per token"), (
-        "contrast", contrast, "nats per token")  # fmt: skip
+    groups = (
+        ("preference", preference, "nats"),
+        ("supervised", supervised, "nats per token"),
+        ("contrast", contrast, "nats per token"),
+    )
     for what, group, unit in groups:
         if group:
             panels[f"Loss, {what}"] = figures.curves(f"Loss, {what}", group, "loss", unit, rate=True)
@@ -149,20 +196,31 @@ def _training(runs: Mapping[str, Mapping]) -> str:
         rows.append([name, run["examples"], *cut, len(run["steps"]), f"{first:.3f}", f"{last:.3f}"])
     return _section(
         "Training",
-        [f"The loss of {lower} of {_n(len(runs), 'run')} is lower in the last tenth of the steps than in the first.",
-         "Only runs on preferences have rewards; others show a loss alone." if supervised or contrast else ""],
-        _figure(panels, "One line a run, coloured by arm: a moving average over a twentieth of the steps, the raw values in "
-                "pale. The dashed grey line is the learning rate (right axis)."),
-        table(["run", "examples", "prompts cut", "answers cut", "steps", "loss, first tenth", "loss, last tenth"], rows),
-    )  # fmt: skip
+        [
+            f"The loss of {lower} of {_n(len(runs), 'run')} is lower in the last tenth of the steps than in the first.",
+            "Only runs on preferences have rewards; others show a loss alone." if supervised or contrast else "",
+        ],
+        _figure(
+            panels,
+            "One line a run, coloured by arm: a moving average over a twentieth of the steps, the raw values in "
+            "pale. The dashed grey line is the learning rate (right axis).",
+        ),
+        table(
+            ["run", "examples", "prompts cut", "answers cut", "steps", "loss, first tenth", "loss, last tenth"], rows
+        ),
+    )
 
 
 def all_numbers(results) -> str:
     """A table of every number of every stage, folded."""
-    rows = [[name, *(html.exact(number[key]) for key in ("value", "low", "high", "n"))]
-            for result in results.values() for name, number in result["numbers"].items()]  # fmt: skip
-    return _section("All numbers", [], html.folded(f"{len(rows)} of all stages",
-                                                   table(["name", "value", "low", "high", "n"], rows)))  # fmt: skip
+    rows = [
+        [name, *(html.exact(number[key]) for key in ("value", "low", "high", "n"))]
+        for result in results.values()
+        for name, number in result["numbers"].items()
+    ]
+    return _section(
+        "All numbers", [], html.folded(f"{len(rows)} of all stages", table(["name", "value", "low", "high", "n"], rows))
+    )
 
 
 # --- sentences and cells ---
@@ -176,9 +234,11 @@ def provenance(results) -> list[str]:
     first, last = (choose(known, key=lambda entry: entry["created"]) for choose in (min, max))
     begin, end = (entry["created"][:16].replace("T", " ") for entry in (first, last))
     minutes = sum(result.get("seconds", 0) for result in results.values()) / 60
-    return [f"Results of {begin} to {end} UTC, {minutes:.1f} minutes of work.",
-            "Versions: " + ", ".join(f"{name} {version}" for name, version in last["versions"].items()) + ".",
-            f"Config {last['config']}, weights {last['inputs']['weights']}, seed {last['seed']}."]  # fmt: skip
+    return [
+        f"Results of {begin} to {end} UTC, {minutes:.1f} minutes of work.",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in last["versions"].items()) + ".",
+        f"Config {last['config']}, weights {last['inputs']['weights']}, seed {last['seed']}.",
+    ]
 
 
 def _settled(rows: Sequence[Mapping]) -> str:

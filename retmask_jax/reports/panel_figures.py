@@ -18,8 +18,13 @@ def by_model(title: str, found: Sequence[Mapping], xlabel: str, zero: bool = Tru
         ax.plot([row["low"], row["high"]], [y, y], color=shade, linewidth=1.2)
         ax.plot(row["value"], y, marker, color=shade, markerfacecolor=shade if row["holds"] else "white", zorder=3)
         note(ax, y, signed(row["value"]) if zero else fixed(row["value"]))
-    rows(ax, [row["model"] for row in found], f"difference (n = {_ns(found)} cases)\n{xlabel}" if zero else
-         f"place in the spectrum (n = {_ns(found)} cases)\n{xlabel}")  # fmt: skip
+    rows(
+        ax,
+        [row["model"] for row in found],
+        f"difference (n = {_ns(found)} cases)\n{xlabel}"
+        if zero
+        else f"place in the spectrum (n = {_ns(found)} cases)\n{xlabel}",
+    )
     return figure
 
 
@@ -30,7 +35,9 @@ def over_training(title: str, by_model_rows: Mapping[str, Sequence[Mapping]], ke
     for name, checkpoints in by_model_rows.items():
         shade, marker, dash = looks[name]
         shown = [row for row in checkpoints if row[key] is not None]
-        ax.plot([row["step"] for row in shown], [row[key] for row in shown], marker, linestyle=dash, color=shade, label=name)
+        ax.plot(
+            [row["step"] for row in shown], [row[key] for row in shown], marker, linestyle=dash, color=shade, label=name
+        )
     ax.set(xlabel="training step", ylabel="score", ylim=(-0.03, 1.05))
     figure.legend(loc="outside lower center", ncols=2)
     return figure

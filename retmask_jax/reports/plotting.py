@@ -44,8 +44,9 @@ def _xy(values, places, vertical: bool):
 
 def note(ax, y: float, text: str) -> None:
     """A value in the right margin."""
-    ax.annotate(text, (1, y), (4, 0), ax.get_yaxis_transform(), "offset points", va="center", fontsize=8,
-                annotation_clip=False)  # fmt: skip
+    ax.annotate(
+        text, (1, y), (4, 0), ax.get_yaxis_transform(), "offset points", va="center", fontsize=8, annotation_clip=False
+    )
 
 
 def rows(ax, labels: Sequence[str], xlabel: str) -> None:

@@ -23,13 +23,21 @@ def agreement_matrix(title: str, names: Sequence[str], pairs: Sequence[Mapping])
         values[a, b] = pair["jaccard"]
         values[b, a] = np.nan if pair["spearman"] is None else pair["spearman"]
     figure, ax = panel(title, 1.7 + 0.26 * len(names))
-    image = ax.imshow(values, cmap=colormap(), vmin=min(0, np.nanmin(values, initial=0)), vmax=1, aspect="auto",
-                      interpolation="none")  # fmt: skip
+    image = ax.imshow(
+        values, cmap=colormap(), vmin=min(0, np.nanmin(values, initial=0)), vmax=1, aspect="auto", interpolation="none"
+    )
     middle = np.mean(image.get_clim())
     for (y, x), value in np.ndenumerate(values):
         if np.isfinite(value):
-            ax.text(x, y, signed(value, 2).removeprefix("+"), ha="center", va="center", fontsize=7,
-                    color="white" if value < middle else "black")  # fmt: skip
+            ax.text(
+                x,
+                y,
+                signed(value, 2).removeprefix("+"),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if value < middle else "black",
+            )
     ax.set_xticks(range(len(names)), names, rotation=90)
     ax.set_yticks(range(len(names)), names)
     ax.tick_params(length=0, labelsize=8)
@@ -60,8 +68,15 @@ def costs(title: str, detectors: Sequence[Mapping]):
     """Seconds of each detector, compiling included; hatched: those of the whole stage `detect`."""
     figure, ax = panel(title, 1.0 + 0.26 * len(detectors))
     for y, row in enumerate(detectors):
-        ax.barh(y, row["seconds"], 0.62, color="#bbbbbb", edgecolor="#444444", linewidth=0.6, 
-                hatch="////" if row["reused"] else "")  # fmt: skip
+        ax.barh(
+            y,
+            row["seconds"],
+            0.62,
+            color="#bbbbbb",
+            edgecolor="#444444",
+            linewidth=0.6,
+            hatch="////" if row["reused"] else "",
+        )
         note(ax, y, f"{row['cases_per_second']:.2g}")
     rows(ax, [row["name"] for row in detectors], "seconds (right: cases per second)")
     return figure
@@ -73,9 +88,16 @@ def settling(title: str, by_detector: Mapping[str, Sequence[Mapping]]):
     # Thick lines first, thinner ones on top: those that coincide can all be seen.
     widths = np.linspace(5, 1, len(by_detector))
     for i, (name, steps) in enumerate(by_detector.items()):
-        ax.plot([row["cases"] for row in steps], [row["jaccard"] for row in steps], MARKERS[i % len(MARKERS)],
-                linestyle="-", linewidth=widths[i], markersize=3 + 1.2 * widths[i], color=_SHADES[i % len(_SHADES)],
-                label=name)  # fmt: skip
+        ax.plot(
+            [row["cases"] for row in steps],
+            [row["jaccard"] for row in steps],
+            MARKERS[i % len(MARKERS)],
+            linestyle="-",
+            linewidth=widths[i],
+            markersize=3 + 1.2 * widths[i],
+            color=_SHADES[i % len(_SHADES)],
+            label=name,
+        )
     ax.set(xlabel="counted cases", ylabel="Jaccard with the final set", ylim=(-0.04, 1.08))
     ax.set_xlim(left=0)
     figure.legend(loc="outside lower center", ncols=2)
@@ -111,10 +133,17 @@ def pair_differences(title: str, cohens_d, adjusted_p, wavelengths, max_length: 
     for clear, label in ((True, "adjusted p < 0.05"), (False, "not clear")):
         some = [(w, d) for w, d, p in points if (p < 0.05) == clear]
         if some:
-            ax.plot(*zip(*some, strict=True), "o", color=colour("retrieval"),
-                    markerfacecolor=colour("retrieval") if clear else "white", label=label)  # fmt: skip
+            ax.plot(
+                *zip(*some, strict=True),
+                "o",
+                color=colour("retrieval"),
+                markerfacecolor=colour("retrieval") if clear else "white",
+                label=label,
+            )
     if min(wavelengths) < max_length < max(wavelengths):
-        ax.axvline(max_length, color=colour("none"), linestyle="--", linewidth=0.9, label=f"context, {max_length:,} tokens")
+        ax.axvline(
+            max_length, color=colour("none"), linestyle="--", linewidth=0.9, label=f"context, {max_length:,} tokens"
+        )
     ax.set(xscale="log", xlabel="wavelength of the rotary pair (tokens)", ylabel="Cohen's d, retrieval − other")
     ax.xaxis.set_major_formatter("{x:,g}")
     figure.legend(loc="outside lower center", ncols=2)
@@ -142,10 +171,22 @@ def heads_by_base(title: str, counts: Sequence[Mapping], base: float):
     ordered = sorted(counts, key=lambda count: count["theta"])
     own = {tuple(head) for count in counts if count["factor"] == 1 for head in count["heads"]}
     thetas = [count["theta"] for count in ordered]
-    ax.plot(thetas, [len(count["heads"]) for count in ordered], "o-", color=colour("retrieval"), linewidth=3, markersize=8,
-            label="heads")  # fmt: skip
-    ax.plot(thetas, [len(own & set(map(tuple, count["heads"]))) for count in ordered], "s--", color=colour("layer matched"),
-            label="of them found at the model's own base")  # fmt: skip
+    ax.plot(
+        thetas,
+        [len(count["heads"]) for count in ordered],
+        "o-",
+        color=colour("retrieval"),
+        linewidth=3,
+        markersize=8,
+        label="heads",
+    )
+    ax.plot(
+        thetas,
+        [len(own & set(map(tuple, count["heads"]))) for count in ordered],
+        "s--",
+        color=colour("layer matched"),
+        label="of them found at the model's own base",
+    )
     ax.set(ylabel="heads")
     ax.set_ylim(bottom=0)
     _whole_numbers(ax.yaxis)
@@ -168,13 +209,23 @@ def _bases(figure, ax, ordered: Sequence[Mapping], base: float) -> None:
 
 def emergence(title: str, checkpoints: Sequence[Mapping]):
     """Best score, mean score of the final heads, Gini and overlap with the final heads, by training step."""
-    lines = {"top": "best head's score", "emergence": "mean score of the final heads", "gini": "Gini of all scores",
-             "jaccard": "Jaccard with the final heads"}  # fmt: skip
+    lines = {
+        "top": "best head's score",
+        "emergence": "mean score of the final heads",
+        "gini": "Gini of all scores",
+        "jaccard": "Jaccard with the final heads",
+    }
     figure, ax = panel(title, 3.3)
     for i, (key, label) in enumerate(lines.items()):
         shown = [row for row in checkpoints if row[key] is not None]
-        ax.plot([row["step"] for row in shown], [row[key] for row in shown], MARKERS[i], linestyle=DASHES[i],
-                color=_SHADES[i], label=label)  # fmt: skip
+        ax.plot(
+            [row["step"] for row in shown],
+            [row[key] for row in shown],
+            MARKERS[i],
+            linestyle=DASHES[i],
+            color=_SHADES[i],
+            label=label,
+        )
     ax.set(ylim=(-0.04, 1.06), ylabel="score or share")
     _steps(ax, checkpoints)
     figure.legend(loc="outside lower center", ncols=1)
@@ -184,7 +235,12 @@ def emergence(title: str, checkpoints: Sequence[Mapping]):
 def heads_by_step(title: str, checkpoints: Sequence[Mapping]):
     """Heads at the threshold by training step."""
     figure, ax = panel(title)
-    ax.plot([row["step"] for row in checkpoints], [len(row["heads"]) for row in checkpoints], "o-", color=colour("retrieval"))
+    ax.plot(
+        [row["step"] for row in checkpoints],
+        [len(row["heads"]) for row in checkpoints],
+        "o-",
+        color=colour("retrieval"),
+    )
     ax.set(ylabel="heads")
     ax.set_ylim(bottom=0)
     _whole_numbers(ax.yaxis)
@@ -195,14 +251,22 @@ def heads_by_step(title: str, checkpoints: Sequence[Mapping]):
 def recall_by_step(title: str, checkpoints: Sequence[Mapping]):
     """Recall by training step, untouched and with the checkpoint's own best heads masked."""
     figure, ax = panel(title, 2.9)
-    looks = (("none", "untouched", colour("layer matched"), "o", "-"),
-             ("masked", "own best heads masked", colour("retrieval"), "s", "--"))  # fmt: skip
+    looks = (
+        ("none", "untouched", colour("layer matched"), "o", "-"),
+        ("masked", "own best heads masked", colour("retrieval"), "s", "--"),
+    )
     for name, label, shade, mark, dash in looks:
         numbers = [row["recall"][name] for row in checkpoints]
         for row, number in zip(checkpoints, numbers, strict=True):
             interval(ax, number, row["step"], shade, marker=mark, vertical=True)
-        ax.plot([row["step"] for row in checkpoints], [number["value"] for number in numbers], color=shade, linestyle=dash,
-                marker=mark, label=label)  # fmt: skip
+        ax.plot(
+            [row["step"] for row in checkpoints],
+            [number["value"] for number in numbers],
+            color=shade,
+            linestyle=dash,
+            marker=mark,
+            label=label,
+        )
     ax.set(ylabel=f"recall (n = {numbers[0]['n']})", ylim=(-0.03, 1.03))
     _steps(ax, checkpoints)
     figure.legend(loc="outside lower center", ncols=1)

@@ -42,7 +42,7 @@ def mask_name(kind: str, how: str) -> str:
 
 
 def direction(number: Mapping) -> str:
-    """"raises" or "lowers" where the interval of a change lies on one side of 0, else ""."""
+    """ "raises" or "lowers" where the interval of a change lies on one side of 0, else ""."""
     if number["low"] is not None and number["low"] > 0:
         return "raises"
     return "lowers" if number["high"] is not None and number["high"] < 0 else ""

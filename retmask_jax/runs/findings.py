@@ -10,7 +10,8 @@ import numpy as np
 
 from retmask_jax.utils import stats
 
-ALPHA = 0.05  # a finding holds for a model if its interval lies on the expected side of 0 and its adjusted p is below this
+# a finding holds for a model if its interval lies on the expected side of 0 and its adjusted p is below this
+ALPHA = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,13 @@ def panel(members: Sequence[Member], task: str, closed_book: str | None) -> dict
     for member in members:
         _check(member, task, closed_book)
     return {
-        "task": task, "closed_book": closed_book, "models": [_row(member, task) for member in members],
+        "task": task,
+        "closed_book": closed_book,
+        "models": [_row(member, task) for member in members],
         "findings": [evaluate(finding, members) for finding in findings(members, task, closed_book)],
-        "agreement": agreement(members), "centres": _centres(members, task),
-    }  # fmt: skip
+        "agreement": agreement(members),
+        "centres": _centres(members, task),
+    }
 
 
 def findings(members: Sequence[Member], task: str, closed_book: str | None) -> list[Finding]:
@@ -53,7 +57,9 @@ def findings(members: Sequence[Member], task: str, closed_book: str | None) -> l
         found.append(Finding(f"more than masking others, {kind}", lambda m, kind=kind: _control(m, task, kind)))
     if closed_book:
         found.append(Finding("closed-book recall stays", lambda m: _masked(m, closed_book, 1), "on"))
-    found.append(Finding("a quarter of the pairs: highest leave more recall than lowest", lambda m: _pairs(m, task, "highest")))
+    found.append(
+        Finding("a quarter of the pairs: highest leave more recall than lowest", lambda m: _pairs(m, task, "highest"))
+    )
     found.append(Finding("and random more than lowest", lambda m: _pairs(m, task, "random")))
     return [finding for finding in found if any(finding.measure(member) for member in members)]
 
@@ -64,11 +70,22 @@ def evaluate(finding: Finding, members: Sequence[Member]) -> dict[str, Any]:
     measured = [(member.name, found) for member in members if (found := finding.measure(member))]
     adjusted = stats.benjamini_hochberg([found["p_value"] for _, found in measured]).tolist()
     rows = [
-        {"model": name, **found["change"], "p": found["p_value"], "q": q, "holds": _holds(finding.expected, found["change"], q)}
+        {
+            "model": name,
+            **found["change"],
+            "p": found["p_value"],
+            "q": q,
+            "holds": _holds(finding.expected, found["change"], q),
+        }
         for (name, found), q in zip(measured, adjusted, strict=True)
     ]
-    return {"name": finding.name, "expected": finding.expected, "rows": rows, "holds": sum(row["holds"] for row in rows),
-            "of": len(rows)}  # fmt: skip
+    return {
+        "name": finding.name,
+        "expected": finding.expected,
+        "rows": rows,
+        "holds": sum(row["holds"] for row in rows),
+        "of": len(rows),
+    }
 
 
 def agreement(members: Sequence[Member]) -> list[dict[str, Any]]:
@@ -96,32 +113,47 @@ def groups(names: Sequence[str]) -> dict[str, list[str]]:
 def _row(member: Member, task: str) -> dict[str, Any]:
     detect, numbers = member.results["detect"], member.results["knockout"]["numbers"]
     return {
-        "model": member.name, "theta": member.results.get("theta", {}).get("theta"), "heads": len(detect["heads"]),
+        "model": member.name,
+        "theta": member.results.get("theta", {}).get("theta"),
+        "heads": len(detect["heads"]),
         "of": int(np.size(detect["mean"])),
-        "top_score": max(detect["scores"]), "gini": detect["numbers"]["detect/gini"]["value"],
+        "top_score": max(detect["scores"]),
+        "gini": detect["numbers"]["detect/gini"]["value"],
         "cases_counted": detect["numbers"].get("detect/cases counted"),
-        "recall": numbers[f"knockout/{task}/none"], "masked": numbers[f"knockout/{task}/retrieval"],
-    }  # fmt: skip
+        "recall": numbers[f"knockout/{task}/none"],
+        "masked": numbers[f"knockout/{task}/retrieval"],
+    }
 
 
 def _masked(member: Member, task: str, sign: int) -> dict[str, Any] | None:
     """The change of a task with the retrieval heads masked, times sign."""
-    rows = [row for row in member.results["knockout"]["rows"]
-            if (row["task"], row["kind"], row["experiment"]) == (task, "retrieval", "zero")]  # fmt: skip
+    rows = [
+        row
+        for row in member.results["knockout"]["rows"]
+        if (row["task"], row["kind"], row["experiment"]) == (task, "retrieval", "zero")
+    ]
     return {"change": _times(rows[0]["change"], sign), "p_value": rows[0]["mcnemar"]["p_value"]} if rows else None
 
 
 def _control(member: Member, task: str, kind: str) -> Mapping | None:
     """What masking others leaves more."""
-    return next((row for row in member.results["knockout"]["contrasts"]
-                 if (row["task"], row["kind"], row["experiment"]) == (task, kind, "zero")), None)  # fmt: skip
+    return next(
+        (
+            row
+            for row in member.results["knockout"]["contrasts"]
+            if (row["task"], row["kind"], row["experiment"]) == (task, kind, "zero")
+        ),
+        None,
+    )
 
 
 def _pairs(member: Member, task: str, kind: str) -> Mapping | None:
     """What taking a quarter of the pairs out, of a kind, leaves more than taking the lowest out."""
     result = member.results["rope"]
     wanted = task, "rotary", result["n_pairs"] // 4, kind
-    return next((row for row in result["contrasts"] if (row["task"], row["site"], row["k"], row["kind"]) == wanted), None)
+    return next(
+        (row for row in result["contrasts"] if (row["task"], row["site"], row["k"], row["kind"]) == wanted), None
+    )
 
 
 def _centres(members: Sequence[Member], task: str) -> dict[str, Mapping]:

@@ -29,8 +29,11 @@ _BELOW_1 = _number("of at least 0 and below 1", lambda value: 0 <= value < 1)
 _BETWEEN = _number("above 0 and below 1", lambda value: 0 < value < 1)
 _SHARE = _number("above 0 and at most 1", lambda value: 0 < value <= 1)
 _FROM_0_TO_1 = _number("from 0 to 1", lambda value: 0 <= value <= 1)
-_SIZE = Limit("a number of heads, of at least 1, or a share, above 0 and at most 1", (int, float),
-              lambda value: value >= 1 if isinstance(value, int) else 0 < value <= 1)  # fmt: skip
+_SIZE = Limit(
+    "a number of heads, of at least 1, or a share, above 0 and at most 1",
+    (int, float),
+    lambda value: value >= 1 if isinstance(value, int) else 0 < value <= 1,
+)
 _TEXT = Limit("text", (str,))
 
 # Keys, or patterns of keys, by what they must be. Of a tuple every element must.
@@ -59,7 +62,7 @@ _LIMITS = {
     _TEXT: """detect.scores pairs.prompts_field train.arms train.lora_targets dynamics.checkpoints dynamics.task
         train.checkpoint_folder knockout.tasks rope.tasks theta.tasks eval.tasks eval.grids detectors.names
         detectors.seed_names""",
-}  # fmt: skip
+}
 # What may be None: "as needed", "all" or "not".
 _OR_NONE = """detect.threshold detect.top_k detect.scores knockout.minimal rope.patch_pairs pairs.prompts_field pairs.batch_size
     detectors.cases detectors.top_k theta.cases dynamics.threshold dynamics.cases dynamics.task tasks.*.per_length

@@ -59,7 +59,11 @@ def _made_by(path: Path) -> ConfigDict:
         module = _module(path)
         config = module.get_config() if hasattr(module, "get_config") else None
     except Exception as error:
-        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.resolve()]
+        frames = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename) == path.resolve()
+        ]
         lines = [error.lineno] if isinstance(error, SyntaxError) else frames
         at = f", line {lines[-1]}" if lines else ""
         words = " ".join(str(getattr(error, "msg", error)).split())
@@ -67,7 +71,9 @@ def _made_by(path: Path) -> ConfigDict:
     if config is None:
         raise ValueError(f"config file {path} has no function get_config() that returns a config")
     if not isinstance(config, ConfigDict):
-        raise ValueError(f"config file {path}: get_config() gives a {type(config).__name__}, not an ml_collections.ConfigDict")
+        raise ValueError(
+            f"config file {path}: get_config() gives a {type(config).__name__}, not an ml_collections.ConfigDict"
+        )
     return config
 
 
@@ -85,7 +91,9 @@ def _check_keys(path: Path, config: ConfigDict) -> None:
     known, made, task = list(flat(whole)), flat(config), list(default.task(""))
     lacking = next((key for key in known if key not in made), None)
     if lacking:
-        raise ValueError(f"config file {path} makes no {lacking!r}: begin with retmask_jax.configs.default.get_config()")
+        raise ValueError(
+            f"config file {path} makes no {lacking!r}: begin with retmask_jax.configs.default.get_config()"
+        )
     for key in made:
         section, *names = key.split(".")
         if section == "tasks":

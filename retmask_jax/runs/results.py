@@ -78,8 +78,12 @@ def _gain(name: str, root: Path, number: str) -> dict[str, Any]:
         changes = ", ".join(name for name in evaluation["numbers"] if name.endswith(" minus start"))
         raise ValueError(f"eval in {root} has no number {number!r}; its changes are {changes}")
     weights = detect["provenance"]["inputs"]["weights"]
-    return {"name": name, "weights": weights, "gini": detect["numbers"]["detect/gini"]["value"],
-            "gain": evaluation["numbers"][number]}  # fmt: skip
+    return {
+        "name": name,
+        "weights": weights,
+        "gini": detect["numbers"]["detect/gini"]["value"],
+        "gain": evaluation["numbers"][number],
+    }
 
 
 def _names(sources: Sequence[Path]) -> list[str]:

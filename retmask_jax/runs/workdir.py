@@ -61,8 +61,10 @@ class Basis:
         A setting that was not there yet when this was written is none: later versions add keys whose default changes
         nothing.
         """
-        inputs, upstream = (differing(dict.fromkeys(new) | dict(old), new) for old, new in (
-            (self.inputs, wanted.inputs), (self.upstream, wanted.upstream)))  # fmt: skip
+        inputs, upstream = (
+            differing(dict.fromkeys(new) | dict(old), new)
+            for old, new in ((self.inputs, wanted.inputs), (self.upstream, wanted.upstream))
+        )
         again = [f"{change.split(':')[0]} was made again" for change in upstream]
         return differing(self.settings, wanted.settings) + inputs + again
 
@@ -112,8 +114,13 @@ class Workdir:
         """The id of a finished stage's run; a rerun has another one."""
         return self.result(stage)["provenance"]["run_id"]
 
-    def run(self, stage: str, basis: Basis, function: Callable[[Path], dict[str, Any]],
-            about: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], bool]:  # fmt: skip
+    def run(
+        self,
+        stage: str,
+        basis: Basis,
+        function: Callable[[Path], dict[str, Any]],
+        about: Mapping[str, Any] | None = None,
+    ) -> tuple[dict[str, Any], bool]:
         """(result, skipped): run a stage unless it has finished on the same basis. about: more for its provenance.
 
         What an interrupted run on the same basis left is kept, so that the stage can resume; what another one left is
@@ -209,7 +216,9 @@ def set_aside(folder: Path, shelf: Path) -> Path | None:
     if not files:
         return None
     number = 1
-    while (target := shelf / f"{folder.name}-{number}").exists() and ((target / _STARTED).exists() or not marker.exists()):
+    while (target := shelf / f"{folder.name}-{number}").exists() and (
+        (target / _STARTED).exists() or not marker.exists()
+    ):
         number += 1
     for path in sorted(files, key=lambda path: path == marker):
         place = target / path.relative_to(folder)

@@ -21,8 +21,13 @@ def detect_stage(context: Context, folder: Path) -> dict[str, Any]:
     if section.scores is not None:
         return _detected(context, folder, given_scores(context), [])
     cases = context.cases(section.task)
-    found = detect(lm, cases, max_new_tokens=section.max_new_tokens, batch_size=context.config.batch_size,
-                   released=section.released)  # fmt: skip
+    found = detect(
+        lm,
+        cases,
+        max_new_tokens=section.max_new_tokens,
+        batch_size=context.config.batch_size,
+        released=section.released,
+    )
     rows = [
         {"length": c.spec.length, "depth": c.spec.depth, "expected": c.needle.answer, "answer": a, "outcome": o}
         for c, a, o in zip(cases, found.answers, found.outcomes, strict=True)
@@ -45,17 +50,22 @@ def _detected(context: Context, folder: Path, scores: HeadScores, outcomes: list
     cases = int(scores.counts.max())
     numbers = {"detect/cases counted": stats.wilson(cases, len(outcomes))} if outcomes else {}
     return {
-        "heads": heads, "scores": [float(scores.mean[head]) for head in heads],
-        "mean": scores.mean.tolist(), "threshold": section.threshold, "outcomes": dict(Counter(outcomes)),
+        "heads": heads,
+        "scores": [float(scores.mean[head]) for head in heads],
+        "mean": scores.mean.tolist(),
+        "threshold": section.threshold,
+        "outcomes": dict(Counter(outcomes)),
         "n_kv_heads": lm.config.n_kv_heads,
         "profile": {name: stats.defined(value) for name, value in shape.items()},
-        "stability": stability(scores, **selection), "mask_hash": _mask_hash(lm, heads),
-        "numbers": numbers | {
+        "stability": stability(scores, **selection),
+        "mask_hash": _mask_hash(lm, heads),
+        "numbers": numbers
+        | {
             "detect/heads": stats.exact(len(heads), cases),
             "detect/top score": stats.bootstrap_mean(scores.per_case[heads[0]]),
             "detect/gini": stats.exact(shape["gini"], cases),
         },
-    }  # fmt: skip
+    }
 
 
 def given_scores(context: Context) -> HeadScores:

@@ -62,13 +62,18 @@ def detectors_stage(context: Context, folder: Path) -> dict[str, Any]:
     rows = [_detector_row(context, name, run, best.get(name, []), heads) for name, run in runs.items()]
     masked, numbers = _masked_recall(context, best)
     return {
-        "top_k": top_k, "cases": len(next(iter(runs.values())).outcomes), "rows": rows, "masked": masked,
-        "agreement": [{"a": a, "b": b, "jaccard": both["jaccard"], "spearman": stats.defined(both["spearman"])}
-                      for (a, b), both in agreement(scores, top_k).items()],
+        "top_k": top_k,
+        "cases": len(next(iter(runs.values())).outcomes),
+        "rows": rows,
+        "masked": masked,
+        "agreement": [
+            {"a": a, "b": b, "jaccard": both["jaccard"], "spearman": stats.defined(both["spearman"])}
+            for (a, b), both in agreement(scores, top_k).items()
+        ],
         "stability": {name: stability(found, top_k=top_k) for name, found in scores.items()},
         "over_seeds": {name: repeats for name, repeats in seeds.items() if repeats},
         "numbers": numbers | _detector_numbers(rows, seeds),
-    }  # fmt: skip
+    }
 
 
 def _run_detectors(context: Context, folder: Path) -> dict[str, DetectorRun]:
@@ -82,25 +87,39 @@ def _run_detectors(context: Context, folder: Path) -> dict[str, DetectorRun]:
         if reused and reused.scores is not None:
             reused.scores.save(target)
         runs[name] = reused or run_detector(context, name, chosen, target)
-    write_jsonl(folder / "cases.jsonl", [
-        {"length": case.spec.length, "depth": case.spec.depth,
-         "outcomes": {name: run.outcomes[i] for name, run in runs.items()}} for i, case in enumerate(chosen)
-    ])  # fmt: skip
+    write_jsonl(
+        folder / "cases.jsonl",
+        [
+            {
+                "length": case.spec.length,
+                "depth": case.spec.depth,
+                "outcomes": {name: run.outcomes[i] for name, run in runs.items()},
+            }
+            for i, case in enumerate(chosen)
+        ],
+    )
     return runs
 
 
 def _detector_row(context: Context, name: str, run: DetectorRun, best, heads) -> dict[str, Any]:
     """What one detector found and cost; best: its top heads."""
     row = {
-        "name": name, "outcomes": dict(Counter(run.outcomes)), "seconds": run.seconds, "timed": run.timed,
-        "cases_per_second": run.timed / max(run.seconds, 0.01), "reused": run.reused, "heads": best,
-    }  # fmt: skip
+        "name": name,
+        "outcomes": dict(Counter(run.outcomes)),
+        "seconds": run.seconds,
+        "timed": run.timed,
+        "cases_per_second": run.timed / max(run.seconds, 0.01),
+        "reused": run.reused,
+        "heads": best,
+    }
     if run.scores is None:
         return row | {"counted": 0, "top": None, "profile": None, "shared": None}
     return row | {
-        "counted": int(run.scores.counts.max()), "top": float(run.scores.mean[best[0]]),
-        "profile": shape_of(run.scores, context.lm.config.n_kv_heads), "shared": stats.jaccard(best, heads),
-    }  # fmt: skip
+        "counted": int(run.scores.counts.max()),
+        "top": float(run.scores.mean[best[0]]),
+        "profile": shape_of(run.scores, context.lm.config.n_kv_heads),
+        "shared": stats.jaccard(best, heads),
+    }
 
 
 def _masked_recall(context: Context, best: Mapping[str, list]) -> tuple[list[dict], dict[str, dict]]:
@@ -112,7 +131,8 @@ def _masked_recall(context: Context, best: Mapping[str, list]) -> tuple[list[dic
     outcomes, _ = task_outcomes(context, context.config.knockout.tasks[:1], conditions)
     rows = causal.summarise(conditions, outcomes)
     numbers = {
-        f"detectors/{row['task']}/{row['kind']}{'' if row['kind'] == 'none' else ' masked'}": number_of(row) for row in rows
+        f"detectors/{row['task']}/{row['kind']}{'' if row['kind'] == 'none' else ' masked'}": number_of(row)
+        for row in rows
     }
     return rows, numbers
 

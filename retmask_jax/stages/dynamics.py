@@ -40,7 +40,10 @@ def check_dynamics_model(context: Context) -> None:
 def checkpoint_prints(context: Context) -> dict[str, Any]:
     """Fingerprints of the checkpoints that `dynamics` reads; of one on the hub its revision is all that is known."""
     checkpoints = find_checkpoints(context.config.dynamics.checkpoints)
-    return {f"checkpoint {c.name}": checkpoint_fingerprint(c.source) if c.revision is None else c.revision for c in checkpoints}
+    return {
+        f"checkpoint {c.name}": checkpoint_fingerprint(c.source) if c.revision is None else c.revision
+        for c in checkpoints
+    }
 
 
 def dynamics_stage(context: Context, folder: Path) -> dict[str, Any]:
@@ -62,13 +65,18 @@ def dynamics_stage(context: Context, folder: Path) -> dict[str, Any]:
         final = row["heads"] if final is None else final
         rows.insert(0, row)
     return {
-        "detector": section.detector, "threshold": threshold, "task": task, "final": final, "rows": rows,
+        "detector": section.detector,
+        "threshold": threshold,
+        "task": task,
+        "final": final,
+        "rows": rows,
         "numbers": _dynamics_numbers(rows),
-    }  # fmt: skip
+    }
 
 
-def _checkpoint_row(context: Context, checkpoint: Checkpoint, final, threshold: float, task: str | None,
-                    target: Path) -> dict[str, Any]:  # fmt: skip
+def _checkpoint_row(
+    context: Context, checkpoint: Checkpoint, final, threshold: float, task: str | None, target: Path
+) -> dict[str, Any]:
     """One checkpoint, loaded here and let go; final: heads of the last one, None for the last itself.
 
     emergence: mean score of the final heads, 0 for one in a layer that is not there yet.
@@ -80,11 +88,15 @@ def _checkpoint_row(context: Context, checkpoint: Checkpoint, final, threshold: 
     final = found["heads"] if final is None else final
     mean = {} if run.scores is None else dict(np.ndenumerate(run.scores.mean))
     row = {
-        "name": checkpoint.name, "step": checkpoint.step, "layers": config.n_layers, "heads_per_layer": config.n_heads,
-        **found, "jaccard": stats.jaccard(found["heads"], final),
+        "name": checkpoint.name,
+        "step": checkpoint.step,
+        "layers": config.n_layers,
+        "heads_per_layer": config.n_heads,
+        **found,
+        "jaccard": stats.jaccard(found["heads"], final),
         "emergence": float(np.mean([mean.get(tuple(head), 0.0) for head in final])) if final else None,
         "gini": None if run.scores is None else shape_of(run.scores, config.n_kv_heads)["gini"],
-    }  # fmt: skip
+    }
     best = [] if run.scores is None else run.scores.heads(top_k=min(len(final), config.n_layers * config.n_heads))
     row["recall"] = _with_and_without(there, task, best) if task else None
     row["text_loss"] = None
@@ -99,16 +111,25 @@ def _with_and_without(there: Context, task: str, heads) -> dict[str, Any]:
     conditions = [UNTOUCHED, causal.Condition("masked", 0, mask_heads(there.lm.config, heads), tuple(heads))]
     outcomes, _ = task_outcomes(there, [task], conditions)
     untouched, masked = outcomes[task]
-    return {"none": stats.proportion(untouched), "masked": stats.proportion(masked), "n_masked": len(heads),
-            "mcnemar": stats.mcnemar(untouched, masked)}  # fmt: skip
+    return {
+        "none": stats.proportion(untouched),
+        "masked": stats.proportion(masked),
+        "n_masked": len(heads),
+        "mcnemar": stats.mcnemar(untouched, masked),
+    }
 
 
 def _dynamics_numbers(rows: Sequence[Mapping]) -> dict[str, dict]:
     numbers = {}
     for row in rows:
         at = f"dynamics/step {row['step']}"
-        for name, value in (("heads", len(row["heads"])), ("top score", row["top"]), ("gini", row["gini"]),
-                            ("mean score of the final heads", row["emergence"]), ("heads shared", row["jaccard"])):  # fmt: skip
+        for name, value in (
+            ("heads", len(row["heads"])),
+            ("top score", row["top"]),
+            ("gini", row["gini"]),
+            ("mean score of the final heads", row["emergence"]),
+            ("heads shared", row["jaccard"]),
+        ):
             if value is not None:
                 numbers[f"{at}/{name}"] = stats.exact(value, row["counted"])
         if row["recall"]:

@@ -51,8 +51,10 @@ def check_eval(config) -> None:
     check_suites(config.suites)
     for name, source in config.eval.models.items():
         if name in (START, MASKED) or not source or not isinstance(source, str):
-            raise ValueError(f"eval.models has {name!r}: {source!r}; give each folder or hub id a name of its own, not "
-                             f"{START} or {MASKED}")  # fmt: skip
+            raise ValueError(
+                f"eval.models has {name!r}: {source!r}; give each folder or hub id a name of its own, not "
+                f"{START} or {MASKED}"
+            )
 
 
 def check_eval_model(context: Context) -> None:
@@ -107,16 +109,23 @@ def compared(context: Context, contenders: Mapping[str, Contender]) -> dict[str,
     arms: dict[str, list[str]] = {}
     for name, (arm, _) in others.items():
         arms.setdefault(arm, []).append(name)
-    grids = [{"model": name, "arm": contenders[name].arm, "seed": contenders[name].seed, **cell}
-             for name, values in found.items() for cell in [*values["grid"], *_heat_map(values["suites"])]]  # fmt: skip
+    grids = [
+        {"model": name, "arm": contenders[name].arm, "seed": contenders[name].seed, **cell}
+        for name, values in found.items()
+        for cell in [*values["grid"], *_heat_map(values["suites"])]
+    ]
     return {
-        "rows": run_rows(samples, others), "grids": grids, "numbers": arm_numbers(samples, arms),
+        "rows": run_rows(samples, others),
+        "grids": grids,
+        "numbers": arm_numbers(samples, arms),
         "metrics": {one.name: one.metric for values in found.values() for one in values["suites"]},
         "series": {one.name: place for values in found.values() for one in values["suites"] if (place := _place(one))},
-        "missing": {name: {one.name: dict(one.missing) for one in values["suites"] if one.missing}
-                    for name, values in found.items()},
+        "missing": {
+            name: {one.name: dict(one.missing) for one in values["suites"] if one.missing}
+            for name, values in found.items()
+        },
         "helmet": {name: helmet_means(values["suites"]) for name, values in found.items()},
-    }  # fmt: skip
+    }
 
 
 def _place(one: Measured) -> dict[str, Any] | None:
@@ -140,7 +149,9 @@ def _measured(context: Context, name: str, contender: Contender) -> dict[str, An
     outcomes, _ = task_outcomes(there, config.eval.tasks, conditions)
     samples = {task: outcome_CN[0] for task, outcome_CN in outcomes.items()}
     if config.text.file:
-        samples["text loss"] = text_loss(there.lm, there.windows(), contender.interventions, batch_size=config.batch_size)
+        samples["text loss"] = text_loss(
+            there.lm, there.windows(), contender.interventions, batch_size=config.batch_size
+        )
     grid = []
     for task in config.eval.grids:
         outcomes, cases = task_outcomes(there, [task], conditions)
@@ -188,25 +199,47 @@ def _run(there: Context, contender: Contender, name: str, suites, kept: Kept) ->
             return _lm_eval(there, contender, suites.lm_eval, kept)
         case "helmet":
             return _helmet(there, contender, suites.helmet)
-    return run_suites(there.lm, there.prompter, suites, there.resolve, only=name, batch_size=there.config.batch_size,
-                      interventions=contender.interventions, kept=kept)  # fmt: skip
+    return run_suites(
+        there.lm,
+        there.prompter,
+        suites,
+        there.resolve,
+        only=name,
+        batch_size=there.config.batch_size,
+        interventions=contender.interventions,
+        kept=kept,
+    )
 
 
 def _lm_eval(there: Context, contender: Contender, section, kept: Kept) -> list[Measured]:
     return run_lm_eval(
-        there.lm, section.tasks, interventions=contender.interventions, limit=section.limit, num_fewshot=section.fewshot,
-        include_path=section.include_path or None, batch_size=there.config.batch_size, apply_chat_template=section.chat,
-        template_kwargs=there.config.prompt.template_kwargs.to_dict(), kept=kept,
-    ).measured  # fmt: skip
+        there.lm,
+        section.tasks,
+        interventions=contender.interventions,
+        limit=section.limit,
+        num_fewshot=section.fewshot,
+        include_path=section.include_path or None,
+        batch_size=there.config.batch_size,
+        apply_chat_template=section.chat,
+        template_kwargs=there.config.prompt.template_kwargs.to_dict(),
+        kept=kept,
+    ).measured
 
 
 def _helmet(there: Context, contender: Contender, section) -> list[Measured]:
     return run_helmet(
-        there.lm, section.path, section.lengths, section.categories or None,
-        folder=_store(there) / "helmet" / there.model_fingerprint, batch_size=there.config.batch_size,
-        interventions=contender.interventions, limit=section.limit, chat=section.chat,
-        stop_new_line=section.stop_new_line, citations=section.citations,
-    ).measured  # fmt: skip
+        there.lm,
+        section.path,
+        section.lengths,
+        section.categories or None,
+        folder=_store(there) / "helmet" / there.model_fingerprint,
+        batch_size=there.config.batch_size,
+        interventions=contender.interventions,
+        limit=section.limit,
+        chat=section.chat,
+        stop_new_line=section.stop_new_line,
+        citations=section.citations,
+    ).measured
 
 
 def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measured]:

@@ -39,8 +39,9 @@ def knockout_stage(context: Context, folder: Path) -> dict[str, Any]:
     lm, section, heads = context.lm, context.config.knockout, context.heads()
     scores = HeadScores.load(context.workdir.folder("detect") / "scores.json")
     windows = context.windows()
-    activity_LH = knockout.activity(lm, windows[: section.activity_windows].tolist(),
-                                     batch_size=context.config.batch_size)  # fmt: skip
+    activity_LH = knockout.activity(
+        lm, windows[: section.activity_windows].tolist(), batch_size=context.config.batch_size
+    )
     conditions = _knockout_conditions(context, heads, scores, activity_LH, windows)
     outcomes, _ = task_outcomes(context, section.tasks, conditions)
     told = [c for c in conditions if c.experiment == "zero" or c.kind == "retrieval"]
@@ -55,13 +56,19 @@ def knockout_stage(context: Context, folder: Path) -> dict[str, Any]:
     curve = _curve(context, scores, heads)
     minimal = None if section.minimal is None else _minimal(context, heads)
     return {
-        "rows": causal.summarise(conditions, outcomes), "activity": activity_LH.tolist(), "idle": idle,
-        "idle_below": knockout.IDLE, "curve": curve, "minimal": minimal,
+        "rows": causal.summarise(conditions, outcomes),
+        "activity": activity_LH.tolist(),
+        "idle": idle,
+        "idle_below": knockout.IDLE,
+        "curve": curve,
+        "minimal": minimal,
         "contrasts": _against_controls(conditions, outcomes),
         "numbers": numbers | _minimal_numbers(minimal),
-        "text_loss": [{"kind": c.kind, "draw": c.draw, "experiment": c.experiment, **stats.bootstrap_mean(loss)}
-                      for c, loss in zip(told, losses, strict=True)],
-    }  # fmt: skip
+        "text_loss": [
+            {"kind": c.kind, "draw": c.draw, "experiment": c.experiment, **stats.bootstrap_mean(loss)}
+            for c, loss in zip(told, losses, strict=True)
+        ],
+    }
 
 
 def _knockout_conditions(context: Context, heads, scores: HeadScores, activity_LH, windows) -> list[Condition]:
@@ -70,8 +77,16 @@ def _knockout_conditions(context: Context, heads, scores: HeadScores, activity_L
     mean_LHD = head_statistics(context.lm, windows).mean_LHD if "mean" in section.modes else None
     for mode in section.modes:
         draws = section.draws if mode == "zero" else section.mode_draws
-        found = knockout.knockout_conditions(context.lm.config, heads, activity_LH, draws=draws, seed=section.seed,
-                                             scores_LH=scores.mean, mode=mode, mean_LHD=mean_LHD)  # fmt: skip
+        found = knockout.knockout_conditions(
+            context.lm.config,
+            heads,
+            activity_LH,
+            draws=draws,
+            seed=section.seed,
+            scores_LH=scores.mean,
+            mode=mode,
+            mean_LHD=mean_LHD,
+        )
         conditions += found if not conditions else found[1:]
     return conditions
 
@@ -85,8 +100,14 @@ def _against_controls(conditions, outcomes) -> list[dict[str, Any]]:
                 mode = control.experiment
                 ours = {"kind": "retrieval", "experiment": mode}
                 others = {"kind": control.kind, "experiment": mode}
-                rows.append({"task": task, "kind": control.kind, "experiment": mode,
-                             **causal.contrast(conditions, outcome_CN, ours, others)})  # fmt: skip
+                rows.append(
+                    {
+                        "task": task,
+                        "kind": control.kind,
+                        "experiment": mode,
+                        **causal.contrast(conditions, outcome_CN, ours, others),
+                    }
+                )
     return rows
 
 
@@ -95,8 +116,9 @@ def _curve(context: Context, scores: HeadScores, heads) -> list[dict]:
     section = context.config.knockout
     if not section.curve:
         return []
-    some = knockout.curve_conditions(context.lm.config, scores, heads, section.curve, draws=section.mode_draws,
-                                     seed=section.seed)  # fmt: skip
+    some = knockout.curve_conditions(
+        context.lm.config, scores, heads, section.curve, draws=section.mode_draws, seed=section.seed
+    )
     conditions = [Condition("none", 0, Interventions(), experiment="curve"), *some]
     return causal.summarise(conditions, task_outcomes(context, section.tasks[:1], conditions)[0])
 
@@ -116,8 +138,14 @@ def _minimal(context: Context, heads) -> dict[str, Any]:
     limit = max(section.minimal * start, everything)
     kept, steps = knockout.minimal_set(heads, lambda sets: outcomes(sets, searched).mean(axis=1), limit)
     told = dict(zip(("none", "all retrieval heads", "smallest set"), outcomes([[], heads, kept], rest), strict=True))
-    return {"task": task, "heads": [list(head) for head in kept], "steps": steps, "limit": float(limit),
-            "searched": len(searched), "recall": {name: stats.proportion(hits) for name, hits in told.items()}}  # fmt: skip
+    return {
+        "task": task,
+        "heads": [list(head) for head in kept],
+        "steps": steps,
+        "limit": float(limit),
+        "searched": len(searched),
+        "recall": {name: stats.proportion(hits) for name, hits in told.items()},
+    }
 
 
 def _minimal_numbers(minimal) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from retmask_jax.runs.context import Context
 def check_choices(name: str, chosen: Sequence[str], known: Sequence[str]) -> None:
     """Raise ValueError unless the choices begin with the first that is known, and all are."""
     if not chosen or chosen[0] != known[0] or not set(chosen) <= set(known):
-        raise ValueError(f"{name} is {tuple(chosen)}; it must begin with {known[0]}, and may have {', '.join(known[1:])}")
+        raise ValueError(
+            f"{name} is {tuple(chosen)}; it must begin with {known[0]}, and may have {', '.join(known[1:])}"
+        )
 
 
 def task_outcomes(context: Context, tasks: Sequence[str], conditions: Sequence[Condition]):
@@ -29,6 +31,10 @@ def task_outcomes(context: Context, tasks: Sequence[str], conditions: Sequence[C
 
 def task_answers(context: Context, task: str, cases, conditions: Sequence[Condition]) -> list[list[str]]:
     return causal.answers(
-        context.lm, cases, [c.interventions for c in conditions],
-        max_new_tokens=context.config.tasks[task].max_new_tokens, batch_size=context.config.batch_size, what=task,
-    )  # fmt: skip
+        context.lm,
+        cases,
+        [c.interventions for c in conditions],
+        max_new_tokens=context.config.tasks[task].max_new_tokens,
+        batch_size=context.config.batch_size,
+        what=task,
+    )

@@ -38,8 +38,13 @@ def pairs_stage(context: Context, folder: Path) -> dict[str, Any]:
     Answers are stored as they come; a run that was cut off asks for those that are missing.
     """
     config, section = context.config, context.config.pairs
-    read = read_prompts(section.prompts, n=section.n_prompts, split=section.prompts_split, field=section.prompts_field,
-                        resolve=context.resolve)  # fmt: skip
+    read = read_prompts(
+        section.prompts,
+        n=section.n_prompts,
+        split=section.prompts_split,
+        field=section.prompts_field,
+        resolve=context.resolve,
+    )
     _check_prompts(read.records, config)
     heads = {(seed, arm): chosen for seed in config.train.seeds for arm, chosen in _arm_heads(context, seed).items()}
     questions, too_long = _questions(context, read.records, heads)
@@ -58,9 +63,13 @@ def pairs_stage(context: Context, folder: Path) -> dict[str, Any]:
     numbers = {f"pairs/{name}/kept": stats.wilson(count["kept"], len(prompts)) for name, count in counts.items()}
     numbers |= {f"pairs/{name}/answers cut": stats.wilson(n, len(prompts)) for name, n in cut.items()}
     return {
-        "counts": counts, "heads": masks, "prompts": len(prompts), "left_out": left_out, "answers_cut": cut,
+        "counts": counts,
+        "heads": masks,
+        "prompts": len(prompts),
+        "left_out": left_out,
+        "answers_cut": cut,
         "numbers": numbers,
-    }  # fmt: skip
+    }
 
 
 def prompt_prints(context: Context) -> dict[str, Any]:
@@ -144,9 +153,13 @@ def _endpoints(context: Context, heads, variants: list[Variant]) -> endpoints.En
     opened = prompter.render_messages([{"role": "user", "content": "?"}]).rstrip().endswith("<think>")
     return endpoints.Endpoints(
         {variant: _url(config.pairs.endpoints, variant, heads.get(variant, [])) for variant in variants},
-        config.pairs.endpoint_model or str(config.model), config.pairs.concurrency, config.pairs.timeout,
-        config.pairs.retries, prompter.template_kwargs, thoughts_begin="" if opened else "<think>",
-    )  # fmt: skip
+        config.pairs.endpoint_model or str(config.model),
+        config.pairs.concurrency,
+        config.pairs.timeout,
+        config.pairs.retries,
+        prompter.template_kwargs,
+        thoughts_begin="" if opened else "<think>",
+    )
 
 
 def _url(urls, variant: Variant, heads) -> str:

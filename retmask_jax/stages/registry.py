@@ -140,13 +140,23 @@ def check_config(config, devices=None) -> None:
 
 def _check_tasks(config) -> None:
     """Raise ValueError for a task that is named and not there, and for one that lacks what its cases are made of."""
-    named = [config.detect.task, *config.knockout.tasks, *config.rope.tasks, *config.eval.tasks, *config.eval.grids,
-             *config.theta.tasks, *([config.dynamics.task] if config.dynamics.task else [])]  # fmt: skip
+    named = [
+        config.detect.task,
+        *config.knockout.tasks,
+        *config.rope.tasks,
+        *config.eval.tasks,
+        *config.eval.grids,
+        *config.theta.tasks,
+        *([config.dynamics.task] if config.dynamics.task else []),
+    ]
     missing = [task for task in named if task not in config.tasks]
     if missing:
         raise ValueError(f"there is no task {missing[0]!r} under tasks; there are {', '.join(config.tasks)}")
     bare = {"needles": "a JSONL file of needles or questions"}
-    of_lengths = {"haystack": "a text file that is cut to tasks of these lengths", "depths": "at least one, such as 0.5"}
+    of_lengths = {
+        "haystack": "a text file that is cut to tasks of these lengths",
+        "depths": "at least one, such as 0.5",
+    }
     for name, task in config.tasks.items():
         for key, wanted in (bare | of_lengths if task.lengths else bare).items():
             if not task[key]:
@@ -189,26 +199,49 @@ _DETECTION = ("detect.task", "detect.scores", "detect.max_new_tokens", "detect.r
 _EVALUATION = (*_PROMPTS, "eval.tasks", "eval.grids", "text.*")
 STAGES = {
     "detect": Stage((), detect_stage, (*_PROMPTS, "detect.*"), _of_detection),
-    "knockout": Stage(("detect",), knockout_stage, (*_PROMPTS, "knockout.*", "text.*"), lambda config: config.knockout.tasks),
-    "rope": Stage(("detect",), rope_stage, (*_PROMPTS, "rope.*", "text.*", "knockout.activity_windows"),
-                  lambda config: config.rope.tasks),
-    "pairs": Stage(("detect", "knockout"), pairs_stage, (*_PROMPTS, "pairs.*", "train.arms", "train.seeds"),
-                   inputs=prompt_prints),
+    "knockout": Stage(
+        ("detect",), knockout_stage, (*_PROMPTS, "knockout.*", "text.*"), lambda config: config.knockout.tasks
+    ),
+    "rope": Stage(
+        ("detect",),
+        rope_stage,
+        (*_PROMPTS, "rope.*", "text.*", "knockout.activity_windows"),
+        lambda config: config.rope.tasks,
+    ),
+    "pairs": Stage(
+        ("detect", "knockout"), pairs_stage, (*_PROMPTS, "pairs.*", "train.arms", "train.seeds"), inputs=prompt_prints
+    ),
     "train": Stage(("pairs",), train_stage, ("dtype", "prompt.*", "pairs.template_kwargs", "train.*")),
-    "eval": Stage(("train",), eval_stage, (*_EVALUATION, "eval.masked", "train.arms", "train.seeds"), _measured, suite_prints),
+    "eval": Stage(
+        ("train",), eval_stage, (*_EVALUATION, "eval.masked", "train.arms", "train.seeds"), _measured, suite_prints
+    ),
     "report": Stage(REPORTED, report_stage, model=False),
-    "detectors": Stage(("detect",), detectors_stage, (*_PROMPTS, "detectors.*", "knockout.tasks", *_DETECTION),
-                       lambda config: _of_detection(config) | _first_of_knockout(config)),
+    "detectors": Stage(
+        ("detect",),
+        detectors_stage,
+        (*_PROMPTS, "detectors.*", "knockout.tasks", *_DETECTION),
+        lambda config: _of_detection(config) | _first_of_knockout(config),
+    ),
     "utility": Stage(("detect",), utility_stage, ("dtype", "utility.*")),
-    "theta": Stage(("detect",), theta_stage, (*_PROMPTS, "theta.*", "knockout.tasks", *_DETECTION), lambda config: {
-        *_of_detection(config), *(config.theta.tasks or _first_of_knockout(config))}),
-    "dynamics": Stage((), dynamics_stage, (*_PROMPTS, "dynamics.*", "knockout.tasks", *_DETECTION, "detect.threshold", "text.*"),
-                      lambda config: _of_detection(config) | ({config.dynamics.task} if config.dynamics.task else
-                                                              _first_of_knockout(config)), checkpoint_prints),
+    "theta": Stage(
+        ("detect",),
+        theta_stage,
+        (*_PROMPTS, "theta.*", "knockout.tasks", *_DETECTION),
+        lambda config: {*_of_detection(config), *(config.theta.tasks or _first_of_knockout(config))},
+    ),
+    "dynamics": Stage(
+        (),
+        dynamics_stage,
+        (*_PROMPTS, "dynamics.*", "knockout.tasks", *_DETECTION, "detect.threshold", "text.*"),
+        lambda config: (
+            _of_detection(config) | ({config.dynamics.task} if config.dynamics.task else _first_of_knockout(config))
+        ),
+        checkpoint_prints,
+    ),
     "compare": Stage((), compare_stage, _EVALUATION, _measured, compare_prints),
     "comparison": Stage(COMPARED, comparison_stage, model=False),
     "study": Stage(STUDIED, study_stage, model=False),
-}  # fmt: skip
+}
 # What `retmask run` and `retmask study` do, in order.
 RUN = (*STAGES["report"].upstream, "report")
 STUDY = (*STAGES["study"].upstream, "study")

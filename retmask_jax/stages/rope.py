@@ -29,8 +29,11 @@ def check_rope(config) -> None:
 def check_rope_model(context: Context) -> None:
     """Raise ValueError where the settings of rope ask for more than the model has."""
     config, section = context.outline.config, context.config.rope
-    for name, wanted in (("windows", section.windows), ("pairs", max(section.pairs, default=0)),
-                         ("patch_pairs", section.patch_pairs or 0)):  # fmt: skip
+    for name, wanted in (
+        ("windows", section.windows),
+        ("pairs", max(section.pairs, default=0)),
+        ("patch_pairs", section.patch_pairs or 0),
+    ):
         if not 0 <= wanted <= config.n_pairs:
             raise ValueError(f"rope.{name} has {wanted}, the model has {config.n_pairs} rotary pairs: lower it")
 
@@ -53,22 +56,31 @@ def rope_stage(context: Context, folder: Path) -> dict[str, Any]:
     for task, outcome_CN in outcomes.items():
         numbers |= _window_numbers(task, conditions, outcome_CN)
     costs = _costs(context, conditions, outcomes, ks) if section.text else []
-    numbers |= {f"rope/{row['task']}/{row['kind']} {row['k']} pairs, perplexity increase over recall drop": row["ratio"]
-                for row in costs if row["ratio"] is not None}  # fmt: skip
+    numbers |= {
+        f"rope/{row['task']}/{row['kind']} {row['k']} pairs, perplexity increase over recall drop": row["ratio"]
+        for row in costs
+        if row["ratio"] is not None
+    }
     return {
         "rows": [row | {"variance": variance} for row, variance in zip(rows, variances * len(outcomes), strict=True)],
         "contrasts": contrasts,
-        "pairs": list(ks), "n_pairs": lm.config.n_pairs, "patch_pairs": _patch_pairs(context), "costs": costs,
-        "wavelengths": (2 * np.pi / inverse_frequencies(lm.config)).tolist(), "context": lm.config.max_length,
+        "pairs": list(ks),
+        "n_pairs": lm.config.n_pairs,
+        "patch_pairs": _patch_pairs(context),
+        "costs": costs,
+        "wavelengths": (2 * np.pi / inverse_frequencies(lm.config)).tolist(),
+        "context": lm.config.max_length,
         "numbers": numbers,
-    }  # fmt: skip
+    }
 
 
 def _rope_conditions(context: Context, heads, ks, statistics: HeadStatistics | None):
     config, section = context.lm.config, context.config.rope
     norms = query_norms(config, context.lm.params) if section.utility else None
     for site in section.sites:
-        yield from rotary.dose_conditions(config, heads, ks, draws=section.draws, seed=section.seed, site=site, norms=norms)
+        yield from rotary.dose_conditions(
+            config, heads, ks, draws=section.draws, seed=section.seed, site=site, norms=norms
+        )
     if section.windows:
         yield from rotary.window_conditions(config, heads, section.windows, seed=section.seed)
     yield from rotary.coverage_conditions(config, heads, section.coverage, _patch_pairs(context))
@@ -100,8 +112,11 @@ def _dose_numbers(conditions, outcomes, ks) -> dict[str, Any]:
 
 def _quarter_numbers(config, contrasts) -> dict[str, Any]:
     wanted = config.n_pairs // 4, "highest", "rotary"
-    return {f"rope/{row['task']}/highest minus lowest quarter": row["change"] for row in contrasts
-            if (row["k"], row["kind"], row["site"]) == wanted}  # fmt: skip
+    return {
+        f"rope/{row['task']}/highest minus lowest quarter": row["change"]
+        for row in contrasts
+        if (row["k"], row["kind"], row["site"]) == wanted
+    }
 
 
 def _low_against_high(conditions, outcomes, ks) -> list[dict[str, Any]]:

@@ -35,18 +35,29 @@ def theta_stage(context: Context, folder: Path) -> dict[str, Any]:
     for count in counts:
         count["jaccard"] = stats.jaccard(count["heads"], counts[own]["heads"])
     rows = [
-        {"task": task, "factor": factor, "theta": factor * base, **stats.proportion(outcome),
-         "change": stats.paired_bootstrap(outcome, of_task[own]), "mcnemar": stats.mcnemar(of_task[own], outcome)}
+        {
+            "task": task,
+            "factor": factor,
+            "theta": factor * base,
+            **stats.proportion(outcome),
+            "change": stats.paired_bootstrap(outcome, of_task[own]),
+            "mcnemar": stats.mcnemar(of_task[own], outcome),
+        }
         for task, of_task in outcomes.items()
         for factor, outcome in zip(section.factors, of_task, strict=True)
-    ]  # fmt: skip
+    ]
     numbers = {f"theta/{row['task']}/factor {row['factor']:g}": number_of(row) for row in rows}
     for count in counts:
         numbers[f"theta/heads/factor {count['factor']:g}"] = stats.exact(len(count["heads"]), count["counted"])
     return {
-        "theta": base, "factors": list(section.factors), "detector": section.detector, "threshold": threshold,
-        "rows": rows, "heads": counts, "numbers": numbers,
-    }  # fmt: skip
+        "theta": base,
+        "factors": list(section.factors),
+        "detector": section.detector,
+        "threshold": threshold,
+        "rows": rows,
+        "heads": counts,
+        "numbers": numbers,
+    }
 
 
 def _theta_threshold(context: Context) -> float:
@@ -57,6 +68,8 @@ def _theta_threshold(context: Context) -> float:
 
 def _check_factors(factors: Sequence[float]) -> None:
     if 1 not in factors:
-        raise ValueError(f"theta.factors {tuple(factors)} lack 1, the model as it is, which the others are compared with")
+        raise ValueError(
+            f"theta.factors {tuple(factors)} lack 1, the model as it is, which the others are compared with"
+        )
     if len(set(factors)) < len(factors) or not all(0 < factor < math.inf for factor in factors):
         raise ValueError(f"theta.factors {tuple(factors)} must be positive and each one there once")

@@ -35,17 +35,27 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
             settings = train_settings(config, arm, seed)
             load_start = functools.partial(context.start_params, settings.start_dtype)
             params = train(
-                model.config, load_start, rows, settings, target, context.mesh,
-                fingerprint=digest(identity | start), what=f"train {name}",
+                model.config,
+                load_start,
+                rows,
+                settings,
+                target,
+                context.mesh,
+                fingerprint=digest(identity | start),
+                what=f"train {name}",
                 ablated=mask_heads(model.config, heads).fill(model.config) if arm == "contrast" else None,
-            )  # fmt: skip
+            )
             trained = dataclasses.replace(model.config, lora=settings.lora)
             save(model.replace(config=trained, params=params), target / "model")
             mark_whole(target / "model")
         runs[name] = {
-            "arm": arm, "seed": seed, "examples": len(rows), "answers_cut": rows.cut,
-            "prompts_cut": rows.prompts_cut, "steps": read_jsonl(target / "metrics.jsonl"),
-        }  # fmt: skip
+            "arm": arm,
+            "seed": seed,
+            "examples": len(rows),
+            "answers_cut": rows.cut,
+            "prompts_cut": rows.prompts_cut,
+            "steps": read_jsonl(target / "metrics.jsonl"),
+        }
     numbers = {
         f"train/{name}/final loss": stats.exact(run["steps"][-1]["loss"], run["examples"]) for name, run in runs.items()
     }

@@ -18,19 +18,23 @@ def utility_stage(context: Context, folder: Path) -> dict[str, Any]:
     norms = query_norms(config, context.lm.params)
     scores = HeadScores.load(context.workdir.folder("detect") / "scores.json")
     result = {
-        "heads": heads, "norms": norms.head_LH.tolist(), "max_length": config.max_length,
+        "heads": heads,
+        "norms": norms.head_LH.tolist(),
+        "max_length": config.max_length,
         "wavelengths": {kind: (2 * np.pi / inverse_frequencies(config, kind)).tolist() for kind in config.ropes},
-    }  # fmt: skip
+    }
     try:
         found = norm_utility(norms, scores, heads, section.permutations, section.resamples, section.seed)
     except ValueError as error:  # a model with one retrieval head has nothing to compare; the study goes on
         return result | {"comparison": None, "undefined": str(error), "numbers": {}}
     n, test, rho = found["n"], found["permutation"], found["partial_spearman"]
     exact = {
-        "utility/Cohen's d": found["cohens_d"], "utility/difference of norms": test["value"],
-        "utility/difference expected from layers": test["expected"], "utility/permutation p": test["p_value"],
+        "utility/Cohen's d": found["cohens_d"],
+        "utility/difference of norms": test["value"],
+        "utility/difference expected from layers": test["expected"],
+        "utility/permutation p": test["p_value"],
         "utility/rotary pairs that differ": sum(p < 0.05 for p in found["pair_adjusted_p"]),
-    }  # fmt: skip
+    }
     numbers = {name: stats.exact(value, n) for name, value in exact.items() if value is not None}
     if rho["value"] is not None:
         numbers["utility/norm against score (partial rank correlation)"] = rho

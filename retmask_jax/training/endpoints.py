@@ -58,8 +58,10 @@ class Endpoints:
                 shown = without_secrets(f"//{url}")[2:]  # also where the scheme is what is missing
                 raise ValueError(f"endpoint {shown!r} is no address: it must begin with http:// or https://")
             if has_password(url):
-                raise ValueError(f"endpoint {without_secrets(url)} has a user or a password, which is not sent: leave it out, "
-                                 f"and put the key of the server into {_KEY}")  # fmt: skip
+                raise ValueError(
+                    f"endpoint {without_secrets(url)} has a user or a password, which is not sent: leave it out, "
+                    f"and put the key of the server into {_KEY}"
+                )
         if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
             raise ValueError(
                 f"endpoints need concurrency >= 1, timeout > 0 and retries >= 0; they are {self.concurrency}, "
@@ -67,8 +69,9 @@ class Endpoints:
             )
 
 
-def sample(endpoints: Endpoints, questions: Sequence[Question], *, temperature: float, top_p: float,
-           max_new_tokens: int) -> Iterator[dict]:  # fmt: skip
+def sample(
+    endpoints: Endpoints, questions: Sequence[Question], *, temperature: float, top_p: float, max_new_tokens: int
+) -> Iterator[dict]:
     """The servers' answers as records in the order in which they come.
 
     A question whose every try failed has none; where many in a row fail, that server is not asked again. Raises
@@ -232,11 +235,14 @@ def _redirected(url: str, error: urllib.error.HTTPError, key: str) -> ValueError
     with contextlib.suppress(ValueError):  # an address that is none is shown as it is
         target = urllib.parse.urljoin(url, target)
     if target == url:
-        return ValueError(f"{url} answers {error.code}, a redirect that names no other address: is this an "
-                          "OpenAI-compatible server?")  # fmt: skip
+        return ValueError(
+            f"{url} answers {error.code}, a redirect that names no other address: is this an OpenAI-compatible server?"
+        )
     target = without_secrets(target, key)
-    return ValueError(f"{url} redirects to {target[:300]} ({error.code}), where neither key nor prompts are sent: if that is "
-                      f"the server, set the endpoint to {target.removesuffix(_PATH)[:300]}")  # fmt: skip
+    return ValueError(
+        f"{url} redirects to {target[:300]} ({error.code}), where neither key nor prompts are sent: if that is "
+        f"the server, set the endpoint to {target.removesuffix(_PATH)[:300]}"
+    )
 
 
 def _asked_wait(header: str | None) -> float:

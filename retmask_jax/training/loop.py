@@ -36,8 +36,18 @@ class Stopped(InterruptedError):
     """A run was told to stop (SIGTERM) and wrote a checkpoint; the same call goes on from there."""
 
 
-def train(config: ModelConfig, load_params: Callable[[], Any], rows: PairRows, settings: Settings, folder: Path, mesh,
-          *, fingerprint: str, what: str = "train", ablated=None):  # fmt: skip
+def train(
+    config: ModelConfig,
+    load_params: Callable[[], Any],
+    rows: PairRows,
+    settings: Settings,
+    folder: Path,
+    mesh,
+    *,
+    fingerprint: str,
+    what: str = "train",
+    ablated=None,
+):
     """Train from load_params() on preference rows; returns the final params: all of them, float32; or adapters beside
     the frozen model, parameters of a config with settings.lora, which `language_model.save` merges into the weights as stored.
 
@@ -58,9 +68,16 @@ def train(config: ModelConfig, load_params: Callable[[], Any], rows: PairRows, s
     reference_ND = None
     if settings.has_reference:
         reference_ND = reference_logprobs(
-            config, start, rows, folder / "reference.npz", mesh, batch_size=settings.reference_batch_size,
-            compute_dtype=settings.compute_dtype, allowed_widths=allowed, fingerprint=fingerprint,
-        )  # fmt: skip
+            config,
+            start,
+            rows,
+            folder / "reference.npz",
+            mesh,
+            batch_size=settings.reference_batch_size,
+            compute_dtype=settings.compute_dtype,
+            allowed_widths=allowed,
+            fingerprint=fingerprint,
+        )
     # One set of programs for all seeds: the seed orders the data and is no part of an update.
     programs = make_programs(config, dataclasses.replace(settings, seed=0), mesh)
     run = _Run(config, settings, rows, reference_ND, mesh, programs, allowed, ablated)

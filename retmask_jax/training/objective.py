@@ -82,8 +82,15 @@ def _preference(config, settings, params, batch):
     reference = (0.0, 0.0)
     if settings.has_reference:
         reference = [batch[f"ref_{side}"] / n for side, n in zip(("chosen", "rejected"), divisors, strict=True)]
-    losses = dpo_loss(chosen, rejected, *reference, beta=settings.beta, kind=settings.loss,
-                      label_smoothing=settings.label_smoothing, gamma=settings.gamma)  # fmt: skip
+    losses = dpo_loss(
+        chosen,
+        rejected,
+        *reference,
+        beta=settings.beta,
+        kind=settings.loss,
+        label_smoothing=settings.label_smoothing,
+        gamma=settings.gamma,
+    )
     losses += settings.nll_weight * -sums[0] / counts[0]
     good, bad = settings.beta * (chosen - reference[0]), settings.beta * (rejected - reference[1])
     return losses, {"reward_chosen": good, "reward_rejected": bad, "margin": good - bad, "accuracy": good > bad}

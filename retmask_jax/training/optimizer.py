@@ -11,9 +11,16 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
     """AdamW with clipping, linear warm-up and cosine decay; norm scales are not decayed."""
     return optax.chain(
         optax.clip_by_global_norm(settings.clip),
-        optax.adamw(schedule(settings), settings.b1, settings.b2, settings.eps, weight_decay=settings.weight_decay,
-                    mask=_decayed, mu_dtype=jnp.dtype(settings.first_moment_dtype)),
-    )  # fmt: skip
+        optax.adamw(
+            schedule(settings),
+            settings.b1,
+            settings.b2,
+            settings.eps,
+            weight_decay=settings.weight_decay,
+            mask=_decayed,
+            mu_dtype=jnp.dtype(settings.first_moment_dtype),
+        ),
+    )
 
 
 def schedule(settings: Settings) -> optax.Schedule:

@@ -43,8 +43,9 @@ class Question:
         return record if stop is None else record | {"stop": stop}
 
 
-def usable(prompter: Prompter, prompts: Sequence[dict], messages_keys: Sequence[str],
-           max_tokens: int) -> tuple[list[int], dict[str, list[list[int]]]]:  # fmt: skip
+def usable(
+    prompter: Prompter, prompts: Sequence[dict], messages_keys: Sequence[str], max_tokens: int
+) -> tuple[list[int], dict[str, list[list[int]]]]:
     """(numbers of the prompts that can be asked, {messages key: tokens of each of them}).
 
     A prompt of which a conversation is longer than max_tokens is left out; ValueError where nothing is left.
@@ -64,8 +65,16 @@ def draws(seed: int, stream: int, n: int) -> np.ndarray:
     return np.random.SeedSequence([seed, stream]).generate_state(n)
 
 
-def sample(lm: LanguageModel, questions: Sequence[Question], masks: Mapping[Variant, Interventions], *,
-           temperature: float, top_p: float, max_new_tokens: int, batch_size: int | None) -> Iterator[dict]:  # fmt: skip
+def sample(
+    lm: LanguageModel,
+    questions: Sequence[Question],
+    masks: Mapping[Variant, Interventions],
+    *,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    batch_size: int | None,
+) -> Iterator[dict]:
     """The answers of the model, each under its variant's mask, as records in the order in which they finish.
 
     All variants share batches. An answer depends on its question alone, not on what else is asked (up to rounding,
@@ -75,17 +84,25 @@ def sample(lm: LanguageModel, questions: Sequence[Question], masks: Mapping[Vari
     requests = [Request(q.tokens, places[q.variant], q.draw) for q in questions]
     filled = stack([iv.fill(lm.config) for iv in masks.values()])
     stream = generate_stream(
-        lm.config, lm.params, requests, batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature,
-        top_p=top_p, masks=filled, what="sample",
-    )  # fmt: skip
+        lm.config,
+        lm.params,
+        requests,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        masks=filled,
+        what="sample",
+    )
     for i, result in stream:
         text = lm.tokenizer.decode(result.tokens, skip_special_tokens=True)
         n, stop = len(result.tokens), int(result.stops)
         yield questions[i].answer(text, finished=n < max_new_tokens, tokens=n, stop=None if stop == NO_STOP else stop)
 
 
-def make_pairs(prompts: Iterable[dict], chosen: Iterable[dict], rejected: Iterable[dict],
-               counts: collections.Counter) -> Iterator[dict]:  # fmt: skip
+def make_pairs(
+    prompts: Iterable[dict], chosen: Iterable[dict], rejected: Iterable[dict], counts: collections.Counter
+) -> Iterator[dict]:
     """Records {id, messages, chosen, ...} of pairs that differ and are not empty; all are counted by OUTCOMES."""
     for prompt, good, bad in zip(prompts, chosen, rejected, strict=True):
         outcome = _outcome(good["text"], bad["text"])
@@ -117,9 +134,14 @@ def _outcome(good: str, bad: str) -> str:
 
 
 def _record(prompt: dict, good: dict, bad: dict) -> dict:
-    stops = {f"{side}_stop": answer["stop"] for side, answer in zip(SIDES, (good, bad), strict=True) if "stop" in answer}
+    stops = {
+        f"{side}_stop": answer["stop"] for side, answer in zip(SIDES, (good, bad), strict=True) if "stop" in answer
+    }
     return {
-        "id": prompt["id"], "messages": prompt["messages"],
-        "chosen": good["text"], "chosen_finished": good["finished"],
-        "rejected": bad["text"], "rejected_finished": bad["finished"],
-    } | stops  # fmt: skip
+        "id": prompt["id"],
+        "messages": prompt["messages"],
+        "chosen": good["text"],
+        "chosen_finished": good["finished"],
+        "rejected": bad["text"],
+        "rejected_finished": bad["finished"],
+    } | stops

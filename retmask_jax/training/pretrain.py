@@ -65,15 +65,18 @@ def model_config(model, layers: int) -> ModelConfig:
     default. Embeddings are tied unless it says otherwise. ValueError if the layer pattern does not divide the layers.
     """
     fields = dict(model)
-    config = ModelConfig(**{
-        "vocab_size": len(tiny_language.VOCABULARY),
-        "n_layers": layers,
-        "tied_embeddings": True,
-        "rope": Rope(theta=fields.pop("rope_theta")),
-        "bos_id": tiny_language.BOS,
-        "eos_ids": (tiny_language.EOS,),
-        "pad_id": tiny_language.PAD,
-    } | fields)  # fmt: skip
+    config = ModelConfig(
+        **{
+            "vocab_size": len(tiny_language.VOCABULARY),
+            "n_layers": layers,
+            "tied_embeddings": True,
+            "rope": Rope(theta=fields.pop("rope_theta")),
+            "bos_id": tiny_language.BOS,
+            "eos_ids": (tiny_language.EOS,),
+            "pad_id": tiny_language.PAD,
+        }
+        | fields
+    )
     if config.tail:
         raise ValueError(f"{layers} layers are no whole number of repeats of {config.layer_pattern}")
     return config
@@ -111,8 +114,12 @@ class _Keeper:
 
     def __init__(self, folder: Path, recipe, stage: int, config: ModelConfig, tokenizer):
         self.folder, self.every, self.stage, self.config, self.tokenizer = (
-            folder, recipe.keep_every, stage, config, tokenizer
-        )  # fmt: skip
+            folder,
+            recipe.keep_every,
+            stage,
+            config,
+            tokenizer,
+        )
         before = [phase for earlier in recipe.stages[: stage - 1] for phase in earlier.phases]
         self.step = sum(phase.steps for phase in before)
         self.tokens = sum(phase.steps * phase.batch * phase.length for phase in before)
@@ -125,9 +132,7 @@ class _Keeper:
             return
         name = f"step_{self.step:06d}"
         save(from_params(self.config, params, self.tokenizer), self.folder / name)
-        record = {
-            "folder": name, "stage": self.stage, "step": self.step, "tokens": self.tokens, "loss": float(loss)
-        }  # fmt: skip
+        record = {"folder": name, "stage": self.stage, "step": self.step, "tokens": self.tokens, "loss": float(loss)}
         # A stage that was cut off begins anew, and its records replace the earlier ones.
         records = [other for other in kept(self.folder.parent) if other["step"] < self.step]
         write_json(self.folder / _LIST, [*records, record])

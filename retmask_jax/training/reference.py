@@ -18,8 +18,18 @@ from retmask_jax.utils.progress import track
 _SAVE_EVERY = 60  # seconds
 
 
-def reference_logprobs(config, load_params, rows: PairRows, path: Path, mesh, *, batch_size: int, compute_dtype: str,
-                       allowed_widths, fingerprint: str) -> np.ndarray:  # fmt: skip
+def reference_logprobs(
+    config,
+    load_params,
+    rows: PairRows,
+    path: Path,
+    mesh,
+    *,
+    batch_size: int,
+    compute_dtype: str,
+    allowed_widths,
+    fingerprint: str,
+) -> np.ndarray:
     """f32[N,2]: log-probabilities of chosen and rejected answers, from the file or computed and put there.
 
     load_params() gives the model, and is called if anything is missing. batch_size: pairs in a forward pass. Raises

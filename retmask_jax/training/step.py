@@ -83,9 +83,10 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {
-            "gradient_norm": optax.tree.norm(grads), "parameter_norm": optax.tree.norm(params),
+            "gradient_norm": optax.tree.norm(grads),
+            "parameter_norm": optax.tree.norm(params),
             "learning_rate": schedule(settings)(state.step),
-        }  # fmt: skip
+        }
         return State(params, opt_state, state.step + 1), metrics
 
     start = sharding.placed_shapes(dataclasses.replace(config, lora=None), mesh, jnp.float32)
@@ -95,13 +96,14 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
     state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, state_at)
     return Programs(
         begin=jax.jit(begin, out_shardings=state_at),
-        freeze=jax.jit(lambda params: {} if config.lora is None else _cast(params, settings.compute_dtype),
-                       out_shardings=frozen_at),
+        freeze=jax.jit(
+            lambda params: {} if config.lora is None else _cast(params, settings.compute_dtype), out_shardings=frozen_at
+        ),
         gradients=jax.jit(gradients, out_shardings=sums_at),
         accumulate=jax.jit(accumulate, donate_argnums=2, out_shardings=sums_at),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_at, whole)),
         state=state,
-    )  # fmt: skip
+    )
 
 
 def _loss(config, settings, frozen, batch, ablated, params):

@@ -37,8 +37,13 @@ def join(wanted: bool | None) -> None:
             f"the hosts did not join ({why}): set {_JAX}, JAX_NUM_PROCESSES and JAX_PROCESS_ID on each, "
             "or --config.distributed=False to use one"
         ) from error
-    log.info("host %d of %d, %d of %d devices", jax.process_index(), jax.process_count(), jax.local_device_count(),
-             jax.device_count())  # fmt: skip
+    log.info(
+        "host %d of %d, %d of %d devices",
+        jax.process_index(),
+        jax.process_count(),
+        jax.local_device_count(),
+        jax.device_count(),
+    )
 
 
 def primary() -> bool:

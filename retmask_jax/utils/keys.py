@@ -17,8 +17,16 @@ def clean_key(text: str, name: str) -> str:
     key = text.strip()
     for place, char in enumerate(key, 1):
         if not (" " <= char <= "~" or "\xa0" <= char <= "\xff"):
-            what = "a line end" if char in "\r\n" else "a control character" if char < "\xa0" else "a character beyond Latin-1"
-            raise ValueError(f"{name} has {what} at place {place} of {len(key)}, which no key has: copy it again, from one line")
+            what = (
+                "a line end"
+                if char in "\r\n"
+                else "a control character"
+                if char < "\xa0"
+                else "a character beyond Latin-1"
+            )
+            raise ValueError(
+                f"{name} has {what} at place {place} of {len(key)}, which no key has: copy it again, from one line"
+            )
     return key
 
 

@@ -55,9 +55,12 @@ def largest_batch(compile_for: Callable[[int], Any], wanted: int, what: str) -> 
         if needed(compiled) <= free:
             return batch_size, compiled
         if batch_size == 1:
-            raise OutOfMemory(f"{what}: one row needs {_gib(needed(compiled))}, {_gib(free)} are free: shorten the rows")
-        log.warning("%s: a batch of %d needs %s, %s are free; trying half", what, batch_size, _gib(needed(compiled)),
-                    _gib(free))  # fmt: skip
+            raise OutOfMemory(
+                f"{what}: one row needs {_gib(needed(compiled))}, {_gib(free)} are free: shorten the rows"
+            )
+        log.warning(
+            "%s: a batch of %d needs %s, %s are free; trying half", what, batch_size, _gib(needed(compiled)), _gib(free)
+        )
         batch_size = max(1, batch_size // 2)
 
 

@@ -31,8 +31,17 @@ def track(items: Iterable, total: int, what: str, unit: str, done: int = 0):
         drawn = {"mininterval": _REDRAW, "dynamic_ncols": True, "leave": False}
     else:
         drawn = {"mininterval": _EVERY, "bar_format": _LINE, "leave": True, "file": _Lines(sys.stderr)}
-    return _Bar(items, total=total, initial=done, desc=what, unit=unit, unit_scale=unit == "B", delay=_DELAY,
-                disable=not primary(), **drawn)  # fmt: skip
+    return _Bar(
+        items,
+        total=total,
+        initial=done,
+        desc=what,
+        unit=unit,
+        unit_scale=unit == "B",
+        delay=_DELAY,
+        disable=not primary(),
+        **drawn,
+    )
 
 
 def _redraws(stream) -> bool:
@@ -101,7 +110,8 @@ class _Bar(tqdm):
     def close(self) -> None:
         if not getattr(self, "disable", True):
             if self.shown or _silence.seconds >= _SILENCE:
-                self.last_print_t = max(self.last_print_t, self.start_t + self.delay)  # else nothing is drawn or cleared
+                # else nothing is drawn or cleared
+                self.last_print_t = max(self.last_print_t, self.start_t + self.delay)
             _silence.end(self)
         super().close()
 

@@ -9,9 +9,16 @@ SWITCHES = ("no_cuda", "overwrite")
 TRUTHS = ("use_chat_template", "stop_newline", "do_sample")
 NUMBERS = {"max_test_samples": None, "shots": 2, "seed": 42}
 TEXTS = {
-    "config": None, "model_name_or_path": None, "output_dir": None, "datasets": None, "test_files": None,
-    "demo_files": None, "input_max_length": "128", "generation_max_length": "8", "system_message": None,
-}  # fmt: skip
+    "config": None,
+    "model_name_or_path": None,
+    "output_dir": None,
+    "datasets": None,
+    "test_files": None,
+    "demo_files": None,
+    "input_max_length": "128",
+    "generation_max_length": "8",
+    "system_message": None,
+}
 
 
 def parse_arguments():

@@ -16,6 +16,9 @@ def load_data(args, dataset, path=None, demo_path=None):
 
     user, system = "{context} {question}", "{question} :"
     return {
-        "data": rows, "user_template": user, "system_template": system, "prompt_template": f"{user}\n{system}",
+        "data": rows,
+        "user_template": user,
+        "system_template": system,
+        "prompt_template": f"{user}\n{system}",
         "post_process": post_process,
-    }  # fmt: skip
+    }

@@ -50,10 +50,20 @@ class _Job:
     scores: Kept
 
 
-def run_helmet(lm: LanguageModel, checkout: str | Path, lengths: Sequence[int],
-               categories: Sequence[str] | None = None, *, folder: str | Path, batch_size: int,
-               interventions: Interventions | None = None, limit: int | None = None, chat: bool | None = None,
-               stop_new_line: bool = False, citations: bool = False) -> HelmetRun:  # fmt: skip
+def run_helmet(
+    lm: LanguageModel,
+    checkout: str | Path,
+    lengths: Sequence[int],
+    categories: Sequence[str] | None = None,
+    *,
+    folder: str | Path,
+    batch_size: int,
+    interventions: Interventions | None = None,
+    limit: int | None = None,
+    chat: bool | None = None,
+    stop_new_line: bool = False,
+    citations: bool = False,
+) -> HelmetRun:
     """The data sets of some categories (None: all seven) at some lengths in tokens, under interventions.
 
     checkout: the folder of HELMET with its data. folder: where answers, scores and HELMET's own result files are kept,
@@ -99,7 +109,9 @@ def _configs(categories: Sequence[str], lengths: Sequence[int]) -> Iterator[tupl
 
 def _run_config(job: _Job, process: HelmetProcess, category: str, lengths, citations: bool) -> list[Measured]:
     if process.settings["use_chat_template"] and not job.lm.tokenizer.chat_template:
-        raise ValueError(f"HELMET puts {category} in a chat template, and the tokenizer has none: add one or set chat to False")
+        raise ValueError(
+            f"HELMET puts {category} in a chat template, and the tokenizer has none: add one or set chat to False"
+        )
     _check_lengths(process, category, lengths)
     measured = []
     for number, entry in enumerate(process.entries):
@@ -138,12 +150,21 @@ def _scored(job: _Job, process: HelmetProcess, number: int, citations: bool) -> 
     return reply
 
 
-def _answers(job: _Job, prompts: Sequence[np.ndarray], options: dict[str, Any], what: str) -> list[dict[str, Any] | None]:
+def _answers(
+    job: _Job, prompts: Sequence[np.ndarray], options: dict[str, Any], what: str
+) -> list[dict[str, Any] | None]:
     """{"output", "output_len"} of each prompt, None where it does not fit; only what is not kept yet is generated."""
     room = job.lm.config.max_length - options["max_new_tokens"]
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-    made = scoring.answered(job.lm, [prompts[i] for i in fitting], job.mask, batch_size=job.batch_size, kept=job.answers,
-                            what=f"HELMET {what}", **options)  # fmt: skip
+    made = scoring.answered(
+        job.lm,
+        [prompts[i] for i in fitting],
+        job.mask,
+        batch_size=job.batch_size,
+        kept=job.answers,
+        what=f"HELMET {what}",
+        **options,
+    )
     found: list[dict[str, Any] | None] = [None] * len(prompts)
     for i, (output, n) in zip(fitting, made, strict=True):
         found[i] = {"output": output, "output_len": n}
@@ -161,9 +182,15 @@ def _measured(part: Part, length: int, found: dict[str, Any]) -> Measured:
     counts = {TOO_LONG: found["n"] - len(values), _NO_SCORE: len(values) - len(scored)}
     numbers = np.array([value for _, value in scored], float)
     return Measured(
-        SUITE, part.task, part.metric, tuple(i for i, _ in scored), numbers,
-        binary=bool(np.isin(numbers, (0, 1)).all()), length=length, missing={why: n for why, n in counts.items() if n},
-    )  # fmt: skip
+        SUITE,
+        part.task,
+        part.metric,
+        tuple(i for i, _ in scored),
+        numbers,
+        binary=bool(np.isin(numbers, (0, 1)).all()),
+        length=length,
+        missing={why: n for why, n in counts.items() if n},
+    )
 
 
 def _without(part: Part, length: int, missing: dict[str, int]) -> Measured:
@@ -192,8 +219,10 @@ def _notes(config: str, settings: dict[str, Any]) -> list[str]:
         return []
     if settings["stop_newline"]:
         return [f"{config}: answers end at a new line, as its key stop_new_line says; HELMET's own runs do not read it"]
-    return [f"{config}: its key stop_new_line is not read by HELMET (the option is stop_newline), so answers do not end "
-            "at a new line, as in HELMET's published numbers"]  # fmt: skip
+    return [
+        f"{config}: its key stop_new_line is not read by HELMET (the option is stop_newline), so answers do not end "
+        "at a new line, as in HELMET's published numbers"
+    ]
 
 
 def _checked_checkout(checkout: str | Path) -> Path:
@@ -211,6 +240,8 @@ def _check(lm: LanguageModel, lengths: Sequence[int], categories: Sequence[str])
         raise ValueError(f"HELMET has no category {', '.join(unknown)}; it has {', '.join(CATEGORIES)}")
     if not lengths or max(lengths) > lm.config.max_length:
         most = max(lengths, default="no")
-        raise ValueError(f"HELMET at {most} tokens: the model's context is {lm.config.max_length}; give lengths up to that")
+        raise ValueError(
+            f"HELMET at {most} tokens: the model's context is {lm.config.max_length}; give lengths up to that"
+        )
     if lm.tokenizer is None:
         raise ValueError("the model folder has no tokenizer, which HELMET's prompts need")

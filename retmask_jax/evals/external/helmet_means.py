@@ -65,7 +65,10 @@ def helmet_means(measured: Sequence[Measured]) -> dict[int, dict[str, Any]]:
     is None and "missing" says which and why. left out: samples that some part was computed without.
     """
     lengths = sorted({one.length for one in measured if one.suite == SUITE})
-    return {length: _of_length([one for one in measured if (one.suite, one.length) == (SUITE, length)]) for length in lengths}
+    return {
+        length: _of_length([one for one in measured if (one.suite, one.length) == (SUITE, length)])
+        for length in lengths
+    }
 
 
 def _of_length(measured: Sequence[Measured]) -> dict[str, Any]:
@@ -78,8 +81,9 @@ def _category(tasks: Mapping[str, Measured], parts: Sequence[Part]) -> dict[str,
     done = {part.task: tasks[part.task] for part in parts if part.task in tasks and len(tasks[part.task].values)}
     missing = [
         f"{part.task}: {'; '.join(tasks[part.task].missing) if part.task in tasks else 'not run'}"
-        for part in parts if part.task not in done
-    ]  # fmt: skip
+        for part in parts
+        if part.task not in done
+    ]
     left_out = [f"{name}: {n} samples, {why}" for name, one in done.items() for why, n in one.missing.items()]
     values = {name: 100 * float(np.mean(one.values)) for name, one in done.items()}
     return _entry(values, sum(len(one.values) for one in done.values()), missing, left_out)

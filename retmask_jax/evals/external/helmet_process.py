@@ -46,9 +46,14 @@ class HelmetProcess:
         self._tokenizer.save_pretrained(self._kept)
         with open(self._log, "a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", _WORKER], cwd=self._checkout, env=self._environment(), text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-            )  # fmt: skip
+                [sys.executable, "-m", _WORKER],
+                cwd=self._checkout,
+                env=self._environment(),
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
         return self
 
     def __exit__(self, *_) -> None:

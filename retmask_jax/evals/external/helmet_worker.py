@@ -89,19 +89,29 @@ def _bridge(parent: _Parent, args, tokenizer: str):
     class Bridge(model_utils.LLM):
         def __init__(self):
             super().__init__(
-                args.model_name_or_path, temperature=args.temperature, top_p=args.top_p,
-                do_sample=args.do_sample, stop_newline=args.stop_newline, use_chat_template=args.use_chat_template,
+                args.model_name_or_path,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                do_sample=args.do_sample,
+                stop_newline=args.stop_newline,
+                use_chat_template=args.use_chat_template,
                 system_message=args.system_message,
-            )  # fmt: skip
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
+            )
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                tokenizer, local_files_only=True, trust_remote_code=False
+            )
             self.answered: list[int] = []
 
         def prepare_inputs(self, test_item, data):
             return model_utils.tokenize(
-                test_item, data, tokenizer=self.tokenizer, max_length=self.max_length,
-                generation_max_length=self.generation_max_length, use_chat_template=self.use_chat_template,
+                test_item,
+                data,
+                tokenizer=self.tokenizer,
+                max_length=self.max_length,
+                generation_max_length=self.generation_max_length,
+                use_chat_template=self.use_chat_template,
                 system_message=self.system_message,
-            )  # fmt: skip
+            )
 
         def generate(self, inputs=None, prompt=None, **kwargs):
             return self.generate_batch(None if inputs is None else [inputs], None if prompt is None else [prompt])[0]
@@ -112,10 +122,16 @@ def _bridge(parent: _Parent, args, tokenizer: str):
             rows = [np.asarray(one["input_ids"][0], np.int32) for one in inputs]
             for row in rows:
                 parent.tell({"prompt": base64.b64encode(row.tobytes()).decode()})
-            reply = parent.ask({"generate": {
-                "max_new_tokens": self.generation_max_length, "until": self.stops or [],
-                "temperature": self.temperature if self.do_sample else 0.0, "top_p": self.top_p,
-            }})  # fmt: skip
+            reply = parent.ask(
+                {
+                    "generate": {
+                        "max_new_tokens": self.generation_max_length,
+                        "until": self.stops or [],
+                        "temperature": self.temperature if self.do_sample else 0.0,
+                        "top_p": self.top_p,
+                    }
+                }
+            )
             if reply is None:
                 sys.exit(1)
             self.answered = [i for i, answer in enumerate(reply["answers"]) if answer is not None]

@@ -30,10 +30,19 @@ class HarnessRun:
     shortened: dict[str, int]
 
 
-def run_lm_eval(lm: LanguageModel, tasks: Sequence[str], *, interventions: Interventions | None = None,
-                limit: int | None = None, num_fewshot: int | None = None, include_path: str | Path | None = None,
-                batch_size: int, apply_chat_template: bool = False,
-                template_kwargs: Mapping[str, Any] | None = None, kept: Kept | None = None) -> HarnessRun:  # fmt: skip
+def run_lm_eval(
+    lm: LanguageModel,
+    tasks: Sequence[str],
+    *,
+    interventions: Interventions | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    include_path: str | Path | None = None,
+    batch_size: int,
+    apply_chat_template: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+    kept: Kept | None = None,
+) -> HarnessRun:
     """Run tasks or groups by name under interventions.
 
     limit: samples of each task (None: all). num_fewshot None: as each task has it. include_path: a folder of own tasks
@@ -50,10 +59,17 @@ def run_lm_eval(lm: LanguageModel, tasks: Sequence[str], *, interventions: Inter
     manager = _task_manager(tasks, include_path)
     model = HarnessModel(lm, interventions, batch_size=batch_size, template_kwargs=template_kwargs, kept=kept)
     found = simple_evaluate(
-        model=model, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot,
-        batch_size=batch_size, apply_chat_template=apply_chat_template, log_samples=True,
-        fewshot_as_multiturn=apply_chat_template, torch_random_seed=None,
-    )  # fmt: skip
+        model=model,
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        apply_chat_template=apply_chat_template,
+        log_samples=True,
+        fewshot_as_multiturn=apply_chat_template,
+        torch_random_seed=None,
+    )
     measured = [one for task, samples in found["samples"].items() for one in _measured(task, samples)]
     tables = found["results"] | found.get("groups", {})
     return HarnessRun(measured, {name: _numbers(table) for name, table in tables.items()}, model.shortened)
@@ -86,7 +102,9 @@ def _measured(task: str, samples: Iterable[Mapping[str, Any]]) -> list[Measured]
         for metric in sample["metrics"]:
             columns.setdefault((metric, sample["filter"]), []).append(sample)
     columns = {key: rows for key, rows in columns.items() if any(_is_number(row[key[0]]) for row in rows)}
-    return [_column(task if len(columns) == 1 else f"{task} {_label(*key)}", *key, rows) for key, rows in columns.items()]
+    return [
+        _column(task if len(columns) == 1 else f"{task} {_label(*key)}", *key, rows) for key, rows in columns.items()
+    ]
 
 
 def _column(name: str, metric: str, filtered: str, rows: Sequence[Mapping[str, Any]]) -> Measured:
@@ -94,9 +112,14 @@ def _column(name: str, metric: str, filtered: str, rows: Sequence[Mapping[str, A
     values = np.array([float(row[metric]) for row in scored])
     left = len(rows) - len(scored)
     return Measured(
-        SUITE, name, _label(metric, filtered), tuple(str(row["doc_id"]) for row in scored), values,
-        binary=bool(np.isin(values, (0, 1)).all()), missing={"no number from the harness": left} if left else {},
-    )  # fmt: skip
+        SUITE,
+        name,
+        _label(metric, filtered),
+        tuple(str(row["doc_id"]) for row in scored),
+        values,
+        binary=bool(np.isin(values, (0, 1)).all()),
+        missing={"no number from the harness": left} if left else {},
+    )
 
 
 def _label(metric: str, filtered: str) -> str:

@@ -30,8 +30,15 @@ class HarnessModel(TemplateLM):
     kind lost their beginning. Raises ValueError for a model without a tokenizer and for masks with a row axis.
     """
 
-    def __init__(self, lm: LanguageModel, interventions: Interventions | None = None, *, batch_size: int,
-                 template_kwargs: Mapping[str, Any] | None = None, kept: Kept | None = None):  # fmt: skip
+    def __init__(
+        self,
+        lm: LanguageModel,
+        interventions: Interventions | None = None,
+        *,
+        batch_size: int,
+        template_kwargs: Mapping[str, Any] | None = None,
+        kept: Kept | None = None,
+    ):
         super().__init__()
         if lm.tokenizer is None:
             raise ValueError("the model folder has no tokenizer, which the tasks of lm_eval need")
@@ -60,8 +67,12 @@ class HarnessModel(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation; without its system turns where the template takes none."""
-        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt,
-                   "continue_final_message": not add_generation_prompt, **self.template_kwargs}  # fmt: skip
+        options = {
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+            **self.template_kwargs,
+        }
         try:
             return self.tokenizer.apply_chat_template(chat_history, **options)
         except TemplateError as error:
@@ -108,15 +119,18 @@ class HarnessModel(TemplateLM):
         self._note("log-likelihood", sum(scoring.is_too_long(pair, self.max_length) for pair in pairs), len(pairs))
         if not pairs:
             return []
-        return scoring.continuation_logprobs(self.lm, pairs, self.interventions, batch_size=self.batch_size, kept=self.kept)
+        return scoring.continuation_logprobs(
+            self.lm, pairs, self.interventions, batch_size=self.batch_size, kept=self.kept
+        )
 
     def _answers(self, contexts: list[str], options: GenerationOptions) -> list[str]:
         room = self.max_length - options.max_new_tokens
         prompts = [self.tok_encode(context) for context in contexts]
         self._note("generation", sum(len(prompt) > room for prompt in prompts), len(prompts))
         prompts = [scoring.last_tokens(prompt, room) for prompt in prompts]
-        return scoring.answers(self.lm, prompts, self.interventions, batch_size=self.batch_size, kept=self.kept,
-                               **options.arguments())  # fmt: skip
+        return scoring.answers(
+            self.lm, prompts, self.interventions, batch_size=self.batch_size, kept=self.kept, **options.arguments()
+        )
 
     def _note(self, kind: str, count: int, n: int) -> None:
         self.shortened[kind] = self.shortened.get(kind, 0) + count

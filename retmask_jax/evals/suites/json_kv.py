@@ -17,7 +17,9 @@ _SEED = 0x6A736F6E  # so that equal seeds of other suites draw other numbers
 _PAIR_TOKENS = 16  # two UUIDs have more in any tokenizer
 
 
-def json_kv_samples(prompter: Prompter, length: int, n: int, seed: int = 0, *, max_new_tokens: int = 100) -> list[Sample]:
+def json_kv_samples(
+    prompter: Prompter, length: int, n: int, seed: int = 0, *, max_new_tokens: int = 100
+) -> list[Sample]:
     """n samples, each within one line of the object below `length` tokens, new ones included; the asked pair stands
     anywhere with equal probability. Raises ValueError for a length without room."""
     drafts = [_draft(np.random.default_rng([seed, _SEED, i]), length, f"{seed}-{i}") for i in range(n)]
@@ -29,18 +31,37 @@ def score(answer: str, references: Sequence[str]) -> float:
     return float(any(reference.lower() in answer.lower() for reference in references))
 
 
-def run_json_kv(lm: LanguageModel, prompter: Prompter, *, lengths: Sequence[int], n: int = 100, seed: int = 0,
-                max_new_tokens: int = 100, batch_size: int = 1,
-                interventions: Interventions | None = None, kept: Kept | None = None) -> list[Measured]:  # fmt: skip
+def run_json_kv(
+    lm: LanguageModel,
+    prompter: Prompter,
+    *,
+    lengths: Sequence[int],
+    n: int = 100,
+    seed: int = 0,
+    max_new_tokens: int = 100,
+    batch_size: int = 1,
+    interventions: Interventions | None = None,
+    kept: Kept | None = None,
+) -> list[Measured]:
     """Substring exact match of greedy answers, a Measured for each length. Errors as `json_kv_samples`, and ValueError
     where a length exceeds the model's context."""
     check_lengths(lm, lengths, "json_kv")
     return [
-        measure(lm, json_kv_samples(prompter, length, n, seed, max_new_tokens=max_new_tokens), score, suite="json_kv",
-                task="one key", metric="substring exact match", binary=True, length=length, batch_size=batch_size,
-                interventions=interventions, kept=kept)
+        measure(
+            lm,
+            json_kv_samples(prompter, length, n, seed, max_new_tokens=max_new_tokens),
+            score,
+            suite="json_kv",
+            task="one key",
+            metric="substring exact match",
+            binary=True,
+            length=length,
+            batch_size=batch_size,
+            interventions=interventions,
+            kept=kept,
+        )
         for length in lengths
-    ]  # fmt: skip
+    ]
 
 
 def _draft(rng: np.random.Generator, length: int, name: str) -> Draft:

@@ -23,32 +23,58 @@ def even_grid(shortest: int, longest: int, n_lengths: int = 40, n_depths: int = 
     Raises ValueError where they would not all differ.
     """
     if not 1 <= n_lengths <= longest - shortest + 1 or n_depths < 1:
-        raise ValueError(f"{n_lengths} lengths from {shortest} to {longest} and {n_depths} depths make no grid: "
-                         "take fewer lengths, a longer range and at least one depth")  # fmt: skip
+        raise ValueError(
+            f"{n_lengths} lengths from {shortest} to {longest} and {n_depths} depths make no grid: "
+            "take fewer lengths, a longer range and at least one depth"
+        )
     lengths = np.linspace(shortest, longest, n_lengths).round().astype(int)
     return lengths.tolist(), np.linspace(0, 1, n_depths).round(4).tolist()
 
 
-def niah_cases(prompter: Prompter, sentences: Sequence[str], needles: Sequence[Needle], lengths: Sequence[int],
-               depths: Sequence[float], *, per_cell: int = 1, distractors: int = 0, seed: int = 0) -> list[Case]:  # fmt: skip
+def niah_cases(
+    prompter: Prompter,
+    sentences: Sequence[str],
+    needles: Sequence[Needle],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    *,
+    per_cell: int = 1,
+    distractors: int = 0,
+    seed: int = 0,
+) -> list[Case]:
     """per_cell cases for each length and depth, with needles in turn. Errors as in `needles.build_cases`."""
     specs: list[Spec] = []
     for length in lengths:
-        specs += draw_specs(needles, [length], depths, per_length=per_cell * len(depths), distractors=distractors,
-                            seed=seed + length)  # fmt: skip
+        specs += draw_specs(
+            needles, [length], depths, per_length=per_cell * len(depths), distractors=distractors, seed=seed + length
+        )
     return build_cases(prompter, sentences, needles, specs)
 
 
-def run_niah(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50, batch_size: int = 1,
-             interventions: Interventions | None = None, kept: Kept | None = None) -> list[Measured]:  # fmt: skip
+def run_niah(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    *,
+    max_new_tokens: int = 50,
+    batch_size: int = 1,
+    interventions: Interventions | None = None,
+    kept: Kept | None = None,
+) -> list[Measured]:
     """Two Measured for each length: "rouge", ROUGE-1 recall (0 to 1) of the answer against the needle's answer part, and
     "exact", whether its words occur in the answer as they stand. `heat_map` sorts them by depth.
 
     Raises ValueError where a case exceeds the model's context.
     """
     check_lengths(lm, [case.spec.length + max_new_tokens for case in cases], "needle in a haystack")
-    said = answers(lm, [case.tokens for case in cases], interventions, max_new_tokens=max_new_tokens,
-                   batch_size=batch_size, kept=kept, what="niah")  # fmt: skip
+    said = answers(
+        lm,
+        [case.tokens for case in cases],
+        interventions,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        kept=kept,
+        what="niah",
+    )
     recall = np.array([rouge1_recall(text, case.needle.answer) for text, case in zip(said, cases, strict=True)])
     exact, ids = hits(said, cases).astype(float), _ids(cases)
     measured = []
@@ -67,8 +93,10 @@ def heat_map(measured: Sequence[Measured], task: str = "rouge") -> list[dict]:
         by_depth = collections.defaultdict(list)
         for name, value in zip(one.ids, one.values, strict=True):
             by_depth[float(name.split("/")[0])].append(float(value))
-        cells += [{"length": one.length, "depth": depth, "value": float(np.mean(values)), "n": len(values)}
-                  for depth, values in sorted(by_depth.items())]  # fmt: skip
+        cells += [
+            {"length": one.length, "depth": depth, "value": float(np.mean(values)), "n": len(values)}
+            for depth, values in sorted(by_depth.items())
+        ]
     return cells
 
 

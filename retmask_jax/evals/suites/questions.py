@@ -38,19 +38,30 @@ def read_questions(path: str | Path) -> Questions:
     try:
         rows = list(_squad(records, path) if isinstance(records, dict) else _rows(records, path))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} has none of the known forms of questions (wrong at {error}): see read_questions") from error
+        raise ValueError(
+            f"{path} has none of the known forms of questions (wrong at {error}): see read_questions"
+        ) from error
     if not rows:
         raise ValueError(f"{path} holds no questions: give records of question, answers and context")
     for question, answers, documents, near in rows:
         for value in (question, *answers, *documents, *near):
             if not isinstance(value, str):
-                raise ValueError(f"{path}: {value!r:.40} is no text, in the question {question!r:.60}: write it in quotes")
+                raise ValueError(
+                    f"{path}: {value!r:.40} is no text, in the question {question!r:.60}: write it in quotes"
+                )
     index: dict[str, int] = {}
     for _, _, documents, near in rows:
         for document in (*documents, *near):
             index.setdefault(document, len(index))
-    items = [Question(question, tuple(answers), tuple(dict.fromkeys(index[d] for d in documents)),
-                      tuple(dict.fromkeys(index[d] for d in near))) for question, answers, documents, near in rows]  # fmt: skip
+    items = [
+        Question(
+            question,
+            tuple(answers),
+            tuple(dict.fromkeys(index[d] for d in documents)),
+            tuple(dict.fromkeys(index[d] for d in near)),
+        )
+        for question, answers, documents, near in rows
+    ]
     return Questions(tuple(items), tuple(index))
 
 
@@ -63,7 +74,9 @@ def _records(path: Path) -> Any:
 
 def _squad(document: dict, path) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
     if "data" not in document:
-        raise ValueError(f"{path} is neither a list of records nor SQuAD's {{'data': [...]}}; it has {sorted(document)}")
+        raise ValueError(
+            f"{path} is neither a list of records nor SQuAD's {{'data': [...]}}; it has {sorted(document)}"
+        )
     for article in document["data"]:
         paragraphs = [paragraph["context"] for paragraph in article["paragraphs"]]
         for paragraph in article["paragraphs"]:
@@ -79,7 +92,9 @@ def _rows(records: list[dict], path) -> Iterator[tuple[str, list[str], list[str]
         answers = answers.get("text") if isinstance(answers, dict) else answers
         answers = [answers] if isinstance(answers, str) else answers
         if not isinstance(record.get("question"), str) or not answers or not record.get("context"):
-            raise ValueError(f"{path}, record {number}: it must have question, answers and context, it has {sorted(record)}")
+            raise ValueError(
+                f"{path}, record {number}: it must have question, answers and context, it has {sorted(record)}"
+            )
         yield record["question"], list(dict.fromkeys(answers)), _documents(record["context"]), []
 
 

@@ -57,12 +57,22 @@ def check_context(suites, max_length: int) -> None:
     for name in suites_on(suites):
         longest = SUITES[name].longest(suites[name])
         if longest > max_length:
-            raise ValueError(f"suites.{name} needs {longest} tokens, the model's context is {max_length}: shorten its lengths")
+            raise ValueError(
+                f"suites.{name} needs {longest} tokens, the model's context is {max_length}: shorten its lengths"
+            )
 
 
-def run_suites(lm: LanguageModel, prompter: Prompter, suites, resolve: Callable[[str], Path], *, batch_size: int,
-               interventions: Interventions | None = None, kept: Kept | None = None,
-               only: str | None = None) -> list[Measured]:  # fmt: skip
+def run_suites(
+    lm: LanguageModel,
+    prompter: Prompter,
+    suites,
+    resolve: Callable[[str], Path],
+    *,
+    batch_size: int,
+    interventions: Interventions | None = None,
+    kept: Kept | None = None,
+    only: str | None = None,
+) -> list[Measured]:
     """All suites that are on, or one of them. resolve: turns a file name of the config into a path. Errors as of the
     checks and of each suite."""
     on = [name for name in suites_on(suites) if only in (None, name)]
@@ -77,27 +87,52 @@ def run_suites(lm: LanguageModel, prompter: Prompter, suites, resolve: Callable[
 def _ruler(lm, prompter, section, resolve, shared: dict[str, Any]) -> list[Measured]:
     essay = read_sentences(resolve(section.essay)) if section.essay else None
     questions = {task: read_questions(resolve(section[task])) for task in ("qa_1", "qa_2") if task in section.tasks}
-    return run_ruler(lm, prompter, tasks=section.tasks, lengths=section.lengths, n=section.n, seed=section.seed,
-                     haystack=essay, questions=questions, **shared)  # fmt: skip
+    return run_ruler(
+        lm,
+        prompter,
+        tasks=section.tasks,
+        lengths=section.lengths,
+        n=section.n,
+        seed=section.seed,
+        haystack=essay,
+        questions=questions,
+        **shared,
+    )
 
 
 def _niah(lm, prompter, section, resolve, shared) -> list[Measured]:
     lengths, depths = even_grid(section.shortest, section.longest, section.n_lengths, section.n_depths)
     needles, sentences = read_needles(resolve(section.needles)), read_sentences(resolve(section.haystack))
-    cases = niah_cases(prompter, sentences, needles, lengths, depths, per_cell=section.per_cell,
-                       distractors=section.distractors, seed=section.seed)  # fmt: skip
+    cases = niah_cases(
+        prompter,
+        sentences,
+        needles,
+        lengths,
+        depths,
+        per_cell=section.per_cell,
+        distractors=section.distractors,
+        seed=section.seed,
+    )
     return run_niah(lm, cases, max_new_tokens=section.max_new_tokens, **shared)
 
 
 def _json_kv(lm, prompter, section, resolve, shared) -> list[Measured]:
-    return run_json_kv(lm, prompter, lengths=section.lengths, n=section.n, seed=section.seed,
-                       max_new_tokens=section.max_new_tokens, **shared)  # fmt: skip
+    return run_json_kv(
+        lm,
+        prompter,
+        lengths=section.lengths,
+        n=section.n,
+        seed=section.seed,
+        max_new_tokens=section.max_new_tokens,
+        **shared,
+    )
 
 
 def _rerank(lm, prompter, section, resolve, shared) -> list[Measured]:
     queries = read_queries(resolve(section.file))[: section.n]
-    return run_rerank(lm, prompter, queries, section.length, seed=section.seed, max_new_tokens=section.max_new_tokens,
-                      **shared)  # fmt: skip
+    return run_rerank(
+        lm, prompter, queries, section.length, seed=section.seed, max_new_tokens=section.max_new_tokens, **shared
+    )
 
 
 def _perplexity(lm, prompter, section, resolve, shared) -> list[Measured]:
@@ -145,8 +180,10 @@ def _check_perplexity(section) -> None:
     if section.length < 3:
         raise ValueError(f"suites.perplexity.length is {section.length}; a window has at least 3 tokens")
     if section.stride is not None and not 1 <= section.stride < section.length - 1:
-        raise ValueError(f"suites.perplexity.stride is {section.stride}; with windows of {section.length} tokens it must be in "
-                         f"1..{section.length - 2}, or None")  # fmt: skip
+        raise ValueError(
+            f"suites.perplexity.stride is {section.stride}; with windows of {section.length} tokens it must be in "
+            f"1..{section.length - 2}, or None"
+        )
 
 
 def _check_lengths(suite: str, lengths) -> None:
@@ -166,9 +203,10 @@ def _lengths(section) -> int:
 
 SUITES = {
     "ruler": Suite(_ruler, "tasks", _lengths, _check_ruler, ("essay", "qa_1", "qa_2")),
-    "niah": Suite(_niah, "needles", lambda section: section.longest + section.max_new_tokens, _check_niah,
-                  ("needles", "haystack")),
+    "niah": Suite(
+        _niah, "needles", lambda section: section.longest + section.max_new_tokens, _check_niah, ("needles", "haystack")
+    ),
     "json_kv": Suite(_json_kv, "lengths", _lengths, _check_json_kv),
     "rerank": Suite(_rerank, "file", lambda section: section.length or 0, _check_rerank, ("file",)),
     "perplexity": Suite(_perplexity, "file", lambda section: section.length, _check_perplexity, ("file",)),
-}  # fmt: skip
+}

@@ -47,15 +47,18 @@ def read_queries(path: str | Path) -> list[Query]:
         wrong = [relevance for *_, relevance in rows if type(relevance) is not int or relevance < 0]
         if wrong or not rows or len(query.passages) < len(rows):
             problem = f"relevance {wrong[0]!r}" if wrong else f"{len(rows)} passages with {len(query.passages)} ids"
-            raise ValueError(f"{path}, line {number}: {problem}; ids must differ, relevance is a whole number from 0 on")
+            raise ValueError(
+                f"{path}, line {number}: {problem}; ids must differ, relevance is a whole number from 0 on"
+            )
         queries.append(query)
     if not queries:
         raise ValueError(f"{path} holds no queries")
     return queries
 
 
-def rerank_samples(prompter: Prompter, queries: Sequence[Query], length: int | None = None, *, seed: int = 0,
-                   max_new_tokens: int = 200) -> list[Sample]:  # fmt: skip
+def rerank_samples(
+    prompter: Prompter, queries: Sequence[Query], length: int | None = None, *, seed: int = 0, max_new_tokens: int = 200
+) -> list[Sample]:
     """A sample for each query, its passages in random order; references are the ids shown.
 
     length: the most tokens, new ones included; of more passages the last in the file are left out. None: all. Raises
@@ -99,21 +102,35 @@ def ndcg(order: Sequence[str], relevance: Mapping[str, int]) -> float:
     return evaluator.evaluate({"query": run})["query"][METRIC.replace(".", "_")]
 
 
-def run_rerank(lm: LanguageModel, prompter: Prompter, queries: Sequence[Query], length: int | None = None, *, seed: int = 0,
-               max_new_tokens: int = 200, batch_size: int = 1,
-               interventions: Interventions | None = None, kept: Kept | None = None) -> list[Measured]:  # fmt: skip
+def run_rerank(
+    lm: LanguageModel,
+    prompter: Prompter,
+    queries: Sequence[Query],
+    length: int | None = None,
+    *,
+    seed: int = 0,
+    max_new_tokens: int = 200,
+    batch_size: int = 1,
+    interventions: Interventions | None = None,
+    kept: Kept | None = None,
+) -> list[Measured]:
     """NDCG@10 of the order in each greedy answer. Queries of whose shown passages none is relevant are counted as
     missing. Errors as `rerank_samples` and `ndcg`, and ValueError where a prompt exceeds the model's context."""
     ndcg(["a"], {"a": 1})  # before anything is generated
     samples = rerank_samples(prompter, queries, length, seed=seed, max_new_tokens=max_new_tokens)
     check_lengths(lm, [len(sample.tokens) + max_new_tokens for sample in samples], "rerank")
-    labels = [{name: query.passages[name][1] for name in sample.references}
-              for query, sample in zip(queries, samples, strict=True)]  # fmt: skip
+    labels = [
+        {name: query.passages[name][1] for name in sample.references}
+        for query, sample in zip(queries, samples, strict=True)
+    ]
     shown = [i for i, label in enumerate(labels) if any(label.values())]
     if not shown:
-        raise ValueError("no query has a relevant passage among those shown: give labels, or a longer suites.rerank.length")
-    said = answer(lm, [samples[i] for i in shown], batch_size=batch_size, interventions=interventions, kept=kept,
-                  what="rerank")  # fmt: skip
+        raise ValueError(
+            "no query has a relevant passage among those shown: give labels, or a longer suites.rerank.length"
+        )
+    said = answer(
+        lm, [samples[i] for i in shown], batch_size=batch_size, interventions=interventions, kept=kept, what="rerank"
+    )
     values = [ndcg(parse_order(text, samples[i].references), labels[i]) for text, i in zip(said, shown, strict=True)]
     missing = {"no relevant passage": len(queries) - len(shown)} if len(shown) < len(queries) else {}
     ids = tuple(samples[i].id for i in shown)
@@ -131,6 +148,6 @@ def _draft(rng: np.random.Generator, query: Query, name: str) -> Draft:
             "Order the passages below by how well each of them answers the query, the best first.\n\n"
             f"{passages}\n\nQuery: {query.query}\n\nWrite nothing but the IDs, from the most to the least relevant passage, "
             "such as: ID2 > ID3 > ID1"
-        )  # fmt: skip
+        )
 
     return Draft(name, text, (), len(names), least=1, prefix="Order:")

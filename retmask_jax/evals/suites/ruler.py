@@ -44,8 +44,17 @@ class Task:
     needs: str | None = None
 
 
-def ruler_samples(task: str, prompter: Prompter, length: int, n: int, seed: int = 0, *, haystack: Sequence[str] | None = None,
-                  qa: Questions | None = None, first: int = 0) -> list[Sample]:  # fmt: skip
+def ruler_samples(
+    task: str,
+    prompter: Prompter,
+    length: int,
+    n: int,
+    seed: int = 0,
+    *,
+    haystack: Sequence[str] | None = None,
+    qa: Questions | None = None,
+    first: int = 0,
+) -> list[Sample]:
     """Samples first..first + n - 1 of a task, each within one unit of haystack below `length` tokens, new ones included.
 
     haystack: sentences of an essay, which starts anew where it ends. qa: questions of qa_1 or qa_2. Raises ValueError
@@ -67,10 +76,20 @@ def score(task: str, answer: str, references: Sequence[str]) -> float:
     return float(any(found)) if _task(task).any_reference else sum(found) / len(found)
 
 
-def run_ruler(lm: LanguageModel, prompter: Prompter, *, tasks: Sequence[str], lengths: Sequence[int], n: int = 500,
-              seed: int = 0, haystack: Sequence[str] | None = None, questions: dict[str, Questions] | None = None,
-              batch_size: int = 1, interventions: Interventions | None = None,
-              kept: Kept | None = None) -> list[Measured]:  # fmt: skip
+def run_ruler(
+    lm: LanguageModel,
+    prompter: Prompter,
+    *,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    n: int = 500,
+    seed: int = 0,
+    haystack: Sequence[str] | None = None,
+    questions: dict[str, Questions] | None = None,
+    batch_size: int = 1,
+    interventions: Interventions | None = None,
+    kept: Kept | None = None,
+) -> list[Measured]:
     """String match of greedy answers, a Measured for each task and length.
 
     questions: of qa_1 and qa_2. interventions: shared by all samples. kept: of this
@@ -84,9 +103,20 @@ def run_ruler(lm: LanguageModel, prompter: Prompter, *, tasks: Sequence[str], le
             samples = ruler_samples(task, prompter, length, n, seed, haystack=haystack, qa=(questions or {}).get(task))
             binary = _task(task).any_reference or len(samples[0].references) == 1
             measured.append(
-                measure(lm, samples, functools.partial(score, task), suite="ruler", task=task, metric="string match",
-                        binary=binary, length=length, batch_size=batch_size, interventions=interventions, kept=kept)
-            )  # fmt: skip
+                measure(
+                    lm,
+                    samples,
+                    functools.partial(score, task),
+                    suite="ruler",
+                    task=task,
+                    metric="string match",
+                    binary=binary,
+                    length=length,
+                    batch_size=batch_size,
+                    interventions=interventions,
+                    kept=kept,
+                )
+            )
     return measured
 
 
@@ -141,7 +171,9 @@ class _Niah:
             return lambda n: [material.essay[i % len(material.essay)] for i in range(n)]
         most = max(1, material.length // 8)  # such a needle has more tokens
         others = [name for name in _distinct(rng, self.key, most) if name not in names]
-        needles = [_needle(self.value, *pair) for pair in zip(others, _distinct(rng, self.value, len(others)), strict=True)]
+        needles = [
+            _needle(self.value, *pair) for pair in zip(others, _distinct(rng, self.value, len(others)), strict=True)
+        ]
         return lambda n: needles[:n]
 
 
@@ -171,16 +203,23 @@ def _variable_tracking(rng: np.random.Generator, number: int, material: Material
     def question(units: int, i: int, places_N: np.ndarray) -> str:
         lines = planted([NOISE] * units, chains[i], places_N)
         return (
-            "The text below hides assignments of variables. Remember them and follow them.\n\n" + "\n".join(lines)
+            "The text below hides assignments of variables. Remember them and follow them.\n\n"
+            + "\n".join(lines)
             + f"\nQuestion: Which variables have the value {values[i]} by the text above? Name all of them."
-        )  # fmt: skip
+        )
 
     def prefix(i: int) -> str:
         return f"Answer: Following the assignments in the text above, {hops + 1} variables have the value {values[i]}, namely:"
 
     example = f"{question(4, 1, shown)} {prefix(1)} {' '.join(names[1])}\n\n"
-    return Draft("", lambda n: example + question(n, 0, asked), tuple(names[0]), material.length,
-                 prefix=prefix(0), needles=tuple(chains[0]))  # fmt: skip
+    return Draft(
+        "",
+        lambda n: example + question(n, 0, asked),
+        tuple(names[0]),
+        material.length,
+        prefix=prefix(0),
+        needles=tuple(chains[0]),
+    )
 
 
 def _variables(rng: np.random.Generator, n: int, letters: int) -> list[str]:
@@ -209,8 +248,9 @@ def _common_words(rng: np.random.Generator, number: int, material: Material, n_c
     def question(words, often: int, rare: int, keys) -> str:
         return (
             "A numbered list of words follows. Some of them occur more often than the others: remember those.\n"
-            + _numbered(words, often, rare, keys) + f"\nQuestion: Which {n_common} words are the most common in the list above?"
-        )  # fmt: skip
+            + _numbered(words, often, rare, keys)
+            + f"\nQuestion: Which {n_common} words are the most common in the list above?"
+        )
 
     prefix = f"Answer: The {n_common} words that occur most often in the list are:"
     example = question(example_words, shown_often, shown_rare, example_keys)
@@ -243,7 +283,7 @@ def _frequent_words(rng: np.random.Generator, number: int, material: Material, a
             "Read the coded text below and count how often each coded word occurs, to find the three most frequent ones. "
             f"{context}\nQuestion: Which three coded words occur most often in the text above? Leave the dots '...' out "
             "and explain nothing."
-        )  # fmt: skip
+        )
 
     prefix = "Answer: By the coded text above, the three words that occur most often are:"
     return Draft("", text, tuple(map(str, words[1:4])), len(ranks), least, prefix)
@@ -286,7 +326,10 @@ def _questions(rng: np.random.Generator, number: int, material: Material) -> Dra
     return Draft("", text, asked.answers, len(order) - len(own), prefix="Answer:", needles=needles)
 
 
-_SOURCE = {"essay": "a text: set suites.ruler.essay to a file", "questions": "a file of questions: set suites.ruler.qa_1, qa_2"}
+_SOURCE = {
+    "essay": "a text: set suites.ruler.essay to a file",
+    "questions": "a file of questions: set suites.ruler.qa_1, qa_2",
+}
 
 TASKS = {
     "niah_single_1": Task(_Niah("noise"), 128),

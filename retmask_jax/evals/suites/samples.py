@@ -50,8 +50,9 @@ class Sample:
     units: int = 0
 
 
-def fill(prompter: Prompter, drafts: Sequence[Draft], length: int, max_new_tokens: int, what: str, *,
-         whole: bool = False) -> list[Sample]:  # fmt: skip
+def fill(
+    prompter: Prompter, drafts: Sequence[Draft], length: int, max_new_tokens: int, what: str, *, whole: bool = False
+) -> list[Sample]:
     """Each draft with as many units of haystack as leave room for max_new_tokens in `length` tokens, all that the model
     sees counted.
 
@@ -62,8 +63,10 @@ def fill(prompter: Prompter, drafts: Sequence[Draft], length: int, max_new_token
     for draft in track(drafts, len(drafts), f"{what}: prompts of {length} tokens", "prompt"):
         units = guess = _units(prompter, draft, length, max_new_tokens, what, draft.most if whole else guess)
         if units == draft.most and not whole:
-            raise ValueError(f"{what}: all {units} units of haystack do not fill {length} tokens: give a longer text or "
-                             "shorter lengths")  # fmt: skip
+            raise ValueError(
+                f"{what}: all {units} units of haystack do not fill {length} tokens: give a longer text or "
+                "shorter lengths"
+            )
         samples.append(_sample(prompter, draft, units, max_new_tokens))
     return samples
 
@@ -90,18 +93,42 @@ def most_units(size: Callable[[int], int], room: int, least: int, most: int, gue
     return low
 
 
-def answer(lm: LanguageModel, samples: Sequence[Sample], *, batch_size: int, interventions: Interventions | None = None,
-           kept: Kept | None = None, what: str = "answer") -> list[str]:  # fmt: skip
+def answer(
+    lm: LanguageModel,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    interventions: Interventions | None = None,
+    kept: Kept | None = None,
+    what: str = "answer",
+) -> list[str]:
     """Greedy answers, without their prefix. Raises ValueError for samples of different max_new_tokens."""
     limits = {sample.max_new_tokens for sample in samples}
     if len(limits) != 1:
         raise ValueError(f"{what}: samples allow {sorted(limits)} new tokens; answer those of one limit at a time")
-    return scoring.answers(lm, [sample.tokens for sample in samples], interventions, batch_size=batch_size,
-                           max_new_tokens=limits.pop(), kept=kept, what=what)  # fmt: skip
+    return scoring.answers(
+        lm,
+        [sample.tokens for sample in samples],
+        interventions,
+        batch_size=batch_size,
+        max_new_tokens=limits.pop(),
+        kept=kept,
+        what=what,
+    )
 
 
-def measure(lm: LanguageModel, samples: Sequence[Sample], score: Callable[[str, tuple[str, ...]], float], *, suite: str,
-            task: str, metric: str, binary: bool, length: int, **options) -> Measured:  # fmt: skip
+def measure(
+    lm: LanguageModel,
+    samples: Sequence[Sample],
+    score: Callable[[str, tuple[str, ...]], float],
+    *,
+    suite: str,
+    task: str,
+    metric: str,
+    binary: bool,
+    length: int,
+    **options,
+) -> Measured:
     """score(answer, references) of each sample's answer; options of `answer`, further arguments as in `Measured`."""
     answers = answer(lm, samples, what=f"{suite} {task} {length}", **options)
     values = [score(said, sample.references) for said, sample in zip(answers, samples, strict=True)]
@@ -113,7 +140,9 @@ def check_lengths(lm: LanguageModel, lengths: Sequence[int], what: str) -> None:
     """Raise ValueError where a length exceeds the model's context."""
     longest = max(lengths, default=0)
     if longest > lm.config.max_length:
-        raise ValueError(f"{what} needs {longest} tokens, the model's context is {lm.config.max_length}: shorten its lengths")
+        raise ValueError(
+            f"{what} needs {longest} tokens, the model's context is {lm.config.max_length}: shorten its lengths"
+        )
 
 
 def places(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -143,8 +172,10 @@ def _units(prompter: Prompter, draft: Draft, length: int, max_new_tokens: int, w
 
     least = tokens(draft.least)
     if least > room:
-        raise ValueError(f"{what}: {length} tokens, {max_new_tokens} of them new, have no room for the {least} that a prompt "
-                         "has without haystack: take longer lengths")  # fmt: skip
+        raise ValueError(
+            f"{what}: {length} tokens, {max_new_tokens} of them new, have no room for the {least} that a prompt "
+            "has without haystack: take longer lengths"
+        )
     return most_units(tokens, room, draft.least, draft.most, guess)
 
 
@@ -168,6 +199,8 @@ def _span(text: str, offsets_T2: np.ndarray, needle: str) -> tuple[int, int]:
     """Token span of a needle; ValueError where a template has changed its text."""
     first = text.find(needle)
     if first < 0:
-        raise ValueError(f"the chat template changes the text {needle[:60]!r}: use another, or set the config key chat to False")
+        raise ValueError(
+            f"the chat template changes the text {needle[:60]!r}: use another, or set the config key chat to False"
+        )
     inside = np.flatnonzero((offsets_T2[:, 0] < first + len(needle)) & (offsets_T2[:, 1] > first))
     return int(inside[0]), int(inside[-1]) + 1

@@ -178,7 +178,9 @@ class _Tiles:
         """The range [begin, end) of key blocks that hold a key some query of block c sees."""
         first = self.first_query + c * self.query_block - self.first_key  # as an index of keys
         end = jnp.clip((first + self.query_block - 1) // self.key_block + 1, 0, self.n_key_blocks)
-        begin = -self.first_key if self.rule.window is None else jnp.maximum(-self.first_key, first - self.rule.window + 1)
+        begin = (
+            -self.first_key if self.rule.window is None else jnp.maximum(-self.first_key, first - self.rule.window + 1)
+        )
         return jnp.clip(begin // self.key_block, 0, end), end
 
     def scores(self, q_ND, k_DS, c, s):
@@ -186,7 +188,9 @@ class _Tiles:
         query_T = self.first_query + c * self.query_block + jnp.arange(self.query_block)
         index_S = s * self.key_block + jnp.arange(self.key_block)
         seen_NS = self.rule.seen(jnp.tile(query_T, self.groups)[:, None], self.first_key + index_S)
-        return jnp.where(seen_NS & (index_S < self.n_keys), self.rule.of(dot(q_ND, self.block(k_DS, s, 1), (1, 0))), HIDDEN)
+        return jnp.where(
+            seen_NS & (index_S < self.n_keys), self.rule.of(dot(q_ND, self.block(k_DS, s, 1), (1, 0))), HIDDEN
+        )
 
 
 def even_size(length: int, most: int, aligned: int = _ALIGNED) -> int:
@@ -202,5 +206,6 @@ def _padded(x, axis: int, multiple_of: int):
 
 def dot(a, b, axes: tuple[int, int]):
     """f32: a and b contracted over one axis each."""
-    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision(a.dtype),
-                               preferred_element_type=jnp.float32)  # fmt: skip
+    return jax.lax.dot_general(
+        a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision(a.dtype), preferred_element_type=jnp.float32
+    )

@@ -50,8 +50,9 @@ def alone(q_BTHD, k_BTKD, v_BTKD, scores: Scores):
     length = q_BTHD.shape[1]
     # JAX refuses the gradient of an odd length; no query sees what stands behind it.
     qkv = (jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (q_BTHD, k_BTKD, v_BTKD))
-    return jax.nn.dot_product_attention(*qkv, scale=scores.scale, is_causal=True, local_window_size=window,
-                                        implementation="cudnn")[:, :length]  # fmt: skip
+    return jax.nn.dot_product_attention(
+        *qkv, scale=scores.scale, is_causal=True, local_window_size=window, implementation="cudnn"
+    )[:, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -111,9 +112,16 @@ def fused(q_BTHD, k_BSKD, v_BSKD, scale: float, *, causal: bool = False, window:
     masks = (MaskType.NO_MASK, MaskType.CAUSAL) if seen_B is None else (MaskType.PADDING, MaskType.PADDING_CAUSAL)
     queries_B = None if seen_B is None else jnp.full(len(q_BTHD), q_BTHD.shape[1], jnp.int32)
     out_BTHD, normaliser_BHT = dot_product_attention(
-        q_BTHD, k_BSKD, v_BSKD, q_seqlen=queries_B, kv_seqlen=seen_B, scale=scale, mask_type=masks[causal],
-        sliding_window_length=window, return_residual=True,
-    )  # fmt: skip
+        q_BTHD,
+        k_BSKD,
+        v_BSKD,
+        q_seqlen=queries_B,
+        kv_seqlen=seen_B,
+        scale=scale,
+        mask_type=masks[causal],
+        sliding_window_length=window,
+        return_residual=True,
+    )
     return out_BTHD, normaliser_BHT.swapaxes(1, 2)
 
 

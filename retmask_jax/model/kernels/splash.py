@@ -59,9 +59,12 @@ def _attend(q_BHTD, k_BKSD, v_BKSD, *, scores, interpret):
     block, padded = _blocks(length, shares.queries)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([_Band(padded, scores.window)] * (q_BHTD.shape[1] // shares.heads)),
-        block_sizes=_block_sizes(block), head_shards=1, q_seq_shards=shares.queries,
-        attn_logits_soft_cap=scores.cap, interpret=interpret,
-    )  # fmt: skip
+        block_sizes=_block_sizes(block),
+        head_shards=1,
+        q_seq_shards=shares.queries,
+        attn_logits_soft_cap=scores.cap,
+        interpret=interpret,
+    )
     pads = ((0, 0), (0, 0), (0, padded - length), (0, 0))
     return shares.run(kernel, *(jnp.pad(x, pads) for x in (q_BHTD, k_BKSD, v_BKSD)))[:, :, :length]
 
@@ -145,9 +148,12 @@ class _Shares:
         of_keys = PartitionSpec(self.row_axes or None, self.head_axes or None)
         of_queries = PartitionSpec(*of_keys, self.query_axes or None)
         mapped = jax.shard_map(
-            lambda kernel, *qkv: jax.vmap(kernel)(*qkv), in_specs=(of_kernel, of_queries, of_keys, of_keys),
-            out_specs=of_queries, axis_names=set(self.free), check_vma=False,
-        )  # fmt: skip
+            lambda kernel, *qkv: jax.vmap(kernel)(*qkv),
+            in_specs=(of_kernel, of_queries, of_keys, of_keys),
+            out_specs=of_queries,
+            axis_names=set(self.free),
+            check_vma=False,
+        )
         return mapped(kernel, q_BHTD, k_BKSD, v_BKSD)
 
 

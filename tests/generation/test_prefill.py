@@ -1,0 +1,194 @@
+"""Prefill in chunks equals a pass over whole rows, windows in rings included; prompts that share beginnings."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retmask_jax.generation.decode import generate_many
+from retmask_jax.generation.prefill import common_prefix, prefill, share_prefixes, slots_for
+from retmask_jax.heads.reading import read_answers
+from retmask_jax.model.attention import Probe
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.inference import hidden_rows
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.kv_cache import empty_cache
+from retmask_jax.model.transformer import hidden
+
+CHUNK = 8
+
+
+@pytest.fixture(scope="module")
+def windowed(random_model):
+    """Sliding and full layers in turn, with a window that is no multiple of a chunk."""
+    return random_model(
+        ModelConfig(
+            vocab_size=41,
+            hidden_size=16,
+            mlp_size=20,
+            n_layers=4,
+            n_heads=4,
+            n_kv_heads=2,
+            head_dim=4,
+            max_length=200,
+            layer_pattern=("sliding", "full"),
+            window=11,
+        )
+    )
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_chunks_and_rings_equal_one_pass(windowed, close, start):
+    """Rows of different lengths, some of which end chunks before others; states, probes and the next step agree."""
+    config, params = windowed.config, windowed.params
+    rng = np.random.default_rng(start)
+    tokens_BT = rng.integers(0, 41, (4, 45)).astype(np.int32)
+    end_B = np.array([45, 9, 30, 17])
+    rows_BP = np.array([[44, 7], [8, 5], [29, 12], [16, 15]]) - start
+    iv = Interventions().fill(config)
+    full = jax.jit(lambda params: hidden(config, params, tokens_BT, iv, probe=Probe(rows_BP + start)))(params)
+
+    @jax.jit
+    def chunked(params, head_BT, tail_BT):
+        cache = empty_cache(config, 4, start + slots_for(tail_BT.shape[1], CHUNK) + 1, jnp.float32)
+        if start:
+            ends_B = jnp.full(4, start)
+            cache = prefill(config, params, head_BT, ends_B, iv, cache, jnp.zeros((4, 1), int), chunk=CHUNK).cache
+        first_B = jnp.full(4, start) if start else None
+        out = prefill(
+            config,
+            params,
+            tail_BT,
+            jnp.asarray(end_B),
+            iv,
+            cache,
+            jnp.asarray(rows_BP),
+            start_B=first_B,
+            probe=Probe(jnp.asarray(rows_BP)),
+            chunk=CHUNK,
+        )
+        more = hidden(
+            config,
+            params,
+            tokens_BT[:, :1],
+            iv,
+            cache=out.cache,
+            start_B=jnp.asarray(end_B),
+            end_B=jnp.asarray(end_B) + 1,
+        )
+        return out, more.x_BTE[:, 0]
+
+    out, next_BE = chunked(params, tokens_BT[:, :start], tokens_BT[:, start:])
+    assert out.cache["blocks"]["0"].slots == config.window and out.cache["blocks"]["1"].slots > 45
+    close(out.x_BPE, np.take_along_axis(np.asarray(full.x_BTE), (rows_BP + start)[..., None], axis=1), 1e-5)
+    np.testing.assert_array_equal(out.probed.keys, full.probed.keys)
+    rows = jax.jit(lambda params: hidden_rows(config, params, tokens_BT, iv, jnp.asarray(rows_BP + start)))(params)
+    close(out.rms_BP, rows.rms_BT, 1e-5)
+    longer_BT = np.pad(tokens_BT, ((0, 0), (0, 1)))
+    np.put_along_axis(longer_BT, end_B[:, None], tokens_BT[:, :1], axis=1)
+    longer = jax.jit(lambda params: hidden(config, params, longer_BT, iv).x_BTE)(params)
+    close(next_BE, longer[np.arange(4), end_B], 1e-5)
+
+
+@pytest.mark.parametrize("grouping", ["repeats", "repeats and a tail"])
+def test_rows_of_the_last_layer_equal_those_of_a_whole_pass(five_layers, grouping, close):
+    lm = five_layers[grouping != "repeats"]
+    rng = np.random.default_rng(3)
+    tokens_BT = rng.integers(0, 31, (3, 20)).astype(np.int32)
+    rows_BP = jnp.asarray([[19, 4, 0], [7, 8, 9], [2, 2, 18]])
+    iv = Interventions(head_mask=rng.random((3, 5, 4)) < 0.3)
+    probe = Probe(rows_BP, spans_BN2=jnp.asarray([[[0, 4], [2, 9]]] * 3), top=2)
+    full = jax.jit(lambda params: hidden(lm.config, params, tokens_BT, iv, probe=probe))(lm.params)
+    rows = jax.jit(lambda params: hidden_rows(lm.config, params, tokens_BT, iv, rows_BP, probe=probe))(lm.params)
+    close(rows.x_BTE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)
+    np.testing.assert_array_equal(rows.probed.keys, full.probed.keys)
+    close(rows.probed.mass, full.probed.mass, 1e-5)
+
+
+def test_a_model_of_one_group_has_nothing_before_it(windowed, close):
+    """Two layers that are the whole pattern, as early checkpoints of a model that grows."""
+    config = dataclasses.replace(windowed.config, n_layers=2)
+    params = windowed.params | {"blocks": jax.tree.map(lambda leaf: leaf[:1], windowed.params["blocks"])}
+    tokens_BT, rows_BP = np.arange(24, dtype=np.int32).reshape(2, 12), jnp.array([[11, 3], [7, 8]])
+    iv = Interventions().fill(config)
+    full = hidden(config, params, tokens_BT, iv, probe=Probe(rows_BP))
+    rows = jax.jit(lambda params: hidden_rows(config, params, tokens_BT, iv, rows_BP, probe=Probe(rows_BP)))(params)
+    close(rows.x_BTE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)
+    np.testing.assert_array_equal(rows.probed.keys, full.probed.keys)
+
+
+def test_generation_over_several_chunks_equals_decoding_without_a_cache(windowed):
+    """A prompt longer than a chunk, shortened for the test by the function's own argument: every token's best next."""
+    lm = windowed
+    prompt = np.random.default_rng(2).integers(0, 41, 150).tolist()
+    (out,) = generate_many(lm.config, lm.params, [prompt], batch_size=1, max_new_tokens=6, stop_ids=(), probe=True)
+    logits = lm.logits(np.array([prompt + out.tokens[:-1].tolist()]))[0, len(prompt) - 1 :]
+    np.testing.assert_array_equal(np.argmax(logits, axis=-1), out.tokens)
+
+
+# --- shared beginnings ---
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 300), st.integers(0, 300)), min_size=1, max_size=12))
+def test_sharing_covers_every_prompt_once_and_never_costs_more(cases):
+    """Prompts from three texts, each cut somewhere and continued by tokens of its own."""
+    texts = [[100 + t] * 300 for t in range(3)]
+    prompts = [(*texts[t][:kept], *[i] * own, 7) for i, (t, kept, own) in enumerate(cases)]
+    groups = share_prefixes(prompts)
+    assert sorted(i for group in groups for i in group.members) == list(range(len(prompts)))
+    cost = 0
+    for group in groups:
+        cost += len(group.prefix)
+        for i, start in zip(group.members, group.starts, strict=True):
+            assert prompts[i][:start] == group.prefix[:start] and start < len(prompts[i])
+            cost += len(prompts[i]) - start
+    assert cost <= sum(map(len, prompts))
+
+
+def test_variants_of_one_haystack_are_read_once():
+    hay = list(range(1000, 1400))
+    prompts = [(*hay[:depth], 1, 2, 3, *hay[depth:], 9) for depth in (80, 100, 200, 300, 400)]
+    (group,) = share_prefixes(prompts)
+    starts = dict(zip(group.members, group.starts, strict=True))
+    assert group.prefix in (prompts[3][:-1], prompts[4][:-1])  # which share equally much
+    assert [starts[i] for i in range(3)] == [80, 100, 200] and 300 in (starts[3], starts[4])
+
+
+@pytest.mark.parametrize("a, b, n", [((1, 2), (1, 2, 3), 2), ((), (1,), 0), ((5, 1), (5, 2), 1), ((4,), (5,), 0)])
+def test_common_prefix(a, b, n):
+    assert common_prefix(a, b) == n
+
+
+def test_reading_answers_equals_decoding_them(windowed):
+    """Prompts with and without a shared beginning, answers of different lengths, sliding layers."""
+    lm = windowed
+    rng = np.random.default_rng(4)
+    hay = rng.integers(0, 41, 90).tolist()
+    prompts = [[*hay[:n], *rng.integers(0, 41, 10).tolist()] for n in (80, 90, 70, 88)]
+    prompts += [rng.integers(0, 41, n).tolist() for n in (70, 99)]
+    decoded = generate_many(lm.config, lm.params, prompts, batch_size=4, max_new_tokens=7, stop_ids=(), probe=True)
+    answers = [result.tokens[: 3 + i].tolist() for i, result in enumerate(decoded)]
+    assert share_prefixes(prompts)[0].prefix
+    for read, result, answer in zip(read_answers(lm, prompts, answers, batch_size=3), decoded, answers, strict=True):
+        np.testing.assert_array_equal(read.predicted, answer)
+        np.testing.assert_array_equal(read.argmax, result.argmax[: len(answer)])
+
+
+def test_other_answers_are_read_as_given(windowed):
+    """Where the model would say something else, its own choice shows."""
+    lm = windowed
+    prompt, answer = [3, 1, 4, 1, 5], [9, 2, 6]
+    (read,) = read_answers(lm, [prompt], [answer])
+    logits = lm.logits(np.array([[*prompt, *answer[:-1]]]))[0, len(prompt) - 1 :]
+    np.testing.assert_array_equal(read.predicted, np.argmax(logits, axis=-1))
+
+
+@pytest.mark.parametrize("prompts, answers", [([[1]], []), ([[]], [[1]]), ([[1]], [[]])])
+def test_prompts_and_answers_must_match(windowed, prompts, answers):
+    with pytest.raises(ValueError, match="need as many answers"):
+        read_answers(windowed, prompts, answers)

@@ -1,0 +1,241 @@
+"""Results of every stage, made up: what pages and panels are tried on."""
+
+import html.parser
+
+import numpy as np
+
+UP, DOWN, ACROSS = (0.1, 0.05, 0.15), (-0.1, -0.15, -0.05), (0.02, -0.03, 0.07)
+
+
+KINDS = {"none": 1, "retrieval": 1, "any layer": 3, "layer-matched": 3, "activity-matched": 3}
+
+
+ALL_ARMS = ("retmask", "any_layer", "layer_matched", "activity_matched", "no_fact", "sft_filtered", "sft_unfiltered")
+
+
+def number(value, low=None, high=None, n=40):
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
+def around(value, n=40):
+    return number(value, value - 0.041, value + 0.043, n)
+
+
+def detect_result(shape, counted, threshold):
+    mean_LH = np.random.default_rng(0).beta(0.1, 2, shape)
+    mean_LH[1, :3] = 0.9, 0.8, 0.7
+    heads = [[1, 0], [1, 1], [1, 2]]
+    cases = sorted({max(1, counted // 2), counted})
+    return {
+        "heads": heads,
+        "scores": [0.9, 0.8, 0.7],
+        "mean": mean_LH.tolist(),
+        "threshold": threshold,
+        "outcomes": {"counted": counted, "wrong answer, cut at the token limit": 3, "empty answer": 1},
+        "profile": {"n_heads": 3, "gini": 0.871, "layer_com": None},
+        "stability": [{"cases": n, "heads": 3, "jaccard": 1.0 if n == counted else 0.75} for n in cases],
+        "numbers": {
+            "detect/cases counted": around(0.9123),
+            "detect/heads": number(3.0, n=counted),
+            "detect/gini": number(0.871, n=counted),
+        },
+    }
+
+
+def knockout_result(shape, tasks, idle):
+    rows, numbers = [], {}
+    for task in tasks:
+        for kind, draws in KINDS.items():
+            value = 0.2 if kind == "retrieval" else 0.9
+            for draw in range(draws):
+                test = {"b": 3, "c": 1, "n_discordant": 4, "p_value": 0.5**draw}
+                rows.append(
+                    {
+                        "task": task,
+                        "kind": kind,
+                        "draw": draw,
+                        "mcnemar": test,
+                        **around(value - 0.02 * draw),
+                        "change": around(value - 0.9),
+                        "experiment": "zero",
+                        "q": 0.5 ** (draw + 1),
+                    }
+                )
+            numbers[f"knockout/{task}/{kind}"] = around(value - 0.01)
+    for i, kind in enumerate(KINDS):
+        numbers[f"knockout/text loss/{kind}"] = around(2.1 + 0.1 * i)
+    activity = np.random.default_rng(1).exponential(size=shape)
+    activity[0, 0] = 0.0
+    return {
+        "rows": rows,
+        "activity": activity.tolist(),
+        "idle": idle,
+        "idle_below": 0.1,
+        "text_loss": [
+            {"kind": kind, "draw": d, "experiment": "zero", **around(2.1)}
+            for kind, draws in KINDS.items()
+            for d in range(draws)
+        ],
+        "curve": [],
+        "minimal": None,
+        "numbers": numbers | {"knockout/idle heads": number(float(idle))},
+    }
+
+
+def rope_result(tasks, gap):
+    kinds = {"lowest": 1, "highest": 1, "control heads, lowest": 1, "random": 2}
+    rows, numbers = [], {}
+    for task in tasks:
+        rows.append(
+            {
+                "task": task,
+                "kind": "none",
+                "experiment": "",
+                "draw": 0,
+                "k": 0,
+                "pairs": [],
+                "site": "rotary",
+                **around(0.9),
+            }
+        )
+        for k in (1, 2, 4):
+            for kind, draws in kinds.items():
+                pairs = list(range(8 - k, 8) if "lowest" in kind else range(k))
+                numbers[f"rope/{task}/{kind} {k} pairs"] = around(0.9 - 0.1 * k)
+                rows += [
+                    {
+                        "task": task,
+                        "kind": kind,
+                        "experiment": "dose",
+                        "draw": draw,
+                        "k": k,
+                        "pairs": pairs,
+                        "site": "rotary",
+                        **around(0.8),
+                    }
+                    for draw in range(draws)
+                ]
+        numbers |= {f"rope/{task}/none": around(0.9), f"rope/{task}/highest minus lowest quarter": number(*gap)}
+    return {
+        "rows": rows,
+        "pairs": [1, 2, 4],
+        "n_pairs": 8,
+        "wavelengths": [10.0**i for i in range(8)],
+        "context": 512,
+        "patch_pairs": 1,
+        "costs": [],
+        "numbers": numbers,
+    }
+
+
+def train_results(arms, seeds, n_steps):
+    counts, runs = {}, {}
+    for arm in arms:
+        for seed in seeds:
+            loss = np.linspace(0.7, 0.3, n_steps) + np.random.default_rng(seed).normal(0, 0.01, n_steps)
+            rewards = {} if arm.startswith("sft") else {"margin": 0.1, "accuracy": 0.75}
+            steps = [{"step": i + 1, "loss": float(loss[i]), "learning_rate": 1e-5, **rewards} for i in range(n_steps)]
+            counts[f"{arm}-{seed}"] = {"kept": 30, "empty": 4, "identical": 6}
+            if arm == "sft_unfiltered":
+                counts[f"{arm}-{seed}"] = {"kept": 38, "empty": 2}
+            runs[f"{arm}-{seed}"] = {
+                "arm": arm,
+                "seed": seed,
+                "examples": 30,
+                "answers_cut": 2,
+                "prompts_cut": 0,
+                "steps": steps,
+            }
+    return (
+        {
+            "counts": counts,
+            "prompts": 40,
+            "left_out": {"redacted": 3, "too long": 0},
+            "answers_cut": {"normal-0": 7},
+            "numbers": {f"pairs/{name}/kept": around(0.75) for name in counts},
+        },
+        {"runs": runs, "numbers": {f"train/{name}/final loss": number(0.31) for name in runs}},
+    )
+
+
+def eval_result(arms, seeds, changes):
+    """changes: task -> (value, low, high) of every arm's change against start."""
+    models = [("start", "start", 0), *((f"{arm}-{seed}", arm, seed) for arm in arms for seed in seeds)]
+    numbers, rows = {}, []
+    for task, change in changes.items():
+        numbers[f"eval/{task}/start"] = around(0.5)
+        for arm in arms:
+            numbers[f"eval/{task}/{arm}"] = around(0.5 + change[0])
+            numbers[f"eval/{task}/{arm} minus start"] = number(*change)
+        rows += [
+            {"model": model, "arm": arm, "seed": seed, "task": task, **around(0.5), "change": number(*change)}
+            for model, arm, seed in models
+        ]
+    grids = [
+        {
+            "model": model,
+            "arm": arm,
+            "seed": seed,
+            "task": "niah",
+            "length": length,
+            "depth": depth,
+            **number(0.2 if seed else 0.7, 0, 1, 8),
+        }
+        for model, arm, seed in models
+        for length in (128, 256)
+        for depth in (0.0, 0.5, 1.0)
+    ]
+    return {"rows": rows, "grids": grids, "numbers": numbers, "metrics": {}, "series": {}, "missing": {}, "helmet": {}}
+
+
+def make_results(
+    shape=(4, 8),
+    tasks=("needle", "facts: from memory"),
+    arms=("retmask",),
+    seeds=(0,),
+    counted=20,
+    threshold=0.1,
+    idle=3,
+    gap=UP,
+    n_steps=12,
+    changes=None,
+):
+    pairs, train = train_results(arms, seeds, n_steps)
+    return {
+        "detect": detect_result(shape, counted, threshold),
+        "knockout": knockout_result(shape, tasks, idle),
+        "rope": rope_result(tasks[:1], gap),
+        "pairs": pairs,
+        "train": train,
+        "eval": eval_result(arms, seeds, changes or {"needle": UP, "facts: from memory": DOWN, "text loss": ACROSS}),
+    }
+
+
+class Page(html.parser.HTMLParser):
+    """Headings, table rows, text outside of figures, and the names of the drawings."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.headings, self.rows, self.drawings, self.text, self.tags, self._open = [], [], [], "", [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        if tag in ("svg", "img"):
+            self.drawings.append(attributes.get("aria-label") or attributes["alt"])
+        if tag == "tr":
+            self.rows.append([])
+        if tag not in ("meta", "img"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if self._open and self._open[-1] == "h2":
+            self.headings.append(data)
+        if self._open and self._open[-1] in ("td", "th"):
+            self.rows[-1].append(data)
+        if "svg" not in self._open and "style" not in self._open:
+            self.text += data.replace("\N{NO-BREAK SPACE}", " ")

@@ -1,0 +1,110 @@
+"""Expert layers: the product of rows with their experts' matrices, and masks through jit, vmap and grad."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.experts import rows_times
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.transformer import forward
+
+RNG = np.random.default_rng(0)
+X_RI, W_XIO = (RNG.normal(size=shape).astype(np.float32) for shape in ((9, 5), (4, 5, 7)))
+EXPERT_R = np.array([3, 0, 0, 2, 3, 3, 0, 2, 0])  # expert 1 has no row
+
+
+def _plain(x_RI, w_XIO, expert_R):
+    return jnp.einsum("ri,rio->ro", x_RI, jnp.asarray(w_XIO)[expert_R], precision="highest")
+
+
+BATCHED = {"x": (0, None, None), "experts": (None, None, 0), "both": (0, None, 0), "all": (0, 0, 0)}
+
+
+def test_each_row_meets_the_matrix_of_its_expert(close):
+    close(jax.jit(rows_times)(X_RI, W_XIO, EXPERT_R), _plain(X_RI, W_XIO, EXPERT_R), 1e-6)
+
+
+@pytest.mark.parametrize("axes", BATCHED.values(), ids=BATCHED)
+def test_batches_and_gradients_in_either_order(axes, close):
+    stacks = [np.stack([x, y]) for x, y in ((X_RI, -2 * X_RI), (W_XIO, W_XIO**2), (EXPERT_R, EXPERT_R[::-1]))]
+    args = [stack if axis == 0 else stack[0] for stack, axis in zip(stacks, axes, strict=True)]
+
+    def loss(product):
+        return lambda *args: jnp.sum(jnp.sin(product(*args)))
+
+    ours, plain = jax.vmap(rows_times, axes), jax.vmap(_plain, axes)
+    close(jax.jit(ours)(*args), plain(*args), 1e-6)
+    for argnums in (0, 1):
+        close(jax.jit(jax.grad(loss(ours), argnums))(*args), jax.grad(loss(plain), argnums)(*args), 1e-5)
+        each, plain_each = (jax.vmap(jax.grad(loss(product), argnums), axes) for product in (rows_times, _plain))
+        close(jax.jit(each)(*args), plain_each(*args), 1e-5)
+
+
+@pytest.fixture(scope="module")
+def model(random_model):
+    return random_model(
+        ModelConfig(
+            vocab_size=41,
+            hidden_size=16,
+            mlp_size=20,
+            n_layers=3,
+            n_heads=4,
+            n_kv_heads=2,
+            head_dim=4,
+            max_length=40,
+            layer_pattern=("full", "sliding"),
+            window=3,
+            expert_pattern=(True, False),
+            n_experts=5,
+            experts_per_token=2,
+            expert_size=6,
+        )
+    )
+
+
+TOKENS = RNG.integers(0, 41, (2, 12))
+
+
+def test_every_expert_chosen_with_equal_matrices_is_one_mlp(model, close):
+    """Where all experts are the same and their weights sum to one, routing cannot matter."""
+    config = dataclasses.replace(model.config, normalise_router=True)
+    params = jax.tree.map_with_path(
+        lambda path, leaf: (
+            jnp.broadcast_to(leaf[..., :1, :, :], leaf.shape)
+            if "experts" in jax.tree_util.keystr(path) and "router" not in jax.tree_util.keystr(path)
+            else leaf
+        ),
+        model.params,
+    )
+    one = model.replace(config=config, params=params)
+    for chosen in (1, 5):
+        other = one.replace(config=dataclasses.replace(config, experts_per_token=chosen))
+        close(other.logits(TOKENS), one.logits(TOKENS), 1e-5)
+
+
+def test_masks_through_vmap_and_grad(model, compiles, close):
+    masks_NLH = RNG.random((6, 3, 4)) < 0.4
+
+    @jax.jit
+    def many(masks):
+        return jax.vmap(lambda m: forward(model.config, model.params, TOKENS, interventions=Interventions(m)))(masks)
+
+    logits = many(masks_NLH)
+    compiles.clear()
+    many(~masks_NLH)
+    assert not compiles
+    close(logits, [model.logits(TOKENS, interventions=Interventions(mask)) for mask in masks_NLH], 1e-5)
+
+    @jax.jit
+    def loss(gate):
+        return forward(model.config, model.params, TOKENS, interventions=Interventions(gate))[:, -1].sum()
+
+    gate = jnp.full((3, 4), 0.3)
+    slope = jax.jit(jax.grad(loss))(gate)
+    for layer, head in ((0, 1), (2, 3)):
+        step = jnp.zeros((3, 4)).at[layer, head].set(1e-2)
+        close(slope[layer, head], (loss(gate + step) - loss(gate - step)) / 2e-2, 2e-2)

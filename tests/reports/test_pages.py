@@ -1,0 +1,299 @@
+"""The HTML report on made-up results: what it says follows the numbers, and it is one closed page."""
+
+import html.parser
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers_results import ACROSS, ALL_ARMS, DOWN, UP, Page, eval_result, make_results, number, train_results
+
+from retmask_jax.evals.compare import numbers_by_task
+from retmask_jax.reports import evaluation, figures, pages
+from retmask_jax.reports import html as page
+from retmask_jax.reports.pages import write_report
+
+
+@pytest.fixture
+def render(tmp_path, monkeypatch):
+    """Text of a page; drawings whose name does not start with `draw` are empty images, which is quicker."""
+    inline = figures.inline
+
+    def write(model="some/model", draw="nothing", **options):
+        path = tmp_path / "report.html"
+        empty = '<img alt="{}">'
+        monkeypatch.setattr(
+            figures,
+            "inline",
+            lambda figure, name: inline(figure, name) if name.startswith(draw) else empty.format(html.escape(name)),
+        )
+        write_report(path, json.loads(json.dumps(make_results(**options))), model)
+        return path.read_text()
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The page of one arm and seed."""
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(path, make_results(), "some/model")
+    return path.read_text()
+
+
+def test_every_number_of_every_stage_is_in_the_last_table(small):
+    numbers = {name: value for result in make_results().values() for name, value in result["numbers"].items()}
+    shown = {row[0]: row[1:] for row in Page(small).rows if row[0] in numbers}
+    assert shown == {
+        name: ["–" if value[key] is None else f"{value[key]:.6g}" for key in ("value", "low", "high", "n")]
+        for name, value in numbers.items()
+    }
+
+
+def test_sections_and_drawings(small):
+    found = Page(small)
+    assert found.headings == [
+        "Retrieval heads",
+        "Knock-out",
+        "Rotary dose-response",
+        "Preference pairs",
+        "Training",
+        "Evaluation",
+        "All numbers",
+    ]
+    assert found.drawings == [
+        "Head scores",
+        "Sorted head scores",
+        "Lorenz curve",
+        "Stability",
+        "Detection cases",
+        "Knock-out: needle",
+        "Knock-out: facts: from memory",
+        "Knock-out: text loss",
+        "Head activity",
+        "Rotary pairs: needle",
+        "Pairs kept",
+        "Loss, preference",
+        "Margin",
+        "Accuracy",
+        "Evaluation: needle",
+        "Evaluation: facts: from memory",
+        "Evaluation: text loss",
+        "Changes: needle, facts: from memory",
+        "Changes: text loss",
+        "niah: start",
+        "niah: retmask-0",
+    ]
+
+
+def test_the_page_is_closed_and_small(small):
+    assert "http" not in small and len(small) < 600_000
+    for tag, attributes in Page(small).tags:
+        assert tag not in ("script", "link", "iframe")
+        for name in ("href", "xlink:href", "src"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/png"))
+
+
+def test_names_that_a_user_gives_are_escaped(render):
+    text = render(
+        model='<script>x</script> & "y"',
+        draw="Knock-out",
+        tasks=("<i>$a$ & b_{c}",),
+        arms=("<u>",),
+        changes={"<i>$a$": UP},
+    )
+    assert "<script>" not in text and "<i>" not in text and "<u>" not in text
+    found = Page(text)
+    assert 'Retrieval heads of <script>x</script> & "y"' in found.text
+    assert "Knock-out: <i>$a$ & b_{c}" in found.drawings  # and the dollars did not turn it into a formula
+    assert "&lt;i&gt;$a$ &amp; b_{c}</text>" in text
+
+
+@pytest.mark.parametrize(
+    "shift, said",
+    [
+        (UP, "Training with retmask raises recall on needle (+0.100 [+0.050, +0.150])."),
+        (DOWN, "Training with retmask lowers recall on needle (−0.100 [−0.150, −0.050])."),
+        (ACROSS, "Training with retmask shows no clear change: the 95% interval contains 0 on every measure."),
+        ((0.0, 0.0, 0.0), "Training with retmask shows no clear change: the 95% interval contains 0 on every measure."),
+    ],
+)
+def test_the_training_sentence_follows_the_interval(render, shift, said):
+    assert said in Page(render(tasks=(), changes={"needle": shift})).text
+
+
+def test_clear_and_unclear_changes_are_told_apart(small):
+    said = Page(small).text
+    assert (
+        "Training with retmask raises recall on needle (+0.100 [+0.050, +0.150]) and lowers facts: from memory "
+        "(−0.100 [−0.150, −0.050]); the 95% interval contains 0 on 1 other measure."
+    ) in said
+    assert "Masking the 3 retrieval heads lowers recall on needle (−0.700 [" in said
+    assert "Without the highest quarter of the pairs it is higher than without the lowest: +0.100" in said
+    assert "The set still changed between 10 and 20 cases (Jaccard 0.75)." in said
+    assert "3 of 32 heads are idle: masking one of them alone moves the text by less than 10% of what" in said
+    assert "prove little" not in said
+
+
+def test_many_draws_show_their_mean_and_median_p(small):
+    row = next(row for row in Page(small).rows if row[:2] == ["needle", "any layer (3 draws)"])
+    assert row[2].startswith("0.890 [") and row[3:] == ["0.000", "0.5000", "0.2500"]
+
+
+def test_several_seeds_share_one_map_per_arm(render):
+    text = render(tasks=(), seeds=(0, 1), draw="niah")
+    drawings = Page(text).drawings
+    assert drawings[-2:] == ["niah: start", "niah: retmask"]
+    start, arm = text[text.index('aria-label="niah: start"') :].split('aria-label="niah: retmask"')
+    assert start.count(">0.70</text>") == 6 and arm.count(">0.45</text>") == 6  # the mean of 0.7 and 0.2
+    assert (
+        "2 training seeds" in text
+        and "Over all lengths and depths of niah recall is 0.700 (start), 0.450 (retmask)." in text
+    )
+
+
+def test_supervised_runs_have_a_loss_alone(render):
+    drawings = Page(render(arms=("sft_unfiltered",))).drawings
+    assert "Loss, supervised" in drawings and not {"Loss, preference", "Margin", "Accuracy"} & set(drawings)
+
+
+def test_one_counted_case_no_threshold_and_mostly_idle_heads(render):
+    said = Page(render(counted=1, threshold=None, idle=20, gap=ACROSS)).text
+    assert "Without the highest quarter of the pairs it is not clearly different from that without the lowest" in said
+    assert "With 1 counted case nothing tells how stable this set is." in said
+    assert "they have the highest scores, the last of them 0.700" in said
+    assert "With most heads idle, masks of any layer prove little" in said
+
+
+def test_given_scores_have_no_detection_cases(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "inline", lambda figure, name: f'<img alt="{name}">')
+    results = make_results()
+    results["detect"]["outcomes"] = {}
+    del results["detect"]["numbers"]["detect/cases counted"]
+    write_report(tmp_path / "report.html", results, "some/model")
+    found = Page((tmp_path / "report.html").read_text())
+    assert "The scores were given, of 20 cases; none was measured here." in found.text
+    assert "Detection cases" not in found.drawings
+
+
+def test_nothing_trained_and_no_tasks(render):
+    found = Page(render(tasks=(), arms=(), changes={"text loss": ACROSS}))
+    assert "No arm is trained." in found.text
+    assert "Knock-out: text loss" in found.drawings and "Evaluation: text loss" in found.drawings
+    assert not any(name.startswith(("Changes", "Pairs", "Loss")) for name in found.drawings)
+
+
+def test_large_results_fit(tmp_path, monkeypatch):
+    """Every arm, several seeds, 32 x 32 heads, long names: nothing is cut off or crowded, and the page stays small."""
+    drawn, inline = {}, figures.inline
+    monkeypatch.setattr(figures, "inline", lambda figure, name: inline(drawn.setdefault(name, figure), name))
+    long = "multi_key needle in a haystack of essays, eight times as long"
+    changes = {long: UP} | {"b": ACROSS, "c": ACROSS, "d": ACROSS, "text loss": DOWN}
+    results = make_results(shape=(32, 32), tasks=(long,), arms=ALL_ARMS, seeds=(0, 1), n_steps=200, changes=changes)
+    write_report(tmp_path / "report.html", results, "some/model")
+    assert (tmp_path / "report.html").stat().st_size < 1_500_000
+    for name, figure in drawn.items():
+        box, width, height = figure.get_tightbbox(), *figure.get_size_inches()
+        assert box.x0 > -0.02 and box.y0 > -0.02 and box.x1 < width + 0.02 and box.y1 < height + 0.02, name
+        assert height < 7, name  # inches: two rows of panels fit on a printed page
+    ticks = drawn["Head scores"].axes[0].get_xticks()
+    assert 4 <= len(ticks) <= 11 and all(tick == int(tick) for tick in ticks)
+
+
+def test_a_kind_and_its_arm_share_a_colour_and_others_differ():
+    assert figures.colour("any layer") == figures.colour("any_layer")
+    assert figures.colour("layer-matched") == figures.colour("layer_matched")
+    assert figures.colour("retrieval") == figures.colour("retmask")
+    assert len({figures.colour(arm) for arm in ("start", *ALL_ARMS)}) == 8
+
+
+def test_a_large_drawing_becomes_an_image():
+    with figures.style():
+        steps = [{"step": i, "loss": float(x)} for i, x in enumerate(np.random.default_rng(0).normal(size=5000))]
+        text = figures.inline(figures.curves("Loss", [{"arm": "retmask", "steps": steps}], "loss", "nats"), "a <b>")
+    assert re.match(r'<img width="\d+" alt="a &lt;b&gt;" src="data:image/png;base64,', text) and len(text) < 300_000
+
+
+def test_smoothing_is_a_centred_mean():
+    values = np.random.default_rng(0).normal(size=100)
+    expected = [values[max(0, i - 2) : i + 3].mean() for i in range(100)]
+    np.testing.assert_allclose(figures.smooth(values), expected)
+    assert figures.smooth([3.0]) == [3.0]
+
+
+def test_how_numbers_are_written():
+    assert page.signed(-0.0001) == "0.000" and page.signed(-0.25) == "−0.250"
+    assert page.interval(number(3.0)) == "3" and page.change(number(0.5)) == "+0.500"
+    assert page.p_value(5e-5) == "< 0.0001" and page.exact(None) == page.fixed(None) == "–"
+
+
+def test_importing_the_report_loads_no_plotting():
+    code = (
+        "import sys, retmask_jax.reports.pages; assert 'matplotlib' not in sys.modules and 'scipy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_pairs_say_what_was_left_out_and_cut():
+    pairs, _ = train_results(("retmask",), (0,), 4)
+    section = pages._pairs(pairs)
+    assert "some were left out: 3 redacted." in section
+    assert re.search(r"normal-0</td>\s*<td[^>]*>7</td>\s*<td[^>]*>40", section)
+    none_left = pairs | {"left_out": {"redacted": 0}}
+    assert "left out" not in pages._pairs(none_left)
+
+
+def test_suites_have_their_own_units_and_what_is_missing_is_told(tmp_path):
+    results = make_results(
+        tasks=("needle",), changes={"needle": UP, "perplexity/256-511": ACROSS, "helmet/json_kv 8192": UP}
+    )
+    entry = {"value": 51.5, "missing": []}
+    lacking = {"value": None, "missing": ["narrativeqa: not run"]}
+    found = {
+        "8192": {
+            "categories": {"recall": entry, "longqa": lacking},
+            "means": {"all seven": lacking, "judge-free": entry},
+        }
+    }
+    results["eval"] |= {
+        "metrics": {"perplexity/256-511": "nats per token", "helmet/json_kv 8192": "substring exact match"},
+        "missing": {"start": {"helmet/narrativeqa 8192": {"no file": 100}}},
+        "helmet": {"start": found, "retmask-0": found},
+    }
+    write_report(tmp_path / "report.html", results, "tiny")
+    text = html.unescape((tmp_path / "report.html").read_text())
+    assert "start, helmet/narrativeqa 8192: 100 samples are missing, no file." in text
+    assert "<td>retmask-0</td><td>8192</td><td>51.50 (0.00)</td><td>–</td><td>–</td><td>51.50 (0.00)</td>" in text
+    assert "Missing parts: narrativeqa: not run." in text
+    assert "substring exact match (n = 40)" in text and "nats per token (n = 40)" in text
+    assert "recall on perplexity" not in text
+
+
+def test_a_task_of_several_lengths_is_one_panel_with_a_line_per_model(tmp_path):
+    tasks = {"ruler/vt 512": UP, "ruler/vt 1024": ACROSS, "ruler/cwe 512": UP}
+    results = make_results(tasks=("needle",), changes=tasks)
+    places = {
+        "ruler/vt 512": ("ruler/vt", 512),
+        "ruler/vt 1024": ("ruler/vt", 1024),
+        "ruler/cwe 512": ("ruler/cwe", 512),
+    }
+    results["eval"]["series"] = {
+        task: {"of": of, "at": at, "axis": "length (tokens)"} for task, (of, at) in places.items()
+    }
+    panels = evaluation._panels(results["eval"])
+    assert list(panels) == ["Evaluation: ruler/vt", "Evaluation: ruler/cwe 512"]
+    line = panels["Evaluation: ruler/vt"].axes[0].get_lines()[0]
+    assert line.get_xdata().tolist() == [512, 1024] and line.get_label() == "start"
+
+
+def test_single_models_show_the_exact_test_and_helmet_its_change():
+    result = eval_result(("new",), (0,), {"needle": UP, "loss": UP})
+    for row in result["rows"]:
+        row["mcnemar"] = {"p_value": 0.0312} if row["task"] == "needle" else None
+    table = evaluation._change_table(numbers_by_task(result)[1], result["rows"])
+    assert re.search(r"<td>needle</td><td>[^<]*</td><td>0.0312</td>", table)
+    assert re.search(r"<td>loss</td><td>[^<]*</td><td>–", table)
+    assert evaluation._helmet_cell({"value": 53.78}, {"value": 51.5}) == "53.78 (+2.28)"
+    assert evaluation._helmet_cell({"value": 53.78}, {"value": None}) == "53.78"

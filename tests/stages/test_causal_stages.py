@@ -1,0 +1,63 @@
+"""Settings of knock-out and rope: what cannot work is refused in one line before anything runs."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.runs import recipes
+from retmask_jax.stages.knockout import check_knockout, check_knockout_model
+from retmask_jax.stages.rope import check_rope, check_rope_model
+
+MODEL = ModelConfig(
+    vocab_size=8, hidden_size=8, mlp_size=8, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=32, max_length=640
+)
+
+
+def _config(*overrides):
+    return recipes.load_recipe("tiny_study", [tuple(text.split("=", 1)) for text in overrides])
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        (
+            "knockout.modes=('mean',)",
+            r"knockout.modes is \('mean',\); it must begin with zero, and may have mean, query",
+        ),
+        ("knockout.modes=('zero', 'median')", "it must begin with zero"),
+        ("rope.sites=('projection',)", "rope.sites .* must begin with rotary, and may have projection"),
+        ("text.file=", "rope.matched is measured on plain text: set text.file"),
+    ],
+)
+def test_settings_that_no_model_can_have_are_refused(override, message):
+    def check(*overrides):
+        check_knockout(_config(*overrides))
+        check_rope(_config(*overrides))
+
+    check()
+    with pytest.raises(ValueError, match=message):
+        check(override)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("knockout.curve=(1, 64)", "a curve over 64 heads: the model has 32"),
+        ("rope.windows=17", "rope.windows has 17, the model has 16 rotary pairs: lower it"),
+        ("rope.pairs=(2, 20)", "rope.pairs has 20, the model has 16 rotary pairs"),
+        ("rope.patch_pairs=17", "rope.patch_pairs has 17"),
+    ],
+)
+def test_settings_beyond_the_model_are_refused(override, message):
+    def check(*overrides, model=MODEL):
+        context = SimpleNamespace(config=_config(*overrides), outline=SimpleNamespace(config=model))
+        check_knockout_model(context)
+        check_rope_model(context)
+
+    check()
+    with pytest.raises(ValueError, match=message):
+        check(override)
+    with pytest.raises(ValueError, match="only 16 of the 32 dimensions of a head are rotated"):
+        check("rope.windows=8", "rope.pairs=(2,)", model=dataclasses.replace(MODEL, rotary_dim=16))

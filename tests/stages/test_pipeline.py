@@ -1,0 +1,248 @@
+"""The whole command on the bundled model, at small size: results, caching, resume after a kill."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from retmask_jax.cli.main import main
+
+CONFIG = str(Path(__file__).parents[1] / "tiny_small.py")
+STAGES = ("detect", "knockout", "rope", "pairs", "train", "eval", "report")
+
+
+def retmask(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "retmask_jax.cli.main", *arguments], capture_output=True, text=True, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run") / "work"
+    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return root, done.stdout
+
+
+def run_ids(root):
+    return {stage: json.loads((root / stage / "result.json").read_text())["provenance"]["run_id"] for stage in STAGES}
+
+
+def test_run_ends_with_a_table_the_report_and_a_summary(finished):
+    root, output = finished
+    summary = json.loads((root / "summary.json").read_text())
+    assert all(set(number) == {"value", "low", "high", "n"} for number in summary.values())
+    assert "knockout/needle short/retrieval" in output and str(root / "report.html") in output
+    assert (
+        summary["knockout/needle short/none"]["value"] > 0.8 > 0.2 > summary["knockout/needle short/retrieval"]["value"]
+    )
+    assert summary["knockout/context short: from memory/retrieval"]["value"] > 0.6
+    assert "<html" in (root / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_finished_run_has_what_its_profile_and_its_gain_need(finished, tmp_path):
+    root, _ = finished
+    gain = "eval/context short/retmask minus start"
+    assert main(["profile", str(root), f"--gain={gain}", f"--out={tmp_path}"]) == 0
+    found = json.loads((tmp_path / "profile.json").read_text())
+    (model,), (run,) = found["models"], found["sparsity"]["rows"]
+    detected = json.loads((root / "detect" / "result.json").read_text())
+    assert detected["profile"].items() <= model.items()
+    assert run["gain"] == json.loads((root / "summary.json").read_text())[gain]
+    assert run["weights"] == detected["provenance"]["inputs"]["weights"]
+
+
+def test_a_second_run_does_nothing(finished):
+    root, _ = finished
+    before = run_ids(root)
+    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}")
+    assert done.stdout.count("unchanged") == len(STAGES)
+    assert run_ids(root) == before
+
+
+def test_the_study_goes_on_from_what_run_has_done(finished, tmp_path):
+    """Both commands share a work directory of one config: three stages are done, five are new."""
+    root = tmp_path / "copy"
+    shutil.copytree(finished[0], root)
+    done = retmask("study", f"--config={CONFIG}", f"--workdir={root}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("unchanged") == 3 and str(root / "study.html") in done.stdout
+    page = (root / "study.html").read_text()
+    for section in ("Retrieval heads", "Detectors", "Knock-out", "Rotary dose-response", "Query norms", "RoPE base"):
+        assert f"<h2>{section}</h2>" in page
+    assert "<h2>Training dynamics</h2>" not in page  # no checkpoint is named
+    numbers = json.loads((root / "study.json").read_text())
+    assert all(set(number) == {"value", "low", "high", "n"} for number in numbers.values())
+    detected, masked = "detectors/heads shared with detect/copy", "detectors/needle short/copy masked"
+    assert numbers[detected]["value"] == 1.0  # taken from detect, top_k as many as it found
+    assert numbers[masked]["value"] == numbers["knockout/needle short/retrieval"]["value"]
+    assert numbers["theta/needle short/factor 1"] == numbers["detectors/needle short/none"]
+    assert (root / "detectors/copy.json").read_text() == (root / "detect/scores.json").read_text()
+    assert run_ids(root) == run_ids(finished[0])
+
+
+def test_a_deleted_stage_runs_again_with_what_depends_on_it(finished, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(finished[0], root)
+    before = run_ids(root)
+    shutil.rmtree(root / "rope")
+    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    after = run_ids(root)
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == {"rope", "report"}
+
+
+def test_another_config_is_refused_and_nothing_is_lost(finished):
+    root, _ = finished
+    before = run_ids(root)
+    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}", "--config.train.steps=7")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "train.steps: 6 there, 7 here" in done.stderr
+    assert run_ids(root) == before
+
+
+def test_what_only_says_how_to_compute_may_change_as_our_messages_advise(finished):
+    root, _ = finished
+    before = run_ids(root)
+    how = {
+        "batch_size": 8,
+        "kernel": "blocked",
+        "train.microbatch_size": 2,
+        "train.checkpoint_every": 5,
+        "cpu_devices": 1,
+    }
+    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}", *(f"--config.{key}={how[key]}" for key in how))
+    assert done.returncode == 0 and done.stdout.count("unchanged") == len(STAGES), done.stderr[-2000:]
+    assert run_ids(root) == before
+
+
+def test_pages_need_no_model(finished, tmp_path):
+    """Neither its weights nor its config.json: the page of a run can be made where only the results are."""
+    root = tmp_path / "copy"
+    shutil.copytree(finished[0], root)
+    (root / "report" / "result.json").unlink()
+    (root / "report.html").unlink()
+    away = "--config.model=./not_here"
+    done = retmask("report", f"--config={CONFIG}", f"--workdir={root}", away, cwd=tmp_path)
+    assert done.returncode == 0 and (root / "report.html").exists(), done.stderr[-2000:]
+    done = retmask("detect", f"--config={CONFIG}", f"--workdir={root}", away, cwd=tmp_path)
+    assert done.returncode == 2 and "not_here does not exist" in done.stderr
+
+
+def test_a_stage_refuses_results_that_are_out_of_date(finished, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(finished[0], root)
+    detected = root / "detect" / "result.json"
+    record = json.loads(detected.read_text())
+    record["provenance"]["run_id"] = "another"
+    detected.write_text(json.dumps(record))
+    done = retmask("report", f"--config={CONFIG}", f"--workdir={root}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "reads the result of knockout, which is out of date" in done.stderr
+
+
+@pytest.mark.slow
+def test_killed_training_resumes_to_the_same_parameters(finished, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(finished[0], root)
+    uninterrupted = (root / "train/retmask-0/model/model.safetensors").read_bytes()
+    metrics = _metrics(root)
+    shutil.rmtree(root / "train")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "retmask_jax.cli.main", "train", f"--config={CONFIG}", f"--workdir={root}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    saved = root / "train/retmask-0/checkpoints"  # a step's folder holds this file once it is whole
+    wait_for(lambda: any(saved.glob("*/commit_success.txt")), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (root / "train/result.json").exists()
+    done = retmask("train", f"--config={CONFIG}", f"--workdir={root}", env=os.environ | {"RETMASK_LOG": "INFO"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resuming at step" in done.stderr
+    assert (root / "train/retmask-0/model/model.safetensors").read_bytes() == uninterrupted
+    assert _metrics(root) == metrics
+
+
+@pytest.mark.slow
+def test_training_that_is_told_to_stop_says_so_and_goes_on(finished, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(finished[0], root)
+    model, metrics = (root / "train/retmask-0/model/model.safetensors").read_bytes(), _metrics(root)
+    shutil.rmtree(root / "train")
+    command = ["train", f"--config={CONFIG}", f"--workdir={root}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "retmask_jax.cli.main", *command], stderr=subprocess.PIPE, text=True
+    )
+    lines = root / "train/retmask-0/metrics.jsonl"
+    wait_for(lambda: lines.exists() and lines.read_text(), process)
+    process.terminate()
+    errors = process.communicate()[1]
+    assert process.returncode == 143, errors[-2000:]
+    (line,) = [line for line in errors.splitlines() if line.startswith("retmask: ")]
+    assert "told to stop; a checkpoint of step" in line and "run the same command again to go on" in line
+    assert retmask(*command).returncode == 0
+    assert (root / "train/retmask-0/model/model.safetensors").read_bytes() == model
+    assert _metrics(root) == metrics
+
+
+def _metrics(root):
+    """Of the only run, less the times."""
+    rows = [json.loads(line) for line in (root / "train/retmask-0/metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+def test_export_writes_the_masked_and_the_trained_model(finished, tmp_path):
+    import numpy as np
+
+    import retmask_jax as rm
+
+    root, _ = finished
+    base = ("export", f"--config={CONFIG}", f"--workdir={root}")
+    assert main([*base, f"--out={tmp_path / 'masked'}"]) == 0
+    heads = [tuple(head) for head in json.loads((root / "detect/result.json").read_text())["heads"]]
+    start, masked = rm.load("bundled"), rm.load(tmp_path / "masked")
+    tokens = np.arange(4, 24)[None]
+    wanted = start.logits(tokens, interventions=rm.mask_heads(start.config, heads))
+    np.testing.assert_allclose(masked.logits(tokens), wanted, atol=1e-5)
+    assert masked.tokenizer.chat_template == start.tokenizer.chat_template
+
+    assert main([*base, "--what=retmask-0", f"--out={tmp_path / 'trained'}"]) == 0
+    trained = rm.load(tmp_path / "trained")
+    assert np.abs(trained.logits(tokens) - start.logits(tokens)).max() > 1e-4
+    again = retmask(*base, f"--out={tmp_path / 'masked'}")
+    assert again.returncode == 2 and "not an empty folder" in again.stderr
+
+
+@pytest.mark.slow
+def test_export_writes_pairs_in_both_forms(finished, tmp_path):
+    from retmask_jax.data.pair_formats import preference_source, read_pairs
+
+    root, _ = finished
+    ours = read_pairs(root / "pairs/retmask-0.jsonl.gz")
+    command = ("export", "--what=pairs-retmask-0", f"--config={CONFIG}", f"--workdir={root}")
+    assert retmask(*command, f"--out={tmp_path / 'pairs.jsonl.gz'}").returncode == 0
+    assert retmask(*command, f"--out={tmp_path / 'set'}", "--format=tfds").returncode == 0
+    source = preference_source(tmp_path / "set")
+    assert read_pairs(tmp_path / "pairs.jsonl.gz") == ours == [source[i] for i in range(len(source))]
+    missing = retmask(
+        "export", "--what=pairs-nobody-0", f"--config={CONFIG}", f"--workdir={root}", f"--out={tmp_path / 'x'}"
+    )
+    assert missing.returncode == 2 and "nobody-0.jsonl.gz does not exist" in missing.stderr
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < end, "training ended before it could be killed"
+        time.sleep(0.02)

@@ -1,0 +1,550 @@
+"""Training: exact resume, accumulation, sharding, the optimiser by its equations, and the reference on disk."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers_tiny import CONFIG, copying_params, in_float64, reference_logprob
+from helpers_training import ROWS, SETTINGS, one_device
+
+from retmask_jax.data.pair_rows import SIDES, batches
+from retmask_jax.generation.decode import generate
+from retmask_jax.generation.language_model import from_params, load, save
+from retmask_jax.model import lora as adapters
+from retmask_jax.model.flops import training_flops
+from retmask_jax.model.interventions import mask_heads
+from retmask_jax.model.sharding import AXES, make_mesh
+from retmask_jax.model.transformer import forward
+from retmask_jax.training import loop as training
+from retmask_jax.training.checkpoints import Checkpoints
+from retmask_jax.training.loop import Stopped, train
+from retmask_jax.training.metrics import Metrics
+from retmask_jax.training.objective import part_loss
+from retmask_jax.training.optimizer import make_optimizer, schedule
+from retmask_jax.training.step import make_programs
+from retmask_jax.utils.progress import track
+
+
+def run(folder, settings=SETTINGS, params=None, fingerprint="f", **options):
+    """(final params, metrics.jsonl less the times)."""
+    params = copying_params() if params is None else params
+    params = train(CONFIG, lambda: params, ROWS, settings, folder, one_device(), fingerprint=fingerprint, **options)
+    return params, _metrics(folder)
+
+
+def _metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row.pop("tokens_per_second", 1) > 0 for row in rows)
+    return rows
+
+
+logits_of = jax.jit(forward, static_argnums=0)
+
+
+def _first_batch():
+    return next(batches(len(ROWS), SETTINGS.batch_size, SETTINGS.seed))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: (params, metrics, folder)."""
+    folder = tmp_path_factory.mktemp("whole")
+    return *run(folder), folder
+
+
+def _assert_same_bits(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def _largest_difference(a, b):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b)))
+
+
+# --- the run as a whole ---
+
+
+def test_training_prefers_the_chosen_answers(whole):
+    _, metrics, _ = whole
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
+    first, last = metrics[0], metrics[-1]
+    assert first["loss"] == pytest.approx(np.log(2), rel=1e-4)
+    assert first["margin"] == pytest.approx(0, abs=1e-4)
+    assert last["loss"] < 0.5 * np.log(2)
+    assert last["margin"] > 1 and last["accuracy"] == 1
+    rates = [float(schedule(SETTINGS)(step)) for step in range(6)]
+    assert [row["learning_rate"] for row in metrics] == pytest.approx(rates)
+    assert all(row["gradient_norm"] > 0 for row in metrics)
+
+
+def test_the_start_parameters_are_left_alone(tmp_path, whole):
+    start = copying_params()
+    trained, _ = run(tmp_path, params=start)
+    _assert_same_bits(start, copying_params())
+    assert _largest_difference(trained, start) > 1e-3
+    _assert_same_bits(trained, whole[0])
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _interrupt_after(monkeypatch, steps):
+    """Training dies when it reports its step number `steps`."""
+
+    def patched(items, total, what, unit, done=0):
+        bar = track(items, total, what, unit, done)
+        if unit != "step":
+            return bar
+        advance = bar.update
+
+        def update(n=1):
+            nonlocal done
+            done += n
+            if done >= steps:
+                raise _Stopped
+            advance(n)
+
+        bar.update = update
+        return bar
+
+    monkeypatch.setattr(training, "track", patched)
+
+
+@pytest.mark.parametrize("steps", [5, 2])
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, monkeypatch, whole, steps):
+    """Stopped at step 5, with the checkpoint of step 4 behind it; and at step 2, before there is any."""
+    params, metrics, _ = whole
+    with monkeypatch.context() as patch, pytest.raises(_Stopped):
+        _interrupt_after(patch, steps)
+        run(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    assert [row["step"] for row in _metrics(tmp_path)] == list(range(1, steps + 1))
+    # Killed while it wrote: the metrics of a step are there already, its state is not.
+    path.write_text(path.read_text() + '{"step": 6, "loss": 99.0}\n{"step": 7, "lo')
+    updates, update = [], training._update
+    monkeypatch.setattr(training, "_update", lambda *args: updates.append(1) or update(*args))
+    resumed, rows = run(tmp_path)
+    assert len(updates) == (2 if steps == 5 else 6)
+    _assert_same_bits(resumed, params)
+    assert rows == metrics
+
+
+def test_a_finished_run_is_not_trained_again(whole, monkeypatch):
+    params, metrics, folder = whole
+    monkeypatch.setattr(training, "_update", lambda *_: pytest.fail("a step was made"))
+    again, rows = run(folder, params=jax.tree.map(jnp.zeros_like, params))
+    _assert_same_bits(again, params)
+    assert rows == metrics
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, whole):
+    params, metrics, _ = whole
+    together, rows = run(tmp_path, dataclasses.replace(SETTINGS, microbatch_size=4))
+    assert _largest_difference(together, params) < 1e-6
+    for one, other in zip(rows, metrics, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def test_batch_size_must_be_a_multiple_of_the_microbatch():
+    with pytest.raises(ValueError, match="batch_size 4 is no multiple of microbatch_size 3"):
+        dataclasses.replace(SETTINGS, microbatch_size=3)
+    with pytest.raises(ValueError, match="objective is 'ppo'; it must be one of dpo, sft"):
+        dataclasses.replace(SETTINGS, objective="ppo")
+
+
+def test_supervised_training_lowers_the_loss_of_its_rows(tmp_path):
+    """The loss is per answer token of the whole batch, though its two microbatches have different numbers of them."""
+    settings = dataclasses.replace(SETTINGS, objective="sft", steps=20, checkpoint_every=20)
+    start = copying_params()
+    params, metrics = run(tmp_path, settings, start)
+
+    def loss(params, pairs):
+        rows = ROWS.padded(pairs, 64, 0)
+        total = sum(
+            reference_logprob(in_float64(params), *row) for row in zip(rows["chosen"], rows["chosen_mask"], strict=True)
+        )
+        return -total / rows["chosen_mask"].sum()
+
+    first = _first_batch()
+    assert len(set(np.diff(ROWS.bounds[first], axis=1)[:, 1])) > 1
+    assert metrics[0]["loss"] == pytest.approx(loss(start, first), rel=1e-4)
+    assert loss(params, range(len(ROWS))) < 0.7 * loss(start, range(len(ROWS)))
+    assert len(metrics) == 20
+    assert not (tmp_path / "reference.npz").exists()
+
+
+def test_training_against_the_ablated_model_needs_no_rejected_answers(tmp_path):
+    """Their tokens do not count, and the answers of the normal model become more likely against the masked one's."""
+    masked = mask_heads(CONFIG, [(1, 0), (1, 2)]).fill(CONFIG)
+    settings = dataclasses.replace(SETTINGS, objective="contrast", steps=8, checkpoint_every=8)
+    params, metrics = run(tmp_path / "one", settings, ablated=masked)
+    other = dataclasses.replace(ROWS, flat=ROWS.flat.copy())
+    for _, _, rejected, end in ROWS.bounds:
+        other.flat[rejected:end] = 5
+    mesh = one_device()
+    again = train(CONFIG, copying_params, other, settings, tmp_path / "two", mesh, fingerprint="f", ablated=masked)
+    _assert_same_bits(params, again)
+    assert not (tmp_path / "one" / "reference.npz").exists() and metrics[0]["loss"] > 0
+
+    def separation(params):
+        """Mean of log p/q of the chosen tokens: p of the model, q of the same with heads masked."""
+        rows = ROWS.padded(range(len(ROWS)), 64, 0)
+        pair = (logits_of(CONFIG, params, rows["chosen"], interventions=iv) for iv in (None, masked))
+        normal, ablated = (jax.nn.log_softmax(logits)[:, :-1] for logits in pair)
+        ratio = jnp.take_along_axis(normal - ablated, rows["chosen"][:, 1:, None], axis=-1)[..., 0]
+        return float((ratio * rows["chosen_mask"][:, 1:]).sum() / rows["chosen_mask"].sum())
+
+    start = copying_params()
+    assert abs(separation(params)) > abs(separation(start)) + 0.01
+
+
+def test_a_bfloat16_model_is_trained_in_float32(whole):
+    """An update of 1e-6 would vanish in a bfloat16 parameter."""
+    start = jax.tree.map(lambda x: x.astype(jnp.bfloat16), copying_params())
+    state = make_programs(CONFIG, SETTINGS, one_device()).begin(start, 0)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state, whole[0]))}
+    assert kinds == {np.dtype("float32"), np.dtype("int32")}  # integers count the updates
+
+
+@pytest.mark.parametrize(("dtype", "short"), [("float32", "f32"), ("bfloat16", "bf16")])
+def test_weights_enter_products_in_the_compute_dtype_and_gradients_leave_in_float32(dtype, short):
+    """Traced only: bfloat16 is slow on a CPU."""
+    settings = dataclasses.replace(SETTINGS, objective="sft", compute_dtype=dtype)
+    batch = ROWS.padded(range(4), 64, 0) | {"weight": np.ones(4, np.float32)}
+    traced = jax.make_jaxpr(jax.grad(lambda p: part_loss(CONFIG, settings, p, batch)[0]))(copying_params())
+    assert {aval.dtype for aval in traced.out_avals} == {np.dtype("float32")}
+    kernel = f"[{CONFIG.mlp_size},{CONFIG.hidden_size}]"
+    assert {word.split(":")[1] for word in str(traced).split() if word.endswith(kernel)} >= {short + kernel}
+    assert ("bf16" in str(traced)) == (dtype == "bfloat16")
+
+
+# --- the reference ---
+
+
+def _reference(folder):
+    with np.load(folder / "reference.npz") as stored:
+        return dict(stored)
+
+
+def test_reference_holds_the_start_models_log_probabilities(whole):
+    stored, params, padded = (
+        _reference(whole[2])["logprobs"],
+        in_float64(copying_params()),
+        ROWS.padded(range(11), 64, 0),
+    )
+    for i, side in enumerate(SIDES):
+        rows = zip(padded[side], padded[f"{side}_mask"], strict=True)
+        np.testing.assert_allclose(stored[:, i], [reference_logprob(params, *row) for row in rows], rtol=1e-4)
+
+
+def _plant(folder, whole, fingerprint="f", **changes):
+    folder.mkdir(exist_ok=True)
+    stored = _reference(whole[2]) | {"fingerprint": fingerprint}
+    np.savez(folder / "reference.npz", **stored | changes)
+
+
+def test_reference_is_read_where_the_fingerprint_matches_and_refused_where_it_does_not(tmp_path, whole):
+    shifted = _reference(whole[2])["logprobs"] - np.float32([3, 0])
+    _plant(tmp_path / "same", whole, logprobs=shifted)
+    _, metrics = run(tmp_path / "same")
+    assert metrics[0]["reward_chosen"] == pytest.approx(3 * SETTINGS.beta, rel=1e-3)
+    _plant(tmp_path / "other", whole, fingerprint="another model", logprobs=shifted)
+    message = "another model, data, template or masks .fingerprint another model, now f.: delete it"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "other")
+
+
+def test_reference_goes_on_where_it_was_cut_off(tmp_path, whole, monkeypatch):
+    """Rows that are there are not computed again: of a changed one the change stays."""
+    values = _reference(whole[2])["logprobs"].copy()
+    values[[2, 5, 6]] = np.nan
+    values[4] -= 3
+    _plant(tmp_path, whole, logprobs=values)
+    run(tmp_path)
+    expected = _reference(whole[2])["logprobs"].copy()
+    expected[4] -= 3
+    np.testing.assert_allclose(_reference(tmp_path)["logprobs"], expected, rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_raises_naming_the_step_and_the_pairs(tmp_path, whole, monkeypatch):
+    """The state of the broken step is not kept."""
+    update = training._update
+
+    def breaking(*args):
+        state, values = update(*args)
+        return state, values | ({"loss": np.nan} if int(state.step) == 3 else {})
+
+    monkeypatch.setattr(training, "_update", breaking)
+    loader = batches(len(ROWS), SETTINGS.batch_size, SETTINGS.seed)
+    ids = [ROWS.ids[pair] for pair in [next(loader) for _ in range(3)][2]]
+    message = f"train: the loss is nan at step 2, whose batch is pairs {', '.join(ids)}: lower train.learning_rate"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path)
+    assert _metrics(tmp_path) == whole[1][:2]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2"]
+
+
+def test_a_reference_that_is_not_finite_names_the_pair(tmp_path, whole):
+    broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), copying_params())
+    with pytest.raises(ValueError, match="log-probability of pair pair 0 is .nan, nan.: leave it out"):
+        run(tmp_path, params=broken)
+
+
+@pytest.mark.parametrize("norm", ["parameter_norm", "gradient_norm"])
+def test_a_step_that_breaks_the_parameters_raises_though_its_loss_was_finite(tmp_path, monkeypatch, whole, norm):
+    """Its loss is that of the parameters before it: the broken ones must not reach a checkpoint."""
+    params, metrics, _ = whole
+    assert metrics[-1]["parameter_norm"] == pytest.approx(float(optax.tree.norm(params)), rel=1e-5)
+    update = training._update
+
+    def breaking(*args):
+        state, values = update(*args)
+        return state, values | ({norm: np.inf} if int(state.step) == 4 else {})
+
+    monkeypatch.setattr(training, "_update", breaking)
+    with pytest.raises(ValueError, match=f"train: the {norm.replace('_', ' ')} is inf at step 3, whose batch"):
+        run(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2"]
+
+
+# --- the optimiser ---
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    settings = dataclasses.replace(SETTINGS, steps=200, warmup=0.1, learning_rate=4e-3, final_learning_rate=1e-3)
+    rate = np.array([float(schedule(settings)(step)) for step in range(201)])
+    assert rate[0] == 0
+    np.testing.assert_allclose(rate[[10, 20, 110, 200]], [2e-3, 4e-3, 2.5e-3, 1e-3], rtol=1e-5)
+    cosine = 1e-3 + 3e-3 * (1 + np.cos(np.pi * np.arange(181) / 180)) / 2
+    np.testing.assert_allclose(rate[20:], cosine, rtol=1e-4)
+    assert float(schedule(dataclasses.replace(settings, warmup=0.0))(1)) == pytest.approx(4e-3)
+    assert float(schedule(dataclasses.replace(settings, steps=1))(0)) == pytest.approx(4e-3)  # its only step counts
+    assert float(schedule(dataclasses.replace(settings, steps=5, warmup=1.0))(4)) == pytest.approx(4e-3)
+
+
+def test_updates_are_adamw_with_clipping_and_norm_scales_do_not_decay():
+    """Against the equations of AdamW in float64, over gradients below and above the clipping norm."""
+    rng = np.random.default_rng(8)
+    settings = dataclasses.replace(SETTINGS, learning_rate=0.1, weight_decay=0.5)
+    params = {"attn": {"kernel": rng.normal(size=(3, 4))}, "norm": {"scale": rng.normal(size=4)}}
+    grads = [jax.tree.map(lambda x, c=c: c * rng.normal(size=x.shape), params) for c in (0.01, 3.0, 0.1, 0.0)]
+    optimizer = make_optimizer(settings)
+    ours, update = jax.tree.map(jnp.float32, params), jax.jit(optimizer.update)
+    state = optimizer.init(ours)
+    for grad in grads:
+        updates, state = update(jax.tree.map(jnp.float32, grad), state, ours)
+        ours = optax.apply_updates(ours, updates)
+
+    m, v = jax.tree.map(np.zeros_like, params), jax.tree.map(np.zeros_like, params)
+    for t, grad in enumerate(grads, 1):
+        norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grad)))
+        rate = float(schedule(settings)(t - 1))
+        for part, leaf, decay in (("attn", "kernel", 0.5), ("norm", "scale", 0.0)):
+            g, p = grad[part][leaf] / max(1, norm), params[part][leaf]
+            m[part][leaf] = 0.9 * m[part][leaf] + 0.1 * g
+            v[part][leaf] = 0.95 * v[part][leaf] + 0.05 * g**2
+            step = m[part][leaf] / (1 - 0.9**t) / (np.sqrt(v[part][leaf] / (1 - 0.95**t)) + settings.eps)
+            params[part][leaf] = p - rate * (step + decay * p)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, params)
+
+
+def test_decay_shrinks_all_parameters_of_the_model_but_the_norm_scales():
+    optimizer, params = make_optimizer(SETTINGS), jax.tree.map(lambda _: jnp.arange(1.0, 4.0), copying_params())
+    nothing, state = jax.tree.map(jnp.zeros_like, params), optimizer.init(params)
+    _, state = optimizer.update(nothing, state, params)  # the rate of the first update is 0
+    updates, _ = optimizer.update(nothing, state, params)
+    share = float(schedule(SETTINGS)(1)) * SETTINGS.weight_decay
+    kinds = set()
+    for path, update in jax.tree.leaves_with_path(updates):
+        before = functools.reduce(lambda tree, entry: tree[entry.key], path, params)
+        kinds.add(path[-1].key)
+        np.testing.assert_allclose(update, 0 if path[-1].key == "scale" else -share * before, rtol=1e-5)
+    assert kinds == {"kernel", "embedding", "scale"}
+
+
+# --- adapters ---
+
+
+def test_adapters_are_trained_alone_and_merged(tmp_path):
+    """Frozen layers stay bit for bit; the first loss is that of the start model; what is saved is a plain model."""
+    settings = dataclasses.replace(
+        SETTINGS, lora_rank=2, lora_alpha=8.0, lora_targets=("q", "o", "up"), weight_decay=0.0
+    )
+    params, metrics = run(tmp_path / "run", settings)
+    start = copying_params()
+    save(from_params(dataclasses.replace(CONFIG, lora=settings.lora), params), tmp_path / "saved")
+    params = load(tmp_path / "saved").params
+    assert jax.tree.structure(params) == jax.tree.structure(start)
+    assert metrics[0]["loss"] == pytest.approx(np.log(2), rel=1e-4) and metrics[-1]["loss"] < 0.6
+    for (path, leaf), before in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(start), strict=True):
+        moved = np.abs(np.asarray(leaf) - np.asarray(before)).reshape(-1, *leaf.shape[-2:] if leaf.ndim > 1 else (1, 1))
+        trained = path[-1].key == "kernel" and path[-2].key in settings.lora_targets
+        assert (moved.max() > 1e-4) == trained, jax.tree_util.keystr(path)
+        if trained:
+            change = (np.asarray(leaf, np.float64) - np.asarray(before))[0]
+            assert np.linalg.matrix_rank(change, tol=1e-5) <= 2
+
+
+def test_merged_adapters_are_the_model_that_was_trained():
+    lora = dataclasses.replace(SETTINGS, lora_rank=3).lora
+    config = dataclasses.replace(CONFIG, lora=lora)
+    programs = make_programs(CONFIG, dataclasses.replace(SETTINGS, lora_rank=3), one_device())
+    start = copying_params()
+    trained, frozen = programs.begin(start, 1).params, programs.freeze(start)
+    rng = np.random.default_rng(0)
+    trained = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32), trained)
+    tokens = ROWS.padded(range(3), 64, 0)["chosen"]
+    with_adapters = logits_of(config, adapters.join(trained, frozen), tokens)
+    merged = logits_of(CONFIG, adapters.merged(adapters.join(trained, frozen), lora), tokens)
+    scale = np.abs(merged).max()
+    np.testing.assert_allclose(with_adapters, merged, atol=1e-5 * scale)
+    assert np.abs(merged - logits_of(CONFIG, start, tokens)).max() > 1e-2 * scale
+    with pytest.raises(ValueError, match="a model with adapters cannot generate: merge them first"):
+        generate(config, adapters.join(trained, frozen), tokens, [7] * 3, max_new_tokens=1)
+
+
+def test_first_moments_may_be_kept_in_bfloat16():
+    """The state has them so, and an update changes the parameters nearly as with float32 ones."""
+    settings = dataclasses.replace(SETTINGS, first_moment_dtype="bfloat16")
+    moments = make_programs(CONFIG, settings, one_device()).state.opt_state[1][0]
+    assert {x.dtype for x in jax.tree.leaves(moments.mu)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(moments.nu)} == {jnp.dtype("float32")}
+    grads, params = {"kernel": jnp.linspace(-1, 1, 7)}, {"kernel": jnp.ones(7)}
+    updates = []
+    for each in (settings, SETTINGS):
+        optimizer = make_optimizer(each)
+        state = optimizer.init(params)
+        for _ in range(3):
+            update, state = optimizer.update(grads, state, params)
+        updates.append(update["kernel"])
+    np.testing.assert_allclose(*updates, rtol=0.02)
+    assert (updates[0] != updates[1]).any()
+
+
+# --- run control ---
+
+
+def test_a_run_that_is_told_to_stop_writes_a_checkpoint_and_goes_on_to_the_same_bits(tmp_path, monkeypatch, whole):
+    update, handler = training._update, signal.getsignal(signal.SIGTERM)
+
+    def told(*args):
+        if int(args[1].step) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Stopped, match="told to stop; a checkpoint of step 3 is written"),
+    ):
+        patch.setattr(training, "_update", told)
+        run(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == handler
+    params, metrics = run(tmp_path)
+    _assert_same_bits(params, whole[0])
+    assert metrics == whole[1]
+
+
+def test_the_newest_and_the_best_checkpoints_stay(tmp_path):
+    with Checkpoints(tmp_path, keep=2, fingerprint="f") as checkpoints:
+        for step, loss in enumerate([3.0, 1.0, 2.0, 4.0, 5.0]):
+            checkpoints.save(step, {"x": jnp.full(3, step)}, {"next_index": step}, loss)
+        assert (checkpoints.latest, checkpoints.best) == (4, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "4"]
+    with Checkpoints(tmp_path, keep=2, fingerprint="g") as other, pytest.raises(ValueError, match="another run"):
+        other.restore({"x": jax.device_put(jnp.zeros(3), one_device().devices.flat[0])})
+
+
+def test_metrics_go_to_tensorboard_too(whole):
+    from tensorboardX.proto import event_pb2
+
+    paths = sorted((whole[2] / "tensorboard").iterdir())
+    data, losses = b"".join(path.read_bytes() for path in paths), []
+    while data:  # records of TFRecord: length, its checksum, the bytes, theirs
+        size = int.from_bytes(data[:8], "little")
+        event = event_pb2.Event.FromString(data[12 : 12 + size])
+        losses += [value.simple_value for value in event.summary.value if value.tag == "loss"]
+        data = data[16 + size :]
+    assert losses == pytest.approx([row["loss"] for row in whole[1]])
+
+
+def test_a_project_of_weights_and_biases_gets_the_numbers(tmp_path, monkeypatch):
+    calls = []
+    run = SimpleNamespace(
+        log=lambda numbers, step: calls.append((step, numbers)), finish=lambda: calls.append("finished")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: calls.append(options) or run))
+    with Metrics(tmp_path, 0, "a project", "train x") as metrics:
+        metrics.add({"step": 1, "loss": 0.5})
+    assert calls == [{"project": "a project", "name": "train x", "dir": str(tmp_path)}, (1, {"loss": 0.5}), "finished"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="train.wandb names a project, but wandb is not installed: pip install wandb"):
+        Metrics(tmp_path, 0, "a project")
+
+
+def test_speed_is_of_real_tokens_and_needed_operations(monkeypatch):
+    """Half of what two rows of a pair need at the device's peak takes half of it."""
+    programs = make_programs(CONFIG, SETTINGS, one_device())
+    run = training._Run(CONFIG, SETTINGS, ROWS, None, one_device(), programs, [64], None)
+    pairs = np.array([3, 8])
+    tokens = sum(int(end - start) + int(chosen - start) for start, chosen, _, end in ROWS.bounds[pairs])
+    assert training._speed(run, pairs, 2.0) == {"tokens_per_second": tokens / 2}
+    monkeypatch.setattr(training, "peak_flops", lambda: 1e9)
+    needed = 0.0
+    for start, chosen, rejected, end in ROWS.bounds[pairs].tolist():
+        needed += training_flops(CONFIG, rejected - start, counted=rejected - chosen)
+        needed += training_flops(CONFIG, chosen - start + end - rejected, counted=end - rejected)
+    assert training._speed(run, pairs, 2.0)["flops_utilisation"] == pytest.approx(needed / 2 / 1e9)
+
+
+def test_rows_that_do_not_divide_over_the_mesh_are_refused():
+    mesh = SimpleNamespace(shape={"data": 2, "fsdp": 3})
+    message = "train.microbatch_size 2 does not divide over 6 devices .mesh.data 2 x mesh.fsdp 3.: make it a multiple"
+    with pytest.raises(ValueError, match=message):
+        training.check_mesh(SETTINGS, mesh)
+
+
+def test_a_trace_of_the_steps_asked_for_is_written(tmp_path):
+    with training._profile(tmp_path, (1, 2)) as before:
+        for step in range(3):
+            before(step)
+            jnp.ones(3).block_until_ready()
+            assert bool(list((tmp_path / "profile").rglob("*.xplane.pb"))) == (step == 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": 0}, "train.keep is 0; it must be at least 1"),
+        ({"compute_dtype": "float16"}, "train.compute_dtype is 'float16'; it must be float32 or bfloat16"),
+        ({"profile": (3,)}, "train.profile is"),
+        ({"lora_rank": 2, "lora_targets": ("query",)}, "LoRA targets are"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is 0.1, which ipo does not have"),
+    ],
+)
+def test_settings_that_do_not_fit_raise(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SETTINGS, **changes)
+
+
+# --- several devices ---
+
+
+def test_a_mesh_that_does_not_fit_the_devices_raises():
+    devices = jax.devices()[:1]
+    assert dict(make_mesh({"data": 1, "fsdp": -1}, devices).shape) == dict.fromkeys(AXES, 1)
+    for sizes in (
+        {"data": 2, "fsdp": 1, "tensor": 1},
+        {"data": 2, "fsdp": -1, "tensor": 1},
+        {"data": -1, "fsdp": -1, "tensor": 1},
+    ):
+        with pytest.raises(ValueError, match="a mesh of data=.* does not fit 1 devices"):
+            make_mesh(sizes, devices)

@@ -1,0 +1,238 @@
+"""Losses against references in float64, written from the papers' equations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers_tiny import CONFIG, copying_params, in_float64, reference_logprob
+
+from retmask_jax.model.interventions import mask_heads
+from retmask_jax.model.transformer import forward
+from retmask_jax.training.losses import contrast_loss, dpo_loss
+from retmask_jax.training.objective import part_loss
+from retmask_jax.training.settings import Settings
+
+LOGPS = 4 * np.random.default_rng(0).standard_normal((4, 50)) - 10
+
+
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def _equation_7(chosen, rejected, ref_chosen, ref_rejected, beta, smoothing):
+    """Loss of arXiv 2305.18290, eq. 7, with a share `smoothing` of the preferences the wrong way round; float64."""
+    ratio_w, ratio_l = np.exp(chosen) / np.exp(ref_chosen), np.exp(rejected) / np.exp(ref_rejected)
+    right = _sigmoid(beta * np.log(ratio_w) - beta * np.log(ratio_l))
+    return -(1 - smoothing) * np.log(right) - smoothing * np.log(1 - right)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_dpo_loss_and_gradient_equal_the_equation(beta, smoothing):
+    args = [jnp.asarray(x, jnp.float32) for x in LOGPS]
+    loss = dpo_loss(*args, beta=beta, label_smoothing=smoothing)
+    assert loss.shape == (50,)
+    np.testing.assert_allclose(loss, _equation_7(*LOGPS, beta, smoothing), rtol=1e-5)
+
+    grads = jax.grad(lambda *xs: dpo_loss(*xs, beta=beta, label_smoothing=smoothing).sum(), (0, 1, 2, 3))(*args)
+    # d loss / d margin by hand: sigma(margin) - (1 - smoothing); the margin is beta * (w - ref_w - l + ref_l).
+    margin = beta * (LOGPS[0] - LOGPS[2] - LOGPS[1] + LOGPS[3])
+    slope = beta * (_sigmoid(margin) - (1 - smoothing))
+    for grad, sign in zip(grads, (1, -1, -1, 1), strict=True):
+        np.testing.assert_allclose(grad, sign * slope, rtol=1e-4, atol=1e-6)
+
+
+def test_dpo_loss_is_finite_where_the_equation_overflows():
+    big = jnp.float32([2000.0, -2000.0])
+    zero = jnp.zeros(2)
+    np.testing.assert_allclose(dpo_loss(big, zero, zero, zero, beta=1.0), [0, 2000], atol=1e-6)
+    grad = jax.grad(lambda x: dpo_loss(x, zero, zero, zero, beta=1.0).sum())(big)
+    np.testing.assert_allclose(grad, [0, -1], atol=1e-6)
+
+
+def test_loss_of_the_untrained_policy_is_log_2():
+    chosen, rejected = jnp.asarray(LOGPS[0]), jnp.asarray(LOGPS[1])
+    for smoothing in (0.0, 0.3):
+        loss = dpo_loss(chosen, rejected, chosen, rejected, beta=0.7, label_smoothing=smoothing)
+        np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+
+
+def test_ipo_hinge_and_simpo_equal_their_equations():
+    """arXiv 2310.12036 eq. 17, 2309.06657 and 2405.14734 eq. 6, with their slopes by hand; float64."""
+    args = [jnp.asarray(x, jnp.float32) for x in LOGPS]
+    chosen, rejected, ref_chosen, ref_rejected = LOGPS
+    h, beta, gamma = np.log(np.exp(chosen - ref_chosen) / np.exp(rejected - ref_rejected)), 0.3, 0.7
+    simpo = beta * chosen - beta * rejected - gamma
+    cases = {
+        "ipo": ((h - 1 / (2 * beta)) ** 2, 2 * (h - 1 / (2 * beta)), {}),
+        "hinge": (np.maximum(0, 1 - beta * h), np.where(beta * h < 1, -beta, 0), {}),
+        "simpo": (-np.log(_sigmoid(simpo)), beta * (_sigmoid(simpo) - 1), {"gamma": gamma}),
+    }
+    assert (cases["hinge"][0] == 0).any() and (cases["hinge"][0] > 0).any()
+    for kind, (expected, slope, options) in cases.items():
+        loss = dpo_loss(*args, beta=beta, kind=kind, **options)
+        np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-5, err_msg=kind)
+        grads = jax.grad(lambda *xs: dpo_loss(*xs, beta=beta, kind=kind, **options).sum(), (0, 1))(*args)  # noqa: B023
+        np.testing.assert_allclose(grads, np.stack([slope, -slope]), rtol=1e-3, atol=1e-5, err_msg=kind)
+    np.testing.assert_array_equal(dpo_loss(args[0], args[1], None, None, kind="simpo"), dpo_loss(*args, kind="simpo"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "ppo"}, "kind of loss is 'ppo'; it must be one of sigmoid, ipo, hinge, simpo"),
+        ({"kind": "ipo", "label_smoothing": 0.1}, "label_smoothing is 0.1, which ipo does not have"),
+        ({"label_smoothing": 0.5}, "label_smoothing is 0.5; it must be at least 0 and less than 0.5"),
+        ({"gamma": 0.5}, "gamma is 0.5, which only simpo has, not sigmoid"),
+        ({"beta": 0.0}, "beta is 0.0; it must be more than 0"),
+    ],
+)
+def test_options_a_loss_does_not_have_raise(options, message):
+    with pytest.raises(ValueError, match=message):
+        dpo_loss(*jnp.zeros((4, 1)), **options)
+
+
+def test_contrast_loss_is_the_divergence_from_the_sharpened_distribution():
+    """KL(t, p) with t = p (p/q)^s / sum, in float64; its gradient holds t fixed: p - t at the logits."""
+    rng = np.random.default_rng(4)
+    normal, ablated = rng.normal(size=(2, 3, 5, 11)) * 2
+    for strength in (0.0, 0.5, 4.0):
+        p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (normal, ablated))
+        target = p * (p / q) ** strength
+        target /= target.sum(-1, keepdims=True)
+        expected = (target * np.log(target / p)).sum(-1)
+        logits = jnp.float32(normal), jnp.float32(ablated)
+        np.testing.assert_allclose(contrast_loss(*logits, strength), expected, rtol=1e-4, atol=1e-5)
+        to_normal, to_ablated = jax.grad(lambda *xs: contrast_loss(*xs, strength).sum(), (0, 1))(*logits)  # noqa: B023
+        np.testing.assert_allclose(to_normal, p - target, rtol=1e-3, atol=1e-5)
+        assert not np.asarray(to_ablated).any()
+
+
+# --- the whole loss, through the model ---
+
+ROWS = ("chosen", "rejected")
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Two pairs of rows of 20 tokens, their answers in the middle (the rest is padding), and a reference apart."""
+    rng = np.random.default_rng(1)
+    batch = {}
+    for name in ROWS:
+        batch[name] = rng.integers(4, CONFIG.vocab_size, (2, 20)).astype(np.int32)
+        batch[f"{name}_mask"] = np.zeros((2, 20), bool)
+        for row, (start, end) in enumerate([(9, 15), (6, 18)]):
+            batch[f"{name}_mask"][row, start:end] = True
+        batch[f"ref_{name}"] = np.float32([-31.0, -64.0]) + (name == "chosen")
+    return batch | {"weight": np.float32([0.5, 0.5])}
+
+
+def _settings(**changes):
+    values = {
+        "objective": "dpo",
+        "learning_rate": 1e-3,
+        "final_learning_rate": 1e-4,
+        "warmup": 0.1,
+        "steps": 4,
+        "seed": 0,
+        "batch_size": 2,
+        "microbatch_size": 2,
+        "beta": 0.3,
+        "compute_dtype": "float32",
+        "remat": False,
+    }
+    return Settings(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def plain(batch):
+    """{row kind: [(log-probability, its gradient) of each row]}, float64."""
+    with jax.enable_x64(True):
+        function = jax.jit(jax.value_and_grad(lambda p, tokens, mask: reference_logprob(p, tokens, mask, xp=jnp)))
+        params = jax.tree.map(jnp.asarray, in_float64(copying_params()))
+        rows = {name: [function(params, batch[name][i], batch[f"{name}_mask"][i]) for i in range(2)] for name in ROWS}
+        assert rows["chosen"][0][0].dtype == jnp.float64
+        return jax.tree.map(np.asarray, rows)
+
+
+def _plain_loss(plain, batch, settings):
+    """(loss, gradient) of the two pairs by the chain rule, from the losses of the equations."""
+    logps = {name: np.array([logp for logp, _ in plain[name]]) for name in ROWS}
+    lengths = {name: batch[f"{name}_mask"].sum(axis=1) for name in ROWS}
+    if settings.objective == "sft":
+        n = batch["chosen_mask"].sum()
+        loss, slopes = -logps["chosen"].sum() / n, {"chosen": [-1 / n] * 2, "rejected": [0, 0]}
+    else:
+        per = lengths if settings.averages else dict.fromkeys(ROWS, np.ones(2))
+        references = {name: batch[f"ref_{name}"].astype(float) * settings.has_reference for name in ROWS}
+        args = [logps[name] / per[name] for name in ROWS] + [references[name] / per[name] for name in ROWS]
+        smoothing, beta = settings.label_smoothing, settings.beta
+        margin = beta * (args[0] - args[2] - args[1] + args[3]) - settings.gamma
+        losses = -(1 - smoothing) * np.log(_sigmoid(margin)) - smoothing * np.log(_sigmoid(-margin))
+        slope = beta * (_sigmoid(margin) - (1 - smoothing)) / 2
+        loss = (losses - settings.nll_weight * logps["chosen"] / lengths["chosen"]).mean()
+        slopes = {
+            "chosen": slope / per["chosen"] - settings.nll_weight / lengths["chosen"] / 2,
+            "rejected": -slope / per["rejected"],
+        }
+    terms = [jax.tree.map(lambda g, s=slopes[name][i]: s * g, plain[name][i][1]) for name in ROWS for i in range(2)]
+    return loss, jax.tree.map(lambda *parts: sum(parts), *terms)
+
+
+CASES = {
+    "smoothed": {"label_smoothing": 0.1},
+    "per token, with nll": {"per_token": True, "nll_weight": 0.7, "beta": 3.0},
+    "simpo": {"loss": "simpo", "gamma": 0.4, "beta": 2.0},
+    "sft, remat": {"objective": "sft", "remat": True},
+}
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_training_loss_and_gradient_equal_a_plain_float64_model(batch, plain, changes):
+    settings = _settings(**changes)
+    if settings.objective == "sft":
+        batch = batch | {"weight": np.full(2, 1 / batch["chosen_mask"].sum(), np.float32)}
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: part_loss(CONFIG, settings, p, batch)[0]))(copying_params())
+    expected_loss, expected = _plain_loss(plain, batch, settings)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for (path, grad), reference in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
+        scale = np.abs(reference).max()
+        assert scale > 1e-5, path
+        np.testing.assert_allclose(grad, reference, rtol=1e-3, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path))
+
+
+def test_contrast_through_the_model_is_that_of_its_logits_at_the_answers(batch):
+    """And its gradient, with the masked pass held fixed."""
+    masked, settings = mask_heads(CONFIG, [(1, 0), (0, 1)]), _settings(objective="contrast", contrast_strength=0.8)
+    counted = batch["chosen_mask"][:, 1:]
+
+    def by_logits(params):
+        fixed = jax.lax.stop_gradient(params)
+        pair = forward(CONFIG, params, batch["chosen"]), forward(CONFIG, fixed, batch["chosen"], interventions=masked)
+        return 0.5 * (contrast_loss(*pair, 0.8)[:, :-1] * counted).sum()
+
+    ours = jax.jit(jax.value_and_grad(lambda p: part_loss(CONFIG, settings, p, batch, masked)[0]))(copying_params())
+    expected = jax.jit(jax.value_and_grad(by_logits))(copying_params())
+    assert ours[0] > 0.01
+    np.testing.assert_allclose(ours[0], expected[0], rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+def test_training_loss_starts_at_log_2_and_reports_rewards(batch):
+    """With the start model's own log-probabilities as the reference; then with rewards of known size."""
+    params, settings = in_float64(copying_params()), _settings()
+    own = {
+        f"ref_{name}": np.float32(
+            [reference_logprob(params, batch[name][i], batch[f"{name}_mask"][i]) for i in range(2)]
+        )
+        for name in ROWS
+    }
+    loss = jax.jit(lambda p, b: part_loss(CONFIG, settings, p, b))
+    value, _ = loss(copying_params(), batch | own)
+    np.testing.assert_allclose(value, np.log(2), rtol=1e-4)
+    own["ref_chosen"] -= np.float32([2.0, -1.0])
+    own["ref_rejected"] -= np.float32([1.0, 1.0])
+    _, metrics = loss(copying_params(), batch | own)
+    expected = {"reward_chosen": 0.15, "reward_rejected": 0.3, "margin": -0.15, "accuracy": 0.5}
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(expected, rel=1e-3)

@@ -29,6 +29,7 @@ setup(
         "transformers>=4.56",
         "huggingface_hub>=0.34",
         "jinja2>=3.1",
+        "msgspec>=0.19",
         "safetensors>=0.5",
         "tensorflow-datasets>=4.9.8",
         "importlib_resources>=6",
@@ -51,6 +52,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.5",
+            "pyrefly>=1.5,<2",
             "hypothesis>=6.100",
             "ruff>=0.6",
             "nbclient>=0.10",

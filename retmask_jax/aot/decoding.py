@@ -14,7 +14,8 @@ from retmask_jax.aot.hlo import Work
 from retmask_jax.aot.step import Program, array, compile_program, hours, sizes_of, stamp
 from retmask_jax.aot.topology import ASSUMED, Chip, chip_of, devices_of, estimate
 from retmask_jax.generation.batching import bucket
-from retmask_jax.generation.continuous import programs, rows_that_fill
+from retmask_jax.generation.continuous import rows_that_fill
+from retmask_jax.generation.continuous_programs import Shared, programs
 from retmask_jax.generation.decode import Draws, generate_batch
 from retmask_jax.generation.prefill import usual_chunk
 from retmask_jax.hf.families import from_hf
@@ -22,9 +23,9 @@ from retmask_jax.hf.hub import config_folder
 from retmask_jax.hf.weights import read_config
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import forward_flops
-from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kernels.blocked import compiled_for
 from retmask_jax.model.kv_cache import empty_cache
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.sharding import ROW_AXES, decoding_mesh, full_share, held_bytes, make_mesh, placed_shapes, using
 from retmask_jax.stages.pairs import variants_of
 from retmask_jax.stages.registry import check_config
@@ -130,22 +131,24 @@ def _sampling(config, model: ModelConfig, mesh: Mesh, chip: Chip) -> _Work:
     params = placed_shapes(model, mesh, config.dtype)
     weights, length, new = held_bytes(params), config.train.max_prompt_tokens, config.pairs.max_new_tokens
     variants = sum(len(variants_of(config, seed)) for seed in config.train.seeds)
-    masks = jax.eval_shape(lambda: Interventions.none(model).per_row(variants))
+    masks = jax.eval_shape(lambda: normalise(model).repeated(variants))
     whole = jax.tree.map(
         lambda x: array(mesh, x.shape, x.dtype),
         (masks, Draws.of(model, None, config.pairs.temperature, config.pairs.top_p), np.int32(1)),
     )
-    shared, answers = (params, *whole), config.pairs.n_prompts * variants
+    shared, answers = Shared(params, *whole), config.pairs.n_prompts * variants
     rows = config.pairs.batch_size or rows_that_fill(
         model, shared, length, new, int(chip.memory - weights), most=answers
     )
     rows = full_share(rows, ROW_AXES)
     found = programs(model, shared, rows, length, new)
-    state = found.decode[1][-2:]
+    state = found.decode.arguments[-2:]
     return _Work(
         {
-            "prompts": Program(found.prefill[0], found.prefill[1], options=found.prefill[2], beside=state),
-            "token": Program(found.decode[0], found.decode[1]),
+            "prompts": Program(
+                found.prefill.function, found.prefill.arguments, options=found.prefill.options, beside=state
+            ),
+            "token": Program(found.decode.function, found.decode.arguments),
         },
         rows,
         length,
@@ -162,12 +165,12 @@ def _detection(config, model: ModelConfig, mesh: Mesh, chip: Chip) -> _Work:
     new = config.detect.max_new_tokens
     length = min(bucket(max(task.lengths)), model.max_length - new)
     params = placed_shapes(model, mesh, config.dtype)
-    masks = jax.eval_shape(lambda: Interventions.none(model).per_row(rows))
+    masks = jax.eval_shape(lambda: normalise(model).repeated(rows))
     given = [
         array(mesh, (rows, length), jnp.int32, "batch"),
         array(mesh, (rows,), jnp.int32, "batch"),
         jax.tree.map(lambda x: array(mesh, x.shape, x.dtype, "batch"), masks),
-        *jax.tree.map(lambda x: array(mesh, x.shape, x.dtype), Draws.of(model, None, 0.0, 1.0)),
+        jax.tree.map(lambda x: array(mesh, x.shape, x.dtype), Draws.of(model, None, 0.0, 1.0)),
         *2 * [array(mesh, (rows,), jnp.uint32, "batch")],
     ]
     cache = jax.eval_shape(lambda: empty_cache(model, rows, length + new, config.dtype))

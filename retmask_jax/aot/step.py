@@ -23,7 +23,7 @@ from retmask_jax.hf.families import from_hf
 from retmask_jax.hf.hub import config_folder
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import executed_flops
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.sharding import RULES, divided, make_mesh, placed_shapes, using
 from retmask_jax.stages.registry import check_batch, check_config
 from retmask_jax.stages.train import train_settings
@@ -121,7 +121,7 @@ def training_programs(config: ModelConfig, settings: Settings, mesh: Mesh, lengt
             batch[f"ref_{side}"] = array(mesh, (rows,), jnp.float32, "batch")
     ablated = None
     if settings.objective == "contrast":
-        masks = jax.eval_shape(lambda: Interventions.none(config))
+        masks = jax.eval_shape(lambda: normalise(config))
         ablated = jax.tree.map(lambda x: array(mesh, x.shape, x.dtype), masks)
     state, runs = programs.state, settings.batch_size // rows
     if runs == 1:

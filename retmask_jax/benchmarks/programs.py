@@ -12,7 +12,7 @@ from retmask_jax.benchmarks.models import mesh
 from retmask_jax.generation.decode import Draws, generate_batch
 from retmask_jax.heads.reading import own_choices, read_batch
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.sharding import plain_shapes
 from retmask_jax.model.transformer import forward
 from retmask_jax.training.settings import Settings
@@ -63,7 +63,7 @@ def reading(config: ModelConfig, length: int) -> Program:
             rows,
             target,
             None,
-            Interventions.none(config),
+            normalise(config),
             jnp.int32(length),
         )
 
@@ -79,8 +79,8 @@ def decoding(config: ModelConfig, length: int) -> Program:
             _params(config),
             jnp.ones((1, length), jnp.int32),
             jnp.full(1, length, jnp.int32),
-            Interventions.none(config),
-            *Draws.of(config, (), 0.0, 1.0),
+            normalise(config),
+            Draws.of(config, (), 0.0, 1.0),
             row,
             row,
         )

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
 
 
 def pad_to_bucket(config: ModelConfig, tokens_BT, max_new_tokens: int) -> np.ndarray:
@@ -41,8 +40,3 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 1) -
     for padded, row in zip(tokens, rows, strict=True):
         padded[: len(row)] = row
     return tokens, lengths
-
-
-def take_rows(iv: Interventions, rows) -> Interventions:
-    """The rows of per-row masks; shared masks as they are."""
-    return iv.replace(**{name: part[rows] for name, part in iv.of_rows().items()})

@@ -12,14 +12,15 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Int, PyTree
 
-from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_bucket, take_rows
+from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_bucket
 from retmask_jax.generation.prefill import prefill, slots_for
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import next_hidden
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
-from retmask_jax.model.sharding import by_rows, mesh_of
+from retmask_jax.model.masks import Masks, normalise
+from retmask_jax.model.sharding import mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens, unembed
 from retmask_jax.utils import memory
 from retmask_jax.utils.array_types import Lengths, Tokens
@@ -75,29 +76,10 @@ def generate(
             f"generate needs at least one prompt and the length of each, got tokens of shape {tokens.shape}"
         )
     check_tokens(config, tokens, lengths, max_new_tokens)
-    lengths = np.asarray(lengths, np.int32)
     check_options(max_new_tokens, temperature, top_p)
-    if lengths.min(initial=1) < 1 or lengths.max(initial=1) > tokens.shape[1]:
-        raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}; tokens have 1 to {tokens.shape[1]}")
-    seeds = np.asarray(seed)
-    if seeds.shape not in ((), (len(tokens),)):
-        raise ValueError(f"seed has shape {seeds.shape}; it must be one number or one for each of {len(tokens)} rows")
-    if config.depends_on_length:
-        longest = lengths.max() + max_new_tokens
-        log.info("rotary frequencies are those of %d tokens, the longest prompt and max_new_tokens", longest)
-    rows = np.arange(len(tokens)) if seeds.ndim == 0 else np.zeros(len(tokens), int)
     draws = Draws.of(config, stop_ids, temperature, top_p)
-    iv = jax.tree.map(np.asarray, (interventions or Interventions()).fill(config, len(tokens)))
-    arguments = (
-        pad_to_bucket(config, tokens, max_new_tokens),
-        lengths,
-        iv.per_row(len(tokens)),  # shared masks, too: one program for both
-        *draws,
-        np.broadcast_to(seeds, len(tokens)).astype(np.uint32),
-        rows.astype(np.uint32),
-    )
-    with mesh_of(params):
-        return generate_batch(config, params, *arguments, max_new_tokens=max_new_tokens, probe=probe)
+    masks = normalise(config, interventions, len(tokens))
+    return _generate(config, params, tokens, lengths, masks, draws, seed, max_new_tokens=max_new_tokens, probe=probe)
 
 
 def generate_many(
@@ -108,9 +90,12 @@ def generate_many(
     batch_size: int,
     max_new_tokens: int,
     interventions: Interventions | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
     seeds: Sequence[int] | None = None,
+    stop_ids: Sequence[int] | None = None,
+    probe: bool = False,
     what: str = "generate",
-    **options,
 ) -> list[Generated]:
     """Continue prompts of any lengths: sorted into batches of similar length, results in the order of the prompts.
 
@@ -118,22 +103,19 @@ def generate_many(
     prompt. Each result is one row, as NumPy arrays: tokens i32[n] without pad or stop id, stops i32[], and argmax
     i32[n,L,H] when probed. seeds: one per prompt.
     """
-    iv = (interventions or Interventions()).fill(config, len(prompts))
+    check_options(max_new_tokens, temperature, top_p)
+    draws = Draws.of(config, stop_ids, temperature, top_p)
+    masks = normalise(config, interventions, len(prompts))
     seeds = np.arange(len(prompts)) if seeds is None else np.asarray(seeds)
 
     def work(todo: list[int], batch_size: int):
         for batch in batches_by_length([prompts[i] for i in todo], batch_size):
             rows = np.array([todo[i] for i in batch])
             tokens, lengths = pad_rows([prompts[i] for i in rows], config.pad_id)
-            out = generate(
-                config,
-                params,
-                tokens,
-                lengths,
-                max_new_tokens=max_new_tokens,
-                interventions=take_rows(iv, rows),
-                seed=seeds[rows],
-                **options,
+            check_tokens(config, tokens, lengths, max_new_tokens)
+            some = masks.take(rows)
+            out = _generate(
+                config, params, tokens, lengths, some, draws, seeds[rows], max_new_tokens=max_new_tokens, probe=probe
             )
             out = to_host(out)
             yield rows, [_one_row(out, row) for row in range(len(rows))]
@@ -178,20 +160,22 @@ def check_options(max_new_tokens: int, temperature: float, top_p: float) -> None
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "probe"), compiler_options=DECODING)
 def generate_batch(
-    config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, top_p, seeds_B, rows_B, *, max_new_tokens, probe
+    config, params, tokens_BT, lengths_B, masks: Masks, draws: Draws, seeds_B, rows_B, *, max_new_tokens, probe
 ):
     """The compiled program of `generate`, of prompts padded to a bucket; a Generated.
 
-    iv: filled interventions. stop_ids, temperature, top_p: of `Draws`. seeds_B, rows_B: u32[B], of `row_keys`.
+    seeds_B, rows_B: u32[B], of `row_keys`.
     """
-    shared = params, Draws(stop_ids, temperature, top_p), lengths_B.max() + max_new_tokens
-    rows = tokens_BT, lengths_B, iv.per_row(len(tokens_BT)), seeds_B, rows_B
-    return by_rows(functools.partial(_generate_rows, config, max_new_tokens, probe), shared, rows)
+    longest = lengths_B.max() + max_new_tokens
+    return _generate_rows(
+        config, params, tokens_BT, lengths_B, masks, draws, seeds_B, rows_B, longest, max_new_tokens, probe
+    )
 
 
-def _generate_rows(config, max_new_tokens, probe, shared, rows):
-    params, draws, longest = shared
-    tokens_BT, lengths_B, iv, seeds_B, rows_B = rows
+@row_parallel("tokens_BT", "lengths_B", "masks", "seeds_B", "rows_B")
+def _generate_rows(
+    config, params, tokens_BT, lengths_B, masks: Masks, draws: Draws, seeds_B, rows_B, longest, max_new_tokens, probe
+):
     batch, width = tokens_BT.shape
     keys_B = row_keys(seeds_B, rows_B)
     dtype = jax.tree.leaves(params)[0].dtype
@@ -204,7 +188,7 @@ def _generate_rows(config, max_new_tokens, probe, shared, rows):
         params,
         tokens_BT,
         lengths_B,
-        iv,
+        masks,
         cache,
         last_B1,
         longest=longest,
@@ -227,7 +211,7 @@ def _generate_rows(config, max_new_tokens, probe, shared, rows):
     def decode(state):
         step, cache, token_B, done_B, count_B, stop_B, buffers = state
         start_B = lengths_B + step - 1
-        out = next_hidden(config, params, token_B, iv, cache=cache, start_B=start_B, probe=only, longest=longest)
+        out = next_hidden(config, params, token_B, masks, cache=cache, start_B=start_B, probe=only, longest=longest)
         token_B, stops_B = next_tokens(config, params, draws, out.x_BTE, keys_B, step)
         stop_B = jnp.where(stops_B & ~done_B, token_B, stop_B)
         done_B |= stops_B
@@ -244,6 +228,29 @@ def _generate_rows(config, max_new_tokens, probe, shared, rows):
     state = (jnp.int32(1), first.cache, token_B, done_B, (~done_B).astype(jnp.int32), stop_B, buffers)
     *_, count_B, stop_B, (tokens_BN, argmax_BNLH) = jax.lax.while_loop(unfinished, decode, state)
     return Generated(tokens_BN, count_B, argmax_BNLH, stop_B)
+
+
+def _generate(config, params, tokens, lengths, masks: Masks, draws: Draws, seed, *, max_new_tokens, probe) -> Generated:
+    """`generate`, from tokens and options that are checked."""
+    lengths, seeds = np.asarray(lengths, np.int32), np.asarray(seed)
+    if lengths.min(initial=1) < 1 or lengths.max(initial=1) > tokens.shape[1]:
+        raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}; tokens have 1 to {tokens.shape[1]}")
+    if seeds.shape not in ((), (len(tokens),)):
+        raise ValueError(f"seed has shape {seeds.shape}; it must be one number or one for each of {len(tokens)} rows")
+    if config.depends_on_length:
+        longest = lengths.max() + max_new_tokens
+        log.info("rotary frequencies are those of %d tokens, the longest prompt and max_new_tokens", longest)
+    rows = np.arange(len(tokens)) if seeds.ndim == 0 else np.zeros(len(tokens), int)
+    arguments = (
+        pad_to_bucket(config, tokens, max_new_tokens),
+        lengths,
+        masks.repeated(len(tokens)),  # shared masks, too: one program for both
+        draws,
+        np.broadcast_to(seeds, len(tokens)).astype(np.uint32),
+        rows.astype(np.uint32),
+    )
+    with mesh_of(params):
+        return generate_batch(config, params, *arguments, max_new_tokens=max_new_tokens, probe=probe)
 
 
 def sample(logits_BV, keys_B, temperature, top_p):

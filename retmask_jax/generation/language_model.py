@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
@@ -22,8 +21,9 @@ from retmask_jax.hf.families import from_hf
 from retmask_jax.hf.tokenizer import load_tokenizer
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import Masks, normalise
 from retmask_jax.model.sharding import mesh_of
-from retmask_jax.model.transformer import check_tokens, forward
+from retmask_jax.model.transformer import check_positions, check_tokens, longest_row, next_logits
 from retmask_jax.utils.array_types import Lengths, Tokens
 from retmask_jax.utils.hosts import primary
 
@@ -66,10 +66,11 @@ class LanguageModel:
         ((1, 13, 354), 'rome')
         """
         tokens = check_tokens(self.config, tokens, lengths)
-        filled = (interventions or Interventions()).fill(self.config, tokens.shape[0])
+        positions = check_positions(positions, tokens)
+        masks = normalise(self.config, interventions, len(tokens))
         lengths = lengths if self.config.depends_on_length else None  # else they change nothing but the program
         with mesh_of(self.params):
-            return _logits(self.config, self.params, tokens, lengths, filled, positions)
+            return _logits(self.config, self.params, tokens, lengths, masks, positions)
 
     def generate(
         self,
@@ -234,21 +235,22 @@ def _save_texts(lm: LanguageModel, folder: Path) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config, params, tokens, lengths, interventions, positions):
-    return forward(config, params, tokens, lengths, interventions=interventions, positions=positions)
+def _logits(config, params, tokens_BT, lengths_B, masks: Masks, positions_BP):
+    return next_logits(config, params, tokens_BT, masks, longest_row(tokens_BT, lengths_B), positions_BP)
 
 
 def _bakeable(config: ModelConfig, interventions: Interventions | None):
     """The shared bool head mask of interventions as an array, or None; ValueError for what weights cannot express."""
     if interventions is None:
         return None
-    iv = interventions.fill(config)
-    if iv.head_mask.dtype != jnp.bool_ or iv.head_mask.ndim != 2:
+    masks = normalise(config, interventions)
+    head_mask = masks.head_BLH if interventions.head_mask is None else np.asarray(interventions.head_mask)
+    if head_mask.dtype != np.bool_ or interventions.has_rows:
         raise ValueError(
-            f"only a shared bool head_mask can be baked into weights, this is {iv.head_mask.dtype}{iv.head_mask.shape}"
+            f"only a shared bool head_mask can be baked into weights, this is {head_mask.dtype}{head_mask.shape}"
         )
-    if bool(jnp.any(iv.rope_mask != 0)):
+    if np.any(masks.rope_BLHR):
         raise ValueError("a rotary mask cannot be baked into weights: save without it and apply it at run time")
-    if iv.head_mean is not None:
+    if interventions.head_mean is not None:
         raise ValueError("a head's mean cannot be baked into weights: save without it and apply it at run time")
-    return np.asarray(iv.head_mask)
+    return np.asarray(masks.head_BLH[0])

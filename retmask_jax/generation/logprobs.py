@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float32, Int, PyTree, Shaped
 
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.sharding import by_rows, mesh_of, split_vocab
+from retmask_jax.model.masks import Masks, normalise
+from retmask_jax.model.sharding import mesh_of, row_parallel, split_vocab
 from retmask_jax.model.transformer import check_tokens, hidden, logits, longest_row, unembedding
 from retmask_jax.utils.array_types import Lengths, Tokens
 
@@ -45,8 +46,9 @@ def sequence_logprobs(
     tokens = check_tokens(config, tokens, lengths)
     if jnp.shape(loss_mask) != tokens.shape:
         raise ValueError(f"loss_mask has shape {jnp.shape(loss_mask)}; tokens have {tokens.shape}")
+    masks = normalise(config, interventions, len(tokens))
     longest = longest_row(tokens, lengths)
-    x_BTE = hidden(config, params, tokens, interventions, longest=longest, remat=remat).x_BTE[:, :-1]
+    x_BTE = hidden(config, params, tokens, masks, longest=longest, remat=remat).x_BTE[:, :-1]
     counted_BT = jnp.asarray(loss_mask)[:, 1:] != 0
     return jnp.sum(chosen_logprobs(config, params, x_BTE, tokens[:, 1:], counted_BT), axis=1)
 
@@ -56,19 +58,16 @@ def token_logprobs(
 ) -> Float32[jax.Array, "B T-1"]:
     """f32[B,T-1]: log p(tokens[b, t] | tokens[b, :t]) for t = 1..T-1, jitted."""
     tokens = check_tokens(config, tokens)
-    filled = (interventions or Interventions()).fill(config, tokens.shape[0])
+    masks = normalise(config, interventions, len(tokens))
     with mesh_of(params):
-        return _token_logprobs(config, params, tokens, filled)
+        return _token_logprobs(config, params, tokens, masks)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _token_logprobs(config, params, tokens_BT, interventions):
-    def one(params, rows):
-        tokens_BT, interventions = rows
-        x_BTE = hidden(config, params, tokens_BT, interventions).x_BTE[:, :-1]
-        return chosen_logprobs(config, params, x_BTE, tokens_BT[:, 1:], jnp.ones(x_BTE.shape[:2], bool))
-
-    return by_rows(one, params, (tokens_BT, interventions.per_row(len(tokens_BT))))
+@row_parallel("tokens_BT", "masks")
+def _token_logprobs(config, params, tokens_BT, masks: Masks):
+    x_BTE = hidden(config, params, tokens_BT, masks).x_BTE[:, :-1]
+    return chosen_logprobs(config, params, x_BTE, tokens_BT[:, 1:], jnp.ones(x_BTE.shape[:2], bool))
 
 
 def next_logprobs(
@@ -89,20 +88,16 @@ def next_logprobs(
     if not jnp.shape(targets) == jnp.shape(counted) == tokens.shape:
         shapes = f"targets {jnp.shape(targets)} and counted {jnp.shape(counted)}"
         raise ValueError(f"{shapes} must have the shape of tokens, {tokens.shape}")
-    filled = (interventions or Interventions()).fill(config, tokens.shape[0])
+    masks = normalise(config, interventions, len(tokens))
     with mesh_of(params):
-        return _next_logprobs(config, params, longest_row(tokens, lengths), tokens, targets, counted, filled)
+        return _next_logprobs(config, params, longest_row(tokens, lengths), tokens, targets, counted, masks)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _next_logprobs(config, params, longest, tokens_BT, targets_BT, counted_BT, interventions):
-    def one(shared, rows):
-        params, longest = shared
-        tokens_BT, targets_BT, counted_BT, interventions = rows
-        x_BTE = hidden(config, params, tokens_BT, interventions, longest=longest).x_BTE
-        return over_chunks(config, params, _logprob_and_greedy, (x_BTE, targets_BT), counted_BT)
-
-    return by_rows(one, (params, longest), (tokens_BT, targets_BT, counted_BT, interventions.per_row(len(tokens_BT))))
+@row_parallel("tokens_BT", "targets_BT", "counted_BT", "masks")
+def _next_logprobs(config, params, longest, tokens_BT, targets_BT, counted_BT, masks: Masks):
+    x_BTE = hidden(config, params, tokens_BT, masks, longest=longest).x_BTE
+    return over_chunks(config, params, _logprob_and_greedy, (x_BTE, targets_BT), counted_BT)
 
 
 def chosen_logprobs(config, params, x_BTE, target_BT, counted_BT):

@@ -24,8 +24,9 @@ from retmask_jax.heads.reading import measure_answers, read_answers
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.attention import EVERYWHERE
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.sharding import by_rows, full_share, mesh_of
-from retmask_jax.model.transformer import check_tokens, merge_layers, unembed, unembedding
+from retmask_jax.model.layers import merge_layers
+from retmask_jax.model.sharding import full_share, mesh_of, row_parallel
+from retmask_jax.model.transformer import check_tokens, unembed, unembedding
 from retmask_jax.utils import memory, stats
 from retmask_jax.utils.hosts import to_host
 
@@ -301,13 +302,9 @@ def _gate_gradients(lm: LanguageModel, prompts, answers, batch_size: int) -> lis
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@row_parallel("tokens_BT", "counted_BT")
 def _gradients(config, params, tokens_BT, counted_BT, longest):
-    return by_rows(functools.partial(_gradient_rows, config), (params, longest), (tokens_BT, counted_BT))
-
-
-def _gradient_rows(config, shared, rows):
     """f32[B,L,H]: one gate per row and head, so that one gradient of the sum has all rows apart."""
-    (params, longest), (tokens_BT, counted_BT) = shared, rows
     lengths_B = jnp.full(len(tokens_BT), longest)
 
     def total(gate_BLH):

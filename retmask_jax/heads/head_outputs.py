@@ -12,8 +12,9 @@ from retmask_jax.generation.batching import full_batches
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.attention import EVERYWHERE, Probe
 from retmask_jax.model.inference import hidden_rows
-from retmask_jax.model.interventions import Head, Interventions
-from retmask_jax.model.sharding import by_rows, full_share, mesh_of
+from retmask_jax.model.interventions import Head
+from retmask_jax.model.masks import normalise
+from retmask_jax.model.sharding import full_share, mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory
 from retmask_jax.utils.hosts import to_host
@@ -68,14 +69,10 @@ def variance_removed(statistics: HeadStatistics, heads: Sequence[Head], pairs_NR
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@row_parallel("tokens_BT", "rows_BP")
 def _statistics(config, params, tokens_BT, rows_BP):
-    return by_rows(functools.partial(_of_rows, config), params, (tokens_BT, rows_BP))
-
-
-def _of_rows(config, params, rows):
     """(f32[B,L,H,D], f32[B,L,H,R,R])."""
-    tokens_BT, rows_BP = rows
     spans_B12 = jnp.broadcast_to(jnp.array(EVERYWHERE), (len(tokens_BT), 1, 2))
     asked = Probe(rows_BP, spans_B12, values=True, pairs=config.n_pairs)
-    probed = hidden_rows(config, params, tokens_BT, Interventions(), rows_BP, probe=asked).probed
+    probed = hidden_rows(config, params, tokens_BT, normalise(config), rows_BP, probe=asked).probed
     return probed.values[..., 0, :].mean(axis=1), probed.pairs[:, 0]

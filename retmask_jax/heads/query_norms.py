@@ -7,7 +7,7 @@ import numpy as np
 
 from retmask_jax.model import lora
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.transformer import merge_layers
+from retmask_jax.model.layers import merge_layers
 from retmask_jax.utils import stats
 from retmask_jax.utils.hosts import to_host
 

@@ -15,7 +15,8 @@ from retmask_jax.generation.prefill import Shared, prefill, share_prefixes, slot
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
-from retmask_jax.model.sharding import by_rows, full_share, mesh_of
+from retmask_jax.model.masks import Masks, normalise
+from retmask_jax.model.sharding import full_share, mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens, unembed
 from retmask_jax.utils import memory
 from retmask_jax.utils.hosts import to_host
@@ -74,14 +75,14 @@ def measure_answers(
         raise ValueError(f"{len(prompts)} prompts need as many answers, and none of them may be empty")
     config, width = lm.config, max(map(len, answers))
     check_tokens(config, np.zeros((1, max(map(len, prompts))), np.int32), new_tokens=width)
-    iv = (interventions or Interventions()).fill(config)
+    masks = normalise(config, interventions)
     longest = np.int32(max(map(len, prompts)) + width)
     on_cpu = jax.default_backend() == "cpu"
 
     def work(todo: list[int], batch_size: int):
         for group in share_prefixes([prompts[i] for i in todo]):
             group = dataclasses.replace(group, members=tuple(todo[i] for i in group.members))
-            cache = _read_prefix(config, lm.params, group.prefix, iv, longest)
+            cache = _read_prefix(config, lm.params, group.prefix, masks, longest)
             # Behind a beginning chunks are computed as far as the longest row of a batch goes: rows of one length, and
             # one program for all. On a CPU two rows fill a product, or one on each of its devices.
             shared = cache is not None
@@ -91,7 +92,7 @@ def measure_answers(
             for batch in full_batches(members, size):
                 inputs = _continuations(config, batch, prompts, answers, width, group if shared else None)
                 spans_BN2 = None if spans is None else np.array([spans[i] for i, _ in batch], np.int32)
-                out = to_host(read_batch(config, measure, values, lm.params, cache, *inputs, spans_BN2, iv, longest))
+                out = to_host(read_batch(config, measure, values, lm.params, cache, *inputs, spans_BN2, masks, longest))
                 rows = [i for i, _ in batch]
                 cut = [operator.itemgetter((row, slice(len(answers[i])))) for row, i in enumerate(rows)]
                 yield rows, [jax.tree.map(take, out) for take in cut]
@@ -101,8 +102,9 @@ def measure_answers(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@row_parallel("tokens_BT", "start_B", "end_B", "rows_BN", "target_BN", "spans_BN2", "masks")
 def read_batch(
-    config, measure, values, params, prefix, tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv, longest
+    config, measure, values, params, prefix, tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, masks, longest
 ):
     """The compiled program of `measure_answers`: what is measured, [B,N,...], at rows of a batch of texts.
 
@@ -116,11 +118,31 @@ def read_batch(
         rows_BN: The rows of tokens_BT to measure at.
         target_BN: The tokens that those rows should predict.
         spans_BN2: Token spans to measure in, or None.
-        iv: Filled interventions.
         longest: Tokens of the longest text and its answer.
     """
-    rows = tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv.per_row(len(tokens_BT))
-    return by_rows(functools.partial(_read_rows, config, measure, values), (params, prefix, longest), rows)
+    batch, length = tokens_BT.shape
+    n_prefix, chunk = (0, usual_chunk()) if prefix is None else (prefix["blocks"]["0"].slots, READ_CHUNK)
+    cache = None
+    if prefix is not None or length > chunk:
+        dtype = jax.tree.leaves(params)[0].dtype
+        cache = empty_cache(config, batch, n_prefix + slots_for(length, chunk), dtype, rings=False)
+    if prefix is not None:
+        cache = jax.tree.map(lambda new, old: new.at[_corner(new, old)].set(old), cache, prefix)
+    rows_BN = jnp.minimum(rows_BN, (end_B - start_B)[:, None] - 1)
+    out = prefill(
+        config,
+        params,
+        tokens_BT,
+        end_B,
+        masks,
+        cache,
+        rows_BN,
+        start_B=None if prefix is None else start_B,
+        probe=Probe(rows_BN, spans_BN2, values=values),
+        longest=longest,
+        chunk=chunk,
+    )
+    return measure(config, params, out, target_BN)
 
 
 def own_choices(config, params, out, target_BN):
@@ -147,48 +169,20 @@ def _continuations(config, batch, prompts, answers, width: int, group: Shared | 
     return tokens_BT, start_B, start_B + lengths_B, asked_B[:, None] + np.arange(width, dtype=np.int32), target_BN
 
 
-def _read_prefix(config, params, prefix, iv, longest):
+def _read_prefix(config, params, prefix, masks: Masks, longest):
     """The cache of a shared beginning (one row, every position), or None where there is none."""
     if not prefix:
         return None
     length = bucket(len(prefix))
     tokens_1T = np.pad(np.array([prefix], np.int32), ((0, 0), (0, length - len(prefix))))
-    return _prefix_cache(config, params, tokens_1T, np.array([len(prefix)], np.int32), iv, longest)
+    return _prefix_cache(config, params, tokens_1T, np.array([len(prefix)], np.int32), masks, longest)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _prefix_cache(config, params, tokens_1T, end_1, iv, longest):
+def _prefix_cache(config, params, tokens_1T, end_1, masks: Masks, longest):
     dtype = jax.tree.leaves(params)[0].dtype
     cache = empty_cache(config, 1, slots_for(tokens_1T.shape[1]), dtype, rings=False)
-    return prefill(config, params, tokens_1T, end_1, iv, cache, jnp.zeros((1, 1), jnp.int32), longest=longest).cache
-
-
-def _read_rows(config, measure, values, shared, rows):
-    params, prefix, longest = shared
-    tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv = rows
-    batch, length = tokens_BT.shape
-    n_prefix, chunk = (0, usual_chunk()) if prefix is None else (prefix["blocks"]["0"].slots, READ_CHUNK)
-    cache = None
-    if prefix is not None or length > chunk:
-        dtype = jax.tree.leaves(params)[0].dtype
-        cache = empty_cache(config, batch, n_prefix + slots_for(length, chunk), dtype, rings=False)
-    if prefix is not None:
-        cache = jax.tree.map(lambda new, old: new.at[_corner(new, old)].set(old), cache, prefix)
-    rows_BN = jnp.minimum(rows_BN, (end_B - start_B)[:, None] - 1)
-    out = prefill(
-        config,
-        params,
-        tokens_BT,
-        end_B,
-        iv,
-        cache,
-        rows_BN,
-        start_B=None if prefix is None else start_B,
-        probe=Probe(rows_BN, spans_BN2, values=values),
-        longest=longest,
-        chunk=chunk,
-    )
-    return measure(config, params, out, target_BN)
+    return prefill(config, params, tokens_1T, end_1, masks, cache, jnp.zeros((1, 1), jnp.int32), longest=longest).cache
 
 
 def _corner(new, old):

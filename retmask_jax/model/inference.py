@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.layers import norm
-from retmask_jax.model.transformer import Call, Embedding, Group, Hidden, make_call, merge_probed, split_masks
+from retmask_jax.model.masks import Masks
+from retmask_jax.model.transformer import Call, Embedding, Group, Hidden, make_call, merge_probed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,24 +95,15 @@ class Layers:
 
 
 def next_hidden(
-    config: ModelConfig,
-    params,
-    token_B,
-    interventions: Interventions,
-    *,
-    cache,
-    start_B,
-    probe: Probe | None = None,
-    longest=None,
+    config: ModelConfig, params, token_B, masks: Masks, *, cache, start_B, probe: Probe | None = None, longest=None
 ) -> Hidden:
     """As `hidden`, of one new token per row, which continues its cache at position start_B[b]; a probe asks about it."""
-    iv = interventions.fill(config, len(token_B))
-    layers = Layers(config, params, make_call(config, 1, start_B, start_B + 1, longest, probe), iv.rope_site)
-    masks, carry = split_masks(config, iv), (layers.embed(token_B[:, None]), cache["blocks"])
-    (x_B1E, blocks), probed = layers.through_first(carry, masks, config.repeats)
+    layers = Layers(config, params, make_call(config, 1, start_B, start_B + 1, longest, probe), masks.rope_site)
+    by_layer, carry = masks.by_layer(config), (layers.embed(token_B[:, None]), cache["blocks"])
+    (x_B1E, blocks), probed = layers.through_first(carry, by_layer, config.repeats)
     tail, tail_probed = cache["tail"], {}
     if config.tail:
-        (x_B1E, tail), tail_probed = layers.tail((x_B1E, tail), masks)
+        (x_B1E, tail), tail_probed = layers.tail((x_B1E, tail), by_layer)
     probed = None if probe is None else merge_probed(config, probed, tail_probed)
     return Hidden(layers.normed(x_B1E), {"blocks": blocks, "tail": tail}, probed)
 
@@ -121,7 +112,7 @@ def hidden_rows(
     config: ModelConfig,
     params,
     tokens_BT,
-    interventions: Interventions,
+    masks: Masks,
     rows_BP,
     *,
     cache=None,
@@ -135,14 +126,13 @@ def hidden_rows(
     if config.lora is not None:
         raise ValueError("a model with adapters cannot generate: merge them first (retmask_jax.model.lora.merged)")
     batch, length = tokens_BT.shape
-    iv = interventions.fill(config, batch)
     end_B = jnp.full(batch, length) if end_B is None else end_B
-    layers = Layers(config, params, make_call(config, length, start_B, end_B, longest, probe), iv.rope_site)
-    masks = split_masks(config, iv)
+    layers = Layers(config, params, make_call(config, length, start_B, end_B, longest, probe), masks.rope_site)
+    by_layer = masks.by_layer(config)
     cache = cache or {"blocks": None, "tail": None}
     carry = layers.embed(tokens_BT), cache["blocks"]
-    (x_BTE, blocks), probed = layers.through_first(carry, masks, layers.before_last)
-    (x_BPE, last_cache), last_probed = layers.last((x_BTE, cache["tail"] if config.tail else blocks), masks, rows_BP)
+    (x_BTE, blocks), probed = layers.through_first(carry, by_layer, layers.before_last)
+    (x_BPE, last_cache), last_probed = layers.last((x_BTE, cache["tail"] if config.tail else blocks), by_layer, rows_BP)
     if config.tail:
         tail, tail_probed = last_cache, last_probed
     else:

@@ -5,7 +5,6 @@ and `jax.grad` differentiates with respect to a float one.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import flax.struct
 import jax
@@ -64,32 +63,14 @@ class Interventions:
         >>> untouched.head_mask.shape, untouched.rope_mask.shape, bool(untouched.head_mask.any())
         ((4, 8), (4, 8, 16), False)
         """
-        return cls().fill(config)
-
-    def fill(self, config: ModelConfig, batch: int | None = None) -> "Interventions":
-        """Both masks as arrays, missing ones all-False; raises ValueError where a shape or type does not fit."""
-        if self.rope_site not in SITES:
-            raise ValueError(f"rope_site is {self.rope_site!r}; it must be one of {', '.join(SITES)}")
         heads = (config.n_layers, config.n_heads)
-        return self.replace(
-            head_mask=_checked("head_mask", self.head_mask, heads, batch),
-            rope_mask=_checked("rope_mask", self.rope_mask, (*heads, config.n_pairs), batch),
-            head_mean=_checked_mean(self.head_mean, (*heads, config.head_dim), batch),
-        )
+        return cls(jnp.zeros(heads, bool), jnp.zeros((*heads, config.n_pairs), bool))
 
-    def given(self) -> dict[str, Any]:
-        """The arrays by name, without missing ones."""
-        return {name: part for name in SHARED_NDIM if (part := getattr(self, name)) is not None}
-
-    def of_rows(self) -> dict[str, Any]:
-        """Those of the arrays that have a row axis."""
-        return {name: part for name, part in self.given().items() if part.ndim > SHARED_NDIM[name]}
-
-    def per_row(self, batch: int) -> "Interventions":
-        """Filled masks with a row axis, a shared one repeated; NumPy arrays stay such."""
-        return self.replace(
-            **{name: part if name in self.of_rows() else _repeated(part, batch) for name, part in self.given().items()}
-        )
+    @property
+    def has_rows(self) -> bool:
+        """Whether a part has a row axis."""
+        parts = ((name, getattr(self, name)) for name in SHARED_NDIM)
+        return any(part is not None and jnp.ndim(part) > SHARED_NDIM[name] for name, part in parts)
 
     def __or__(self, other: "Interventions") -> "Interventions":
         """Both at once: logical or, or the maximum where either is a float gate.
@@ -258,33 +239,6 @@ def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[i
         case _:
             raise ValueError(f'which is {which!r}; it must be "low", "high" or "random"')
     return sorted(int(pair) for pair in chosen)
-
-
-def _repeated(part, batch: int):
-    broadcast_to = np.broadcast_to if isinstance(part, np.ndarray) else jnp.broadcast_to
-    return broadcast_to(part, (batch, *part.shape))
-
-
-def _checked(name: str, mask, shape: tuple[int, ...], batch: int | None):
-    if mask is None:
-        return jnp.zeros(shape, bool)
-    mask = jnp.asarray(mask)
-    if mask.dtype != jnp.bool_ and not jnp.issubdtype(mask.dtype, jnp.floating):
-        raise ValueError(f"{name} has type {mask.dtype}; it must be bool, or float for a gate in [0, 1]")
-    per_row = ("B" if batch is None else batch, *shape)
-    rows_fit = mask.ndim == len(per_row) and (batch is None or mask.shape[0] == batch)
-    if mask.shape != shape and not (rows_fit and mask.shape[1:] == shape):
-        raise ValueError(f"{name} has shape {mask.shape}; the model and batch need {shape} or {per_row}")
-    return mask
-
-
-def _checked_mean(mean, shape: tuple[int, ...], batch: int | None):
-    if mean is None:
-        return None
-    mean = jnp.asarray(mean)
-    if not jnp.issubdtype(mean.dtype, jnp.floating):
-        raise ValueError(f"head_mean has type {mean.dtype}; it must be float")
-    return _checked("head_mean", mean, shape, batch)
 
 
 def _mean_of(a: Interventions, b: Interventions):

@@ -2,10 +2,13 @@
 
 import contextlib
 import functools
+import inspect
 import itertools
 import logging
 import math
 import os
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import flax.linen as nn
 import jax
@@ -13,10 +16,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.transformer import transformer
 
 log = logging.getLogger(__name__)
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 AXES = ("data", "fsdp", "tensor", "context")
 ROW_AXES = ("data", "fsdp")  # what the rows of a batch are split over
@@ -113,7 +118,7 @@ def plain_shapes(config: ModelConfig):
 def param_shapes(config: ModelConfig):
     """The parameter tree as jax.ShapeDtypeStruct, boxed with the logical axes; nothing is computed."""
     model, tokens = transformer(config), np.zeros((1, 2), np.int32)
-    shapes = jax.eval_shape(lambda seed: model.init(jax.random.key(seed), tokens, Interventions.none(config)), 0)
+    shapes = jax.eval_shape(lambda seed: model.init(jax.random.key(seed), tokens, normalise(config)), 0)
     return shapes["params"]
 
 
@@ -164,33 +169,54 @@ def mesh_of(params):
     return using(leaf.sharding.mesh) if on_mesh else contextlib.nullcontext()
 
 
-ROWS, STACKED_ROWS = PartitionSpec("data"), PartitionSpec(None, "data")  # arrays [B, ...], and [X, B, ...]
+# Where the results of a `row_parallel` function lie: arrays [B, ...]; arrays [X, B, ...]; the sum over all rows.
+ROWS, STACKED_ROWS, SUM_OF_ROWS = PartitionSpec("data"), PartitionSpec(None, "data"), PartitionSpec()
 
 
-def by_rows(function, shared, rows, *, total: bool = False, split=(ROWS, ROWS)):
-    """function(shared, rows), where rows and results are pytrees of arrays [B, ...] and no row needs another.
+def row_parallel(
+    *rows: str, stacked: Sequence[str] = (), results: Any = ROWS
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a function of arrays in which no row needs another, so that each device computes its own rows.
 
     Where the mesh that is set has devices on its data axis alone, and as many divide the rows, each device runs the
-    function on its own rows, and loops end on each as soon as its rows are done. Else the compiler splits the work.
-    total: the sum of the results of all devices (such as gradients of sums), in place of results by row. split: where
-    the rows of `rows` and of the results lie, each a prefix of the pytree; the first array of `rows` is [B, ...] in any
-    case.
+    function on its rows, and loops end on each device as soon as its rows are done. Elsewhere the compiler splits the
+    work. Arguments that are not arrays, such as a config, are passed on as they are.
+
+    Args:
+        rows: Names of the arguments whose arrays are [B, ...]; the first must have all B rows, in the others an axis of 1
+            stands for an array that all rows share.
+        stacked: Names of the arguments whose arrays are [X, B, ...].
+        results: ROWS, STACKED_ROWS or SUM_OF_ROWS, or a prefix of the results' pytree with the first two.
     """
-    if row_shares(len(jax.tree.leaves(rows)[0])) == 1:
-        return function(shared, rows)
+    row_axes = dict.fromkeys(rows, 0) | dict.fromkeys(stacked, 1)
 
-    def part(shared, rows):
-        with nn.logical_axis_rules(()):
-            out = function(shared, rows)
-        return jax.lax.psum(out, "data") if total else out
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
 
-    whole, (of_rows, of_results) = PartitionSpec(), split
-    results = whole if total else of_results
-    return jax.shard_map(part, in_specs=(whole, of_rows), out_specs=results, check_vma=False)(shared, rows)
+        @functools.wraps(function)
+        def spread(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs).arguments
+            n_rows = len(jax.tree.leaves(given[rows[0]])[0])
+            if row_shares(n_rows) == 1:
+                return function(*args, **kwargs)
+            arrays = {name: value for name, value in given.items() if _holds_arrays(value)}
+            fixed = {name: value for name, value in given.items() if name not in arrays}
+
+            def part(arrays: dict[str, Any]) -> R:
+                with nn.logical_axis_rules(()):
+                    out = function(**fixed, **arrays)
+                return jax.lax.psum(out, "data") if results == SUM_OF_ROWS else out
+
+            specs = {name: _row_specs(value, row_axes.get(name), n_rows) for name, value in arrays.items()}
+            return jax.shard_map(part, in_specs=(specs,), out_specs=results, check_vma=False)(arrays)
+
+        return spread
+
+    return decorate
 
 
 def row_shares(rows: int) -> int:
-    """Over how many devices of the mesh that is set `by_rows` splits this many rows; 1 where it does not."""
+    """Over how many devices of the mesh that is set `row_parallel` splits this many rows; 1 where it does not."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = mesh.shape.get("data", 1)
     return 1 if devices != mesh.size or rows % devices else devices
@@ -257,3 +283,18 @@ def place_rows(mesh: Mesh, n: int, make):
     held = [index[0].indices(n)[:2] for index in split.addressable_devices_indices_map((n,)).values()]
     part = make(slice(min(begin for begin, _ in held), max(end for _, end in held)))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x, (n, *x.shape[1:])), part)
+
+
+def _holds_arrays(value: Any) -> bool:
+    """Whether a value is a pytree of arrays, and not something static such as a config or a Python number."""
+    return all(isinstance(leaf, (jax.Array, np.ndarray, np.generic)) for leaf in jax.tree.leaves(value))
+
+
+def _row_specs(value: Any, axis: int | None, n_rows: int) -> Any:
+    """The specs that split a pytree of arrays along their row axis; None: all devices have them whole."""
+
+    def spec(array: jax.Array) -> PartitionSpec:
+        whole = axis is None or (array.shape[axis] == 1 and n_rows > 1)
+        return PartitionSpec() if whole else (ROWS, STACKED_ROWS)[axis]
+
+    return jax.tree.map(spec, value)

@@ -12,10 +12,10 @@ from jaxtyping import Float32, Int, PyTree
 
 from retmask_jax.model.attention import Keys, Probe, Probed, Scores, attend, probe
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.experts import Experts
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.layers import GatedMLP, dense, norm, precision, softcap
+from retmask_jax.model.layers import Experts, GatedMLP, dense, merge_layers, norm, precision, softcap
 from retmask_jax.model.lora import with_adapters
+from retmask_jax.model.masks import LayerMasks, Masks, normalise
 from retmask_jax.model.rope import rotate, rotation
 from retmask_jax.utils.array_types import Lengths, Tokens
 
@@ -60,21 +60,22 @@ def forward(
     ((4, 8), 1)
     """
     tokens = check_tokens(config, tokens, lengths)
-    x_BTE = hidden(config, params, tokens, interventions, longest=longest_row(tokens, lengths)).x_BTE
-    if positions is not None:
-        positions = jnp.asarray(positions)
-        if positions.ndim != 2 or positions.shape[0] != tokens.shape[0]:
-            raise ValueError(f"positions has shape {positions.shape}; {tokens.shape[0]} rows of tokens need (B, P)")
-        _check_range("positions", positions, tokens.shape[1])
-        x_BTE = jnp.take_along_axis(x_BTE, positions[:, :, None], axis=1)
-    return unembed(config, params, x_BTE)
+    positions = check_positions(positions, tokens)
+    masks = normalise(config, interventions, len(tokens))
+    return next_logits(config, params, tokens, masks, longest_row(tokens, lengths), positions)
+
+
+def next_logits(config: ModelConfig, params, tokens_BT, masks: Masks, longest, positions_BP=None):
+    """What `forward` returns, from checked arguments."""
+    x_BTE = hidden(config, params, tokens_BT, masks, longest=longest).x_BTE
+    return unembed(config, params, at_positions(x_BTE, positions_BP))
 
 
 def hidden(
     config: ModelConfig,
     params,
     tokens_BT,
-    interventions=None,
+    masks: Masks,
     *,
     cache=None,
     start_B=None,
@@ -90,9 +91,8 @@ def hidden(
     rows among the T. longest: tokens of the longest row, for models whose rotary frequencies depend on it (None: T).
     remat recomputes each block in the backward pass.
     """
-    iv = (interventions or Interventions()).fill(config, tokens_BT.shape[0])
-    model = transformer(config, remat=remat, rope_site=iv.rope_site)
-    return model.apply({"params": params}, tokens_BT, iv, start_B, end_B, cache, probe, longest)
+    model = transformer(config, remat=remat, rope_site=masks.rope_site)
+    return model.apply({"params": params}, tokens_BT, masks, start_B, end_B, cache, probe, longest)
 
 
 def transformer(config: ModelConfig, **options) -> nn.Module:
@@ -142,26 +142,15 @@ def check_tokens(config: ModelConfig, tokens, lengths=None, new_tokens: int = 0)
     return tokens
 
 
-def split_layers(config: ModelConfig, per_layer):
-    """Arrays in absolute layer order [L, ...] as {"blocks": {i: [repeats, ...]}, "tail": {j: [...]}}."""
-    period = len(config.layer_pattern)
-    scanned = period * config.repeats
-    return {
-        "blocks": {str(i): jax.tree.map(lambda x: x[i:scanned:period], per_layer) for i in range(period)},
-        "tail": {str(j): jax.tree.map(lambda x: x[scanned + j], per_layer) for j in range(len(config.tail))},
-    }
-
-
-def merge_layers(config: ModelConfig, grouped):
-    """The inverse of `split_layers`: arrays [L, ...] in absolute layer order."""
-
-    def merge(*arrays):
-        blocks, tail = jnp.stack(arrays[:period], axis=1), [x[None] for x in arrays[period:]]
-        return jnp.concatenate([blocks.reshape(-1, *blocks.shape[2:]), *tail], axis=0)
-
-    period = len(config.layer_pattern)
-    blocks = [grouped["blocks"][str(i)] for i in range(period)]
-    return jax.tree.map(merge, *blocks, *(grouped["tail"][str(j)] for j in range(len(config.tail))))
+def check_positions(positions, tokens_BT):
+    """positions as an array, or None where they are None; ValueError if they are none of the tokens'."""
+    if positions is None:
+        return None
+    positions = jnp.asarray(positions)
+    if positions.ndim != 2 or positions.shape[0] != tokens_BT.shape[0]:
+        raise ValueError(f"positions has shape {positions.shape}; {tokens_BT.shape[0]} rows of tokens need (B, P)")
+    _check_range("positions", positions, tokens_BT.shape[1])
+    return positions
 
 
 @flax.struct.dataclass
@@ -190,22 +179,13 @@ def make_call(config: ModelConfig, length: int, start_B, end_B, longest=None, pr
     return call.replace(rotations={kind: rotation(config, kind, positions_BT, longest) for kind in config.ropes})
 
 
-def split_masks(config: ModelConfig, interventions: Interventions):
-    """Filled masks as `split_layers` arranges them, with a row axis."""
-    iv = interventions
-    mean = None if iv.head_mean is None else _layers_first(iv.head_mean, 3)
-    return split_layers(
-        config, {"head": _layers_first(iv.head_mask, 2), "rope": _layers_first(iv.rope_mask, 3), "mean": mean}
-    )
-
-
 def merge_probed(config: ModelConfig, blocks, tail):
     """[B,P,L,H,...] of what groups probed, as the blocks' scan and the tail give it."""
     probed = merge_layers(config, {"blocks": blocks, "tail": tail})
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), probed)
 
 
-def only(x_BTX, rows_BP):
+def at_positions(x_BTX, rows_BP):
     """[B,P,...]: some positions of each row; all of them where rows_BP is None."""
     if rows_BP is None:
         return x_BTX
@@ -220,21 +200,20 @@ class Attention(nn.Module):
     rope_site: str
 
     @nn.compact
-    def __call__(self, x_BTE, masks, cache, repeat, call: Call):
+    def __call__(self, x_BTE, masks: LayerMasks, cache, repeat, call: Call):
         cfg = self.config
-        wanted_BTE = only(x_BTE, call.rows_BP)
+        wanted_BTE = at_positions(x_BTE, call.rows_BP)
         q_BTHD = self._project(wanted_BTE, cfg.n_heads, "q")
         k_BTKD = self._project(x_BTE, cfg.n_kv_heads, "k")
         v_BTKD = self._project(x_BTE, cfg.n_kv_heads, "v")
         if self.rope_site == "projection":
-            q_BTHD = _drop(q_BTHD, _dims(cfg, masks["rope"]))
-            k_BTKD = _drop(k_BTKD, _dims(cfg, _any_of_group(masks["rope"], cfg.n_kv_heads)))
+            q_BTHD, k_BTKD = masks.mask_query_pairs(q_BTHD), masks.mask_key_pairs(k_BTKD)
         q_BTHD, k_BTKD = self._normed(q_BTHD, "q_norm"), self._normed(k_BTKD, "k_norm")
         rotations = call.rotations[self.kind]
-        q_BTHD = rotate(q_BTHD, *(only(x, call.rows_BP) for x in rotations))
+        q_BTHD = rotate(q_BTHD, *(at_positions(x, call.rows_BP) for x in rotations))
         k_BTKD = rotate(k_BTKD, *rotations)
         if self.rope_site == "rotary":
-            q_BTHD = _drop(q_BTHD, _dims(cfg, masks["rope"]))
+            q_BTHD = masks.mask_query_pairs(q_BTHD)
 
         keys = Keys.of(k_BTKD, v_BTKD)
         if cache is not None:
@@ -243,12 +222,12 @@ class Attention(nn.Module):
         scores = Scores(cfg.attention_scale, cfg.window if self.kind == "sliding" else None, cfg.attention_softcap)
         positions_BT = None if call.rows_BP is None else call.first_B[:, None] + call.rows_BP
         out_BTHD = attend(q_BTHD, keys, scores, call.start_B, cfg.kernel, positions_BT)
-        out_BTHD = _drop(out_BTHD, masks["head"][:, :, None], masks["mean"])
+        out_BTHD = masks.mask_heads(out_BTHD)
         out_BTE = dense(out_BTHD.reshape(*wanted_BTE.shape[:2], -1), cfg.hidden_size, ("heads", "embed"), "o")
         probed = None
         if call.probe is not None:
             asked_BP = call.probe.rows_BP
-            q_BPHD = q_BTHD if call.rows_BP is not None else only(q_BTHD, asked_BP)
+            q_BPHD = q_BTHD if call.rows_BP is not None else at_positions(q_BTHD, asked_BP)
             probed = probe(q_BPHD, call.first_B[:, None] + asked_BP, keys, call.probe, scores)
         return out_BTE, cache, probed
 
@@ -276,14 +255,14 @@ class Block(nn.Module):
     rope_site: str
 
     @nn.compact
-    def __call__(self, x_BTE, masks, cache, repeat, call: Call):
+    def __call__(self, x_BTE, masks: LayerMasks, cache, repeat, call: Call):
         cfg = self.config
         # A single row would be padded to be split, and the padding copied away wherever states are picked from it.
         rows = "batch" if x_BTE.shape[0] > 1 else None
         x_BTE = nn.with_logical_constraint(x_BTE, (rows, "length", "embed_act"))
         attention = Attention(cfg, cfg.layer_pattern[self.place], self.rope_site, name="attn")
         out_BTE, cache, probed = attention(self._before("attn_norm", x_BTE), masks, cache, repeat, call)
-        x_BTE = only(x_BTE, call.rows_BP) + self._behind("attn_post_norm", out_BTE)
+        x_BTE = at_positions(x_BTE, call.rows_BP) + self._behind("attn_post_norm", out_BTE)
         mlp = Experts(cfg, name="experts") if cfg.has_experts(self.place) else GatedMLP(cfg, name="mlp")
         x_BTE += self._behind("mlp_post_norm", mlp(self._before("mlp_norm", x_BTE)))
         return x_BTE, cache, probed
@@ -325,12 +304,12 @@ class Transformer(nn.Module):
     rope_site: str = "rotary"
 
     @nn.compact
-    def __call__(self, tokens_BT, interventions, start_B=None, end_B=None, cache=None, probe=None, longest=None):
+    def __call__(self, tokens_BT, masks: Masks, start_B=None, end_B=None, cache=None, probe=None, longest=None):
         cfg, (batch, length) = self.config, tokens_BT.shape
         x_BTE = Embedding(cfg, name="embed")(tokens_BT)
         end_B = jnp.full(batch, length) if end_B is None else end_B
         call = make_call(cfg, length, start_B, end_B, longest, probe)
-        masks = split_masks(cfg, interventions)
+        by_layer = masks.by_layer(cfg)
         cache = cache or {"blocks": None, "tail": None}
 
         body = nn.remat(Group, prevent_cse=False) if self.remat else Group
@@ -344,12 +323,12 @@ class Transformer(nn.Module):
         )
         blocks = scanned(cfg, self.rope_site, len(cfg.layer_pattern), name="blocks")
         (x_BTE, block_cache), probed = blocks(
-            (x_BTE, cache["blocks"]), (jnp.arange(cfg.repeats), masks["blocks"]), call
+            (x_BTE, cache["blocks"]), (jnp.arange(cfg.repeats), by_layer["blocks"]), call
         )
         tail_cache, tail_probed = cache["tail"], {}
         if cfg.tail:
             tail = body(cfg, self.rope_site, len(cfg.tail), name="tail")
-            (x_BTE, tail_cache), tail_probed = tail((x_BTE, tail_cache), (0, masks["tail"]), call)
+            (x_BTE, tail_cache), tail_probed = tail((x_BTE, tail_cache), (0, by_layer["tail"]), call)
 
         x_BTE = norm(cfg, "norm")(x_BTE)
         if not cfg.tied_embeddings:
@@ -390,29 +369,3 @@ def _check_range(name: str, values, end: int) -> None:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= end:
         raise ValueError(f"{name} run from {low} to {high}; they must lie in 0 to {end - 1}")
-
-
-def _layers_first(mask, shared_ndim: int):
-    """[L, ...] -> [L, 1, ...] and [B, L, ...] -> [L, B, ...]: what a block sees has a row axis to broadcast."""
-    return mask[:, None] if mask.ndim == shared_ndim else jnp.swapaxes(mask, 0, 1)
-
-
-def _drop(x_BTHD, mask_BHD, instead_BHD=None):
-    """x with masked entries zero, or what is `instead`; a float mask is a gate. All broadcast over rows and widths."""
-    mask_BTHD = mask_BHD[:, None]
-    instead = jnp.zeros((), x_BTHD.dtype) if instead_BHD is None else instead_BHD[:, None].astype(x_BTHD.dtype)
-    if mask_BHD.dtype == jnp.bool_:
-        return jnp.where(mask_BTHD, instead, x_BTHD)
-    kept_BTHD = x_BTHD * (1 - mask_BTHD).astype(x_BTHD.dtype)
-    return kept_BTHD if instead_BHD is None else kept_BTHD + instead * mask_BTHD.astype(x_BTHD.dtype)
-
-
-def _dims(config: ModelConfig, mask_BHR):
-    """Rotary pair r is the dimensions r and r + R; those behind 2R are never rotated nor masked."""
-    unrotated = jnp.zeros((*mask_BHR.shape[:-1], config.head_dim - 2 * config.n_pairs), mask_BHR.dtype)
-    return jnp.concatenate([mask_BHR, mask_BHR, unrotated], axis=-1)
-
-
-def _any_of_group(mask_BHR, kv_heads: int):
-    """The mask of a KV head: the union (for gates, the maximum) over the query heads that share it."""
-    return mask_BHR.reshape(mask_BHR.shape[0], kv_heads, -1, mask_BHR.shape[-1]).max(axis=2)

@@ -14,6 +14,7 @@ from retmask_jax.data import tiny_language
 from retmask_jax.generation.language_model import LanguageModel, from_params, load, save
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.transformer import Transformer, hidden, unembed
 from retmask_jax.utils.files import is_whole, mark_whole, read_json, write_atomically, write_json, write_jsonl
 from retmask_jax.utils.progress import track
@@ -159,7 +160,7 @@ def _run_stage(config, params, stage, rng, key, keeper, name):
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _step(config, optimizer, state, tokens_BT, weights_BT, gate_BLH):
     params, opt_state = state
-    masked = Interventions(head_mask=gate_BLH)
+    masked = normalise(config, Interventions(head_mask=gate_BLH))
     loss, grads = jax.value_and_grad(lambda p: weighted_loss(config, p, tokens_BT, weights_BT, masked))(params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), loss
@@ -180,7 +181,7 @@ def _head_gate(config, key, phase, active_heads: int):
 
 def _init(config, key):
     tokens = jnp.zeros((1, 8), jnp.int32)
-    variables = jax.jit(lambda k: Transformer(config).init(k, tokens, Interventions.none(config)))(key)
+    variables = jax.jit(lambda k: Transformer(config).init(k, tokens, normalise(config)))(key)
     return nn.unbox(variables)["params"]
 
 

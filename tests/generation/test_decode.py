@@ -56,7 +56,6 @@ def test_within_a_bucket_no_value_compiles_anything(tiny, run, compiles):
     run(interventions=_masks(1), temperature=0.7, top_p=0.9, seed=3)
     narrow = TOKENS[:, :5], np.minimum(LENGTHS, 5)
     jnp.asarray(narrow[0])  # moving an array to the device may itself compile a copy
-    Interventions().fill(tiny.config)
     programs = generation.generate_batch._cache_size()
     compiles.clear()
     for seed in range(3):

@@ -17,6 +17,7 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import hidden_rows
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.transformer import hidden
 
 CHUNK = 8
@@ -49,7 +50,7 @@ def test_chunks_and_rings_equal_one_pass(windowed, close, start):
     tokens_BT = rng.integers(0, 41, (4, 45)).astype(np.int32)
     end_B = np.array([45, 9, 30, 17])
     rows_BP = np.array([[44, 7], [8, 5], [29, 12], [16, 15]]) - start
-    iv = Interventions().fill(config)
+    iv = normalise(config)
     full = jax.jit(lambda params: hidden(config, params, tokens_BT, iv, probe=Probe(rows_BP + start)))(params)
 
     @jax.jit
@@ -114,7 +115,7 @@ def test_a_model_of_one_group_has_nothing_before_it(windowed, close):
     config = dataclasses.replace(windowed.config, n_layers=2)
     params = windowed.params | {"blocks": jax.tree.map(lambda leaf: leaf[:1], windowed.params["blocks"])}
     tokens_BT, rows_BP = np.arange(24, dtype=np.int32).reshape(2, 12), jnp.array([[11, 3], [7, 8]])
-    iv = Interventions().fill(config)
+    iv = normalise(config)
     full = hidden(config, params, tokens_BT, iv, probe=Probe(rows_BP))
     rows = jax.jit(lambda params: hidden_rows(config, params, tokens_BT, iv, rows_BP, probe=Probe(rows_BP)))(params)
     close(rows.x_BTE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)

@@ -7,7 +7,7 @@ import numpy as np
 from retmask_jax.model.config import ModelConfig
 
 
-def pad_to_bucket(config: ModelConfig, tokens_BT, max_new_tokens: int) -> np.ndarray:
+def pad_to_bucket(config: ModelConfig, tokens_BT: np.ndarray, max_new_tokens: int) -> np.ndarray:
     """i32: tokens padded to their bucket, or to as much as the model's context leaves before the new ones."""
     width = min(bucket(tokens_BT.shape[1]), config.max_length - max_new_tokens)
     more = (0, 0), (0, width - tokens_BT.shape[1])

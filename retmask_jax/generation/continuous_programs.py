@@ -5,20 +5,21 @@ The state of a batch is (Rows, cache). Each program gives its cache away to the 
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from retmask_jax.generation.batching import bucket
 from retmask_jax.generation.decode import DECODING, NO_STOP, Draws, next_tokens, row_keys
 from retmask_jax.generation.prefill import prefill, slots_for
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import next_hidden
-from retmask_jax.model.kv_cache import empty_cache, put_rows
+from retmask_jax.model.kv_cache import Cache, empty_cache, put_rows
 from retmask_jax.model.masks import Masks
 from retmask_jax.model.sharding import ROW_AXES, ROWS, STACKED_ROWS, constrain, full_share, row_parallel
 
@@ -49,8 +50,7 @@ class Prompts(NamedTuple):
     mask_F: Any
 
 
-@flax.struct.dataclass
-class Rows:
+class Rows(flax.struct.PyTreeNode):
     """The requests in progress, one per row.
 
     Attributes:
@@ -74,14 +74,16 @@ class Rows:
     mask_B: Any
 
     @classmethod
-    def begin(cls, length_B, seed_B, mask_B, max_new_tokens: int, done: bool) -> "Rows":
+    def begin(
+        cls, length_B: jax.Array, seed_B: jax.Array, mask_B: jax.Array, max_new_tokens: int, done: bool
+    ) -> "Rows":
         """Rows for which no token was drawn yet."""
         batch = len(length_B)
         zeros_B, tokens_BN = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, max_new_tokens), jnp.int32)
         stop_B = jnp.full(batch, NO_STOP, jnp.int32)
         return cls(zeros_B, length_B, zeros_B, jnp.full(batch, done), stop_B, tokens_BN, seed_B, mask_B)
 
-    def add(self, token_B, stops_B) -> "Rows":
+    def add(self, token_B: jax.Array, stops_B: jax.Array) -> "Rows":
         """The rows with the next token of each that is not done."""
         goes_on_B = ~self.done_B & ~stops_B
         tokens_BN = self.tokens_BN.at[jnp.arange(len(token_B)), self.count_B].set(token_B)  # free from count_B on
@@ -90,7 +92,7 @@ class Rows:
         stop_B = jnp.where(stops_B & ~self.done_B, token_B, self.stop_B)
         return self.replace(token_B=token_B, count_B=count_B, done_B=done_B, stop_B=stop_B, tokens_BN=tokens_BN)
 
-    def draw(self, config: ModelConfig, shared: Shared, x_B1E) -> "Rows":
+    def draw(self, config: ModelConfig, shared: Shared, x_B1E: jax.Array) -> "Rows":
         """The rows with a token drawn from the last hidden state of each."""
         keys_B = row_keys(self.seed_B, jnp.zeros_like(self.seed_B))
         return self.add(*next_tokens(config, shared.params, shared.draws, x_B1E, keys_B, self.count_B))
@@ -98,7 +100,7 @@ class Rows:
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "max_new_tokens"))
 @row_parallel("blank_B", results=_STATE)
-def empty_state(config: ModelConfig, params, blank_B, *, slots: int, max_new_tokens: int) -> State:
+def empty_state(config: ModelConfig, params: PyTree, blank_B: jax.Array, *, slots: int, max_new_tokens: int) -> State:
     """The state of a batch of free rows. blank_B: zeros i32[B], which say how many rows there are."""
     dtype = jax.tree.leaves(params)[0].dtype
     rows = Rows.begin(blank_B, blank_B.astype(jnp.uint32), blank_B, max_new_tokens, done=True)
@@ -120,7 +122,7 @@ def start_rows(config: ModelConfig, shared: Shared, prompts: Prompts, *, max_new
 
 @functools.partial(jax.jit, donate_argnames="cache")
 @row_parallel("row_F", "rows", "new_rows", stacked=("cache", "new_cache"), results=_STATE)
-def replace_rows(row_F, rows: Rows, cache, new_rows: Rows, new_cache) -> State:
+def replace_rows(row_F: jax.Array, rows: Rows, cache: Cache, new_rows: Rows, new_cache: Cache) -> State:
     """The state with the new rows in its rows row_F."""
     rows = jax.tree.map(lambda old, new: old.at[row_F].set(new, mode="drop"), rows, new_rows)
     return _laid_out(rows, put_rows(cache, new_cache, row_F))
@@ -128,7 +130,9 @@ def replace_rows(row_F, rows: Rows, cache, new_rows: Rows, new_cache) -> State:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache", compiler_options=DECODING)
 @row_parallel("rows", stacked=("cache",), results=_STATE)
-def decode_rows(config: ModelConfig, shared: Shared, steps, enough, rows: Rows, cache) -> State:
+def decode_rows(
+    config: ModelConfig, shared: Shared, steps: ArrayLike, enough: ArrayLike, rows: Rows, cache: Cache
+) -> State:
     """The state after this many steps, or as soon as enough rows are done."""
     masks = shared.masks.take(rows.mask_B)
 
@@ -148,7 +152,7 @@ def decode_rows(config: ModelConfig, shared: Shared, steps, enough, rows: Rows, 
     return _laid_out(*jax.lax.while_loop(unfinished, one, (jnp.int32(0), (rows, cache)))[1])
 
 
-def _laid_out(rows: Rows, cache) -> State:
+def _laid_out(rows: Rows, cache: Cache | None) -> State:
     return constrain(rows, ("batch",)), constrain(cache, (None, "batch", "heads"))
 
 
@@ -166,7 +170,7 @@ def rows_at_once(batch: int) -> int:
 class Program:
     """A jitted function, its positional arguments (or their shapes) and its keyword arguments."""
 
-    function: Callable
+    function: jax.stages.Wrapped
     arguments: tuple
     options: dict[str, Any]
 

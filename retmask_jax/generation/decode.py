@@ -23,7 +23,7 @@ from retmask_jax.model.masks import Masks, normalise
 from retmask_jax.model.sharding import mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens, unembed
 from retmask_jax.utils import memory
-from retmask_jax.utils.array_types import Lengths, Tokens
+from retmask_jax.utils.array_types import Array, Lengths, Tokens
 from retmask_jax.utils.hosts import to_host
 
 log = logging.getLogger(__name__)
@@ -35,18 +35,17 @@ DECODING = {"xla_gpu_enable_triton_gemm": False}
 _ALIGNED = 16  # slots of a cache: rows of keys then begin where a GPU or a vector unit can load many at once
 
 
-@flax.struct.dataclass
-class Generated:
+class Generated(flax.struct.PyTreeNode):
     """tokens: i32[B,N], pad id after a stop id; lengths: i32[B], the stop id not counted.
 
     stops: i32[B], the stop id that ended each row, -1 where max_new_tokens did.
     argmax: i32[B,N,L,H] where probed: the key each head looked at most when it predicted tokens[:, n], else None.
     """
 
-    tokens: Int[ArrayLike, "B N"]
-    lengths: Int[ArrayLike, " B"]
-    argmax: Int[ArrayLike, "B N L H"] | None = None
-    stops: Int[ArrayLike, " B"] | None = None
+    tokens: Int[Array, "B N"]
+    lengths: Int[Array, " B"]
+    stops: Int[Array, " B"]
+    argmax: Int[Array, "B N L H"] | None = None
 
 
 def generate(
@@ -84,7 +83,7 @@ def generate(
 
 def generate_many(
     config: ModelConfig,
-    params,
+    params: PyTree,
     prompts: Sequence[Sequence[int]],
     *,
     batch_size: int,
@@ -106,7 +105,7 @@ def generate_many(
     check_options(max_new_tokens, temperature, top_p)
     draws = Draws.of(config, stop_ids, temperature, top_p)
     masks = normalise(config, interventions, len(prompts))
-    seeds = np.arange(len(prompts)) if seeds is None else np.asarray(seeds)
+    seed_of = np.arange(len(prompts)) if seeds is None else np.asarray(seeds)
 
     def work(todo: list[int], batch_size: int):
         for batch in batches_by_length([prompts[i] for i in todo], batch_size):
@@ -115,7 +114,7 @@ def generate_many(
             check_tokens(config, tokens, lengths, max_new_tokens)
             some = masks.take(rows)
             out = _generate(
-                config, params, tokens, lengths, some, draws, seeds[rows], max_new_tokens=max_new_tokens, probe=probe
+                config, params, tokens, lengths, some, draws, seed_of[rows], max_new_tokens=max_new_tokens, probe=probe
             )
             out = to_host(out)
             yield rows, [_one_row(out, row) for row in range(len(rows))]
@@ -138,12 +137,14 @@ class Draws(NamedTuple):
         return cls(padded, np.float32(temperature), np.float32(top_p))
 
 
-def row_keys(seeds_B, rows_B):
+def row_keys(seeds_B: jax.Array, rows_B: jax.Array) -> jax.Array:
     """The random key of each row: of a seed, and the row's number under it."""
     return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds_B, rows_B)
 
 
-def next_tokens(config: ModelConfig, params, draws: Draws, x_B1E, keys_B, step):
+def next_tokens(
+    config: ModelConfig, params: PyTree, draws: Draws, x_B1E: jax.Array, keys_B: jax.Array, step: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
     """(token i32[B], whether it is a stop id) of each row from its last hidden state; step: of all rows, or of each."""
     step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(step, keys_B.shape))
     token_B = sample(unembed(config, params, x_B1E)[:, 0], step_keys_B, draws.temperature, draws.top_p)
@@ -160,8 +161,18 @@ def check_options(max_new_tokens: int, temperature: float, top_p: float) -> None
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "probe"), compiler_options=DECODING)
 def generate_batch(
-    config, params, tokens_BT, lengths_B, masks: Masks, draws: Draws, seeds_B, rows_B, *, max_new_tokens, probe
-):
+    config: ModelConfig,
+    params: PyTree,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    masks: Masks,
+    draws: Draws,
+    seeds_B: jax.Array,
+    rows_B: jax.Array,
+    *,
+    max_new_tokens: int,
+    probe: bool,
+) -> Generated:
     """The compiled program of `generate`, of prompts padded to a bucket; a Generated.
 
     seeds_B, rows_B: u32[B], of `row_keys`.
@@ -174,8 +185,18 @@ def generate_batch(
 
 @row_parallel("tokens_BT", "lengths_B", "masks", "seeds_B", "rows_B")
 def _generate_rows(
-    config, params, tokens_BT, lengths_B, masks: Masks, draws: Draws, seeds_B, rows_B, longest, max_new_tokens, probe
-):
+    config: ModelConfig,
+    params: PyTree,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    masks: Masks,
+    draws: Draws,
+    seeds_B: jax.Array,
+    rows_B: jax.Array,
+    longest: jax.Array,
+    max_new_tokens: int,
+    probe: bool,
+) -> Generated:
     batch, width = tokens_BT.shape
     keys_B = row_keys(seeds_B, rows_B)
     dtype = jax.tree.leaves(params)[0].dtype
@@ -196,7 +217,7 @@ def _generate_rows(
     )
     only = Probe(jnp.zeros((batch, 1), jnp.int32)) if probe else None
 
-    def record(buffers, probed, token_B, done_B, step):
+    def record(buffers: tuple, probed, token_B: jax.Array, done_B: jax.Array, step: jax.Array | int):
         """Write one step's tokens (pad for rows that are done) and probes into the result."""
         tokens_BN, argmax_BNLH = buffers
         tokens_BN = tokens_BN.at[:, step].set(jnp.where(done_B, config.pad_id, token_B))
@@ -227,10 +248,21 @@ def _generate_rows(
     stop_B = jnp.where(done_B, token_B, NO_STOP)
     state = (jnp.int32(1), first.cache, token_B, done_B, (~done_B).astype(jnp.int32), stop_B, buffers)
     *_, count_B, stop_B, (tokens_BN, argmax_BNLH) = jax.lax.while_loop(unfinished, decode, state)
-    return Generated(tokens_BN, count_B, argmax_BNLH, stop_B)
+    return Generated(tokens_BN, count_B, stop_B, argmax_BNLH)
 
 
-def _generate(config, params, tokens, lengths, masks: Masks, draws: Draws, seed, *, max_new_tokens, probe) -> Generated:
+def _generate(
+    config: ModelConfig,
+    params: PyTree,
+    tokens: np.ndarray,
+    lengths: Lengths,
+    masks: Masks,
+    draws: Draws,
+    seed: int | Int[ArrayLike, " B"],
+    *,
+    max_new_tokens: int,
+    probe: bool,
+) -> Generated:
     """`generate`, from tokens and options that are checked."""
     lengths, seeds = np.asarray(lengths, np.int32), np.asarray(seed)
     if lengths.min(initial=1) < 1 or lengths.max(initial=1) > tokens.shape[1]:
@@ -253,7 +285,7 @@ def _generate(config, params, tokens, lengths, masks: Masks, draws: Draws, seed,
         return generate_batch(config, params, *arguments, max_new_tokens=max_new_tokens, probe=probe)
 
 
-def sample(logits_BV, keys_B, temperature, top_p):
+def sample(logits_BV: jax.Array, keys_B: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
     """i32[B]: the most likely token at temperature 0, else a draw from the top_p nucleus."""
 
     def draw():
@@ -264,7 +296,7 @@ def sample(logits_BV, keys_B, temperature, top_p):
     return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
 
 
-def _nucleus(logits_BV, top_p):
+def _nucleus(logits_BV: jax.Array, top_p: jax.Array) -> jax.Array:
     """Logits outside the smallest set of tokens with probability >= top_p at -inf."""
     order_BV = jnp.argsort(-logits_BV, axis=-1)
     probs_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1), axis=-1)
@@ -274,13 +306,13 @@ def _nucleus(logits_BV, top_p):
 
 
 def _one_row(out: Generated, row: int) -> Generated:
-    """One row's result, without what stands behind its end."""
+    """One row's result, cut at its end."""
     n = out.lengths[row]
-    return Generated(out.tokens[row, :n], n, None if out.argmax is None else out.argmax[row, :n], out.stops[row])
+    argmax = None if out.argmax is None else out.argmax[row, :n]
+    return Generated(out.tokens[row, :n], n, out.stops[row], argmax)
 
 
 def _padded_stop_ids(stop_ids: Sequence[int]) -> np.ndarray:
     """i32: padded to a multiple of MAX_STOP_IDS, so that sets of up to as many share one program."""
-    stop_ids = [int(i) for i in stop_ids]
     slots = -(-max(len(stop_ids), 1) // MAX_STOP_IDS) * MAX_STOP_IDS
-    return np.array(stop_ids + [NO_STOP] * (slots - len(stop_ids)), np.int32)
+    return np.array([*stop_ids] + [NO_STOP] * (slots - len(stop_ids)), np.int32)

@@ -235,11 +235,18 @@ def _save_texts(lm: LanguageModel, folder: Path) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config, params, tokens_BT, lengths_B, masks: Masks, positions_BP):
+def _logits(
+    config: ModelConfig,
+    params: PyTree,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array | None,
+    masks: Masks,
+    positions_BP: jax.Array | None,
+) -> jax.Array:
     return next_logits(config, params, tokens_BT, masks, longest_row(tokens_BT, lengths_B), positions_BP)
 
 
-def _bakeable(config: ModelConfig, interventions: Interventions | None):
+def _bakeable(config: ModelConfig, interventions: Interventions | None) -> np.ndarray | None:
     """The shared bool head mask of interventions as an array, or None; ValueError for what weights cannot express."""
     if interventions is None:
         return None

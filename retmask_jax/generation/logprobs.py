@@ -1,6 +1,7 @@
 """Log-probabilities of given sequences."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -65,7 +66,7 @@ def token_logprobs(
 
 @functools.partial(jax.jit, static_argnums=0)
 @row_parallel("tokens_BT", "masks")
-def _token_logprobs(config, params, tokens_BT, masks: Masks):
+def _token_logprobs(config: ModelConfig, params: PyTree, tokens_BT: jax.Array, masks: Masks) -> jax.Array:
     x_BTE = hidden(config, params, tokens_BT, masks).x_BTE[:, :-1]
     return chosen_logprobs(config, params, x_BTE, tokens_BT[:, 1:], jnp.ones(x_BTE.shape[:2], bool))
 
@@ -95,31 +96,49 @@ def next_logprobs(
 
 @functools.partial(jax.jit, static_argnums=0)
 @row_parallel("tokens_BT", "targets_BT", "counted_BT", "masks")
-def _next_logprobs(config, params, longest, tokens_BT, targets_BT, counted_BT, masks: Masks):
+def _next_logprobs(
+    config: ModelConfig,
+    params: PyTree,
+    longest: jax.Array | int | None,
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array,
+    counted_BT: jax.Array,
+    masks: Masks,
+) -> tuple[jax.Array, jax.Array]:
     x_BTE = hidden(config, params, tokens_BT, masks, longest=longest).x_BTE
     return over_chunks(config, params, _logprob_and_greedy, (x_BTE, targets_BT), counted_BT)
 
 
-def chosen_logprobs(config, params, x_BTE, target_BT, counted_BT):
+def chosen_logprobs(
+    config: ModelConfig, params: PyTree, x_BTE: jax.Array, target_BT: jax.Array, counted_BT: jax.Array
+) -> jax.Array:
     """f32[B,T]: log-probability of each target, 0 where it is not counted."""
 
-    def logprobs(logits_of, x_BTE, target_BT):
+    def logprobs(logits_of: Callable[[jax.Array], jax.Array], x_BTE: jax.Array, target_BT: jax.Array) -> jax.Array:
         return _logprob(logits_of(x_BTE), target_BT)
 
     return over_chunks(config, params, logprobs, (x_BTE, target_BT), counted_BT)
 
 
-def _logprob(logits_BTV, target_BT):
+def _logprob(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
     chosen_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
     return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 
 
-def _logprob_and_greedy(logits_of, x_BTE, target_BT):
+def _logprob_and_greedy(
+    logits_of: Callable[[jax.Array], jax.Array], x_BTE: jax.Array, target_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     logits_BTV = logits_of(x_BTE)
     return _logprob(logits_BTV, target_BT), logits_BTV.argmax(axis=-1) == target_BT
 
 
-def over_chunks(config, params, function, arrays, counted_BT):
+def over_chunks(
+    config: ModelConfig,
+    params: PyTree,
+    function: Callable[..., PyTree],
+    arrays: tuple[jax.Array, ...],
+    counted_BT: jax.Array,
+) -> PyTree:
     """[B,T]: function(logits of states, *arrays), an array [B,C] or a tree of such, of C positions of each row at a
     time; 0 where not counted.
 
@@ -128,7 +147,7 @@ def over_chunks(config, params, function, arrays, counted_BT):
     batch, length = counted_BT.shape
     chunk = max(1, min(_CHUNK, length))
 
-    def chunked(x):
+    def chunked(x: jax.Array) -> jax.Array:
         """[B,T,...] as chunks [N,B,C,...]."""
         x = jnp.pad(x, ((0, 0), (0, -length % chunk), *((0, 0),) * (x.ndim - 2)))
         return x.reshape(batch, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
@@ -136,19 +155,19 @@ def over_chunks(config, params, function, arrays, counted_BT):
     # Every device keeps its part of the vocabulary for all chunks; moving the matrix to the rows would cost more.
     table_EV = split_vocab(unembedding(config, params))
 
-    def logits_of(x_BTE):
+    def logits_of(x_BTE: jax.Array) -> jax.Array:
         x_BTE = nn.with_logical_constraint(x_BTE, ("unembed_rows", None, None))
         return nn.with_logical_constraint(logits(config, table_EV, x_BTE), ("unembed_rows", None, "unembed_vocab"))
 
-    def compute(counted_BC, *parts):
+    def compute(counted_BC: jax.Array, *parts: jax.Array) -> PyTree:
         found = function(logits_of, *parts)
         return jax.tree.map(lambda x: jnp.where(counted_BC, x, jnp.zeros_like(x)), found)
 
-    def nothing(*args):
+    def nothing(*args: jax.Array) -> PyTree:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, *args))
 
     @jax.checkpoint
-    def one(args):
+    def one(args: tuple) -> PyTree:
         return jax.lax.cond(args[0].any(), compute, nothing, *args)
 
     out_NBC = jax.lax.map(one, tuple(chunked(x) for x in (counted_BT, *arrays)))

@@ -2,17 +2,18 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.inference import hidden_rows
+from retmask_jax.model.inference import HiddenRows, hidden_rows
 from retmask_jax.model.kernels.blocked import even_size, platform
+from retmask_jax.model.kv_cache import Cache
+from retmask_jax.model.masks import Masks
 
 # Tokens of a row that pass through the model at once: bounds the memory of activations at any length. A GPU reads all
 # weights for each chunk in the time in which it multiplies hundreds of tokens.
@@ -22,31 +23,20 @@ _ALIGNED = 64  # tokens of which a larger chunk is a multiple
 _WORTH_SHARING = 64  # tokens of a common beginning below which reuse saves nothing
 
 
-@flax.struct.dataclass
-class Prefilled:
-    """x_BPE: final states of the rows asked for; rms_BP: what their norm divided by; cache; probed: [B,P,L,H,...], or
-    None."""
-
-    x_BPE: jax.Array
-    rms_BP: jax.Array
-    cache: Any
-    probed: Any = None
-
-
 def prefill(
     config: ModelConfig,
-    params,
-    tokens_BT,
-    end_B,
-    iv,
-    cache,
-    rows_BP,
+    params: PyTree,
+    tokens_BT: jax.Array,
+    end_B: jax.Array,
+    masks: Masks,
+    cache: Cache | None,
+    rows_BP: jax.Array,
     *,
-    start_B=None,
+    start_B: jax.Array | None = None,
     probe: Probe | None = None,
-    longest=None,
+    longest: jax.Array | int | None = None,
     chunk: int | None = None,
-) -> Prefilled:
+) -> HiddenRows:
     """Run tokens through the model, filling the cache, and keep the final states of rows rows_BP i32[B,P] among the T.
 
     start_B: how many positions of each row the cache holds already (None: none). end_B: where each row's tokens end,
@@ -56,11 +46,11 @@ def prefill(
     batch, length = tokens_BT.shape
     chunk = chunk or usual_chunk()
     if length <= chunk:
-        out = hidden_rows(
+        return hidden_rows(
             config,
             params,
             tokens_BT,
-            iv,
+            masks,
             rows_BP,
             cache=cache,
             start_B=start_B,
@@ -68,21 +58,20 @@ def prefill(
             probe=probe,
             longest=longest,
         )
-        return Prefilled(out.x_BTE, out.rms_BT, out.cache, out.probed)
     start_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
     chunk = even_size(length, chunk, min(_ALIGNED, chunk))
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -length % chunk)))
 
-    def one(c, cache) -> Prefilled:
+    def one(c: jax.Array | int, cache: Cache | None) -> HiddenRows:
         """The result of chunk c; what it says of rows that do not lie in it means nothing."""
         part_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, c * chunk, chunk, axis=1)
         local_BP = jnp.clip(rows_BP - c * chunk, 0, chunk - 1)
         asked = None if probe is None else probe.replace(rows_BP=local_BP)
-        out = hidden_rows(
+        return hidden_rows(
             config,
             params,
             part_BT,
-            iv,
+            masks,
             local_BP,
             cache=cache,
             start_B=start_B + c * chunk,
@@ -90,9 +79,8 @@ def prefill(
             probe=asked,
             longest=longest,
         )
-        return Prefilled(out.x_BTE, out.rms_BT, out.cache, out.probed)
 
-    def add(c, state: Prefilled) -> Prefilled:
+    def add(c, state: HiddenRows) -> HiddenRows:
         new, inside_BP = one(c, state.cache), rows_BP // chunk == c
         kept = jax.tree.map(
             lambda new, old: jnp.where(inside_BP.reshape(*inside_BP.shape, *(1,) * (new.ndim - 2)), new, old),

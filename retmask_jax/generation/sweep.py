@@ -2,10 +2,13 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Int, PyTree
 
 from retmask_jax.generation.batching import bucket, full_batches
 from retmask_jax.generation.language_model import LanguageModel
@@ -16,12 +19,19 @@ from retmask_jax.model.masks import Masks, normalise, normalise_each
 from retmask_jax.model.sharding import STACKED_ROWS, mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens, make_call, unembed
 from retmask_jax.utils import memory
+from retmask_jax.utils.array_types import Lengths, Tokens
 from retmask_jax.utils.hosts import to_host
 from retmask_jax.utils.progress import track
 
 
 def sweep(
-    lm: LanguageModel, tokens, lengths, masks: Sequence[Interventions], *, wanted=None, batch_size: int | None = None
+    lm: LanguageModel,
+    tokens: Tokens,
+    lengths: Lengths,
+    masks: Sequence[Interventions],
+    *,
+    wanted: Int[ArrayLike, "M K"] | None = None,
+    batch_size: int | None = None,
 ) -> np.ndarray:
     """f32[N,M,V]: next-token logits behind each of M prompts under each of N shared masks.
 
@@ -44,14 +54,14 @@ def sweep(
     wanted = np.zeros((len(tokens), 0), np.int32) if wanted is None else np.asarray(wanted, np.int32)
     longest = np.int32(lengths.max())
 
-    def arguments(rows):
+    def arguments(rows: np.ndarray) -> tuple:
         return lm.params, tokens[rows], lengths[rows] - 1, wanted[rows], stacked, starts_N, longest
 
     @functools.cache
-    def compile_for(size):
+    def compile_for(size: int) -> Any:
         return _sweep.lower(config, *arguments(np.zeros(size, int))).compile()
 
-    def run(size):
+    def run(size: int) -> np.ndarray:
         batch, program = memory.largest_batch(compile_for, size, "sweep")
         parts = []
         batches = list(full_batches(range(len(tokens)), batch))
@@ -65,7 +75,16 @@ def sweep(
 
 @functools.partial(jax.jit, static_argnums=0)
 @row_parallel("tokens_MT", "last_M", "wanted_MK", results=STACKED_ROWS)
-def _sweep(config: ModelConfig, params, tokens_MT, last_M, wanted_MK, masks: Masks, starts_N, longest):
+def _sweep(
+    config: ModelConfig,
+    params: PyTree,
+    tokens_MT: jax.Array,
+    last_M: jax.Array,
+    wanted_MK: jax.Array,
+    masks: Masks,
+    starts_N: jax.Array,
+    longest: jax.Array,
+) -> jax.Array:
     """f32[N,M,...]."""
     call = make_call(config, tokens_MT.shape[1], None, last_M + 1, longest)
     layers = Layers(config, params, call, masks.rope_site)

@@ -66,7 +66,7 @@ def measure_answers(
 ) -> list:
     """measure(config, params, out, target_BN) of the rows that predict given answers, in one pass per batch.
 
-    measure: a pure function, named in a module (each compiles its own program), of a `Prefilled` at those rows and the
+    measure: a pure function, named in a module (each compiles its own program), of the `HiddenRows` at those rows and the
     tokens they should predict; gives arrays [B,N,...]. spans, values: per prompt as many spans, and whether to ask for
     the heads' outputs, as in `Probe`. What prompts have in common at their beginning is computed once
     (`share_prefixes`). Returns per prompt what measure gives, as NumPy arrays [n,...].

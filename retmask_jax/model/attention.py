@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -22,8 +23,7 @@ _PROBED_AT_ONCE = 8
 _SMALL = 2**19  # bytes of a row's keys and values that a core's cache holds beside the rest
 
 
-@flax.struct.dataclass
-class Keys:
+class Keys(flax.struct.PyTreeNode):
     """Keys [R,B,K,D,S] and values [R,B,K,S,D] of R layers, of which one, `layer`, is meant; and the absolute position
     of each slot, i32[B,S]; a negative one is empty.
 
@@ -37,17 +37,17 @@ class Keys:
     contiguous: bool = flax.struct.field(pytree_node=False, default=True)
 
     @classmethod
-    def of(cls, k_BSKD, v_BSKD) -> "Keys":
+    def of(cls, k_BSKD: jax.Array, v_BSKD: jax.Array) -> "Keys":
         """Keys at positions 0, 1, ..."""
         positions_BS = jnp.broadcast_to(jnp.arange(k_BSKD.shape[1]), k_BSKD.shape[:2])
         return cls(k_BSKD.transpose(0, 2, 3, 1)[None], v_BSKD.swapaxes(1, 2)[None], positions_BS)
 
     @property
-    def k_BKDS(self):
+    def k_BKDS(self) -> jax.Array:
         return self.k_RBKDS[self.layer]
 
     @property
-    def v_BKSD(self):
+    def v_BKSD(self) -> jax.Array:
         return self.v_RBKSD[self.layer]
 
     @property
@@ -55,8 +55,7 @@ class Keys:
         return self.k_RBKDS.shape[2]
 
 
-@flax.struct.dataclass
-class Probe:
+class Probe(flax.struct.PyTreeNode):
     """What to ask of attention: for the query rows rows_BP i32[B,P] of a call, per layer and head, the `top` keys with
     the largest weights and the mass of the weights in token spans [start, end), spans_BN2 i32[B,N,2] (None: none).
 
@@ -71,8 +70,7 @@ class Probe:
     pairs: int = flax.struct.field(pytree_node=False, default=0)
 
 
-@flax.struct.dataclass
-class Probed:
+class Probed(flax.struct.PyTreeNode):
     """keys: i32[B,P,...,H,top], absolute positions, the largest weight first, -1 where fewer keys are seen.
 
     mass: f32[B,P,...,H,N], or None. values: f32[B,P,...,H,N,D], weighted sums of the values in the spans, or None.
@@ -86,7 +84,14 @@ class Probed:
     pairs: jax.Array | None = None
 
 
-def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto", positions_BT=None):
+def attend(
+    q_BTHD: jax.Array,
+    keys: Keys,
+    scores: Scores,
+    start_B: jax.Array | None = None,
+    kernel: str = "auto",
+    positions_BT: jax.Array | None = None,
+) -> jax.Array:
     """Causal attention with softmax in float32; returns the heads' outputs, [B,T,H,D]. Head h reads kv head h // G.
 
     start_B None: queries and keys are the same T positions from 0 on. Else query t of row b stands at start_B[b] + t
@@ -134,7 +139,7 @@ def _context_shards(length: int) -> int:
     return shards if length % shards == 0 else 1
 
 
-def _over_context(q_BTHD, keys: Keys, scores: Scores, shards: int):
+def _over_context(q_BTHD: jax.Array, keys: Keys, scores: Scores, shards: int) -> jax.Array:
     """Each device takes its own queries, behind one another along the context axis, against the keys of all; in blocks,
     the only kernel but splash that begins in the middle."""
     length = q_BTHD.shape[1] // shards
@@ -155,7 +160,7 @@ def _over_context(q_BTHD, keys: Keys, scores: Scores, shards: int):
     return mapped(first_C, q_BTHD, keys)
 
 
-def probe(q_BPHD, positions_BP, keys: Keys, request: Probe, scores: Scores) -> Probed:
+def probe(q_BPHD: jax.Array, positions_BP: jax.Array, keys: Keys, request: Probe, scores: Scores) -> Probed:
     """Probed of query rows at these positions, each [B,P,H,...]; the weights of a few rows exist at a time."""
     batch, _, heads, width = q_BPHD.shape
 
@@ -186,7 +191,7 @@ def probe(q_BPHD, positions_BP, keys: Keys, request: Probe, scores: Scores) -> P
     return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 
-def _values(weights_BHS, inside_BNS, keys: Keys):
+def _values(weights_BHS: jax.Array, inside_BNS: jax.Array, keys: Keys) -> jax.Array:
     """f32[B,H,N,D]: the values in each span, summed with a head's weights."""
     batch, heads, slots = weights_BHS.shape
     weights_BKGS = weights_BHS.reshape(batch, keys.kv_heads, -1, slots)
@@ -196,7 +201,7 @@ def _values(weights_BHS, inside_BNS, keys: Keys):
     return found_BKGND.reshape(batch, heads, *found_BKGND.shape[3:])
 
 
-def _covariance(q_BKGD, seen_B1S, keys: Keys, n_pairs: int):
+def _covariance(q_BKGD: jax.Array, seen_B1S: jax.Array, keys: Keys, n_pairs: int) -> jax.Array:
     """f32[B,H,R,R]: covariance, over the keys seen, of what each two rotary pairs add to q.k."""
     products_BKGDS = (q_BKGD[..., None] * keys.k_BKDS[:, :, None]).astype(jnp.float32)
     first, second, rest = jnp.split(products_BKGDS, (n_pairs, 2 * n_pairs), axis=3)
@@ -210,7 +215,7 @@ def _covariance(q_BKGD, seen_B1S, keys: Keys, n_pairs: int):
     return jnp.einsum("bhrs,bhqs->bhrq", around_BHRS, around_BHRS, precision=exact) / n_B111
 
 
-def _top(products_BHS, positions_BS, n: int):
+def _top(products_BHS: jax.Array, positions_BS: jax.Array, n: int) -> jax.Array:
     """i32[B,H,n]: positions of the n largest, the earlier slot first among equals; -1 for hidden ones."""
     if n == 1:
         slots_BHN = jnp.argmax(products_BHS, axis=-1)[..., None]
@@ -225,7 +230,7 @@ def _top(products_BHS, positions_BS, n: int):
     return jnp.where(hidden, -1, found_BHN)
 
 
-def _over_heads(function, q_BKGTD, keys: Keys):
+def _over_heads(function: Callable[..., jax.Array], q_BKGTD: jax.Array, keys: Keys) -> jax.Array:
     """[B,K,...]: function(row, q_GTD, k_DS, v_SD) of each row and kv head.
 
     One at a time on a CPU, where its blocks then stay in the cache, or all of a row where they are small; all at once

@@ -5,6 +5,7 @@ and `jax.grad` differentiates with respect to a float one.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any, SupportsInt
 
 import flax.struct
 import jax
@@ -25,8 +26,7 @@ SITES = ("rotary", "projection")
 SHARED_NDIM = {"head_mask": 2, "rope_mask": 3, "head_mean": 3}
 
 
-@flax.struct.dataclass
-class Interventions:
+class Interventions(flax.struct.PyTreeNode):
     """What is taken out of a forward pass.
 
     head_mask: bool[L, H] or [B, L, H]. True: the head writes nothing (its output before o_proj is 0).
@@ -157,7 +157,9 @@ def mask_queries(config: ModelConfig, heads: Iterable[Head]) -> Interventions:
     return mask_rope(config, heads, range(config.n_pairs))
 
 
-def mask_rope(config: ModelConfig, heads: Iterable[Head], pairs: Iterable[int], site: str = "rotary") -> Interventions:
+def mask_rope(
+    config: ModelConfig, heads: Iterable[Head], pairs: Iterable[int | np.integer], site: str = "rotary"
+) -> Interventions:
     """Interventions that take these rotary pairs out of these (layer, head); site as in `Interventions`.
 
     Raises ValueError for an index the model does not have and for an unknown site.
@@ -170,13 +172,13 @@ def mask_rope(config: ModelConfig, heads: Iterable[Head], pairs: Iterable[int], 
     """
     if site not in SITES:
         raise ValueError(f"site is {site!r}; it must be one of {', '.join(SITES)}")
-    pairs = [int(pair) for pair in pairs]
-    for pair in pairs:
+    indices = [int(pair) for pair in pairs]
+    for pair in indices:
         if not 0 <= pair < config.n_pairs:
             raise ValueError(f"rotary pair {pair} is out of range: the model has pairs 0 to {config.n_pairs - 1}")
     rope_mask = np.zeros((config.n_layers, config.n_heads, config.n_pairs), bool)
     for layer, head in _valid_heads(config, heads):
-        rope_mask[layer, head, pairs] = True
+        rope_mask[layer, head, indices] = True
     return Interventions(rope_mask=jnp.asarray(rope_mask), rope_site=site)
 
 
@@ -202,16 +204,16 @@ def random_heads(
     """
     if (n is None) == (like is None):
         raise ValueError("random_heads takes either n or like, not both and not neither")
-    exclude = set(_valid_heads(config, exclude))
+    taken = set(_valid_heads(config, exclude))
     rng = np.random.default_rng(seed)
-    if like is None:
-        free = [head for head in all_heads(config) if head not in exclude]
+    if n is not None:
+        free = [head for head in all_heads(config) if head not in taken]
         return _draw(rng, free, n, "the model")
-    like = _valid_heads(config, like)
-    exclude |= set(like)
+    like = _valid_heads(config, like or ())
+    taken |= set(like)
     chosen = []
     for layer in sorted({layer for layer, _ in like}):
-        free = [(layer, head) for head in range(config.n_heads) if (layer, head) not in exclude]
+        free = [(layer, head) for head in range(config.n_heads) if (layer, head) not in taken]
         chosen += _draw(rng, free, sum(1 for other, _ in like if other == layer), f"layer {layer}")
     return chosen
 
@@ -241,7 +243,7 @@ def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[i
     return sorted(int(pair) for pair in chosen)
 
 
-def _mean_of(a: Interventions, b: Interventions):
+def _mean_of(a: Interventions, b: Interventions) -> Any:
     """What masked heads of both together write; ValueError where heads of one would write what only the other gives."""
     given = [(iv, other) for iv, other in ((a, b), (b, a)) if iv.head_mean is not None]
     if not given:
@@ -251,12 +253,12 @@ def _mean_of(a: Interventions, b: Interventions):
     return next(iv.head_mean for iv, other in given if _is_empty(other.head_mask))
 
 
-def _is_empty(mask) -> bool:
+def _is_empty(mask: ArrayLike | None) -> bool:
     """Whether a mask certainly takes nothing out; one that is being traced could."""
     return mask is None or (not isinstance(mask, jax.core.Tracer) and not np.any(mask))
 
 
-def _stack(masks):
+def _stack(masks: Sequence[Any]) -> Any:
     """Masks with a new leading axis; a missing one among others is all-False. NumPy arrays stay such."""
     given = [mask for mask in masks if mask is not None]
     if not given:
@@ -265,7 +267,7 @@ def _stack(masks):
     return xp.stack([xp.zeros_like(given[0]) if mask is None else mask for mask in masks])
 
 
-def _either(a, b, shared_ndim: int):
+def _either(a: Any, b: Any, shared_ndim: int) -> Any:
     if a is None or b is None:
         return b if a is None else a
     a, b = jnp.asarray(a), jnp.asarray(b)
@@ -282,15 +284,15 @@ def _either(a, b, shared_ndim: int):
     return jnp.maximum(a.astype(dtype), b.astype(dtype))
 
 
-def _valid_heads(config: ModelConfig, heads: Iterable[Head]) -> list[Head]:
-    heads = [(int(layer), int(head)) for layer, head in heads]
-    for layer, head in heads:
+def _valid_heads(config: ModelConfig, heads: Iterable[Sequence[SupportsInt]]) -> list[Head]:
+    valid = [(int(layer), int(head)) for layer, head in heads]
+    for layer, head in valid:
         if not (0 <= layer < config.n_layers and 0 <= head < config.n_heads):
             raise ValueError(
                 f"head ({layer}, {head}) is out of range: the model has "
                 f"{config.n_layers} layers of {config.n_heads} query heads"
             )
-    return heads
+    return valid
 
 
 def _draw(rng: np.random.Generator, free: list[Head], wanted: int, where: str) -> list[Head]:

@@ -2,11 +2,15 @@
 grouped."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from retmask_jax.model.config import ModelConfig
 
@@ -17,14 +21,24 @@ ACTIVATIONS = {
 }
 
 
-def precision(dtype) -> jax.lax.Precision | None:
+_SMALL = nn.initializers.normal(0.02)
+
+
+def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     """float32 products are exact on every backend (accelerators round them otherwise); narrower types need no help."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def softcap(x, cap: float | None):
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
     """cap * tanh(x / cap): nearly x where x is small, never beyond the cap. None: x."""
     return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def weight(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], initializer: Callable = _SMALL
+) -> jax.Array:
+    """A parameter of a compact module, declared with the logical axes that the sharding rules know."""
+    return cast(jax.Array, module.param(name, nn.with_logical_partitioning(initializer, axes), shape))
 
 
 class RMSNorm(nn.Module):
@@ -34,27 +48,27 @@ class RMSNorm(nn.Module):
     offset: float = 0.0
 
     @nn.compact
-    def __call__(self, x):
-        init = nn.with_logical_partitioning(nn.initializers.constant(1.0 - self.offset), ("norm",))
-        scale = self.param("scale", init, (x.shape[-1],)).astype(jnp.float32)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones = nn.initializers.constant(1.0 - self.offset)
+        scale = weight(self, "scale", x.shape[-1:], ("norm",), ones).astype(jnp.float32)
         x32 = x.astype(jnp.float32)
         x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return (x32 * (scale + self.offset if self.offset else scale)).astype(x.dtype)
 
 
-def norm(config: ModelConfig, name: str) -> RMSNorm:
+def norm(config: ModelConfig, name: str | None) -> RMSNorm:
     """A norm with the model's epsilon and offset."""
     return RMSNorm(config.norm_eps, config.norm_offset, name=name)
 
 
-def dense(x, features: int, axes: tuple[str, str], name: str, bias: bool = False):
+def dense(x: jax.Array, features: int, axes: tuple[str, str], name: str, bias: bool = False) -> jax.Array:
     """A dense layer over the last axis, inside a compact module; `axes` name its kernel's logical axes."""
     layer = nn.Dense(
         features,
         use_bias=bias,
         precision=precision(x.dtype),
         name=name,
-        kernel_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), axes),
+        kernel_init=nn.with_logical_partitioning(_SMALL, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
     )
     if jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1:
@@ -69,7 +83,7 @@ class GatedMLP(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTE):
+    def __call__(self, x_BTE: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.config.activation]
         gate_BTM = dense(x_BTE, self.config.mlp_size, ("embed", "mlp"), "gate")
         up_BTM = dense(x_BTE, self.config.mlp_size, ("embed", "mlp"), "up")
@@ -82,7 +96,7 @@ class Experts(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTE):
+    def __call__(self, x_BTE: jax.Array) -> jax.Array:
         cfg = self.config
         n, chosen = cfg.n_experts, cfg.experts_per_token
         x_NE = x_BTE.reshape(-1, cfg.hidden_size)
@@ -92,16 +106,16 @@ class Experts(nn.Module):
             precision=precision(jnp.float32),
             dtype=jnp.float32,
             name="router",
-            kernel_init=_init("embed", None),
+            kernel_init=nn.with_logical_partitioning(_SMALL, ("embed", None)),
         )
         weight_NC, expert_NC = jax.lax.top_k(jax.nn.softmax(router(x_NE), axis=-1), chosen)
         if cfg.normalise_router:
             weight_NC /= weight_NC.sum(axis=-1, keepdims=True)
 
         into, back = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
-        gate_XEM = self.param("gate", _init(*into), (n, cfg.hidden_size, cfg.expert_size))
-        up_XEM = self.param("up", _init(*into), (n, cfg.hidden_size, cfg.expert_size))
-        down_XME = self.param("down", _init(*back), (n, cfg.expert_size, cfg.hidden_size))
+        gate_XEM = weight(self, "gate", (n, cfg.hidden_size, cfg.expert_size), into)
+        up_XEM = weight(self, "up", (n, cfg.hidden_size, cfg.expert_size), into)
+        down_XME = weight(self, "down", (n, cfg.expert_size, cfg.hidden_size), back)
         # One row per token and chosen expert, N * C of them.
         expert_R = expert_NC.reshape(-1)
         x_RE = jnp.repeat(x_NE, chosen, axis=0)
@@ -112,7 +126,7 @@ class Experts(nn.Module):
 
 
 @jax.custom_vjp
-def rows_times(x_RI, w_XIO, expert_R):
+def rows_times(x_RI: jax.Array, w_XIO: jax.Array, expert_R: jax.Array) -> jax.Array:
     """f[R,O]: row r times the matrix of its expert, w_XIO[expert_R[r]], without a copy of the matrix per row.
 
     `jax.lax.ragged_dot` over rows sorted by expert. It has no batching rule for matrices that the batch shares; here
@@ -121,7 +135,7 @@ def rows_times(x_RI, w_XIO, expert_R):
     return _product(x_RI, w_XIO, expert_R)
 
 
-def split_layers(config: ModelConfig, per_layer):
+def split_layers(config: ModelConfig, per_layer: PyTree) -> dict[str, dict[str, Any]]:
     """Arrays in absolute layer order [L, ...] as {"blocks": {i: [repeats, ...]}, "tail": {j: [...]}}."""
     period = len(config.layer_pattern)
     scanned = period * config.repeats
@@ -131,7 +145,7 @@ def split_layers(config: ModelConfig, per_layer):
     }
 
 
-def merge_layers(config: ModelConfig, grouped):
+def merge_layers(config: ModelConfig, grouped: PyTree) -> PyTree:
     """The inverse of `split_layers`: arrays [L, ...] in absolute layer order."""
 
     def merge(*arrays):
@@ -143,11 +157,11 @@ def merge_layers(config: ModelConfig, grouped):
     return jax.tree.map(merge, *blocks, *(grouped["tail"][str(j)] for j in range(len(config.tail))))
 
 
-def _rows_times_forward(x_RI, w_XIO, expert_R):
+def _rows_times_forward(x_RI: jax.Array, w_XIO: jax.Array, expert_R: jax.Array) -> tuple:
     return _product(x_RI, w_XIO, expert_R), (x_RI, w_XIO, expert_R)
 
 
-def _rows_times_backward(saved, out_RO):
+def _rows_times_backward(saved: tuple[jax.Array, jax.Array, jax.Array], out_RO: jax.Array) -> tuple:
     x_RI, w_XIO, expert_R = saved
     to_x_RI = _product(out_RO, w_XIO.swapaxes(1, 2), expert_R)
     return to_x_RI, _weight_gradient(x_RI, w_XIO, expert_R, out_RO), np.zeros(expert_R.shape, jax.dtypes.float0)
@@ -156,7 +170,7 @@ def _rows_times_backward(saved, out_RO):
 rows_times.defvjp(_rows_times_forward, _rows_times_backward)
 
 
-def _ragged(x_RI, w_XIO, expert_R):
+def _ragged(x_RI: jax.Array, w_XIO: jax.Array, expert_R: jax.Array) -> jax.Array:
     order_R = jnp.argsort(expert_R)
     sizes_X = jnp.bincount(expert_R, length=w_XIO.shape[0]).astype(jnp.int32)
     out_RO = jax.lax.ragged_dot(x_RI[order_R], w_XIO, sizes_X, precision=precision(x_RI.dtype))
@@ -164,12 +178,14 @@ def _ragged(x_RI, w_XIO, expert_R):
 
 
 @jax.custom_batching.custom_vmap
-def _product(x_RI, w_XIO, expert_R):
+def _product(x_RI: jax.Array, w_XIO: jax.Array, expert_R: jax.Array) -> jax.Array:
     return _ragged(x_RI, w_XIO, expert_R)
 
 
 @_product.def_vmap
-def _product_of_batch(size, batched, x, w, expert):
+def _product_of_batch(
+    size: int, batched: Sequence[bool], x: jax.Array, w: jax.Array, expert: jax.Array
+) -> tuple[jax.Array, bool]:
     if batched[1]:
         each = [
             one if is_batched else jnp.broadcast_to(one, (size, *one.shape))
@@ -183,10 +199,6 @@ def _product_of_batch(size, batched, x, w, expert):
 
 
 @jax.custom_batching.sequential_vmap
-def _weight_gradient(x_RI, w_XIO, expert_R, out_RO):
+def _weight_gradient(x_RI: jax.Array, w_XIO: jax.Array, expert_R: jax.Array, out_RO: jax.Array) -> jax.Array:
     _, pull = jax.vjp(functools.partial(_ragged, x_RI, expert_R=expert_R), w_XIO)
     return pull(out_RO)[0]
-
-
-def _init(*axes):
-    return nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)

@@ -12,11 +12,10 @@ from jaxtyping import Float, Int, Shaped
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import SITES, Interventions
 from retmask_jax.model.layers import split_layers
-from retmask_jax.utils.array_types import Mask
+from retmask_jax.utils.array_types import Array, Mask
 
 
-@flax.struct.dataclass
-class Masks:
+class Masks(flax.struct.PyTreeNode):
     """Interventions in the one form that everything below the public functions takes; `normalise` makes it.
 
     Every array has a row axis, which is 1 where all rows share the array. Layers are in absolute order.
@@ -28,9 +27,9 @@ class Masks:
         rope_site: As in `Interventions`.
     """
 
-    head_BLH: Mask[jax.Array | np.ndarray, "B L H"]
-    rope_BLHR: Mask[jax.Array | np.ndarray, "B L H R"]
-    mean_BLHD: Float[jax.Array | np.ndarray, "B L H D"]
+    head_BLH: Mask[Array, "B L H"]
+    rope_BLHR: Mask[Array, "B L H R"]
+    mean_BLHD: Float[Array, "B L H D"]
     rope_site: str = flax.struct.field(pytree_node=False)
 
     @property
@@ -47,18 +46,17 @@ class Masks:
 
         return jax.tree.map(repeat, self)
 
-    def take(self, rows: Int[jax.Array | np.ndarray, " N"]) -> "Masks":
+    def take(self, rows: Int[Array, " N"]) -> "Masks":
         """The masks of some rows; arrays that all rows share stay as they are."""
         return jax.tree.map(lambda array: array if len(array) == 1 else array[rows], self)
 
-    def by_layer(self, config: ModelConfig) -> dict[str, Any]:
+    def by_layer(self, config: ModelConfig) -> "ByLayer":
         """`LayerMasks` in the arrangement of `split_layers`, which the blocks are scanned with."""
         layers_first = jax.tree.map(lambda array: jnp.swapaxes(array, 0, 1), self)
         return split_layers(config, LayerMasks(layers_first.head_BLH, layers_first.rope_BLHR, layers_first.mean_BLHD))
 
 
-@flax.struct.dataclass
-class LayerMasks:
+class LayerMasks(flax.struct.PyTreeNode):
     """The masks of one layer, and what they do to its arrays."""
 
     head_BH: jax.Array
@@ -81,6 +79,9 @@ class LayerMasks:
         kv_heads, width = k_BTKD.shape[2:]
         rope_BKGR = self.rope_BHR.reshape(len(self.rope_BHR), kv_heads, -1, self.rope_BHR.shape[-1])
         return _dropped(k_BTKD, _dimensions(rope_BKGR.max(axis=2), width)[:, None])
+
+
+ByLayer = dict[str, dict[str, LayerMasks]]  # {"blocks": {place in the pattern: its masks}, "tail": {place: its masks}}
 
 
 def normalise(config: ModelConfig, interventions: Interventions | None = None, rows: int | None = None) -> Masks:

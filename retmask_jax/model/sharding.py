@@ -7,13 +7,15 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.masks import normalise
@@ -21,7 +23,8 @@ from retmask_jax.model.transformer import transformer
 
 log = logging.getLogger(__name__)
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 AXES = ("data", "fsdp", "tensor", "context")
 ROW_AXES = ("data", "fsdp")  # what the rows of a batch are split over
@@ -47,7 +50,7 @@ RULES = (
 )
 
 
-def make_mesh(sizes, devices=None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of {"data": n, "fsdp": n, "tensor": n, "context": n}; an axis that is not named is 1, and -1 for one axis
     takes what the others leave.
 
@@ -57,7 +60,7 @@ def make_mesh(sizes, devices=None) -> Mesh:
     unknown = set(sizes) - set(AXES)
     if unknown:
         raise ValueError(f"a mesh has no axis {unknown.pop()!r}; it has {', '.join(AXES)}")
-    shape = [int(sizes.get(axis, 1)) for axis in AXES]
+    shape = [sizes.get(axis, 1) for axis in AXES]
     if shape.count(-1) == 1:
         known = -int(np.prod(shape))
         shape[shape.index(-1)] = len(devices) // known if known and len(devices) % known == 0 else 0
@@ -93,19 +96,19 @@ def decoding_mesh(mesh: Mesh, config: ModelConfig, dtype: str, device_bytes: flo
     return mesh if least is None or least[0] > _FULL * device_bytes else least[1]
 
 
-def held_bytes(tree) -> int:
+def held_bytes(tree: PyTree) -> int:
     """Bytes on one device of all arrays (or their shapes) in a pytree that have a sharding."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def placed(config: ModelConfig, params, mesh: Mesh):
+def placed(config: ModelConfig, params: PyTree, mesh: Mesh) -> PyTree:
     """The parameters as `param_shardings` lays them out, each given up where it was."""
     shardings = param_shardings(config, mesh)
     return jax.tree.map(lambda x, at: x if x.sharding == at else jax.device_put(x, at, donate=True), params, shardings)
 
 
-def plain_shapes(config: ModelConfig):
+def plain_shapes(config: ModelConfig) -> PyTree:
     """The parameter tree as jax.ShapeDtypeStruct; nothing is computed."""
     return jax.tree.map(
         lambda boxed: boxed.unbox(apply_constraint=False),
@@ -115,14 +118,14 @@ def plain_shapes(config: ModelConfig):
 
 
 @functools.cache  # tracing the model takes a fifth of a second
-def param_shapes(config: ModelConfig):
+def param_shapes(config: ModelConfig) -> PyTree:
     """The parameter tree as jax.ShapeDtypeStruct, boxed with the logical axes; nothing is computed."""
     model, tokens = transformer(config), np.zeros((1, 2), np.int32)
     shapes = jax.eval_shape(lambda seed: model.init(jax.random.key(seed), tokens, normalise(config)), 0)
     return shapes["params"]
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh):
+def param_shardings(config: ModelConfig, mesh: Mesh) -> PyTree:
     """A NamedSharding per parameter; an axis that the mesh does not divide evenly stays whole on every device."""
     boxed = param_shapes(config)
     wanted = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
@@ -133,7 +136,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh):
     )
 
 
-def placed_shapes(config: ModelConfig, mesh: Mesh, dtype):
+def placed_shapes(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> PyTree:
     """The parameter tree in a dtype as jax.ShapeDtypeStruct with the shardings of `param_shardings`."""
     return jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, dtype, sharding=at),
@@ -155,13 +158,13 @@ def divided(sharding: NamedSharding, shape: tuple[int, ...], what: str) -> Named
 
 
 @contextlib.contextmanager
-def using(mesh: Mesh):
+def using(mesh: Mesh) -> Generator[None, None, None]:
     """Within it the mesh and the rules are set, as kernels and constraints need."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
 
-def mesh_of(params):
+def mesh_of(params: PyTree) -> contextlib.AbstractContextManager:
     """`using` the parameters' mesh; without one, a context that does nothing."""
     leaf = jax.tree.leaves(params)[0]
     placed = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
@@ -192,6 +195,7 @@ def row_parallel(
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
+        by_name: Callable[..., R] = function
 
         @functools.wraps(function)
         def spread(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -204,7 +208,7 @@ def row_parallel(
 
             def part(arrays: dict[str, Any]) -> R:
                 with nn.logical_axis_rules(()):
-                    out = function(**fixed, **arrays)
+                    out = by_name(**fixed, **arrays)
                 return jax.lax.psum(out, "data") if results == SUM_OF_ROWS else out
 
             specs = {name: _row_specs(value, row_axes.get(name), n_rows) for name, value in arrays.items()}
@@ -222,7 +226,7 @@ def row_shares(rows: int) -> int:
     return 1 if devices != mesh.size or rows % devices else devices
 
 
-def split_vocab(table_EV):
+def split_vocab(table_EV: jax.Array) -> jax.Array:
     """The output matrix with its vocabulary over the tensor and fsdp axes, and whole columns."""
     if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
         # Step by step: in one, the compiler finds no other way than to copy the matrix to all devices.
@@ -230,14 +234,14 @@ def split_vocab(table_EV):
     return nn.with_logical_constraint(table_EV, (None, "unembed_vocab"))
 
 
-def full_share(rows: int, axes=("data",)) -> int:
+def full_share(rows: int, axes: Sequence[str] = ("data",)) -> int:
     """The number of rows, at least `rows`, that divides over these axes of the mesh that is set."""
     sizes = jax.sharding.get_abstract_mesh().shape
     devices = math.prod(sizes.get(axis, 1) for axis in axes)
     return -(-rows // devices) * devices
 
 
-def constrain(tree, logical_axes):
+def constrain(tree: PyTree, logical_axes: tuple[str | None, ...]) -> PyTree:
     """The arrays of a pytree, laid out on the mesh that is set by their first logical axes.
 
     Results of one program that are arguments of the next then need no second program for the layout the compiler chose.
@@ -245,7 +249,7 @@ def constrain(tree, logical_axes):
     if not nn.get_logical_axis_rules():
         return tree
     mesh = jax.sharding.get_abstract_mesh()
-    wanted = NamedSharding(mesh, nn.logical_to_mesh_axes(logical_axes))
+    wanted = NamedSharding(mesh, nn.logical_to_mesh_axes(logical_axes) or PartitionSpec())
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, divided(wanted, x.shape, "state")), tree)
 
 
@@ -255,7 +259,8 @@ def split_cpu(most: int) -> None:
     Cores that each work on rows of their own are twice as fast as cores that share every operation. A number chosen by
     JAX_NUM_CPU_DEVICES or XLA_FLAGS stays, and so does that of a JAX that is in use already.
     """
-    chosen = jax.config.jax_num_cpu_devices != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    devices = jax.config.jax_num_cpu_devices  # pyrefly: ignore[missing-attribute]  JAX adds its options when it is imported
+    chosen = devices != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     cores = min(most, len(os.sched_getaffinity(0)))
     if chosen or cores < 2:
         return
@@ -275,12 +280,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
-def place_rows(mesh: Mesh, n: int, make):
+def place_rows(mesh: Mesh, n: int, make: Callable[[slice], PyTree]) -> PyTree:
     """A batch of n rows over the mesh: make(slice of the rows) gives the part that this host's devices hold, arrays
     [rows, ...]. Rows that do not divide are whole on every device.
     """
     split = divided(batch_sharding(mesh), (n,), "rows of a batch")
-    held = [index[0].indices(n)[:2] for index in split.addressable_devices_indices_map((n,)).values()]
+    held = [index[0].indices(n)[:2] for index in split.addressable_devices_indices_map((n,)).values() if index]
     part = make(slice(min(begin for begin, _ in held), max(end for _, end in held)))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x, (n, *x.shape[1:])), part)
 

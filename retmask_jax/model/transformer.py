@@ -1,6 +1,7 @@
 """The transformer: blocks scanned over the repeats of the layer pattern, interventions as scanned inputs."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -13,24 +14,20 @@ from jaxtyping import Float32, Int, PyTree
 from retmask_jax.model.attention import Keys, Probe, Probed, Scores, attend, probe
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.layers import Experts, GatedMLP, dense, merge_layers, norm, precision, softcap
+from retmask_jax.model.kv_cache import KV, NO_CACHE, Cache
+from retmask_jax.model.layers import Experts, GatedMLP, dense, merge_layers, norm, precision, softcap, weight
 from retmask_jax.model.lora import with_adapters
 from retmask_jax.model.masks import LayerMasks, Masks, normalise
 from retmask_jax.model.rope import rotate, rotation
 from retmask_jax.utils.array_types import Lengths, Tokens
 
 
-@flax.struct.dataclass
-class Hidden:
-    """x_BTE: final normed states; cache: the updated cache or None; probed: answers [B,P,L,H,...] or None.
-
-    rms_BT: f32, what the final norm divided the states by, where the pass tells it.
-    """
+class Hidden(flax.struct.PyTreeNode):
+    """x_BTE: final normed states; cache: the updated cache or None; probed: answers [B,P,L,H,...] or None."""
 
     x_BTE: jax.Array
-    cache: Any = None
+    cache: Cache | None = None
     probed: Probed | None = None
-    rms_BT: jax.Array | None = None
 
 
 def forward(
@@ -65,7 +62,14 @@ def forward(
     return next_logits(config, params, tokens, masks, longest_row(tokens, lengths), positions)
 
 
-def next_logits(config: ModelConfig, params, tokens_BT, masks: Masks, longest, positions_BP=None):
+def next_logits(
+    config: ModelConfig,
+    params: PyTree,
+    tokens_BT: jax.Array,
+    masks: Masks,
+    longest: jax.Array | int | None,
+    positions_BP: jax.Array | None = None,
+) -> jax.Array:
     """What `forward` returns, from checked arguments."""
     x_BTE = hidden(config, params, tokens_BT, masks, longest=longest).x_BTE
     return unembed(config, params, at_positions(x_BTE, positions_BP))
@@ -73,15 +77,15 @@ def next_logits(config: ModelConfig, params, tokens_BT, masks: Masks, longest, p
 
 def hidden(
     config: ModelConfig,
-    params,
-    tokens_BT,
+    params: PyTree,
+    tokens_BT: jax.Array,
     masks: Masks,
     *,
-    cache=None,
-    start_B=None,
-    end_B=None,
+    cache: Cache | None = None,
+    start_B: jax.Array | None = None,
+    end_B: jax.Array | None = None,
     probe: Probe | None = None,
-    longest=None,
+    longest: jax.Array | int | None = None,
     remat: bool = False,
 ) -> Hidden:
     """Final hidden states of T new positions per row.
@@ -92,37 +96,37 @@ def hidden(
     remat recomputes each block in the backward pass.
     """
     model = transformer(config, remat=remat, rope_site=masks.rope_site)
-    return model.apply({"params": params}, tokens_BT, masks, start_B, end_B, cache, probe, longest)
+    return cast(Hidden, model.apply({"params": params}, tokens_BT, masks, start_B, end_B, cache, probe, longest))
 
 
-def transformer(config: ModelConfig, **options) -> nn.Module:
+def transformer(config: ModelConfig, **options: Any) -> nn.Module:
     """The module, with adapters where the config has them."""
     model = Transformer(config, **options)
     return model if config.lora is None else with_adapters(model, config.lora)
 
 
-def longest_row(tokens_BT, lengths):
+def longest_row(tokens_BT: jax.Array, lengths: Lengths | None) -> jax.Array | int:
     """The largest of lengths, or T where they are None; an array if they are traced."""
     return tokens_BT.shape[1] if lengths is None else jnp.max(jnp.asarray(lengths))
 
 
-def unembed(config: ModelConfig, params, x_BTE):
+def unembed(config: ModelConfig, params: PyTree, x_BTE: jax.Array) -> jax.Array:
     """Logits in float32, f32[..., V]."""
     return logits(config, unembedding(config, params), x_BTE)
 
 
-def unembedding(config: ModelConfig, params):
+def unembedding(config: ModelConfig, params: PyTree) -> jax.Array:
     """The output matrix [E, V]."""
     return params["embed"]["embedding"].T if config.tied_embeddings else params["lm_head"]["kernel"]
 
 
-def logits(config: ModelConfig, table_EV, x_BTE):
+def logits(config: ModelConfig, table_EV: jax.Array, x_BTE: jax.Array) -> jax.Array:
     """f32[..., V] of states and the output matrix."""
     product = jnp.dot(x_BTE, table_EV, precision=precision(x_BTE.dtype), preferred_element_type=jnp.float32)
     return softcap(product, config.logit_softcap)
 
 
-def check_tokens(config: ModelConfig, tokens, lengths=None, new_tokens: int = 0):
+def check_tokens(config: ModelConfig, tokens: Tokens, lengths: Lengths | None = None, new_tokens: int = 0) -> jax.Array:
     """tokens as an array, or ValueError if their shape, type, length or ids do not suit the model."""
     tokens = jnp.asarray(tokens)
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -142,7 +146,7 @@ def check_tokens(config: ModelConfig, tokens, lengths=None, new_tokens: int = 0)
     return tokens
 
 
-def check_positions(positions, tokens_BT):
+def check_positions(positions: Int[ArrayLike, "B P"] | None, tokens_BT: jax.Array) -> jax.Array | None:
     """positions as an array, or None where they are None; ValueError if they are none of the tokens'."""
     if positions is None:
         return None
@@ -153,8 +157,7 @@ def check_positions(positions, tokens_BT):
     return positions
 
 
-@flax.struct.dataclass
-class Call:
+class Call(flax.struct.PyTreeNode):
     """What all blocks of one call share. rotations: (cos, sin) by layer kind; start_B None: rows begin at 0.
 
     rows_BP: among the T, what is wanted from the last block of a group (None: all); a probe then asks about the same.
@@ -171,7 +174,14 @@ class Call:
         return jnp.zeros_like(self.end_B) if self.start_B is None else self.start_B
 
 
-def make_call(config: ModelConfig, length: int, start_B, end_B, longest=None, probe: Probe | None = None) -> Call:
+def make_call(
+    config: ModelConfig,
+    length: int,
+    start_B: jax.Array | None,
+    end_B: jax.Array,
+    longest: jax.Array | int | None = None,
+    probe: Probe | None = None,
+) -> Call:
     """The Call of `length` positions per row."""
     call = Call({}, start_B, end_B, probe)
     positions_BT = call.first_B[:, None] + jnp.arange(length)
@@ -179,17 +189,20 @@ def make_call(config: ModelConfig, length: int, start_B, end_B, longest=None, pr
     return call.replace(rotations={kind: rotation(config, kind, positions_BT, longest) for kind in config.ropes})
 
 
-def merge_probed(config: ModelConfig, blocks, tail):
+def merge_probed(config: ModelConfig, blocks: PyTree, tail: PyTree) -> PyTree:
     """[B,P,L,H,...] of what groups probed, as the blocks' scan and the tail give it."""
     probed = merge_layers(config, {"blocks": blocks, "tail": tail})
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), probed)
 
 
-def at_positions(x_BTX, rows_BP):
+def at_positions(x_BTX: jax.Array, rows_BP: jax.Array | None) -> jax.Array:
     """[B,P,...]: some positions of each row; all of them where rows_BP is None."""
     if rows_BP is None:
         return x_BTX
     return jnp.take_along_axis(x_BTX, rows_BP.reshape(*rows_BP.shape, *(1,) * (x_BTX.ndim - 2)), axis=1)
+
+
+Carry = tuple[jax.Array, dict[str, KV] | None]  # the states x_BTE, and the caches of a group of layers
 
 
 class Attention(nn.Module):
@@ -200,7 +213,9 @@ class Attention(nn.Module):
     rope_site: str
 
     @nn.compact
-    def __call__(self, x_BTE, masks: LayerMasks, cache, repeat, call: Call):
+    def __call__(
+        self, x_BTE: jax.Array, masks: LayerMasks, cache: KV | None, repeat: jax.Array | int, call: Call
+    ) -> tuple[jax.Array, KV | None, Probed | None]:
         cfg = self.config
         wanted_BTE = at_positions(x_BTE, call.rows_BP)
         q_BTHD = self._project(wanted_BTE, cfg.n_heads, "q")
@@ -231,11 +246,11 @@ class Attention(nn.Module):
             probed = probe(q_BPHD, call.first_B[:, None] + asked_BP, keys, call.probe, scores)
         return out_BTE, cache, probed
 
-    def _project(self, x_BTE, heads: int, name: str):
+    def _project(self, x_BTE: jax.Array, heads: int, name: str) -> jax.Array:
         flat = dense(x_BTE, heads * self.config.head_dim, ("embed", "heads"), name, bias=self.config.qkv_bias)
         return flat.reshape(*x_BTE.shape[:2], heads, self.config.head_dim)
 
-    def _normed(self, x_BTHD, name: str):
+    def _normed(self, x_BTHD: jax.Array, name: str) -> jax.Array:
         match self.config.qk_norm:
             case "head":
                 return norm(self.config, name)(x_BTHD)
@@ -255,7 +270,9 @@ class Block(nn.Module):
     rope_site: str
 
     @nn.compact
-    def __call__(self, x_BTE, masks: LayerMasks, cache, repeat, call: Call):
+    def __call__(
+        self, x_BTE: jax.Array, masks: LayerMasks, cache: KV | None, repeat: jax.Array | int, call: Call
+    ) -> tuple[jax.Array, KV | None, Probed | None]:
         cfg = self.config
         # A single row would be padded to be split, and the padding copied away wherever states are picked from it.
         rows = "batch" if x_BTE.shape[0] > 1 else None
@@ -267,10 +284,10 @@ class Block(nn.Module):
         x_BTE += self._behind("mlp_post_norm", mlp(self._before("mlp_norm", x_BTE)))
         return x_BTE, cache, probed
 
-    def _before(self, name: str, x_BTE):
+    def _before(self, name: str, x_BTE: jax.Array) -> jax.Array:
         return x_BTE if self.config.norm_placement == "post" else norm(self.config, name)(x_BTE)
 
-    def _behind(self, name: str, x_BTE):
+    def _behind(self, name: str, x_BTE: jax.Array) -> jax.Array:
         return x_BTE if self.config.norm_placement == "pre" else norm(self.config, name)(x_BTE)
 
 
@@ -282,7 +299,9 @@ class Group(nn.Module):
     n_blocks: int
 
     @nn.compact
-    def __call__(self, carry, per_repeat, call: Call):
+    def __call__(
+        self, carry: Carry, per_repeat: tuple[jax.Array | int, dict[str, LayerMasks]], call: Call
+    ) -> tuple[Carry, dict[str, Probed | None]]:
         x_BTE, caches = carry
         repeat, masks = per_repeat
         probed = {}
@@ -291,8 +310,8 @@ class Group(nn.Module):
             block = Block(self.config, place, self.rope_site, name=i)
             last = place == self.n_blocks - 1
             block_call = call if last else call.replace(rows_BP=None)
-            x_BTE, cache, probed[i] = block(x_BTE, masks[i], caches and caches[i], repeat, block_call)
-            caches = caches and caches | {i: cache}
+            x_BTE, cache, probed[i] = block(x_BTE, masks[i], None if caches is None else caches[i], repeat, block_call)
+            caches = None if caches is None else caches | {i: cast(KV, cache)}
         return (x_BTE, caches), probed
 
 
@@ -304,13 +323,22 @@ class Transformer(nn.Module):
     rope_site: str = "rotary"
 
     @nn.compact
-    def __call__(self, tokens_BT, masks: Masks, start_B=None, end_B=None, cache=None, probe=None, longest=None):
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        masks: Masks,
+        start_B: jax.Array | None = None,
+        end_B: jax.Array | None = None,
+        cache: Cache | None = None,
+        probe: Probe | None = None,
+        longest: jax.Array | int | None = None,
+    ) -> Hidden:
         cfg, (batch, length) = self.config, tokens_BT.shape
         x_BTE = Embedding(cfg, name="embed")(tokens_BT)
         end_B = jnp.full(batch, length) if end_B is None else end_B
         call = make_call(cfg, length, start_B, end_B, longest, probe)
         by_layer = masks.by_layer(cfg)
-        cache = cache or {"blocks": None, "tail": None}
+        cache = cache or NO_CACHE
 
         body = nn.remat(Group, prevent_cse=False) if self.remat else Group
         scanned = nn.scan(
@@ -343,9 +371,9 @@ class Embedding(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT):
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        x_BTE = self.param("embedding", init, (self.config.vocab_size, self.config.hidden_size))[tokens_BT]
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        x_BTE = weight(self, "embedding", shape, ("vocab", "embed"))[tokens_BT]
         scale = self.config.embed_scale
         return x_BTE if scale is None else x_BTE * jnp.asarray(scale, x_BTE.dtype)
 
@@ -356,12 +384,11 @@ class Unembedding(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self):
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
-        return self.param("kernel", init, (self.config.hidden_size, self.config.vocab_size))
+    def __call__(self) -> jax.Array:
+        return weight(self, "kernel", (self.config.hidden_size, self.config.vocab_size), ("embed", "vocab"))
 
 
-def _check_range(name: str, values, end: int) -> None:
+def _check_range(name: str, values: ArrayLike | Sequence[int], end: int) -> None:
     """ValueError unless 0 <= values < end; values that are being traced cannot be looked at."""
     if isinstance(values, jax.core.Tracer) or np.size(values) == 0:
         return

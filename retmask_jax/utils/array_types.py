@@ -6,6 +6,8 @@ dimensions of a head. `...` stands for a row axis, or none.
 
 from collections.abc import Sequence
 
+import jax
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import AbstractDtype, Int
 
@@ -16,5 +18,6 @@ class Mask(AbstractDtype):
     dtypes = ["bool", "bfloat16", "float16", "float32", "float64"]
 
 
+Array = jax.Array | np.ndarray  # on the devices, or on the host
 Tokens = Int[ArrayLike, "B T"] | Sequence[Sequence[int]]
 Lengths = Int[ArrayLike, " B"] | Sequence[int]

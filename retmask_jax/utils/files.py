@@ -9,7 +9,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -180,7 +180,7 @@ def _packed(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
+def _whole(path: Path) -> Generator[BinaryIO, None, None]:
     """A file to write into that takes its name, and the place of an older one, once all is written.
 
     Of several hosts only the first writes.

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from retmask_jax.utils.files import digest
@@ -34,7 +35,7 @@ def fingerprint(*files: Path) -> str:
         return digest([[file.name, size, found] for file, size, found in zip(files, sizes, hashes, strict=True)])
 
 
-def _hash(file: Path, progress) -> str:
+def _hash(file: Path, progress: Callable[[int], object]) -> str:
     """SHA-256 of a file's content, remembered where it is large. progress: is given the bytes of each block."""
     before = file.stat()
     identity = [str(file.resolve()), before.st_size, before.st_mtime_ns, before.st_ino]
@@ -53,7 +54,7 @@ def _hash(file: Path, progress) -> str:
     return found
 
 
-def _read(file: Path, progress) -> str:
+def _read(file: Path, progress: Callable[[int], object]) -> str:
     hashed = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(_BLOCK):

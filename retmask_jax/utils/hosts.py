@@ -4,6 +4,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import PyTree
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +30,8 @@ def join(wanted: bool | None) -> None:
         return
     try:
         if found == _JAX:
-            numbers = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-            jax.distributed.initialize(os.environ[_JAX], *numbers)
+            processes, process = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+            jax.distributed.initialize(os.environ[_JAX], processes, process)
         else:
             jax.distributed.initialize()
     except (KeyError, ValueError, RuntimeError, jax.errors.JaxRuntimeError) as error:
@@ -107,7 +110,7 @@ def least(value: int) -> int:
     return int(values_N2.view(np.int64).min())
 
 
-def to_host(tree):
+def to_host(tree: PyTree) -> Any:
     """Arrays as NumPy arrays, whole on every host, wherever their parts lie."""
     import jax
     import numpy as np

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import psutil
+import psutil  # pyrefly: ignore[untyped-import]  psutil has no types
 
 from retmask_jax.utils.progress import track
 
@@ -38,7 +38,7 @@ def capacity() -> int:
     return stats.get("bytes_limit") or psutil.virtual_memory().total // jax.local_device_count()
 
 
-def needed(compiled) -> int:
+def needed(compiled: Any) -> int:
     """Bytes a compiled program takes beside its arguments, by the compiler's report."""
     report = compiled.memory_analysis()
     return report.temp_size_in_bytes + report.output_size_in_bytes
@@ -96,7 +96,7 @@ def in_batches(n: int, batch_size: int, what: str, unit: str, work: Callable[[li
     return results
 
 
-def in_smaller_batches(run: Callable[[int], Any], batch_size: int, what: str, setting: str = "batch_size"):
+def in_smaller_batches(run: Callable[[int], Any], batch_size: int, what: str, setting: str = "batch_size") -> Any:
     """run(batch size); when memory runs out, again with half the batch, down to one row.
 
     Raises OutOfMemory where one row is too many.

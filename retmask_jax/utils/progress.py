@@ -6,9 +6,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
-from tqdm import tqdm
+from tqdm import tqdm  # pyrefly: ignore[untyped-import]  tqdm has no types
 
 from retmask_jax.utils.hosts import primary
 
@@ -20,7 +20,7 @@ _TICK = 1.0  # seconds between two looks at how long the silence lasts
 _LINE = "{desc}: {percentage:.0f}% ({n_fmt} of {total_fmt}), {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
 
 
-def track(items: Iterable, total: int, what: str, unit: str, done: int = 0):
+def track(items: Iterable | None, total: int, what: str, unit: str, done: int = 0) -> "_Bar":
     """Iterate over items under a progress bar; where the output is a file or a pipe, a line every ten seconds and at the end.
 
     Work of less than a second shows nothing, nor do hosts but the first; a long item, and many short bars one after the
@@ -44,7 +44,7 @@ def track(items: Iterable, total: int, what: str, unit: str, done: int = 0):
     )
 
 
-def _redraws(stream) -> bool:
+def _redraws(stream: TextIO) -> bool:
     """Whether a line can be drawn over on it: a terminal, or a notebook."""
     notebook = getattr(sys.modules.get("ipykernel.iostream"), "OutStream", ())
     return stream.isatty() or isinstance(stream, notebook)
@@ -53,7 +53,7 @@ def _redraws(stream) -> bool:
 class _Silence:
     """How many seconds of work under bars nothing was drawn; a thread draws the latest bar where that gets long."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._open: list[weakref.ref] = []
         self._before = 0.0  # seconds under bars that ended without a line
         self._since = 0.0  # when the first of the open bars began, or something was drawn
@@ -97,12 +97,12 @@ class _Bar(tqdm):
 
     shown = False
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         if not self.disable:
             _silence.begin(self)
 
-    def display(self, *args, **options):
+    def display(self, *args: Any, **options: Any) -> Any:
         _silence.broken()
         self.shown = True
         return super().display(*args, **options)
@@ -119,7 +119,7 @@ class _Bar(tqdm):
 class _Lines:
     """A stream on which each drawing of a bar becomes a line of its own."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retmask_jax.generation import decode as generation
-from retmask_jax.generation.batching import batches_by_length, bucket, pad_rows, take_rows
+from retmask_jax.generation.batching import batches_by_length, bucket, pad_rows
 from retmask_jax.generation.decode import generate, generate_many, sample
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.interventions import Interventions
@@ -91,7 +91,7 @@ def test_rows_have_their_own_masks(run):
     iv = _masks(3, rows=(3,))
     out = run(interventions=iv)
     for row in range(3):
-        alone = run(interventions=take_rows(iv, row))
+        alone = run(interventions=jax.tree.map(lambda x, n=row: x[n], iv))
         np.testing.assert_array_equal(out.tokens[row], alone.tokens[row])
     assert (out.tokens != run().tokens).any(axis=1).all()
 
@@ -292,7 +292,7 @@ def test_many_prompts_have_their_own_seeds_and_masks(tiny, run, prompts):
     results = _many(tiny, prompts, seeds=seeds, interventions=iv, **options)
     for i, prompt in enumerate(prompts):
         tokens, lengths = pad_rows([prompt] * 3, pad_id=0)
-        mask = take_rows(iv, i)
+        mask = jax.tree.map(lambda x, n=i: x[n], iv)
         alone = run(tokens, lengths, temperature=0.8, seed=seeds[[i] * 3], interventions=mask)
         np.testing.assert_array_equal(results[i].tokens, alone.tokens[0])
     again = _many(tiny, prompts, interventions=iv, **options)

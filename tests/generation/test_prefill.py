@@ -88,7 +88,7 @@ def test_chunks_and_rings_equal_one_pass(windowed, close, start):
     close(out.x_BPE, np.take_along_axis(np.asarray(full.x_BTE), (rows_BP + start)[..., None], axis=1), 1e-5)
     np.testing.assert_array_equal(out.probed.keys, full.probed.keys)
     rows = jax.jit(lambda params: hidden_rows(config, params, tokens_BT, iv, jnp.asarray(rows_BP + start)))(params)
-    close(out.rms_BP, rows.rms_BT, 1e-5)
+    close(out.rms_BP, rows.rms_BP, 1e-5)
     longer_BT = np.pad(tokens_BT, ((0, 0), (0, 1)))
     np.put_along_axis(longer_BT, end_B[:, None], tokens_BT[:, :1], axis=1)
     longer = jax.jit(lambda params: hidden(config, params, longer_BT, iv).x_BTE)(params)
@@ -105,7 +105,7 @@ def test_rows_of_the_last_layer_equal_those_of_a_whole_pass(five_layers, groupin
     probe = Probe(rows_BP, spans_BN2=jnp.asarray([[[0, 4], [2, 9]]] * 3), top=2)
     full = jax.jit(lambda params: hidden(lm.config, params, tokens_BT, iv, probe=probe))(lm.params)
     rows = jax.jit(lambda params: hidden_rows(lm.config, params, tokens_BT, iv, rows_BP, probe=probe))(lm.params)
-    close(rows.x_BTE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)
+    close(rows.x_BPE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)
     np.testing.assert_array_equal(rows.probed.keys, full.probed.keys)
     close(rows.probed.mass, full.probed.mass, 1e-5)
 
@@ -118,7 +118,7 @@ def test_a_model_of_one_group_has_nothing_before_it(windowed, close):
     iv = normalise(config)
     full = hidden(config, params, tokens_BT, iv, probe=Probe(rows_BP))
     rows = jax.jit(lambda params: hidden_rows(config, params, tokens_BT, iv, rows_BP, probe=Probe(rows_BP)))(params)
-    close(rows.x_BTE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)
+    close(rows.x_BPE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)
     np.testing.assert_array_equal(rows.probed.keys, full.probed.keys)
 
 

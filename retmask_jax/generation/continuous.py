@@ -36,14 +36,15 @@ from retmask_jax.utils.progress import with_rate
 
 log = logging.getLogger(__name__)
 
-# Decoding steps between two looks at which rows are done, where devices have rows of their own: waiting until an eighth
-# of the rows are free would wait for the slowest device. Few steps compared with an answer, many compared with a look.
+# Where each device decodes other rows, this many steps pass between two looks at which rows are done. (To wait until an
+# eighth of the rows are free would be to wait for the slowest device.) It is few compared with the steps of an answer, and
+# many compared with the time of a look.
 _STEPS = 16
 # Changing to a narrower cache costs the wait for the rows in progress, about half of a longest answer. It is worth that
 # where the share that it saves of the requests left amounts to more than this many batches.
 _WORTH_WAITING = 2
 _CHECKED_AT_ONCE = 1024
-_FILLED = 0.9  # of the free memory that rows may fill: the rest is lost between arrays
+_FILLED = 0.9  # fraction of the free memory that rows may fill: the rest is lost between arrays
 _FREE = -1
 
 
@@ -69,15 +70,22 @@ def generate_stream(
     masks: Sequence[Interventions] | None = None,
     what: str = "sample",
 ) -> Iterator[tuple[int, Generated]]:
-    """Continue each request by up to max_new_tokens: (its index, its result) as soon as its row is harvested.
+    """Continue each request by up to max_new_tokens, in a batch whose rows are refilled as they finish.
 
-    A result is what `generate_many` gives for the prompt, mask and seed: NumPy tokens i32[n] without pad or stop id, and
-    stops i32[].
-    masks: the different masks, each shared by all rows (None: one that masks nothing). Options as in
-    `generate`; where rotary frequencies depend on the length, those of the longest request and max_new_tokens hold for
-    all. batch_size None: as many rows as the device's free memory holds, by the compiler's report. Where memory runs out
-    the batch is halved and unfinished requests begin anew. Raises ValueError for a request that does not fit before
-    anything runs.
+    Where memory runs out the batch is halved and unfinished requests begin anew. Where rotary frequencies depend on the
+    length, those of the longest request and max_new_tokens hold for all. Other options as in `generate`.
+
+    Args:
+        batch_size: Rows of the batch; None: as many as the device's free memory holds, by the compiler's report.
+        masks: The different masks, each shared by all rows; None: one that masks nothing.
+        what: Names the work in the progress bar and the log.
+
+    Yields:
+        (index of a request, its result), as soon as its row has finished and is collected. The result is what
+        `generate_many` gives for the prompt, mask and seed: NumPy tokens i32[n] without pad or stop id, and stops i32[].
+
+    Raises:
+        ValueError: A request does not fit; before anything runs.
     """
     check_options(max_new_tokens, temperature, top_p)
     if batch_size is not None and batch_size < 1:
@@ -104,7 +112,7 @@ class _Job:
         return self.shared.params
 
     def slots(self, request: int) -> int:
-        """Slots of a cache in which this request and all shorter ones fit."""
+        """The number of slots of a cache in which this request and all shorter ones fit."""
         return slots_needed(len(self.requests[request].tokens), self.max_new_tokens)
 
 
@@ -124,7 +132,7 @@ def _stream(job: _Job, batch_size: int | None, what: str) -> Iterator[tuple[int,
 
 
 def _groups(job: _Job, indices: list[int], batch_size: int | None, what: str) -> list[list[int]]:
-    """Requests, the longest first, cut where a narrower cache is worth waiting for all rows on their way."""
+    """Requests, the longest first, cut where a narrower cache is worth waiting for all rows in progress."""
     widths = [job.slots(i) for i in indices]
 
     def room(width: int) -> int:
@@ -148,7 +156,7 @@ def _groups(job: _Job, indices: list[int], batch_size: int | None, what: str) ->
 
 
 def _filling(job: _Job, group: Sequence[int], what: str) -> int:
-    """Rows of a batch that fills the free memory, or has all requests of the group."""
+    """The rows of a batch that fills the free memory, or has all requests of the group."""
     length, free = max(len(job.requests[i].tokens) for i in group), least(memory.limit())
     with mesh_of(job.params):
         rows = rows_that_fill(job.config, job.shared, length, job.max_new_tokens, free, most=len(group))
@@ -176,7 +184,7 @@ def rows_that_fill(config: ModelConfig, shared: Shared, length: int, max_new_tok
     while (rows := max(shares, rows - rows % shares)) > shares:
         try:
             needed = sum(programs(config, shared, rows, length, max_new_tokens).needed())
-        except jax.errors.JaxRuntimeError as error:  # the compiler of a TPU says so itself
+        except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
             if not memory.is_out_of_memory(error):
                 raise
             needed = int(1.4 * free)
@@ -187,7 +195,7 @@ def rows_that_fill(config: ModelConfig, shared: Shared, length: int, max_new_tok
 
 
 def _room(config: ModelConfig, params: PyTree, slots: int, free: int) -> int:
-    """Rows of which the caches alone fill so many bytes of each device."""
+    """The number of rows whose caches alone fill this many bytes of each device."""
     dtype, tensor = jax.tree.leaves(params)[0].dtype, jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     row = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(config, 1, slots, dtype)))
     held = sum(x.size * x.dtype.itemsize for x in row) // (1 if config.n_kv_heads % tensor else tensor)
@@ -195,7 +203,7 @@ def _room(config: ModelConfig, params: PyTree, slots: int, free: int) -> int:
 
 
 def _refilled(job: _Job, group: Sequence[int], batch_size: int) -> Iterator[tuple[int, Generated]]:
-    """(index, result) of each request of a group, from one batch; the longest comes first and fits the cache."""
+    """(index, result) of each request of a group, from one batch. The longest comes first and its cache fits all."""
     with mesh_of(job.params):
         batch = full_share(batch_size, ROW_AXES)
         at_once, shares = rows_at_once(batch), row_shares(batch)
@@ -219,10 +227,10 @@ def _refilled(job: _Job, group: Sequence[int], batch_size: int) -> Iterator[tupl
 def _take(
     waiting: collections.deque, owner_B: np.ndarray, at_once: int, shares: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """(requests, rows) i32[at_once]: what to prefill next, and in which row of its device each goes; None where no
-    device has room for its share. The rows' owners are noted.
+    """(requests, rows) i32[at_once]: what to prefill next, and in which row of its device each goes.
 
-    Where requests or rows do not suffice the first request stands in for more, to be left out.
+    None where no device has room for its share. The new owners are written into owner_B. Where requests or rows do not
+    suffice, the first request fills the remaining places; its row index then marks it as left out.
     """
     owner_DB, per_device = owner_B.reshape(shares, -1), at_once // shares
     free = [np.flatnonzero(owners == _FREE)[:per_device] for owners in owner_DB]
@@ -250,7 +258,7 @@ def _admit(job: _Job, state: State, indices: np.ndarray, row_F: np.ndarray) -> S
 
 
 def _check(config: ModelConfig, requests: Sequence[Request], max_new_tokens: int, n_masks: int) -> int:
-    """Tokens of the longest prompt; ValueError for a request that does not fit."""
+    """The number of tokens of the longest prompt; ValueError for a request that does not fit."""
     for i, request in enumerate(requests):
         if len(request.tokens) == 0:
             raise ValueError(f"request {i} has no tokens; a prompt needs one at least")

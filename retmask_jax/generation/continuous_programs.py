@@ -1,4 +1,4 @@
-"""The compiled programs of `generate_stream`: a batch whose rows begin, go on and end apart from each other.
+"""The compiled programs of `generate_stream`: a batch whose rows begin and end at different times.
 
 The state of a batch is (Rows, cache). Each program gives its cache away to the next one, which changes it in place.
 """
@@ -33,7 +33,12 @@ _STATE = ROWS, STACKED_ROWS
 
 
 class Shared(NamedTuple):
-    """What all rows have in common. masks: a row for each of the different masks; longest: tokens of the longest row."""
+    """What all rows have in common.
+
+    Attributes:
+        masks: A row for each of the different masks.
+        longest: Tokens of the longest prompt and its answer.
+    """
 
     params: Any
     masks: Masks
@@ -101,7 +106,7 @@ class Rows(flax.struct.PyTreeNode):
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "max_new_tokens"))
 @row_parallel("blank_B", results=_STATE)
 def empty_state(config: ModelConfig, params: PyTree, blank_B: jax.Array, *, slots: int, max_new_tokens: int) -> State:
-    """The state of a batch of free rows. blank_B: zeros i32[B], which say how many rows there are."""
+    """The state of a batch of free rows. blank_B: zeros i32[B], as many as there are rows."""
     dtype = jax.tree.leaves(params)[0].dtype
     rows = Rows.begin(blank_B, blank_B.astype(jnp.uint32), blank_B, max_new_tokens, done=True)
     return _laid_out(rows, empty_cache(config, len(blank_B), slots, dtype))
@@ -157,7 +162,7 @@ def _laid_out(rows: Rows, cache: Cache | None) -> State:
 
 
 def slots_needed(length: int, max_new_tokens: int) -> int:
-    """Cache slots for prompts of up to this length and their answers, of which few different numbers occur."""
+    """Cache slots for prompts of up to this length and their answers; few different numbers occur."""
     return max(bucket(length + max_new_tokens), slots_for(bucket(length)))
 
 

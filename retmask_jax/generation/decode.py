@@ -19,27 +19,32 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import next_hidden
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
+from retmask_jax.model.layers import unembed
 from retmask_jax.model.masks import Masks, normalise
 from retmask_jax.model.sharding import mesh_of, row_parallel
-from retmask_jax.model.transformer import check_tokens, unembed
+from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory
 from retmask_jax.utils.array_types import Array, Lengths, Tokens
 from retmask_jax.utils.hosts import to_host
 
 log = logging.getLogger(__name__)
-MAX_STOP_IDS = 8  # that a call may name; a model has as many of its own as its files name
+MAX_STOP_IDS = 8  # that a call may name; the files of a model may name more
 NO_STOP = -1
-# Of programs that decode. On a GPU cuBLAS multiplies with weights and keys where they lie; the kernels XLA generates
-# would have each layer's copied first, which takes longer than the product of a few rows. Other devices ignore it.
+# Compiler options of programs that decode. On a GPU cuBLAS multiplies with weights and keys in place; for the kernels that
+# XLA generates, those of each layer would be copied first, which takes longer than the product of a few rows. Other
+# devices ignore the option.
 DECODING = {"xla_gpu_enable_triton_gemm": False}
 _ALIGNED = 16  # slots of a cache: rows of keys then begin where a GPU or a vector unit can load many at once
 
 
 class Generated(flax.struct.PyTreeNode):
-    """tokens: i32[B,N], pad id after a stop id; lengths: i32[B], the stop id not counted.
+    """Generated tokens.
 
-    stops: i32[B], the stop id that ended each row, -1 where max_new_tokens did.
-    argmax: i32[B,N,L,H] where probed: the key each head looked at most when it predicted tokens[:, n], else None.
+    Attributes:
+        tokens: i32[B,N], the pad id after a stop id.
+        lengths: i32[B], the stop id not counted.
+        stops: i32[B], the stop id that ended each row, or -1 where max_new_tokens did.
+        argmax: i32[B,N,L,H], the key that each head attended to most when it predicted tokens[:, n]; None without a probe.
     """
 
     tokens: Int[Array, "B N"]
@@ -64,10 +69,15 @@ def generate(
 ) -> Generated:
     """Continue each row of right-padded tokens i32[B,T] (lengths i32[B]) by up to max_new_tokens.
 
-    temperature 0 is greedy. seed is one integer, or i32[B] to make each row's draw independent of its batch.
-    stop_ids None: the model's EOS ids; (): never stop. Prompts are padded to a bucket of lengths; within a bucket one
-    program serves every mask, seed, temperature, top_p and set of stop ids. Where rotary frequencies depend on the
-    length (dynamic, longrope), those of the longest prompt and max_new_tokens hold from the first token on.
+    Prompts are padded to a bucket of lengths; within a bucket one program serves every mask, seed, temperature, top_p and
+    set of stop ids. Where rotary frequencies depend on the length (dynamic, longrope), those of the longest prompt and
+    max_new_tokens hold from the first token on.
+
+    Args:
+        temperature: 0 is greedy.
+        seed: One integer, or i32[B] to make the draws of a row independent of its batch.
+        stop_ids: None: the model's EOS ids; (): never stop.
+        probe: Also record `argmax`.
     """
     tokens = np.asarray(tokens)
     if lengths is None or tokens.size == 0:
@@ -96,11 +106,18 @@ def generate_many(
     probe: bool = False,
     what: str = "generate",
 ) -> list[Generated]:
-    """Continue prompts of any lengths: sorted into batches of similar length, results in the order of the prompts.
+    """Continue prompts of any lengths, sorted into batches of similar length; results are in the order of the prompts.
 
-    Where memory runs out the batch is halved and the work goes on. interventions with a row axis have one row per
-    prompt. Each result is one row, as NumPy arrays: tokens i32[n] without pad or stop id, stops i32[], and argmax
-    i32[n,L,H] when probed. seeds: one per prompt.
+    Where memory runs out the batch is halved and the work continues. Other options as in `generate`.
+
+    Args:
+        interventions: Shared by all prompts, or with a row for each.
+        seeds: One per prompt; None: 0, 1, ...
+        what: Names the work in the progress bar and the log.
+
+    Returns:
+        One row for each prompt, as NumPy arrays: tokens i32[n] without pad or stop id, stops i32[], and argmax i32[n,L,H]
+        with a probe.
     """
     check_options(max_new_tokens, temperature, top_p)
     draws = Draws.of(config, stop_ids, temperature, top_p)
@@ -138,21 +155,21 @@ class Draws(NamedTuple):
 
 
 def row_keys(seeds_B: jax.Array, rows_B: jax.Array) -> jax.Array:
-    """The random key of each row: of a seed, and the row's number under it."""
+    """The random key of each row, from a seed and the number of the row under that seed."""
     return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds_B, rows_B)
 
 
 def next_tokens(
     config: ModelConfig, params: PyTree, draws: Draws, x_B1E: jax.Array, keys_B: jax.Array, step: jax.Array | int
 ) -> tuple[jax.Array, jax.Array]:
-    """(token i32[B], whether it is a stop id) of each row from its last hidden state; step: of all rows, or of each."""
+    """(token i32[B], whether it is a stop id) of each row from its last hidden state. step: of all rows, or of each."""
     step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(step, keys_B.shape))
     token_B = sample(unembed(config, params, x_B1E)[:, 0], step_keys_B, draws.temperature, draws.top_p)
     return token_B, jnp.isin(token_B, draws.stop_ids)
 
 
 def check_options(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """ValueError for options that no prompt can be continued with."""
+    """ValueError for options with which no prompt can be continued."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
@@ -173,9 +190,10 @@ def generate_batch(
     max_new_tokens: int,
     probe: bool,
 ) -> Generated:
-    """The compiled program of `generate`, of prompts padded to a bucket; a Generated.
+    """The compiled program of `generate`, for prompts padded to a bucket.
 
-    seeds_B, rows_B: u32[B], of `row_keys`.
+    Args:
+        seeds_B, rows_B: u32, as in `row_keys`.
     """
     longest = lengths_B.max() + max_new_tokens
     return _generate_rows(

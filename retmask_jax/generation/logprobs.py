@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float32, Int, PyTree, Shaped
 
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.layers import logits, unembedding
 from retmask_jax.model.masks import Masks, normalise
 from retmask_jax.model.sharding import mesh_of, row_parallel, split_vocab
-from retmask_jax.model.transformer import check_tokens, hidden, logits, longest_row, unembedding
+from retmask_jax.model.transformer import check_tokens, hidden, longest_row
 from retmask_jax.utils.array_types import Lengths, Tokens
 
 _CHUNK = 128
@@ -29,11 +30,18 @@ def sequence_logprobs(
     *,
     remat: bool = False,
 ) -> Float32[jax.Array, " B"]:
-    """f32[B]: sum over positions t with loss_mask[b, t] of log p(tokens[b, t] | tokens[b, :t]).
+    """The log-probability of the counted tokens of each row: a sum of log p(tokens[b, t] | tokens[b, :t]).
 
-    tokens: i32[B,T], right-padded. loss_mask: bool[B,T]; position 0 has nothing before it and never counts. Pure and
-    differentiable; logits exist for a chunk of positions at a time only. remat: recompute blocks in the backward pass.
-    lengths, interventions and errors as in `forward`; a loss_mask of another shape than the tokens raises ValueError.
+    Pure and differentiable; logits exist for only a chunk of positions at a time.
+
+    Args:
+        tokens: i32[B,T], right-padded.
+        loss_mask: bool[B,T], which positions count; position 0 has nothing before it and never counts.
+        lengths, interventions: As in `forward`.
+        remat: Recompute blocks in the backward pass.
+
+    Raises:
+        ValueError: As in `forward`; also where loss_mask does not have the shape of the tokens.
 
     >>> import jax, jax.numpy as jnp, retmask_jax as rm
     >>> lm = rm.load("bundled")
@@ -80,10 +88,17 @@ def next_logprobs(
     lengths: Lengths | None = None,
     interventions: Interventions | None = None,
 ) -> tuple[Float32[jax.Array, "B T"], Bool[jax.Array, "B T"]]:
-    """(f32[B,T], bool[B,T]): log p(targets[b, t] | tokens[b, :t + 1]), and whether that token is the most likely one.
+    """log p(targets[b, t] | tokens[b, :t + 1]), and whether that target is the most likely token. Jitted.
 
-    tokens, targets: i32[B,T], right-padded; counted: bool[B,T], elsewhere the results are 0 and False. Jitted; logits
-    exist for a chunk of positions at a time only. Raises ValueError for shapes that do not fit.
+    Logits exist for only a chunk of positions at a time.
+
+    Args:
+        tokens: i32[B,T], right-padded.
+        targets: i32[B,T].
+        counted: bool[B,T]; elsewhere the results are 0 and False.
+
+    Raises:
+        ValueError: The shapes do not fit.
     """
     tokens = check_tokens(config, tokens, lengths)
     if not jnp.shape(targets) == jnp.shape(counted) == tokens.shape:
@@ -139,10 +154,13 @@ def over_chunks(
     arrays: tuple[jax.Array, ...],
     counted_BT: jax.Array,
 ) -> PyTree:
-    """[B,T]: function(logits of states, *arrays), an array [B,C] or a tree of such, of C positions of each row at a
-    time; 0 where not counted.
+    """[B,T]: what a function gives for the positions of each row, computed for a chunk of positions at a time.
 
-    One chunk of logits exists at a time, and none of a chunk in which no position counts.
+    One chunk of logits exists at a time, and none for a chunk in which no position counts.
+
+    Args:
+        function: Of (logits of states, *arrays), all [B,C,...]; gives an array [B,C] or a pytree of such.
+        counted_BT: bool; the result is 0 elsewhere.
     """
     batch, length = counted_BT.shape
     chunk = max(1, min(_CHUNK, length))

@@ -15,9 +15,10 @@ from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import Layers
 from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.layers import unembed
 from retmask_jax.model.masks import Masks, normalise, normalise_each
 from retmask_jax.model.sharding import STACKED_ROWS, mesh_of, row_parallel
-from retmask_jax.model.transformer import check_tokens, make_call, unembed
+from retmask_jax.model.transformer import check_tokens, make_call
 from retmask_jax.utils import memory
 from retmask_jax.utils.array_types import Lengths, Tokens
 from retmask_jax.utils.hosts import to_host
@@ -33,13 +34,20 @@ def sweep(
     wanted: Int[ArrayLike, "M K"] | None = None,
     batch_size: int | None = None,
 ) -> np.ndarray:
-    """f32[N,M,V]: next-token logits behind each of M prompts under each of N shared masks.
+    """f32[N,M,V]: the next-token logits after each of M prompts under each of N shared masks.
 
-    tokens: i32[M,T], right-padded; lengths: i32[M]. wanted: i32[M,K], tokens of which the log-probability is returned
-    instead, f32[N,M,K]. Every mask starts at the first layer it touches, from what the untouched model computed up to
-    there, and computes the last layer for the last token only. batch_size: prompts at once; None: as many as fit the
-    memory by the compiler's report. One program serves all masks. Raises ValueError for shapes that do not fit and
-    OutOfMemory where one prompt is too much.
+    Every mask starts at the first layer it touches, from what the untouched model computed up to there, and computes the
+    last layer for the last token only. One program serves all masks.
+
+    Args:
+        tokens: i32[M,T], right-padded.
+        lengths: i32[M].
+        wanted: i32[M,K], tokens whose log-probabilities are returned instead, f32[N,M,K].
+        batch_size: Prompts at once; None: as many as fit into memory by the compiler's report.
+
+    Raises:
+        ValueError: The shapes do not fit.
+        OutOfMemory: A single prompt is too much.
     """
     config = lm.config
     tokens, lengths = np.asarray(check_tokens(config, tokens, lengths)), np.asarray(lengths, np.int32)

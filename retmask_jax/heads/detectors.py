@@ -24,9 +24,9 @@ from retmask_jax.heads.reading import measure_answers, read_answers
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.attention import EVERYWHERE
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.layers import merge_layers
+from retmask_jax.model.layers import merge_layers, unembed, unembedding
 from retmask_jax.model.sharding import full_share, mesh_of, row_parallel
-from retmask_jax.model.transformer import check_tokens, unembed, unembedding
+from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory, stats
 from retmask_jax.utils.hosts import to_host
 

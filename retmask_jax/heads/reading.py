@@ -15,9 +15,10 @@ from retmask_jax.generation.prefill import Shared, prefill, share_prefixes, slot
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
+from retmask_jax.model.layers import unembed
 from retmask_jax.model.masks import Masks, normalise
 from retmask_jax.model.sharding import full_share, mesh_of, row_parallel
-from retmask_jax.model.transformer import check_tokens, unembed
+from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory
 from retmask_jax.utils.hosts import to_host
 

@@ -1,4 +1,4 @@
-"""Attention with the best kernel at hand, and probes: what chosen query rows look at, whichever kernel did the rest."""
+"""Attention with the best kernel available, and probes: what chosen query rows attend to, whichever kernel did the rest."""
 
 import functools
 import logging
@@ -20,14 +20,16 @@ log = logging.getLogger(__name__)
 
 EVERYWHERE = (0, 2**31 - 1)  # a span of all positions
 _PROBED_AT_ONCE = 8
-_SMALL = 2**19  # bytes of a row's keys and values that a core's cache holds beside the rest
+_SMALL = 2**19  # bytes of a row's keys and values that a core's cache holds together with the rest
 
 
 class Keys(flax.struct.PyTreeNode):
-    """Keys [R,B,K,D,S] and values [R,B,K,S,D] of R layers, of which one, `layer`, is meant; and the absolute position
-    of each slot, i32[B,S]; a negative one is empty.
+    """The keys [R,B,K,D,S] and values [R,B,K,S,D] of R layers, and which layer to read.
 
-    contiguous: positions of a row follow each other.
+    Attributes:
+        positions_BS: i32, the absolute position of each slot; a negative one marks an empty slot.
+        layer: The index, among the R, of the layer to read.
+        contiguous: Whether the positions of a row follow each other.
     """
 
     k_RBKDS: jax.Array
@@ -56,11 +58,16 @@ class Keys(flax.struct.PyTreeNode):
 
 
 class Probe(flax.struct.PyTreeNode):
-    """What to ask of attention: for the query rows rows_BP i32[B,P] of a call, per layer and head, the `top` keys with
-    the largest weights and the mass of the weights in token spans [start, end), spans_BN2 i32[B,N,2] (None: none).
+    """What to report about attention, per layer and head, for some query rows of a call.
 
-    values: also the part of the head's output that is read in each span. pairs: the number of rotary pairs, where it is
-    also asked how what each of them adds to q.k varies over the keys (0: not).
+    Reported are the `top` keys with the largest weights, and the sum of the weights in token spans.
+
+    Attributes:
+        rows_BP: i32, the query rows.
+        spans_BN2: i32, token spans [start, end), or None.
+        top: How many keys to report.
+        values: Also report the part of the head's output that it reads in each span.
+        pairs: The number of rotary pairs, to also report the covariance over the keys of what they add to q.k; 0: do not.
     """
 
     rows_BP: Any
@@ -71,11 +78,14 @@ class Probe(flax.struct.PyTreeNode):
 
 
 class Probed(flax.struct.PyTreeNode):
-    """keys: i32[B,P,...,H,top], absolute positions, the largest weight first, -1 where fewer keys are seen.
+    """The answers to a `Probe`.
 
-    mass: f32[B,P,...,H,N], or None. values: f32[B,P,...,H,N,D], weighted sums of the values in the spans, or None.
-    pairs: f32[B,1,...,H,R,R], or None: covariance over the keys of what two rotary pairs add to q.k, mean over the rows;
-    what is not rotated counts as one pair more.
+    Attributes:
+        keys: i32[B,P,...,H,top], absolute positions, the largest weight first; -1 where fewer keys are seen.
+        mass: f32[B,P,...,H,N], the sums of weights in the spans, or None.
+        values: f32[B,P,...,H,N,D], weighted sums of the values in the spans, or None.
+        pairs: f32[B,1,...,H,R,R], covariance over the keys of what two rotary pairs add to q.k, mean over the rows, or
+            None. The dimensions that are not rotated count as one more pair.
     """
 
     keys: jax.Array
@@ -92,11 +102,13 @@ def attend(
     kernel: str = "auto",
     positions_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal attention with softmax in float32; returns the heads' outputs, [B,T,H,D]. Head h reads kv head h // G.
+    """Causal attention with softmax in float32; returns the heads' outputs [B,T,H,D]. Head h reads kv head h // G.
 
-    start_B None: queries and keys are the same T positions from 0 on. Else query t of row b stands at start_B[b] + t
-    among keys at any positions. positions_BT: where a few queries stand that do not follow each other. kernel: one of
-    KERNELS; "auto" takes the fastest that the call and the device allow.
+    Args:
+        start_B: The position of the first query of each row, where the keys are at any positions; None: queries and keys
+            are the same T positions, from 0 on.
+        kernel: One of KERNELS; "auto" takes the fastest that the call and the device allow.
+        positions_BT: Positions of a few queries that do not follow each other.
     """
     batch, length, heads, width = q_BTHD.shape
     shards = _context_shards(length) if start_B is None and positions_BT is None else 1
@@ -117,7 +129,7 @@ def attend(
     if chosen == "cudnn" and start_B is None:
         return cudnn.alone(q_BTHD, keys.k_BKDS.transpose(0, 3, 1, 2), keys.v_BKSD.swapaxes(1, 2), scores)
     if chosen == "cudnn":
-        return cudnn.behind(q_BTHD, keys.k_BKDS, keys.v_BKSD, start_B, keys.positions_BS[:, 0], scores)
+        return cudnn.after_cache(q_BTHD, keys.k_BKDS, keys.v_BKSD, start_B, keys.positions_BS[:, 0], scores)
     q_BKGTD = q_BTHD.reshape(batch, length, keys.kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
     first_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
     positions_BT = first_B[:, None] + jnp.arange(length) if positions_BT is None else positions_BT
@@ -134,14 +146,16 @@ def attend(
 
 
 def _context_shards(length: int) -> int:
-    """Over how many devices the positions of a row are split, by the mesh that is set; 1 where they do not divide."""
+    """Over how many devices of the mesh that is set the positions of a row are split; 1 where they do not divide."""
     shards = jax.sharding.get_abstract_mesh().shape.get("context", 1)
     return shards if length % shards == 0 else 1
 
 
 def _over_context(q_BTHD: jax.Array, keys: Keys, scores: Scores, shards: int) -> jax.Array:
-    """Each device takes its own queries, behind one another along the context axis, against the keys of all; in blocks,
-    the only kernel but splash that begins in the middle."""
+    """Attention with the queries split along the context axis of the mesh: each device has all keys.
+
+    In blocks: besides splash, no other kernel can begin in the middle of a row.
+    """
     length = q_BTHD.shape[1] // shards
     first_C = length * jnp.arange(shards)  # where the queries of each device begin
 
@@ -161,7 +175,7 @@ def _over_context(q_BTHD: jax.Array, keys: Keys, scores: Scores, shards: int) ->
 
 
 def probe(q_BPHD: jax.Array, positions_BP: jax.Array, keys: Keys, request: Probe, scores: Scores) -> Probed:
-    """Probed of query rows at these positions, each [B,P,H,...]; the weights of a few rows exist at a time."""
+    """The answers for query rows at these positions, each [B,P,H,...]; the weights of only a few rows exist at a time."""
     batch, _, heads, width = q_BPHD.shape
 
     def one(args):
@@ -263,26 +277,31 @@ def _over_heads(function: Callable[..., jax.Array], q_BKGTD: jax.Array, keys: Ke
 
 
 def kernel_for(dtype: str, length: int, width: int) -> tuple[str, str | None]:
-    """The kernel that is chosen on these devices for a prompt of `length` tokens by itself, heads of `width`, no window
-    and no cap; and why it is not cuDNN's where GPUs do not suit that, else None."""
+    """The kernel that "auto" chooses here for a prompt without a cache, and why it is not cuDNN's.
+
+    Without a window and a soft cap. The reason is None, except on GPUs that cuDNN's kernel does not suit.
+    """
     backend, unsuited = _target()
     chosen = _choose("auto", backend, unsuited, dtype, length, width, True, Scores(width**-0.5))
     return chosen, unsuited if backend == "gpu" else None
 
 
 def _target() -> tuple[str, str | None]:
-    """(platform of the devices that a program is traced for, why cuDNN's kernel does not run on them or None).
+    """(the platform that a program is traced for, why cuDNN's kernel does not run there or None).
 
-    They are those of the mesh that is set, which may be a topology that is not here, else the default ones. Of a mesh
-    only the kind of its devices is known while a program is traced; what they can do is asked of those that are here.
+    The devices are those of the mesh that is set, which may be a topology that is not attached, else the default devices.
+    While a program is traced only the kind of a mesh's devices is known; attached devices of that kind are asked what they
+    can do.
     """
-    meant = jax.sharding.get_abstract_mesh().abstract_device
+    target = jax.sharding.get_abstract_mesh().abstract_device
     devices = jax.devices()
-    if meant is not None:
+    if target is not None:
         same = [
-            device for device in devices if (device.platform, device.device_kind) == (meant.platform, meant.device_kind)
+            device
+            for device in devices
+            if (device.platform, device.device_kind) == (target.platform, target.device_kind)
         ]
-        devices = same or [meant]
+        devices = same or [target]
     return platform(), cudnn.unsuited(devices)
 
 
@@ -290,9 +309,11 @@ def _target() -> tuple[str, str | None]:
 def _choose(
     kernel: str, backend: str, unsuited: str | None, dtype: str, length: int, width: int, alone: bool, scores: Scores
 ) -> str:
-    """The kernel of `length` queries, alone with their own keys or behind others; logged once per kind of call.
+    """The kernel for `length` queries; logged once per kind of call.
 
-    unsuited: of `cudnn.unsuited` for the devices.
+    Args:
+        unsuited: From `cudnn.unsuited`, for the devices.
+        alone: Whether the keys are those of the queries alone, without a cache before them.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel is {kernel!r}; it must be one of {', '.join(KERNELS)}")
@@ -308,6 +329,6 @@ def _choose(
         chosen = "splash"
     elif backend == "gpu" and length > 1 and reason is None:
         chosen = "cudnn"
-    where = "alone" if alone else "behind a cache"
+    where = "alone" if alone else "after a cache"
     log.info("attention of %d positions %s, %s on %s: %s kernel", length, where, dtype, backend, chosen)
     return chosen

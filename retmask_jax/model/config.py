@@ -97,7 +97,7 @@ class ModelConfig:
     attention_softcap: float | None = None  # cap * tanh(scores / cap)
     logit_softcap: float | None = None
     layer_pattern: tuple[str, ...] = ("full",)  # "full" or "sliding"
-    window: int | None = None  # keys a query of a sliding layer sees, its own included
+    window: int | None = None  # keys a query of a sliding layer sees, that of its position included
     rope: Rope = Rope()
     sliding_rope: Rope | None = None  # of sliding layers; None: the same
     rotary_dim: int | None = None  # rotated dimensions at the front of a head; None: all
@@ -109,7 +109,7 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
-    lora: Lora | None = None  # adapters beside the dense layers, while they are trained
+    lora: Lora | None = None  # adapters of the dense layers, while they are trained
     kernel: str = "auto"  # of attention, see `attend`: how it is computed, not what comes out
 
     def __post_init__(self) -> None:
@@ -134,7 +134,7 @@ class ModelConfig:
 
     @property
     def tail(self) -> tuple[str, ...]:
-        """Layer kinds behind the last whole repeat of the pattern."""
+        """Layer kinds after the last whole repeat of the pattern."""
         return self.layer_pattern[: self.n_layers - self.repeats * len(self.layer_pattern)]
 
     @property

@@ -1,5 +1,6 @@
-"""The forward pass group by group, for work that starts late, wants few rows of the last layer or goes on by one token.
-Inference only: the loop over groups has no gradient."""
+"""The forward pass group by group: for work that begins at a late layer, needs few positions of the last layer, or adds
+one token. For inference only: the loop over groups has no gradient.
+"""
 
 import dataclasses
 from typing import Any, cast
@@ -12,14 +13,14 @@ from jaxtyping import PyTree
 from retmask_jax.model.attention import Probe, Probed
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.kv_cache import NO_CACHE, Cache
-from retmask_jax.model.layers import norm
+from retmask_jax.model.layers import Embedding, norm
 from retmask_jax.model.masks import ByLayer, LayerMasks, Masks
-from retmask_jax.model.transformer import Call, Carry, Embedding, Group, Hidden, make_call, merge_probed
+from retmask_jax.model.transformer import Call, Carry, Group, Hidden, make_call, merge_probed
 
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """The groups of a model in one call. A carry is (x_BTE, the cache's "blocks" or None); masks are split."""
+    """The groups of a model in one call. A carry is (x_BTE, the caches of the group or None)."""
 
     config: ModelConfig
     params: Any
@@ -37,15 +38,15 @@ class Layers:
     def through(
         self, r: jax.Array | int, carry: Carry, masks: ByLayer, call: Call | None = None
     ) -> tuple[Carry, PyTree]:
-        """(carry behind repeat r, what it probed); call: another one for this repeat."""
+        """(carry after repeat r, what it probed). call: used for this repeat instead of the usual one."""
         weights, masks = jax.tree.map(lambda leaf: leaf[r], (self.params["blocks"], masks["blocks"]))
         return self._apply(self.config.layer_pattern, weights, carry, (r, masks), call or self.call)
 
     def through_first(self, carry: Carry, masks: ByLayer, n: int) -> tuple[Carry, PyTree]:
-        """(carry behind the first n repeats, what they probed [n, ...]).
+        """(carry after the first n repeats, what they probed [n, ...]).
 
-        A loop that counts the repeats itself: XLA then knows where each one's weights lie, and on a GPU reads them there
-        instead of copying them first.
+        The loop counts the repeats itself: XLA then knows where the weights of each lie, and on a GPU reads them in place instead
+        of copying them first.
         """
         if self.call.probe is None:
             probed = dict.fromkeys(map(str, range(len(self.config.layer_pattern))))
@@ -63,7 +64,7 @@ class Layers:
         return jax.lax.while_loop(lambda state: state[0] < n, step, (jnp.int32(0), carry, probed))[1:]
 
     def states(self, x_BTE: jax.Array, masks: ByLayer) -> jax.Array:
-        """[R,B,T,E]: what each group gets, from the embedded tokens on: where work that starts late begins."""
+        """[R,B,T,E]: the input of each group, from the embedded tokens on, for work that begins at a later group."""
 
         def step(x_BTE, r):
             return self.through(r, (x_BTE, None), masks)[0][0], x_BTE
@@ -74,7 +75,7 @@ class Layers:
     def from_group(
         self, start: jax.Array, x_BTE: jax.Array, masks: ByLayer, rows_BP: jax.Array | None = None
     ) -> jax.Array:
-        """Final states x_BPE before their norm, from what group `start` gets on; rows_BP as in `last`."""
+        """Final states x_BPE before their norm, from the input of group `start`; rows_BP as in `last`."""
 
         def step(r, x_BTE):
             return self.through(r, (x_BTE, None), masks)[0][0]
@@ -85,7 +86,7 @@ class Layers:
     def last(self, carry: Carry, masks: ByLayer, rows_BP: jax.Array | None) -> tuple[Carry, PyTree]:
         """The last group: ((final states x_BPE of rows_BP before their norm, cache of the group), what it probed).
 
-        Its last layer computes keys and values of all positions and nothing else of those that are not asked for.
+        The last layer computes the keys and values of all positions, but everything else only for the positions asked for.
         """
         call = self.call.replace(rows_BP=rows_BP)
         return self.tail(carry, masks, call) if self.config.tail else self.through(self.before_last, carry, masks, call)
@@ -135,7 +136,7 @@ def next_hidden(
     probe: Probe | None = None,
     longest: jax.Array | int | None = None,
 ) -> Hidden:
-    """As `hidden`, of one new token per row, which continues its cache at position start_B[b]; a probe asks about it."""
+    """As `hidden`, for one new token per row, which continues the cache at position start_B[b]; a probe asks about it."""
     layers = Layers(config, params, make_call(config, 1, start_B, start_B + 1, longest, probe), masks.rope_site)
     by_layer, carry = masks.by_layer(config), (layers.embed(token_B[:, None]), cache["blocks"])
     (x_B1E, blocks), probed = layers.through_first(carry, by_layer, config.repeats)

@@ -1,7 +1,7 @@
-"""Interventions: what is taken out of a forward pass, as arrays, and their builders.
+"""Interventions: what is ablated in a forward pass, as arrays, and functions that build them.
 
-A mask is an argument like any other: `jax.jit` compiles once for all of its values, `jax.vmap` runs many at a time
-and `jax.grad` differentiates with respect to a float one.
+A mask is an argument like any other: `jax.jit` compiles once for all of its values, `jax.vmap` runs many at once and
+`jax.grad` differentiates with respect to a float mask.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,17 +27,18 @@ SHARED_NDIM = {"head_mask": 2, "rope_mask": 3, "head_mean": 3}
 
 
 class Interventions(flax.struct.PyTreeNode):
-    """What is taken out of a forward pass.
+    """The heads and rotary pairs that are ablated in a forward pass.
 
-    head_mask: bool[L, H] or [B, L, H]. True: the head writes nothing (its output before o_proj is 0).
-    rope_mask: bool[L, H, R] or [B, L, H, R]. True: rotary pair r of this query head drops out of q.k.
-    Float masks are gates in [0, 1], 1 = masked. A mask that is None stands for all-False. Layers are in absolute order, pairs in
-    the order of the inverse frequencies (highest first).
-    rope_site: "rotary" takes the pair out of the query after norm and rotation, for that head alone;
-    "projection" zeroes it in the outputs of q_proj and k_proj before any norm, as arXiv 2606.21249 did, which
-    reaches every query head of the group.
-    head_mean: f32[L, H, D] or [B, L, H, D]: what a masked head writes, before o_proj, instead of nothing (None).
-    Shapes are checked where a model is at hand, in `fill`, and by whatever runs the model.
+    Layers are in absolute order, rotary pairs in the order of the inverse frequencies (highest first). A float mask is a
+    gate in [0, 1], where 1 means masked. A part that is None masks nothing. Shapes are checked by whatever runs the model.
+
+    Attributes:
+        head_mask: bool[L, H] or [B, L, H]. True: the head writes nothing (its output before o_proj is 0).
+        rope_mask: bool[L, H, R] or [B, L, H, R]. True: rotary pair r of this query head drops out of q.k.
+        rope_site: "rotary" drops the pair from the query after norm and rotation, for that head alone; "projection"
+            zeroes it in the outputs of q_proj and k_proj before any norm, as arXiv 2606.21249 did, which reaches every
+            query head of the group.
+        head_mean: f32[L, H, D] or [B, L, H, D]: what a masked head writes, before o_proj, instead of nothing (None).
 
     >>> import numpy as np, retmask_jax as rm
     >>> lm = rm.load("bundled")
@@ -68,15 +69,16 @@ class Interventions(flax.struct.PyTreeNode):
 
     @property
     def has_rows(self) -> bool:
-        """Whether a part has a row axis."""
+        """Whether any part has a row axis."""
         parts = ((name, getattr(self, name)) for name in SHARED_NDIM)
         return any(part is not None and jnp.ndim(part) > SHARED_NDIM[name] for name, part in parts)
 
     def __or__(self, other: "Interventions") -> "Interventions":
         """Both at once: logical or, or the maximum where either is a float gate.
 
-        Raises ValueError for rotary masks of two sites, for shapes that do not fit each other, and where heads that one
-        side masks would write what only the other gives.
+        Raises:
+            ValueError: The rotary masks are of two sites, the shapes do not fit each other, or heads that one side masks
+                would write a mean that only the other side gives.
 
         >>> import retmask_jax as rm
         >>> config = rm.load("bundled").config
@@ -103,7 +105,8 @@ class Interventions(flax.struct.PyTreeNode):
 def stack(interventions: Sequence[Interventions]) -> Interventions:
     """Many shared masks as one with a leading axis: one mask per row of a batch, or the input of a `jax.vmap`.
 
-    Raises ValueError for masks of different rotary sites.
+    Raises:
+        ValueError: The rotary sites differ.
 
     >>> import retmask_jax as rm
     >>> lm = rm.load("bundled")
@@ -122,9 +125,13 @@ def stack(interventions: Sequence[Interventions]) -> Interventions:
 def mask_heads(
     config: ModelConfig, heads: Iterable[Head], mean: Float[ArrayLike, "L H D"] | None = None
 ) -> Interventions:
-    """Interventions with these (layer, head) masked; ValueError for an index the model does not have.
+    """Interventions that mask these (layer, head).
 
-    mean: f32[L,H,D], what the masked heads write instead of nothing (mean-ablation, see `head_outputs.head_statistics`).
+    Args:
+        mean: What the masked heads write instead of nothing (mean-ablation, see `head_outputs.head_statistics`).
+
+    Raises:
+        ValueError: The model does not have such a head.
 
     >>> import retmask_jax as rm
     >>> mask = rm.mask_heads(rm.load("bundled").config, [(1, 0), (1, 3)])
@@ -138,11 +145,14 @@ def mask_heads(
 
 
 def mask_queries(config: ModelConfig, heads: Iterable[Head]) -> Interventions:
-    """Interventions that zero the query of these (layer, head): such a head weighs all keys alike and still writes their
-    mean value, as the block list of arXiv 2404.15574's code does.
+    """Interventions that zero the queries of these (layer, head).
 
-    Raises ValueError for an index the model does not have, and for a model of which some dimensions are not rotated:
-    masks of rotary pairs do not reach those.
+    Such a head attends to all keys alike and still writes their mean value, as with the block list of arXiv 2404.15574's
+    code.
+
+    Raises:
+        ValueError: The model does not have such a head, or some dimensions of its heads are not rotated: masks of rotary
+            pairs do not reach those.
 
     >>> import retmask_jax as rm
     >>> mask = rm.mask_queries(rm.load("bundled").config, [(1, 0), (1, 3)])
@@ -160,9 +170,13 @@ def mask_queries(config: ModelConfig, heads: Iterable[Head]) -> Interventions:
 def mask_rope(
     config: ModelConfig, heads: Iterable[Head], pairs: Iterable[int | np.integer], site: str = "rotary"
 ) -> Interventions:
-    """Interventions that take these rotary pairs out of these (layer, head); site as in `Interventions`.
+    """Interventions that ablate these rotary pairs in these (layer, head).
 
-    Raises ValueError for an index the model does not have and for an unknown site.
+    Args:
+        site: As `rope_site` of `Interventions`.
+
+    Raises:
+        ValueError: The model does not have such a head or pair, or the site is unknown.
 
     >>> import retmask_jax as rm
     >>> config = rm.load("bundled").config
@@ -194,9 +208,12 @@ def random_heads(
     like: Iterable[Head] | None = None,
     seed: int = 0,
 ) -> list[Head]:
-    """Control heads: `n` of all heads outside `exclude`, or for each head in `like` one of the same layer.
+    """Control heads: `n` of all heads outside `exclude`, or for each head in `like` another one of the same layer.
 
-    Heads of `like` are themselves excluded. Raises ValueError if a layer (or the model) has too few left.
+    Heads of `like` are excluded as well.
+
+    Raises:
+        ValueError: A layer (or the model) has too few heads left.
 
     >>> import retmask_jax as rm
     >>> rm.random_heads(rm.load("bundled").config, like=[(1, 0), (1, 1), (3, 7)], seed=0)
@@ -221,7 +238,8 @@ def random_heads(
 def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[int]:
     """Indices of k rotary pairs: the "low"est or "high"est by frequency after scaling, or "random" by seed.
 
-    Raises ValueError for more pairs than the model has and for any other word.
+    Raises:
+        ValueError: The model has fewer pairs, or `which` is another word.
 
     >>> import retmask_jax as rm
     >>> config = rm.load("bundled").config
@@ -244,7 +262,7 @@ def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[i
 
 
 def _mean_of(a: Interventions, b: Interventions) -> Any:
-    """What masked heads of both together write; ValueError where heads of one would write what only the other gives."""
+    """What masked heads write under both together; ValueError where heads of one would write what only the other gives."""
     given = [(iv, other) for iv, other in ((a, b), (b, a)) if iv.head_mean is not None]
     if not given:
         return None
@@ -254,7 +272,7 @@ def _mean_of(a: Interventions, b: Interventions) -> Any:
 
 
 def _is_empty(mask: ArrayLike | None) -> bool:
-    """Whether a mask certainly takes nothing out; one that is being traced could."""
+    """Whether a mask surely masks nothing. A mask that is being traced might mask something."""
     return mask is None or (not isinstance(mask, jax.core.Tracer) and not np.any(mask))
 
 

@@ -10,9 +10,9 @@ from retmask_jax.model.config import ModelConfig
 
 
 class KV(flax.struct.PyTreeNode):
-    """Keys (rotated) [repeats, B, K, D, S] and values [repeats, B, K, S, D] of the layers at one place of the pattern.
+    """The keys (rotated) [repeats, B, K, D, S] and values [repeats, B, K, S, D] of the layers at one place of the pattern.
 
-    Slot s holds position s; in a ring of S slots, the latest position p with p % S == s.
+    Slot s holds position s. In a ring of S slots it holds the latest position p with p % S == s.
     """
 
     k: jax.Array
@@ -26,10 +26,10 @@ class KV(flax.struct.PyTreeNode):
     def extend(
         self, repeat: jax.Array | int, k_BTKD: jax.Array, v_BTKD: jax.Array, start_B: jax.Array, end_B: jax.Array
     ) -> tuple[Keys, "KV"]:
-        """(the keys that T new queries of layer `repeat` may see, the cache with the new positions in it).
+        """(the keys that T new queries of layer `repeat` may see, the cache with the new positions).
 
-        Row b's new positions are start_B[b] and on; those from end_B[b] on are padding, which a ring does not take.
-        Without a ring all T need slots, or those that have none are written over others.
+        Row b's new positions begin at start_B[b]; those from end_B[b] on are padding, which a ring does not take. Without a
+        ring all T positions need slots: positions without a slot would be written over others.
         """
         k_BKDT, v_BKTD = k_BTKD.transpose(0, 2, 3, 1).astype(self.k.dtype), v_BTKD.swapaxes(1, 2).astype(self.v.dtype)
         length = v_BKTD.shape[2]
@@ -68,9 +68,11 @@ NO_CACHE: Cache = {"blocks": None, "tail": None}
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike, *, rings: bool = True) -> Cache:
-    """A zeroed cache for `length` positions: {"blocks": {position in the pattern: KV}, "tail": {...}}.
+    """A zeroed cache for `length` positions.
 
-    rings: sliding layers store their window only (else all positions, which a row may then continue from any of).
+    Args:
+        rings: Sliding layers store only their window; without rings they store all positions, and a row may then continue
+            from any of them.
     """
 
     def kv(place: int, repeats: int) -> KV:
@@ -87,10 +89,10 @@ def empty_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike, 
 
 
 def put_rows(cache: Cache, new: Cache, row_F: jax.Array) -> Cache:
-    """The cache with the rows of another one, of as many slots or fewer, in its rows row_F i32[F].
+    """The cache with rows row_F i32[F] taken from another cache, which has as many slots or fewer.
 
-    Indices behind the last row come last and leave theirs out. Slots behind the new ones keep what they held: no query
-    sees a slot before its own position is written there.
+    Rows whose index lies beyond the last row must come last, and are left out. Further slots keep what they held: no query
+    sees a slot before its position has been written there.
     """
 
     def put(kv: KV, new: KV) -> KV:
@@ -109,7 +111,7 @@ def put_rows(cache: Cache, new: Cache, row_F: jax.Array) -> Cache:
 def _write(
     cache_RBKXX: jax.Array, new_BKXX: jax.Array, repeat: jax.Array | int, start_B: jax.Array, axis: int
 ) -> jax.Array:
-    """new written in place at slot start_B[b] of each row and on; axis: of the slots in [R,B,K,...]."""
+    """The cache with `new` written in place from slot start_B[b] of each row on. axis: of the slots in [R,B,K,...]."""
     rows_B = jnp.arange(len(start_B))
     if new_BKXX.shape[axis - 1] == 1:
         new_BKD = jnp.squeeze(new_BKXX, axis - 1)

@@ -30,7 +30,7 @@ def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(x / cap): nearly x where x is small, never beyond the cap. None: x."""
+    """cap * tanh(x / cap): nearly x where x is small, never beyond the cap. Without a cap, x."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -62,7 +62,7 @@ def norm(config: ModelConfig, name: str | None) -> RMSNorm:
 
 
 def dense(x: jax.Array, features: int, axes: tuple[str, str], name: str, bias: bool = False) -> jax.Array:
-    """A dense layer over the last axis, inside a compact module; `axes` name its kernel's logical axes."""
+    """A dense layer over the last axis, inside a compact module. axes: the logical axes of its kernel."""
     layer = nn.Dense(
         features,
         use_bias=bias,
@@ -133,6 +133,45 @@ def rows_times(x_RI: jax.Array, w_XIO: jax.Array, expert_R: jax.Array) -> jax.Ar
     the rows of all members of a batch become one longer list.
     """
     return _product(x_RI, w_XIO, expert_R)
+
+
+class Embedding(nn.Module):
+    """Rows of the table [V, E], times the model's embedding scale."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        x_BTE = weight(self, "embedding", shape, ("vocab", "embed"))[tokens_BT]
+        scale = self.config.embed_scale
+        return x_BTE if scale is None else x_BTE * jnp.asarray(scale, x_BTE.dtype)
+
+
+class Unembedding(nn.Module):
+    """Declares the output matrix [E, V], which `unembed` applies to the positions that are asked for."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return weight(self, "kernel", (self.config.hidden_size, self.config.vocab_size), ("embed", "vocab"))
+
+
+def unembed(config: ModelConfig, params: PyTree, x_BTE: jax.Array) -> jax.Array:
+    """Logits in float32, f32[..., V]."""
+    return logits(config, unembedding(config, params), x_BTE)
+
+
+def unembedding(config: ModelConfig, params: PyTree) -> jax.Array:
+    """The output matrix [E, V]."""
+    return params["embed"]["embedding"].T if config.tied_embeddings else params["lm_head"]["kernel"]
+
+
+def logits(config: ModelConfig, table_EV: jax.Array, x_BTE: jax.Array) -> jax.Array:
+    """f32[..., V] of states and the output matrix."""
+    product = jnp.dot(x_BTE, table_EV, precision=precision(x_BTE.dtype), preferred_element_type=jnp.float32)
+    return softcap(product, config.logit_softcap)
 
 
 def split_layers(config: ModelConfig, per_layer: PyTree) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) by qwix: beside each dense kernel W its A and B, W + (alpha / rank) A B."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by qwix: next to each dense kernel W lie A and B, for W + (alpha / rank) A B."""
 
 import functools
 from typing import cast
@@ -36,15 +36,15 @@ def join(*parts: PyTree) -> PyTree:
 
 
 def add(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: Lora) -> np.ndarray:
-    """The kernel with its adapters added, in float32 or wider, on the host; what `save` writes."""
+    """The kernel with its adapters added on the host, in float32 or wider; this is what `save` writes."""
     wide = jax.numpy.promote_types(kernel.dtype, np.float32)
     return kernel.astype(wide) + np.float32(lora.alpha / lora.rank) * (a.astype(np.float32) @ b.astype(np.float32))
 
 
 def merged(params: PyTree, lora: Lora) -> PyTree:
-    """Parameters without adapters: each kernel with its own added, in float32 and back in the kernel's dtype.
+    """Parameters without adapters: each kernel with its adapters added, in float32 and back in the kernel's dtype.
 
-    In bfloat16 that loses what is small beside the kernel: `save` adds adapters to the weights as stored instead.
+    In bfloat16 this loses what is small compared with the kernel; `save` adds adapters to the weights as stored instead.
     """
     flat = flatten_dict(params)
 

@@ -15,8 +15,12 @@ def inverse_frequencies(
 ) -> np.ndarray | jax.Array:
     """f32[R]: radians per token of each rotary pair, after scaling, highest frequency first.
 
-    kind: of the layer. length: tokens of the longest row, where frequencies depend on it (dynamic, longrope); it may
-    be traced; None: a text that fits the original context. NumPy unless the length is traced.
+    NumPy, unless the length is traced.
+
+    Args:
+        kind: Of the layer.
+        length: Tokens of the longest row, where frequencies depend on it (dynamic, longrope); None: a text that fits the
+            original context.
     """
     ropes = config.ropes
     rope = ropes.get(kind) or next(iter(ropes.values()))
@@ -96,7 +100,7 @@ def _dynamic(rope: Rope, exponent_R: np.ndarray, length: ArrayLike) -> jax.Array
 
 
 def _longrope(rope: Rope, exponent_R: np.ndarray, length: ArrayLike) -> jax.Array:
-    """Each pair has its own factor, of which there is a set for short and one for long texts (arXiv 2402.13753)."""
+    """A factor for each pair, from one set for short texts and another for long texts (arXiv 2402.13753)."""
     short_R, long_R = (np.array(factors, np.float32) for factors in (rope.short_factors, rope.long_factors))
     factors_R = jnp.where(jnp.asarray(length) > rope.original_length, long_R, short_R)
     return 1.0 / (factors_R * np.power(np.float32(rope.theta), exponent_R))

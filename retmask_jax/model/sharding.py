@@ -28,15 +28,16 @@ R = TypeVar("R")
 
 AXES = ("data", "fsdp", "tensor", "context")
 ROW_AXES = ("data", "fsdp")  # what the rows of a batch are split over
-# Of a device's memory weights take at most this share where tokens are decoded, the rest holds caches: a step reads both
-# once, so rows, and tokens, grow with it. Where they do not, they may take nearly all.
+# While tokens are decoded, weights take at most this fraction (one third) of a device's memory and the rest holds caches:
+# a step reads both once, so more room for caches means more rows, and more tokens per second. Where the weights do not
+# fit into that, they may take nearly all of the memory.
 _SHARES_OF_MEMORY, _FULL = 3, 0.9
 
 # Logical axis -> mesh axes. Batches are split over data and fsdp, weights over fsdp, context and tensor, the positions of
 # long rows over context; log-probabilities over the vocabulary instead of the rows.
 RULES = (
     ("batch", ROW_AXES),
-    ("embed", ("fsdp", "context")),  # devices that share a row's positions share its weights, too
+    ("embed", ("fsdp", "context")),  # devices that share a row's positions share the weights as well
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
@@ -51,10 +52,12 @@ RULES = (
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of {"data": n, "fsdp": n, "tensor": n, "context": n}; an axis that is not named is 1, and -1 for one axis
-    takes what the others leave.
+    """A mesh of {"data": n, "fsdp": n, "tensor": n, "context": n}.
 
-    Raises ValueError where the sizes do not multiply to the number of devices.
+    An axis that is not named is 1; one axis may be -1 and then takes the devices that the others leave.
+
+    Raises:
+        ValueError: The sizes do not multiply to the number of devices, or an axis is unknown.
     """
     devices = jax.devices() if devices is None else devices
     unknown = set(sizes) - set(AXES)
@@ -71,11 +74,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def decoding_mesh(mesh: Mesh, config: ModelConfig, dtype: str, device_bytes: float) -> Mesh:
-    """The mesh for a model at work: of the same devices, with none on the fsdp axis, so that no token waits for weights.
+    """The mesh for generation: the same devices, with none on the fsdp axis, so that no token waits for weights.
 
-    What training splits over fsdp is whole on each device where a copy takes at most a third of its memory, and each has
-    rows of its own; else heads and MLPs are split over the fewest devices of which that is true. The mesh as it is
-    where it has no fsdp axis, or where weights fit in no other way.
+    Where a copy of the weights takes at most a third of a device's memory, each device has a whole copy and rows of its
+    own. Otherwise heads and MLPs are split over the fewest devices with which it does. The mesh stays as it is where it has
+    no fsdp axis, or where the weights fit in no other way.
     """
     split, devices = mesh.shape["fsdp"], mesh.devices
     if split == 1:
@@ -103,7 +106,7 @@ def held_bytes(tree: PyTree) -> int:
 
 
 def placed(config: ModelConfig, params: PyTree, mesh: Mesh) -> PyTree:
-    """The parameters as `param_shardings` lays them out, each given up where it was."""
+    """The parameters as `param_shardings` lays them out; the arrays that were given are given up."""
     shardings = param_shardings(config, mesh)
     return jax.tree.map(lambda x, at: x if x.sharding == at else jax.device_put(x, at, donate=True), params, shardings)
 
@@ -159,13 +162,13 @@ def divided(sharding: NamedSharding, shape: tuple[int, ...], what: str) -> Named
 
 @contextlib.contextmanager
 def using(mesh: Mesh) -> Generator[None, None, None]:
-    """Within it the mesh and the rules are set, as kernels and constraints need."""
+    """Within this context the mesh and the rules are set, as kernels and constraints need them."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
 
 def mesh_of(params: PyTree) -> contextlib.AbstractContextManager:
-    """`using` the parameters' mesh; without one, a context that does nothing."""
+    """`using` the mesh of the parameters; a context that does nothing where they have no mesh."""
     leaf = jax.tree.leaves(params)[0]
     placed = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
     on_mesh = placed and isinstance(leaf.sharding, NamedSharding)
@@ -179,15 +182,15 @@ ROWS, STACKED_ROWS, SUM_OF_ROWS = PartitionSpec("data"), PartitionSpec(None, "da
 def row_parallel(
     *rows: str, stacked: Sequence[str] = (), results: Any = ROWS
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a function of arrays in which no row needs another, so that each device computes its own rows.
+    """Decorates a function of arrays in which no row depends on another, so that each device computes some of the rows.
 
-    Where the mesh that is set has devices on its data axis alone, and as many divide the rows, each device runs the
-    function on its rows, and loops end on each device as soon as its rows are done. Elsewhere the compiler splits the
-    work. Arguments that are not arrays, such as a config, are passed on as they are.
+    This happens where the mesh that is set has devices on its data axis alone, and their number divides the rows. Loops then
+    end on each device as soon as the rows of that device are done. Elsewhere the compiler splits the work. Arguments that
+    are not arrays, such as a config, are passed on as they are.
 
     Args:
-        rows: Names of the arguments whose arrays are [B, ...]; the first must have all B rows, in the others an axis of 1
-            stands for an array that all rows share.
+        rows: Names of the arguments whose arrays are [B, ...]. The first must have all B rows; in the others an axis of 1
+            marks an array that all rows share.
         stacked: Names of the arguments whose arrays are [X, B, ...].
         results: ROWS, STACKED_ROWS or SUM_OF_ROWS, or a prefix of the results' pytree with the first two.
     """
@@ -244,7 +247,8 @@ def full_share(rows: int, axes: Sequence[str] = ("data",)) -> int:
 def constrain(tree: PyTree, logical_axes: tuple[str | None, ...]) -> PyTree:
     """The arrays of a pytree, laid out on the mesh that is set by their first logical axes.
 
-    Results of one program that are arguments of the next then need no second program for the layout the compiler chose.
+    A result of one program that is an argument of the next then always has the same layout, and the next program is compiled
+    once.
     """
     if not nn.get_logical_axis_rules():
         return tree
@@ -256,8 +260,8 @@ def constrain(tree: PyTree, logical_axes: tuple[str | None, ...]) -> PyTree:
 def split_cpu(most: int) -> None:
     """Make devices of a CPU's cores, a power of two and at most `most`, for the data axis of a mesh.
 
-    Cores that each work on rows of their own are twice as fast as cores that share every operation. A number chosen by
-    JAX_NUM_CPU_DEVICES or XLA_FLAGS stays, and so does that of a JAX that is in use already.
+    Cores that each work on different rows are twice as fast as cores that share every operation. A number that
+    JAX_NUM_CPU_DEVICES or XLA_FLAGS sets is kept, and so is that of a JAX that is already in use.
     """
     devices = jax.config.jax_num_cpu_devices  # pyrefly: ignore[missing-attribute]  JAX adds its options when it is imported
     chosen = devices != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -281,8 +285,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def place_rows(mesh: Mesh, n: int, make: Callable[[slice], PyTree]) -> PyTree:
-    """A batch of n rows over the mesh: make(slice of the rows) gives the part that this host's devices hold, arrays
-    [rows, ...]. Rows that do not divide are whole on every device.
+    """A batch of n rows on the mesh; rows that do not divide are whole on every device.
+
+    Args:
+        make: Gives the arrays [rows, ...] for a slice of the rows: the part that this host's devices hold.
     """
     split = divided(batch_sharding(mesh), (n,), "rows of a batch")
     held = [index[0].indices(n)[:2] for index in split.addressable_devices_indices_map((n,)).values() if index]

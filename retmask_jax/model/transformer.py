@@ -15,7 +15,7 @@ from retmask_jax.model.attention import Keys, Probe, Probed, Scores, attend, pro
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import KV, NO_CACHE, Cache
-from retmask_jax.model.layers import Experts, GatedMLP, dense, merge_layers, norm, precision, softcap, weight
+from retmask_jax.model.layers import Embedding, Experts, GatedMLP, Unembedding, dense, merge_layers, norm, unembed
 from retmask_jax.model.lora import with_adapters
 from retmask_jax.model.masks import LayerMasks, Masks, normalise
 from retmask_jax.model.rope import rotate, rotation
@@ -40,11 +40,19 @@ def forward(
 ) -> Float32[jax.Array, "B T V"] | Float32[jax.Array, "B P V"]:
     """Next-token logits, a pure function of arrays: jit it with `config` static, vmap or differentiate it at will.
 
-    tokens: i32[B,T], right-padded. lengths: i32[B]; under causal attention padding on the right cannot reach a real
-    position, so they matter only to models whose rotary frequencies depend on the longest row (None: T).
-    interventions: `Interventions` or None.
-    Returns f32[B,T,V], or f32[B,P,V] for the rows positions: i32[B,P]. Raises ValueError for a wrong shape, a length
-    beyond the model's context or a mask that does not fit, before anything is compiled.
+    Args:
+        tokens: i32[B,T], right-padded.
+        lengths: i32[B]. Under causal attention padding on the right cannot reach a real position, so they matter only to
+            models whose rotary frequencies depend on the longest row (None: T).
+        interventions: What is ablated; None: nothing.
+        positions: i32[B,P], the positions to return logits of; None: all.
+
+    Returns:
+        f32[B,T,V], or f32[B,P,V] for the positions asked for.
+
+    Raises:
+        ValueError: A wrong shape, a length beyond the model's context or a mask that does not fit, before anything is
+            compiled.
 
     >>> import jax, jax.numpy as jnp, retmask_jax as rm
     >>> lm = rm.load("bundled")
@@ -70,7 +78,7 @@ def next_logits(
     longest: jax.Array | int | None,
     positions_BP: jax.Array | None = None,
 ) -> jax.Array:
-    """What `forward` returns, from checked arguments."""
+    """The logits that `forward` returns, from arguments that have been checked."""
     x_BTE = hidden(config, params, tokens_BT, masks, longest=longest).x_BTE
     return unembed(config, params, at_positions(x_BTE, positions_BP))
 
@@ -90,17 +98,20 @@ def hidden(
 ) -> Hidden:
     """Final hidden states of T new positions per row.
 
-    Without start_B the rows begin at position 0 (with a cache: it is filled); with it, row b continues its cache at
-    position start_B[b]. end_B: where the real tokens of each row end (None: at T). probe: what to ask of attention, by
-    rows among the T. longest: tokens of the longest row, for models whose rotary frequencies depend on it (None: T).
-    remat recomputes each block in the backward pass.
+    Args:
+        cache: Filled with the new positions; None: nothing is cached.
+        start_B: The position at which each row continues its cache; None: the rows begin at position 0.
+        end_B: The position at which the tokens of each row end; None: at T.
+        probe: What to report about attention, for rows among the T.
+        longest: Tokens of the longest row, for models whose rotary frequencies depend on it; None: T.
+        remat: Recompute each block in the backward pass.
     """
     model = transformer(config, remat=remat, rope_site=masks.rope_site)
     return cast(Hidden, model.apply({"params": params}, tokens_BT, masks, start_B, end_B, cache, probe, longest))
 
 
 def transformer(config: ModelConfig, **options: Any) -> nn.Module:
-    """The module, with adapters where the config has them."""
+    """The module, with adapters where the config has them. options: further fields of `Transformer`."""
     model = Transformer(config, **options)
     return model if config.lora is None else with_adapters(model, config.lora)
 
@@ -110,24 +121,8 @@ def longest_row(tokens_BT: jax.Array, lengths: Lengths | None) -> jax.Array | in
     return tokens_BT.shape[1] if lengths is None else jnp.max(jnp.asarray(lengths))
 
 
-def unembed(config: ModelConfig, params: PyTree, x_BTE: jax.Array) -> jax.Array:
-    """Logits in float32, f32[..., V]."""
-    return logits(config, unembedding(config, params), x_BTE)
-
-
-def unembedding(config: ModelConfig, params: PyTree) -> jax.Array:
-    """The output matrix [E, V]."""
-    return params["embed"]["embedding"].T if config.tied_embeddings else params["lm_head"]["kernel"]
-
-
-def logits(config: ModelConfig, table_EV: jax.Array, x_BTE: jax.Array) -> jax.Array:
-    """f32[..., V] of states and the output matrix."""
-    product = jnp.dot(x_BTE, table_EV, precision=precision(x_BTE.dtype), preferred_element_type=jnp.float32)
-    return softcap(product, config.logit_softcap)
-
-
 def check_tokens(config: ModelConfig, tokens: Tokens, lengths: Lengths | None = None, new_tokens: int = 0) -> jax.Array:
-    """tokens as an array, or ValueError if their shape, type, length or ids do not suit the model."""
+    """The tokens as an array; ValueError if their shape, type, length or ids do not suit the model."""
     tokens = jnp.asarray(tokens)
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers of shape (B, T), got {tokens.dtype}{tokens.shape}")
@@ -147,7 +142,7 @@ def check_tokens(config: ModelConfig, tokens: Tokens, lengths: Lengths | None = 
 
 
 def check_positions(positions: Int[ArrayLike, "B P"] | None, tokens_BT: jax.Array) -> jax.Array | None:
-    """positions as an array, or None where they are None; ValueError if they are none of the tokens'."""
+    """The positions as an array; ValueError if they do not lie within the tokens."""
     if positions is None:
         return None
     positions = jnp.asarray(positions)
@@ -158,9 +153,15 @@ def check_positions(positions: Int[ArrayLike, "B P"] | None, tokens_BT: jax.Arra
 
 
 class Call(flax.struct.PyTreeNode):
-    """What all blocks of one call share. rotations: (cos, sin) by layer kind; start_B None: rows begin at 0.
+    """What all blocks of one call share.
 
-    rows_BP: among the T, what is wanted from the last block of a group (None: all); a probe then asks about the same.
+    Attributes:
+        rotations: (cos, sin) by layer kind.
+        start_B: As in `hidden`.
+        end_B: As in `hidden`.
+        probe: As in `hidden`.
+        rows_BP: The positions, among the T, that are needed from the last block of a group (None: all); a probe then asks
+            about the same positions.
     """
 
     rotations: dict[str, Any]
@@ -190,7 +191,7 @@ def make_call(
 
 
 def merge_probed(config: ModelConfig, blocks: PyTree, tail: PyTree) -> PyTree:
-    """[B,P,L,H,...] of what groups probed, as the blocks' scan and the tail give it."""
+    """[B,P,L,H,...]: the answers of all layers, from those of the scanned blocks and of the tail."""
     probed = merge_layers(config, {"blocks": blocks, "tail": tail})
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), probed)
 
@@ -260,9 +261,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP or experts, each added to the residual stream, with norms before, behind or both.
+    """Attention, then an MLP or experts, each added to the residual stream, with norms before, after or both.
 
-    place: of the block in the layer pattern.
+    Attributes:
+        place: Of the block in the layer pattern.
     """
 
     config: ModelConfig
@@ -279,15 +281,15 @@ class Block(nn.Module):
         x_BTE = nn.with_logical_constraint(x_BTE, (rows, "length", "embed_act"))
         attention = Attention(cfg, cfg.layer_pattern[self.place], self.rope_site, name="attn")
         out_BTE, cache, probed = attention(self._before("attn_norm", x_BTE), masks, cache, repeat, call)
-        x_BTE = at_positions(x_BTE, call.rows_BP) + self._behind("attn_post_norm", out_BTE)
+        x_BTE = at_positions(x_BTE, call.rows_BP) + self._after("attn_post_norm", out_BTE)
         mlp = Experts(cfg, name="experts") if cfg.has_experts(self.place) else GatedMLP(cfg, name="mlp")
-        x_BTE += self._behind("mlp_post_norm", mlp(self._before("mlp_norm", x_BTE)))
+        x_BTE += self._after("mlp_post_norm", mlp(self._before("mlp_norm", x_BTE)))
         return x_BTE, cache, probed
 
     def _before(self, name: str, x_BTE: jax.Array) -> jax.Array:
         return x_BTE if self.config.norm_placement == "post" else norm(self.config, name)(x_BTE)
 
-    def _behind(self, name: str, x_BTE: jax.Array) -> jax.Array:
+    def _after(self, name: str, x_BTE: jax.Array) -> jax.Array:
         return x_BTE if self.config.norm_placement == "pre" else norm(self.config, name)(x_BTE)
 
 
@@ -365,31 +367,8 @@ class Transformer(nn.Module):
         return Hidden(x_BTE, cache, None if probe is None else merge_probed(cfg, probed, tail_probed))
 
 
-class Embedding(nn.Module):
-    """Rows of the table [V, E], times the model's embedding scale."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        shape = (self.config.vocab_size, self.config.hidden_size)
-        x_BTE = weight(self, "embedding", shape, ("vocab", "embed"))[tokens_BT]
-        scale = self.config.embed_scale
-        return x_BTE if scale is None else x_BTE * jnp.asarray(scale, x_BTE.dtype)
-
-
-class Unembedding(nn.Module):
-    """Declares the output matrix [E, V], which `unembed` applies to the rows that are wanted."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        return weight(self, "kernel", (self.config.hidden_size, self.config.vocab_size), ("embed", "vocab"))
-
-
 def _check_range(name: str, values: ArrayLike | Sequence[int], end: int) -> None:
-    """ValueError unless 0 <= values < end; values that are being traced cannot be looked at."""
+    """ValueError unless 0 <= values < end. Values that are being traced cannot be checked."""
     if isinstance(values, jax.core.Tracer) or np.size(values) == 0:
         return
     values = np.asarray(values)

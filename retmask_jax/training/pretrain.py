@@ -14,8 +14,9 @@ from retmask_jax.data import tiny_language
 from retmask_jax.generation.language_model import LanguageModel, from_params, load, save
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.layers import unembed
 from retmask_jax.model.masks import normalise
-from retmask_jax.model.transformer import Transformer, hidden, unembed
+from retmask_jax.model.transformer import Transformer, hidden
 from retmask_jax.utils.files import is_whole, mark_whole, read_json, write_atomically, write_json, write_jsonl
 from retmask_jax.utils.progress import track
 

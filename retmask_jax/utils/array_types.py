@@ -1,7 +1,7 @@
 """Types of what public functions take, in jaxtyping's notation: a kind of number, a kind of array, and its axes.
 
 Axes: B rows, T tokens, P positions, N new tokens, V words of the vocabulary, L layers, H query heads, R rotary pairs, D
-dimensions of a head. `...` stands for a row axis, or none.
+dimensions of a head. `...` is a row axis, or nothing.
 """
 
 from collections.abc import Sequence

@@ -22,15 +22,17 @@ _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 
 def platform() -> str:
-    """What the programs that are traced now will run on, "cpu", "gpu" or "tpu": of the mesh that is set, which may be of
-    devices that are not here, else JAX's own."""
-    meant = jax.sharding.get_abstract_mesh().abstract_device
-    return _PLATFORM.get() or (meant or jax.devices()[0]).platform
+    """The platform of the programs that are traced now: "cpu", "gpu" or "tpu".
+
+    It is that of the mesh that is set, whose devices need not be attached, else JAX's default.
+    """
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    return _PLATFORM.get() or (target or jax.devices()[0]).platform
 
 
 @contextlib.contextmanager
 def compiled_for(name: str) -> Generator[None, None, None]:
-    """Within it programs are traced for another platform than JAX's own."""
+    """Within this context programs are traced for another platform than that of the attached devices."""
     before = _PLATFORM.set(name)
     try:
         yield
@@ -83,7 +85,7 @@ def blocked(
 ) -> jax.Array:
     """Attention block by block, for queries at first_query, first_query + 1, ... and keys at first_key, ...
 
-    Keys at negative positions do not exist. Only blocks that some query sees are computed, so a window costs what its
+    Keys at negative positions do not exist. Only blocks that some query sees are computed, so a window costs only what its
     keys cost. The gradient recomputes the weights block by block from their normalisers (arXiv 2205.14135); it can be
     taken once, and not in forward mode.
     """

@@ -27,9 +27,14 @@ def splash_attend(
 ) -> jax.Array:
     """Causal self-attention of T positions, [B,T,H,D]; head h reads kv head h // G. Differentiable, linear memory.
 
-    scores: a `Scores` of model/attention.py. Under `jax.set_mesh`, shard_map splits rows, heads and queries as the rules
-    of the logical axes "batch", "heads" and "length" say; every share of the queries sees all keys. interpret runs the
-    kernel on any backend, for tests. Raises ValueError for a call that `unsupported` names.
+    Under `jax.set_mesh`, shard_map splits rows, heads and queries by the rules of the logical axes "batch", "heads" and
+    "length"; every share of the queries sees all keys.
+
+    Args:
+        interpret: Run the kernel on any backend, for tests.
+
+    Raises:
+        ValueError: `unsupported` gives a reason why the kernel cannot compute this call.
     """
     reason = unsupported(q_BTHD, k_BKSD, v_BKSD)
     if reason is not None:
@@ -43,7 +48,7 @@ def splash_attend(
 
 
 def unsupported(q_BTHD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array) -> str | None:
-    """Why splash attention cannot do a call with arrays (or shapes) like these, or None where it can."""
+    """Why splash attention cannot compute a call with arrays (or shapes) like these; None where it can."""
     (_, length, heads, width), (_, kv_heads, slots, _) = q_BTHD.shape, k_BKSD.shape
     dtypes = {jnp.dtype(x.dtype) for x in (q_BTHD, k_BKSD, v_BKSD)}
     if len(dtypes) > 1 or not dtypes <= _WIDTHS.keys():
@@ -90,10 +95,10 @@ def _block_sizes(block: int) -> splash.BlockSizes:
 
 
 class _Band(splash.LocalMask):
-    """A query sees the last `window` keys, its own included (None: all up to its own).
+    """A query sees the last `window` keys, the key at its position included (None: all keys up to there).
 
-    The kernel's host code asks a mask for every block of [T, T]. Nearly all are seen as a whole or not at all, and one
-    entry says so: a mask of 128K positions takes seconds instead of a minute.
+    The kernel's host code asks a mask for every block of [T, T]. Nearly all blocks are seen whole or not at all, which an
+    array of one entry can express: a mask of 128K positions then takes seconds instead of a minute.
     """
 
     def __init__(self, length: int, window: int | None) -> None:
@@ -102,7 +107,10 @@ class _Band(splash.LocalMask):
 
     def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
         q, k = idx
-        nearest, farthest = q.start - (k.stop - 1), q.stop - 1 - k.start  # how far behind the query keys lie
+        nearest, farthest = (
+            q.start - (k.stop - 1),
+            q.stop - 1 - k.start,
+        )  # how many positions the keys come before the query
         left = math.inf if self.window_size[0] is None else self.window_size[0]
         if farthest < 0 or nearest > left:
             return np.zeros((1, 1), bool)
@@ -115,8 +123,13 @@ class _Band(splash.LocalMask):
 
 @dataclasses.dataclass(frozen=True)
 class _Shares:
-    """How a call is split over the mesh that is set: mesh axes of the rows, heads and queries; repeats: of kv heads,
-    where their number alone keeps heads together."""
+    """How a call is split over the mesh that is set.
+
+    Attributes:
+        free: The axes that no surrounding shard_map has split already.
+        row_axes, head_axes, query_axes: The axes that rows, heads and queries are split over.
+        repeats: How often kv heads are repeated, where there are too few of them to split the heads.
+    """
 
     mesh: Any
     free: frozenset[str]
@@ -172,9 +185,10 @@ def _rule(logical: str) -> tuple[str, ...]:
 def _axes(
     mesh: AbstractMesh, free: frozenset[str], batch: int, heads: int, kv_heads: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Mesh axes (of the rows, of the heads), by the rules of "batch" and "heads"; axes left by the rows go to the heads.
+    """The mesh axes of the rows and of the heads, by the rules of "batch" and "heads".
 
-    So one long row is still split over the whole mesh. An axis that divides neither computes the same on each device.
+    Axes that the rows leave free go to the heads, so that one long row is still split over the whole mesh. On an axis that
+    divides neither, all devices compute the same.
     """
     for_rows, for_heads = (tuple(axis for axis in _rule(name) if axis in free) for name in ("batch", "heads"))
     rows = _fitting(mesh, for_rows, lambda shards: batch % shards == 0)
@@ -187,7 +201,7 @@ def _axes(
 
 
 def _fitting(mesh: AbstractMesh, axes: Iterable[str], fits: Callable[[int], bool]) -> tuple[str, ...]:
-    """The axes in order, less those with which the number of shards no longer fits."""
+    """The axes in order, without those with which the number of shards no longer fits."""
     chosen, shards = (), 1
     for axis in axes:
         if fits(shards * mesh.shape[axis]):
@@ -195,7 +209,7 @@ def _fitting(mesh: AbstractMesh, axes: Iterable[str], fits: Callable[[int], bool
     return chosen
 
 
-# A kernel multiplies float32 matrices in bfloat16 unless told otherwise, and has no argument for it, while the setting
+# A kernel multiplies float32 matrices in bfloat16 by default, and has no argument for it, while the setting
 # around the call is gone when the backward pass is traced.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _exactly(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:

@@ -12,7 +12,6 @@ from retmask_jax.generation.language_model import save
 from retmask_jax.hf.end_tokens import Ends
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import mask_heads
-from retmask_jax.model.masks import normalise
 from retmask_jax.runs.context import Context
 from retmask_jax.training.loop import train
 from retmask_jax.training.settings import Settings
@@ -44,7 +43,7 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
                 context.mesh,
                 fingerprint=digest(identity | start),
                 what=f"train {name}",
-                ablated=normalise(model.config, mask_heads(model.config, heads)) if arm == "contrast" else None,
+                ablated=mask_heads(model.config, heads) if arm == "contrast" else None,
             )
             trained = dataclasses.replace(model.config, lora=settings.lora)
             save(model.replace(config=trained, params=params), target / "model")

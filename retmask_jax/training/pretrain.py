@@ -15,7 +15,7 @@ from retmask_jax.generation.language_model import LanguageModel, from_params, lo
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.layers import unembed
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masks import Masks, normalise
 from retmask_jax.model.transformer import Transformer, hidden
 from retmask_jax.utils.files import is_whole, mark_whole, read_json, write_atomically, write_json, write_jsonl
 from retmask_jax.utils.progress import track
@@ -84,9 +84,9 @@ def model_config(model, layers: int) -> ModelConfig:
     return config
 
 
-def weighted_loss(config: ModelConfig, params, tokens_BT, weights_BT, interventions=None):
+def weighted_loss(config: ModelConfig, params, tokens_BT, weights_BT, masks: Masks):
     """Mean negative log-probability per unit of weight; weights_BT[b, t] is that of predicting tokens_BT[b, t]."""
-    logits_BTV = unembed(config, params, hidden(config, params, tokens_BT[:, :-1], interventions).x_BTE)
+    logits_BTV = unembed(config, params, hidden(config, params, tokens_BT[:, :-1], masks).x_BTE)
     loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT[:, 1:])
     return jnp.sum(loss_BT * weights_BT[:, 1:]) / jnp.sum(weights_BT[:, 1:])
 

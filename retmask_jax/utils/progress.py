@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with the rate and the time left, and a line at least every twenty seconds, however long an
+"""Progress of long work: a bar with the rate and the time left, with at least a line each minute, however long an
 item takes and however many bars follow each other.
 """
 

@@ -10,6 +10,7 @@ from retmask_jax.generation.batching import batches_by_length, bucket, pad_rows
 from retmask_jax.generation.decode import generate, generate_many, sample
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.transformer import hidden
 
 NEW = 8
@@ -114,7 +115,7 @@ def test_probes_see_what_full_forward_passes_see(five_layers):
 
     @jax.jit
     def full_pass(params):
-        full = hidden(flat.config, params, tokens, probe=Probe(rows_BN))
+        full = hidden(flat.config, params, tokens, normalise(flat.config), probe=Probe(rows_BN))
         return full.probed.keys[..., 0], full.x_BTE @ params["lm_head"]["kernel"]
 
     argmax_BNLH, logits_BTV = full_pass(flat.params)

@@ -22,7 +22,6 @@ from retmask_jax.generation.language_model import from_params, load, save
 from retmask_jax.model import lora as adapters
 from retmask_jax.model.flops import training_flops
 from retmask_jax.model.interventions import mask_heads
-from retmask_jax.model.masks import normalise
 from retmask_jax.model.sharding import AXES, make_mesh
 from retmask_jax.model.transformer import forward
 from retmask_jax.training import loop as training
@@ -185,7 +184,7 @@ def test_supervised_training_lowers_the_loss_of_its_rows(tmp_path):
 
 def test_training_against_the_ablated_model_needs_no_rejected_answers(tmp_path):
     """Their tokens do not count, and the answers of the normal model become more likely against the masked one's."""
-    masked = normalise(CONFIG, mask_heads(CONFIG, [(1, 0), (1, 2)]))
+    masked = mask_heads(CONFIG, [(1, 0), (1, 2)])
     settings = dataclasses.replace(SETTINGS, objective="contrast", steps=8, checkpoint_every=8)
     params, metrics = run(tmp_path / "one", settings, ablated=masked)
     other = dataclasses.replace(ROWS, flat=ROWS.flat.copy())

@@ -27,9 +27,9 @@ class Masks(flax.struct.PyTreeNode):
         rope_site: As in `Interventions`.
     """
 
-    head_BLH: Mask[Array, "B L H"]
-    rope_BLHR: Mask[Array, "B L H R"]
-    mean_BLHD: Float[Array, "B L H D"]
+    head_BLH: Mask[Array, "#B L H"]
+    rope_BLHR: Mask[Array, "#B L H R"]
+    mean_BLHD: Float[Array, "#B L #H #D"]
     rope_site: str = flax.struct.field(pytree_node=False)
 
     @property

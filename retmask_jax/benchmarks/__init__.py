@@ -1,1 +1,2 @@
-"""`retmask bench`: ours against peers in one run, with the ratio. Nothing else calls these modules."""
+"""`retmask bench`: our library and the tools of others, run side by side, with the ratio of their times. Nothing else in
+the package calls these modules."""

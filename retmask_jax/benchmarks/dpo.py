@@ -1,25 +1,27 @@
-"""One DPO optimiser step against TRL's DPOTrainer, as RetMask ran it and with its reference precomputed; its memory."""
+"""One DPO step against TRL's DPOTrainer, as RetMask ran it and with its reference precomputed: time and memory."""
 
 import dataclasses
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 
 from retmask_jax.benchmarks import models
-from retmask_jax.benchmarks.by_hand import Ours
 from retmask_jax.benchmarks.chip import product_peak, share_row
 from retmask_jax.benchmarks.harness import Bound, Report, Row, Timed, alternate, speed_row
-from retmask_jax.benchmarks.peak import measure
-from retmask_jax.benchmarks.peers import require
-from retmask_jax.benchmarks.programs import dpo_settings, random_pairs
-from retmask_jax.benchmarks.trl_peer import TrlPeer
+from retmask_jax.benchmarks.memory import measure
+from retmask_jax.benchmarks.peers import TrlPeer, require
+from retmask_jax.benchmarks.programs import OurTrainer, dpo_settings, random_pairs
 from retmask_jax.model.flops import training_flops
 from retmask_jax.training.optimizer import schedule
 from retmask_jax.training.settings import Settings
 
-_EPOCHS = 2  # of RetMask: a reference computed once serves so many steps
+_EPOCHS = 2  # of RetMask's training: every pair is seen so often, and its reference is computed once
 _MEMORY_SHAPE = {"vocab_size": 2**17, "n_layers": 2}
 
 
@@ -33,9 +35,12 @@ def run(
     memory_length: int,
     lora_rank: int,
 ) -> Report:
-    """Seconds a step, half of each row prompt and half answer. memory_length: tokens of a row there, 0: no memory.
+    """Seconds of a step on rows that are half prompt and half answer.
 
-    lora_rank: train adapters; there is no peer then, only the share of the machine's peak.
+    Args:
+        length: tokens of a row; None for 1024.
+        memory_length: tokens of a row when memory is measured; 0 measures no memory.
+        lora_rank: rank of the adapters that are trained, without a peer; 0 trains all weights.
     """
     length = length or 1024
     settings = dpo_settings(pairs, models.DTYPES[size], remat, lora_rank)
@@ -64,7 +69,7 @@ def run(
 
 def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: int, size: str) -> list[Row]:
     pairs = random_pairs(models.read_shape(folder).vocab_size, length, settings.batch_size)
-    ours = Ours(folder, pairs, settings)
+    ours = OurTrainer(folder, pairs, settings)
     peers = {
         name: TrlPeer(folder, pairs, settings, work / name, precomputed=name == "precomputed")
         for name in ("frozen", "precomputed")
@@ -110,7 +115,7 @@ def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: i
 
 def _adapters(folder: Path, settings: Settings, length: int, repeats: int, size: str) -> list[Row]:
     pairs = random_pairs(models.read_shape(folder).vocab_size, length, settings.batch_size)
-    ours = Ours(folder, pairs, settings)
+    ours = OurTrainer(folder, pairs, settings)
     timed = alternate({"ours": ours.step, "reference": ours.reference_pass}, repeats)
     name = f"{size}, {settings.batch_size} pairs of {length}, adapters of rank {settings.lora_rank}"
     shared = {"work": 2 * settings.batch_size * length, "what": "tokens"}
@@ -121,20 +126,22 @@ def _adapters(folder: Path, settings: Settings, length: int, repeats: int, size:
     ]
 
 
-def _share(name: str, folder: Path, settings: Settings, length: int, step: Timed, mesh) -> Row:
-    """The needed operations of a step a second, of what the machine can do."""
+def _share(name: str, folder: Path, settings: Settings, length: int, step: Timed, mesh: Mesh) -> Row:
+    """The operations that a step needs, a second, against what the machine can do."""
     config = dataclasses.replace(models.read_shape(folder), lora=settings.lora)
     flops = 2 * settings.batch_size * training_flops(config, length, counted=length - length // 2)
     peak = product_peak(mesh, jax.numpy.dtype(settings.compute_dtype))
     return share_row(f"{name}; peer: the machine's matrix-product peak", "FLOP", flops / step.median, peak, 0.4)
 
 
-def _stepped(peer: TrlPeer, rate, losses: list[float]) -> float:
+def _stepped(peer: TrlPeer, rate: Callable[[int], Any], losses: list[float]) -> float:
     return peer.step(float(rate(len(losses))))["loss"]
 
 
-def _equality(losses, name: str, pairs, peers) -> list[Bound]:
-    """The first loss is log 2 whatever the model; those of the later, updated models say more."""
+def _equality(
+    losses: Mapping[str, list[float]], name: str, pairs: Mapping[str, np.ndarray], peers: Mapping[str, TrlPeer]
+) -> list[Bound]:
+    """The first loss is log 2 for any model; the losses of later steps, with updated weights, say more."""
     theirs = np.concatenate([pairs["chosen"], pairs["rejected"]])
     return [
         Bound("rows that differ", int((peers[name].tokens != theirs).any(axis=1).sum()), "==", 0),
@@ -164,6 +171,6 @@ def _memory(folder: Path, length: int) -> list[Row]:
     return rows
 
 
-def _relative(ours, theirs) -> float:
+def _relative(ours: ArrayLike, theirs: ArrayLike) -> float:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     return float((np.abs(ours - theirs) / np.abs(theirs)).max())

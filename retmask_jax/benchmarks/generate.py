@@ -1,9 +1,10 @@
-"""Greedy generation for a batch of prompts of different lengths against transformers' generate; the cost of masks."""
+"""Greedy generation for prompts of different lengths against transformers' generate, and what masks cost."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from retmask_jax.benchmarks import models
 from retmask_jax.benchmarks.chip import generation_rows
@@ -12,15 +13,17 @@ from retmask_jax.benchmarks.peers import generate as peer_generate
 from retmask_jax.benchmarks.peers import load_peer, next_logits, require
 from retmask_jax.generation.batching import pad_rows
 from retmask_jax.generation.language_model import LanguageModel, load
-from retmask_jax.model.interventions import mask_heads, random_heads, stack
+from retmask_jax.model.interventions import Interventions, mask_heads, random_heads, stack
 
 _TARGETS = {"bundled": 15, "30m": 2, "8b": None}
 _MASK_COST = 0.05
 
 
 def run(size: str, length: int | None, layers: int | None, repeats: int, batch: int, new_tokens: int) -> Report:
-    """Seconds a batch, no stop ids; prompts from a quarter of the length to all of it. Then, at full length, the share
-    of the machine's peaks."""
+    """Seconds of a batch whose prompts have from a quarter of `length` to all of it; then shares of the machine's peaks.
+
+    No token ends a row. For the shares all prompts have `length` tokens.
+    """
     require("torch")
     length = length or 512
     with models.checkpoint(size, n_layers=layers) as folder:
@@ -39,8 +42,7 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, batch: 
         },
         repeats,
     )
-    found = compare(timed["ours"].result, timed["peer"].result, prompts, lambda tokens: next_logits(peer, tokens))
-    tolerance = 1e-4 if models.DTYPES[size] == "float32" else 3e-2
+    compared = compare(timed["ours"].result, timed["peer"].result, prompts, lambda tokens: next_logits(peer, tokens))
     name = f"{size}, {batch} prompts of {lengths[0]} to {lengths[-1]}, {new_tokens} new"
     cost = timed["masked"].median / timed["ours"].median - 1
     setting = {
@@ -62,8 +64,8 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, batch: 
                 work=batch * new_tokens,
                 what="tokens",
                 target=_TARGETS[size],
-                bounds=[Bound("logit gap where tokens part", found.gap, "<=", tolerance)],
-                facts=dataclasses.asdict(found),
+                bounds=[Bound("logit gap where tokens part", compared.gap, "<=", models.logit_tolerance(size))],
+                facts=dataclasses.asdict(compared),
             ),
             Row(
                 f"{name}; a head mask per row, peer: ours without",
@@ -74,17 +76,20 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, batch: 
                 Bound("time with masks", 1 + cost, "<=", 1 + _MASK_COST),
                 facts={"first run s": timed["masked"].first, "runs s": timed["masked"].runs},
             ),
-            *generation_rows(lm, mesh, batch, length, new_tokens, repeats, lambda tokens, n: _ours(lm, tokens, n)),
+            *generation_rows(
+                lm, mesh, batch, length, new_tokens, repeats, lambda tokens, n: _ours(lm, list(tokens), n)
+            ),
         ],
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How two sets of continuations compare; parted: (row, step, logit gap) of the first difference in each row.
+    """How two sets of continuations compare.
 
-    share: of equal tokens. gap: the largest distance between the logits of the two tokens at a first difference, as a
-    share of the largest logit there; behind a first difference the two sides continue different texts.
+    share: of equal tokens. first: the earliest step at which a row differs. gap: the largest distance between the logits
+    of the two tokens at the first difference of a row, as a share of the largest logit there; after it the two sides
+    continue different texts. parted: (row, step, logit gap) of the first difference in each row that has one.
     """
 
     share: float
@@ -94,12 +99,12 @@ class Comparison:
 
 
 def compare(
-    ours: np.ndarray,
-    theirs: np.ndarray,
+    ours: Int[np.ndarray, "B N"],
+    theirs: Int[np.ndarray, "B N"],
     prompts: Sequence[Sequence[int]],
-    logits_after: Callable[[list[int]], np.ndarray],
+    logits_after: Callable[[list[int]], Float[np.ndarray, " V"]],
 ) -> Comparison:
-    """Compare tokens i[B,N]; logits_after: the logits f32[V] that follow given tokens."""
+    """Compare the tokens of two sides. logits_after: the logits that follow given tokens."""
     parted = []
     for row in np.flatnonzero((ours != theirs).any(axis=1)).tolist():
         step = int(np.argmax(ours[row] != theirs[row]))
@@ -110,7 +115,9 @@ def compare(
     return Comparison(float((ours == theirs).mean()), first, max((gap for *_, gap in parted), default=0.0), parted)
 
 
-def _ours(lm: LanguageModel, prompts, new_tokens: int, interventions=None) -> np.ndarray:
+def _ours(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], new_tokens: int, interventions: Interventions | None = None
+) -> np.ndarray:
     tokens, lengths = pad_rows(prompts, lm.config.pad_id)
     out = lm.generate(tokens, lengths, max_new_tokens=new_tokens, interventions=interventions, stop_ids=())
     return np.asarray(out.tokens)

@@ -15,12 +15,11 @@ import pytest
 
 import retmask_jax as rm
 from retmask_jax.aot import table
-from retmask_jax.benchmarks import chip, detect, dpo, generate, harness, masks, memory, models, peak, peers
-from retmask_jax.benchmarks.by_hand import Ours
+from retmask_jax.benchmarks import chip, detect, dpo, generate, harness, masks, memory, models, peers
 from retmask_jax.benchmarks.harness import Bound, Report, Row, Timed, alternate, speed_row
-from retmask_jax.benchmarks.memory import growth_rows
-from retmask_jax.benchmarks.peak import Peak
-from retmask_jax.benchmarks.programs import PROGRAMS
+from retmask_jax.benchmarks.memory import Peak, growth_rows
+from retmask_jax.benchmarks.peers import TrlPeer
+from retmask_jax.benchmarks.programs import PROGRAMS, OurTrainer, dpo_settings, random_pairs
 from retmask_jax.cli.main import main
 from retmask_jax.generation.batching import pad_rows
 from retmask_jax.generation.decode import generate_many
@@ -29,6 +28,7 @@ from retmask_jax.heads.copy_score import detect as our_detect
 from retmask_jax.heads.reading import read_answers
 from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.model.config import ModelConfig
+from retmask_jax.training.optimizer import schedule
 
 SMALL = ModelConfig(
     vocab_size=96, hidden_size=32, mlp_size=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, max_length=256
@@ -248,9 +248,9 @@ def stand_ins(monkeypatch):
             ]
             for layer in argmax.swapaxes(0, 1)
         ]
-        return peers.Looked(tokens, argmax, copied, [])
+        return peers.Detected(tokens, argmax, copied, [])
 
-    class Recorded(Ours):
+    class Recorded(OurTrainer):
         def step(self):
             done.append(super().step())
             return done[-1]
@@ -259,7 +259,7 @@ def stand_ins(monkeypatch):
             references.append(super().reference_pass())
             return references[-1]
 
-    class TrlPeer:
+    class Replayed:
         def __init__(self, folder, pairs, settings, work, *, precomputed):
             self.tokens = np.concatenate([pairs["chosen"], pairs["rejected"]])
             self.reference, self._steps = references[0], 0
@@ -269,11 +269,11 @@ def stand_ins(monkeypatch):
             return done[self._steps - 1]
 
     done, references = [], []
-    monkeypatch.setattr(dpo, "Ours", Recorded)
+    monkeypatch.setattr(dpo, "OurTrainer", Recorded)
     monkeypatch.setattr(masks, "hooked_sweep", hooked_sweep)
     monkeypatch.setattr(generate, "peer_generate", peer_generate)
     monkeypatch.setattr(detect, "published_detection", published_detection)
-    monkeypatch.setattr(dpo, "TrlPeer", TrlPeer)
+    monkeypatch.setattr(dpo, "TrlPeer", Replayed)
 
 
 @pytest.mark.parametrize("name, size", QUICK)
@@ -300,8 +300,8 @@ def test_the_benchmark_of_memory_reports_every_program(quick, monkeypatch):
     """Each is compiled once, to save time: its memory at 128 tokens is then that at 64."""
 
     def once(make):
-        compiled = functools.cache(lambda config: make(config, 64).compile())
-        return lambda config, length: SimpleNamespace(compile=lambda: compiled(config))
+        reported = functools.cache(lambda config: make(config, 64).temporary_bytes())
+        return lambda config, length: SimpleNamespace(temporary_bytes=lambda: reported(config))
 
     monkeypatch.setattr(memory, "PROGRAMS", {name: once(make) for name, make in PROGRAMS.items()})
     monkeypatch.setattr(memory, "_LENGTHS", (64, 128))
@@ -323,7 +323,7 @@ def test_the_benchmark_of_memory_reports_every_program(quick, monkeypatch):
     ],
 )
 def test_peaks_are_measured_of_every_piece_of_work(small, what, options):
-    found = peak.measure(what, **options | ({"folder": str(small)} if what == "ours" else {}))
+    found = memory.measure(what, **options | ({"folder": str(small)} if what == "ours" else {}))
     assert set(found) == ({"peak"} if what == "program" else {"whole", "step"}) and all(n > 0 for n in found.values())
 
 
@@ -447,15 +447,10 @@ def test_transformers_generates_what_we_do(torch):
 @pytest.mark.slow  # TRL takes long to import
 def test_trl_takes_our_step(torch, small, tmp_path):
     pytest.importorskip("trl")
-    from retmask_jax.benchmarks.by_hand import Ours
-    from retmask_jax.benchmarks.programs import dpo_settings, random_pairs
-    from retmask_jax.benchmarks.trl_peer import TrlPeer
-    from retmask_jax.training.optimizer import schedule
-
     # Losses that move: in five steps at 1e-3 most of the way to zero.
     settings = dataclasses.replace(dpo_settings(2, "float32"), learning_rate=1e-3, final_learning_rate=1e-4, steps=5)
     pairs = random_pairs(SMALL.vocab_size, 24, 2)
-    ours = Ours(small, pairs, settings)
+    ours = OurTrainer(small, pairs, settings)
     peer = TrlPeer(small, pairs, settings, tmp_path, precomputed=True)
     np.testing.assert_array_equal(peer.tokens, np.concatenate([pairs["chosen"], pairs["rejected"]]))
     np.testing.assert_allclose(peer.reference, ours.reference, rtol=1e-5)

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from retmask_jax.aot import decoding as aot_decoding
+from retmask_jax.aot import program as aot_program
 from retmask_jax.aot import step as aot
 from retmask_jax.aot import table
 from retmask_jax.aot.advice import Step, advise
@@ -358,7 +359,7 @@ def test_a_training_step_that_fits(command, capsys):
 
 
 def test_a_training_step_that_the_compiler_refuses(command, monkeypatch, capsys):
-    refused = aot.Compiled(None, "Used 30.77G of 15.75G hbm", Work({}, {}, 0), 1.0)
+    refused = aot_program.Compiled(None, "Used 30.77G of 15.75G hbm", Work({}, {}, 0), 1.0)
     monkeypatch.setattr(aot, "compile_program", lambda program, mesh: refused)
     assert main(command) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -369,9 +370,9 @@ def test_a_training_step_that_the_compiler_refuses(command, monkeypatch, capsys)
     ]
 
 
-def test_what_lies_beside_a_program_counts(command, monkeypatch, capsys):
+def test_arrays_that_a_program_does_not_use_count(command, monkeypatch, capsys):
     almost = {"peak": 15.75 * GIB - 10_000, "arguments": 0, "temporary": 0}
-    compiled = aot.Compiled(almost, None, Work({}, {}, 0), 1.0)
+    compiled = aot_program.Compiled(almost, None, Work({}, {}, 0), 1.0)
     monkeypatch.setattr(aot, "compile_program", lambda program, mesh: compiled)
     assert main(command) == 1  # the moments have no room
     assert capsys.readouterr().out.splitlines()[-1].startswith("does not fit: set train.")
@@ -385,13 +386,13 @@ def test_what_lies_beside_a_program_counts(command, monkeypatch, capsys):
     ],
 )
 def test_a_refusal_of_the_compiler_says_what_was_needed(words, gib):
-    refused = aot._refused(RuntimeError(f"RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. {words}"))
-    assert aot.Compiled(None, refused, Work({}, {}, 0), 1.0).needed == gib * GIB
+    refused = aot_program._refused(RuntimeError(f"RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. {words}"))
+    assert aot_program.Compiled(None, refused, Work({}, {}, 0), 1.0).needed == gib * GIB
 
 
 def test_other_errors_of_the_compiler_are_raised():
     with pytest.raises(RuntimeError, match="something else"):
-        aot._refused(RuntimeError("something else"))
+        aot_program._refused(RuntimeError("something else"))
 
 
 @pytest.mark.parametrize(

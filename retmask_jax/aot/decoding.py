@@ -90,10 +90,10 @@ def check_decoding(config: ConfigDict, topology: str, stage: str, mesh: Mesh | N
 def describe(row: dict[str, Any], recipe: str) -> str:
     """A row of `check_decoding` as text; its last line says whether the rows fit."""
     lines = [
-        f"{recipe}, {row['what']} on {row['topology']} ({mesh_text(row['mesh'])}): {row['rows']} rows of {row['length']} "
-        f"tokens and {row['new_tokens']} new ones; compiled in {row['compile_seconds']} s",
-        f"memory: weights {row['weights'] / GIB:.2f}, caches {row['caches'] / GIB:.2f}, at most {row['needed'] / GIB:.2f} "
-        f"of {row['limit'] / GIB:.2f} GiB per chip",
+        f"{recipe}, {row['what']} on {row['topology']} ({mesh_text(row['mesh'])}): {row['rows']} rows of "
+        f"{row['length']} tokens and {row['new_tokens']} new ones; compiled in {row['compile_seconds']} s",
+        f"memory: weights {row['weights'] / GIB:.2f}, caches {row['caches'] / GIB:.2f}, at most "
+        f"{row['needed'] / GIB:.2f} of {row['limit'] / GIB:.2f} GiB per chip",
         *(_exchanged(name, program) for name, program in row["programs"].items()),
     ]
     if row["seconds"]:
@@ -139,7 +139,7 @@ def _sampling(config: ConfigDict, model: ModelConfig, mesh: Mesh, chip: Chip) ->
 
 
 def _detection(config: ConfigDict, model: ModelConfig, mesh: Mesh, chip: Chip) -> _Job:
-    """The stage `detect`: greedy answers to the longest cases, in one program. answers: of all cases with one needle."""
+    """The stage `detect`: greedy answers to the longest cases in one program; it counts all cases of one needle."""
     task, rows = config.tasks[config.detect.task], config.batch_size
     new = config.detect.max_new_tokens
     length = min(bucket(max(task.lengths)), model.max_length - new)
@@ -166,11 +166,12 @@ def _seconds(
     sent = {name: sum(outcome.work.sent.values()) for name, outcome in compiled.items()}
     per_token = forward_flops(model, job.length + 1, 1) - forward_flops(model, job.length, 0)
     prompts = job.rows * forward_flops(model, job.length, 1) / mesh.size
-    # An eighth of the rows begin at a time. Where one program also decodes, the prompts pass in chunks, and the loops over
-    # chunks and tokens are of unknown length: what is sent is that of one turn of each, nearly all of it the chunk's.
-    times, of_prompts = (
-        (8, sent["prompts"]) if "prompts" in sent else (-(-job.length // usual_chunk()), sum(sent.values()))
-    )
+    if "prompts" in sent:  # a program for an eighth of the rows, which begin together
+        times, of_prompts = 8, sent["prompts"]
+    else:
+        # One program reads the prompts in chunks and decodes. Its loops over chunks and over tokens are of unknown
+        # length, so the bytes sent are those of one turn of each, and nearly all of them are the chunk's.
+        times, of_prompts = -(-job.length // usual_chunk()), sum(sent.values())
     return {
         "prompts": estimate(chip, prompts, times * job.weights, times * of_prompts),
         "token": estimate(chip, job.rows * per_token / mesh.size, job.weights + job.caches, sent.get("token", 0)),

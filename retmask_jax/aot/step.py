@@ -1,5 +1,5 @@
-"""A training step compiled for a TPU topology without a TPU: whether it fits, what the chips exchange, about how long it
-takes, before anyone pays for a pod."""
+"""A training step compiled for a TPU topology without a TPU, before anyone pays for a pod: whether it fits, what the
+chips exchange, about how long it takes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -105,8 +105,8 @@ def training_programs(config: ModelConfig, settings: Settings, mesh: Mesh, lengt
 def describe(row: dict[str, Any], recipe: str) -> str:
     """A row of `check_training` as text; its last line says whether the step fits."""
     lines = [
-        f"{recipe} on {row['topology']} ({mesh_text(row['mesh'])}): {row['batch']} pairs of up to {row['length']} tokens "
-        f"a step, {row['microbatch']} at a time; compiled in {row['compile_seconds']} s"
+        f"{recipe} on {row['topology']} ({mesh_text(row['mesh'])}): {row['batch']} pairs of up to {row['length']} "
+        f"tokens a step, {row['microbatch']} at a time; compiled in {row['compile_seconds']} s"
     ]
     for name, program in row["programs"].items():
         if program["refused"]:

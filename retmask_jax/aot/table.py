@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "v5p:2x2x2": {},
     "v6e:4x4": {},
 }
-# Rows of 8,192 tokens, as long as the cases of detection; without the context axis a chip has too little memory for them.
+# Rows of 8,192 tokens, as long as the cases of detection; without the context axis they exceed the memory of a chip.
 LONG: dict[str, dict[str, str]] = {
     "v5e:4x4": {
         "train.max_tokens": "8192",
@@ -143,7 +143,7 @@ def prefill_program(config: ModelConfig, mesh: Mesh, batch: int, length: int) ->
 
 
 def keep(row: dict[str, Any], table: Path) -> None:
-    """Put a row into the table, in place of an older one of the same recipe, topology and length, or the same prefill."""
+    """Put a row into the table, in place of one of the same recipe, topology and length, or the same prefill."""
     rows = json.loads(table.read_text()) if table.exists() else []
     rows = [other for other in rows if _key(other) != _key(row)]
     write_json(table, sorted([*rows, row], key=_key))
@@ -157,9 +157,8 @@ def _prefill(table: Path, arguments: dict[str, Any]) -> bool:
     sizes = {axis: arguments.pop(f"mesh.{axis}") for axis in AXES}
     row = prefill_row(**arguments, sizes=sizes)
     keep(row, table)
-    print(
-        f"prefill of {row['model']}, {row['batch']} x {row['length']} tokens, on {row['topology']} ({mesh_text(row['mesh'])})"
-    )
+    place = f"{row['topology']} ({mesh_text(row['mesh'])})"
+    print(f"prefill of {row['model']}, {row['batch']} x {row['length']} tokens, on {place}")
     for name, n in (row["bytes_per_chip"] or {}).items():
         print(f"  {name:<10} {n / GIB:6.2f} GiB per chip")
     print("fits" if row["fits"] else f"does not fit: {row['refused']}")

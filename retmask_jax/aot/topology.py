@@ -1,4 +1,4 @@
-"""TPU topologies that this machine need not have: their chips as the compiler describes them, and what a chip can do."""
+"""TPU topologies that this machine need not have: the chips as the compiler describes them, and what a chip can do."""
 
 import dataclasses
 import importlib.util
@@ -29,9 +29,9 @@ class Chip:
 
 
 _GB, _TERA = 1e9, 1e12
-# Peaks in bfloat16, of memory and of the interconnect, from the page of each generation in Cloud TPU's documentation. It
-# gives both directions of the interconnect together, of which a chip sends half. memory is the limit in the messages with
-# which the compiler refuses programs.
+# Peaks in bfloat16, of memory and of the interconnect, from the page of each generation in Cloud TPU's documentation.
+# It gives both directions of the interconnect together, of which a chip sends half. memory is the limit in the messages
+# with which the compiler refuses programs.
 CHIPS = {
     "v5e": Chip("v5litepod", 1, 15.75 * GIB, 197 * _TERA, 819 * _GB, 200 * _GB),
     "v5p": Chip("v5p", 2, 95.74 * GIB, 459 * _TERA, 2765 * _GB, 600 * _GB),

@@ -1,2 +1,2 @@
-"""`retmask bench`: our library and the tools of others, run side by side, with the ratio of their times. Nothing else in
-the package calls these modules."""
+"""`retmask bench`: our library and the tools of others on the same task, with the ratio of their times. No stage and no
+part of the library uses these modules."""

@@ -28,7 +28,7 @@ _COPIED = {"cpu": 2**28, "gpu": 2**31, "tpu": 2**30}  # bytes that are copied on
 
 
 def decode_bytes(config: ModelConfig, rows: int, context: int, itemsize: int) -> float:
-    """Returns the bytes that one decoding step of `rows` rows must read: every matrix once, and the keys and values seen.
+    """Returns the bytes that a decoding step of `rows` rows must read: every matrix, and the keys and values it sees.
 
     Args:
         context: tokens before the step.

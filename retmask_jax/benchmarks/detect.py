@@ -1,4 +1,4 @@
-"""Detection against the published algorithm, which takes one case at a time, returns attention weights, loops over heads."""
+"""Detection against the published algorithm, which takes one case at a time and loops over heads."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any

@@ -42,13 +42,14 @@ def run(
         memory_length: tokens of a row when memory is measured; 0 measures no memory.
         lora_rank: rank of the adapters that are trained, without a peer; 0 trains all weights.
     """
+    if not lora_rank:
+        require("torch"), require("trl")
     length = length or 1024
     settings = dpo_settings(pairs, models.DTYPES[size], remat, lora_rank)
     with models.checkpoint(size, n_layers=layers) as folder, tempfile.TemporaryDirectory() as work:
         if lora_rank:
             rows = _adapters(folder, settings, length, repeats, size)
         else:
-            require("torch"), require("trl")
             rows = _steps(folder, Path(work), settings, length, repeats, size)
     if memory_length and not lora_rank:
         with models.checkpoint(size, **_MEMORY_SHAPE) as folder:

@@ -20,9 +20,9 @@ _MASK_COST = 0.05
 
 
 def run(size: str, length: int | None, layers: int | None, repeats: int, batch: int, new_tokens: int) -> Report:
-    """Seconds of a batch whose prompts have from a quarter of `length` to all of it; then shares of the machine's peaks.
+    """Seconds of a batch, and the shares of the machine's peaks.
 
-    No token ends a row. For the shares all prompts have `length` tokens.
+    Prompts have from a quarter of `length` tokens to all of it; for the shares all have `length`. No token ends a row.
     """
     require("torch")
     length = length or 512
@@ -87,9 +87,9 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, batch: 
 class Comparison:
     """How two sets of continuations compare.
 
-    share: of equal tokens. first: the earliest step at which a row differs. gap: the largest distance between the logits
-    of the two tokens at the first difference of a row, as a share of the largest logit there; after it the two sides
-    continue different texts. parted: (row, step, logit gap) of the first difference in each row that has one.
+    share: of equal tokens. first: the earliest step at which a row differs. gap: the largest distance between the
+    logits of the two tokens at the first difference of a row, as a share of the largest logit there; after it the two
+    sides continue different texts. parted: (row, step, logit gap) of the first difference in each row that has one.
     """
 
     share: float

@@ -1,4 +1,4 @@
-"""What all benchmarks share: runs in turn, rows with a ratio, bounds that must hold, the report as table and as JSON."""
+"""What all benchmarks share: runs in turn, rows with a ratio, bounds that must hold, reports as table and as JSON."""
 
 import dataclasses
 import gc
@@ -23,7 +23,7 @@ _PACKAGES = ("retmask_jax", "jax", "jaxlib", "flax", "numpy", "torch", "transfor
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """Seconds of one contender's runs. first: with compilation and set-up; runs: the others; result: of the first run."""
+    """Seconds of one contender's runs: the first, with compilation and set-up, and the others. result: of the first."""
 
     first: float
     runs: tuple[float, ...]
@@ -88,7 +88,7 @@ class Report:
 
 
 def alternate(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timed]:
-    """Run each contender once, then in turn for `repeats` rounds, so that a slow moment of the machine meets all of them.
+    """Run each contender once, then in turn for `repeats` rounds, so that slow moments of the machine meet all of them.
 
     A contender returns host values, so that its work is done when it returns. Only those of the first run are kept.
     """

@@ -1,5 +1,5 @@
-"""Peak memory: how ours grows with the length (there is no peer), and the measurement of one piece of work in a process
-of its own, `python -m retmask_jax.benchmarks.memory JSON`."""
+"""Memory: how ours grows with the length (there is no peer), and the peak of one piece of work, measured in a new
+process by `python -m retmask_jax.benchmarks.memory JSON`."""
 
 import ctypes
 import gc

@@ -69,7 +69,7 @@ def shape(size: str, **changes: Any) -> ModelConfig:
 
 @contextlib.contextmanager
 def checkpoint(size: str, **changes: Any) -> Generator[Path]:
-    """The folder of a model. A random model is written for the `with` block and removed after it; changes as in `shape`."""
+    """The folder of a model, for a `with` block; a random model is removed after it. changes: as in `shape`."""
     if size == "bundled":
         if any(value is not None for value in changes.values()):
             raise ValueError("the bundled model is what it is: --layers and --vocab need --size=30m or 8b")

@@ -1,4 +1,4 @@
-"""What others run today on Hugging Face transformers, torch and TRL: detection, masks by hooks, generation, DPO training.
+"""What others run today on transformers, torch and TRL: detection, masks by hooks, generation, DPO training.
 
 torch and TRL are imported by the functions that need them, so that the package works without them.
 """
@@ -202,7 +202,7 @@ def next_logits(model: Any, tokens: Sequence[int]) -> Float32[np.ndarray, " V"]:
 
 
 class TrlPeer:
-    """TRL's DPOTrainer with its own data pipeline, training_step and optimiser, run one update at a time."""
+    """TRL's DPOTrainer with TRL's data pipeline, training_step and optimiser, run one update at a time."""
 
     def __init__(
         self, folder: Path, pairs: Mapping[str, np.ndarray], settings: Settings, work: Path, *, precomputed: bool

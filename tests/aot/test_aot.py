@@ -174,7 +174,7 @@ def test_work_adds_up():
     assert work == Work({"all-gather": 6}, {"all-gather": 14}, 13, 1)
 
 
-# Weights of 6 layers split over 8 devices are gathered in each turn of a scan, a sum over devices is taken behind it; and
+# Weights of 6 layers split over 8 devices are gathered in each turn of a scan, a sum over devices is taken after it; and
 # one row of 256 tokens on a mesh that splits rows.
 ON_EIGHT_DEVICES = """
 import json, jax, jax.numpy as jnp, numpy as np
@@ -427,7 +427,7 @@ def test_a_mesh_that_does_not_fit_the_topology(capsys, monkeypatch):
 
 @pytest.fixture
 def decoding(command, monkeypatch):
-    """What comes behind the stage, for few short answers."""
+    """The arguments after the name of the stage, for a few short answers."""
     monkeypatch.setattr(aot_decoding, "devices_of", lambda topology: jax.devices()[:1])
     monkeypatch.setattr(aot_decoding, "stamp", lambda compiled: {"compile_seconds": 1})
     more = {
@@ -452,7 +452,7 @@ def test_sampling_says_what_rows_take_and_how_long_all_answers_would(decoding, c
 
 
 def test_sampling_without_a_batch_size_fills_the_chips_memory(decoding, capsys, monkeypatch):
-    small = dataclasses.replace(CHIPS["v5e"], memory=2_000_000)
+    small = dataclasses.replace(CHIPS["v5e"], memory=5_000_000)
     monkeypatch.setattr(aot_decoding, "chip_of", lambda topology: small)
     assert main(["pairs", *decoding]) == 0
     row = capsys.readouterr().out.splitlines()[0]

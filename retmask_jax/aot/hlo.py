@@ -15,23 +15,10 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 _HEADER = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
-_FREE = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "while",
-    "conditional",
-    "call",
-    "partition-id",
-    "replica-id",
-    "after-all",
-    "opt-barrier",
-    "async-start",
-    "async-update",
-    "async-done",
-}
+_FREE = set(
+    "parameter constant tuple get-tuple-element bitcast while conditional call partition-id replica-id after-all "
+    "opt-barrier async-start async-update async-done".split()
+)
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 

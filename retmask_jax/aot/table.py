@@ -38,14 +38,9 @@ from retmask_jax.utils.files import write_json
 TABLE = Path(__file__).parent / "topologies.json"
 RECIPES = ("llama3_1_8b", "qwen3_8b", "olmo3_7b_instruct", "olmo3_7b_think")
 # Topology -> keys that differ from the recipes, as `advise` suggested.
-SETTINGS: dict[str, dict[str, str]] = {
-    "v5e:4x4": {},
-    "v5e:8x8": {"train.microbatch_size": "64"},
-    "v5p:2x2x2": {},
-    "v6e:4x4": {},
-}
+SETTINGS = {"v5e:4x4": {}, "v5e:8x8": {"train.microbatch_size": "64"}, "v5p:2x2x2": {}, "v6e:4x4": {}}
 # Rows of 8,192 tokens, as long as the cases of detection; without the context axis they exceed the memory of a chip.
-LONG: dict[str, dict[str, str]] = {
+LONG = {
     "v5e:4x4": {
         "train.max_tokens": "8192",
         "train.max_prompt_tokens": "4096",

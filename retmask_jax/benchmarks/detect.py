@@ -38,25 +38,14 @@ def run(
             rows = [_real(lm, peer, cases, max_new_tokens, repeats, released) for released in (True, False)]
         else:
             rows = [_fixed(lm, peer, *fixed_cases(lm.config.vocab_size, length, depths, needles), repeats, size)]
-    setting = {
-        "size": size,
-        "dtype": models.DTYPES[size],
-        "length": length,
-        "layers": lm.config.n_layers,
-        "depths": depths,
-        "needles": needles,
-        "max_new_tokens": max_new_tokens,
-    }
-    return Report("detect", setting, rows)
+    setting = models.setting(size, length, lm.config)
+    return Report("detect", setting | {"depths": depths, "needles": needles, "max_new_tokens": max_new_tokens}, rows)
 
 
 def bundled_cases(length: int, depths: int, needles: int) -> list[Case]:
     """The needle cases of the tiny recipe, on the bundled data."""
-    overrides = {
-        "lengths": (length,),
-        "depths": tuple(np.linspace(0, 1, depths).tolist()),
-        "per_length": depths * needles,
-    }
+    grid = tuple(np.linspace(0, 1, depths).tolist())
+    overrides = {"lengths": (length,), "depths": grid, "per_length": depths * needles}
     config = recipes.load_recipe("tiny", [(f"tasks.detect.{name}", repr(value)) for name, value in overrides.items()])
     return task_cases(models.bundled_prompter(), config.tasks.detect, models.bundled_file)
 
@@ -116,16 +105,8 @@ def _real(
     ]
     how = f"{max_new_tokens} tokens decoded, as released" if released else "answers end at EOS or newline"
     name = f"bundled, {len(cases)} cases of {cases[0].spec.length}; {how}"
-    return speed_row(
-        name,
-        timed["ours"],
-        timed["peer"],
-        work=len(cases),
-        what="cases",
-        target=25,
-        bounds=bounds,
-        facts={"outcomes": ours.reasons},
-    )
+    facts, shared = {"outcomes": ours.reasons}, {"work": len(cases), "what": "cases"}
+    return speed_row(name, timed["ours"], timed["peer"], **shared, target=25, bounds=bounds, facts=facts)
 
 
 def _fixed(
@@ -154,20 +135,10 @@ def _fixed(
     bounds = [Bound("equal keys", share, ">=", 0.999), Bound("weight between keys", gap, "<=", 1e-5)] if exact else []
     name = f"{size}, {len(prompts)} cases of {len(prompts[0])} tokens, {_NEEDLE} fixed"
     target = {"30m": 1.5, "8b": 5}[size]
-    return speed_row(
-        name,
-        timed["ours"],
-        timed["peer"],
-        work=len(prompts),
-        what="cases",
-        target=target,
-        bounds=bounds,
-        facts={
-            "keys compared": int(sum(keys.size for keys in timed["peer"].result)),
-            "equal keys": share,
-            "weight between keys": gap,
-        },
-    )
+    compared = int(sum(keys.size for keys in timed["peer"].result))
+    facts = {"keys compared": compared, "equal keys": share, "weight between keys": gap}
+    shared = {"work": len(prompts), "what": "cases"}
+    return speed_row(name, timed["ours"], timed["peer"], **shared, target=target, bounds=bounds, facts=facts)
 
 
 def agreement(

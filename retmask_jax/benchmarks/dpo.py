@@ -60,11 +60,8 @@ def run(
         "length": length,
         "layers": layers,
         "pairs": pairs,
-        "remat": remat,
-        "lora_rank": lora_rank,
-        "memory_length": memory_length,
-        "memory_shape": _MEMORY_SHAPE,
     }
+    setting |= {"remat": remat, "lora_rank": lora_rank, "memory_length": memory_length, "memory_shape": _MEMORY_SHAPE}
     return Report("dpo", setting, rows)
 
 
@@ -87,28 +84,14 @@ def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: i
     step, reference = timed["ours"], timed["reference"]
     whole = Timed(step.first, tuple(s + r / _EPOCHS for s, r in zip(step.runs, reference.runs, strict=True)))
     ref_difference = _relative(ours.reference, peers["precomputed"].reference)
-    shared = {"work": tokens, "what": "tokens"}
+    shared: dict[str, Any] = {"work": tokens, "what": "tokens"}
+    frozen = {"target": 1.5, "bounds": _equality(losses, "frozen", pairs, peers), "facts": {"losses": losses}}
+    precomputed = _equality(losses, "precomputed", pairs, peers)
+    precomputed.append(Bound("reference log-probabilities", ref_difference, "<=", 1e-4))
     return [
-        speed_row(
-            f"{name}; peer: frozen reference in each step",
-            step,
-            timed["frozen"],
-            target=1.5,
-            **shared,
-            bounds=_equality(losses, "frozen", pairs, peers),
-            facts={"losses": losses},
-        ),
+        speed_row(f"{name}; peer: frozen reference in each step", step, timed["frozen"], **shared, **frozen),
         speed_row(f"{name}; ours with its reference pass over {_EPOCHS} epochs", whole, timed["frozen"], **shared),
-        speed_row(
-            f"{name}; peer: precomputed reference",
-            step,
-            timed["precomputed"],
-            **shared,
-            bounds=[
-                *_equality(losses, "precomputed", pairs, peers),
-                Bound("reference log-probabilities", ref_difference, "<=", 1e-4),
-            ],
-        ),
+        speed_row(f"{name}; peer: precomputed reference", step, timed["precomputed"], **shared, bounds=precomputed),
         speed_row(f"{name}; our reference pass alone", reference, None, **shared),
         _share(name, folder, settings, length, step, ours.mesh),
     ]
@@ -159,16 +142,8 @@ def _memory(folder: Path, length: int) -> list[Row]:
     rows = []
     for name, text in what.items():
         ratio = ours[name] / peer[name]
-        rows.append(
-            Row(
-                f"{text}; 1 pair of {length}, {shape}",
-                "bytes",
-                ours[name],
-                peer[name],
-                ratio,
-                Bound("ratio", ratio, "<=", 0.5),
-            )
-        )
+        text, target = f"{text}; 1 pair of {length}, {shape}", Bound("ratio", ratio, "<=", 0.5)
+        rows.append(Row(text, "bytes", ours[name], peer[name], ratio, target))
     return rows
 
 

@@ -60,16 +60,8 @@ def run(
         name = f"{size}, {masks} masks x {prompts} prompts of {length}; peer {kind}"
         shared = {"work": masks * prompts, "what": "prompts"}
         rows.append(speed_row(name, timed["ours"], timed[kind], **shared, target=target, bounds=bounds))
-    setting = {
-        "size": size,
-        "dtype": models.DTYPES[size],
-        "length": length,
-        "layers": lm.config.n_layers,
-        "masks": masks,
-        "prompts": prompts,
-        "heads of a mask": min(_HEADS, lm.config.n_heads),
-    }
-    return Report("masks", setting, rows)
+    more = {"masks": masks, "prompts": prompts, "heads of a mask": min(_HEADS, lm.config.n_heads)}
+    return Report("masks", models.setting(size, length, lm.config) | more, rows)
 
 
 def spread_masks(config: ModelConfig, n: int) -> list[dict[int, list[int]]]:

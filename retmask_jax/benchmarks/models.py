@@ -62,6 +62,11 @@ def logit_tolerance(size: str) -> float:
     return 1e-4 if DTYPES[size] == "float32" else 3e-2
 
 
+def setting(size: str, length: int, config: ModelConfig) -> dict[str, Any]:
+    """The part of a report's settings that says which model ran on how many tokens."""
+    return {"size": size, "dtype": DTYPES[size], "length": length, "layers": config.n_layers}
+
+
 def shape(size: str, **changes: Any) -> ModelConfig:
     """The config of a random model. changes: other values of its fields; None leaves a field as it is."""
     return dataclasses.replace(_SHAPES[size], **{name: value for name, value in changes.items() if value is not None})

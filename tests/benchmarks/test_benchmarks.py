@@ -1,4 +1,4 @@
-"""Benchmarks: what they report and when they fail, and that the peers compute what we do. No time is asserted."""
+"""Benchmarks: all of them run, and the peers compute what we do. No time is asserted."""
 
 import ast
 import dataclasses
@@ -16,7 +16,7 @@ import pytest
 import retmask_jax as rm
 from retmask_jax.aot import table
 from retmask_jax.benchmarks import chip, detect, dpo, generate, harness, masks, memory, models, peers
-from retmask_jax.benchmarks.harness import Bound, Report, Row, Timed, alternate, speed_row
+from retmask_jax.benchmarks.harness import Bound, Report, Row
 from retmask_jax.benchmarks.memory import Peak, growth_rows
 from retmask_jax.benchmarks.peers import TrlPeer
 from retmask_jax.benchmarks.programs import PROGRAMS, OurTrainer, dpo_settings, random_pairs
@@ -49,62 +49,12 @@ def torch():
 
 
 @pytest.fixture(autouse=True)
-def collected(monkeypatch):
-    """How often `alternate` collects garbage; with torch imported each collection takes a large part of a second."""
-    times = []
-    monkeypatch.setattr(harness, "gc", SimpleNamespace(collect=lambda: times.append("collected")))
-    return times
+def uncollected(monkeypatch):
+    """`alternate` collects no garbage; with torch imported each collection takes a large part of a second."""
+    monkeypatch.setattr(harness, "gc", SimpleNamespace(collect=lambda: None))
 
 
-# --- harness ---
-
-
-def test_contenders_alternate_and_the_first_run_stands_apart(collected):
-    calls = collected
-    timed = alternate({name: lambda name=name: calls.append(name) or len(calls) for name in ("ours", "peer")}, 3)
-    assert calls == ["collected", "ours", "collected", "peer"] * 4
-    assert [timed[name].result for name in ("ours", "peer")] == [2, 4]
-    assert all(len(timed[name].runs) == 3 for name in timed)
-
-
-def test_ratio_is_of_medians():
-    row = speed_row("x", Timed(9.0, (1.0, 2.0, 30.0)), Timed(8.0, (50.0, 6.0, 5.0)), work=12, what="cases", target=4)
-    assert (row.ours, row.peer, row.ratio) == (2.0, 6.0, 3.0)
-    assert row.facts["cases/s"] == 6 and row.facts["cases/s of peer"] == 2
-    assert not row.target.holds and not Report("b", {}, [row]).violated  # a missed target is no disagreement
-
-
-@pytest.mark.parametrize(
-    "value, relation, limit, holds",
-    [
-        (1e-6, "<=", 1e-6, True),
-        (2e-6, "<=", 1e-6, False),
-        (0.999, ">=", 0.999, True),
-        (2, "==", 1, False),
-        (float("nan"), "<=", 1, False),
-        (float("nan"), ">=", 1, False),
-    ],
-)
-def test_bounds(value, relation, limit, holds):
-    assert Bound("x", value, relation, limit).holds == holds
-
-
-def test_table_and_json(tmp_path):
-    wrong = Bound("difference", float("nan"), "<=", 1e-6)
-    rows = [
-        Row("one", "bytes", 3 * 2**20, bounds=(Bound("growth", 2.0, "<=", 2.2),)),
-        Row("two", "bytes", 2**20, 2**22, 0.25, Bound("ratio", 0.25, "<=", 0.5), (wrong,)),
-    ]
-    report = Report("memory", {"size": "30m"}, rows)
-    header, texts = harness.table_rows(report)
-    assert list(header) == ["memory", "ours", "peer", "ratio", "target", "must hold"]  # nothing ran first
-    assert texts[0] == ["one", "3 MiB", "", "", "", "growth 2 <= 2.2"]
-    assert texts[1] == ["two", "1 MiB", "4 MiB", "0.25x", "<= 0.5", "difference nan VIOLATES <= 1e-06"]
-    harness.write_report(report, tmp_path / "out.json")
-    stored = json.loads((tmp_path / "out.json").read_text())
-    assert stored["violated"] == ["two: difference nan VIOLATES <= 1e-06"]
-    assert stored["rows"][1]["target"]["holds"] and not stored["rows"][1]["bounds"][0]["holds"]
-    assert stored["environment"]["versions"]["jax"] and stored["environment"]["devices"]
+# --- the command ---
 
 
 @pytest.mark.parametrize("difference, status", [(1e-7, 0), (1e-5, 1)])
@@ -468,51 +418,3 @@ def test_trl_takes_our_step(torch, small, tmp_path):
         mine, theirs = (np.array([row[side][name] for row in rows]) for side in (0, 1))
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6, err_msg=name)
     assert rows[-1][0]["loss"] < rows[0][0]["loss"] - 0.01 and abs(rows[-1][0]["reward_chosen"]) > 1e-3
-
-
-# --- shares of the machine's peaks ---
-
-
-def test_needed_work_is_counted_by_hand():
-    config = ModelConfig(
-        vocab_size=100,
-        hidden_size=8,
-        mlp_size=12,
-        n_layers=3,
-        n_heads=4,
-        n_kv_heads=2,
-        head_dim=4,
-        max_length=64,
-        layer_pattern=("sliding", "full"),
-        window=3,
-    )
-    a_layer = 8 * 16 + 2 * 8 * 8 + 16 * 8 + 3 * 8 * 12
-    full, sliding = 1 + 2 + 3 + 4 + 5, 1 + 2 + 3 + 3 + 3  # layers 0 and 2 slide
-    attention = 4 * 4 * 4 * (2 * sliding + full)
-    assert chip.forward_flops(config, 5, counted=2) == 2 * 5 * 3 * a_layer + attention + 2 * 2 * 8 * 100
-    cached = 2 * 2 * 4 * (3 + 5 + 3)  # keys and values of two heads
-    assert chip.decode_bytes(config, rows=7, context=5, itemsize=2) == 2 * (3 * a_layer + 8 * 100 + 7 * cached)
-
-
-def test_shares_are_of_what_the_machine_did(small, monkeypatch):
-    """Generation is a stand-in here that takes a second for the prompts and two for each new token."""
-    monkeypatch.setitem(chip._PRODUCT, "cpu", 128)
-    monkeypatch.setitem(chip._COPIED, "cpu", 2**20)
-    clock, calls = SimpleNamespace(perf_counter=lambda: clock.now, now=0.0), []
-
-    def generate(tokens, n):
-        calls.append((tokens.shape, n))
-        clock.now += 1 + 2 * n
-
-    peaks = chip.product_peak(models.mesh(), np.float32), chip.copy_bandwidth(models.mesh())
-    for name, peak in zip(("product_peak", "copy_bandwidth"), peaks, strict=True):
-        monkeypatch.setattr(chip, name, lambda *_, peak=peak: peak)
-    monkeypatch.setattr(harness, "time", clock)
-    lm = rm.load(small, mesh=models.mesh())
-    rows = chip.generation_rows(lm, models.mesh(), 2, 16, 3, 1, generate)
-    assert calls == [((2, 16), 1), ((2, 16), 3)] * 2
-    assert [row.unit for row in rows] == ["GFLOP/s", "GB/s"]
-    done = 2 * chip.forward_flops(lm.config, 16, counted=1) / 3, chip.decode_bytes(lm.config, 2, 17, 4) / 2
-    assert [row.ours for row in rows] == pytest.approx([rate / 1e9 for rate in done])
-    assert [row.peer for row in rows] == pytest.approx([peak / 1e9 for peak in peaks]) and min(peaks) > 1e7
-    assert [row.ratio for row in rows] == pytest.approx([row.ours / row.peer for row in rows])

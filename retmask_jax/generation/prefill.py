@@ -1,6 +1,7 @@
 """Prefill: prompts through the model in chunks, with a cache; and prompts that share their beginnings."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -51,19 +52,9 @@ def prefill(
     """
     batch, length = tokens_BT.shape
     chunk = chunk or usual_chunk()
+    run = functools.partial(hidden_rows, config, params, masks=masks, end_B=end_B, longest=longest)
     if length <= chunk:
-        return hidden_rows(
-            config,
-            params,
-            tokens_BT,
-            masks,
-            rows_BP,
-            cache=cache,
-            start_B=start_B,
-            end_B=end_B,
-            probe=probe,
-            longest=longest,
-        )
+        return run(tokens_BT, rows_BP=rows_BP, cache=cache, start_B=start_B, probe=probe)
     start_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
     chunk = even_size(length, chunk, min(_ALIGNED, chunk))
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -length % chunk)))
@@ -73,18 +64,7 @@ def prefill(
         part_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, c * chunk, chunk, axis=1)
         local_BP = jnp.clip(rows_BP - c * chunk, 0, chunk - 1)
         asked = None if probe is None else probe.replace(rows_BP=local_BP)
-        return hidden_rows(
-            config,
-            params,
-            part_BT,
-            masks,
-            local_BP,
-            cache=cache,
-            start_B=start_B + c * chunk,
-            end_B=end_B,
-            probe=asked,
-            longest=longest,
-        )
+        return run(part_BT, rows_BP=local_BP, cache=cache, start_B=start_B + c * chunk, probe=asked)
 
     def add(c, state: HiddenRows) -> HiddenRows:
         new, inside_BP = one(c, state.cache), rows_BP // chunk == c

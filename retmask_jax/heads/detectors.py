@@ -19,7 +19,8 @@ from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_
 from retmask_jax.generation.decode import generate_many
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.generation.logprobs import sequence_logprobs
-from retmask_jax.heads.copy_score import COUNTED, RIGHT_RECALL, Detection, collect, detect, score_answers, words_of
+from retmask_jax.heads.copy_score import RIGHT_RECALL, detect, score_answers, words_of
+from retmask_jax.heads.detection import COUNTED, Detection, collect
 from retmask_jax.heads.reading import measure_answers, read_answers
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.attention import EVERYWHERE
@@ -36,20 +37,18 @@ def copy_forced(
     """The copy score of arXiv 2404.15574 as in `detect`, with heads looked at only afterwards: the model answers, then
     reads its own answer in one pass."""
     prompts = [case.tokens for case in cases]
-    said = [
-        result.tokens.tolist()
-        for result in generate_many(
-            lm.config, lm.params, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, what="copy, forced"
-        )
-    ]
-    spoken = [i for i, tokens in enumerate(said) if tokens]
-    nothing = np.zeros((0, lm.config.n_layers, lm.config.n_heads), np.int32)
-    results = [(tokens, nothing) for tokens in said]
+    decoded = generate_many(
+        lm.config, lm.params, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, what="copy, forced"
+    )
+    said = [np.asarray(one.tokens) for one in decoded]
+    keys = [np.zeros((0, lm.config.n_layers, lm.config.n_heads), np.int32)] * len(cases)
+    spoken = [i for i, tokens in enumerate(said) if len(tokens)]
     if spoken:
-        found = read_answers(lm, [prompts[i] for i in spoken], [said[i] for i in spoken], batch_size=batch_size)
+        answers = [said[i].tolist() for i in spoken]
+        found = read_answers(lm, [prompts[i] for i in spoken], answers, batch_size=batch_size)
         for i, forced in zip(spoken, found, strict=True):
-            results[i] = said[i], forced.argmax
-    return score_answers(lm, cases, results, max_new_tokens=max_new_tokens)
+            keys[i] = forced.argmax
+    return score_answers(lm, cases, list(zip(said, keys, strict=True)), max_new_tokens=max_new_tokens)
 
 
 def copy_position(lm: LanguageModel, cases: Sequence[Case], *, batch_size: int = 16) -> Detection:

@@ -13,7 +13,8 @@ from retmask_jax.data.needles import Needle, build_cases, draw_specs
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.generation.language_model import from_params
 from retmask_jax.heads import detectors
-from retmask_jax.heads.copy_score import COUNTED, detect, words_of
+from retmask_jax.heads.copy_score import detect, words_of
+from retmask_jax.heads.detection import COUNTED
 from retmask_jax.heads.detectors import DETECTORS, agreement, copy_forced, over_seeds, query_focused
 from retmask_jax.heads.reading import measure_answers
 from retmask_jax.heads.scores import HeadScores

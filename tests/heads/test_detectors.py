@@ -261,5 +261,5 @@ def test_seeds_are_compared_in_pairs():
     assert found["n"] == 3 and found["common"] == [(0, 0)]
     assert found["jaccard"] == pytest.approx((1 + 1 / 3 + 1 / 3) / 3)
     assert found["spearman"] == pytest.approx((1 + 0.2 + 0.2) / 3)
-    with pytest.raises(ValueError, match="1 runs have nothing to be compared with"):
+    with pytest.raises(ValueError, match="1 runs cannot be compared"):
         over_seeds(runs[:1], top_k=2)

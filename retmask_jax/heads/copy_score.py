@@ -227,7 +227,8 @@ def _decode(
         probe=True,
         what="detect",
     )
-    return {i: (np.asarray(one.tokens), np.asarray(one.argmax)) for i, one in zip(chosen, decoded, strict=True)}
+    answers = [(np.asarray(generated.tokens), np.asarray(generated.argmax)) for generated in decoded]
+    return dict(zip(chosen, answers, strict=True))
 
 
 def _read_expected(

@@ -1,4 +1,4 @@
-"""Detectors of retrieval heads behind one interface, and how far they agree.
+"""Detectors of retrieval heads with one interface, and how far they agree.
 
 Each of DETECTORS is called as detector(lm, cases, batch_size=16) and returns a Detection. `copy` and `copy_forced` also
 take max_new_tokens, and score the model's answers. The others read the gold answer, the needle's tokens, after the
@@ -45,7 +45,7 @@ def copy_forced(
     decoded = generate_many(
         lm.config, lm.params, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, what="copy, forced"
     )
-    said = [np.asarray(one.tokens) for one in decoded]
+    said = [np.asarray(generated.tokens) for generated in decoded]
     keys = [np.zeros((0, lm.config.n_layers, lm.config.n_heads), np.int32)] * len(cases)
     spoken = [i for i, tokens in enumerate(said) if len(tokens)]
     if spoken:

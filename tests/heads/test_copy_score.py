@@ -176,7 +176,7 @@ def test_why_cases_do_not_count(slow):
     assert reason == COUNTED
 
 
-def test_copies_behind_a_newline_do_not_score(slow):
+def test_copies_after_a_newline_do_not_score(slow):
     tokens, strongest = slow[False][0]
     newline = tokens[2]
     lm = LM.replace(tokenizer=_renamed({newline: "end\n"}))
@@ -244,7 +244,7 @@ def _score(prompt, span, tokens, keys, released=False):
         ([7, 8, 9, 7], [2, 3, 4, 2], 1, 4 / 3),
         ([8, 7], [2, 3], 0, 0),  # looks into the needle, at another token
         ([7, 8], [0, 5], 0, 0),  # equal tokens outside the span
-        ([7, 8, 9], [2, 9, 10], 1 / 3, 1 / 3),  # keys behind the prompt are generated tokens
+        ([7, 8, 9], [2, 9, 10], 1 / 3, 1 / 3),  # keys after the prompt are generated tokens
         ([7], [5], 0, 0),  # the end of the span is outside
         ([], np.zeros(0, int), 0, 0),
     ],

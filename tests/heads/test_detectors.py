@@ -49,7 +49,7 @@ def _copied_cases():
 
 
 def _forced(case):
-    """The gold answer behind its prompt, and the positions that predict it."""
+    """The gold answer after its prompt, and the positions that predict it."""
     row = np.array([*case.tokens, *words_of(case)])
     return row, np.arange(len(case.tokens) - 1, len(row) - 1)
 
@@ -167,7 +167,7 @@ def test_elsewhere_counts_as_many_tokens_as_the_needle_has():
 
 
 def test_contributions_add_up_to_the_logit():
-    """Layers of two kinds and a tail, norms before and behind, with an offset. The embeddings lie in one half of the
+    """Layers of two kinds and a tail, norms before and after, with an offset. The embeddings lie in one half of the
     width and the unembedding in the other, and the MLPs write nothing: heads alone make the logits."""
     config = ModelConfig(
         vocab_size=31,

@@ -211,7 +211,7 @@ def over_seeds(runs: Sequence[HeadScores], top_k: int) -> dict[str, Any]:
 
 def _agree(a: HeadScores, b: HeadScores, top_k: int) -> dict[str, float]:
     jaccard = stats.jaccard(a.heads(top_k=top_k), b.heads(top_k=top_k))
-    return {"jaccard": jaccard, "spearman": stats.spearman(a.mean, b.mean)["value"]}
+    return {"jaccard": jaccard, "spearman": stats.spearman(a.mean, b.mean).value}
 
 
 def _no_needle(case: Case) -> str | None:

@@ -93,7 +93,7 @@ def gain_against_sparsity(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         by_model.setdefault(run["weights"], []).append((run["gini"], run["gain"]["value"]))
     means = np.array([np.mean(points, axis=0) for points in by_model.values()])
     rho = stats.spearman_interval(*means.T) if len(means) >= CORRELATE_FROM else None
-    rho = rho if rho and math.isfinite(rho["value"]) else None
+    rho = None if rho is None or stats.defined(rho.value) is None else rho
     return {"rows": list(runs), "n_models": len(means), "spearman": rho, "finding": _finding(len(means), rho)}
 
 
@@ -114,14 +114,14 @@ def _row(model: Scored) -> dict[str, Any]:
     }
 
 
-def _finding(n_models: int, rho: Mapping | None) -> str:
+def _finding(n_models: int, rho: stats.Number | None) -> str:
     if n_models < CORRELATE_FROM:
         models = f"{n_models} model{'' if n_models == 1 else 's'}"
         return f"Descriptive only: {models}, too few for a correlation (from {CORRELATE_FROM} on); none is claimed."
     if rho is None:
         return f"{n_models} models, in all of which the gain or the Gini coefficient is the same: no correlation."
-    bounds = f"[{rho['low']:.2f}, {rho['high']:.2f}]"
-    return f"Spearman's rank correlation over {n_models} models: {rho['value']:.2f}, 95% interval {bounds}."
+    bounds = f"[{rho.low:.2f}, {rho.high:.2f}]"
+    return f"Spearman's rank correlation over {n_models} models: {rho.value:.2f}, 95% interval {bounds}."
 
 
 def _group_size(n_heads: int, n_kv_heads: int) -> int:

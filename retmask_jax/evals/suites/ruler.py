@@ -94,8 +94,8 @@ def ruler_samples(
 
 def score(task: str, answer: str, references: Sequence[str]) -> float:
     """Returns the share of references that are in the answer, in upper or lower case; for qa 1 if any is, else 0."""
-    share = contained_share(answer, references)
-    return float(share > 0) if _task(task).any_reference else share
+    entry, share = _task(task), contained_share(answer, references)
+    return float(share > 0) if entry.any_reference else share
 
 
 def run_ruler(

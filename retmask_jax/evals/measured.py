@@ -31,7 +31,7 @@ class Measured:
     length: int | None = None
     missing: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.ids) != len(self.values) or len(set(self.ids)) != len(self.ids):
             given = f"{len(self.values)} values and {len(set(self.ids))} different ids of {len(self.ids)}"
             raise ValueError(f"{self.suite} {self.task} has {given}: each value needs its own id")

@@ -1,6 +1,7 @@
 """Loss on plain text: what an intervention or a training costs in general, and at which positions of the context."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int
@@ -20,7 +21,7 @@ POSITIONS = "positions "  # with their range the names of the tasks of `run_posi
 Windows = Int[np.ndarray, "windows length"]
 
 
-def text_windows(tokenizer, sentences: Sequence[str], length: int, n: int) -> Int[np.ndarray, "n length"]:
+def text_windows(tokenizer: Any, sentences: Sequence[str], length: int, n: int) -> Int[np.ndarray, "n length"]:
     """Cuts a text into n consecutive windows, each with a BOS first if the tokenizer has one.
 
     Raises:
@@ -34,7 +35,7 @@ def text_windows(tokenizer, sentences: Sequence[str], length: int, n: int) -> In
 
 
 def sliding_windows(
-    tokenizer, sentences: Sequence[str], length: int, stride: int, n: int | None = None
+    tokenizer: Any, sentences: Sequence[str], length: int, stride: int, n: int | None = None
 ) -> Int[np.ndarray, "windows length"]:
     """Cuts a text into windows that each start `stride` tokens after the one before, each with a BOS first if the
     tokenizer has one.

@@ -6,6 +6,7 @@
 import collections
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +172,7 @@ def copy_score(
     return np.sum(copied, axis=0).astype(np.float32) / len(needle_ids)
 
 
-def newline_ids(tokenizer) -> Int[np.ndarray, " ids"]:
+def newline_ids(tokenizer: Any) -> Int[np.ndarray, " ids"]:
     """Returns the ids of the tokens whose text has a newline."""
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     return np.array([i for i, text in enumerate(texts) if "\n" in text], np.int64)

@@ -19,7 +19,7 @@ COUNTED = "counted"
 class NoCaseCounts(ValueError):
     """No detection case counts, so no head has a score. `outcomes` says why not, for each case."""
 
-    def __init__(self, message: str, outcomes: Sequence[str]):
+    def __init__(self, message: str, outcomes: Sequence[str]) -> None:
         super().__init__(message)
         self.outcomes = list(outcomes)
 

@@ -9,12 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jax.typing import ArrayLike
+from jaxtyping import Int, PyTree
 
 from retmask_jax.generation.batching import bucket, full_batches, pad_rows
 from retmask_jax.generation.language_model import LanguageModel
-from retmask_jax.generation.prefill import Shared, prefill, share_prefixes, slots_for, usual_chunk
+from retmask_jax.generation.prefill import Prefilled, Shared, prefill, share_prefixes, slots_for, usual_chunk
 from retmask_jax.model.attention import Probe
+from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
 from retmask_jax.model.sharding import by_rows, full_share, mesh_of
@@ -125,8 +127,20 @@ def measure_answers(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def read_batch(
-    config, measure, values, params, prefix, tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv, longest
-):
+    config: ModelConfig,
+    measure: Callable[..., Any],
+    values: bool,
+    params: PyTree,
+    prefix: PyTree | None,
+    tokens_BT: Int[ArrayLike, "B T"],
+    start_B: Int[ArrayLike, " B"],
+    end_B: Int[ArrayLike, " B"],
+    rows_BN: Int[ArrayLike, "B N"],
+    target_BN: Int[ArrayLike, "B N"],
+    spans_BN2: Int[ArrayLike, "B spans 2"] | None,
+    iv: Interventions,
+    longest: Int[ArrayLike, ""],
+) -> Any:
     """Measures one batch of texts; the compiled program of `measure_answers`.
 
     Args:
@@ -142,12 +156,14 @@ def read_batch(
         iv: Filled interventions.
         longest: Tokens of the longest text and its answer.
     """
-    rows = tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv.per_row(len(tokens_BT))
+    rows = tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv.per_row(np.shape(tokens_BT)[0])
     return by_rows(functools.partial(_read_rows, config, measure, values), (params, prefix, longest), rows)
 
 
-def own_choices(config, params, out, target_BN):
-    """Returns the most likely token i32[B,N], and the key that each head weighs most i32[B,N,L,H]."""
+def own_choices(
+    config: ModelConfig, params: PyTree, out: Prefilled, target_BN: Int[jax.Array, "B N"]
+) -> tuple[Int[jax.Array, "B N"], Int[jax.Array, "B N L H"]]:
+    """Returns the most likely token, and the position of the key that each head weighs most."""
     return jnp.argmax(unembed(config, params, out.x_BPE), axis=-1), out.probed.keys[..., 0]
 
 

@@ -86,7 +86,7 @@ class HarnessModel(TemplateLM):
             rest = [turn for turn in chat_history if turn["role"] != "system"]
             return self.tokenizer.apply_chat_template(rest, **options)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Returns token ids with the tokenizer's special tokens, but no second BOS before a text that begins with one."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))

@@ -14,6 +14,7 @@ from retmask_jax.data.prompter import Prompter
 from retmask_jax.hf.end_tokens import Ends
 from retmask_jax.utils.files import read_json, write_json
 from retmask_jax.utils.hosts import first_alone
+from retmask_jax.utils.store import check_identity
 
 SIDES = ("chosen", "rejected")
 _WIDTH_STEP = 64
@@ -189,14 +190,6 @@ class _Texts(Sequence):
 
 def _cuts(blocks: Sequence[PairRows]) -> tuple[int, int]:
     return sum(block.cut for block in blocks), sum(block.prompts_cut for block in blocks)
-
-
-def check_identity(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise ValueError where what a file was made from is not what it would be made from now."""
-    changed = [name for name in wanted if stored.get(name) != wanted[name]]
-    if changed:
-        shown = ", ".join(f"{name} {stored.get(name)}, now {wanted[name]}" for name in changed)
-        raise ValueError(f"{path} was made with another {shown}: delete it to make it again")
 
 
 def batches(n: int, batch_size: int, seed: int):

@@ -11,7 +11,7 @@ from retmask_jax.generation.logprobs import token_logprobs
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils import memory
 from retmask_jax.utils.hosts import to_host
-from retmask_jax.utils.store import Kept, request_key
+from retmask_jax.utils.store import Store, request_key
 
 METRIC = "nats per token"
 POSITIONS = "positions "  # what the tasks of `run_positions` are called, before their range
@@ -60,7 +60,7 @@ def token_losses(
     interventions: Interventions | None = None,
     *,
     batch_size: int,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     what: str = "text loss",
 ) -> np.ndarray:
     """f64[windows, length - 1]: negative log-probability of the tokens at positions 1, 2, ... in nats.
@@ -68,7 +68,7 @@ def token_losses(
     kept: of this model under these interventions; only what it lacks is computed. Where memory runs out the batch is
     halved.
     """
-    kept = kept or Kept()
+    kept = Store() if kept is None else kept
     keys = [request_key("token losses", window) for window in windows]
     missing = kept.missing(keys)
 
@@ -95,7 +95,7 @@ def run_positions(
     windows: np.ndarray,
     *,
     batch_size: int = 1,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     interventions: Interventions | None = None,
 ) -> list[Measured]:
     """Mean loss of each window over all its tokens, and in each bucket of `position_buckets`: nats per token."""
@@ -111,7 +111,7 @@ def run_sliding(
     stride: int,
     *,
     batch_size: int = 1,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     interventions: Interventions | None = None,
 ) -> Measured:
     """Mean loss of the last `stride` tokens of each window of `sliding_windows`: nats per token.

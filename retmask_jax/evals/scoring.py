@@ -15,7 +15,7 @@ from retmask_jax.model.interventions import Interventions, stack
 from retmask_jax.utils import memory
 from retmask_jax.utils.files import digest
 from retmask_jax.utils.hosts import to_host
-from retmask_jax.utils.store import Kept, request_key
+from retmask_jax.utils.store import Store, request_key
 
 # Names for the same thing, the first that is given counts.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -80,7 +80,7 @@ def continuation_logprobs(
     interventions: Interventions | None = None,
     *,
     batch_size: int,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     what: str = "log-likelihood",
 ) -> list[tuple[float, bool]]:
     """(log-probability in nats of a continuation, whether each of its tokens is the most likely one) of each pair.
@@ -90,7 +90,7 @@ def continuation_logprobs(
     only what it lacks is computed. Where memory runs out the batch is halved. Raises ValueError for an empty side, and
     for a continuation longer than the context.
     """
-    iv, kept = shared_mask(lm.config, interventions), kept or Kept()
+    iv, kept = shared_mask(lm.config, interventions), Store() if kept is None else kept
     rows = [_fitted(pair, lm.config.max_length) for pair in pairs]
     keys = [request_key("log-likelihood", row, n=len(pair[1])) for row, pair in zip(rows, pairs, strict=True)]
     missing = kept.missing(keys)
@@ -130,7 +130,7 @@ def answered(
     until: Sequence[str] = (),
     temperature: float = 0.0,
     top_p: float = 1.0,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     what: str = "generate",
 ) -> list[tuple[str, int]]:
     """(answer, without special tokens, up to the first of the `until` texts; number of tokens made) of each prompt.
@@ -138,7 +138,7 @@ def answered(
     Draws at a temperature depend on a prompt's place in the list, not on its batch. kept: of this model under these
     interventions; only what it lacks is generated. Prompts must leave room for the new tokens, see `last_tokens`.
     """
-    mask, kept = shared_mask(lm.config, interventions), kept or Kept()
+    mask, kept = shared_mask(lm.config, interventions), Store() if kept is None else kept
     stops = stop_ids(lm, until)
     same = {"max_new_tokens": max_new_tokens, "until": list(until), "stop_ids": stops}
     drawn = {"temperature": temperature, "top_p": top_p} if temperature else {}

@@ -2,12 +2,14 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from retmask_jax.utils.files import read_json, wait_until_listed, write_json
+from retmask_jax.utils.files import digest, read_json, wait_until_listed, write_json
+from retmask_jax.utils.store import check_identity
 
 log = logging.getLogger(__name__)
 
@@ -18,19 +20,23 @@ _LAST = "commit_success.txt"  # what Orbax writes last
 class Checkpoints:
     """The checkpoints in a folder; a context manager, at whose end all of them are whole."""
 
-    def __init__(self, folder: str | os.PathLike, keep: int, fingerprint: str):
-        """folder: a path, or the address of a bucket (gs://...), which is handed on as it is. keep: how many of the newest
-        stay, and the one with the lowest loss. fingerprint: of what is trained on.
+    def __init__(self, folder: str | os.PathLike, keep: int, identity: Mapping[str, Any]):
+        """Opens the checkpoints of a folder.
 
         A checkpoint is whole once its folder holds the file that is written last: no folder is renamed, which object
         stores and their mounts cannot do. Since mounts may list new folders late, the steps are also noted by name.
+
+        Args:
+            folder: A path, or the address of a bucket (gs://...), which is handed on as it is.
+            keep: How many of the newest checkpoints stay, besides the one with the lowest loss.
+            identity: What the run is made from, {name: JSON value}.
         """
         import orbax.checkpoint as ocp
         from etils import epath
         from orbax.checkpoint import checkpoint_managers as kept
 
         logging.getLogger("absl").setLevel(logging.WARNING)
-        self._fingerprint = fingerprint
+        self._identity = dict(identity)
         best = kept.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1)
         policy = kept.AnyPreservationPolicy([kept.LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(
@@ -54,7 +60,7 @@ class Checkpoints:
         """Begin to write: the state, the state of the data's iterator, and the mean loss since the last checkpoint."""
         import orbax.checkpoint as ocp
 
-        about = {"data": data, "fingerprint": self._fingerprint, "loss": loss}
+        about = {"data": data, "identity": self._identity, "loss": loss}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
         if self._note:
             write_json(self._note, [*self._manager.all_steps(), step])
@@ -82,11 +88,8 @@ class Checkpoints:
 
         step = self.latest
         about = self._about(step)
-        if about["fingerprint"] != self._fingerprint:
-            raise ValueError(
-                f"{self._manager.directory} holds checkpoints of another run (fingerprint {about['fingerprint']}, now "
-                f"{self._fingerprint}): delete it to start again"
-            )
+        if about.get("fingerprint") != digest(self._identity):  # earlier versions stored this hash of the identity
+            check_identity(self._manager.directory, about.get("identity", {}), self._identity)
         log.info("resuming at step %d", step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(_abstract, shapes)))
         return self._manager.restore(step, args=args)["state"], about["data"]

@@ -21,7 +21,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from retmask_jax.training.pairs import Question, Variant
+from retmask_jax.training.pairs import Question, StoredAnswer, Variant, answer
 from retmask_jax.utils.keys import clean_key, has_password, without_secrets
 from retmask_jax.utils.progress import with_rate
 
@@ -71,7 +71,7 @@ class Endpoints:
 
 def sample(
     endpoints: Endpoints, questions: Sequence[Question], *, temperature: float, top_p: float, max_new_tokens: int
-) -> Iterator[dict]:
+) -> Iterator[StoredAnswer]:
     """The servers' answers as records in the order in which they come.
 
     A question whose every try failed has none; where many in a row fail, that server is not asked again. Raises
@@ -84,7 +84,7 @@ def sample(
     if endpoints.template_kwargs:
         options["chat_template_kwargs"] = dict(endpoints.template_kwargs)
     answers = _in_threads(endpoints, questions, options)
-    return with_rate(answers, lambda answer: answer["tokens"], len(questions), "ask the endpoints")
+    return with_rate(answers, lambda stored: stored[1]["tokens"], len(questions), "ask the endpoints")
 
 
 class _Failed(Exception):
@@ -95,7 +95,7 @@ class _Failed(Exception):
         self.wait = wait
 
 
-def _in_threads(endpoints: Endpoints, questions: Sequence[Question], options) -> Iterator[dict]:
+def _in_threads(endpoints: Endpoints, questions: Sequence[Question], options) -> Iterator[StoredAnswer]:
     """Every server has threads of its own, so that a slow one holds up no other; each ends with None."""
     results, stops = queue.SimpleQueue(), {}
     for url in set(endpoints.urls.values()):
@@ -126,7 +126,7 @@ def _work(endpoints: Endpoints, url: str, todo, options, stop: threading.Event, 
     results.put((url, None))
 
 
-def _collect(results, stops: Mapping[str, threading.Event], concurrency: int, total: int) -> Iterator[dict]:
+def _collect(results, stops: Mapping[str, threading.Event], concurrency: int, total: int) -> Iterator[StoredAnswer]:
     """The answers as they come; ValueError where some are missing, after all others."""
     answered, in_a_row, failure, running = 0, dict.fromkeys(stops, 0), None, concurrency * len(stops)
     while running:
@@ -149,7 +149,7 @@ def _collect(results, stops: Mapping[str, threading.Event], concurrency: int, to
         )
 
 
-def _patiently(endpoints: Endpoints, question: Question, options, stop: threading.Event) -> dict | _Failed:
+def _patiently(endpoints: Endpoints, question: Question, options, stop: threading.Event) -> StoredAnswer | _Failed:
     """The answer, or the last failure."""
     for retry in range(endpoints.retries + 1):
         try:
@@ -162,7 +162,7 @@ def _patiently(endpoints: Endpoints, question: Question, options, stop: threadin
     return failure
 
 
-def _ask(endpoints: Endpoints, question: Question, options) -> dict:
+def _ask(endpoints: Endpoints, question: Question, options) -> StoredAnswer:
     url, key = f"{endpoints.urls[question.variant].rstrip('/').removesuffix('/v1')}{_PATH}", _key()
     body = options | {"messages": list(question.messages), "seed": question.draw}
     headers = {"Content-Type": "application/json"}
@@ -180,7 +180,7 @@ def _ask(endpoints: Endpoints, question: Question, options) -> dict:
     except ValueError as error:  # such as an address of a proxy, from the environment, that is none
         raise ValueError(f"{url} cannot be asked: {without_secrets(str(error), key)}") from error
     try:
-        return _parse(question, json.loads(content), endpoints.thoughts_begin)
+        return question.key, _parse(json.loads(content), endpoints.thoughts_begin)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         said = without_secrets(content[: 2**16].decode(errors="replace"), key)
         raise _Failed(f"{url}: no whole answer but {said[:200]!r}") from error
@@ -259,8 +259,8 @@ def _asked_wait(header: str | None) -> float:
     return min(max(seconds, 0.0), _LONGEST_ASKED)
 
 
-def _parse(question: Question, body: Any, thoughts_begin: str) -> dict:
-    """The record of a server's answer; thoughts that it has split off stand before the answer, as the model wrote."""
+def _parse(body: Any, thoughts_begin: str) -> dict[str, Any]:
+    """What is stored of a server's answer; thoughts that it has split off stand before the answer, as the model wrote."""
     choice = body["choices"][0]
     message, reason = choice["message"], choice["finish_reason"]
     thoughts, text = message.get("reasoning_content") or message.get("reasoning"), message.get("content")
@@ -269,4 +269,4 @@ def _parse(question: Question, body: Any, thoughts_begin: str) -> dict:
     if thoughts:
         text = f"{thoughts_begin}{thoughts}" + (f"</think>{text}" if text else "")
     tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
-    return question.answer(text, finished=reason == "stop", tokens=tokens)
+    return answer(text, finished=reason == "stop", tokens=tokens)

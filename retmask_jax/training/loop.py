@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +44,35 @@ def train(
     folder: Path,
     mesh,
     *,
-    fingerprint: str,
+    identity: Mapping[str, Any],
     what: str = "train",
     ablated=None,
 ):
-    """Train from load_params() on preference rows; returns the final params: all of them, float32; or adapters beside
-    the frozen model, parameters of a config with settings.lora, which `language_model.save` merges into the weights as stored.
+    """Trains on preference rows from load_params() on, and resumes from the newest checkpoint in `folder`.
 
-    load_params gives the start model, read in settings.start_dtype; it is called once at most, and none but the trained
-    parameters are held while training. fingerprint: of the start model, the data and how they were made into rows. ablated: the
-    Interventions of the objective "contrast".
+    The outcome equals an uninterrupted run. Into `folder` go reference/ (a store), metrics.jsonl, tensorboard/ and
+    checkpoints/, or a note of where the checkpoints are if settings.checkpoint_folder names another place.
 
-    Writes reference.npz, metrics.jsonl, tensorboard/ and checkpoints/ (or, where settings.checkpoint_folder names another
-    place, a note of where they are) into folder and resumes from the newest
-    checkpoint there: the outcome equals an uninterrupted run. Raises ValueError for settings, rows or a mesh that do not
-    fit, for files in folder of another fingerprint, and for a loss that is not finite, naming the step and the pairs;
-    Stopped after SIGTERM.
+    Args:
+        config: Config of the start model.
+        load_params: Gives the start model's parameters in settings.start_dtype; called once at most. Only the trained
+            parameters are held while training.
+        rows: The pairs.
+        settings: How to train.
+        folder: Where the run keeps its files.
+        mesh: The devices.
+        identity: What the run is made from, {name: JSON value}: the start model, the data and how they were made into rows.
+        what: Name of the run in its progress bar, messages and metrics.
+        ablated: The interventions of the objective "contrast".
+
+    Returns:
+        The final parameters: all of them in float32, or adapters next to the frozen model, which are parameters of a
+        config with settings.lora; `language_model.save` merges them into the weights as stored.
+
+    Raises:
+        ValueError: Settings, rows or mesh do not fit, files in `folder` have another identity, or a loss is not finite;
+            the message then names the step and the pairs.
+        Stopped: After SIGTERM.
     """
     check_mesh(settings, mesh)
     allowed = widths(rows, 1 if config.depends_on_length else settings.widths, config.max_length)
@@ -71,18 +84,18 @@ def train(
             config,
             start,
             rows,
-            folder / "reference.npz",
+            folder / "reference",
             mesh,
             batch_size=settings.reference_batch_size,
             compute_dtype=settings.compute_dtype,
             allowed_widths=allowed,
-            fingerprint=fingerprint,
+            identity=identity,
         )
     # One set of programs for all seeds: the seed orders the data and is no part of an update.
     programs = make_programs(config, dataclasses.replace(settings, seed=0), mesh)
     run = _Run(config, settings, rows, reference_ND, mesh, programs, allowed, ablated)
     place = _checkpoint_folder(folder, settings.checkpoint_folder)
-    with sharding.using(mesh), Checkpoints(place, settings.keep, fingerprint) as checkpoints:
+    with sharding.using(mesh), Checkpoints(place, settings.keep, identity) as checkpoints:
         resumed = checkpoints.latest is not None
         frozen = {} if settings.lora is None else programs.freeze(start())
         if resumed:

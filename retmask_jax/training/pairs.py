@@ -13,12 +13,14 @@ from retmask_jax.generation.continuous import Request, generate_stream
 from retmask_jax.generation.decode import NO_STOP
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions, stack
+from retmask_jax.utils.store import Key
 
 KEPT = "kept"
 OUTCOMES = (KEPT, "empty", "identical")
 _AT_ONCE = 1024  # prompts a tokenizer is given: it returns far more than their tokens
 
 Variant = tuple[int, str]  # training seed and name of who answers
+StoredAnswer = tuple[Key, dict[str, Any]]  # key and value of an answer in the store
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,11 +38,18 @@ class Question:
         """What the answer is stored under."""
         return (*self.variant, self.id)
 
-    def answer(self, text: str, finished: bool, tokens: int, stop: int | None = None) -> dict[str, Any]:
-        """The record of an answer of so many tokens; finished: it was not cut off; stop: the id that ended it, where one
-        did and is known."""
-        record = {"key": list(self.key), "text": text, "finished": finished, "tokens": tokens}
-        return record if stop is None else record | {"stop": stop}
+
+def answer(text: str, finished: bool, tokens: int, stop: int | None = None) -> dict[str, Any]:
+    """Returns an answer as it is stored.
+
+    Args:
+        text: What was answered.
+        finished: Whether the answer ended by itself instead of being cut off.
+        tokens: The number of its tokens.
+        stop: The id that ended it, where one did and is known.
+    """
+    record = {"text": text, "finished": finished, "tokens": tokens}
+    return record if stop is None else record | {"stop": stop}
 
 
 def usable(
@@ -74,7 +83,7 @@ def sample(
     top_p: float,
     max_new_tokens: int,
     batch_size: int | None,
-) -> Iterator[dict]:
+) -> Iterator[StoredAnswer]:
     """The answers of the model, each under its variant's mask, as records in the order in which they finish.
 
     All variants share batches. An answer depends on its question alone, not on what else is asked (up to rounding,
@@ -97,7 +106,8 @@ def sample(
     for i, result in stream:
         text = lm.tokenizer.decode(result.tokens, skip_special_tokens=True)
         n, stop = len(result.tokens), int(result.stops)
-        yield questions[i].answer(text, finished=n < max_new_tokens, tokens=n, stop=None if stop == NO_STOP else stop)
+        finished, stop = n < max_new_tokens, None if stop == NO_STOP else stop
+        yield questions[i].key, answer(text, finished, n, stop)
 
 
 def make_pairs(

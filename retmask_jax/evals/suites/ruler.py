@@ -20,7 +20,7 @@ from retmask_jax.evals.suites.samples import Draft, Sample, check_lengths, fill,
 from retmask_jax.evals.suites.words import COMPOUNDS, NOISE, compound, word_order
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def run_ruler(
     questions: dict[str, Questions] | None = None,
     batch_size: int = 1,
     interventions: Interventions | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
 ) -> list[Measured]:
     """String match of greedy answers, a Measured for each task and length.
 

@@ -11,7 +11,7 @@ from retmask_jax.evals.measured import Measured
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils.progress import track
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 _FIRST_GUESS = 32  # units: a prompt that is cheap to tokenize, and enough to tell how long the others are
 
@@ -99,7 +99,7 @@ def answer(
     *,
     batch_size: int,
     interventions: Interventions | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     what: str = "answer",
 ) -> list[str]:
     """Greedy answers, without their prefix. Raises ValueError for samples of different max_new_tokens."""

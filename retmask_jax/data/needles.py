@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def read_needles(path: str | Path) -> list[Needle]:
     """
     needles = []
     for number, record in iter_records(Path(path)):
-        texts = {name: record.get(name) for name in ("needle", "question", "answer", "key", "memory")}
+        texts: dict[str, Any] = {name: record.get(name) for name in ("needle", "question", "answer", "key", "memory")}
         texts["answer"] = record.get("answer", record.get("real_needle"))
         if texts["question"] is None or texts["answer"] is None:
             raise ValueError(f"{path}, line {number}: a needle has question and answer, this one {sorted(record)}")
@@ -141,8 +142,8 @@ def build_cases(
     """
     _check_used(needles, specs)
     sizes = _sizes(prompter, sentences)
-    specs = track(specs, len(specs), "needle cases", "case")
-    return [_build(prompter, sentences, sizes, needles, spec, shuffle, at_start) for spec in specs]
+    shown = track(specs, len(specs), "needle cases", "case")
+    return [_build(prompter, sentences, sizes, needles, spec, shuffle, at_start) for spec in shown]
 
 
 def paired_cases(

@@ -165,7 +165,8 @@ def preference_source(folder: str | Path) -> PreferenceSource:
     paths = [path for version in _VERSIONS if (path := Path(folder) / NAME / version).is_dir()]
     if not paths:
         raise ValueError(f"{folder} has no pairs ({NAME}/{_VERSIONS[0]}/): export them with the format tfds")
-    return PreferenceSource(tfds.builder_from_directory(paths[0]).as_data_source("train"))
+    builder: Any = tfds.builder_from_directory(paths[0])
+    return PreferenceSource(builder.as_data_source("train"))
 
 
 def _builder(folder: str | Path, records: Iterable[dict]):

@@ -46,7 +46,7 @@ class PairRows:
         prompt, chosen, rejected = np.diff(self.bounds, axis=1).T
         return prompt + np.maximum(chosen, rejected)
 
-    def padded(self, pairs: Sequence[int], width: int, pad_id: int) -> dict[str, np.ndarray]:
+    def padded(self, pairs: Sequence[int] | np.ndarray, width: int, pad_id: int) -> dict[str, np.ndarray]:
         """{"chosen", "rejected": i32[n,width], "chosen_mask", "rejected_mask": bool[n,width], the answers' tokens}."""
         out = {side: np.full((len(pairs), width), pad_id, np.int32) for side in SIDES}
         out |= {f"{side}_mask": np.zeros((len(pairs), width), bool) for side in SIDES}
@@ -173,7 +173,7 @@ def _mapped(path: Path, dtype, size: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Texts(Sequence):
+class _Texts(Sequence[str]):
     """Texts in one array of bytes u8; ends i64[N]."""
 
     data: np.ndarray
@@ -182,7 +182,7 @@ class _Texts(Sequence):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, i: int) -> str:
+    def __getitem__(self, i: int) -> str:  # pyrefly: ignore[bad-override]  (no slices are taken)
         end = int(self.ends[i])
         i %= len(self.ends)
         return self.data[int(self.ends[i - 1]) if i else 0 : end].tobytes().decode()
@@ -192,7 +192,7 @@ def _cuts(blocks: Sequence[PairRows]) -> tuple[int, int]:
     return sum(block.cut for block in blocks), sum(block.prompts_cut for block in blocks)
 
 
-def batches(n: int, batch_size: int, seed: int):
+def batches(n: int, batch_size: int, seed: int) -> Any:
     """An endless iterator over i64[batch_size] pair numbers with `get_state` and `set_state`; each epoch has its own
     shuffle, and what comes is the same on every host.
 

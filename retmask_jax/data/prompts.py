@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from retmask_jax.data.chat import record_id, turns
 from retmask_jax.utils.files import iter_jsonl, iter_lines, matching
@@ -145,9 +145,10 @@ def _stored_tfds(source: str, split: str) -> Iterator[tuple[str, str, Any]]:
     name = source.removeprefix(_TFDS)
     try:
         if Path(name).is_dir():
-            records = tfds.builder_from_directory(name).as_data_source(split)
+            builder: Any = tfds.builder_from_directory(name)
+            records = builder.as_data_source(split)
         else:
-            records = tfds.data_source(name, split=split)
+            records = cast(Any, tfds.data_source(name, split=split))
     # A set's own code runs here, and its hosts' clients: what they raise has no base in common.
     except Exception as error:
         raise ValueError(f"{source}, split {split}: {_why(error)}") from error

@@ -1,6 +1,8 @@
 """Recall tasks: needle and fact questions over lengths and depths, with and without context."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +11,7 @@ from retmask_jax.data.prompter import Prompter
 from retmask_jax.utils import stats
 
 
-def task_cases(prompter: Prompter, task, resolve) -> list[Case]:
+def task_cases(prompter: Prompter, task: Any, resolve: Callable[[str], Path]) -> list[Case]:
     """The cases of a task section of a config. No lengths: the bare questions, answered from memory.
 
     resolve: turns a file name of the config into a path.
@@ -24,7 +26,7 @@ def task_cases(prompter: Prompter, task, resolve) -> list[Case]:
     return build_cases(prompter, sentences, needles, specs, shuffle=task.shuffle, at_start=task.at_start)
 
 
-def check_fits(name: str, task, max_length: int, context: str = "the model's context") -> None:
+def check_fits(name: str, task: Any, max_length: int, context: str = "the model's context") -> None:
     """Raise ValueError where the longest case of a task and its answer exceed a context of max_length tokens."""
     longest = max(task.lengths, default=0) + task.max_new_tokens
     if longest > max_length:

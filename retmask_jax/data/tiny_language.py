@@ -9,6 +9,7 @@ Inside, ids 0 is padding and a sentence is a row of an array `ids_SW`: S sentenc
 import dataclasses
 import hashlib
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
@@ -161,7 +162,7 @@ def prompt_records(
     ]
 
 
-def build_tokenizer():
+def build_tokenizer() -> Any:
     """Returns a transformers PreTrainedTokenizerFast: a word a token, split at white space, no `<bos>` of its own
     (CHAT_TEMPLATE writes it). `save_pretrained` folders load with AutoTokenizer."""
     import tokenizers

@@ -87,16 +87,15 @@ def copy_files(paths: list[Path], target: Path) -> None:
 class Tensor:
     """One tensor of an open safetensors file, read when asked for."""
 
-    def __init__(self, handle, name: str):
+    def __init__(self, handle: Any, name: str):
         self._slice = handle.get_slice(name)
         self.shape = tuple(self._slice.get_shape())
-        self.dtype = _DTYPES.get(self._slice.get_dtype())
-        if self.dtype is None:
-            kind = self._slice.get_dtype()
+        if (kind := self._slice.get_dtype()) not in _DTYPES:
             raise ValueError(f"tensor {name} has type {kind}: quantised checkpoints are not supported, use a float one")
+        self.dtype = _DTYPES[kind]
 
     def read(self, *bounds: tuple[int, int]) -> np.ndarray:
-        """The block with these (begin, end) along each axis."""
+        """Returns the block between these bounds, (begin, end) along each axis."""
         return self._slice[tuple(slice(begin, end) for begin, end in bounds)]
 
 

@@ -96,7 +96,7 @@ def common(
     norm_eps: float = 1e-6,
     theta: float = 1e4,
     partial_rotary: bool = False,
-    **fields,
+    **fields: Any,
 ) -> ModelConfig:
     """The ModelConfig of attributes all families share, with `fields` beside or instead of them.
 
@@ -104,7 +104,7 @@ def common(
     """
     heads, hidden = hf.size("num_attention_heads"), hf.size("hidden_size")
     max_length = hf.size("max_position_embeddings")
-    head_dim = hf.size("head_dim", head_dim or hidden // heads)
+    width = hf.size("head_dim", head_dim or hidden // heads)
     eos = hf.get("eos_token_id", ())
     if "rope" not in fields:
         rope, rotary_share = read_rope(hf, max_length, theta)
@@ -112,26 +112,24 @@ def common(
         if rotary_share != 1:
             if not partial_rotary:
                 raise ValueError(f"config.json has partial_rotary_factor={rotary_share}; only 1 is supported here")
-            fields |= {"rotary_dim": int(head_dim * rotary_share)}
-    return ModelConfig(
-        **{
-            "vocab_size": hf.size("vocab_size"),
-            "hidden_size": hidden,
-            "mlp_size": hf.size("intermediate_size"),
-            "n_layers": hf.size("num_hidden_layers"),
-            "n_heads": heads,
-            "n_kv_heads": hf.size("num_key_value_heads", heads),
-            "head_dim": head_dim,
-            "max_length": _context(max_length, fields["rope"]),
-            "norm_eps": hf.get("rms_norm_eps", norm_eps),
-            "activation": _activation(hf.get(act, default_act)),
-            "tied_embeddings": hf.get("tie_word_embeddings", tied),
-            "bos_id": hf.get("bos_token_id", None),
-            "eos_ids": tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
-            "pad_id": max(0, hf.get("pad_token_id", 0)),
-        }
-        | fields
-    )
+            fields |= {"rotary_dim": int(width * rotary_share)}
+    shared: dict[str, Any] = {
+        "vocab_size": hf.size("vocab_size"),
+        "hidden_size": hidden,
+        "mlp_size": hf.size("intermediate_size"),
+        "n_layers": hf.size("num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": hf.size("num_key_value_heads", heads),
+        "head_dim": width,
+        "max_length": _context(max_length, fields["rope"]),
+        "norm_eps": hf.get("rms_norm_eps", norm_eps),
+        "activation": _activation(hf.get(act, default_act)),
+        "tied_embeddings": hf.get("tie_word_embeddings", tied),
+        "bos_id": hf.get("bos_token_id", None),
+        "eos_ids": tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+        "pad_id": max(0, hf.get("pad_token_id", 0)),
+    }
+    return ModelConfig(**shared | fields)
 
 
 def one_window(hf: Reader) -> dict[str, Any]:
@@ -213,7 +211,9 @@ def read_rope(hf: Reader, max_length: int, theta: float) -> tuple[Rope, float]:
     return make_rope(merged, max_length), share
 
 
-def read_ropes(hf: Reader, *, theta: float, sliding_theta: float, sliding_key: str | None = None) -> dict[str, Rope]:
+def read_ropes(
+    hf: Reader, *, theta: float, sliding_theta: float, sliding_key: str | None = None
+) -> dict[str, Rope | None]:
     """Fields `rope` and `sliding_rope` of a family that scales its full layers only.
 
     theta, sliding_theta: where config.json does not say; sliding_key: the attribute with the sliding layers' base in
@@ -260,8 +260,8 @@ def make_rope(parameters: Mapping[str, Any], max_length: int) -> Rope:
     missing -= {"beta_fast", "beta_slow", "truncate"}
     if missing or unknown:
         raise ValueError(f"RoPE type {kind!r} takes {sorted(wanted)}, config.json has {sorted(parameters)}")
-    values = {field: parameters[name] for name, field in wanted.items() if name in parameters}
-    values = {field: tuple(value) if isinstance(value, list) else value for field, value in values.items()}
+    given = {field: parameters[name] for name, field in wanted.items() if name in parameters}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     numbers = [theta, *(n for value in values.values() for n in (value if isinstance(value, tuple) else (value,)))]
     if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
         raise ValueError(f"RoPE parameters must be numbers, config.json has {dict(parameters) | {'rope_theta': theta}}")

@@ -135,7 +135,7 @@ def _mistral(hf: Reader) -> ModelConfig:
     return common(hf, **one_window(hf))
 
 
-def _qwen2(hf: Reader, **fields) -> ModelConfig:
+def _qwen2(hf: Reader, **fields: Any) -> ModelConfig:
     hf.expect(use_mrope=False)
     full_first = hf.get("max_window_layers", 28)
     slides = hf.get("use_sliding_window", False)
@@ -153,7 +153,7 @@ def _qwen3(hf: Reader) -> ModelConfig:
     return _qwen2(hf, head_dim=128, qkv_bias=False, qk_norm="head")
 
 
-def _olmo2(hf: Reader, **fields) -> ModelConfig:
+def _olmo2(hf: Reader, **fields: Any) -> ModelConfig:
     hf.expect(attention_bias=False)
     return common(hf, norm_eps=1e-5, norm_placement="post", qk_norm="projection", **fields)
 
@@ -163,7 +163,7 @@ def _olmo3(hf: Reader) -> ModelConfig:
     return _olmo2(hf, **windows, **read_ropes(hf, theta=5e5, sliding_theta=5e5))
 
 
-def _gemma(hf: Reader, **fields) -> ModelConfig:
+def _gemma(hf: Reader, **fields: Any) -> ModelConfig:
     hf.expect(attention_bias=False, use_bidirectional_attention=False)
     hidden = hf.size("hidden_size")
     return common(
@@ -211,7 +211,7 @@ def _phi3(hf: Reader) -> ModelConfig:
 
 
 def _mixtral(hf: Reader) -> ModelConfig:
-    experts = {
+    experts: dict[str, Any] = {
         "expert_pattern": (True,),
         "n_experts": hf.size("num_local_experts"),
         "normalise_router": True,
@@ -231,7 +231,7 @@ def _qwen3_moe(hf: Reader) -> ModelConfig:
     hf.ignore("sliding_window")
     kind = windows.get("layer_pattern", ("full",))
     number = "num_local_experts" if hf.get("num_local_experts", None) else "num_experts"
-    experts = {
+    experts: dict[str, Any] = {
         "layer_pattern": kind * len(pattern),
         "expert_pattern": pattern,
         "n_experts": hf.size(number),

@@ -5,27 +5,25 @@ import dataclasses
 import errno
 import glob
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from retmask_jax.hf.checkpoint_files import CHECKPOINT_TEXTS, INDEX, read_config, weight_names
 from retmask_jax.hf.families import from_hf
-from retmask_jax.utils.keys import without_secrets
+from retmask_jax.utils.keys import is_key, without_secrets
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_SENDABLE = re.compile("[!-~]+")  # as a token
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def resolve(
-    name: str | os.PathLike,
+    name: str | os.PathLike[str],
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
     """The folder of a model: "bundled", a local folder (the network is left alone), or a hub id, fetched if need be.
 
@@ -36,26 +34,26 @@ def resolve(
     """
     if (folder := _local(name, revision)) is not None:
         return folder
-    repo = _Repo(str(name), revision, token, cache_dir)
+    repo = _repo(name, revision, token, cache_dir)
     folder = repo.fetch_texts()
     repo.fetch_weights(folder)
     return folder
 
 
 def config_folder(
-    name: str | os.PathLike,
+    name: str | os.PathLike[str],
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
     """As `resolve`, without the weights: a folder with config.json and the files of tokenizer and generation."""
     if (folder := _local(name, revision)) is not None:
         return folder
-    return _Repo(str(name), revision, token, cache_dir).fetch_texts()
+    return _repo(name, revision, token, cache_dir).fetch_texts()
 
 
-def _local(name: str | os.PathLike, revision: str | None) -> Path | None:
+def _local(name: str | os.PathLike[str], revision: str | None) -> Path | None:
     """The folder a name stands for on this machine, None for a hub id; ValueError if it can be neither."""
     text = os.fspath(name)
     folder = BUNDLED if text == "bundled" else Path(os.path.expanduser(text))
@@ -70,6 +68,15 @@ def _local(name: str | os.PathLike, revision: str | None) -> Path | None:
     return None
 
 
+def _repo(
+    name: str | os.PathLike[str],
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+) -> "_Repo":
+    return _Repo(str(name), revision, token, None if cache_dir is None else os.fspath(cache_dir))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Repo:
     """A model on the hub."""
@@ -77,11 +84,11 @@ class _Repo:
     name: str
     revision: str | None
     token: str | bool | None = dataclasses.field(repr=False)
-    cache_dir: str | os.PathLike | None
+    cache_dir: str | None
 
     def __post_init__(self):
         # The HTTP library's error about such a header would quote the token.
-        if isinstance(self.token, str) and not _SENDABLE.fullmatch(self.token):
+        if isinstance(self.token, str) and not is_key(self.token):
             raise ValueError(f"the token given for {self.name} is empty or has blanks or odd characters: copy it again")
 
     def fetch_texts(self) -> Path:
@@ -158,14 +165,14 @@ class _Repo:
 
         return self.token if isinstance(self.token, str) else None if self.token is False else get_token()
 
-    def _explain(self, error: Exception) -> str:
+    def _explain(self, error: BaseException) -> str:
         from huggingface_hub import constants, errors
 
         if isinstance(error, errors.LocalEntryNotFoundError):
             error = error.__cause__ or error  # "nor is it in the cache": the cause is why the hub was no help
         name, hub, login = self.name, constants.ENDPOINT, "set HF_TOKEN or run `hf auth login`"
         token = self._sent()
-        if token and not _SENDABLE.fullmatch(token) and not hasattr(error, "response"):
+        if token and not is_key(token) and not hasattr(error, "response"):
             return f"the token for {name} (HF_TOKEN, or of `hf auth login`) has blanks or odd characters: copy it again"
         status = getattr(getattr(error, "response", None), "status_code", None) or 0
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -77,7 +77,8 @@ def describe(folder: Path) -> dict[str, Any]:
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """(all, active): tied embeddings count once; active leaves out the experts that a token is not sent to."""
-    sizes = {path: leaf.size for path, leaf in flatten_dict(plain_shapes(config)).items()}
+    shapes: dict[tuple[str, ...], Any] = flatten_dict(plain_shapes(config))
+    sizes = {path: leaf.size for path, leaf in shapes.items()}
     total = sum(sizes.values())
     routed = sum(size for path, size in sizes.items() if "experts" in path and "router" not in path)
     idle = routed // max(config.n_experts, 1) * (config.n_experts - config.experts_per_token)
@@ -87,7 +88,7 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
 def kv_cache_bytes(config: ModelConfig, tokens: int, dtype: str = "bfloat16") -> int:
     """Keys and values of one row of so many tokens; a sliding layer needs no more of them than its window."""
     kinds = itertools.islice(itertools.cycle(config.layer_pattern), config.n_layers)
-    kept = sum(min(tokens, config.window) if kind == "sliding" else tokens for kind in kinds)
+    kept = sum(min(tokens, config.window or tokens) if kind == "sliding" else tokens for kind in kinds)
     return 2 * kept * config.n_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
 
 

@@ -2,12 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from retmask_jax.hf.checkpoint_files import TOKENIZER_FILES, texts
 from retmask_jax.utils.files import read_object
 
 
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, or None if it has none; ValueError in one line for one that is damaged or needs code of its
     own, which is never run."""
     there = {path.name for path in texts(folder)}

@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Bool, PyTree
 
 from retmask_jax.hf.checkpoint_files import Shards, Tensor, open_tensors, read_config
 from retmask_jax.hf.families import family, from_hf, to_hf
@@ -46,7 +48,9 @@ class Source:
     folder: Path | None = None
 
 
-def read(folder: Path, dtype: str, mesh=None) -> tuple[ModelConfig, Any, Source]:
+def read(
+    folder: Path, dtype: str, mesh: Mesh | Callable[[ModelConfig], Mesh] | None = None
+) -> tuple[ModelConfig, PyTree, Source]:
     """(config, params, source) of an HF checkpoint folder, cast to dtype, placed by the mesh's shardings if given.
 
     mesh: a Mesh, or what gives one for the model's config.
@@ -56,10 +60,11 @@ def read(folder: Path, dtype: str, mesh=None) -> tuple[ModelConfig, Any, Source]
     misshapen or unreadable before any weight is read.
     """
     tensors = open_tensors(folder)
-    source = _source(folder, tensors)
-    config = from_hf(source.hf_config)
-    shapes = flatten_dict(plain_shapes(config), sep="/")
-    table = _table(config, source.hf_config, shapes)
+    hf_config = read_config(folder)
+    source = _source(folder, tensors, hf_config)
+    config = from_hf(hf_config)
+    shapes: dict[str, Any] = flatten_dict(plain_shapes(config), sep="/")
+    table = _table(config, hf_config, shapes)
     _drop_known_extras(config, tensors)
     _check_names(set(table), set(tensors), folder)
     for name, pieces in table.items():
@@ -86,10 +91,17 @@ def read(folder: Path, dtype: str, mesh=None) -> tuple[ModelConfig, Any, Source]
 
 def source_of(folder: Path) -> Source:
     """Where a checkpoint comes from, of whose files only the beginnings are read; errors as of `read`."""
-    return _source(folder, open_tensors(folder))
+    return _source(folder, open_tensors(folder), read_config(folder))
 
 
-def write(folder: Path, config: ModelConfig, params, source: Source, head_mask=None, dtype: str | None = None) -> None:
+def write(
+    folder: Path,
+    config: ModelConfig,
+    params: PyTree,
+    source: Source,
+    head_mask: Bool[ArrayLike, "L H"] | None = None,
+    dtype: str | None = None,
+) -> None:
     """Write config.json and safetensors (with an index when there are several files) in HF names.
 
     Each tensor gets the dtype it was read in unless `dtype` is given. A weight that is still what was read from the
@@ -98,7 +110,7 @@ def write(folder: Path, config: ModelConfig, params, source: Source, head_mask=N
     memory at a time; of several hosts all take part and the first one writes.
     """
     hf_config = dict(source.hf_config or to_hf(dataclasses.replace(config, lora=None)))
-    leaves = flatten_dict(params, sep="/")
+    leaves: dict[str, Any] = flatten_dict(params, sep="/")
     table = _table(config, hf_config, leaves)
     stored = _wider(source, table, leaves) if primary() else {}
     shards = Shards(folder)
@@ -113,9 +125,9 @@ def write(folder: Path, config: ModelConfig, params, source: Source, head_mask=N
     write_atomically(folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
 
 
-def _source(folder: Path, tensors) -> Source:
+def _source(folder: Path, tensors: dict[str, Tensor], hf_config: dict[str, Any]) -> Source:
     dtypes = {name: tensor.dtype for name, tensor in tensors.items() if not name.endswith(_INV_FREQ)}
-    return Source(read_config(folder), dtypes, folder)
+    return Source(hf_config, dtypes, folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +230,7 @@ def _wider(source: Source, table, leaves) -> dict[str, Tensor]:
     """The stored tensors, open, that hold more than the parameters read from them can; a log line where the source is
     gone or of other shapes."""
     names = [name for name, dtype in source.dtypes.items() if name in table and _narrows(dtype, leaves, table[name])]
-    if not names:
+    if not names or source.folder is None:
         return {}
     try:
         tensors = open_tensors(source.folder)
@@ -242,8 +254,9 @@ def _export(piece: _Piece, leaves, config: ModelConfig, head_mask, stored: dict[
     tensor, *low_rank = to_host([leaves[name][piece.lead] for name in names])
     if piece.name in stored:
         tensor = _as_stored(tensor, piece, stored[piece.name])
-    if low_rank:
-        tensor = lora.add(tensor, *low_rank, config.lora)
+    if low_rank and config.lora is not None:
+        a, b = low_rank
+        tensor = lora.add(tensor, a, b, config.lora)
     if head_mask is not None and piece.path.endswith("attn/o/kernel"):
         columns = np.repeat(np.asarray(head_mask)[piece.layer], config.head_dim)
         tensor = np.where(columns[:, None], np.zeros((), tensor.dtype), tensor)

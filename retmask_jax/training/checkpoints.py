@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -20,7 +20,7 @@ _LAST = "commit_success.txt"  # what Orbax writes last
 class Checkpoints:
     """The checkpoints in a folder; a context manager, at whose end all of them are whole."""
 
-    def __init__(self, folder: str | os.PathLike, keep: int, identity: Mapping[str, Any]):
+    def __init__(self, folder: str | os.PathLike[str], keep: int, identity: Mapping[str, Any]):
         """Opens the checkpoints of a folder.
 
         A checkpoint is whole once its folder holds the file that is written last: no folder is renamed, which object
@@ -42,17 +42,17 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=True, preservation_policy=policy, temporary_path_class=ocp.path.atomicity.CommitFileTemporaryPath
         )
-        address = str(folder) if "://" in str(folder) else Path(folder).absolute()
-        self._note = None if isinstance(address, str) else address.with_name(f"{address.name}.steps")
-        if self._note and self._note.exists():
-            begun = [address / str(step) for step in read_json(self._note)]
+        local = None if "://" in str(folder) else Path(folder).absolute()
+        self._note = None if local is None else local.with_name(f"{local.name}.steps")
+        if local is not None and self._note is not None and self._note.exists():
+            begun = [local / str(step) for step in read_json(self._note)]
             wait_until_listed(path for path in begun if (path / _LAST).exists())
-        self._manager = ocp.CheckpointManager(epath.Path(address), options=options)
+        self._manager = ocp.CheckpointManager(epath.Path(local or str(folder)), options=options)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
 
@@ -87,6 +87,8 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         step = self.latest
+        if step is None:
+            raise ValueError(f"{self._manager.directory} holds no checkpoint")
         about = self._about(step)
         if about.get("fingerprint") != digest(self._identity):  # earlier versions stored this hash of the identity
             check_identity(self._manager.directory, about.get("identity", {}), self._identity)

@@ -80,7 +80,12 @@ def sample(
     to no address but the endpoint's and stands in no message. ValueError for a key that cannot be sent.
     """
     _key()
-    options = {"model": endpoints.model, "temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens}
+    options: dict[str, Any] = {
+        "model": endpoints.model,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_tokens": max_new_tokens,
+    }
     if endpoints.template_kwargs:
         options["chat_template_kwargs"] = dict(endpoints.template_kwargs)
     answers = _in_threads(endpoints, questions, options)
@@ -151,15 +156,16 @@ def _collect(results, stops: Mapping[str, threading.Event], concurrency: int, to
 
 def _patiently(endpoints: Endpoints, question: Question, options, stop: threading.Event) -> StoredAnswer | _Failed:
     """The answer, or the last failure."""
-    for retry in range(endpoints.retries + 1):
+    retry = 0
+    while True:
         try:
             return _ask(endpoints, question, options)
         except _Failed as error:
             failure = error
         wait = min(endpoints.first_wait * 2**retry, _LONGEST_WAIT) * random.uniform(0.5, 1)
         if retry == endpoints.retries or stop.wait(max(wait, failure.wait)):
-            break
-    return failure
+            return failure
+        retry += 1
 
 
 def _ask(endpoints: Endpoints, question: Question, options) -> StoredAnswer:
@@ -189,7 +195,7 @@ def _ask(endpoints: Endpoints, question: Question, options) -> StoredAnswer:
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """urllib would take the key to wherever a redirect points, and what is found there for an answer."""
 
-    def http_error_302(self, *_):
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> None:
         return None  # then it is raised as an HTTPError
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302

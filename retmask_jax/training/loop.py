@@ -14,11 +14,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float32, PyTree
 
 from retmask_jax.data.pair_rows import SIDES, PairRows, Part, batches, parts, widths
 from retmask_jax.model import lora, sharding
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import peak_flops, training_flops
+from retmask_jax.model.interventions import Interventions
 from retmask_jax.training.checkpoints import Checkpoints
 from retmask_jax.training.metrics import Metrics, memory_in_use
 from retmask_jax.training.reference import reference_logprobs
@@ -38,16 +41,16 @@ class Stopped(InterruptedError):
 
 def train(
     config: ModelConfig,
-    load_params: Callable[[], Any],
+    load_params: Callable[[], PyTree],
     rows: PairRows,
     settings: Settings,
     folder: Path,
-    mesh,
+    mesh: Mesh,
     *,
     identity: Mapping[str, Any],
     what: str = "train",
-    ablated=None,
-):
+    ablated: Interventions | None = None,
+) -> PyTree:
     """Trains on preference rows from load_params() on, and resumes from the newest checkpoint in `folder`.
 
     The outcome equals an uninterrupted run. Into `folder` go reference/ (a store), metrics.jsonl, tensorboard/ and
@@ -108,7 +111,7 @@ def train(
         return lora.join(state.params, frozen)
 
 
-def check_mesh(settings: Settings, mesh) -> None:
+def check_mesh(settings: Settings, mesh: Mesh) -> None:
     """Raise ValueError where a part of a batch cannot be split over the mesh."""
     shards = sharding.row_shards(mesh)
     if settings.microbatch_size % shards:
@@ -136,11 +139,11 @@ class _Run:
     config: ModelConfig
     settings: Settings
     rows: PairRows
-    reference_ND: np.ndarray | None
-    mesh: Any
+    reference_ND: Float32[np.ndarray, "N 2"] | None
+    mesh: Mesh
     programs: Programs
     allowed: list[int]
-    ablated: Any
+    ablated: Interventions | None
 
 
 def _loop(run: _Run, state: State, frozen, loader, checkpoints: Checkpoints, folder: Path, what: str) -> State:

@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Float
+
+_Pairs = Float[jax.Array, " pairs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,11 @@ def dpo_loss(
     """
     check_loss(kind, beta, label_smoothing, gamma)
     loss, given = LOSSES[kind], {"label_smoothing": label_smoothing, "gamma": gamma}
-    good, bad = (chosen - ref_chosen, rejected - ref_rejected) if loss.reference else (chosen, rejected)
+    good, bad = cast(Any, chosen), cast(Any, rejected)  # ArrayLike has no arithmetic for type checkers
+    if loss.reference:
+        if ref_chosen is None or ref_rejected is None:
+            raise ValueError(f"{kind} compares with a reference: give ref_chosen and ref_rejected")
+        good, bad = good - ref_chosen, bad - ref_rejected
     return loss.of(good, bad, beta, **{name: given[name] for name in loss.options})
 
 
@@ -91,23 +98,23 @@ def contrast_loss(
     return jnp.sum(jnp.exp(target) * (target - normal), axis=-1)
 
 
-def _sigmoid(good, bad, beta, label_smoothing):
+def _sigmoid(good: _Pairs, bad: _Pairs, beta: float, label_smoothing: float) -> _Pairs:
     return _wrong_by(beta * (good - bad), label_smoothing)
 
 
-def _ipo(good, bad, beta):
+def _ipo(good: _Pairs, bad: _Pairs, beta: float) -> _Pairs:
     return jnp.square(good - bad - 1 / (2 * beta))
 
 
-def _hinge(good, bad, beta):
+def _hinge(good: _Pairs, bad: _Pairs, beta: float) -> _Pairs:
     return jax.nn.relu(1 - beta * (good - bad))
 
 
-def _simpo(good, bad, beta, label_smoothing, gamma):
+def _simpo(good: _Pairs, bad: _Pairs, beta: float, label_smoothing: float, gamma: float) -> _Pairs:
     return _wrong_by(beta * (good - bad) - gamma, label_smoothing)
 
 
-def _wrong_by(logit, share: float):
+def _wrong_by(logit: _Pairs, share: float) -> _Pairs:
     """-log sigmoid(logit), where a share of the pairs is the wrong way round."""
     return -(1 - share) * jax.nn.log_sigmoid(logit) - share * jax.nn.log_sigmoid(-logit)
 

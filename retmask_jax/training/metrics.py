@@ -1,7 +1,9 @@
 """Metrics of a training run: a line of JSON per step, TensorBoard and, if asked for, Weights & Biases."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Self, TextIO
 
 import jax
 
@@ -20,23 +22,25 @@ class Metrics:
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _whole(line) and json.loads(line)["step"] <= step]
         write_atomically(path, "".join(line + "\n" for line in kept))
-        self._lines = self._board = self._run = None
+        self._lines: TextIO | None = None
+        self._board: Any = None
+        self._run: Any = None
         if primary():
             self._lines = open(path, "a")  # noqa: SIM115  (closed at the end of the run)
             self._board = _board(folder / "tensorboard", step)
             self._run = _wandb(wandb, name, folder) if wandb else None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for sink in (self._lines, self._board):
             if sink is not None:
                 sink.close()
         if self._run is not None:
             self._run.finish()
 
-    def add(self, row: dict) -> None:
+    def add(self, row: Mapping[str, float]) -> None:
         """row: "step" and numbers."""
         if self._lines is None:
             return
@@ -69,7 +73,7 @@ def _board(folder: Path, step: int):
 
 def _wandb(project: str, name: str, folder: Path):
     try:
-        import wandb
+        import wandb  # pyrefly: ignore[missing-import]  (not required)
     except ImportError as error:
         raise ValueError("train.wandb names a project, but wandb is not installed: pip install wandb") from error
     return wandb.init(project=project, name=name, dir=str(folder))

@@ -1,5 +1,7 @@
 """What is minimised: the loss of a part of a batch, and the metrics that go with it."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -16,7 +18,13 @@ from retmask_jax.utils.array_types import Tokens
 _OF_PAIRS = ("reward_chosen", "reward_rejected", "margin", "accuracy")
 
 
-def part_loss(config: ModelConfig, settings: Settings, params, batch, ablated=None):
+def part_loss(
+    config: ModelConfig,
+    settings: Settings,
+    params: PyTree,
+    batch: Mapping[str, jax.Array],
+    ablated: Interventions | None = None,
+) -> tuple[Float32[jax.Array, ""], dict[str, Float32[jax.Array, ""]]]:
     """(loss, metrics) of pairs, each a sum over pairs of their value times batch["weight"] f32[n].
 
     batch: `PairRows.padded`, weight and, with a reference, ref_chosen and ref_rejected f32[n]. Chosen and rejected rows
@@ -40,7 +48,7 @@ def sequence_contrast(
     params: PyTree,
     tokens: Tokens,
     loss_mask: Shaped[ArrayLike, "B T"],
-    interventions: Interventions,
+    interventions: Interventions | None,
     strength: float,
     *,
     remat: bool = False,
@@ -66,7 +74,9 @@ def metric_names(settings: Settings) -> tuple[str, ...]:
     return ("loss", *(_OF_PAIRS if settings.objective == "dpo" else ()))
 
 
-def pair_logprobs(config: ModelConfig, params, batch, *, remat: bool = False):
+def pair_logprobs(
+    config: ModelConfig, params: PyTree, batch: Mapping[str, jax.Array], *, remat: bool = False
+) -> list[Float32[jax.Array, " n"]]:
     """(chosen, rejected): f32[n], log-probabilities of the answers, both sides in one forward pass."""
     tokens = jnp.concatenate([batch["chosen"], batch["rejected"]])
     mask = jnp.concatenate([batch["chosen_mask"], batch["rejected_mask"]])

@@ -104,8 +104,8 @@ def sample(
         what="sample",
     )
     for i, result in stream:
-        text = lm.tokenizer.decode(result.tokens, skip_special_tokens=True)
-        n, stop = len(result.tokens), int(result.stops)
+        tokens, stop = np.asarray(result.tokens), int(np.asarray(result.stops))
+        text, n = lm.tokenizer.decode(tokens, skip_special_tokens=True), len(tokens)
         finished, stop = n < max_new_tokens, None if stop == NO_STOP else stop
         yield questions[i].key, answer(text, finished, n, stop)
 

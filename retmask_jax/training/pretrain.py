@@ -2,13 +2,17 @@
 
 import functools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jaxtyping import Float, Float32, Int, PyTree
+from ml_collections import ConfigDict
 
 from retmask_jax.data import tiny_language
 from retmask_jax.generation.language_model import LanguageModel, from_params, load, save
@@ -23,7 +27,7 @@ log = logging.getLogger(__name__)
 _LIST = "checkpoints.json"
 
 
-def pretrain(recipe, folder: Path) -> LanguageModel:
+def pretrain(recipe: ConfigDict, folder: Path) -> LanguageModel:
     """Train the recipe's stages in order and return the last one's model.
 
     recipe: the `pretrain` section of a config. Each stage has its own depth, active heads, optimiser and random
@@ -46,6 +50,8 @@ def pretrain(recipe, folder: Path) -> LanguageModel:
             save(from_params(config, params, tokenizer), target)
             mark_whole(target)
         lm = load(target)
+    if lm is None:
+        raise ValueError("pretrain.stages is empty: name at least one stage")
     return lm
 
 
@@ -58,38 +64,42 @@ def kept(folder: Path) -> list[dict]:
     return read_json(path) if path.exists() else []
 
 
-def model_config(model, layers: int) -> ModelConfig:
+def model_config(model: Mapping[str, Any], layers: int) -> ModelConfig:
     """The tiny model's architecture with so many layers.
 
     model: fields of ModelConfig, of which `rope_theta` stands for the whole of `rope`; what it leaves out is the
     default. Embeddings are tied unless it says otherwise. ValueError if the layer pattern does not divide the layers.
     """
     fields = dict(model)
-    config = ModelConfig(
-        **{
-            "vocab_size": len(tiny_language.VOCABULARY),
-            "n_layers": layers,
-            "tied_embeddings": True,
-            "rope": Rope(theta=fields.pop("rope_theta")),
-            "bos_id": tiny_language.BOS,
-            "eos_ids": (tiny_language.EOS,),
-            "pad_id": tiny_language.PAD,
-        }
-        | fields
-    )
+    defaults: dict[str, Any] = {
+        "vocab_size": len(tiny_language.VOCABULARY),
+        "n_layers": layers,
+        "tied_embeddings": True,
+        "rope": Rope(theta=fields.pop("rope_theta")),
+        "bos_id": tiny_language.BOS,
+        "eos_ids": (tiny_language.EOS,),
+        "pad_id": tiny_language.PAD,
+    }
+    config = ModelConfig(**defaults | fields)
     if config.tail:
         raise ValueError(f"{layers} layers are no whole number of repeats of {config.layer_pattern}")
     return config
 
 
-def weighted_loss(config: ModelConfig, params, tokens_BT, weights_BT, interventions=None):
+def weighted_loss(
+    config: ModelConfig,
+    params: PyTree,
+    tokens_BT: Int[jax.Array | np.ndarray, "B T"],
+    weights_BT: Float[jax.Array | np.ndarray, "B T"],
+    interventions: Interventions | None = None,
+) -> Float32[jax.Array, ""]:
     """Mean negative log-probability per unit of weight; weights_BT[b, t] is that of predicting tokens_BT[b, t]."""
     logits_BTV = unembed(config, params, hidden(config, params, tokens_BT[:, :-1], interventions).x_BTE)
     loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT[:, 1:])
     return jnp.sum(loss_BT * weights_BT[:, 1:]) / jnp.sum(weights_BT[:, 1:])
 
 
-def grow(config: ModelConfig, params, fresh):
+def grow(config: ModelConfig, params: PyTree, fresh: PyTree) -> PyTree:
     """The trained layers with those of `fresh`, parameters of the deeper `config`, behind them, where they write
     nothing into the residual stream yet.
 
@@ -184,7 +194,7 @@ def _init(config, key):
     return nn.unbox(variables)["params"]
 
 
-def build(recipe, root: Path) -> None:
+def build(recipe: ConfigDict, root: Path) -> None:
     """Write root/tiny (an HF checkpoint), root/data (needles, facts, prompts, text), root/stages and root/checkpoints (HF
     checkpoints, see `pretrain`).
 
@@ -195,7 +205,7 @@ def build(recipe, root: Path) -> None:
     save(pretrain(recipe, root), root / "tiny")
 
 
-def write_data(recipe, folder: Path) -> None:
+def write_data(recipe: ConfigDict, folder: Path) -> None:
     """The data files of the tiny language: for detection, for measuring and for training prompts, drawn apart."""
     for split, seed in recipe.seeds.items():
         rng = np.random.default_rng(seed)

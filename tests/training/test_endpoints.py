@@ -198,7 +198,9 @@ def test_blanks_and_line_ends_around_a_key_are_left_out(serve, monkeypatch, arou
         ("\r\n ", "a line end at place 21 of 43"),
         ("\x01", "a control character at place 21"),
         ("\x7f", "a control character"),
-        ("\u2026", "a character beyond Latin-1"),
+        ("\u2026", "a character beyond ASCII"),
+        ("\u00e9", "a character beyond ASCII"),
+        (" ", "a blank at place 21 of 41"),
     ],
 )
 def test_a_key_that_cannot_be_sent_is_refused_unseen_before_anything_is_asked(serve, monkeypatch, damage, what):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from retmask_jax.aot.advice import Step, advise
 from retmask_jax.aot.hlo import Work, read_work
 from retmask_jax.aot.topology import ASSUMED, Chip, chip_of, devices_of, estimate
-from retmask_jax.data.pair_rows import SIDES
+from retmask_jax.data.pair_formats import SIDES
 from retmask_jax.hf.checkpoint_files import read_config
 from retmask_jax.hf.families import from_hf
 from retmask_jax.hf.hub import config_folder

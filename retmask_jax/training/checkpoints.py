@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: written in the background, the newest few and the best kept, read onto any mesh."""
+"""Checkpoints of a training run: written in the background, read onto any mesh; the newest few and the best one are kept."""
 
 import logging
 import os
@@ -14,16 +14,16 @@ from retmask_jax.utils.store import check_identity
 log = logging.getLogger(__name__)
 
 
-_LAST = "commit_success.txt"  # what Orbax writes last
+_LAST = "commit_success.txt"  # the file of a checkpoint that Orbax writes last
 
 
 class Checkpoints:
-    """The checkpoints in a folder; a context manager, at whose end all of them are whole."""
+    """The checkpoints in a folder, to be used in a `with` statement: at its end all of them are complete."""
 
     def __init__(self, folder: str | os.PathLike[str], keep: int, identity: Mapping[str, Any]):
         """Opens the checkpoints of a folder.
 
-        A checkpoint is whole once its folder holds the file that is written last: no folder is renamed, which object
+        A checkpoint is complete once its folder holds the file that is written last: no folder is renamed, which object
         stores and their mounts cannot do. Since mounts may list new folders late, the steps are also noted by name.
 
         Args:
@@ -57,7 +57,14 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, step: int, state: Any, data: dict, loss: float) -> None:
-        """Begin to write: the state, the state of the data's iterator, and the mean loss since the last checkpoint."""
+        """Starts to write a checkpoint.
+
+        Args:
+            step: Updates done.
+            state: The state of training.
+            data: The state of the iterator over the data.
+            loss: Mean loss since the last checkpoint, by which the best one is chosen.
+        """
         import orbax.checkpoint as ocp
 
         about = {"data": data, "identity": self._identity, "loss": loss}
@@ -68,21 +75,24 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint; None: there is none."""
+        """Step of the newest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
 
     @property
     def best(self) -> int | None:
-        """The step of the checkpoint with the lowest loss; None: there is none."""
+        """Step of the checkpoint with the lowest loss, None if there is none."""
         self._manager.wait_until_finished()
         steps = self._manager.all_steps()
         return min(steps, key=lambda step: self._about(step)["loss"]) if steps else None
 
     def restore(self, shapes: Any) -> tuple[Any, dict]:
-        """(state, state of the data's iterator) of the newest checkpoint, placed as `shapes` say, whatever mesh it was
-        written on.
+        """Returns the state of training and the state of the data's iterator from the newest checkpoint.
 
-        Raises ValueError where it is of a run on other data or another start.
+        Args:
+            shapes: Shapes and shardings of the state, which need not be those it was written with.
+
+        Raises:
+            ValueError: There is no checkpoint, or its run has another identity.
         """
         import orbax.checkpoint as ocp
 

@@ -1,4 +1,4 @@
-"""Training: the loop, its checkpoints, exact resume, and what it says on the way."""
+"""The training loop: checkpoints, exact resume, and the numbers that are reported on the way."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32, PyTree
 
-from retmask_jax.data.pair_rows import SIDES, PairRows, Part, batches, parts, widths
+from retmask_jax.data.pair_formats import SIDES
+from retmask_jax.data.pair_rows import PairRows, Part, batches, parts, widths
 from retmask_jax.model import lora, sharding
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import peak_flops, training_flops
@@ -32,11 +33,11 @@ from retmask_jax.utils.hosts import several, wait_for_all
 from retmask_jax.utils.progress import track
 
 _FINITE = ("loss", "gradient_norm", "parameter_norm")
-_NAMED = 8  # pairs that a message names
+_NAMED = 8  # how many pairs a message names
 
 
 class Stopped(InterruptedError):
-    """A run was told to stop (SIGTERM) and wrote a checkpoint; the same call goes on from there."""
+    """A run was told to stop by SIGTERM and has written a checkpoint; the same call resumes from it."""
 
 
 def train(
@@ -112,7 +113,7 @@ def train(
 
 
 def check_mesh(settings: Settings, mesh: Mesh) -> None:
-    """Raise ValueError where a part of a batch cannot be split over the mesh."""
+    """Raises ValueError where a part of a batch cannot be split over the mesh."""
     shards = sharding.row_shards(mesh)
     if settings.microbatch_size % shards:
         raise ValueError(
@@ -122,7 +123,7 @@ def check_mesh(settings: Settings, mesh: Mesh) -> None:
 
 
 def _checkpoint_folder(folder: Path, elsewhere: str) -> str | Path:
-    """Where the run in `folder` keeps its checkpoints: in it, or in a folder of its own elsewhere, which it notes down."""
+    """Where the run in `folder` keeps its checkpoints: in `folder`, or in a new folder elsewhere, which is noted in `folder`."""
     if not elsewhere:
         return folder / "checkpoints"
     note = folder / "checkpoints.json"
@@ -134,7 +135,7 @@ def _checkpoint_folder(folder: Path, elsewhere: str) -> str | Path:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What stays the same over the steps. reference_ND: f32[N,2], or None; allowed: the widths of rows."""
+    """What stays the same over the steps; `allowed` are the widths that rows are padded to."""
 
     config: ModelConfig
     settings: Settings
@@ -151,7 +152,7 @@ def _loop(run: _Run, state: State, frozen, loader, checkpoints: Checkpoints, fol
     losses = []
     with (
         Metrics(folder, first, settings.wandb, what) as metrics,
-        _told_to_stop() as told_to_stop,
+        _stop_signal() as stop_requested,
         _profile(folder, settings.profile) as profile,
         track(None, settings.steps, what, "step", first) as bar,
     ):
@@ -165,7 +166,7 @@ def _loop(run: _Run, state: State, frozen, loader, checkpoints: Checkpoints, fol
             losses.append(values["loss"])
             bar.set_postfix_str(_shown(values), refresh=False)
             bar.update()
-            stopping = told_to_stop(step)
+            stopping = stop_requested(step)
             if stopping or (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
                 checkpoints.save(step + 1, state, loader.get_state(), statistics.fmean(losses))
                 losses = []
@@ -188,7 +189,8 @@ def _update(run: _Run, state: State, frozen, pairs: np.ndarray) -> tuple[State, 
 
 
 def _weight(run: _Run, pairs: np.ndarray) -> float:
-    """What a pair counts in the batch's loss: pairs alike, or answer tokens alike where the loss is a sum over them."""
+    """Weight of a pair in the batch's loss. In DPO all pairs weigh the same; other losses are sums over the answers' tokens,
+    all of which weigh the same."""
     if run.settings.objective == "dpo":
         return 1 / len(pairs)
     _, chosen, rejected, _ = run.rows.bounds[pairs].T
@@ -217,7 +219,7 @@ def _check_finite(values: dict[str, float], step: int, ids: list[str], what: str
 
 
 def _speed(run: _Run, pairs: np.ndarray, seconds: float) -> dict[str, float]:
-    """Tokens a second, padding not counted; the share of the devices' peak where that is known; the memory in use."""
+    """Tokens per second without padding, the share of the devices' peak where that is known, and the memory in use."""
     start, chosen, rejected, end = run.rows.bounds[pairs].T
     answers = (rejected - chosen, end - rejected)[: 2 if run.settings.objective == "dpo" else 1]
     values = {"tokens_per_second": float(sum((chosen - start + answer).sum() for answer in answers) / seconds)}
@@ -240,30 +242,30 @@ def _shown(values: dict[str, float]) -> str:
 
 
 @contextlib.contextmanager
-def _told_to_stop():
-    """Within it SIGTERM no longer kills: the function it gives says, behind a step, whether the signal came.
+def _stop_signal():
+    """Gives a function that says after a step whether SIGTERM has come; within this context the signal does not kill.
 
-    Hosts of one program agree on the step, by JAX's own service.
+    Hosts of one program agree on the step through JAX's service for preemption.
     """
     if several():
         from jax.experimental import multihost_utils
 
         yield multihost_utils.reached_preemption_sync_point
         return
-    told = threading.Event()
+    signalled = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # the only one that may catch signals
         yield lambda step: False
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: signalled.set())
     try:
-        yield lambda step: told.is_set()
+        yield lambda step: signalled.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
 def _profile(folder: Path, steps: tuple[int, ...]):
-    """A function to call before each step: it writes a trace of the steps from steps[0] to before steps[1]."""
+    """Gives a function to call before each step, which writes a profile of the steps steps[0], ..., steps[1] - 1."""
     running = False
 
     def before(step: int) -> None:

@@ -12,12 +12,20 @@ from retmask_jax.utils.hosts import primary
 
 
 class Metrics:
-    """Where the numbers of each step go; a context manager. On resume, what lies beyond `step` is dropped.
-
-    wandb: name of a project ("" for none). Raises ValueError where it is named but not installed.
-    """
+    """Writes the numbers of each step, to be used in a `with` statement."""
 
     def __init__(self, folder: Path, step: int, wandb: str = "", name: str = "train"):
+        """Opens the files; where a run is resumed, the numbers of steps after `step` are dropped.
+
+        Args:
+            folder: Where metrics.jsonl and tensorboard/ are.
+            step: Updates done.
+            wandb: Project in Weights & Biases, "" for none.
+            name: Name of the run there.
+
+        Raises:
+            ValueError: wandb names a project, and the package is not installed.
+        """
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _whole(line) and json.loads(line)["step"] <= step]
@@ -41,7 +49,7 @@ class Metrics:
             self._run.finish()
 
     def add(self, row: Mapping[str, float]) -> None:
-        """row: "step" and numbers."""
+        """Writes a row of numbers, one of which is the "step"."""
         if self._lines is None:
             return
         self._lines.write(json.dumps(row) + "\n")
@@ -54,14 +62,14 @@ class Metrics:
 
 
 def memory_in_use() -> float | None:
-    """The largest number of GiB that a device of this host has held at once; None where it does not say."""
+    """Returns the peak of memory in use, in GiB, of the fullest device of this host; None where devices do not report it."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return max(peaks) / 2**30 if peaks else None
 
 
 def _whole(line: str) -> bool:
-    """Whether a line was written to its end: a killed run may leave a part of its last one."""
+    """Whether a line was written to its end: a killed run may leave a part of its last line."""
     return line.endswith("}")
 
 

@@ -17,7 +17,7 @@ from retmask_jax.utils.store import Key
 
 KEPT = "kept"
 OUTCOMES = (KEPT, "empty", "identical")
-_AT_ONCE = 1024  # prompts a tokenizer is given: it returns far more than their tokens
+_AT_ONCE = 1024  # prompts per call of a tokenizer, which returns far more than their tokens
 
 Variant = tuple[int, str]  # training seed and name of who answers
 StoredAnswer = tuple[Key, dict[str, Any]]  # key and value of an answer in the store
@@ -25,7 +25,7 @@ StoredAnswer = tuple[Key, dict[str, Any]]  # key and value of an answer in the s
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Question:
-    """A conversation that one variant is to answer; the draws of its answer follow from `draw` alone."""
+    """A conversation for one variant to answer. `draw` is the seed of the answer's random draws."""
 
     variant: Variant
     id: str | int
@@ -35,7 +35,7 @@ class Question:
 
     @property
     def key(self) -> tuple[int, str, str | int]:
-        """What the answer is stored under."""
+        """Key of the answer in the store."""
         return (*self.variant, self.id)
 
 
@@ -55,22 +55,32 @@ def answer(text: str, finished: bool, tokens: int, stop: int | None = None) -> d
 def usable(
     prompter: Prompter, prompts: Sequence[dict], messages_keys: Sequence[str], max_tokens: int
 ) -> tuple[list[int], dict[str, list[list[int]]]]:
-    """(numbers of the prompts that can be asked, {messages key: tokens of each of them}).
+    """Selects the prompts that fit into the model's context.
 
-    A prompt of which a conversation is longer than max_tokens is left out; ValueError where nothing is left.
+    Args:
+        prompter: Gives the tokens of a conversation.
+        prompts: Records of prompts.
+        messages_keys: Fields of a record that hold the conversations to be asked.
+        max_tokens: Longest conversation; a prompt with a longer one is left out.
+
+    Returns:
+        The indices of the prompts that fit, and {field: tokens of each of these prompts}.
+
+    Raises:
+        ValueError: No prompt fits.
     """
     tokens = {key: _encode(prompter, [prompt[key] for prompt in prompts]) for key in messages_keys}
     numbers = [i for i in range(len(prompts)) if max(len(rows[i]) for rows in tokens.values()) <= max_tokens]
     if not numbers:
         raise ValueError(
             f"each of {len(prompts)} prompts has more than {max(max_tokens, 0)} tokens, which the model's context leaves "
-            "beside pairs.max_new_tokens: take shorter prompts or fewer new tokens"
+            "besides pairs.max_new_tokens: take shorter prompts or fewer new tokens"
         )
     return numbers, {key: [rows[i] for i in numbers] for key, rows in tokens.items()}
 
 
 def draws(seed: int, stream: int, n: int) -> np.ndarray:
-    """u32[n]: the seeds of n prompts' draws in a stream of their own; those of the first do not depend on n."""
+    """Returns the seeds u32[n] of the draws for n prompts. Each stream has other seeds; the first ones do not depend on n."""
     return np.random.SeedSequence([seed, stream]).generate_state(n)
 
 
@@ -84,10 +94,19 @@ def sample(
     max_new_tokens: int,
     batch_size: int | None,
 ) -> Iterator[StoredAnswer]:
-    """The answers of the model, each under its variant's mask, as records in the order in which they finish.
+    """Yields (key, answer) for each question, in the order in which the answers finish.
 
     All variants share batches. An answer depends on its question alone, not on what else is asked (up to rounding,
     where another batch is padded to another length).
+
+    Args:
+        lm: The model.
+        questions: What is asked.
+        masks: {variant: interventions under which it answers}.
+        temperature: Temperature of sampling.
+        top_p: Share of the probability mass that tokens are drawn from.
+        max_new_tokens: Limit of an answer's tokens.
+        batch_size: Rows of a batch; None for as many as fit into the memory.
     """
     places = {variant: place for place, variant in enumerate(masks)}
     requests = [Request(q.tokens, places[q.variant], q.draw) for q in questions]
@@ -113,7 +132,14 @@ def sample(
 def make_pairs(
     prompts: Iterable[dict], chosen: Iterable[dict], rejected: Iterable[dict], counts: collections.Counter
 ) -> Iterator[dict]:
-    """Records {id, messages, chosen, ...} of pairs that differ and are not empty; all are counted by OUTCOMES."""
+    """Yields a record {id, messages, chosen, ...} for each pair of answers that differ and are not empty.
+
+    Args:
+        prompts: Records of prompts.
+        chosen: For each prompt its chosen answer, as stored.
+        rejected: For each prompt its rejected answer.
+        counts: Counts all pairs by OUTCOMES.
+    """
     for prompt, good, bad in zip(prompts, chosen, rejected, strict=True):
         outcome = _outcome(good["text"], bad["text"])
         counts[outcome] += 1
@@ -122,7 +148,7 @@ def make_pairs(
 
 
 def make_demonstrations(prompts: Iterable[dict], chosen: Iterable[dict], counts: collections.Counter) -> Iterator[dict]:
-    """The model's own answers as records for supervised training (rejected repeats chosen and is not used)."""
+    """Yields the model's answers as records for supervised training, in which rejected repeats chosen and is not used."""
     for prompt, good in zip(prompts, chosen, strict=True):
         counts[KEPT if good["text"].strip() else "empty"] += 1
         if good["text"].strip():

@@ -1,4 +1,4 @@
-"""The tiny model's own training: its stages, the models kept along the way, and the files of the package's assets."""
+"""How the bundled tiny model is trained: stages, models saved along the way, and the data files in the package's assets."""
 
 import functools
 import logging
@@ -28,12 +28,16 @@ _LIST = "checkpoints.json"
 
 
 def pretrain(recipe: ConfigDict, folder: Path) -> LanguageModel:
-    """Train the recipe's stages in order and return the last one's model.
+    """Trains the stages of a recipe in order and returns the model of the last one.
 
-    recipe: the `pretrain` section of a config. Each stage has its own depth, active heads, optimiser and random
-    stream; added layers write nothing yet, so that growing does not change the function. A finished stage is kept as
-    an HF checkpoint folder/stages/stageN and not trained again. Every `recipe.keep_every` steps, counted over all
-    stages (0: never), the model is kept as folder/checkpoints/step_NNNNNN, beside a list of all (`kept`).
+    Each stage has a depth, a number of active heads, a new optimiser and a new random stream. Added layers write nothing
+    at first, so growing the model does not change its function. A finished stage is saved as the HF checkpoint
+    folder/stages/stageN and not trained again. Every `recipe.keep_every` steps, counted over all stages (0: never), the
+    model is saved as folder/checkpoints/step_NNNNNN; `kept` lists these.
+
+    Args:
+        recipe: The `pretrain` section of a config.
+        folder: Where the checkpoints go.
     """
     tokenizer = tiny_language.build_tokenizer()
     lm = None
@@ -56,19 +60,24 @@ def pretrain(recipe: ConfigDict, folder: Path) -> LanguageModel:
 
 
 def kept(folder: Path) -> list[dict]:
-    """What `pretrain` kept in folder/checkpoints, a record {folder, stage, step, tokens, loss} each, in order.
+    """Returns a record {folder, stage, step, tokens, loss} for each checkpoint of `pretrain` in folder/checkpoints, in order.
 
-    tokens: positions trained on so far, padding included. loss: of the batch of that step.
+    tokens counts the positions trained on so far, including padding; loss is that of the step's batch.
     """
     path = folder / "checkpoints" / _LIST
     return read_json(path) if path.exists() else []
 
 
 def model_config(model: Mapping[str, Any], layers: int) -> ModelConfig:
-    """The tiny model's architecture with so many layers.
+    """Returns the tiny model's config.
 
-    model: fields of ModelConfig, of which `rope_theta` stands for the whole of `rope`; what it leaves out is the
-    default. Embeddings are tied unless it says otherwise. ValueError if the layer pattern does not divide the layers.
+    Args:
+        model: Fields of ModelConfig, with `rope_theta` in place of `rope`. Fields that are left out have their defaults,
+            except that embeddings are tied.
+        layers: Number of layers.
+
+    Raises:
+        ValueError: The number of layers is no multiple of the layer pattern's length.
     """
     fields = dict(model)
     defaults: dict[str, Any] = {
@@ -93,18 +102,22 @@ def weighted_loss(
     weights_BT: Float[jax.Array | np.ndarray, "B T"],
     interventions: Interventions | None = None,
 ) -> Float32[jax.Array, ""]:
-    """Mean negative log-probability per unit of weight; weights_BT[b, t] is that of predicting tokens_BT[b, t]."""
+    """Returns the mean of the negative log-probabilities; weights_BT[b, t] is the weight of predicting tokens_BT[b, t]."""
     logits_BTV = unembed(config, params, hidden(config, params, tokens_BT[:, :-1], interventions).x_BTE)
     loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT[:, 1:])
     return jnp.sum(loss_BT * weights_BT[:, 1:]) / jnp.sum(weights_BT[:, 1:])
 
 
 def grow(config: ModelConfig, params: PyTree, fresh: PyTree) -> PyTree:
-    """The trained layers with those of `fresh`, parameters of the deeper `config`, behind them, where they write
-    nothing into the residual stream yet.
+    """Returns the trained layers followed by the added layers of `fresh`, which write nothing into the residual stream yet.
 
-    Without a norm behind them their output projections are zero. Where there is one, its weight is: a projection of
-    zeros would meet the norm's division, and a gradient of 1 / sqrt(eps).
+    Without a norm after attention and MLP, the output projections of the added layers are zero. With such norms, the
+    norms' weights are zero instead: a norm of zeros has a gradient of 1 / sqrt(eps).
+
+    Args:
+        config: The deeper config.
+        params: Trained parameters of a shallower model.
+        fresh: New parameters for `config`.
     """
     silent = {"o", "down"} if config.norm_placement == "pre" else {"attn_post_norm", "mlp_post_norm"}
     nothing = 0.0 if config.norm_placement == "pre" else -config.norm_offset
@@ -120,22 +133,17 @@ def grow(config: ModelConfig, params: PyTree, fresh: PyTree) -> PyTree:
 
 
 class _Keeper:
-    """Writes the model every few steps of one stage, and the list of what is kept."""
+    """Saves the model every few steps of one stage, and the list of all saved models."""
 
     def __init__(self, folder: Path, recipe, stage: int, config: ModelConfig, tokenizer):
-        self.folder, self.every, self.stage, self.config, self.tokenizer = (
-            folder,
-            recipe.keep_every,
-            stage,
-            config,
-            tokenizer,
-        )
+        self.folder, self.every, self.stage = folder, recipe.keep_every, stage
+        self.config, self.tokenizer = config, tokenizer
         before = [phase for earlier in recipe.stages[: stage - 1] for phase in earlier.phases]
         self.step = sum(phase.steps for phase in before)
         self.tokens = sum(phase.steps * phase.batch * phase.length for phase in before)
 
     def count(self, tokens_BT, params, loss) -> None:
-        """One step more."""
+        """Counts a step, and saves the model if its turn has come."""
         self.step += 1
         self.tokens += tokens_BT.size
         if not self.every or self.step % self.every:
@@ -143,7 +151,7 @@ class _Keeper:
         name = f"step_{self.step:06d}"
         save(from_params(self.config, params, self.tokenizer), self.folder / name)
         record = {"folder": name, "stage": self.stage, "step": self.step, "tokens": self.tokens, "loss": float(loss)}
-        # A stage that was cut off begins anew, and its records replace the earlier ones.
+        # A stage that was interrupted starts again, and its records replace the earlier ones.
         records = [other for other in kept(self.folder.parent) if other["step"] < self.step]
         write_json(self.folder / _LIST, [*records, record])
 
@@ -182,7 +190,7 @@ def _batches(rng, phase):
 
 
 def _head_gate(config, key, phase, active_heads: int):
-    """f32[B,L,H]: 1 for heads that do not take part yet; the others are dropped at random and rescaled if kept."""
+    """Gates f32[B,L,H]: 1 for heads that are not active yet; active heads are dropped at random, and rescaled otherwise."""
     shape = (phase.batch, config.n_layers, config.n_heads)
     kept = jax.random.bernoulli(key, 1 - phase.head_drop, shape) / (1 - phase.head_drop)
     return 1.0 - kept * (jnp.arange(config.n_heads) < active_heads)
@@ -195,18 +203,21 @@ def _init(config, key):
 
 
 def build(recipe: ConfigDict, root: Path) -> None:
-    """Write root/tiny (an HF checkpoint), root/data (needles, facts, prompts, text), root/stages and root/checkpoints (HF
-    checkpoints, see `pretrain`).
+    """Writes the model and its data: root/tiny (an HF checkpoint), root/data (needles, facts, prompts, text), and the
+    checkpoints of `pretrain`.
 
-    recipe: the `pretrain` section of a config. The data are drawn from seeds of their own, so no text of theirs was
-    seen in training.
+    The data are drawn from other seeds than the training batches, so none of their texts was seen in training.
+
+    Args:
+        recipe: The `pretrain` section of a config.
+        root: Where the folders go.
     """
     write_data(recipe.data, root / "data")
     save(pretrain(recipe, root), root / "tiny")
 
 
 def write_data(recipe: ConfigDict, folder: Path) -> None:
-    """The data files of the tiny language: for detection, for measuring and for training prompts, drawn apart."""
+    """Writes the data files of the tiny language, for detection, for evaluation and for training prompts, from separate seeds."""
     for split, seed in recipe.seeds.items():
         rng = np.random.default_rng(seed)
         write_jsonl(folder / f"{split}_needles.jsonl", tiny_language.needle_records(rng, recipe.needles))

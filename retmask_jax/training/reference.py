@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32, PyTree
 
-from retmask_jax.data.pair_rows import SIDES, PairRows, Part, parts
+from retmask_jax.data.pair_formats import SIDES
+from retmask_jax.data.pair_rows import PairRows, Part, parts
 from retmask_jax.model import sharding
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.training.objective import pair_logprobs

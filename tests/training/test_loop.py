@@ -16,7 +16,8 @@ import pytest
 from helpers_tiny import CONFIG, copying_params, in_float64, reference_logprob
 from helpers_training import ROWS, SETTINGS, one_device
 
-from retmask_jax.data.pair_rows import SIDES, batches
+from retmask_jax.data.pair_formats import SIDES
+from retmask_jax.data.pair_rows import batches
 from retmask_jax.generation.decode import generate
 from retmask_jax.generation.language_model import from_params, load, save
 from retmask_jax.model import lora as adapters

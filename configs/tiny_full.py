@@ -4,7 +4,7 @@
 
 About 20 minutes on two CPU cores. All arms start from the same model, use the same prompts, learning rate and number
 of updates; what differs is where the rejected (or, for sft, the chosen) answers come from. Intervals pool the seeds and
-are over evaluation cases; the table is in the README.
+are over evaluation cases; the table is in colab/README.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,13 @@
 """Results of every stage, made up: what pages and panels are tried on."""
 
 import html.parser
+import json
 
+import msgspec
 import numpy as np
+
+from retmask_jax.stages.detect import DetectResult, Settled
+from retmask_jax.utils.stats import Number
 
 UP, DOWN, ACROSS = (0.1, 0.05, 0.15), (-0.1, -0.15, -0.05), (0.02, -0.03, 0.07)
 
@@ -14,32 +19,47 @@ ALL_ARMS = ("retmask", "any_layer", "layer_matched", "activity_matched", "no_fac
 
 
 def number(value, low=None, high=None, n=40):
-    return {"value": value, "low": low, "high": high, "n": n}
+    return Number(value, low, high, n)
 
 
 def around(value, n=40):
     return number(value, value - 0.041, value + 0.043, n)
 
 
+def detected(heads, scores=(), threshold=0.1, **changes):
+    """A result of `detect` with these heads."""
+    fields = {
+        "heads": [tuple(head) for head in heads],
+        "scores": list(scores),
+        "mean": [[0.0]],
+        "threshold": threshold,
+        "outcomes": {},
+        "profile": {},
+        "stability": [],
+        "mask_hash": "",
+        "numbers": {},
+    }
+    return DetectResult(**fields | changes)
+
+
 def detect_result(shape, counted, threshold):
     mean_LH = np.random.default_rng(0).beta(0.1, 2, shape)
     mean_LH[1, :3] = 0.9, 0.8, 0.7
-    heads = [[1, 0], [1, 1], [1, 2]]
     cases = sorted({max(1, counted // 2), counted})
-    return {
-        "heads": heads,
-        "scores": [0.9, 0.8, 0.7],
-        "mean": mean_LH.tolist(),
-        "threshold": threshold,
-        "outcomes": {"counted": counted, "wrong answer, cut at the token limit": 3, "empty answer": 1},
-        "profile": {"n_heads": 3, "gini": 0.871, "layer_com": None},
-        "stability": [{"cases": n, "heads": 3, "jaccard": 1.0 if n == counted else 0.75} for n in cases],
-        "numbers": {
+    return detected(
+        [(1, 0), (1, 1), (1, 2)],
+        [0.9, 0.8, 0.7],
+        threshold,
+        mean=mean_LH.tolist(),
+        outcomes={"counted": counted, "wrong answer, cut at the token limit": 3, "empty answer": 1},
+        profile={"n_heads": 3, "gini": 0.871, "layer_com": None},
+        stability=[Settled(n, 3, 1.0 if n == counted else 0.75) for n in cases],
+        numbers={
             "detect/cases counted": around(0.9123),
             "detect/heads": number(3.0, n=counted),
             "detect/gini": number(0.871, n=counted),
         },
-    }
+    )
 
 
 def knockout_result(shape, tasks, idle):
@@ -209,6 +229,12 @@ def make_results(
         "train": train,
         "eval": eval_result(arms, seeds, changes or {"needle": UP, "facts: from memory": DOWN, "text loss": ACROSS}),
     }
+
+
+def stored(results):
+    """The results as they are read back from their files."""
+    files = {stage: json.dumps(result, default=msgspec.to_builtins) for stage, result in results.items()}
+    return {stage: msgspec.convert(json.loads(file), type(results[stage])) for stage, file in files.items()}
 
 
 class Page(html.parser.HTMLParser):

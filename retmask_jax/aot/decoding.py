@@ -26,8 +26,8 @@ from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kernels.blocked import compiled_for
 from retmask_jax.model.kv_cache import empty_cache
 from retmask_jax.model.sharding import ROW_AXES, decoding_mesh, full_share, held_bytes, make_mesh, placed_shapes, using
+from retmask_jax.pipeline.registry import check_config
 from retmask_jax.stages.pairs import variants_of
-from retmask_jax.stages.registry import check_config
 
 _GIB = 2**30
 _BUSY = 15 / 16  # of the rows that are sampled, on average: the others wait to be filled again

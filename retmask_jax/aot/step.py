@@ -25,7 +25,7 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import executed_flops
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.sharding import RULES, divided, make_mesh, placed_shapes, using
-from retmask_jax.stages.registry import check_batch, check_config
+from retmask_jax.pipeline.registry import check_batch, check_config
 from retmask_jax.stages.train import train_settings
 from retmask_jax.training.objective import metric_names
 from retmask_jax.training.settings import Settings

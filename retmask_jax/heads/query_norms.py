@@ -61,8 +61,8 @@ def norm_utility(norms: QueryNorms, scores, heads, n_permutations=10000, n_resam
         "permutation": stats.layer_clustered_permutation(norms.head_LH, labels_LH, n_permutations, seed),
         "partial_spearman": {
             name: stats.defined(value)
-            for name, value in stats.partial_spearman(
-                norms.head_LH, scores.mean, n_resamples=n_resamples, seed=seed
+            for name, value in vars(
+                stats.partial_spearman(norms.head_LH, scores.mean, n_resamples=n_resamples, seed=seed)
             ).items()
         },
         "pair_cohens_d": [stats.defined(stats.cohens_d(*pair)) for pair in zip(ours.T, others.T, strict=True)],

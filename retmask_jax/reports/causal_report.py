@@ -7,7 +7,8 @@ import numpy as np
 from retmask_jax.reports import causal_figures, figures, html
 from retmask_jax.reports.figures import drawn
 from retmask_jax.reports.html import change, count, interval, p_value, section, signed, table
-from retmask_jax.reports.wording import FROM_MEMORY, TEXT_LOSS, axis, direction, directions, mask_name, tree_of
+from retmask_jax.reports.wording import FROM_MEMORY, TEXT_LOSS, axis, direction, directions, tree_of
+from retmask_jax.stages.outcomes import mask_name
 
 _DOSES = ("lowest", "highest", "random", "control heads, lowest")
 _CONTROLS = ("lowest", "matched", "low utility", "high utility")

@@ -148,62 +148,6 @@ def head_map(title: str, values_LH, heads: Sequence[Sequence[int]], label: str, 
     return figure
 
 
-def score_ranks(title: str, mean_LH, n_detected: int, threshold: float | None):
-    """Scores of all heads, best first, with the threshold if there is one."""
-    ranked = np.sort(np.asarray(mean_LH, float), axis=None)[::-1]
-    figure, ax = _panel(title)
-    ranks = np.arange(1, ranked.size + 1)
-    dots = "." if ranked.size <= 100 else ""  # a thousand of them are a heavy picture
-    ax.plot(ranks[n_detected:], ranked[n_detected:], "-", marker=dots, color=colour("none"), label="other heads")
-    ax.plot(ranks[:n_detected], ranked[:n_detected], "o", color=colour("retrieval"), label="retrieval heads")
-    if threshold is not None:
-        ax.axhline(threshold, color="black", linestyle="--", linewidth=0.9, label=f"threshold {threshold:g}")
-    ax.set(xscale="log", xlabel=f"rank of {ranked.size} heads", ylabel="mean score")
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.legend(loc="upper right")
-    return figure
-
-
-def lorenz(title: str, mean_LH):
-    """Share of the summed score that the lowest-scoring heads hold, against their share of all heads."""
-    values = np.sort(np.asarray(mean_LH, float), axis=None)
-    held = np.concatenate([[0], np.cumsum(values)])
-    figure, ax = _panel(title)
-    ax.plot([0, 1], [0, 1], color=colour("none"), linestyle=":", label="all heads equal")
-    ax.plot(np.linspace(0, 1, held.size), held / (held[-1] or 1), color=colour("retrieval"), label="this model")
-    ax.set(xlabel="share of heads, lowest scores first", ylabel="share of the summed score")
-    ax.legend(loc="upper left")
-    return figure
-
-
-def stability(title: str, rows: Sequence[Mapping]):
-    """Overlap of the head set with the final one as cases are added; each point bears the size of its set."""
-    cases, overlap = [row["cases"] for row in rows], [row["jaccard"] for row in rows]
-    figure, ax = _panel(title)
-    ax.plot(cases, overlap, "o-", color=colour("retrieval"))
-    for row in rows:
-        ax.annotate(
-            str(row["heads"]),
-            (row["cases"], row["jaccard"]),
-            (0, -12),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
-    ax.set(xlim=(0, 1.08 * max(cases)), ylim=(0, 1.08), xlabel="counted cases", ylabel="Jaccard with the final set")
-    return figure
-
-
-def outcome_bars(title: str, outcomes: Mapping[str, int]):
-    """Cases per outcome."""
-    figure, ax = _panel(title, 0.9 + 0.36 * len(outcomes))
-    for y, (name, count) in enumerate(outcomes.items()):
-        ax.barh(y, count, 0.6, color="#444444" if name == "counted" else "#bbbbbb")
-        _note(ax, y, str(count))
-    _rows(ax, [textwrap.fill(name, 20) for name in outcomes], "cases")
-    return figure
-
-
 # --- knock-out and rotary pairs ---
 
 

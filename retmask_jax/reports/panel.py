@@ -6,8 +6,8 @@ from typing import Any
 
 from retmask_jax.reports import figures, html, model_figures, panel_figures, study_figures
 from retmask_jax.reports.figures import drawn
+from retmask_jax.reports.findings import ALPHA, Member, groups
 from retmask_jax.reports.html import change, count, fixed, interval, p_value, section, table
-from retmask_jax.runs.findings import ALPHA, Member, groups
 from retmask_jax.utils.files import write_atomically
 
 _SIDES = {

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+from retmask_jax.reports.findings import groups
 from retmask_jax.reports.html import fixed, signed
 from retmask_jax.reports.plotting import DASHES, MARKERS, SHADES, note, panel, rows
-from retmask_jax.runs.findings import groups
 
 
 def by_model(title: str, found: Sequence[Mapping], xlabel: str, zero: bool = True):

@@ -7,14 +7,25 @@ import numpy as np
 
 from retmask_jax.reports import figures, html, study_figures
 from retmask_jax.reports.figures import drawn
+from retmask_jax.reports.heads import heads_section
 from retmask_jax.reports.html import change, count, fixed, interval, p_value, signed, table
-from retmask_jax.reports.pages import all_numbers, heads_section, knockout_section, provenance, rope_section
+from retmask_jax.reports.page import PageResult, write_page
+from retmask_jax.reports.report import all_numbers, knockout_section, provenance, rope_section
+from retmask_jax.runs.context import Context
+from retmask_jax.runs.stage import Stage
+from retmask_jax.stages.detect import DETECT
+from retmask_jax.stages.detectors import DETECTORS_STAGE
+from retmask_jax.stages.dynamics import DYNAMICS
+from retmask_jax.stages.knockout import KNOCKOUT
+from retmask_jax.stages.rope import ROPE
+from retmask_jax.stages.theta import THETA
+from retmask_jax.stages.utility import UTILITY
 from retmask_jax.utils.files import write_atomically
 
 
 def write_study(path: Path, results: Mapping[str, Mapping], model: str) -> None:
     """Write the page. results: stage -> what its function in `stages` returned, with or without "provenance"."""
-    heads = results["detect"]["heads"]
+    heads = results["detect"].heads
     with figures.style():
         sections = [
             _header(results),
@@ -364,3 +375,16 @@ def _dynamics_sentences(result) -> list[str]:
         first = next(row["step"] for row, score in zip(rows, scores, strict=True) if score >= half)
         said.append(f"Their mean score first reaches half of its final {scores[-1]:.3f} at step {first}.")
     return said
+
+
+def _study_stage(context: Context, folder: Path) -> PageResult:
+    return write_page(context, STUDY, write_study)
+
+
+STUDY = Stage(
+    name="study",
+    work=_study_stage,
+    result=PageResult,
+    upstream=(DETECT, DETECTORS_STAGE, KNOCKOUT, ROPE, UTILITY, THETA, DYNAMICS),
+    needs_model=False,
+)

@@ -36,11 +36,6 @@ def directions(subject: str, changes: Mapping[str, Mapping]) -> str:
     return f"{subject} {' and '.join(clear)}{rest}."
 
 
-def mask_name(kind: str, how: str) -> str:
-    """A kind of mask; with how its heads were taken out, where they do not write zero."""
-    return kind if how == "zero" else f"{kind}, {how}"
-
-
 def direction(number: Mapping) -> str:
     """ "raises" or "lowers" where the interval of a change lies on one side of 0, else ""."""
     if number["low"] is not None and number["low"] > 0:

@@ -17,6 +17,7 @@ from retmask_jax.heads.profile import profile
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.runs.context import Context
+from retmask_jax.stages.detect import DETECT
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import read_json, read_jsonl, write_json
 
@@ -71,7 +72,7 @@ def reused_copy(context: Context, places: Sequence[int]) -> DetectorRun | None:
     counted = [i for i, outcome in enumerate(outcomes) if outcome == COUNTED]
     kept = [n for n, i in enumerate(counted) if i in set(places)]
     scores = HeadScores(HeadScores.load(folder / "scores.json").per_case[..., kept]) if kept else None
-    seconds = context.workdir.result("detect")["seconds"]
+    seconds = DETECT.of(context).seconds
     return DetectorRun(scores, [outcomes[i] for i in places], seconds, len(outcomes), reused=True)
 
 

@@ -10,6 +10,8 @@ from retmask_jax.heads.copy_score import stability
 from retmask_jax.heads.detectors import DETECTORS, agreement
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.stage import PROMPTS, Stage
+from retmask_jax.stages.detect import DETECT, DETECTION, retrieval_heads
 from retmask_jax.stages.detector_runs import (
     UNTOUCHED,
     DetectorRun,
@@ -26,7 +28,7 @@ from retmask_jax.utils import stats
 from retmask_jax.utils.files import write_jsonl
 
 
-def check_detectors(config) -> None:
+def _check(config) -> None:
     """Raise ValueError for settings of this stage that could only fail later."""
     section = config.detectors
     check_detector_names("detectors.names", section.names)
@@ -38,7 +40,7 @@ def check_detectors(config) -> None:
         raise ValueError(f"detectors.seeds {section.seeds} repeat a seed or {seeds[0]}, the task's own: name others")
 
 
-def check_detectors_model(context: Context) -> None:
+def _check_model(context: Context) -> None:
     """Raise ValueError where these settings do not suit the model."""
     section, config = context.config.detectors, context.outline.config
     total = config.n_layers * config.n_heads
@@ -52,7 +54,7 @@ def check_detectors_model(context: Context) -> None:
 def detectors_stage(context: Context, folder: Path) -> dict[str, Any]:
     """Every detector on the detection cases: how far they agree, settle and repeat, what they cost, and how much recall
     falls when the best heads of each are masked."""
-    section, heads = context.config.detectors, context.heads()
+    section, heads = context.config.detectors, retrieval_heads(context)
     top_k = section.top_k or len(heads)
     runs = _run_detectors(context, folder)
     scores = {name: run.scores for name, run in runs.items() if run.scores is not None}
@@ -151,3 +153,15 @@ def _detector_numbers(rows: Sequence[Mapping], seeds: Mapping[str, Any]) -> dict
         if repeats:
             numbers[f"detectors/heads shared over seeds/{name}"] = stats.exact(repeats["jaccard"], repeats["n"])
     return numbers
+
+
+DETECTORS_STAGE = Stage(
+    name="detectors",
+    work=detectors_stage,
+    result=dict,
+    upstream=(DETECT,),
+    settings=(*PROMPTS, "detectors.*", "knockout.tasks", *DETECTION),
+    tasks=lambda config: (config.detect.task, *config.knockout.tasks[:1]),
+    check=_check,
+    check_model=_check_model,
+)

@@ -17,6 +17,8 @@ from retmask_jax.hf.tokenizer import load_tokenizer
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.runs.context import Context, checkpoint_fingerprint
+from retmask_jax.runs.stage import PROMPTS, Stage
+from retmask_jax.stages.detect import DETECTION
 from retmask_jax.stages.detector_runs import UNTOUCHED, check_detector_names, heads_found, scored, shape_of
 from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.utils import stats
@@ -24,13 +26,13 @@ from retmask_jax.utils import stats
 PUBLISHED_THRESHOLD = 0.1
 
 
-def check_dynamics(config) -> None:
+def _check(config) -> None:
     """Raise ValueError for settings of this stage that could only fail later."""
     check_detector_names("dynamics.detector", [config.dynamics.detector])
     find_checkpoints(config.dynamics.checkpoints)
 
 
-def check_dynamics_model(context: Context) -> None:
+def _check_model(context: Context) -> None:
     """Raise ValueError where a local checkpoint cannot be measured."""
     for checkpoint in find_checkpoints(context.config.dynamics.checkpoints):
         if checkpoint.revision is None:
@@ -148,3 +150,19 @@ def _check_checkpoint(context: Context, checkpoint: Checkpoint) -> None:
     section = context.config.dynamics
     for name in {context.config.detect.task, section.task or next(iter(context.config.knockout.tasks), None)} - {None}:
         check_fits(name, context.config.tasks[name], config.max_length, f"the context of checkpoint {checkpoint.name}")
+
+
+def _tasks(config) -> tuple[str, ...]:
+    return (config.detect.task, *([config.dynamics.task] if config.dynamics.task else config.knockout.tasks[:1]))
+
+
+DYNAMICS = Stage(
+    name="dynamics",
+    work=dynamics_stage,
+    result=dict,
+    settings=(*PROMPTS, "dynamics.*", "knockout.tasks", *DETECTION, "detect.threshold", "text.*"),
+    tasks=_tasks,
+    inputs=checkpoint_prints,
+    check=_check,
+    check_model=_check_model,
+)

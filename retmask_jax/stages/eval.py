@@ -25,8 +25,11 @@ from retmask_jax.heads.conditions import Condition
 from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.runs.context import Context, checkpoint_fingerprint
 from retmask_jax.runs.recipes import as_json as config_json
+from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import changed_versions, versions
+from retmask_jax.stages.detect import retrieval_heads
 from retmask_jax.stages.outcomes import task_outcomes
+from retmask_jax.stages.train import TRAIN
 from retmask_jax.utils.files import digest, read_json, write_json
 from retmask_jax.utils.hosts import wait_for_all
 from retmask_jax.utils.store import Store
@@ -46,7 +49,7 @@ class Contender:
     interventions: Interventions = Interventions()
 
 
-def check_eval(config) -> None:
+def _check(config) -> None:
     """Raise ValueError for settings of suites, or models to compare, that could only fail later."""
     check_suites(config.suites)
     for name, source in config.eval.models.items():
@@ -57,7 +60,7 @@ def check_eval(config) -> None:
             )
 
 
-def check_eval_model(context: Context) -> None:
+def _check_model(context: Context) -> None:
     """Raise ValueError where a suite is longer than the model's context, or its files are not there."""
     for name in suite_files(context.config.suites):
         context.data_file(name)
@@ -82,7 +85,7 @@ def eval_stage(context: Context, folder: Path) -> dict[str, Any]:
     train, trained = context.config.train, context.workdir.folder("train")
     contenders = {START: Contender(START, 0, lambda: context.lm)}
     if context.config.eval.masked:
-        heads = mask_heads(context.lm.config, context.heads())
+        heads = mask_heads(context.lm.config, retrieval_heads(context))
         contenders[MASKED] = Contender(MASKED, 0, lambda: context.lm, heads)
     for arm in train.arms:
         for seed in train.seeds:
@@ -264,3 +267,24 @@ def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measu
 def _store(there: Context) -> Path:
     """Next to the stages, whose folders are set aside when their settings change."""
     return there.workdir.folder("measured")
+
+
+def _tasks(config) -> tuple[str, ...]:
+    return (*config.eval.tasks, *config.eval.grids)
+
+
+_SETTINGS = (*PROMPTS, "eval.tasks", "eval.grids", "text.*")
+EVAL = Stage(
+    name="eval",
+    work=eval_stage,
+    result=dict,
+    upstream=(TRAIN,),
+    settings=(*_SETTINGS, "eval.masked", "train.arms", "train.seeds"),
+    tasks=_tasks,
+    inputs=suite_prints,
+    check=_check,
+    check_model=_check_model,
+)
+COMPARE = Stage(
+    name="compare", work=compare_stage, result=dict, settings=_SETTINGS, tasks=_tasks, inputs=compare_prints
+)

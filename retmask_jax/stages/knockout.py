@@ -13,18 +13,19 @@ from retmask_jax.heads.conditions import Condition, mean_over_draws
 from retmask_jax.heads.head_outputs import head_statistics
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.reports.wording import mask_name
 from retmask_jax.runs.context import Context
-from retmask_jax.stages.outcomes import check_choices, task_answers, task_outcomes
+from retmask_jax.runs.stage import PROMPTS, Stage
+from retmask_jax.stages.detect import DETECT, head_scores, retrieval_heads
+from retmask_jax.stages.outcomes import check_choices, mask_name, task_answers, task_outcomes
 from retmask_jax.utils import stats
 
 
-def check_knockout(config) -> None:
+def _check(config) -> None:
     """Raise ValueError for settings of knock-out that could only fail later."""
     check_choices("knockout.modes", config.knockout.modes, knockout.MODES)
 
 
-def check_knockout_model(context: Context) -> None:
+def _check_model(context: Context) -> None:
     """Raise ValueError where the settings of knock-out ask for more than the model has."""
     config, section = context.outline.config, context.config.knockout
     numbers = [size for size in section.curve if not isinstance(size, float)]
@@ -36,8 +37,8 @@ def check_knockout_model(context: Context) -> None:
 def knockout_stage(context: Context, folder: Path) -> dict[str, Any]:
     """Every task, and the loss on plain text, with the retrieval heads or others taken out; where the config asks for
     them, other ways to take a head out, curves over the number of heads, and the smallest set that matters."""
-    lm, section, heads = context.lm, context.config.knockout, context.heads()
-    scores = HeadScores.load(context.workdir.folder("detect") / "scores.json")
+    lm, section, heads = context.lm, context.config.knockout, retrieval_heads(context)
+    scores = head_scores(context)
     windows = context.windows()
     activity_LH = knockout.activity(
         lm, windows[: section.activity_windows].tolist(), batch_size=context.config.batch_size
@@ -169,3 +170,15 @@ def _named(condition: Condition) -> str:
 
 def _first_draws(conditions: Sequence[Condition]) -> list[Condition]:
     return list({_named(c): c for c in reversed(conditions)}.values())[::-1]
+
+
+KNOCKOUT = Stage(
+    name="knockout",
+    work=knockout_stage,
+    result=dict,
+    upstream=(DETECT,),
+    settings=(*PROMPTS, "knockout.*", "text.*"),
+    tasks=lambda config: config.knockout.tasks,
+    check=_check,
+    check_model=_check_model,
+)

@@ -38,3 +38,8 @@ def task_answers(context: Context, task: str, cases, conditions: Sequence[Condit
         batch_size=context.config.batch_size,
         what=task,
     )
+
+
+def mask_name(kind: str, how: str) -> str:
+    """A kind of mask; with how its heads were taken out, where they do not write zero."""
+    return kind if how == "zero" else f"{kind}, {how}"

@@ -11,6 +11,9 @@ from retmask_jax.data.prompts import read_prompts, source_files
 from retmask_jax.heads.knockout import activity_matched
 from retmask_jax.model.interventions import mask_heads, random_heads
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.stage import PROMPTS, Stage
+from retmask_jax.stages.detect import DETECT, retrieval_heads
+from retmask_jax.stages.knockout import KNOCKOUT
 from retmask_jax.training import endpoints, pairs
 from retmask_jax.training.pairs import Question, Variant
 from retmask_jax.utils import memory, stats
@@ -86,9 +89,9 @@ def variants_of(config, seed: int) -> list[Variant]:
 
 def _arm_heads(context: Context, seed: int) -> dict[str, list]:
     """The heads masked to answer for each arm."""
-    config, arms, heads = context.outline.config, context.config.train.arms, context.heads()
+    config, arms, heads = context.outline.config, context.config.train.arms, retrieval_heads(context)
     wanted = set(arms) | ({"retmask"} if "sft_filtered" in arms else set())
-    activity_LH = np.array(context.workdir.result("knockout")["activity"])
+    activity_LH = np.array(KNOCKOUT.of(context)["activity"])
     choices = {
         "retmask": lambda: heads,
         "random": lambda: random_heads(config, n=len(heads), seed=seed),
@@ -204,3 +207,21 @@ def _check_prompts(prompts, config) -> None:
         for prompt in prompts:
             if "messages_without" not in prompt:
                 raise ValueError(f"{config.pairs.prompts}, prompt {prompt['id']}: arm no_fact needs messages_without")
+
+
+def _check(config) -> None:
+    unknown = [arm for arm in config.train.arms if arm not in ARMS]
+    if unknown:
+        raise ValueError(f"train.arms has {', '.join(unknown)}; known arms are {', '.join(ARMS)}")
+
+
+PAIRS = Stage(
+    name="pairs",
+    work=pairs_stage,
+    result=dict,
+    upstream=(DETECT, KNOCKOUT),
+    settings=(*PROMPTS, "pairs.*", "train.arms", "train.seeds"),
+    inputs=prompt_prints,
+    batch_key="pairs.batch_size",
+    check=_check,
+)

@@ -14,11 +14,13 @@ from retmask_jax.heads.query_norms import query_norms
 from retmask_jax.model.interventions import SITES, Interventions
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.stage import PROMPTS, Stage
+from retmask_jax.stages.detect import DETECT, retrieval_heads
 from retmask_jax.stages.outcomes import check_choices, task_outcomes
 from retmask_jax.utils import stats
 
 
-def check_rope(config) -> None:
+def _check(config) -> None:
     """Raise ValueError for settings of rope that could only fail later."""
     check_choices("rope.sites", config.rope.sites, SITES)
     for name in ("matched", "text"):
@@ -26,7 +28,7 @@ def check_rope(config) -> None:
             raise ValueError(f"rope.{name} is measured on plain text: set text.file")
 
 
-def check_rope_model(context: Context) -> None:
+def _check_model(context: Context) -> None:
     """Raise ValueError where the settings of rope ask for more than the model has."""
     config, section = context.outline.config, context.config.rope
     for name, wanted in (
@@ -41,7 +43,7 @@ def check_rope_model(context: Context) -> None:
 def rope_stage(context: Context, folder: Path) -> dict[str, Any]:
     """Recall with rotary pairs taken out of the retrieval heads: how many, which part of the spectrum, of which heads, at
     which site; beside each condition the share of the variance of q.k that goes with the pairs."""
-    lm, section, heads = context.lm, context.config.rope, context.heads()
+    lm, section, heads = context.lm, context.config.rope, retrieval_heads(context)
     ks = section.pairs or tuple(
         k for k in (lm.config.n_pairs // 8, lm.config.n_pairs // 4, lm.config.n_pairs // 2) if k
     )
@@ -163,3 +165,15 @@ def _costs(context: Context, conditions, outcomes, ks) -> list[dict[str, Any]]:
 
 def _is_dose(condition: Condition, kind: str, k: int) -> bool:
     return (condition.experiment, condition.kind, condition.site, condition.n_pairs) == ("dose", kind, "rotary", k)
+
+
+ROPE = Stage(
+    name="rope",
+    work=rope_stage,
+    result=dict,
+    upstream=(DETECT,),
+    settings=(*PROMPTS, "rope.*", "text.*", "knockout.activity_windows"),
+    tasks=lambda config: config.rope.tasks,
+    check=_check,
+    check_model=_check_model,
+)

@@ -7,12 +7,14 @@ from typing import Any
 
 from retmask_jax.heads.variants import with_base
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.stage import PROMPTS, Stage
+from retmask_jax.stages.detect import DETECT, DETECTION
 from retmask_jax.stages.detector_runs import UNTOUCHED, check_detector_names, heads_found, number_of, scored
 from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.utils import stats
 
 
-def check_theta(config) -> None:
+def _check(config) -> None:
     """Raise ValueError for settings of this stage that could only fail later."""
     check_detector_names("theta.detector", [config.theta.detector])
     _check_factors(config.theta.factors)
@@ -22,7 +24,7 @@ def theta_stage(context: Context, folder: Path) -> dict[str, Any]:
     """Recall and the number of retrieval heads with the RoPE base changed at inference, the weights as they are."""
     section, base = context.config.theta, context.lm.config.rope.theta
     tasks = section.tasks or context.config.knockout.tasks[:1]
-    threshold = _theta_threshold(context)
+    threshold = DETECT.of(context).reached
     outcomes: dict[str, list] = {}
     counts = []
     for factor in section.factors:
@@ -60,12 +62,6 @@ def theta_stage(context: Context, folder: Path) -> dict[str, Any]:
     }
 
 
-def _theta_threshold(context: Context) -> float:
-    """Heads that were chosen by their number reach the score of the last of them."""
-    result = context.workdir.result("detect")
-    return min(result["scores"]) if result["threshold"] is None else result["threshold"]
-
-
 def _check_factors(factors: Sequence[float]) -> None:
     if 1 not in factors:
         raise ValueError(
@@ -73,3 +69,14 @@ def _check_factors(factors: Sequence[float]) -> None:
         )
     if len(set(factors)) < len(factors) or not all(0 < factor < math.inf for factor in factors):
         raise ValueError(f"theta.factors {tuple(factors)} must be positive and each one there once")
+
+
+THETA = Stage(
+    name="theta",
+    work=theta_stage,
+    result=dict,
+    upstream=(DETECT,),
+    settings=(*PROMPTS, "theta.*", "knockout.tasks", *DETECTION),
+    tasks=lambda config: (config.detect.task, *(config.theta.tasks or config.knockout.tasks[:1])),
+    check=_check,
+)

@@ -6,17 +6,18 @@ from typing import Any
 import numpy as np
 
 from retmask_jax.heads.query_norms import norm_utility, query_norms
-from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.stage import Stage
+from retmask_jax.stages.detect import DETECT, head_scores, retrieval_heads
 from retmask_jax.utils import stats
 
 
 def utility_stage(context: Context, folder: Path) -> dict[str, Any]:
     """Norms of the query projections of retrieval heads against others, by head and by rotary pair."""
-    section, config, heads = context.config.utility, context.lm.config, context.heads()
+    section, config, heads = context.config.utility, context.lm.config, retrieval_heads(context)
     norms = query_norms(config, context.lm.params)
-    scores = HeadScores.load(context.workdir.folder("detect") / "scores.json")
+    scores = head_scores(context)
     result = {
         "heads": heads,
         "norms": norms.head_LH.tolist(),
@@ -39,3 +40,6 @@ def utility_stage(context: Context, folder: Path) -> dict[str, Any]:
     if rho["value"] is not None:
         numbers["utility/norm against score (partial rank correlation)"] = rho
     return result | {"comparison": found, "undefined": None, "numbers": numbers}
+
+
+UTILITY = Stage(name="utility", work=utility_stage, result=dict, upstream=(DETECT,), settings=("dtype", "utility.*"))

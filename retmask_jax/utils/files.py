@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
+
 from retmask_jax.utils.hosts import primary, wait_for_all
 
 _WITHIN, _LOOK_AGAIN = 60.0, 0.5  # seconds
@@ -25,8 +27,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """One JSON document; NaN and infinity are refused."""
-    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    """One JSON document of plain values and dataclasses; NaN and infinity are refused."""
+    write_atomically(path, json.dumps(value, indent=1, allow_nan=False, default=msgspec.to_builtins) + "\n")
 
 
 def read_text(path: Path, what: str = "file") -> str:
@@ -73,7 +75,7 @@ def parse_json(text: str, problem: str) -> Any:
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     """One JSON value a line, written as they come; compressed where the name ends in .gz."""
-    lines = (json.dumps(record).encode() + b"\n" for record in records)
+    lines = (json.dumps(record, default=msgspec.to_builtins).encode() + b"\n" for record in records)
     with _whole(path) as file:
         for block in _packed(lines) if Path(path).suffix == ".gz" else lines:
             file.write(block)

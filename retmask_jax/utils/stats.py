@@ -1,14 +1,99 @@
 """Statistics of paired outcomes, score distributions and head sets (as in arXiv 2606.21249).
 
-NumPy and SciPy only. Intervals are plain dicts {"value", "low", "high", "n"} of Python numbers,
-ready for JSON, with `n` the number of independent samples. Everything random takes a seed and
-repeats exactly. No input, numbers that are not finite and shapes that do not fit raise ValueError.
+NumPy and SciPy only. Everything random takes a seed and repeats exactly. Empty input, numbers that are not finite and
+shapes that do not fit raise ValueError.
 """
 
+import dataclasses
 import math
 import statistics
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+
+
+class _Keyed:
+    """Access by key, for callers that are not yet written for attributes."""
+
+    def keys(self) -> Iterator[str]:
+        return iter(self.__dataclass_fields__)
+
+    __iter__ = keys
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.__dataclass_fields__:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return getattr(self, key, default)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.__dataclass_fields__
+
+    def __or__(self, other) -> dict:
+        return dict(self) | dict(other)
+
+    def __ror__(self, other) -> dict:
+        return dict(other) | dict(self)
+
+    def __eq__(self, other) -> bool:
+        return dict(self) == (dict(other) if hasattr(other, "keys") else other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(dict(self).items()))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Number(_Keyed):
+    """A measured number with its interval.
+
+    low, high: bounds of the 95% interval, None where the number is counted and not estimated; value is None where it is
+    undefined. n: independent samples it rests on.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class McNemar(_Keyed):
+    """McNemar's exact two-sided test of conditions a and b on the same samples.
+
+    b: samples only condition a gets right; c: only condition b; n_discordant: b + c; p_value: 1.0 where that is 0.
+    """
+
+    b: int
+    c: int
+    n_discordant: int
+    p_value: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Correlation(_Keyed):
+    """A rank correlation; nan where a side is constant."""
+
+    value: float
+    p_value: float
+    n: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Permutation(_Keyed):
+    """A permutation test within layers.
+
+    value: mean of labelled minus mean of other heads; expected: its mean under the permutations, which is what the layers
+    alone explain; p_value: share of permutations at least as far from `expected`; n: labelled heads.
+    """
+
+    value: float
+    expected: float
+    p_value: float
+    n: int
+
 
 _BLOCK = 1 << 20  # numbers drawn at once: bounds memory whatever the number of resamples
 
@@ -30,8 +115,7 @@ def gini(x):
 def mcnemar(a, b):
     """Exact two-sided McNemar test of two conditions on the same samples.
 
-    a, b: bool[samples] outcomes, in the same order. Returns {"b": samples only `a` gets right,
-    "c": samples only `b` gets right, "n_discordant": b + c, "p_value": 1.0 where that is 0}.
+    a, b: bool[samples] outcomes, in the same order.
     """
     from scipy.stats import binomtest  # takes most of a second to import
 
@@ -40,7 +124,7 @@ def mcnemar(a, b):
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     n = only_a + only_b
     p_value = float(binomtest(only_a, n, 0.5).pvalue) if n else 1.0
-    return {"b": only_a, "c": only_b, "n_discordant": n, "p_value": p_value}
+    return McNemar(only_a, only_b, n, p_value)
 
 
 def wilson(successes, n, level=0.95):
@@ -65,7 +149,7 @@ def proportion(outcomes, level=0.95):
 
 def exact(value, n):
     """A number that is counted, not estimated, from n things: an interval without bounds."""
-    return {"value": float(value), "low": None, "high": None, "n": int(n)}
+    return Number(float(value), None, None, int(n))
 
 
 def defined(value):
@@ -105,7 +189,7 @@ def bootstrap_of_means(x_VN, function, n_resamples=2000, seed=0, level=0.95):
     drawn = np.array([function(x_VN[:, rng.integers(n, size=n)].mean(axis=1)) for _ in range(n_resamples)])
     value, drawn = function(x_VN.mean(axis=1)), drawn[np.isfinite(drawn)]
     if not np.isfinite(value) or not drawn.size:
-        return {"value": None, "low": None, "high": None, "n": n}
+        return Number(None, None, None, n)
     return _interval(value, *np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]), n)
 
 
@@ -132,20 +216,17 @@ def benjamini_hochberg(p):
 def layer_clustered_permutation(values_LH, labels_LH, n_permutations=10000, seed=0):
     """Two-sided test of labelled against other heads, the labels permuted within each layer.
 
-    values_LH: [L, H] numbers; labels_LH: bool[L, H]. Returns {"value": mean of labelled - mean of
-    other heads, "expected": its mean under the permutations (what the layers alone explain),
-    "p_value": share of permutations at least as far from `expected`, "n": labelled heads}.
-    Raises where no layer has both kinds of heads.
+    values_LH: [L, H] numbers; labels_LH: bool[L, H]. Raises where no layer has both kinds of heads.
     """
     values_LH, labels_LH = _numbers(values_LH, "values_LH"), np.asarray(labels_LH)
     _check_labels(values_LH, labels_LH)
     layer_means_LH = np.broadcast_to(values_LH.mean(axis=1, keepdims=True), values_LH.shape)
-    return {
-        "value": _mean_difference(values_LH, labels_LH),
-        "expected": _mean_difference(layer_means_LH, labels_LH),
-        "p_value": float(layer_clustered_p_values(values_LH[..., None], labels_LH, n_permutations, seed)[0]),
-        "n": int(labels_LH.sum()),
-    }
+    return Permutation(
+        _mean_difference(values_LH, labels_LH),
+        _mean_difference(layer_means_LH, labels_LH),
+        float(layer_clustered_p_values(values_LH[..., None], labels_LH, n_permutations, seed)[0]),
+        int(labels_LH.sum()),
+    )
 
 
 def layer_clustered_p_values(values_LHV, labels_LH, n_permutations=10000, seed=0):
@@ -176,26 +257,26 @@ def cohens_d(a, b):
 
 
 def spearman(x, y):
-    """Rank correlation over all entries: {"value", "p_value", "n"}, nan where one is constant."""
+    """Rank correlation over all entries; nan where one side is constant."""
     from scipy.stats import spearmanr
 
     x, y = _numbers(x, "spearman").ravel(), _numbers(y, "spearman").ravel()
     _same_length(x.size, y.size)
     if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return {"value": math.nan, "p_value": math.nan, "n": x.size}
+        return Correlation(math.nan, math.nan, x.size)
     result = spearmanr(x, y)
-    return {"value": float(result.statistic), "p_value": float(result.pvalue), "n": x.size}
+    return Correlation(float(result.statistic), float(result.pvalue), x.size)
 
 
 def spearman_interval(x, y, level=0.95):
-    """Rank correlation of independent samples: {"value", "low", "high", "n"}.
+    """Rank correlation of independent samples, with its interval.
 
     x, y: [samples], at least 4. The interval is normal in the inverse hyperbolic tangent, with the variance
     (1 + value^2 / 2) / (n - 3) of Bonett and Wright (2000). Heads of one model are not independent samples.
     """
     _check_level(level)
     result = spearman(x, y)
-    rho, n = result["value"], result["n"]
+    rho, n = result.value, result.n
     if n < 4:
         raise ValueError(f"spearman_interval needs at least 4 samples, got {n}")
     half = statistics.NormalDist().inv_cdf((1 + level) / 2) * math.sqrt((1 + rho * rho / 2) / (n - 3))
@@ -278,7 +359,7 @@ def _mean_difference(values_LH, labels_LH):
 
 
 def _interval(value, low, high, n):
-    return {"value": float(value), "low": float(low), "high": float(high), "n": int(n)}
+    return Number(float(value), float(low), float(high), int(n))
 
 
 def _numbers(x, name):

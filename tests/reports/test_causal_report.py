@@ -6,7 +6,7 @@ from helpers_results import KINDS, around, knockout_result, make_results, number
 
 from retmask_jax.reports import figures
 from retmask_jax.reports.causal_report import knockout_section, only_zero, rope_section
-from retmask_jax.reports.pages import write_report
+from retmask_jax.reports.report import write_report
 
 HEADS = [[1, 2], [0, 3], [2, 1]]
 

@@ -1,19 +1,19 @@
 """The HTML report on made-up results: what it says follows the numbers, and it is one closed page."""
 
+import dataclasses
 import html.parser
-import json
 import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from helpers_results import ACROSS, ALL_ARMS, DOWN, UP, Page, eval_result, make_results, number, train_results
+from helpers_results import ACROSS, ALL_ARMS, DOWN, UP, Page, eval_result, make_results, number, stored, train_results
 
 from retmask_jax.evals.compare import numbers_by_task
-from retmask_jax.reports import evaluation, figures, pages
+from retmask_jax.reports import evaluation, figures, report
 from retmask_jax.reports import html as page
-from retmask_jax.reports.pages import write_report
+from retmask_jax.reports.report import write_report
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def render(tmp_path, monkeypatch):
             "inline",
             lambda figure, name: inline(figure, name) if name.startswith(draw) else empty.format(html.escape(name)),
         )
-        write_report(path, json.loads(json.dumps(make_results(**options))), model)
+        write_report(path, stored(make_results(**options)), model)
         return path.read_text()
 
     return write
@@ -170,8 +170,8 @@ def test_one_counted_case_no_threshold_and_mostly_idle_heads(render):
 def test_given_scores_have_no_detection_cases(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "inline", lambda figure, name: f'<img alt="{name}">')
     results = make_results()
-    results["detect"]["outcomes"] = {}
-    del results["detect"]["numbers"]["detect/cases counted"]
+    numbers = {name: n for name, n in results["detect"].numbers.items() if name != "detect/cases counted"}
+    results["detect"] = dataclasses.replace(results["detect"], outcomes={}, numbers=numbers)
     write_report(tmp_path / "report.html", results, "some/model")
     found = Page((tmp_path / "report.html").read_text())
     assert "The scores were given, of 20 cases; none was measured here." in found.text
@@ -231,18 +231,18 @@ def test_how_numbers_are_written():
 
 def test_importing_the_report_loads_no_plotting():
     code = (
-        "import sys, retmask_jax.reports.pages; assert 'matplotlib' not in sys.modules and 'scipy' not in sys.modules"
+        "import sys, retmask_jax.reports.report; assert 'matplotlib' not in sys.modules and 'scipy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_pairs_say_what_was_left_out_and_cut():
     pairs, _ = train_results(("retmask",), (0,), 4)
-    section = pages._pairs(pairs)
+    section = report._pairs(pairs)
     assert "some were left out: 3 redacted." in section
     assert re.search(r"normal-0</td>\s*<td[^>]*>7</td>\s*<td[^>]*>40", section)
     none_left = pairs | {"left_out": {"redacted": 0}}
-    assert "left out" not in pages._pairs(none_left)
+    assert "left out" not in report._pairs(none_left)
 
 
 def test_suites_have_their_own_units_and_what_is_missing_is_told(tmp_path):

@@ -1,14 +1,16 @@
 """Findings over several studies, on made-up results: where they hold, what they rest on, and the page."""
 
+import dataclasses
 import json
 
+import msgspec
 import pytest
 from helpers_results import around, detect_result, number
 
 from retmask_jax.cli import commands
 from retmask_jax.cli.main import main
-from retmask_jax.runs import findings as panels
-from retmask_jax.runs.findings import Finding, Member, agreement, evaluate, groups
+from retmask_jax.reports import findings as panels
+from retmask_jax.reports.findings import Finding, Member, agreement, evaluate, groups
 from retmask_jax.utils import stats
 
 UP, ACROSS = (0.4, 0.3, 0.5), (0.01, -0.02, 0.04)
@@ -58,7 +60,7 @@ def _study(effect=UP, p=1e-6):
         {"step": step, "top": step / 300, "emergence": None if step == 100 else 0.5} for step in (100, 200, 300)
     ]
     return {
-        "detect": detect_result((4, 8), 20, 0.1) | {"n_kv_heads": 4},
+        "detect": dataclasses.replace(detect_result((4, 8), 20, 0.1), n_kv_heads=4),
         "detectors": {"agreement": pairs},
         "knockout": knockout,
         "rope": rope,
@@ -132,7 +134,7 @@ def test_the_command_tells_each_finding_and_writes_the_page(members, tmp_path, c
         for stage, result in member.results.items():
             folder = tmp_path / member.name / stage
             folder.mkdir(parents=True)
-            (folder / "result.json").write_text(json.dumps(result))
+            (folder / "result.json").write_text(json.dumps(result, default=msgspec.to_builtins))
         scores = {
             f"{i}-{j}": [float(v)] for i, row in enumerate(member.results["detect"]["mean"]) for j, v in enumerate(row)
         }
@@ -151,4 +153,4 @@ def test_the_command_tells_each_finding_and_writes_the_page(members, tmp_path, c
     assert json.loads((tmp_path / "out" / "panel.json").read_text())["task"] == "needle"
     assert main(["panel", str(tmp_path / "out")]) == 2
     assert "is no work directory with results" in capsys.readouterr().err
-    assert commands.results.read_studies([tmp_path / "llama-0"])[0].results.keys() == members[0].results.keys()
+    assert commands.sources.read_studies([tmp_path / "llama-0"])[0].results.keys() == members[0].results.keys()

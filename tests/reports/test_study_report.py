@@ -1,10 +1,8 @@
 """The page of the causal study on made-up results: what it says follows the numbers; panels hold what they draw."""
 
-import json
-
 import numpy as np
 import pytest
-from helpers_results import DOWN, Page, around, make_results, number
+from helpers_results import DOWN, Page, around, make_results, number, stored
 
 from retmask_jax.heads.detectors import DETECTORS
 from retmask_jax.reports import figures
@@ -153,7 +151,7 @@ def render(tmp_path, monkeypatch):
     def write(change=lambda results: None, **options):
         results = study_results(**options)
         change(results)
-        write_study(tmp_path / "study.html", json.loads(json.dumps(results)), "some/model")
+        write_study(tmp_path / "study.html", stored(results), "some/model")
         return Page((tmp_path / "study.html").read_text())
 
     return write

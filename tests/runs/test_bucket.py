@@ -14,9 +14,9 @@ from helpers_bucket import mount
 from retmask_jax.generation.language_model import load, save
 from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.model.interventions import mask_heads
+from retmask_jax.pipeline.registry import RUN
 from retmask_jax.runs.context import checkpoint_fingerprint
 from retmask_jax.runs.workdir import Basis, Workdir
-from retmask_jax.stages.registry import RUN
 from retmask_jax.training.checkpoints import Checkpoints
 from retmask_jax.training.loop import _checkpoint_folder
 from retmask_jax.utils.files import is_whole, mark_whole

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers_results import detected
 from helpers_servers import plan
 from helpers_tiny import BATCH, CONFIG, NEW, copying_lm
 from ml_collections import ConfigDict
@@ -50,7 +51,7 @@ def prepare(tmp_path):
         config.pairs.update({"prompts": str(tmp_path / "prompts.jsonl"), "max_new_tokens": NEW, "temperature": 1.5})
         config.pairs.update(section)
         root = tmp_path / name
-        write_json(root / "detect/result.json", {"heads": HEADS})
+        write_json(root / "detect/result.json", dict(detected(HEADS)))
         write_json(root / "knockout/result.json", {"activity": [[1.0, 2.0, 3.0, 4.0]] * 2})
         context = Context(config.lock(), Workdir(root, {}))
         context.__dict__["lm"] = copying_lm()

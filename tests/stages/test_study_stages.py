@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from helpers_results import detected as detected_heads
 from helpers_tiny import BATCH, CONFIG, NEW, copying_lm, copying_params, in_float64, reference_answer
 from retmask_jax.configs import default
 
@@ -68,9 +69,7 @@ def study(tmp_path, monkeypatch):
         context = Context(config.lock(), Workdir(tmp_path, {}))
         context.__dict__["lm"] = LM
         if detected:
-            write_json(
-                tmp_path / "detect/result.json", {"heads": [[1, 0], [1, 2]], "scores": [0.4, 0.2], "threshold": 0.1}
-            )
+            write_json(tmp_path / "detect/result.json", dict(detected_heads([(1, 0), (1, 2)], (0.4, 0.2))))
         return context
 
     return make
@@ -84,7 +83,8 @@ def test_a_spread_of_cases_is_even_and_in_order():
 
 def test_copies_taken_from_detect_are_those_of_decoding_the_same_cases(study, tmp_path):
     context = study(detected=False)
-    write_json(tmp_path / "detect/result.json", detect_stage(context, tmp_path / "detect") | {"seconds": 3.5})
+    found = dataclasses.replace(detect_stage(context, tmp_path / "detect"), seconds=3.5)
+    write_json(tmp_path / "detect/result.json", dict(found))
     for places in ([0, 1, 2, 3], [0, 2]):
         taken = reused_copy(context, places)
         target = tmp_path / f"copy-{len(places)}.json"
@@ -154,7 +154,7 @@ def test_pairs_of_query_norms_have_their_wavelengths(study, tmp_path):
 def test_one_retrieval_head_is_nothing_to_compare_and_no_error(study, tmp_path):
     context = study()
     HeadScores.from_array(np.eye(2, 4)).save(tmp_path / "detect/scores.json")
-    write_json(tmp_path / "detect/result.json", {"heads": [[1, 0]]})
+    write_json(tmp_path / "detect/result.json", dict(detected_heads([(1, 0)])))
     result = utility_stage(context, tmp_path / "utility")
     assert result["comparison"] is None and "two values per side, got 1" in result["undefined"]
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from retmask_jax.heads.profile import Scored
 from retmask_jax.heads.scores import HeadScores
-from retmask_jax.runs.findings import Member
+from retmask_jax.reports.findings import Member
 from retmask_jax.runs.workdir import Workdir
+from retmask_jax.stages.detect import DetectResult
 
 _THRESHOLD = 0.1
 
@@ -46,7 +47,7 @@ def read_studies(roots: Sequence[Path]) -> list[Member]:
         finished = sorted(path.parent.name for path in root.glob("*/result.json"))
         if not finished:
             raise ValueError(f"{root} is no work directory with results: run `retmask study --workdir={root}` first")
-        members.append(Member(name, {stage: Workdir(root, {}).result(stage) for stage in finished}))
+        members.append(Member(name, {stage: Workdir(root, {}).result(stage, dict) for stage in finished}))
     return members
 
 
@@ -59,21 +60,20 @@ def read_gains(roots: Sequence[Path], number: str) -> list[dict[str, Any]]:
 
 
 def _of_run(name: str, root: Path, threshold: float | None) -> Scored:
-    result = Workdir(root, {}).result("detect")
+    result = Workdir(root, {}).result("detect", DetectResult)
     scores = root / "detect" / "scores.json"
-    if "n_kv_heads" not in result:
+    if result.n_kv_heads is None:
         raise ValueError(
             f"{root} does not say its key/value heads (it is of an older version): give {scores} and --kv_heads"
         )
-    # Heads that were chosen by their number reach the score of the last of them.
-    own = min(result["scores"]) if result["threshold"] is None else result["threshold"]
-    return Scored(name, HeadScores.load(scores), result["n_kv_heads"], own if threshold is None else threshold)
+    reached = result.reached if threshold is None else threshold
+    return Scored(name, HeadScores.load(scores), result.n_kv_heads, reached)
 
 
 def _gain(name: str, root: Path, number: str) -> dict[str, Any]:
     if not root.is_dir():
         raise ValueError(f"{root} is no work directory: only those have an evaluation")
-    detect, evaluation = (Workdir(root, {}).result(stage) for stage in ("detect", "eval"))
+    detect, evaluation = (Workdir(root, {}).result(stage, dict) for stage in ("detect", "eval"))
     if number not in evaluation["numbers"]:
         changes = ", ".join(name for name in evaluation["numbers"] if name.endswith(" minus start"))
         raise ValueError(f"eval in {root} has no number {number!r}; its changes are {changes}")

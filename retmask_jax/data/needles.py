@@ -96,7 +96,8 @@ def read_needles(path: str | Path) -> list[Needle]:
 
 
 def check_words(needle: Needle, where: str | None = None) -> None:
-    """Raises ValueError for a needle whose answer has no letter or digit; `where` says where it is from, for the message."""
+    """Raises ValueError for a needle whose answer has no letter or digit; `where` says where it is from, for the
+    message."""
     for name, text in (("answer", needle.answer), ("memory", needle.memory or None)):
         if text is not None and not rouge_tokens(text):
             where = where or f"needle {needle.needle or needle.question!r}"
@@ -115,12 +116,10 @@ def draw_specs(
     """Draws the specs of cases.
 
     Args:
-        needles: The needles that are asked about.
         lengths: Tokens of a prompt.
         depths: Shares of the haystack before the needle.
         per_length: Cases for each length, with depths and needles in turn; None for all depths x needles.
         distractors: How many other needles are put into the same haystack.
-        seed: Seed of everything that is drawn.
     """
     rng = np.random.default_rng(seed)
     cells = []
@@ -148,10 +147,7 @@ def build_cases(
     """Returns the cases of specs, each filled with whole sentences up to its length.
 
     Args:
-        prompter: Gives the tokens of a prompt.
         sentences: The haystack.
-        needles: The needles that the specs refer to.
-        specs: What the cases are made of.
         shuffle: Whether the sentences are in random order, by the spec's seed, instead of the text's order.
         at_start: Whether the needle is put at the very start unless the depth is 1, as in the detector released with
             arXiv 2601.11020.
@@ -183,7 +179,6 @@ def answer_span(text: str, offsets: Sequence[tuple[int, int]], needle: Needle) -
     Args:
         text: The rendered prompt.
         offsets: Range of characters of each token.
-        needle: The needle.
 
     Raises:
         ValueError: Needle or answer does not occur exactly once.

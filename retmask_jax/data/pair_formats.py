@@ -149,8 +149,6 @@ def export_pairs(records: Iterable[dict], out: str | Path, format: str) -> None:
     """Writes pairs of `read_pairs`.
 
     Args:
-        records: The pairs.
-        out: The file or folder to write.
         format: "released" for a JSONL file, see `write_released`; "tfds" for a folder, see `build_dataset`.
     """
     if format not in FORMATS:

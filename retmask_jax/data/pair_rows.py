@@ -90,9 +90,6 @@ def encode_pairs(
     no such token, so that a model is not taught to stop in mid-sentence.
 
     Args:
-        prompter: Gives the tokens of a conversation.
-        records: The pairs.
-        ends: What finished answers end with.
         max_tokens: Longest prompt with its answer; longer answers lose their end.
         max_prompt_tokens: Longest prompt; longer ones lose their beginning.
     """
@@ -110,7 +107,8 @@ def encode_pairs(
 def encode_blocks(
     prompter: Prompter, records: Iterable[dict], *, ends: Ends, max_tokens: int, max_prompt_tokens: int
 ) -> Iterator[PairRows]:
-    """Yields the rows of `encode_pairs` in blocks while the records are read; one block of records is in memory at a time."""
+    """Yields the rows of `encode_pairs` in blocks while the records are read; one block of records is in memory at a
+    time."""
     for part in _blocks(records):
         prompts = prompter.encode_many([prompter.render_messages(record["messages"]) for record in part])
         answers = [_answers(prompter.tokenizer, part, side, ends) for side in SIDES]
@@ -136,9 +134,7 @@ def kept_rows(folder: Path, identity: dict[str, Any], blocks: Callable[[], Itera
     marks them as complete.
 
     Args:
-        folder: Folder of the rows.
         identity: What the rows depend on, such as hashes of tokenizer, template and data.
-        blocks: Encodes the rows.
 
     Raises:
         ValueError: The rows in the folder have another identity, or blocks() raises it on the first host; all hosts raise it.
@@ -246,7 +242,6 @@ def parts(rows: PairRows, pairs: np.ndarray, size: int, allowed: Sequence[int]) 
     """Yields pairs in parts of similar lengths, the longest first, each of the smallest allowed width that fits.
 
     Args:
-        rows: The rows of all pairs.
         pairs: Indices of the pairs to divide.
         size: Pairs of a part. The last part repeats its last pair where the number of pairs is no multiple of it.
         allowed: Widths, ascending.

@@ -84,7 +84,8 @@ class Prompter:
         return self.counts([text], special=not self.chat)[0]
 
     def counts(self, texts: Sequence[str], *, special: bool) -> list[int]:
-        """Returns the number of tokens of each text; special: whether the tokenizer's special tokens around it count."""
+        """Returns the number of tokens of each text; special: whether the tokenizer's special tokens around it
+        count."""
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()  # a tokenizer.json may ask for it; calls of the tokenizer turn it off, too
         backend.no_padding()

@@ -1,4 +1,5 @@
-"""Recall tasks, as the section `tasks` of a config lists them: questions about needles or facts, by length and depth."""
+"""Recall tasks, as the section `tasks` of a config lists them: questions about needles or facts, by length and
+depth."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ def task_cases(prompter: Prompter, task: Any, resolve: Callable[[str], Path]) ->
     """Returns the cases of a task.
 
     Args:
-        prompter: Gives the tokens of a prompt.
         task: A section of the config's `tasks`. Without lengths it asks the bare questions, to be answered from memory.
         resolve: Turns a file name of the config into a path.
     """

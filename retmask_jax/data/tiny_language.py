@@ -72,14 +72,10 @@ class Mix:
     """What the rows of a training batch are; ValueError for values that are out of range.
 
     Attributes:
-        needle: Share of rows with needles, among the rows that are not counterfactual.
-        repeats: Share of rows in which a span is repeated.
-        plain: Share of rows of plain text. The three shares sum to 1.
-        most_needles: Most needles of a text, at least 1.
-        questions: Most questions of a text, at least 1.
+        needle, repeats, plain: Shares of the other rows that have needles, a repeated span or plain text; they sum to 1.
+        most_needles, questions, overrides: Most needles, questions and contradicted facts of a text, at least 1 each.
         counterfactual: Probability that a row states facts that contradict the memorised ones.
         counterfactual_lengths: Lowest and highest number of tokens of such a row.
-        overrides: Most contradicted facts of a text, at least 1.
     """
 
     needle: float
@@ -106,7 +102,6 @@ def training_batch(rng: np.random.Generator, batch: int, length: int, mix: Mix) 
     """Draws (tokens_BT i32, weights_BT f32), where weights_BT[b, t] is the loss weight of predicting tokens_BT[b, t].
 
     Args:
-        rng: Source of randomness.
         batch: Number of rows, B.
         length: Tokens of a row, T.
         mix: What the rows are.
@@ -128,8 +123,6 @@ def haystack_text(rng: np.random.Generator, sentences: int, without: Collection[
     """Draws plain sentences, a fifth of which are memorised facts.
 
     Args:
-        rng: Source of randomness.
-        sentences: How many sentences.
         without: Names that no fact is about. Pass the names that will be asked about, since the text may contradict a
             counterfactual needle otherwise.
 
@@ -144,7 +137,8 @@ def haystack_text(rng: np.random.Generator, sentences: int, without: Collection[
 
 
 def needle_records(rng: np.random.Generator, n: int) -> list[dict]:
-    """Draws n records {needle (sentence), question, answer (five code words), key (name)}; 64 in a row have distinct keys."""
+    """Draws n records {needle (sentence), question, answer (five code words), key (name)}; 64 in a row have distinct
+    keys."""
     return [_record(row) for row in _needles(rng, _cycled_names(rng, n))]
 
 
@@ -170,8 +164,6 @@ def prompt_records(
     """Draws n unlabelled prompts {id, messages, messages_without}; the latter lacks the sentence that states the answer.
 
     Args:
-        rng: Source of randomness.
-        n: How many prompts.
         lengths: Lowest and highest number of tokens of the rendered prompt, `<bos>` and `:` included.
         overrides: Lowest and highest number of contradicted facts in a prompt that asks for one of them.
         counterfactual: Share of such prompts; the others ask for one of 2 to 4 needles.
@@ -311,7 +303,8 @@ def _place_turn(weight):
 
 
 def _conversation(rng, length, given, asked, turn_weights, free):
-    """(ids, weights) of `<bos>` and a text with the sentences `given`, a question and answer for each of `asked` in it."""
+    """(ids, weights) of `<bos>` and a text with the sentences `given`, a question and answer for each of `asked` in
+    it."""
     turns = np.pad(asked, ((0, 0), (0, 1)))
     turns[np.arange(len(asked)), np.count_nonzero(asked, axis=1)] = EOS
     text, text_weights = _text(rng, length - 1 - np.count_nonzero(turns), given, free)

@@ -106,7 +106,8 @@ class Tensor:
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint by name; ValueError if a file is missing or damaged, or a name occurs twice."""
+    """Returns the tensors of a checkpoint by name; ValueError if a file is missing or damaged, or a name occurs
+    twice."""
     import safetensors
 
     tensors: dict[str, Tensor] = {}

@@ -101,7 +101,6 @@ def common(
     """Returns the ModelConfig of a family that differs from the others in a few fields only.
 
     Args:
-        hf: The HF config.
         tied: Whether embeddings are tied if the config does not say so.
         act: Name of the attribute that holds the activation.
         head_dim: Width of a head if the config does not say it; None for hidden size / heads.
@@ -202,7 +201,6 @@ def read_rope(hf: Reader, max_length: int, theta: float) -> tuple[Rope, float]:
     """Returns (RoPE, rotated share of a head), from `rope_theta` and `rope_scaling` or from `rope_parameters`.
 
     Args:
-        hf: The HF config.
         max_length: Its max_position_embeddings.
         theta: Base if the config does not say it.
     """
@@ -232,7 +230,6 @@ def read_ropes(
     """Returns the fields `rope` and `sliding_rope` of a family that scales RoPE in its full layers only.
 
     Args:
-        hf: The HF config.
         theta: Base of the full layers if the config does not say it.
         sliding_theta: Base of the sliding layers if the config does not say it.
         sliding_key: Attribute of the older form that holds the sliding layers' base; None if they share rope_theta.
@@ -312,7 +309,8 @@ def _activation(name: str) -> str:
 
 
 def write_plain(config: ModelConfig) -> dict[str, Any]:
-    """Returns the attributes of config.json that all families share, for a model made here; `families.to_hf` adds the rest."""
+    """Returns the attributes of config.json that all families share, for a model made here; `families.to_hf` adds the
+    rest."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

@@ -76,17 +76,16 @@ class Ends:
         the first of the model's EOS ids.
 
         Args:
-            tokenizer: The model's tokenizer.
             eos_ids: Ids that end the model's answers.
             chat: Whether the chat template is used.
-            template_kwargs: Arguments for the chat template.
         """
         written = turn_end(tokenizer, template_kwargs) if chat else None
         usual = (written, getattr(tokenizer, "eos_token_id", None), *eos_ids)
         return cls(next((i for i in usual if i is not None), None), tuple(eos_ids))
 
     def after(self, record: Mapping[str, Any], side: str) -> list[int]:
-        """Returns the ids after the chosen or rejected answer of a record: one id, or none if the answer was cut off."""
+        """Returns the ids after the chosen or rejected answer of a record: one id, or none if the answer was cut
+        off."""
         if not record[f"{side}_finished"]:
             return []
         stop = record.get(f"{side}_stop")

@@ -79,7 +79,8 @@ def _differing(a: ModelConfig, b: ModelConfig) -> list[str]:
 
 
 def family(hf: Mapping[str, Any]) -> Family:
-    """Returns the family of an HF config by its model_type; ValueError, which lists the supported types, for another one."""
+    """Returns the family of an HF config by its model_type; ValueError, which lists the supported types, for another
+    one."""
     name = hf.get("model_type")
     if name not in FAMILIES:
         raise ValueError(

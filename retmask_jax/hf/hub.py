@@ -1,4 +1,5 @@
-"""The local folder of a model that is given by name: the bundled model, a folder, or a checkpoint fetched from the hub."""
+"""The local folder of a model that is given by name: the bundled model, a folder, or a checkpoint fetched from the
+hub."""
 
 import contextlib
 import dataclasses
@@ -54,7 +55,8 @@ def config_folder(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Returns a folder as `resolve` does, but without the weights: config.json and the files of tokenizer and generation."""
+    """Returns a folder as `resolve` does, but without the weights: config.json and the files of tokenizer and
+    generation."""
     if (folder := _local(name, revision)) is not None:
         return folder
     return _repo(name, revision, token, cache_dir).fetch_texts()

@@ -89,7 +89,8 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
 
 
 def kv_cache_bytes(config: ModelConfig, tokens: int, dtype: str = "bfloat16") -> int:
-    """Returns the bytes of keys and values of a row of so many tokens; a sliding layer stores those in its window only."""
+    """Returns the bytes of keys and values of a row of so many tokens; a sliding layer stores those in its window
+    only."""
     kinds = itertools.islice(itertools.cycle(config.layer_pattern), config.n_layers)
     kept = sum(min(tokens, config.window or tokens) if kind == "sliding" else tokens for kind in kinds)
     return 2 * kept * config.n_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
@@ -176,7 +177,8 @@ def _row_end(stop: Mapping[str, Any] | None) -> str:
 
 
 def _rope(config: ModelConfig, kind: str) -> dict[str, Any]:
-    """Type and wavelengths of a kind of layer; wavelengths for short and for the longest texts if they depend on the length."""
+    """Type and wavelengths of a kind of layer; wavelengths for short and for the longest texts if they depend on the
+    length."""
     rope = config.ropes[kind]
     texts = (rope.original_length, config.max_length) if rope.depends_on_length else (config.max_length,)
     spans = {text: 2 * math.pi / np.asarray(inverse_frequencies(config, kind, text), np.float64) for text in texts}

@@ -60,7 +60,6 @@ def read(
     device's shard of one parameter.
 
     Args:
-        folder: The checkpoint.
         dtype: Dtype of the parameters.
         mesh: Devices over which the parameters are split, or a function that gives them for the model's config; None for
             the first device.
@@ -122,10 +121,7 @@ def write(
     hosts take part, and the first one writes.
 
     Args:
-        folder: Where to write.
-        config: Config of the model.
         params: Its parameters, with adapters or without.
-        source: Where it was read from.
         head_mask: Heads whose columns of o_proj are written as zeros.
         dtype: Dtype of all tensors; None for the dtype each was read in.
     """
@@ -284,7 +280,8 @@ def _export(piece: _Piece, leaves, config: ModelConfig, head_mask, stored: dict[
 
 
 def _as_stored(tensor: np.ndarray, piece: _Piece, stored: Tensor) -> np.ndarray:
-    """A piece of a parameter in the stored dtype: the stored value wherever the parameter has not changed since it was read."""
+    """A piece of a parameter in the stored dtype: the stored value wherever the parameter has not changed since it
+    was read."""
     rows = (piece.row, piece.row + piece.shape[0])
     block = stored.read(rows, *((0, n) for n in piece.shape[1:]))
     block = block.T if piece.transposed else block

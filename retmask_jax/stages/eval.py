@@ -251,8 +251,8 @@ def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measu
     files = list(there.fingerprints(suite_files(suites)).values())
     mask = mask_hash(shared_mask(there.lm.config, contender.interventions))
     settings = config_json(suites[name]), config_json(there.config.prompt)
-    key = digest([there.model_fingerprint, mask, *settings, files])
-    path = _store(there) / f"{name}-{key}.json"
+    identity = digest([there.model_fingerprint, mask, *settings, files])
+    path = _store(there) / f"{name}-{identity}.json"
     if not path.exists():
         with Store(path.with_suffix("")) as kept:
             measured = _run(there, contender, name, suites, kept)

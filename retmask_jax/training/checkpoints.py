@@ -1,4 +1,5 @@
-"""Checkpoints of a training run: written in the background, read onto any mesh; the newest few and the best one are kept."""
+"""Checkpoints of a training run: written in the background, read onto any mesh; the newest few and the best one are
+kept."""
 
 import logging
 import os
@@ -60,8 +61,6 @@ class Checkpoints:
         """Starts to write a checkpoint.
 
         Args:
-            step: Updates done.
-            state: The state of training.
             data: The state of the iterator over the data.
             loss: Mean loss since the last checkpoint, by which the best one is chosen.
         """

@@ -82,13 +82,6 @@ def sample(
     servers' key is read from the environment variable OPENAI_API_KEY, without blanks around it; it is sent to no address
     but the endpoint's and stands in no message.
 
-    Args:
-        endpoints: The servers.
-        questions: What is asked.
-        temperature: Temperature of sampling.
-        top_p: Share of the probability mass that tokens are drawn from.
-        max_new_tokens: Limit of an answer's tokens.
-
     Raises:
         ValueError: The key cannot be sent; a server refuses in a way that no retry changes (status 401, 404, a redirect),
             with the server's words; or, at the end, answers are missing.
@@ -115,7 +108,8 @@ class _Failed(Exception):
 
 
 def _in_threads(endpoints: Endpoints, questions: Sequence[Question], options) -> Iterator[StoredAnswer]:
-    """Asks each server in separate threads, so that a slow one holds up no other. Each thread ends with the result None."""
+    """Asks each server in separate threads, so that a slow one holds up no other. Each thread ends with the result
+    None."""
     results, stops = queue.SimpleQueue(), {}
     for url in set(endpoints.urls.values()):
         todo, stops[url] = queue.SimpleQueue(), threading.Event()
@@ -280,7 +274,8 @@ def _asked_wait(header: str | None) -> float:
 
 
 def _parse(body: Any, thoughts_begin: str) -> dict[str, Any]:
-    """The answer to be stored. Thoughts that the server has split off are put back before the text, as the model wrote them."""
+    """The answer to be stored. Thoughts that the server has split off are put back before the text, as the model
+    wrote them."""
     choice = body["choices"][0]
     message, reason = choice["message"], choice["finish_reason"]
     thoughts, text = message.get("reasoning_content") or message.get("reasoning"), message.get("content")

@@ -58,13 +58,9 @@ def train(
     checkpoints/, or a note of where the checkpoints are if settings.checkpoint_folder names another place.
 
     Args:
-        config: Config of the start model.
         load_params: Gives the start model's parameters in settings.start_dtype; called once at most. Only the trained
             parameters are held while training.
-        rows: The pairs.
-        settings: How to train.
         folder: Where the run keeps its files.
-        mesh: The devices.
         identity: What the run is made from, {name: JSON value}: the start model, the data and how they were made into rows.
         what: Name of the run in its progress bar, messages and metrics.
         ablated: The interventions of the objective "contrast".
@@ -123,7 +119,8 @@ def check_mesh(settings: Settings, mesh: Mesh) -> None:
 
 
 def _checkpoint_folder(folder: Path, elsewhere: str) -> str | Path:
-    """Where the run in `folder` keeps its checkpoints: in `folder`, or in a new folder elsewhere, which is noted in `folder`."""
+    """Where the run in `folder` keeps its checkpoints: in `folder`, or in a new folder elsewhere, which is noted in
+    `folder`."""
     if not elsewhere:
         return folder / "checkpoints"
     note = folder / "checkpoints.json"

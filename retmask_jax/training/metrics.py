@@ -19,7 +19,6 @@ class Metrics:
 
         Args:
             folder: Where metrics.jsonl and tensorboard/ are.
-            step: Updates done.
             wandb: Project in Weights & Biases, "" for none.
             name: Name of the run there.
 
@@ -62,7 +61,8 @@ class Metrics:
 
 
 def memory_in_use() -> float | None:
-    """Returns the peak of memory in use, in GiB, of the fullest device of this host; None where devices do not report it."""
+    """Returns the peak of memory in use, in GiB, of the fullest device of this host; None where devices do not report
+    it."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return max(peaks) / 2**30 if peaks else None

@@ -29,8 +29,6 @@ def part_loss(
 
     Args:
         config: Config of the model, with adapters if they are trained.
-        settings: The objective and its options.
-        params: Parameters of the model.
         batch: The rows of n pairs as `PairRows.padded` gives them, weight f32[n] and, if the loss has a reference,
             ref_chosen and ref_rejected f32[n].
         ablated: The interventions of the objective "contrast".

@@ -8,7 +8,8 @@ from retmask_jax.training.settings import Settings
 
 
 def make_optimizer(settings: Settings) -> optax.GradientTransformation:
-    """Returns AdamW with clipping by the global norm and the learning rate of `schedule`; weights of norms are not decayed."""
+    """Returns AdamW with clipping by the global norm and the learning rate of `schedule`; weights of norms are not
+    decayed."""
     return optax.chain(
         optax.clip_by_global_norm(settings.clip),
         optax.adamw(

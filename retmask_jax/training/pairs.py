@@ -58,8 +58,6 @@ def usable(
     """Selects the prompts that fit into the model's context.
 
     Args:
-        prompter: Gives the tokens of a conversation.
-        prompts: Records of prompts.
         messages_keys: Fields of a record that hold the conversations to be asked.
         max_tokens: Longest conversation; a prompt with a longer one is left out.
 
@@ -80,7 +78,8 @@ def usable(
 
 
 def draws(seed: int, stream: int, n: int) -> np.ndarray:
-    """Returns the seeds u32[n] of the draws for n prompts. Each stream has other seeds; the first ones do not depend on n."""
+    """Returns the seeds u32[n] of the draws for n prompts. Each stream has other seeds; the first ones do not depend
+    on n."""
     return np.random.SeedSequence([seed, stream]).generate_state(n)
 
 
@@ -100,12 +99,7 @@ def sample(
     where another batch is padded to another length).
 
     Args:
-        lm: The model.
-        questions: What is asked.
         masks: {variant: interventions under which it answers}.
-        temperature: Temperature of sampling.
-        top_p: Share of the probability mass that tokens are drawn from.
-        max_new_tokens: Limit of an answer's tokens.
         batch_size: Rows of a batch; None for as many as fit into the memory.
     """
     places = {variant: place for place, variant in enumerate(masks)}
@@ -135,7 +129,6 @@ def make_pairs(
     """Yields a record {id, messages, chosen, ...} for each pair of answers that differ and are not empty.
 
     Args:
-        prompts: Records of prompts.
         chosen: For each prompt its chosen answer, as stored.
         rejected: For each prompt its rejected answer.
         counts: Counts all pairs by OUTCOMES.
@@ -148,7 +141,8 @@ def make_pairs(
 
 
 def make_demonstrations(prompts: Iterable[dict], chosen: Iterable[dict], counts: collections.Counter) -> Iterator[dict]:
-    """Yields the model's answers as records for supervised training, in which rejected repeats chosen and is not used."""
+    """Yields the model's answers as records for supervised training, in which rejected repeats chosen and is not
+    used."""
     for prompt, good in zip(prompts, chosen, strict=True):
         counts[KEPT if good["text"].strip() else "empty"] += 1
         if good["text"].strip():

@@ -1,4 +1,5 @@
-"""How the bundled tiny model is trained: stages, models saved along the way, and the data files in the package's assets."""
+"""How the bundled tiny model is trained: stages, models saved along the way, and the data files in the package's
+assets."""
 
 import functools
 import logging
@@ -102,7 +103,8 @@ def weighted_loss(
     weights_BT: Float[jax.Array | np.ndarray, "B T"],
     interventions: Interventions | None = None,
 ) -> Float32[jax.Array, ""]:
-    """Returns the mean of the negative log-probabilities; weights_BT[b, t] is the weight of predicting tokens_BT[b, t]."""
+    """Returns the mean of the negative log-probabilities; weights_BT[b, t] is the weight of predicting tokens_BT[b,
+    t]."""
     logits_BTV = unembed(config, params, hidden(config, params, tokens_BT[:, :-1], interventions).x_BTE)
     loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT[:, 1:])
     return jnp.sum(loss_BT * weights_BT[:, 1:]) / jnp.sum(weights_BT[:, 1:])
@@ -190,7 +192,8 @@ def _batches(rng, phase):
 
 
 def _head_gate(config, key, phase, active_heads: int):
-    """Gates f32[B,L,H]: 1 for heads that are not active yet; active heads are dropped at random, and rescaled otherwise."""
+    """Gates f32[B,L,H]: 1 for heads that are not active yet; active heads are dropped at random, and rescaled
+    otherwise."""
     shape = (phase.batch, config.n_layers, config.n_heads)
     kept = jax.random.bernoulli(key, 1 - phase.head_drop, shape) / (1 - phase.head_drop)
     return 1.0 - kept * (jnp.arange(config.n_heads) < active_heads)
@@ -217,7 +220,8 @@ def build(recipe: ConfigDict, root: Path) -> None:
 
 
 def write_data(recipe: ConfigDict, folder: Path) -> None:
-    """Writes the data files of the tiny language, for detection, for evaluation and for training prompts, from separate seeds."""
+    """Writes the data files of the tiny language, for detection, for evaluation and for training prompts, from
+    separate seeds."""
     for split, seed in recipe.seeds.items():
         rng = np.random.default_rng(seed)
         write_jsonl(folder / f"{split}_needles.jsonl", tiny_language.needle_records(rng, recipe.needles))

@@ -1,4 +1,5 @@
-"""The start model's log-probabilities of every pair: a pass of its own, stored pair by pair and resumed where it stopped."""
+"""The start model's log-probabilities of every pair: a pass of its own, stored pair by pair and resumed where it
+stopped."""
 
 import functools
 import logging
@@ -39,11 +40,8 @@ def reference_logprobs(
     computed and stored.
 
     Args:
-        config: Config of the start model.
         load_params: Gives the start model's parameters; called only if a pair is missing.
-        rows: The N pairs.
         folder: Folder of the store, whose keys are the numbers of the pairs.
-        mesh: The devices.
         batch_size: Pairs in a forward pass.
         compute_dtype: Dtype that the parameters are cast to.
         allowed_widths: Widths that pairs are padded to, ascending; each is a compiled program.
@@ -78,7 +76,8 @@ def reference_logprobs(
 def batch_logprobs(
     config: ModelConfig, params: PyTree, batch: Mapping[str, Array]
 ) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
-    """(f32[B], f32[B]): log-probabilities of chosen and rejected answers of a batch of pairs, split over the devices."""
+    """(f32[B], f32[B]): log-probabilities of chosen and rejected answers of a batch of pairs, split over the
+    devices."""
     return sharding.by_rows(lambda params, batch: pair_logprobs(config, params, batch), params, batch)
 
 
@@ -88,7 +87,8 @@ def _padded(rows: PairRows, part: Part, pad_id: int, at: slice) -> dict[str, np.
 
 
 def _add(store: Store, pairs: np.ndarray, values_ND: np.ndarray) -> None:
-    """Stores the log-probabilities of some pairs. Those that are not finite are left out, since JSON has no such numbers."""
+    """Stores the log-probabilities of some pairs. Those that are not finite are left out, since JSON has no such
+    numbers."""
     for pair in pairs.tolist():
         if np.isfinite(values_ND[pair]).all():
             store.add((pair,), values_ND[pair].tolist())

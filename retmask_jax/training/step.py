@@ -59,7 +59,6 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
     Args:
         config: Config of the start model, without adapters.
         settings: How to train; settings.lora says whether adapters are added.
-        mesh: The devices.
     """
     config = dataclasses.replace(config, lora=settings.lora)
     optimizer = make_optimizer(settings)

@@ -33,8 +33,9 @@ _IDENTITY = "identity.json"
 class Store:
     """JSON values by key: `store.add(key, value)`, `key in store`, `store[key]`; iteration gives the keys.
 
-    Use it in a `with` statement. A killed process loses nothing that was added, a lost machine the last few seconds. All
-    hosts of a program open a store together and add the same values, and the first host writes them.
+    Use it in a `with` statement. A killed process loses nothing that was added, a lost machine the last few seconds. Values
+    that were there at the opening are read from disk when asked for; those added since then are also in memory. All hosts
+    of a program open a store together and add the same values, and the first host writes them.
 
     >>> with Store() as store:
     ...     store.add(("answer", 3), "oslo")
@@ -56,8 +57,8 @@ class Store:
         self._folder = None if folder is None else Path(folder)
         self._identity = identity
         self._shards: list[Path] = []
-        self._places: dict[Key, tuple[Path, int]] = {}
-        self._in_memory: dict[Key, Any] = {}  # values that this host does not write
+        self._places: dict[Key, tuple[Path, int]] = {}  # of the values that were there when the store was opened
+        self._added: dict[Key, Any] = {}
         self._open = contextlib.ExitStack()
         self._readers: dict[Path, BinaryIO] = {}
         self._writer: BinaryIO | None = None
@@ -76,15 +77,15 @@ class Store:
             wait_for_all(f"{self._folder.name} is stored")
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._places or key in self._in_memory
+        return key in self._places or key in self._added
 
     def __iter__(self) -> Iterator[Key]:
         yield from self._places
-        yield from self._in_memory
+        yield from self._added
 
     def __getitem__(self, key: Key) -> Any:
-        if key in self._in_memory:
-            return self._in_memory[key]
+        if key in self._added:
+            return self._added[key]
         shard, start = self._places[key]
         if shard not in self._readers:
             self._readers[shard] = self._open.enter_context(open(shard, "rb"))  # noqa: SIM115  (closed by `close`)
@@ -104,16 +105,14 @@ class Store:
         """Stores a JSON value. Where the key has a value already, that one stays."""
         if key in self:
             return
-        if self._folder is None or not primary():
-            self._in_memory[key] = value
-            return
-        line = json.dumps({"key": list(key), "value": value}, allow_nan=False).encode() + b"\n"
-        writer = self._writer or self._start_shard(self._folder)
-        self._places[key] = (self._shards[-1], writer.tell())
-        writer.write(line)
-        writer.flush()
-        if time.monotonic() - self._synced > _SYNC_SECONDS:
-            self._sync(writer)
+        if self._folder is not None and primary():
+            line = json.dumps({"key": list(key), "value": value}, allow_nan=False).encode() + b"\n"
+            writer = self._writer or self._start_shard(self._folder)
+            writer.write(line)
+            writer.flush()
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                self._sync(writer)
+        self._added[key] = value
 
     def close(self) -> None:
         """Makes sure that all values are on the disk. They stay readable, and adding starts a new shard."""
@@ -126,16 +125,17 @@ class Store:
     def _read(self, folder: Path) -> None:
         """Finds what the folder holds; the hosts go on when all of them know it."""
         folder.mkdir(parents=True, exist_ok=True)
-        if self._identity is not None and (folder / _IDENTITY).exists():
-            check_identity(folder, read_object(folder / _IDENTITY), self._identity)
         self._shards = _find_shards(folder)
+        if self._identity is not None and self._shards:
+            stored = read_object(folder / _IDENTITY) if (folder / _IDENTITY).exists() else {}
+            check_identity(folder, stored, self._identity)
         for shard in self._shards:
             for start, key in _keys(shard):
                 self._places.setdefault(key, (shard, start))
         wait_for_all(f"{folder.name} is read")
 
     def _start_shard(self, folder: Path) -> BinaryIO:
-        if self._identity is not None:
+        if self._identity is not None and not self._shards:
             write_json(folder / _IDENTITY, dict(self._identity))
         path = _shard(folder, int(self._shards[-1].stem) + 1 if self._shards else 0)
         self._writer = self._open.enter_context(open(path, "xb"))  # noqa: SIM115  (closed by `close`)

@@ -108,6 +108,10 @@ def test_what_was_made_from_something_else_is_refused_in_one_line(tmp_path):
     message = f"{tmp_path} was made with another data a, now b: delete it or move it away to make it again"
     with pytest.raises(ValueError, match=message):
         Store(tmp_path, {"data": "b", "model": "m"})
+    with Store(tmp_path / "unknown") as store:
+        store.add((1,), 1)
+    with pytest.raises(ValueError, match="another data None, now a: delete it"):
+        Store(tmp_path / "unknown", {"data": "a"})
 
 
 def test_other_hosts_hold_what_the_first_one_writes(tmp_path, monkeypatch):

@@ -33,7 +33,8 @@ def words(text: str) -> list[str]:
     """Returns the words of a text in any script, case folded and without punctuation, as `holds` compares them.
 
     In scripts without spaces (Chinese, Japanese, Thai, ...) each character is a word, with the marks that belong to it.
-    Compatible forms are equal (NFKC: full-width letters, composed accents), and so are the decimal digits of all scripts.
+    Compatible forms are equal (NFKC: full-width letters, composed accents), and so are the decimal digits of all
+    scripts.
 
     >>> words("Die Straße, 12 km"), words("東京はA1")
     (['die', 'strasse', '12', 'km'], ['東', '京', 'は', 'a1'])
@@ -61,8 +62,8 @@ def rouge1_recall(answer: str, reference: str) -> float:
 def rouge_tokens(text: str) -> list[str]:
     """Returns the tokens that ROUGE counts.
 
-    ASCII text is split by rouge-score's tokenizer, with its stemmer for English; it knows no other letters. Other text is
-    split as in `words`, but also at "_" and at signs such as "½", as rouge-score does.
+    ASCII text is split by rouge-score's tokenizer, with its stemmer for English; it knows no other letters. Other text
+    is split as in `words`, but also at "_" and at signs such as "½", as rouge-score does.
 
     >>> rouge_tokens("She walked 2 miles"), rouge_tokens("Она шла")
     (['she', 'walk', '2', 'mile'], ['она', 'шла'])
@@ -98,8 +99,8 @@ def _english():
 
 
 def _split(text: str, of_words) -> list[str]:
-    """Runs of characters for which of_words holds. Characters of scripts without spaces stand alone; marks stay with the
-    character before them."""
+    """Runs of characters for which of_words holds. Characters of scripts without spaces stand alone; marks stay with
+    the character before them."""
     text = "".join(char if of_words(char) or char in _JOINERS else " " for char in text)
     tokens: list[str] = []
     last = ""  # the kind of the character before: "word", "character", or "" where no token is open

@@ -74,7 +74,8 @@ def read_sentences(path: str | Path) -> list[str]:
 
 
 def read_needles(path: str | Path) -> list[Needle]:
-    """Returns the needles of a JSONL file with needle, question and answer (or real_needle), and optionally key and memory.
+    """Returns the needles of a JSONL file with needle, question and answer (or real_needle), and optionally key and
+    memory.
 
     Raises:
         ValueError: A record, named by file and line, lacks question or answer, or a value is not a text.
@@ -153,8 +154,8 @@ def build_cases(
             arXiv 2601.11020.
 
     Raises:
-        ValueError: A length has no room for needle and question, the answer is not found in the needle exactly once, or it
-            has no letter or digit.
+        ValueError: A length has no room for needle and question, the answer is not found in the needle exactly once, or
+            it has no letter or digit.
     """
     _check_used(needles, specs)
     sizes = _sizes(prompter, sentences)
@@ -191,7 +192,8 @@ def answer_span(text: str, offsets: Sequence[tuple[int, int]], needle: Needle) -
 def question_span(prompter: Prompter, text: str, offsets: Sequence[tuple[int, int]], needle: Needle) -> tuple[int, int]:
     """Returns the span [start, end) of the question's tokens in a prompt, (0, 0) where a template has changed its text.
 
-    If the context holds the same words, the prompt's format decides whether their first or last occurrence is the question.
+    If the context holds the same words, the prompt's format decides whether their first or last occurrence is the
+    question.
     """
     question = needle.question.strip()
     last = prompter.prompt.rfind("{question}") > prompter.prompt.rfind("{context}")

@@ -1,8 +1,8 @@
 """Preference pairs as token rows: encoded once, written to disk, and put into batches of a few widths.
 
-Rows are memory-mapped arrays and not records of a store (utils/store.py): a million pairs are gigabytes of integers that
-training reads at random positions, and as JSON they would be several times larger and parsed at every access. They are
-written in one piece and belong to one identity, which is checked in the same way.
+Rows are memory-mapped arrays and not records of a store (utils/store.py): a million pairs are gigabytes of integers
+that training reads at random positions, and as JSON they would be several times larger and parsed at every access. They
+are written in one piece and belong to one identity, which is checked in the same way.
 """
 
 import contextlib
@@ -35,7 +35,8 @@ class PairRows:
     Attributes:
         ids: Id of each pair's record.
         flat: Tokens i32 of all pairs.
-        bounds: i64[N,4], where prompt, chosen answer and rejected answer of a pair begin in `flat`, and where the pair ends.
+        bounds: i64[N,4], where prompt, chosen answer and rejected answer of a pair begin in `flat`, and where the pair
+            ends.
         cut: How many answers were shortened.
         prompts_cut: How many prompts were shortened.
     """
@@ -58,8 +59,8 @@ class PairRows:
     def padded(self, pairs: Sequence[int] | np.ndarray, width: int, pad_id: int) -> dict[str, np.ndarray]:
         """Returns rows of some pairs, padded to a width.
 
-        Keys are chosen and rejected, i32[n,width], and chosen_mask and rejected_mask, bool[n,width], which are True at the
-        tokens of the answers.
+        Keys are chosen and rejected, i32[n,width], and chosen_mask and rejected_mask, bool[n,width], which are True at
+        the tokens of the answers.
         """
         out = {side: np.full((len(pairs), width), pad_id, np.int32) for side in SIDES}
         out |= {f"{side}_mask": np.zeros((len(pairs), width), bool) for side in SIDES}
@@ -81,34 +82,18 @@ class Part:
     width: int
 
 
-def encode_pairs(
+def encode_blocks(
     prompter: Prompter, records: Iterable[dict], *, ends: Ends, max_tokens: int, max_prompt_tokens: int
-) -> PairRows:
-    """Returns records {id, messages, chosen, rejected, ...} as token rows, all in memory.
+) -> Iterator[PairRows]:
+    """Yields records {id, messages, chosen, rejected, ...} as token rows, in blocks while the records are read.
 
-    A finished answer ends with the token that `ends` gives. An answer that was cut off, when it was sampled or here, gets
-    no such token, so that a model is not taught to stop in mid-sentence.
+    One block of records is in memory at a time. A finished answer ends with the token that `ends` gives. An answer that
+    was cut off, when it was sampled or here, gets no such token, so that a model is not taught to stop in mid-sentence.
 
     Args:
         max_tokens: Longest prompt with its answer; longer answers lose their end.
         max_prompt_tokens: Longest prompt; longer ones lose their beginning.
     """
-    blocks = encode_blocks(prompter, records, ends=ends, max_tokens=max_tokens, max_prompt_tokens=max_prompt_tokens)
-    done, offset = list(blocks), 0
-    bounds = [np.zeros((0, 4), np.int64)]
-    for block in done:
-        bounds.append(block.bounds + offset)
-        offset += len(block.flat)
-    flat = np.concatenate([np.zeros(0, np.int32), *(block.flat for block in done)])
-    ids = [i for block in done for i in block.ids]
-    return PairRows(ids, flat, np.concatenate(bounds), *_cuts(done))
-
-
-def encode_blocks(
-    prompter: Prompter, records: Iterable[dict], *, ends: Ends, max_tokens: int, max_prompt_tokens: int
-) -> Iterator[PairRows]:
-    """Yields the rows of `encode_pairs` in blocks while the records are read; one block of records is in memory at a
-    time."""
     for part in _blocks(records):
         prompts = prompter.encode_many([prompter.render_messages(record["messages"]) for record in part])
         answers = [_answers(prompter.tokenizer, part, side, ends) for side in SIDES]
@@ -130,14 +115,15 @@ def encode_blocks(
 def kept_rows(folder: Path, identity: dict[str, Any], blocks: Callable[[], Iterable[PairRows]]) -> PairRows:
     """Returns the rows in a folder, memory-mapped; if there are none, writes those of blocks() there first.
 
-    Only the first host encodes and writes. It appends each block to the files as it comes, and writes rows.json last, which
-    marks them as complete.
+    Only the first host encodes and writes. It appends each block to the files as it comes, and writes rows.json last,
+    which marks them as complete.
 
     Args:
         identity: What the rows depend on, such as hashes of tokenizer, template and data.
 
     Raises:
-        ValueError: The rows in the folder have another identity, or blocks() raises it on the first host; all hosts raise it.
+        ValueError: The rows in the folder have another identity, or blocks() raises it on the first host; all hosts
+            raise it.
     """
     about = folder / "rows.json"
 
@@ -207,10 +193,6 @@ class _Texts(Sequence[str]):
         end = int(self.ends[i])
         i %= len(self.ends)
         return self.data[int(self.ends[i - 1]) if i else 0 : end].tobytes().decode()
-
-
-def _cuts(blocks: Sequence[PairRows]) -> tuple[int, int]:
-    return sum(block.cut for block in blocks), sum(block.prompts_cut for block in blocks)
 
 
 def batches(n: int, batch_size: int, seed: int) -> Any:

@@ -72,7 +72,8 @@ class Mix:
     """What the rows of a training batch are; ValueError for values that are out of range.
 
     Attributes:
-        needle, repeats, plain: Shares of the other rows that have needles, a repeated span or plain text; they sum to 1.
+        needle, repeats, plain: Shares of the other rows that have needles, a repeated span or plain text; they sum to
+            1.
         most_needles, questions, overrides: Most needles, questions and contradicted facts of a text, at least 1 each.
         counterfactual: Probability that a row states facts that contradict the memorised ones.
         counterfactual_lengths: Lowest and highest number of tokens of such a row.
@@ -143,8 +144,8 @@ def needle_records(rng: np.random.Generator, n: int) -> list[dict]:
 
 
 def fact_records(rng: np.random.Generator, n: int) -> list[dict]:
-    """Draws n records like `needle_records` whose needles contradict memorised facts: answer is the stated place, memory
-    the memorised one."""
+    """Draws n records like `needle_records` whose needles contradict memorised facts: answer is the stated place,
+    memory the memorised one."""
     records = [_record(row) for row in _overrides(rng, _cycled_names(rng, n))]
     return [record | {"memory": HOME[record["key"]]} for record in records]
 
@@ -161,7 +162,8 @@ def prompt_records(
     overrides: tuple[int, int] = (1, 4),
     counterfactual: float = 0.75,
 ) -> list[dict]:
-    """Draws n unlabelled prompts {id, messages, messages_without}; the latter lacks the sentence that states the answer.
+    """Draws n unlabelled prompts {id, messages, messages_without}; the latter lacks the sentence that states the
+    answer.
 
     Args:
         lengths: Lowest and highest number of tokens of the rendered prompt, `<bos>` and `:` included.

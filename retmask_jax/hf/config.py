@@ -147,8 +147,8 @@ def one_window(hf: Reader) -> dict[str, Any]:
 
 
 def layer_windows(hf: Reader, default_kinds: list[str]) -> dict[str, Any]:
-    """Returns the fields of a model with full and sliding layers; default_kinds are those of the layers if the config has
-    no list."""
+    """Returns the fields of a model with full and sliding layers; default_kinds are those of the layers if the config
+    has no list."""
     kinds = hf.get("layer_types", default_kinds)
     layers = hf.size("num_hidden_layers")
     if len(kinds) != layers or not set(kinds) <= set(_KINDS):

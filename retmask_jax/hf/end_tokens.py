@@ -39,7 +39,8 @@ def union(*groups: Iterable[int]) -> tuple[int, ...]:
 
 
 def turn_end(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> int | None:
-    """Returns the added token that the chat template writes after the content of an assistant turn; blanks may come between.
+    """Returns the added token that the chat template writes after the content of an assistant turn; blanks may come
+    between.
 
     It is looked for in a rendered conversation that ends with an assistant turn. None if there is no template, if it
     writes no such turn, and if no added token follows the content.
@@ -60,8 +61,8 @@ def turn_end(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -
 
 @dataclasses.dataclass(frozen=True)
 class Ends:
-    """What finished answers end with in training rows: the stop id an answer was sampled with, if it is among stop_ids; else
-    the id `usual`, or nothing if that is None."""
+    """What finished answers end with in training rows: the stop id an answer was sampled with, if it is among stop_ids;
+    else the id `usual`, or nothing if that is None."""
 
     usual: int | None
     stop_ids: tuple[int, ...] = ()
@@ -72,8 +73,8 @@ class Ends:
     ) -> "Ends":
         """Returns the ends of a model's rows.
 
-        `usual` is the chat template's end of a turn if the template is used and writes one, else the tokenizer's EOS, else
-        the first of the model's EOS ids.
+        `usual` is the chat template's end of a turn if the template is used and writes one, else the tokenizer's EOS,
+        else the first of the model's EOS ids.
 
         Args:
             eos_ids: Ids that end the model's answers.

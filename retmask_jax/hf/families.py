@@ -27,8 +27,8 @@ class Family:
 
     Attributes:
         read: Turns an HF config into a ModelConfig.
-        names: {name of a stored tensor: our parameter, or several that are stored as one tensor}. {layer} in a name is the
-            absolute layer, {expert} the expert; a layer's parameters are named without their block. Entries whose
+        names: {name of a stored tensor: our parameter, or several that are stored as one tensor}. {layer} in a name is
+            the absolute layer, {expert} the expert; a layer's parameters are named without their block. Entries whose
             parameter a model does not have are skipped.
     """
 

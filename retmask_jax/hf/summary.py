@@ -78,8 +78,8 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """Returns the numbers of all parameters and of the active ones, those of the experts that a token is not sent to left
-    out. Tied embeddings count once."""
+    """Returns the numbers of all parameters and of the active ones, those of the experts that a token is not sent to
+    left out. Tied embeddings count once."""
     shapes: dict[tuple[str, ...], Any] = flatten_dict(plain_shapes(config))
     sizes = {path: leaf.size for path, leaf in shapes.items()}
     total = sum(sizes.values())

@@ -61,8 +61,8 @@ def read(
 
     Args:
         dtype: Dtype of the parameters.
-        mesh: Devices over which the parameters are split, or a function that gives them for the model's config; None for
-            the first device.
+        mesh: Devices over which the parameters are split, or a function that gives them for the model's config; None
+            for the first device.
 
     Returns:
         Config, parameters, and where they were read from.
@@ -117,8 +117,8 @@ def write(
     """Writes config.json and safetensors, with an index if there are several files, under HF names.
 
     A weight that has not changed since it was read is written as it is stored in the source's folder, even where the
-    parameters are narrower; adapters are added to it in float32. The tensors of one file are in host memory at a time. All
-    hosts take part, and the first one writes.
+    parameters are narrower; adapters are added to it in float32. The tensors of one file are in host memory at a time.
+    All hosts take part, and the first one writes.
 
     Args:
         params: Its parameters, with adapters or without.
@@ -243,8 +243,8 @@ def _stripes(first: int, last: int) -> Iterator[tuple[int, int]]:
 
 
 def _wider(source: Source, table, leaves) -> dict[str, Tensor]:
-    """The stored tensors that are more precise than the parameters read from them; none, with a warning, if the source is
-    gone or has other shapes."""
+    """The stored tensors that are more precise than the parameters read from them; none, with a warning, if the source
+    is gone or has other shapes."""
     names = [name for name, dtype in source.dtypes.items() if name in table and _narrows(dtype, leaves, table[name])]
     if not names or source.folder is None:
         return {}

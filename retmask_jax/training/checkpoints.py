@@ -77,13 +77,6 @@ class Checkpoints:
         """Step of the newest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
 
-    @property
-    def best(self) -> int | None:
-        """Step of the checkpoint with the lowest loss, None if there is none."""
-        self._manager.wait_until_finished()
-        steps = self._manager.all_steps()
-        return min(steps, key=lambda step: self._about(step)["loss"]) if steps else None
-
     def restore(self, shapes: Any) -> tuple[Any, dict]:
         """Returns the state of training and the state of the data's iterator from the newest checkpoint.
 
@@ -99,8 +92,10 @@ class Checkpoints:
         if step is None:
             raise ValueError(f"{self._manager.directory} holds no checkpoint")
         about = self._about(step)
-        if about.get("fingerprint") != digest(self._identity):  # earlier versions stored this hash of the identity
-            check_identity(self._manager.directory, about.get("identity", {}), self._identity)
+        wanted = self._identity
+        if "fingerprint" in about:  # earlier versions stored a hash of the identity under this name
+            about, wanted = about | {"identity": {"input": about["fingerprint"]}}, {"input": digest(wanted)}
+        check_identity(self._manager.directory, about["identity"], wanted)
         log.info("resuming at step %d", step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(_abstract, shapes)))
         return self._manager.restore(step, args=args)["state"], about["data"]

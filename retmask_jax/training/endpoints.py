@@ -1,7 +1,7 @@
 """Answers from OpenAI-compatible servers such as vLLM: one serves the model, others serve masked checkpoints.
 
-Known limit: the server draws the answers. It receives the seed of each question, but how it uses the seed depends on the
-server, its version and often on what else it is answering. So answers differ from those sampled by this package.
+Known limit: the server draws the answers. It receives the seed of each question, but how it uses the seed depends on
+the server, its version and often on what else it is answering. So answers differ from those sampled by this package.
 """
 
 import contextlib
@@ -41,7 +41,8 @@ class Endpoints:
         model: Name under which the servers serve the model.
         concurrency: Questions under way at once, for each server.
         timeout: Seconds for one answer.
-        retries: How often a failed call is repeated, after 1, 2, 4, ... up to 60 seconds, or after what Retry-After says.
+        retries: How often a failed call is repeated, after 1, 2, 4, ... up to 60 seconds, or after what Retry-After
+            says.
         template_kwargs: Arguments for the server's chat template.
         thoughts_begin: What the model writes before its thoughts, put back where the server has split them off.
         first_wait: Seconds before the first retry.
@@ -78,13 +79,13 @@ def sample(
 ) -> Iterator[StoredAnswer]:
     """Yields (key, answer) for each question, in the order in which the servers answer.
 
-    A question all of whose tries failed is left out, and a server that fails many times in a row is not asked again. The
-    servers' key is read from the environment variable OPENAI_API_KEY, without blanks around it; it is sent to no address
-    but the endpoint's and stands in no message.
+    A question all of whose tries failed is left out, and a server that fails many times in a row is not asked again.
+    The servers' key is read from the environment variable OPENAI_API_KEY, without blanks around it; it is sent to no
+    address but the endpoint's and stands in no message.
 
     Raises:
-        ValueError: The key cannot be sent; a server refuses in a way that no retry changes (status 401, 404, a redirect),
-            with the server's words; or, at the end, answers are missing.
+        ValueError: The key cannot be sent; a server refuses in a way that no retry changes (status 401, 404, a
+            redirect), with the server's words; or, at the end, answers are missing.
     """
     _key()
     options: dict[str, Any] = {

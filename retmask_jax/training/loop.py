@@ -61,7 +61,8 @@ def train(
         load_params: Gives the start model's parameters in settings.start_dtype; called once at most. Only the trained
             parameters are held while training.
         folder: Where the run keeps its files.
-        identity: What the run is made from, {name: JSON value}: the start model, the data and how they were made into rows.
+        identity: What the run is made from, {name: JSON value}: the start model, the data and how they were made into
+            rows.
         what: Name of the run in its progress bar, messages and metrics.
         ablated: The interventions of the objective "contrast".
 
@@ -186,8 +187,8 @@ def _update(run: _Run, state: State, frozen, pairs: np.ndarray) -> tuple[State, 
 
 
 def _weight(run: _Run, pairs: np.ndarray) -> float:
-    """Weight of a pair in the batch's loss. In DPO all pairs weigh the same; other losses are sums over the answers' tokens,
-    all of which weigh the same."""
+    """Weight of a pair in the batch's loss. In DPO all pairs weigh the same; other losses are sums over the answers'
+    tokens, all of which weigh the same."""
     if run.settings.objective == "dpo":
         return 1 / len(pairs)
     _, chosen, rejected, _ = run.rows.bounds[pairs].T

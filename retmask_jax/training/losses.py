@@ -98,17 +98,18 @@ def check_loss(kind: str, beta: float, label_smoothing: float, gamma: float) -> 
 def contrast_loss(
     normal_BTV: Float[jax.Array, "B T V"], ablated_BTV: Float[jax.Array, "B T V"], strength: float
 ) -> Float[jax.Array, "B T"]:
-    """Returns how far the model's next-token distribution is from the one that the contrast with the masked model asks for.
+    """Returns how far the model's next-token distribution is from the one that the contrast with the masked model asks
+    for.
 
     This goes beyond the papers. RetMask samples an answer y
     of the normal model p and a rejected one of the ablated model q, and DPO fits their preference. A pair (y from p,
     y' from q) is that way round with odds p(y) q(y') / (q(y) p(y')), so the reward that explains all pairs best is
-    r = log p/q, and DPO's optimum is p (p/q)^(1/beta) up to a constant (arXiv 2305.18290, eq. 4). Both distributions are
-    known token by token, so nothing needs to be sampled from q: the target of a token is t = p (p/q)^strength up to a
-    constant, strength in the place of 1/beta, and the loss is KL(t, p) with t held fixed. Its gradient, for a small
-    strength, is that of -strength E_p[log p/q] with log p/q held fixed: the expected reward, without its variance
-    over samples. p and q are those of the weights at hand; there is no reference, so learning rate and number of
-    steps limit how far the model moves.
+    r = log p/q, and DPO's optimum is p (p/q)^(1/beta) up to a constant (arXiv 2305.18290, eq. 4). Both distributions
+    are known token by token, so nothing needs to be sampled from q: the target of a token is t = p (p/q)^strength up to
+    a constant, strength in the place of 1/beta, and the loss is KL(t, p) with t held fixed. Its gradient, for a small
+    strength, is that of -strength E_p[log p/q] with log p/q held fixed: the expected reward, without its variance over
+    samples. p and q are those of the weights at hand; there is no reference, so learning rate and number of steps limit
+    how far the model moves.
 
     Args:
         normal_BTV: Logits of the model.

@@ -31,8 +31,8 @@ _LIST = "checkpoints.json"
 def pretrain(recipe: ConfigDict, folder: Path) -> LanguageModel:
     """Trains the stages of a recipe in order and returns the model of the last one.
 
-    Each stage has a depth, a number of active heads, a new optimiser and a new random stream. Added layers write nothing
-    at first, so growing the model does not change its function. A finished stage is saved as the HF checkpoint
+    Each stage has a depth, a number of active heads, a new optimiser and a new random stream. Added layers write
+    nothing at first, so growing the model does not change its function. A finished stage is saved as the HF checkpoint
     folder/stages/stageN and not trained again. Every `recipe.keep_every` steps, counted over all stages (0: never), the
     model is saved as folder/checkpoints/step_NNNNNN; `kept` lists these.
 
@@ -61,7 +61,8 @@ def pretrain(recipe: ConfigDict, folder: Path) -> LanguageModel:
 
 
 def kept(folder: Path) -> list[dict]:
-    """Returns a record {folder, stage, step, tokens, loss} for each checkpoint of `pretrain` in folder/checkpoints, in order.
+    """Returns a record {folder, stage, step, tokens, loss} for each checkpoint of `pretrain` in folder/checkpoints, in
+    order.
 
     tokens counts the positions trained on so far, including padding; loss is that of the step's batch.
     """
@@ -73,8 +74,8 @@ def model_config(model: Mapping[str, Any], layers: int) -> ModelConfig:
     """Returns the tiny model's config.
 
     Args:
-        model: Fields of ModelConfig, with `rope_theta` in place of `rope`. Fields that are left out have their defaults,
-            except that embeddings are tied.
+        model: Fields of ModelConfig, with `rope_theta` in place of `rope`. Fields that are left out have their
+            defaults, except that embeddings are tied.
         layers: Number of layers.
 
     Raises:
@@ -111,7 +112,8 @@ def weighted_loss(
 
 
 def grow(config: ModelConfig, params: PyTree, fresh: PyTree) -> PyTree:
-    """Returns the trained layers followed by the added layers of `fresh`, which write nothing into the residual stream yet.
+    """Returns the trained layers followed by the added layers of `fresh`, which write nothing into the residual stream
+    yet.
 
     Without a norm after attention and MLP, the output projections of the added layers are zero. With such norms, the
     norms' weights are zero instead: a norm of zeros has a gradient of 1 / sqrt(eps).

@@ -36,8 +36,8 @@ def reference_logprobs(
     allowed_widths: Sequence[int],
     identity: Mapping[str, Any],
 ) -> Float32[np.ndarray, "N 2"]:
-    """Returns the log-probabilities of chosen and rejected answers, in nats: those that are stored, and the missing ones
-    computed and stored.
+    """Returns the log-probabilities of chosen and rejected answers, in nats: those that are stored, and the missing
+    ones computed and stored.
 
     Args:
         load_params: Gives the start model's parameters; called only if a pair is missing.

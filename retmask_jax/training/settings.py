@@ -10,7 +10,8 @@ OBJECTIVES = ("dpo", "sft", "contrast")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The `train` section of a config, plus the objective and the seed of one run. configs/default.py explains every key.
+    """The `train` section of a config, plus the objective and the seed of one run. configs/default.py explains every
+    key.
 
     objective is "dpo", the preference of chosen over rejected answers by `loss`; "sft", the likelihood of the chosen
     answers; or "contrast", `losses.contrast_loss` on the chosen answers.

@@ -23,8 +23,8 @@ from retmask_jax.training.settings import Settings
 
 @flax.struct.dataclass
 class State:
-    """What an update changes, in float32: the parameters that are trained (all, or the adapters), the optimiser's state, and
-    the number of updates done."""
+    """What an update changes, in float32: the parameters that are trained (all, or the adapters), the optimiser's
+    state, and the number of updates done."""
 
     params: Any
     opt_state: Any
@@ -33,13 +33,15 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The jitted functions of a run. `frozen` are the parameters that are not trained: the model's under adapters, else {}.
+    """The jitted functions of a run. `frozen` are the parameters that are not trained: the model's under adapters, else
+    {}.
 
     Attributes:
         begin: begin(start params, seed) gives a State that holds copies; the seed draws new adapters.
         freeze: freeze(start params) gives frozen.
         gradients: gradients(params, frozen, batch, ablated) gives (gradients, metrics), sums over a part of a batch.
-        accumulate: accumulate(params, frozen, sums, batch, ablated) adds the sums of another part; the old sums are donated.
+        accumulate: accumulate(params, frozen, sums, batch, ablated) adds the sums of another part; the old sums are
+            donated.
         apply: apply(state, sums) gives (State, metrics); the old state is donated.
         state: Shapes and shardings of the State.
     """

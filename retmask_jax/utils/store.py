@@ -1,13 +1,14 @@
 """The keyed store: values of long work by key, each written once, as soon as it is known, and never changed.
 
 The stage `pairs` stores its answers in one, an evaluation the results of its requests, and training the reference's
-log-probabilities. The other two ways to keep something are a stage's result in the work directory and, for the state of a
-training run, Orbax. Three words are kept apart: a key names one value of a store; an identity, {name: value}, lists what
-the values were made from (hashes of model, data and template, lengths, ...); a fingerprint is the hash of a file's bytes.
+log-probabilities. The other two ways to keep something are a stage's result in the work directory and, for the state of
+a training run, Orbax. Three words are kept apart: a key names one value of a store; an identity, {name: value}, lists
+what the values were made from (hashes of model, data and template, lengths, ...); a fingerprint is the hash of a file's
+bytes.
 
-A store is a folder of JSONL shards to which whole lines are appended. Unlike the files of files.py, a shard may end in a
-torn line, which a killed process was writing. Readers skip it, and nothing is written after it, because each opening of
-the store starts a new shard.
+A store is a folder of JSONL shards to which whole lines are appended. Unlike the files of files.py, a shard may end in
+a torn line, which a killed process was writing. Readers skip it, and nothing is written after it, because each opening
+of the store starts a new shard.
 """
 
 import contextlib
@@ -33,9 +34,9 @@ _IDENTITY = "identity.json"
 class Store:
     """JSON values by key: `store.add(key, value)`, `key in store`, `store[key]`; iteration gives the keys.
 
-    Use it in a `with` statement. A killed process loses nothing that was added, a lost machine the last few seconds. Values
-    that were there at the opening are read from disk when asked for; those added since then are also in memory. All hosts
-    of a program open a store together and add the same values, and the first host writes them.
+    Use it in a `with` statement. A killed process loses nothing that was added, a lost machine the last few seconds.
+    Values that were there at the opening are read from disk when asked for; those added since then are also in memory.
+    All hosts of a program open a store together and add the same values, and the first host writes them.
 
     >>> with Store() as store:
     ...     store.add(("answer", 3), "oslo")
@@ -48,8 +49,8 @@ class Store:
 
         Args:
             folder: Folder of the store; None keeps the values in memory only.
-            identity: What the values are made from, {name: JSON value}. None where the place already says it: a folder of
-                a stage, which the work directory checks, or a folder with a hash as its name.
+            identity: What the values are made from, {name: JSON value}. None where the place already says it: a folder
+                of a stage, which the work directory checks, or a folder with a hash as its name.
 
         Raises:
             ValueError: The store there has another identity, or a line other than the last one of a shard is damaged.
@@ -162,7 +163,8 @@ def check_identity(place: str | os.PathLike[str], stored: Mapping[str, Any], wan
 
 
 def request_key(what: str, *rows: Sequence[int], **options: Any) -> Key:
-    """Returns the key of a request: its kind, and hashes of its rows of tokens and of all else that decides its value."""
+    """Returns the key of a request: its kind, and hashes of its rows of tokens and of all else that decides its
+    value."""
     return what, *(digest(np.asarray(row, np.int32).tobytes()) for row in rows), digest(options)
 
 

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 from chat_families import CHATS, RETMASK
-from helpers_rows import record_of
+from helpers_rows import encode_pairs, record_of
 
 from retmask_jax.cli.main import main
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.data.pair_formats import read_pairs
-from retmask_jax.data.pair_rows import encode_pairs
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.data.tasks import task_cases
 from retmask_jax.evals.scoring import answers

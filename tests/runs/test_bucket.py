@@ -52,9 +52,11 @@ def test_checkpoints_are_written_read_and_thinned_out(bucket):
         for step in (1, 2, 3):
             checkpoints.save(step, {"a": state["a"] + step}, {"step": step}, loss=float(step))
     with Checkpoints(bucket / "checkpoints", 1, {"data": "f"}) as checkpoints:
-        assert checkpoints.latest == 3 and checkpoints.best == 1
+        assert checkpoints.latest == 3
         restored, data = checkpoints.restore(state)
         assert restored["a"].tolist() == [3, 4, 5, 6] and data == {"step": 3}
+    kept = {step for step in "123" if (bucket / "checkpoints" / step / "commit_success.txt").exists()}
+    assert kept == {"1", "3"}  # the best and the newest
 
 
 def test_a_checkpoint_whose_last_file_is_missing_is_none(bucket):

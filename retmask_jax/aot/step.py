@@ -25,7 +25,7 @@ from retmask_jax.aot.program import (
     stamp,
 )
 from retmask_jax.aot.topology import GIB, Chip, chip_of, devices_of, estimate
-from retmask_jax.data.pair_rows import SIDES
+from retmask_jax.data.pair_formats import SIDES
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import executed_flops
 from retmask_jax.model.masks import normalise

@@ -13,7 +13,7 @@ from retmask_jax.generation.logprobs import token_logprobs
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils import memory
 from retmask_jax.utils.hosts import to_host
-from retmask_jax.utils.store import Kept, request_key
+from retmask_jax.utils.store import Store, request_key
 
 METRIC = "nats per token"
 POSITIONS = "positions "  # with their range the names of the tasks of `run_positions`
@@ -71,7 +71,7 @@ def token_losses(
     interventions: Interventions | None = None,
     *,
     batch_size: int,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     what: str = "text loss",
 ) -> Float64[np.ndarray, "windows length-1"]:
     """Computes the negative log-probabilities of the tokens at positions 1, 2, ..., in nats.
@@ -82,7 +82,7 @@ def token_losses(
         kept: Losses of this model under these interventions; only missing ones are computed, and added.
         what: The work's name in the progress bar.
     """
-    kept = kept or Kept()
+    kept = Store() if kept is None else kept
     keys = [request_key("token losses", window) for window in windows]
     missing = kept.missing(keys)
 
@@ -109,7 +109,7 @@ def run_positions(
     windows: Windows,
     *,
     batch_size: int = 1,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     interventions: Interventions | None = None,
 ) -> list[Measured]:
     """Measures the mean loss of each window over all its tokens, and in each of `position_buckets`, in nats per token."""
@@ -125,7 +125,7 @@ def run_sliding(
     stride: int,
     *,
     batch_size: int = 1,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     interventions: Interventions | None = None,
 ) -> Measured:
     """Measures the mean loss of the last `stride` tokens of each window of `sliding_windows`, in nats per token.

@@ -17,7 +17,7 @@ from retmask_jax.model.masks import normalise
 from retmask_jax.utils import memory
 from retmask_jax.utils.files import digest
 from retmask_jax.utils.hosts import to_host
-from retmask_jax.utils.store import Kept, request_key
+from retmask_jax.utils.store import Store, request_key
 
 # Names of the same option; the first that is given counts.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -87,7 +87,7 @@ def continuation_logprobs(
     interventions: Interventions | None = None,
     *,
     batch_size: int,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     what: str = "log-likelihood",
 ) -> list[tuple[float, bool]]:
     """Computes the log-probability of each continuation in nats, and whether each of its tokens is the most likely one.
@@ -103,7 +103,7 @@ def continuation_logprobs(
     Raises:
         ValueError: A context or continuation is empty, or a continuation exceeds the model's context.
     """
-    iv, kept = shared_mask(lm.config, interventions), kept or Kept()
+    iv, kept = shared_mask(lm.config, interventions), Store() if kept is None else kept
     rows = [_fitted(pair, lm.config.max_length) for pair in pairs]
     keys = [request_key("log-likelihood", row, n=len(pair[1])) for row, pair in zip(rows, pairs, strict=True)]
     missing = kept.missing(keys)
@@ -143,7 +143,7 @@ def answered(
     until: Sequence[str] = (),
     temperature: float = 0.0,
     top_p: float = 1.0,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     what: str = "generate",
 ) -> list[tuple[str, int]]:
     """Generates an answer to each prompt; returns (text, number of generated tokens) for each.
@@ -157,7 +157,7 @@ def answered(
         what: The work's name in the progress bar.
     """
     rows = [np.asarray(prompt).tolist() for prompt in prompts]
-    mask, kept = shared_mask(lm.config, interventions), kept or Kept()
+    mask, kept = shared_mask(lm.config, interventions), Store() if kept is None else kept
     stops = stop_ids(lm, until)
     shared = {"max_new_tokens": max_new_tokens, "until": list(until), "stop_ids": stops}
     shared |= {"temperature": temperature, "top_p": top_p} if temperature else {}

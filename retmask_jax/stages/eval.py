@@ -32,7 +32,7 @@ from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.stages.train import TRAIN
 from retmask_jax.utils.files import digest, read_json, write_json
 from retmask_jax.utils.hosts import wait_for_all
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def suite_parts(suites) -> Iterator[tuple[str, ConfigDict]]:
             yield name, part
 
 
-def _run(there: Context, contender: Contender, name: str, suites, kept: Kept) -> list[Measured]:
+def _run(there: Context, contender: Contender, name: str, suites, kept: Store) -> list[Measured]:
     match name:
         case "lm_eval":
             return _lm_eval(there, contender, suites.lm_eval, kept)
@@ -214,7 +214,7 @@ def _run(there: Context, contender: Contender, name: str, suites, kept: Kept) ->
     )
 
 
-def _lm_eval(there: Context, contender: Contender, section, kept: Kept) -> list[Measured]:
+def _lm_eval(there: Context, contender: Contender, section, kept: Store) -> list[Measured]:
     return run_lm_eval(
         there.lm,
         section.tasks,
@@ -251,10 +251,10 @@ def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measu
     files = list(there.fingerprints(suite_files(suites)).values())
     mask = mask_hash(there.lm.config, shared_mask(there.lm.config, contender.interventions))
     settings = config_json(suites[name]), config_json(there.config.prompt)
-    key = digest([there.model_fingerprint, mask, *settings, files])
-    path = _store(there) / f"{name}-{key}.json"
+    identity = digest([there.model_fingerprint, mask, *settings, files])
+    path = _store(there) / f"{name}-{identity}.json"
     if not path.exists():
-        with Kept(path.with_suffix("")) as kept:
+        with Store(path.with_suffix("")) as kept:
             measured = _run(there, contender, name, suites, kept)
         write_json(path, {"versions": versions(), "measured": [as_json(one) for one in measured]})
         wait_for_all(f"{name} is measured")

@@ -19,7 +19,7 @@ from retmask_jax.stages.pairs import PAIRS
 from retmask_jax.training.loop import train
 from retmask_jax.training.settings import Settings
 from retmask_jax.utils import stats
-from retmask_jax.utils.files import digest, is_whole, mark_whole, read_jsonl
+from retmask_jax.utils.files import is_whole, mark_whole, read_jsonl
 from retmask_jax.utils.fingerprints import fingerprint
 from retmask_jax.utils.progress import track
 
@@ -44,7 +44,7 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
                 settings,
                 target,
                 context.mesh,
-                fingerprint=digest(identity | start),
+                identity=identity | start,
                 what=f"train {name}",
                 ablated=mask_heads(model.config, heads) if arm == "contrast" else None,
             )

@@ -1,4 +1,4 @@
-"""Hashes of files and checkpoints, over every byte. The hash of a file is remembered until the file changes."""
+"""Hashes of files and checkpoints, over every byte. The hash of a large file is cached until the file changes."""
 
 import concurrent.futures
 import contextlib
@@ -12,22 +12,18 @@ from pathlib import Path
 from retmask_jax.utils.files import digest
 from retmask_jax.utils.progress import track
 
-_REMEMBERED = (
-    2**24
-)  # bytes; the hash of a larger file is remembered, a smaller file is read faster than its hash is looked up
-_SETTLED = (
-    2 * 10**9
-)  # ns; a file that changed this short before it was hashed could change again under the same time stamp
+_REMEMBERED = 2**24  # bytes; smaller files are hashed again each time, which is faster than looking up their hashes
+_SETTLED = 2 * 10**9  # ns: a file changed within this time of its hashing could change again under the same time stamp
 _BLOCK = 2**22
 _READERS = 4  # threads; hashing does not hold the interpreter's lock
 
 
 def fingerprint(*files: Path) -> str:
-    """The hash of some files, with their names, over every byte.
+    """Returns a hash of the names, sizes and contents of some files.
 
-    A sample of each tensor would be quicker, but weights can differ in a single expert or adapter, and a wrong match costs
-    results. One core hashes 1 to 2 GB/s, so that 16 GB take some 10 s in four files, and nothing the next time: the hash of
-    a large file is kept in the user's cache folder under its path, size, modification time and inode.
+    Hashing a sample of each tensor would be faster, but models may differ in a single expert or adapter, and taking one
+    for another costs results. A core hashes 1 to 2 GB/s, so 16 GB in four files take some 10 s the first time. The hash
+    of a large file is then cached in the user's cache folder under the file's path, size, modification time and inode.
     """
     sizes = [file.stat().st_size for file in files]
     with (
@@ -39,20 +35,20 @@ def fingerprint(*files: Path) -> str:
 
 
 def _hash(file: Path, progress: Callable[[int], object]) -> str:
-    """SHA-256 of the content of a file, remembered for a large file. progress: called with the bytes of each block."""
+    """SHA-256 of a file's content, from the cache if it is there; progress(n) is called for each n bytes."""
     before = file.stat()
     identity = [str(file.resolve()), before.st_size, before.st_mtime_ns, before.st_ino]
     if before.st_size < _REMEMBERED:
         return _read(file, progress)
     known = _cache() / f"{digest(identity)}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):  # missing or damaged: the file is hashed
+    with contextlib.suppress(OSError, ValueError, KeyError):  # missing or damaged: the file is read
         stored = json.loads(known.read_text())
         if stored["identity"] == identity:
             progress(before.st_size)
             return stored["sha256"]
     found = _read(file, progress)
     if time.time_ns() - before.st_mtime_ns > _SETTLED:
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             _remember(known, {"identity": identity, "sha256": found})
     return found
 

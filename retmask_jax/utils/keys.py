@@ -17,18 +17,16 @@ def clean_key(text: str, name: str) -> str:
     """
     key = text.strip()
     for place, char in enumerate(key, 1):
-        if not (" " <= char <= "~" or "\xa0" <= char <= "\xff"):
-            what = (
-                "a line end"
-                if char in "\r\n"
-                else "a control character"
-                if char < "\xa0"
-                else "a character beyond Latin-1"
-            )
+        if not is_key(char):
             raise ValueError(
-                f"{name} has {what} at place {place} of {len(key)}, which no key has: copy it again, from one line"
+                f"{name} has {_kind(char)} at place {place} of {len(key)}, which no key has: copy it again, from one line"
             )
     return key
+
+
+def is_key(text: str) -> bool:
+    """Returns whether a text can be sent as a key: visible ASCII characters only, and at least one."""
+    return re.fullmatch("[!-~]+", text) is not None
 
 
 def without_secrets(text: str, *keys: str | None) -> str:
@@ -47,3 +45,12 @@ def has_password(url: str) -> bool:
     """Whether an address has a user or a password before the host."""
     host, _, _ = url.partition("//")[2].replace("?", "/").replace("#", "/").partition("/")
     return "@" in host
+
+
+def _kind(char: str) -> str:
+    """What a character that no key has is called in a message."""
+    if char in "\r\n":
+        return "a line end"
+    if char.isspace():
+        return "a blank"
+    return "a control character" if char < "\xa0" else "a character beyond ASCII"

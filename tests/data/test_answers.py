@@ -9,16 +9,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from retmask_jax.data.answers import holds, rouge1_recall, rouge_tokens, words
-from retmask_jax.data.needles import (
-    Case,
-    Needle,
-    Spec,
-    build_cases,
-    draw_specs,
-    paired_cases,
-    question_case,
-    read_sentences,
-)
+from retmask_jax.data.needles import Case, Needle, Spec, build_cases, draw_specs, question_case, read_sentences
 from retmask_jax.data.needles import read_needles as read
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.data.tasks import task_cases
@@ -146,11 +137,7 @@ def test_an_answer_without_words_is_refused_by_name(answer, prompter, tmp_path):
     )
     needle = Needle(line["needle"], line["question"], answer)
     specs = draw_specs([needle], [64], [0.5], per_length=1)
-    for build in (
-        lambda: build_cases(prompter, ["a b ."], [needle], specs),
-        lambda: paired_cases({"one": prompter}, ["a b ."], [needle], specs),
-        lambda: question_case(prompter, needle),
-    ):
+    for build in (lambda: build_cases(prompter, ["a b ."], [needle], specs), lambda: question_case(prompter, needle)):
         with pytest.raises(ValueError, match="^needle 'the sign is .*: the answer .* has no letter or digit"):
             build()
     with pytest.raises(ValueError, match="the memory '!' has no letter"):

@@ -15,7 +15,7 @@ from retmask_jax.evals.external import helmet
 from retmask_jax.evals.external.helmet_means import CATEGORIES, MEANS, helmet_means
 from retmask_jax.evals.measured import Measured
 from retmask_jax.model.interventions import Interventions, all_heads, mask_heads, stack
-from retmask_jax.utils.store import Kept, Records
+from retmask_jax.utils.store import Store
 
 LENGTH, NEW = 64, 6
 SETS = {  # category -> (data sets, stop_new_line, chat)
@@ -114,7 +114,7 @@ def test_exact_prompts_go_to_the_model_and_answers_are_scored_after_their_prefix
     # What was answered is not generated again; under a mask all is.
     spy.prompts.clear()
     none = Interventions.none(lm.config)
-    with Kept(tmp_path / "out/answers" / scoring.mask_hash(lm.config, none)) as answers:
+    with Store(tmp_path / "out/answers" / scoring.mask_hash(lm.config, none)) as answers:
         job = helmet._Job(lm, none, 4, answers, None)
         rows = [np.array(row, np.int32) for row in prompts]
         options = {"max_new_tokens": NEW, "until": [], "temperature": 0.0, "top_p": 1.0}
@@ -157,8 +157,8 @@ def test_a_chat_template_leaves_the_prefix_out_and_what_is_missing_is_said(tmp_p
     assert len(tasks["infbench_qa"].values) == 4
     (path,) = (tmp_path / "out").rglob("narrativeqa*.json")
     (folder,) = (tmp_path / "out/scores").iterdir()
-    part, scores = CATEGORIES["longqa"][0], Records(folder)
-    (kept,) = (scores[key]["value"] for key in scores if "narrativeqa" in key[0])
+    part, scores = CATEGORIES["longqa"][0], Store(folder)
+    (kept,) = (scores[key] for key in scores if "narrativeqa" in key[0])
 
     judged = json.loads(path.read_text())
     for row, given in zip(judged["data"], (2, 3, 0, None), strict=True):

@@ -50,7 +50,7 @@ def _stored(folder):
 def test_small_updates_of_adapters_move_every_weight_of_a_float32_checkpoint(start, tmp_path):
     """Computed in bfloat16, where a change of 1e-5 of a weight is lost in half of them."""
     lm = load(start, ADAPTERS.start_dtype)
-    params = train(CONFIG, lambda: lm.params, ROWS, ADAPTERS, tmp_path / "run", one_device(), fingerprint="f")
+    params = train(CONFIG, lambda: lm.params, ROWS, ADAPTERS, tmp_path / "run", one_device(), identity={"data": "f"})
     save(lm.replace(config=dataclasses.replace(lm.config, lora=ADAPTERS.lora), params=params), tmp_path / "trained")
     before, after = _stored(start), _stored(tmp_path / "trained")
     assert before.keys() == after.keys()

@@ -47,7 +47,7 @@ def _sample(variants, temperature=1.5, questions=None, **options):
     questions = _questions(variants, **options) if questions is None else questions
     masks = {(seed, name): mask for name, mask in variants.items() for seed in (7, 8)}
     records = sample(LM, questions, masks, temperature=temperature, top_p=1.0, max_new_tokens=NEW, batch_size=BATCH)
-    return {tuple(record["key"]): record for record in records}
+    return dict(records)
 
 
 def _texts(records, name):

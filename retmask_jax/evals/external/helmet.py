@@ -21,7 +21,7 @@ from retmask_jax.evals.measured import Measured
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils.files import digest
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ class _Job:
     lm: LanguageModel
     mask: Interventions
     batch_size: int
-    answers: Kept
-    scores: Kept
+    answers: Store
+    scores: Store
 
 
 def run_helmet(
@@ -103,7 +103,7 @@ def run_helmet(
     request = {"arguments": arguments, "stop_new_line": stop_new_line, "output": str((folder / mask_hash).resolve())}
     measured, notes = [], []
     with contextlib.ExitStack() as opened:
-        answers, scores = (opened.enter_context(Kept(folder / name / mask_hash)) for name in ("answers", "scores"))
+        answers, scores = (opened.enter_context(Store(folder / name / mask_hash)) for name in ("answers", "scores"))
         job = _Job(lm, mask, batch_size, answers, scores)
         process = opened.enter_context(HelmetProcess(checkout, folder, lm.tokenizer, gpu=citations))
         for category, config in _configs(categories, lengths):

@@ -11,7 +11,7 @@ import numpy as np
 from retmask_jax.evals.measured import Measured
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 SUITE = "lm_eval"
 _NO_FILTER = "none"
@@ -44,7 +44,7 @@ def run_lm_eval(
     batch_size: int,
     apply_chat_template: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
 ) -> HarnessRun:
     """Runs tasks or groups by name.
 

@@ -17,7 +17,7 @@ from retmask_jax.evals import scoring
 from retmask_jax.evals.scoring import GenerationOptions
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class HarnessModel(TemplateLM):
         *,
         batch_size: int,
         template_kwargs: Mapping[str, Any] | None = None,
-        kept: Kept | None = None,
+        kept: Store | None = None,
     ) -> None:
         super().__init__()
         if lm.tokenizer is None:

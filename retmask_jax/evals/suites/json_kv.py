@@ -11,7 +11,7 @@ from retmask_jax.evals.measured import Measured
 from retmask_jax.evals.suites.samples import Draft, Sample, check_lengths, contained_share, fill, measure
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 _SEED = 0x6A736F6E  # makes other numbers of a seed than other suites do
 _PAIR_TOKENS = 16  # two UUIDs have more in any tokenizer
@@ -41,7 +41,7 @@ def run_json_kv(
     max_new_tokens: int = 100,
     batch_size: int = 1,
     interventions: Interventions | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
 ) -> list[Measured]:
     """Measures the substring exact match of greedy answers, at each length; options as of `scoring.answered`.
 

@@ -15,7 +15,7 @@ from retmask_jax.evals.suites.samples import check_lengths
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.heads.conditions import hits
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 
 def even_grid(shortest: int, longest: int, n_lengths: int = 40, n_depths: int = 10) -> tuple[list[int], list[float]]:
@@ -60,7 +60,7 @@ def run_niah(
     max_new_tokens: int = 50,
     batch_size: int = 1,
     interventions: Interventions | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
 ) -> list[Measured]:
     """Measures two tasks at each length; options as of `scoring.answered`.
 

@@ -19,7 +19,7 @@ from retmask_jax.evals.suites.ruler import TASKS, run_ruler
 from retmask_jax.evals.suites.samples import check_lengths
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def run_suites(
     *,
     batch_size: int,
     interventions: Interventions | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     only: str | None = None,
 ) -> list[Measured]:
     """Runs all suites that are on, or one of them.

@@ -13,7 +13,7 @@ from retmask_jax.evals.suites.samples import Draft, Sample, answer, check_length
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils.files import iter_records
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 METRIC = "ndcg_cut.10"
 _NUMBERING = re.compile(r"\s*\d+[.)]\s+(?=\S)")  # at the start of a line that is not empty
@@ -118,7 +118,7 @@ def run_rerank(
     max_new_tokens: int = 200,
     batch_size: int = 1,
     interventions: Interventions | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
 ) -> list[Measured]:
     """Measures NDCG@10 of the order in each greedy answer; options as of `scoring.answered`.
 

@@ -32,7 +32,7 @@ from retmask_jax.evals.suites.samples import (
 from retmask_jax.evals.suites.words import COMPOUNDS, NOISE, compound, word_order
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def run_ruler(
     questions: Mapping[str, Questions] | None = None,
     batch_size: int = 1,
     interventions: Interventions | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
 ) -> list[Measured]:
     """Measures the string match of greedy answers, for each task and length; further options as of `scoring.answered`.
 

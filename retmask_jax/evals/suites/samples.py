@@ -13,7 +13,7 @@ from retmask_jax.evals.measured import Measured
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils.progress import track
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 _FIRST_GUESS = 32  # units; such a prompt is cheap to tokenize, and its length lets those of others be estimated
 
@@ -111,7 +111,7 @@ def answer(
     *,
     batch_size: int,
     interventions: Interventions | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     what: str = "answer",
 ) -> list[str]:
     """Returns the greedy answers, without their prefixes; options as of `scoring.answered`.

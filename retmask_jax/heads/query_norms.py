@@ -1,10 +1,11 @@
-"""Norm-utility: how strongly a head's query projection writes, and whether retrieval heads differ (arXiv 2606.21249)."""
+"""Norm-utility: the norms of the query projections, and whether those of retrieval heads differ (arXiv 2606.21249)."""
 
 import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float32, PyTree
 
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model import lora
@@ -17,10 +18,10 @@ from retmask_jax.utils.hosts import to_host
 
 @dataclasses.dataclass(frozen=True)
 class QueryNorms:
-    """head_LH: f32[L,H]; pair_LHR: f32[L,H,R], pairs in the order of `inverse_frequencies`; layers in absolute order."""
+    """Mean L1 norms of rows of q_proj, by head and by rotary pair; pairs in the order of `inverse_frequencies`."""
 
-    head_LH: np.ndarray
-    pair_LHR: np.ndarray
+    head_LH: Float32[np.ndarray, "L H"]
+    pair_LHR: Float32[np.ndarray, "L H R"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,11 +51,11 @@ class NormComparison:
     pair_other: list[float]
 
 
-def query_norms(config: ModelConfig, params) -> QueryNorms:
-    """Mean L1 norm of the rows of q_proj (as HF stores it: one row per dimension) of each head and each rotary pair.
+def query_norms(config: ModelConfig, params: PyTree) -> QueryNorms:
+    """Computes the mean L1 norm of the rows of q_proj (in HF's layout, a row per dimension) of each head and rotary pair.
 
-    Pair r is the rows r and r + R of a head; a head's mean is over all its rows, those without rotation included. Only
-    the weights count: no bias, and no query norm behind them. Adapters are merged first.
+    Pair r is the rows r and r + R of a head. A head's mean is over all its rows, including those that are not rotated.
+    Only the weights count, neither a bias nor a query norm. Adapters are merged first.
     """
     rows_L = merge_layers(
         config,
@@ -101,12 +102,12 @@ def norm_utility(
 
 
 def _row_norms(config: ModelConfig, dense):
-    """L1 norm of each output dimension of a dense layer, f32[..., H*D] of a kernel [..., E, H*D]."""
+    """Returns the L1 norm of each output dimension of a dense layer, f32[..., H*D] for a kernel [..., E, H*D]."""
     kernel = (dense if config.lora is None else lora.merged(dense, config.lora))["kernel"]
     return jnp.abs(kernel.astype(jnp.float32)).sum(axis=-2)
 
 
-def _labels(shape, scores, heads) -> np.ndarray:
+def _labels(shape: tuple[int, ...], scores: HeadScores, heads: Sequence[Head]) -> Bool[np.ndarray, "L H"]:
     if scores.mean.shape != shape:
         raise ValueError(
             f"scores are of {scores.mean.shape} layers and heads, the model has {shape}: take its own scores"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from retmask_jax.heads.conditions import Condition, summarise
-from retmask_jax.heads.copy_score import stability
+from retmask_jax.heads.detection import stability
 from retmask_jax.heads.detectors import DETECTORS, Agreement, Repeats, agreement
 from retmask_jax.model.interventions import Head, mask_heads
 from retmask_jax.runs.context import Context

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers_results import KINDS, around, knockout_result, make_results, number, rope_result
 
-from retmask_jax.reports import figures
+from retmask_jax.reports import plotting
 from retmask_jax.reports.causal_report import knockout_section, only_zero, rope_section
 from retmask_jax.reports.report import write_report
 
@@ -92,7 +92,7 @@ def rotated():
 
 
 def _section(make, *arguments):
-    with figures.style():
+    with plotting.style():
         return make(*arguments)
 
 

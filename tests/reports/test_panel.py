@@ -6,11 +6,11 @@ import json
 import msgspec
 import pytest
 from helpers_results import around, detect_result, number
+from retmask_jax.reports.findings import Finding, Member, agreement, evaluate, groups
 
 from retmask_jax.cli import commands
 from retmask_jax.cli.main import main
 from retmask_jax.reports import findings as panels
-from retmask_jax.reports.findings import Finding, Member, agreement, evaluate, groups
 from retmask_jax.utils import stats
 
 UP, ACROSS = (0.4, 0.3, 0.5), (0.01, -0.02, 0.04)

@@ -243,7 +243,7 @@ def test_dynamics_say_when_half_of_the_score_is_reached(render):
 
 
 def test_large_results_fit(tmp_path, monkeypatch):
-    drawn, inline = {}, figures.inline
+    drawn, inline = {}, plotting.inline
     monkeypatch.setattr(plotting, "inline", lambda figure, name: inline(drawn.setdefault(name, figure), name))
     long = "multi_key needle in a haystack of essays, eight times as long"
     results = study_results(shape=(32, 32), task=long, steps=(1000, 10_000, 500_000, 4_000_000))

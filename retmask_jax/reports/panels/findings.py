@@ -250,8 +250,12 @@ def _pairs(member: Member, task: str, kind: str) -> Effect | None:
 
 
 def _centres(members: Sequence[Member], task: str) -> dict[str, Number]:
-    name = f"rope/{task}/centre of mass of the windows"
-    return {member.name: member.rope.numbers[name] for member in members if name in member.rope.numbers}
+    return {
+        member.name: spectrum.centre
+        for member in members
+        for spectrum in member.rope.spectra
+        if spectrum.task == task and spectrum.centre is not None
+    }
 
 
 def _holds(expected: str, change: Number, q: float) -> bool:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from helpers_results import DOWN, Page, around, make_results, number, stored
+from markupsafe import Markup
 
 from retmask_jax.heads.detectors import DETECTORS
 from retmask_jax.reports import plotting
@@ -146,7 +147,7 @@ def study_results(shape=(4, 8), task="needle", names=tuple(DETECTORS), empty=(),
 @pytest.fixture
 def render(tmp_path, monkeypatch):
     """The page, without its drawings, of results with changes."""
-    monkeypatch.setattr(plotting, "inline", lambda figure, name: f'<img alt="{name}">')
+    monkeypatch.setattr(plotting, "inline", lambda figure, name: Markup('<img alt="{}">').format(name))
 
     def write(change=lambda results: None, **options):
         results = study_results(**options)

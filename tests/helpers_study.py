@@ -3,10 +3,11 @@
 import numpy as np
 from helpers_results import DOWN, around, make_results, number
 
+from retmask_jax.heads.conditions import ConditionRow
 from retmask_jax.heads.detectors import DETECTORS, Agreement, Repeats
 from retmask_jax.heads.query_norms import NormComparison
 from retmask_jax.stages.detect import Settled
-from retmask_jax.stages.detector_runs import Concentration, ConditionRow
+from retmask_jax.stages.detector_runs import Concentration
 from retmask_jax.stages.detectors import DetectorRow, DetectorsResult
 from retmask_jax.stages.dynamics import CheckpointRecall, CheckpointRow, DynamicsResult
 from retmask_jax.stages.theta import BaseHeads, BaseRow, ThetaResult
@@ -19,7 +20,7 @@ TEST = McNemar(b=3, c=1, n_discordant=4, p_value=0.03)
 def masked_row(task, kind, value, change):
     condition = {"experiment": "", "draw": 0, "k": 0, "site": "rotary", "heads": [(1, 0)], "pairs": [], "q": 0.06}
     recall, change = around(value), number(*change)
-    return ConditionRow(**vars(recall), task=task, kind=kind, change=change, mcnemar=TEST, **condition)
+    return ConditionRow.of(recall, task=task, kind=kind, change=change, mcnemar=TEST, **condition)
 
 
 def detectors_result(names, task, empty=()):
@@ -92,7 +93,7 @@ def theta_result(task, change):
         detector="copy",
         threshold=0.1,
         rows=[
-            BaseRow(**vars(around(0.8)), task=task, factor=f, theta=base * f, mcnemar=TEST, change=changes[f])
+            BaseRow.of(around(0.8), task=task, factor=f, theta=base * f, mcnemar=TEST, change=changes[f])
             for f in factors
         ],
         heads=[BaseHeads(factor=f, theta=base * f, heads=[(1, 0)], top=0.9, jaccard=1.0, **counted) for f in factors],

@@ -6,18 +6,19 @@ and high are None no interval is drawn.
 
 import base64
 import contextlib
-import html as escapes
 import io
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import ArrayLike
 
 from retmask_jax.model.interventions import Head
 from retmask_jax.reports import html
+from retmask_jax.utils.stats import Number, _typed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +80,7 @@ def colour(name: str, other: int | None = None) -> str:
 
 
 @contextlib.contextmanager
-def style() -> Iterator[None]:
+def style() -> Generator[None]:
     """Fonts and line widths of the report, for the figures made and written inside."""
     import matplotlib
 
@@ -94,8 +95,8 @@ def use_style() -> None:
     matplotlib.rcParams.update(_STYLE)
 
 
-def inline(figure: "Figure", alt: str) -> str:
-    """A figure as HTML text without links: <svg>, or <img> with a PNG where an SVG would be both large and larger than that."""
+def inline(figure: "Figure", alt: str) -> Markup:
+    """A figure as HTML without links: <svg>, or <img> with a PNG where an SVG would be both large and larger than that."""
     import matplotlib
 
     stream, png = io.StringIO(), io.BytesIO()
@@ -104,22 +105,23 @@ def inline(figure: "Figure", alt: str) -> str:
         figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = stream.getvalue()
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :], count=2)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("<svg", f'<svg role="img" aria-label="{escapes.escape(alt)}"', 1)
-    if len(svg) < LARGE:
-        return svg
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg).removeprefix("<svg")
+    drawing = Markup('<svg role="img" aria-label="{}"').format(alt) + Markup(svg)
+    if len(drawing) < LARGE:
+        return drawing
     figure.savefig(png, format="png", dpi=200)
     data = base64.b64encode(png.getvalue()).decode()
     width = round(96 * figure.get_figwidth())
-    image = f'<img width="{width}" alt="{escapes.escape(alt)}" src="data:image/png;base64,{data}">'
-    return min(svg, image, key=len)
+    image = Markup('<img width="{}" alt="{}" src="data:image/png;base64,{}">').format(width, alt, data)
+    return min(drawing, image, key=len)
 
 
-def drawn(panels: Mapping[str, "Figure"], caption: str) -> str:
-    """Figures side by side over a caption, as HTML; nothing where there are none.
+def drawn(panels: Mapping[str, "Figure"], caption: str) -> Markup:
+    """Figures side by side over a caption; nothing where there are none.
 
     panels: figures by name; the name is read out to those who cannot see the figure.
     """
-    return html.figure([inline(figure, name) for name, figure in panels.items()], caption) if panels else ""
+    return html.figure([inline(figure, name) for name, figure in panels.items()], caption) if panels else Markup()
 
 
 # --- parts of a panel ---
@@ -144,12 +146,13 @@ def colormap() -> "Colormap":
     return matplotlib.colormaps["cividis"]
 
 
-def interval(ax: "Axes", number: Mapping, at: float, shade: str, marker: str = "o", vertical: bool = False) -> None:
+def interval(ax: "Axes", number: Number, at: float, shade: str, marker: str = "o", vertical: bool = False) -> None:
     """Mark a number at a place of the other axis, with a whisker from low to high where it has an interval."""
-    (point,) = ax.plot(*_xy([number["value"]], [at], vertical), marker, color=shade)
+    number = _typed(number)
+    (point,) = ax.plot(*_xy([number.value], [at], vertical), marker, color=shade)
     point.set_zorder(3)
-    if number["low"] is not None:
-        ax.plot(*_xy([number["low"], number["high"]], [at, at], vertical), color=shade, linewidth=1.2)
+    if number.low is not None:
+        ax.plot(*_xy([number.low, number.high], [at, at], vertical), color=shade, linewidth=1.2)
 
 
 def note(ax: "Axes", y: float, text: str) -> None:
@@ -190,9 +193,7 @@ def head_map(title: str, values_LH: ArrayLike, heads: Iterable[Head], label: str
     top = values_LH.max()
     norm = LogNorm(max(values_LH[values_LH > 0].min(), 1e-4 * top), top) if log and top > 0 else None
     colours = colormap().with_extremes(bad=colormap()(0.0))
-    image = ax.imshow(
-        values_LH, cmap=colours, norm=norm, aspect="auto", interpolation="none", **({} if norm else {"vmin": 0})
-    )
+    image = ax.imshow(values_LH, cmap=colours, norm=norm, vmin=None if norm else 0, aspect="auto", interpolation="none")
     for layer, head in heads:
         ax.add_patch(
             Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=colour("retrieval"), linewidth=1.3)

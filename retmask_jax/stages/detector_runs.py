@@ -20,24 +20,8 @@ from retmask_jax.runs.context import Context
 from retmask_jax.stages.detect import DETECT
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import read_json, read_jsonl, write_json
-from retmask_jax.utils.stats import McNemar, Number
 
 UNTOUCHED = Condition("none", 0, Interventions())
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConditionRow(Number):
-    task: str
-    experiment: str
-    kind: str
-    draw: int
-    k: int
-    site: str
-    heads: list[Head]
-    pairs: list[int]
-    change: Number
-    mcnemar: McNemar
-    q: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,11 +158,6 @@ def heads_found(run: DetectorRun, threshold: float) -> Found:
         top, counted = float(run.scores.mean.max()), int(run.scores.counts.max())
     cases, outcomes = len(run.outcomes), dict(Counter(run.outcomes))
     return Found(cases=cases, outcomes=outcomes, heads=heads, top=top, counted=counted)
-
-
-def number_of(row: Number) -> Number:
-    """Returns the number of a row without the row's condition."""
-    return Number(row.value, row.low, row.high, row.n)
 
 
 def _options(context: Context, name: str) -> dict[str, Any]:

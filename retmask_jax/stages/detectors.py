@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from retmask_jax.heads.conditions import Condition, summarise
+from retmask_jax.heads.conditions import Condition, ConditionRow, summarise
 from retmask_jax.heads.detection import stability
 from retmask_jax.heads.detectors import DETECTORS, Agreement, Repeats, agreement
 from retmask_jax.model.interventions import Head, mask_heads
@@ -16,11 +16,9 @@ from retmask_jax.stages.detect import DETECT, DETECTION, Settled, retrieval_head
 from retmask_jax.stages.detector_runs import (
     UNTOUCHED,
     Concentration,
-    ConditionRow,
     DetectorRun,
     check_detector_names,
     concentration,
-    number_of,
     repeated,
     reused_copy,
     run_detector,
@@ -187,12 +185,12 @@ def _masked_recall(context: Context, best: Mapping[str, Sequence[Head]]) -> list
     masks = [Condition(name, 0, mask_heads(context.lm.config, heads), tuple(heads)) for name, heads in best.items()]
     conditions = [UNTOUCHED, *masks]
     outcomes, _ = task_outcomes(context, context.config.knockout.tasks[:1], conditions)
-    return [ConditionRow(**row) for row in summarise(conditions, outcomes)]
+    return summarise(conditions, outcomes)
 
 
 def _recall_numbers(masked: Sequence[ConditionRow]) -> dict[str, Number]:
     return {
-        f"detectors/{row.task}/{row.kind}{'' if row.kind == UNTOUCHED.kind else ' masked'}": number_of(row)
+        f"detectors/{row.task}/{row.kind}{'' if row.kind == UNTOUCHED.kind else ' masked'}": row.number
         for row in masked
     }
 

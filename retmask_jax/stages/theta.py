@@ -10,7 +10,7 @@ from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, DETECTION
-from retmask_jax.stages.detector_runs import UNTOUCHED, Found, check_detector_names, heads_found, number_of, scored
+from retmask_jax.stages.detector_runs import UNTOUCHED, Found, check_detector_names, heads_found, scored
 from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.utils import stats
 from retmask_jax.utils.stats import McNemar, Number
@@ -82,13 +82,13 @@ def theta_stage(context: Context, folder: Path) -> ThetaResult:
         for factor, at_base in zip(section.factors, found, strict=True)
     ]
     rows = [
-        BaseRow(
+        BaseRow.of(
+            stats.proportion(outcome),
             task=task,
             factor=factor,
             theta=factor * base,
             change=stats.paired_bootstrap(outcome, of_task[own]),
             mcnemar=stats.mcnemar(of_task[own], outcome),
-            **vars(stats.proportion(outcome)),
         )
         for task, of_task in outcomes.items()
         for factor, outcome in zip(section.factors, of_task, strict=True)
@@ -105,7 +105,7 @@ def theta_stage(context: Context, folder: Path) -> ThetaResult:
 
 
 def _numbers(rows: Sequence[BaseRow], heads: Sequence[BaseHeads]) -> dict[str, Number]:
-    numbers = {f"theta/{row.task}/factor {row.factor:g}": number_of(row) for row in rows}
+    numbers = {f"theta/{row.task}/factor {row.factor:g}": row.number for row in rows}
     counts = {f"theta/heads/factor {at.factor:g}": stats.exact(len(at.heads), at.counted) for at in heads}
     return numbers | counts
 

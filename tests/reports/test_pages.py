@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from helpers_results import ACROSS, ALL_ARMS, DOWN, UP, Page, eval_result, make_results, number, stored, train_results
+from markupsafe import Markup
 
 from retmask_jax.evals.compare import numbers_by_task
 from retmask_jax.reports import evaluation, figures, plotting, report
@@ -23,11 +24,11 @@ def render(tmp_path, monkeypatch):
 
     def write(model="some/model", draw="nothing", **options):
         path = tmp_path / "report.html"
-        empty = '<img alt="{}">'
+        empty = Markup('<img alt="{}">')
         monkeypatch.setattr(
             plotting,
             "inline",
-            lambda figure, name: inline(figure, name) if name.startswith(draw) else empty.format(html.escape(name)),
+            lambda figure, name: inline(figure, name) if name.startswith(draw) else empty.format(name),
         )
         write_report(path, stored(make_results(**options)), model)
         return path.read_text()
@@ -168,7 +169,7 @@ def test_one_counted_case_no_threshold_and_mostly_idle_heads(render):
 
 
 def test_given_scores_have_no_detection_cases(tmp_path, monkeypatch):
-    monkeypatch.setattr(plotting, "inline", lambda figure, name: f'<img alt="{name}">')
+    monkeypatch.setattr(plotting, "inline", lambda figure, name: Markup('<img alt="{}">').format(name))
     results = make_results()
     numbers = {name: n for name, n in results["detect"].numbers.items() if name != "detect/cases counted"}
     results["detect"] = dataclasses.replace(results["detect"], outcomes={}, numbers=numbers)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from helpers_results import Page, stored
 from helpers_study import dynamics_result, study_results, theta_result
+from markupsafe import Markup
 
 from retmask_jax.reports import plotting
 from retmask_jax.reports.studies.page import StudyResults, write_study
@@ -13,7 +14,7 @@ from retmask_jax.reports.studies.page import StudyResults, write_study
 @pytest.fixture
 def render(tmp_path, monkeypatch):
     """The page, without its drawings, of results with changes."""
-    monkeypatch.setattr(plotting, "inline", lambda figure, name: f'<img alt="{name}">')
+    monkeypatch.setattr(plotting, "inline", lambda figure, name: Markup('<img alt="{}">').format(name))
 
     def write(change=lambda results: None, **options):
         results = study_results(**options)

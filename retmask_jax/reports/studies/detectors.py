@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from retmask_jax.heads.conditions import ConditionRow
 from retmask_jax.heads.detectors import Agreement
 from retmask_jax.reports import html, plotting
 from retmask_jax.reports.html import change, count, fixed, interval, p_value, signed, table
 from retmask_jax.stages.detect import Settled
-from retmask_jax.stages.detector_runs import UNTOUCHED, ConditionRow
+from retmask_jax.stages.detector_runs import UNTOUCHED
 from retmask_jax.stages.detectors import DetectorRow, DetectorsResult
 
 if TYPE_CHECKING:

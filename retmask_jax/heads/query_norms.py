@@ -1,6 +1,7 @@
 """Norm-utility: the norms of the query projections, and whether those of retrieval heads differ (arXiv 2606.21249)."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def norm_utility(
         n_other=len(others),
         cohens_d=stats.defined(stats.cohens_d(norms.head_LH[labels_LH], norms.head_LH[~labels_LH])),
         permutation=stats.layer_clustered_permutation(norms.head_LH, labels_LH, n_permutations, seed),
-        partial_spearman=stats.Number(*map(stats.defined, (rho.value, rho.low, rho.high)), rho.n),
+        partial_spearman=rho if math.isfinite(rho.estimate) else stats.Number(None, None, None, rho.n),
         pair_cohens_d=[stats.defined(stats.cohens_d(*pair)) for pair in zip(ours.T, others.T, strict=True)],
         pair_p_value=p_R.tolist(),
         pair_adjusted_p=stats.benjamini_hochberg(p_R).tolist(),

@@ -68,6 +68,11 @@ class Number(_Keyed):
         """The number of a row without its other fields."""
         return Number(self.value, self.low, self.high, self.n)
 
+    @property
+    def estimate(self) -> float:
+        """The value; nan, which no picture shows, where it is undefined."""
+        return math.nan if self.value is None else self.value
+
 
 def _typed(number: Any) -> Number:
     """The number of a caller whose results are not typed yet."""

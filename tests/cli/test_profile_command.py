@@ -217,7 +217,7 @@ def test_every_run_has_its_own_mark_and_whisker():
     gains = gain_against_sparsity(made_runs(12))
     with plotting.style():
         (ax,) = sparsity(gains, GAIN).axes
-    whiskers, points = ax.lines[1::2], ax.lines[2::2]
+    points, whiskers = ax.lines[1::3], ax.lines[2::3]  # the third is for the legend
     for row, whisker, point in zip(gains.rows, whiskers, points, strict=True):
         assert (point.get_xdata()[0], point.get_ydata()[0]) == (row.gini, row.gain.value)
         assert list(whisker.get_ydata()) == [row.gain.low, row.gain.high]

@@ -179,9 +179,7 @@ def evaluate(finding: Finding, members: Sequence[Member]) -> Verdict:
     measured = [(member.name, found) for member in members if (found := finding.measure(member))]
     adjusted = stats.benjamini_hochberg([found.p_value for _, found in measured]).tolist()
     rows = [
-        FindingRow(
-            model=name, p=found.p_value, q=q, holds=_holds(finding.expected, found.change, q), **vars(found.change)
-        )
+        FindingRow.of(found.change, model=name, p=found.p_value, q=q, holds=_holds(finding.expected, found.change, q))
         for (name, found), q in zip(measured, adjusted, strict=True)
     ]
     return Verdict(finding.name, finding.expected, rows, sum(row.holds for row in rows), len(rows))
@@ -215,7 +213,7 @@ def _row(member: Member, task: str) -> ModelRow:
         model=member.name,
         theta=None if member.theta is None else member.theta.theta,
         heads=len(detect.heads),
-        of=int(np.size(detect.mean)),
+        of=np.size(detect.mean),
         top_score=max(detect.scores),
         gini=detect.numbers["detect/gini"].value,
         cases_counted=detect.numbers.get("detect/cases counted"),

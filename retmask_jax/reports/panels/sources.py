@@ -109,7 +109,7 @@ def _of_evaluation(name: str, root: Path, number: str) -> GainRun:
     if number not in numbers:
         changes = ", ".join(name for name in numbers if name.endswith(" minus start"))
         raise ValueError(f"eval in {root} has no number {number!r}; its changes are {changes}")
-    weights, gini = detect.provenance.inputs["weights"], detect.numbers["detect/gini"].value
+    weights, gini = detect.provenance.inputs["weights"], detect.numbers["detect/gini"].estimate
     return GainRun(name=name, weights=weights, gini=gini, gain=numbers[number])
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from markupsafe import Markup
 
 from retmask_jax.heads.conditions import ConditionRow
 from retmask_jax.heads.detectors import Agreement
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _SHADES = (*plotting.SHADES, "#000000")  # there are eight detectors
 
 
-def detectors_section(result: DetectorsResult) -> str:
+def detectors_section(result: DetectorsResult) -> Markup:
     """The comparison of detectors, from the result of `detectors`."""
     top_k, by_task = result.top_k, _by_task(result.masked)
     panels = {
@@ -82,7 +83,7 @@ def _sentences(result: DetectorsResult, by_task: Mapping[str, Mapping[str, Condi
 
 def _lowest_and_highest(task: str, masked: Mapping[str, ConditionRow]) -> str:
     """Whose heads matter most and least for a task."""
-    recall = {kind: row.value for kind, row in masked.items() if kind != UNTOUCHED.kind}
+    recall = {kind: row.estimate for kind, row in masked.items() if kind != UNTOUCHED.kind}
     ends = dict.fromkeys(choose(recall.values()) for choose in (min, max))
     named = [
         f"{word} for {', '.join(kind for kind, value in recall.items() if value == end)} ({fixed(end)})"
@@ -138,7 +139,7 @@ def _masked_recall(title: str, masked: Mapping[str, ConditionRow]) -> "Figure":
     """Recall with the best heads of each detector masked, and untouched (dotted)."""
     none, shown = masked[UNTOUCHED.kind], [row for kind, row in masked.items() if kind != UNTOUCHED.kind]
     figure, ax = plotting.panel(title, 1.2 + 0.26 * len(shown))
-    ax.axvline(none.value, color=plotting.colour("none"), linestyle=":", label="nothing masked")
+    ax.axvline(none.estimate, color=plotting.colour("none"), linestyle=":", label="nothing masked")
     for y, row in enumerate(shown):
         plotting.interval(ax, row, y, plotting.colour("retrieval"))
         plotting.note(ax, y, f"{row.value:.2f}")

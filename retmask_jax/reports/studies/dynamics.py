@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from markupsafe import Markup
+
 from retmask_jax.reports import html, plotting
 from retmask_jax.reports.html import count, fixed, interval, table
 from retmask_jax.stages.dynamics import CheckpointRow, DynamicsResult
@@ -14,11 +16,11 @@ if TYPE_CHECKING:
 _LOG_FROM = 30  # ratio of the last to the first step from which a logarithmic axis shows more
 
 
-def dynamics_section(result: DynamicsResult) -> str:
+def dynamics_section(result: DynamicsResult) -> Markup:
     """Detection over checkpoints, from the result of `dynamics`; nothing where no checkpoint is named."""
     rows = result.rows
     if not rows:
-        return ""
+        return Markup()
     panels = {
         "Dynamics: emergence": _emergence("Emergence of the heads", rows),
         "Dynamics: heads": _heads_by_step(f"Heads with a score of {result.threshold:g} or more", rows),
@@ -113,7 +115,7 @@ def _recall_by_step(title: str, rows: Sequence[CheckpointRow]) -> "Figure":
         shade = plotting.colour(name)
         for step, number in points:
             plotting.interval(ax, number, step, shade, marker=mark, vertical=True)
-        steps, values = [step for step, _ in points], [number.value for _, number in points]
+        steps, values = [step for step, _ in points], [number.estimate for _, number in points]
         ax.plot(steps, values, color=shade, linestyle=dash, marker=mark, label=label)
     ax.set(ylabel=f"recall (n = {measured[-1][1].none.n})", ylim=(-0.03, 1.03))
     _steps(ax, rows)
@@ -128,7 +130,7 @@ def _loss_by_step(title: str, rows: Sequence[CheckpointRow]) -> "Figure":
     shade = plotting.colour("layer matched")
     for step, loss in points:
         plotting.interval(ax, loss, step, shade, vertical=True)
-    ax.plot([step for step, _ in points], [loss.value for _, loss in points], color=shade)
+    ax.plot([step for step, _ in points], [loss.estimate for _, loss in points], color=shade)
     ax.set(ylabel="nats per token")
     _steps(ax, rows)
     return figure

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import ArrayLike
 
 from retmask_jax.heads.query_norms import NormComparison
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def norms_section(result: UtilityResult) -> str:
+def norms_section(result: UtilityResult) -> Markup:
     """The comparison of query norms, from the result of `utility`."""
     found, (kind, waves) = result.comparison, next(iter(result.wavelengths.items()))
     panels = {"Query norms": norms_by_layer("Query norms by layer", result.norms, result.heads)}

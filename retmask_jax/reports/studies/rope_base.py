@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from markupsafe import Markup
+
 from retmask_jax.reports import html, plotting
 from retmask_jax.reports.html import change, count, fixed, interval, p_value, table
 from retmask_jax.reports.wording import direction
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def base_section(result: ThetaResult) -> str:
+def base_section(result: ThetaResult) -> Markup:
     """Recall and heads by RoPE base, from the result of `theta`."""
     base, heads = result.theta, result.heads
     tasks: dict[str, list[BaseRow]] = {}
@@ -75,7 +77,7 @@ def _recall_by_base(title: str, rows: Sequence[BaseRow], base: float) -> "Figure
     ordered = sorted(rows, key=lambda row: row.theta)
     for row in ordered:
         plotting.interval(ax, row, row.theta, plotting.colour("retrieval"), vertical=True)
-    ax.plot([row.theta for row in ordered], [row.value for row in ordered], color=plotting.colour("retrieval"))
+    ax.plot([row.theta for row in ordered], [row.estimate for row in ordered], color=plotting.colour("retrieval"))
     ax.set(ylabel=f"recall (n = {ordered[0].n})", ylim=(-0.03, 1.03))
     _bases(figure, ax, [row.theta for row in ordered], base)
     return figure

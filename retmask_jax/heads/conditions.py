@@ -55,6 +55,7 @@ class ConditionRow(Number):
     false discovery rate over the conditions of a task (Benjamini-Hochberg).
     """
 
+    value: float
     task: str
     experiment: str
     kind: str

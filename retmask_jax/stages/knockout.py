@@ -25,6 +25,7 @@ from retmask_jax.utils.stats import Number
 class KindNumber(Number):
     """A number under a kind of mask, mean over its draws. experiment: one of `knockout.MODES`."""
 
+    value: float
     kind: str
     experiment: str
 

@@ -33,6 +33,7 @@ class RopeRow(ConditionRow):
 class DoseMean(Number):
     """Recall on a task without k pairs of a kind, mean over the draws; kind "none" is the untouched model."""
 
+    value: float
     task: str
     experiment: str
     kind: str

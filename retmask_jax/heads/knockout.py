@@ -242,9 +242,8 @@ def _masked_logprobs(config: ModelConfig, params, mask_KLH, start, tokens_BT, st
         tokens_XT, x_XTE = (jnp.repeat(x, n_masks, axis=0) for x in (tokens_BT, states_RBTE[start]))
         masked = Interventions(jnp.tile(mask_KLH, (batch, 1, 1))).fill(config, batch * n_masks)
         layers = _layers(config, params, batch * n_masks, length)
-        normed_XTE = cast(jax.Array, layers.normed(layers.from_group(start, x_XTE, split_masks(config, masked))))[
-            :, :-1
-        ]
+        x_XTE = layers.from_group(start, x_XTE, split_masks(config, masked))
+        normed_XTE = cast(jax.Array, layers.normed(x_XTE))[:, :-1]
         logp_XT = chosen_logprobs(config, params, normed_XTE, tokens_XT[:, 1:], jnp.ones(normed_XTE.shape[:2], bool))
         return logp_XT.reshape(batch, n_masks, -1)
 

@@ -111,7 +111,7 @@ def _row_norms(config: ModelConfig, dense):
 def _labels(shape: tuple[int, ...], scores: HeadScores, heads: Sequence[Head]) -> Bool[np.ndarray, "L H"]:
     if scores.mean.shape != shape:
         raise ValueError(
-            f"scores are of {scores.mean.shape} layers and heads, the model has {shape}: take its own scores"
+            f"scores are of {scores.mean.shape} layers and heads, the model has {shape}: take the scores of this model"
         )
     labels_LH = np.zeros(shape, bool)
     for layer, head in heads:

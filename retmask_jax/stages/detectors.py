@@ -118,7 +118,7 @@ def _check(config) -> None:
         raise ValueError(f"detectors.names is empty; known detectors are {', '.join(DETECTORS)}")
     seeds = [config.tasks[config.detect.task].seed, *section.seeds]
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"detectors.seeds {section.seeds} repeat a seed or {seeds[0]}, the task's own: name others")
+        raise ValueError(f"detectors.seeds {section.seeds} repeat a seed or {seeds[0]}, the task's seed: name others")
 
 
 def _check_model(context: Context) -> None:

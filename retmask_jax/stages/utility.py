@@ -25,7 +25,8 @@ class UtilityResult(Result):
         norms: [L][H] Mean L1 norm of the rows of each head's query projection.
         max_length: Tokens of the model's context.
         wavelengths: By kind of layer, [R] tokens.
-        comparison: None where it is `undefined`, which then says why.
+        comparison: None where it is undefined.
+        undefined: Why there is no comparison.
     """
 
     heads: list[Head]

@@ -1,4 +1,4 @@
-"""The findings of several studies -> a table, a sentence each, and one self-contained HTML page."""
+"""The findings of several studies as a table, as a sentence each, and as one self-contained HTML page."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,7 +89,7 @@ def _models(found: Panel, scored: Sequence[Scored], rows: Sequence[ProfileRow]) 
         "Models",
         [
             f"{count(len(found.models), 'model')}, in {count(len(kinds), 'group')} by name "
-            f"({', '.join(f'{key}: {len(some)}' for key, some in kinds.items())}); recall is that of {found.task}."
+            f"({', '.join(f'{key}: {len(some)}' for key, some in kinds.items())}); recall is measured on {found.task}."
         ],
         table(*summary(found), note="95% interval: Wilson, over cases; n: cases."),
         drawn({"Head scores of every model": profiles(scored, rows)}, ""),
@@ -116,7 +116,7 @@ def _findings(found: Panel) -> Markup:
             cells,
             note="p: McNemar's exact test, median over draws; q: adjusted over models (Benjamini and Hochberg). Holds: "
             f"interval above 0 and q < {ALPHA:g}, or, where nothing should change, interval contains 0. An interval that "
-            "contains 0 is no proof that nothing changes. Seeds of one architecture are no independent architectures.",
+            "contains 0 does not prove that nothing changes. Seeds of one architecture are not independent architectures.",
         ),
     )
 
@@ -125,8 +125,8 @@ def _spectrum(found: Panel) -> Markup:
     if not found.centres:
         return Markup()
     caption = (
-        "Centre of mass of the drop of recall over windows of rotary pairs; 95% bootstrap interval over cases. Models of "
-        "which no window lowers recall are left out."
+        "Centre of mass of the drop of recall over windows of rotary pairs; 95% bootstrap interval over cases. Models "
+        "whose recall no window lowers are left out."
     )
     return section("Spectrum", [], drawn({"Centre of mass": _centres(found.centres)}, caption))
 
@@ -161,7 +161,9 @@ def _emergence(members: Sequence[Member]) -> Markup:
         },
     }
     panels = {f"Training dynamics: {title}": _over_training(title, by_model) for title, by_model in lines.items()}
-    return section("Training dynamics", [], drawn(panels, "The same detection at every checkpoint; a line a model."))
+    return section(
+        "Training dynamics", [], drawn(panels, "The same detection at every checkpoint, with a line for each model.")
+    )
 
 
 def _sparsity(gain: str | None, gains: Gains | None) -> Markup:

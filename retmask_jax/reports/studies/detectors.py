@@ -39,9 +39,9 @@ def detectors_section(result: DetectorsResult) -> Markup:
     caption = (
         f"Agreement: Jaccard (shared over all members) of the best {top_k} heads of two detectors above the diagonal, "
         "Spearman's rank correlation of their scores over all heads below. Recall: 95% Wilson interval over the task's cases; "
-        "dotted: nothing masked. Time: wall clock of this run on its device, with compiling, which weighs less the more "
-        "cases there are; hatched: taken from the stage detect, whose time is that of the whole stage. Stability: overlap "
-        "of the best heads on the first cases with those on all."
+        "dotted: nothing masked. Time: wall clock on the device of this run, with compiling, which matters less the more "
+        "cases there are; hatched: the scores are from the stage detect, and so is the time, that of the whole stage. "
+        "Stability: overlap of the best heads on the first cases with those on all cases."
     )
     head = ["detector", "cases counted", "seconds", "cases per second", "Gini", "Jaccard with detect's heads"]
     head += ["Jaccard over seeds", *(f"{task}, its heads masked" for task in by_task)]
@@ -53,8 +53,8 @@ def detectors_section(result: DetectorsResult) -> Markup:
         table(
             head,
             [_cells(row, result, by_task) for row in result.rows],
-            note="Gini: none where scores are signed. McNemar's exact test against nothing masked, not adjusted for the "
-            "number of detectors; the first task's.",
+            note="Gini: none where scores are signed. McNemar's exact test against nothing masked, on the first task, not "
+            "adjusted for the number of detectors.",
         ),
     )
 
@@ -70,12 +70,12 @@ def _by_task(masked: Sequence[ConditionRow]) -> dict[str, dict[str, ConditionRow
 def _sentences(result: DetectorsResult, by_task: Mapping[str, Mapping[str, ConditionRow]]) -> list[str]:
     rows = result.rows
     said = [
-        f"{count(len(rows), 'detector')} on {count(result.cases, 'detection case')}; compared are the best "
-        f"{result.top_k} heads of each."
+        f"{count(len(rows), 'detector')} ran on {count(result.cases, 'detection case')}; the best {result.top_k} heads of "
+        "each are compared."
     ]
     said += [_lowest_and_highest(task, masked) for task, masked in by_task.items()]
     if empty := [row.name for row in rows if not row.counted]:
-        said.append(f"No case counts for {', '.join(empty)}: left out of the comparisons.")
+        said.append(f"No case counts for {', '.join(empty)}, so the comparisons leave it out.")
     if reused := [row.name for row in rows if row.reused]:
         said.append(f"The scores of {', '.join(reused)} are those of the stage detect; nothing was decoded again.")
     return said

@@ -37,9 +37,9 @@ def dynamics_section(result: DynamicsResult) -> Markup:
         plotting.drawn(
             panels,
             f"Score: {result.detector}, on the same cases at every checkpoint. Final heads: those of the last "
-            "checkpoint; one in a layer that is not there yet scores 0. Recall: 95% Wilson interval over cases; masked are "
-            "as many of a checkpoint's own best heads as the last one has retrieval heads. Text loss: 95% bootstrap interval "
-            "over windows.",
+            "checkpoint; a head in a layer that a checkpoint lacks scores 0. Recall: 95% Wilson interval over cases; as many "
+            "of a checkpoint's best heads are masked as the last checkpoint has retrieval heads. Text loss: 95% bootstrap "
+            "interval over windows.",
         ),
         table(head, [_cells(row) for row in rows]),
     )
@@ -104,11 +104,11 @@ def _heads_by_step(title: str, rows: Sequence[CheckpointRow]) -> "Figure":
 
 
 def _recall_by_step(title: str, rows: Sequence[CheckpointRow]) -> "Figure":
-    """Recall by training step, untouched and with the checkpoint's own best heads masked."""
+    """Recall by training step, untouched and with the checkpoint's best heads masked."""
     measured = [(row.step, row.recall) for row in rows if row.recall is not None]
     lines = (
         ("untouched", "layer matched", "o", "-", [(step, recall.none) for step, recall in measured]),
-        ("own best heads masked", "retrieval", "s", "--", [(step, recall.masked) for step, recall in measured]),
+        ("best heads masked", "retrieval", "s", "--", [(step, recall.masked) for step, recall in measured]),
     )
     figure, ax = plotting.panel(title, 2.9)
     for label, name, mark, dash, points in lines:

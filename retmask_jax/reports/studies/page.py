@@ -1,4 +1,4 @@
-"""Results of the causal study -> one self-contained HTML page, `study.html`; never touches a model."""
+"""The page of the causal study, `study.html`, from the results of its stages; never touches a model."""
 
 import dataclasses
 from pathlib import Path
@@ -59,7 +59,7 @@ def write_study(path: Path, results: StudyResults, model: str) -> None:
 
 
 def _header(results: StudyResults) -> Markup:
-    """What was done on what, and the numbers to look at first."""
+    """When and on what the results were made, and the numbers to look at first."""
     numbers = {name: number for result in vars(results).values() for name, number in result.numbers.items()}
     task = next((row.task for row in results.detectors.masked), None)
     wanted = {
@@ -74,8 +74,8 @@ def _header(results: StudyResults) -> Markup:
     return html.lines(*provenance(vars(results))) + table(
         ["", "value [95% interval]", "n"],
         rows,
-        note="n: independent cases (heads and Gini: the cases behind the scores; Cohen's d: retrieval heads). Every other "
-        "number is at the end of the page.",
+        note="n: how many independent cases (for heads and Gini: those that were scored; for Cohen's d: retrieval heads). All "
+        "other numbers are at the end of the page.",
     )
 
 

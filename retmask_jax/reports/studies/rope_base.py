@@ -29,14 +29,14 @@ def base_section(result: ThetaResult) -> Markup:
     return html.section(
         "RoPE base",
         [
-            f"The model's own base is {base:,.0f}; other bases are set at inference, the weights stay as they are.",
+            f"The model's base is {base:,.0f}. Other bases are set at inference; the weights stay the same.",
             *(_changes(task, rows) for task, rows in tasks.items()),
         ],
         plotting.drawn(
             panels,
             "Recall: 95% Wilson interval over cases. Heads: those whose score "
             f"({result.detector}) is at least {result.threshold:.3g} on {count(heads[0].cases, 'detection case')}, "
-            "none where no case counts; no interval.",
+            "and none where no case counts. They have no interval.",
         ),
         table(
             ["task", "factor", "base", "recall", "change against factor 1", "McNemar p"],
@@ -55,7 +55,7 @@ def _changes(task: str, rows: Sequence[BaseRow]) -> str:
     clear = [f"{row.theta:,.0f} ({change(row.change)})" for row in rows if direction(row.change)]
     if not clear:
         return f"Recall on {task} does not clearly change: every 95% interval contains 0."
-    return f"By its 95% interval alone recall on {task} changes at {', '.join(clear)}."
+    return f"Judged by the 95% interval alone, recall on {task} changes at {', '.join(clear)}."
 
 
 def _recall_cells(row: BaseRow) -> list[str]:
@@ -72,7 +72,7 @@ def _head_cells(found: BaseHeads) -> list[str]:
 
 
 def _recall_by_base(title: str, rows: Sequence[BaseRow], base: float) -> "Figure":
-    """Recall at each RoPE base, the weights as they are."""
+    """Recall at each RoPE base, with the same weights."""
     figure, ax = plotting.panel(title, 2.6)
     ordered = sorted(rows, key=lambda row: row.theta)
     for row in ordered:
@@ -84,7 +84,7 @@ def _recall_by_base(title: str, rows: Sequence[BaseRow], base: float) -> "Figure
 
 
 def heads_by_base(title: str, found: Sequence[BaseHeads], base: float) -> "Figure":
-    """Heads at the detection threshold at each RoPE base, and how many of them are those of the model's own base."""
+    """Heads at the detection threshold at each RoPE base, and how many of them are found at the model's base, too."""
     figure, ax = plotting.panel(title, 2.8)
     ordered = sorted(found, key=lambda at_base: at_base.theta)
     own = {head for at_base in found if at_base.factor == 1 for head in at_base.heads}
@@ -92,9 +92,7 @@ def heads_by_base(title: str, found: Sequence[BaseHeads], base: float) -> "Figur
     numbers = [len(at_base.heads) for at_base in ordered]
     shared = [len(own & set(at_base.heads)) for at_base in ordered]
     ax.plot(thetas, numbers, "o-", color=plotting.colour("retrieval"), linewidth=3, markersize=8, label="heads")
-    ax.plot(
-        thetas, shared, "s--", color=plotting.colour("layer matched"), label="of them found at the model's own base"
-    )
+    ax.plot(thetas, shared, "s--", color=plotting.colour("layer matched"), label="of these, found at the model's base")
     ax.set(ylabel="heads")
     ax.set_ylim(bottom=0)
     plotting.whole_numbers(ax.yaxis)
@@ -103,8 +101,8 @@ def heads_by_base(title: str, found: Sequence[BaseHeads], base: float) -> "Figur
 
 
 def _bases(figure: "Figure", ax: "Axes", thetas: Sequence[float], base: float) -> None:
-    """Draw the axis of bases, with the model's own marked."""
-    ax.axvline(base, color=plotting.colour("none"), linestyle=":", label="the model's own base")
+    """Draw the axis of bases, with the model's base marked."""
+    ax.axvline(base, color=plotting.colour("none"), linestyle=":", label="the model's base")
     ax.set_xscale("log")
     ax.set_xticks(thetas, [f"{theta:,.0f}" for theta in thetas], rotation=30)
     ax.minorticks_off()

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from markupsafe import Markup
 
 from retmask_jax.evals.compare import numbers_by_task
 from retmask_jax.reports import figures, html
@@ -148,7 +147,7 @@ def _training(runs: Mapping[str, Mapping]) -> str:
     )
 
 
-def all_numbers(results) -> Markup:
+def all_numbers(results) -> str:
     """A table of every number of every stage, folded."""
     rows = [
         [name, *(html.exact(number[key]) for key in ("value", "low", "high", "n"))]

@@ -65,7 +65,7 @@ def test_detectors_are_told_apart_by_what_masking_their_heads_does(render):
         "gradient (0.200)."
     ) in found.text
     assert (
-        "No case counts for logit, so the comparisons leave it out." in found.text
+        "No case counts for logit, which the comparisons leave out." in found.text
         and "The scores of copy are those of the stage" in found.text
     )
     cells = {row[0]: row for row in found.rows}

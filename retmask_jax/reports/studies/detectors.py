@@ -75,7 +75,7 @@ def _sentences(result: DetectorsResult, by_task: Mapping[str, Mapping[str, Condi
     ]
     said += [_lowest_and_highest(task, masked) for task, masked in by_task.items()]
     if empty := [row.name for row in rows if not row.counted]:
-        said.append(f"No case counts for {', '.join(empty)}, so the comparisons leave it out.")
+        said.append(f"No case counts for {', '.join(empty)}, which the comparisons leave out.")
     if reused := [row.name for row in rows if row.reused]:
         said.append(f"The scores of {', '.join(reused)} are those of the stage detect; nothing was decoded again.")
     return said

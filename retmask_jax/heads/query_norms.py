@@ -1,12 +1,17 @@
-"""Norm-utility: how strongly a head's query projection writes, and whether retrieval heads differ (arXiv 2606.21249)."""
+"""Norm-utility: the norms of the query projections, and whether those of retrieval heads differ (arXiv 2606.21249)."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float32, PyTree
 
+from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model import lora
 from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.interventions import Head
 from retmask_jax.model.transformer import merge_layers
 from retmask_jax.utils import stats
 from retmask_jax.utils.hosts import to_host
@@ -14,17 +19,17 @@ from retmask_jax.utils.hosts import to_host
 
 @dataclasses.dataclass(frozen=True)
 class QueryNorms:
-    """head_LH: f32[L,H]; pair_LHR: f32[L,H,R], pairs in the order of `inverse_frequencies`; layers in absolute order."""
+    """Mean L1 norms of rows of q_proj, by head and by rotary pair; pairs in the order of `inverse_frequencies`."""
 
-    head_LH: np.ndarray
-    pair_LHR: np.ndarray
+    head_LH: Float32[np.ndarray, "L H"]
+    pair_LHR: Float32[np.ndarray, "L H R"]
 
 
-def query_norms(config: ModelConfig, params) -> QueryNorms:
-    """Mean L1 norm of the rows of q_proj (as HF stores it: one row per dimension) of each head and each rotary pair.
+def query_norms(config: ModelConfig, params: PyTree) -> QueryNorms:
+    """Computes the mean L1 norm of the rows of q_proj (in HF's layout, a row per dimension) of each head and rotary pair.
 
-    Pair r is the rows r and r + R of a head; a head's mean is over all its rows, those without rotation included. Only
-    the weights count: no bias, and no query norm behind them. Adapters are merged first.
+    Pair r is the rows r and r + R of a head. A head's mean is over all its rows, including those that are not rotated.
+    Only the weights count, neither a bias nor a query norm. Adapters are merged first.
     """
     rows_L = merge_layers(
         config,
@@ -38,18 +43,30 @@ def query_norms(config: ModelConfig, params) -> QueryNorms:
     return QueryNorms(rows_LHD.mean(axis=-1), (first + second) / 2)
 
 
-def norm_utility(norms: QueryNorms, scores, heads, n_permutations=10000, n_resamples=10000, seed=0) -> dict:
-    """Query norms of `heads`, (layer, head) each, against all others, as JSON values.
+def norm_utility(
+    norms: QueryNorms,
+    scores: HeadScores,
+    heads: Sequence[Head],
+    n_permutations: int = 10000,
+    n_resamples: int = 10000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compares the query norms of some heads with those of all others.
 
-    - cohens_d: standardised difference of the norms; pair_cohens_d: the same for each rotary pair, [R];
-    - pair_p_value, pair_adjusted_p: of each pair's difference, [R], by the permutations below, and adjusted by
-      Benjamini and Hochberg for the number of pairs;
-    - permutation: `stats.layer_clustered_permutation` of the difference;
-    - partial_spearman: norm against the mean of `scores` (HeadScores), `stats.partial_spearman`;
-    - pair_retrieval, pair_other: mean norm of each pair in either group, [R]; n, n_other: heads in each.
+    Returns:
+        JSON values; an undefined one is None.
 
-    What is undefined is None. Raises ValueError where the scores are another model's, or fewer than two heads, or
-    nothing to permute, are on a side.
+        - n, n_other: number of heads in each group.
+        - cohens_d: standardised difference of the norms; pair_cohens_d: the same for each rotary pair, [R].
+        - permutation: `stats.layer_clustered_permutation` of the difference.
+        - pair_p_value: p of each pair's difference, [R], by the same permutations; pair_adjusted_p: adjusted for the
+          number of pairs by Benjamini and Hochberg.
+        - partial_spearman: `stats.partial_spearman` of the norms and the mean of `scores`.
+        - pair_retrieval, pair_other: mean norm of each pair in each group, [R].
+
+    Raises:
+        ValueError: The scores are another model's, a group has fewer than two heads, or no layer has heads of both
+            groups, so that nothing can be permuted.
     """
     labels_LH = _labels(norms.head_LH.shape, scores, heads)
     ours, others = norms.pair_LHR[labels_LH], norms.pair_LHR[~labels_LH]
@@ -74,12 +91,12 @@ def norm_utility(norms: QueryNorms, scores, heads, n_permutations=10000, n_resam
 
 
 def _row_norms(config: ModelConfig, dense):
-    """L1 norm of each output dimension of a dense layer, f32[..., H*D] of a kernel [..., E, H*D]."""
+    """Returns the L1 norm of each output dimension of a dense layer, f32[..., H*D] for a kernel [..., E, H*D]."""
     kernel = (dense if config.lora is None else lora.merged(dense, config.lora))["kernel"]
     return jnp.abs(kernel.astype(jnp.float32)).sum(axis=-2)
 
 
-def _labels(shape, scores, heads) -> np.ndarray:
+def _labels(shape: tuple[int, ...], scores: HeadScores, heads: Sequence[Head]) -> Bool[np.ndarray, "L H"]:
     if scores.mean.shape != shape:
         raise ValueError(
             f"scores are of {scores.mean.shape} layers and heads, the model has {shape}: take its own scores"

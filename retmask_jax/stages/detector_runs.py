@@ -11,7 +11,7 @@ import numpy as np
 
 from retmask_jax.data.needles import Case
 from retmask_jax.heads import conditions as causal
-from retmask_jax.heads.copy_score import COUNTED, NoCaseCounts
+from retmask_jax.heads.detection import COUNTED, NoCaseCounts
 from retmask_jax.heads.detectors import DETECTORS, over_seeds
 from retmask_jax.heads.profile import profile
 from retmask_jax.heads.scores import HeadScores

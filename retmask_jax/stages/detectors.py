@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from retmask_jax.heads import conditions as causal
-from retmask_jax.heads.copy_score import stability
+from retmask_jax.heads.detection import stability
 from retmask_jax.heads.detectors import DETECTORS, agreement
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.runs.context import Context

@@ -10,6 +10,7 @@ from jaxtyping import Float64, Int
 
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.utils import stats
+from retmask_jax.utils.numbers import Number
 
 CORRELATE_FROM = 10  # models; a rank correlation over fewer says next to nothing
 
@@ -114,7 +115,7 @@ def _row(model: Scored) -> dict[str, Any]:
     }
 
 
-def _finding(n_models: int, rho: stats.Number | None) -> str:
+def _finding(n_models: int, rho: Number | None) -> str:
     if n_models < CORRELATE_FROM:
         models = f"{n_models} model{'' if n_models == 1 else 's'}"
         return f"Descriptive only: {models}, too few for a correlation (from {CORRELATE_FROM} on); none is claimed."

@@ -76,9 +76,9 @@ def exact(value: float, n: int) -> Number:
     return Number(float(value), None, None, int(n))
 
 
-def defined(value: float) -> float | None:
-    """The value, or None if it is nan or infinite."""
-    return value if math.isfinite(value) else None
+def defined(value: float | None) -> float | None:
+    """The value, or None if it is nan, infinite or None."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def bootstrap_mean(x: ArrayLike, n_resamples: int = 10000, seed: int = 0, level: float = 0.95) -> Number:

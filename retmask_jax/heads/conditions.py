@@ -15,7 +15,7 @@ from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Head, Interventions, stack
 from retmask_jax.utils import stats
-from retmask_jax.utils.stats import McNemar, Number
+from retmask_jax.utils.numbers import McNemar, Number
 
 _MASK_BYTES = 2**30  # of masks repeated for each case, at a time
 
@@ -94,8 +94,8 @@ def answers(
     prompts = [case.tokens for case in cases]
     texts: list[list[str]] = [[] for _ in masks]
     for some in _together(lm.config, masks, len(cases)):
-        filled = jax.tree.map(np.asarray, stack([masks[i].fill(lm.config) for i in some]))
-        per_row = jax.tree.map(lambda x: np.repeat(x, len(cases), axis=0), filled)
+        together = stack([masks[i] for i in some])
+        per_row = jax.tree.map(lambda x: np.repeat(np.asarray(x), len(cases), axis=0), together)
         results = generate_many(
             lm.config,
             lm.params,

@@ -12,9 +12,10 @@ from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model import lora
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Head
-from retmask_jax.model.transformer import merge_layers
+from retmask_jax.model.layers import merge_layers
 from retmask_jax.utils import stats
 from retmask_jax.utils.hosts import to_host
+from retmask_jax.utils.numbers import Number, Permutation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,8 @@ class NormComparison:
     n: int
     n_other: int
     cohens_d: float | None
-    permutation: stats.Permutation
-    partial_spearman: stats.Number
+    permutation: Permutation
+    partial_spearman: Number
     pair_cohens_d: list[float | None]
     pair_p_value: list[float]
     pair_adjusted_p: list[float]
@@ -93,7 +94,7 @@ def norm_utility(
         n_other=len(others),
         cohens_d=stats.defined(stats.cohens_d(norms.head_LH[labels_LH], norms.head_LH[~labels_LH])),
         permutation=stats.layer_clustered_permutation(norms.head_LH, labels_LH, n_permutations, seed),
-        partial_spearman=rho if math.isfinite(rho.estimate) else stats.Number(None, None, None, rho.n),
+        partial_spearman=rho if math.isfinite(rho.estimate) else Number(None, None, None, rho.n),
         pair_cohens_d=[stats.defined(stats.cohens_d(*pair)) for pair in zip(ours.T, others.T, strict=True)],
         pair_p_value=p_R.tolist(),
         pair_adjusted_p=stats.benjamini_hochberg(p_R).tolist(),

@@ -142,7 +142,7 @@ def _wavelengths(result: RopeResult, kind: str, k: int) -> str:
 def _spectra(result: RopeResult) -> Markup:
     """Recall without each part of the spectrum."""
     caption = (
-        "The rotary pairs in windows of as many pairs each, ablated in turn; placed by the geometric mean of their "
+        "The rotary pairs in windows of equal size, ablated in turn; a window is placed at the geometric mean of its "
         "wavelengths, 2 pi over the frequency after scaling. 95% interval: Wilson."
     )
     return html.lines(*map(_centre, result.spectra)) + drawn(spectrum_figures(result), caption)
@@ -243,10 +243,7 @@ def _single_heads(result: RopeResult) -> Markup:
             panels[f"Coverage: {task}"] = _coverage_figure(f"{task}: more and more heads", covered, none)
         if patched := _rows(result, task, "patches"):
             panels[f"Single heads: {task}"] = _patches_figure(f"{task}: one head at a time", patched, none)
-    return drawn(
-        panels,
-        f"{count(result.patch_pairs, 'pair')} ablated in each head that is named or counted. 95% interval: Wilson.",
-    )
+    return drawn(panels, f"{count(result.patch_pairs, 'pair')} ablated in each of these heads. 95% interval: Wilson.")
 
 
 def _coverage_figure(title: str, covered: Sequence[RopeRow], none: DoseMean) -> "Figure":

@@ -27,7 +27,7 @@ from retmask_jax.stages.detector_runs import (
 from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import write_jsonl
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

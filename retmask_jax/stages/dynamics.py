@@ -32,7 +32,7 @@ from retmask_jax.stages.detector_runs import (
 )
 from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.utils import stats
-from retmask_jax.utils.stats import McNemar, Number
+from retmask_jax.utils.numbers import McNemar, Number
 
 PUBLISHED_THRESHOLD = 0.1
 

@@ -46,7 +46,7 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
                 context.mesh,
                 fingerprint=digest(identity | start),
                 what=f"train {name}",
-                ablated=mask_heads(model.config, heads).fill(model.config) if arm == "contrast" else None,
+                ablated=mask_heads(model.config, heads) if arm == "contrast" else None,
             )
             trained = dataclasses.replace(model.config, lora=settings.lora)
             save(model.replace(config=trained, params=params), target / "model")

@@ -17,7 +17,7 @@ from retmask_jax.stages.knockout import KnockoutResult
 from retmask_jax.stages.rope import RopeResult
 from retmask_jax.stages.theta import ThetaResult
 from retmask_jax.utils import stats
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 
 # a finding holds for a model if its interval lies on the expected side of 0 and its adjusted p is below this
 ALPHA = 0.05

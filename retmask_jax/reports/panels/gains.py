@@ -11,7 +11,7 @@ from retmask_jax.reports import plotting
 from retmask_jax.reports.panels.profiles import captioned, wide_figure
 from retmask_jax.reports.plotting import MARKERS, SHADES
 from retmask_jax.utils import stats
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ from retmask_jax.reports.panels.profiles import profiles
 from retmask_jax.reports.plotting import DASHES, MARKERS, SHADES, drawn
 from retmask_jax.reports.studies.detectors import agreement_matrix
 from retmask_jax.utils.files import write_atomically
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,6 +6,7 @@ prompt: they need cases with a needle, but not a model that answers right. Score
 units, so compare the order of heads (`agreement`).
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from retmask_jax.heads.detection import COUNTED, Detection, collect
 from retmask_jax.heads.reading import measure_answers, read_answers
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.attention import EVERYWHERE
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.interventions import Head, Interventions
 from retmask_jax.model.layers import merge_layers, unembed, unembedding
 from retmask_jax.model.sharding import full_share, mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens
@@ -180,39 +181,61 @@ DETECTORS: dict[str, Callable[..., Detection]] = {
 }
 
 
-def agreement(scores_by_name: Mapping[str, HeadScores], top_k: int) -> dict[tuple[str, str], dict[str, float]]:
-    """Compares each two detectors: {(a, b): {"jaccard": of their top_k heads, "spearman": over all heads}}."""
-    return {
-        (a, b): _agree(scores_by_name[a], scores_by_name[b], top_k)
-        for a, b in itertools.combinations(scores_by_name, 2)
-    }
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How far detectors a and b agree: Jaccard index of their best heads, rank correlation of their scores of all heads.
+
+    spearman: None where one of them gives all heads the same score.
+    """
+
+    a: str
+    b: str
+    jaccard: float
+    spearman: float | None
 
 
-def over_seeds(runs: Sequence[HeadScores], top_k: int) -> dict[str, Any]:
-    """Compares one detector's runs on cases of different seeds.
+@dataclasses.dataclass(frozen=True)
+class Repeats:
+    """How far n runs of one detector agree: means over pairs of runs, and the heads that are among the best of every run."""
 
-    Returns:
-        {"n": number of runs, "jaccard" and "spearman": means over pairs of runs, "common": the (layer, head) that are
-        among the top_k of every run}.
+    n: int
+    jaccard: float
+    spearman: float
+    common: list[Head]
+
+
+def agreement(scores_by_name: Mapping[str, HeadScores], top_k: int) -> list[Agreement]:
+    """Compares each two detectors by their top_k heads and by their scores of all heads."""
+    return [
+        Agreement(a, b, _shared(first, second, top_k), stats.defined(_correlation(first, second)))
+        for (a, first), (b, second) in itertools.combinations(scores_by_name.items(), 2)
+    ]
+
+
+def over_seeds(runs: Sequence[HeadScores], top_k: int) -> Repeats:
+    """Compares one detector's runs on cases of different seeds by their top_k heads and by their scores of all heads.
 
     Raises:
         ValueError: There are fewer than two runs.
     """
     if len(runs) < 2:
         raise ValueError(f"{len(runs)} runs cannot be compared: give one per seed, at least two")
-    pairs = [_agree(a, b, top_k) for a, b in itertools.combinations(runs, 2)]
+    pairs = list(itertools.combinations(runs, 2))
     common = set.intersection(*(set(run.heads(top_k=top_k)) for run in runs))
-    return {
-        "n": len(runs),
-        "jaccard": float(np.mean([pair["jaccard"] for pair in pairs])),
-        "spearman": float(np.mean([pair["spearman"] for pair in pairs])),
-        "common": sorted(common),
-    }
+    return Repeats(
+        n=len(runs),
+        jaccard=float(np.mean([_shared(a, b, top_k) for a, b in pairs])),
+        spearman=float(np.mean([_correlation(a, b) for a, b in pairs])),
+        common=sorted(common),
+    )
 
 
-def _agree(a: HeadScores, b: HeadScores, top_k: int) -> dict[str, float]:
-    jaccard = stats.jaccard(a.heads(top_k=top_k), b.heads(top_k=top_k))
-    return {"jaccard": jaccard, "spearman": stats.spearman(a.mean, b.mean).value}
+def _shared(a: HeadScores, b: HeadScores, top_k: int) -> float:
+    return stats.jaccard(a.heads(top_k=top_k), b.heads(top_k=top_k))
+
+
+def _correlation(a: HeadScores, b: HeadScores) -> float:
+    return stats.spearman(a.mean, b.mean).value
 
 
 def _no_needle(case: Case) -> str | None:

@@ -1,8 +1,8 @@
 """Norm-utility: the norms of the query projections, and whether those of retrieval heads differ (arXiv 2606.21249)."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +15,7 @@ from retmask_jax.model.interventions import Head
 from retmask_jax.model.layers import merge_layers
 from retmask_jax.utils import stats
 from retmask_jax.utils.hosts import to_host
+from retmask_jax.utils.numbers import Number, Permutation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,33 @@ class QueryNorms:
 
     head_LH: Float32[np.ndarray, "L H"]
     pair_LHR: Float32[np.ndarray, "L H R"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormComparison:
+    """The query norms of some heads against those of all others; None where a number is undefined.
+
+    Attributes:
+        n: Number of these heads; n_other of the others.
+        cohens_d: Standardised difference of the norms.
+        permutation: Test of the difference, the labels permuted within layers.
+        partial_spearman: Rank correlation of norm and score within layers.
+        pair_cohens_d: [R] `cohens_d` of each rotary pair.
+        pair_p_value: [R] p of each pair's difference, by the same permutations.
+        pair_adjusted_p: [R] The same, adjusted for the number of pairs (Benjamini and Hochberg).
+        pair_retrieval: [R] Mean norm of each pair in these heads; pair_other in the others.
+    """
+
+    n: int
+    n_other: int
+    cohens_d: float | None
+    permutation: Permutation
+    partial_spearman: Number
+    pair_cohens_d: list[float | None]
+    pair_p_value: list[float]
+    pair_adjusted_p: list[float]
+    pair_retrieval: list[float]
+    pair_other: list[float]
 
 
 def query_norms(config: ModelConfig, params: PyTree) -> QueryNorms:
@@ -50,19 +78,8 @@ def norm_utility(
     n_permutations: int = 10000,
     n_resamples: int = 10000,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> NormComparison:
     """Compares the query norms of some heads with those of all others.
-
-    Returns:
-        JSON values; an undefined one is None.
-
-        - n, n_other: number of heads in each group.
-        - cohens_d: standardised difference of the norms; pair_cohens_d: the same for each rotary pair, [R].
-        - permutation: `stats.layer_clustered_permutation` of the difference.
-        - pair_p_value: p of each pair's difference, [R], by the same permutations; pair_adjusted_p: adjusted for the
-          number of pairs by Benjamini and Hochberg.
-        - partial_spearman: `stats.partial_spearman` of the norms and the mean of `scores`.
-        - pair_retrieval, pair_other: mean norm of each pair in each group, [R].
 
     Raises:
         ValueError: The scores are another model's, a group has fewer than two heads, or no layer has heads of both
@@ -71,23 +88,19 @@ def norm_utility(
     labels_LH = _labels(norms.head_LH.shape, scores, heads)
     ours, others = norms.pair_LHR[labels_LH], norms.pair_LHR[~labels_LH]
     p_R = stats.layer_clustered_p_values(norms.pair_LHR, labels_LH, n_permutations, seed)
-    return {
-        "n": len(ours),
-        "n_other": len(others),
-        "cohens_d": stats.defined(stats.cohens_d(norms.head_LH[labels_LH], norms.head_LH[~labels_LH])),
-        "permutation": stats.layer_clustered_permutation(norms.head_LH, labels_LH, n_permutations, seed),
-        "partial_spearman": {
-            name: stats.defined(value)
-            for name, value in vars(
-                stats.partial_spearman(norms.head_LH, scores.mean, n_resamples=n_resamples, seed=seed)
-            ).items()
-        },
-        "pair_cohens_d": [stats.defined(stats.cohens_d(*pair)) for pair in zip(ours.T, others.T, strict=True)],
-        "pair_p_value": p_R.tolist(),
-        "pair_adjusted_p": stats.benjamini_hochberg(p_R).tolist(),
-        "pair_retrieval": ours.mean(axis=0).tolist(),
-        "pair_other": others.mean(axis=0).tolist(),
-    }
+    rho = stats.partial_spearman(norms.head_LH, scores.mean, n_resamples=n_resamples, seed=seed)
+    return NormComparison(
+        n=len(ours),
+        n_other=len(others),
+        cohens_d=stats.defined(stats.cohens_d(norms.head_LH[labels_LH], norms.head_LH[~labels_LH])),
+        permutation=stats.layer_clustered_permutation(norms.head_LH, labels_LH, n_permutations, seed),
+        partial_spearman=rho if math.isfinite(rho.estimate) else Number(None, None, None, rho.n),
+        pair_cohens_d=[stats.defined(stats.cohens_d(*pair)) for pair in zip(ours.T, others.T, strict=True)],
+        pair_p_value=p_R.tolist(),
+        pair_adjusted_p=stats.benjamini_hochberg(p_R).tolist(),
+        pair_retrieval=ours.mean(axis=0).tolist(),
+        pair_other=others.mean(axis=0).tolist(),
+    )
 
 
 def _row_norms(config: ModelConfig, dense):
@@ -99,7 +112,7 @@ def _row_norms(config: ModelConfig, dense):
 def _labels(shape: tuple[int, ...], scores: HeadScores, heads: Sequence[Head]) -> Bool[np.ndarray, "L H"]:
     if scores.mean.shape != shape:
         raise ValueError(
-            f"scores are of {scores.mean.shape} layers and heads, the model has {shape}: take its own scores"
+            f"scores are of {scores.mean.shape} layers and heads, the model has {shape}: take the scores of this model"
         )
     labels_LH = np.zeros(shape, bool)
     for layer, head in heads:

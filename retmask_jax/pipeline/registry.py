@@ -9,7 +9,7 @@ from retmask_jax.data.tasks import check_fits
 from retmask_jax.model.sharding import make_mesh
 from retmask_jax.reports.comparison import COMPARISON
 from retmask_jax.reports.report import REPORT
-from retmask_jax.reports.study import STUDY
+from retmask_jax.reports.studies.page import STUDY
 from retmask_jax.runs.context import Context, named_files
 from retmask_jax.runs.limits import check_limits
 from retmask_jax.runs.recipes import flat

@@ -8,15 +8,16 @@ import numpy as np
 
 from retmask_jax.evals.compare import numbers_by_task
 from retmask_jax.reports import figures, html
-from retmask_jax.reports.causal_report import knockout_section, only_zero, rope_section
 from retmask_jax.reports.evaluation import evaluation_section
 from retmask_jax.reports.figures import drawn as _figure
 from retmask_jax.reports.heads import heads_section
 from retmask_jax.reports.html import change, interval, table
 from retmask_jax.reports.html import count as _n
 from retmask_jax.reports.html import section as _section
+from retmask_jax.reports.knockout import knockout_section, only_zero
 from retmask_jax.reports.page import PageResult, write_page
-from retmask_jax.reports.wording import measure, tree_of
+from retmask_jax.reports.rope import rope_section
+from retmask_jax.reports.wording import measure
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import Stage
 from retmask_jax.runs.workdir import Result, _Plain
@@ -35,7 +36,7 @@ def write_report(path: Path, results: Mapping[str, Mapping], model: str) -> None
         sections = [
             _header(results),
             heads_section(results["detect"]),
-            knockout_section(results["knockout"], results["detect"]["heads"]),
+            knockout_section(results["knockout"], results["detect"].heads),
             rope_section(results["rope"]),
             _pairs(results["pairs"]),
             _training(results["train"]["runs"]),
@@ -49,25 +50,24 @@ def write_report(path: Path, results: Mapping[str, Mapping], model: str) -> None
 
 
 def _header(results) -> str:
-    detect, knockout, rope = (results[stage]["numbers"] for stage in ("detect", "knockout", "rope"))
+    detect, knockout, rope = (results[stage] for stage in ("detect", "knockout", "rope"))
     rows = [
-        (label, interval, detect[name])
+        (label, interval, detect.numbers[name])
         for label, name in (
             ("Detection cases counted", "detect/cases counted"),
             ("Retrieval heads", "detect/heads"),
             ("Gini coefficient of the head scores", "detect/gini"),
         )
-        if name in detect
+        if name in detect.numbers
     ]
-    for task, by_kind in list(tree_of(knockout).items())[:1]:
-        by_kind = only_zero(by_kind, results["knockout"]["rows"])
-        rows += [(f"Masked heads, {kind}: {measure(task)}", interval, number) for kind, number in by_kind.items()]
-    for task, by_name in tree_of(rope).items():
-        rows += [
-            (f"Rotary pairs, {name}: {measure(task)}", change, number)
-            for name, number in by_name.items()
-            if name == "highest minus lowest quarter"
-        ]
+    rows += [
+        (f"Masked heads, {mean.kind}: {measure(mean.task)}", interval, mean)
+        for mean in only_zero(knockout.means)
+        if mean.task == knockout.means[0].task
+    ]
+    for task in dict.fromkeys(mean.task for mean in rope.means):
+        if (quarter := rope.quarter(task)) is not None:
+            rows.append((f"Rotary pairs, highest minus lowest quarter: {measure(task)}", change, quarter))
     _, by_arm = numbers_by_task(results["eval"])
     for arm, changes in list(by_arm.items())[:1]:
         rows += [(f"Training, {arm}: change of {measure(task)}", change, number) for task, number in changes.items()]

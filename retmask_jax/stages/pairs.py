@@ -91,7 +91,7 @@ def _arm_heads(context: Context, seed: int) -> dict[str, list]:
     """The heads masked to answer for each arm."""
     config, arms, heads = context.outline.config, context.config.train.arms, retrieval_heads(context)
     wanted = set(arms) | ({"retmask"} if "sft_filtered" in arms else set())
-    activity_LH = np.array(KNOCKOUT.of(context)["activity"])
+    activity_LH = np.array(KNOCKOUT.of(context).activity)
     choices = {
         "retmask": lambda: heads,
         "random": lambda: random_heads(config, n=len(heads), seed=seed),

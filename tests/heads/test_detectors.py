@@ -250,16 +250,16 @@ def test_agreement_of_head_sets_and_ranks():
         "c": HeadScores.from_array([[1.0, 2.0, 3.0, 4.0]]),
     }
     found = agreement(scores, top_k=3)
-    assert list(found) == [("a", "b"), ("a", "c"), ("b", "c")]
-    assert found["a", "b"] == {"jaccard": 1.0, "spearman": pytest.approx(1)}
-    assert found["a", "c"] == {"jaccard": 0.5, "spearman": pytest.approx(-1)}
+    assert [(pair.a, pair.b) for pair in found] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert (found[0].jaccard, found[0].spearman) == (1.0, pytest.approx(1))
+    assert (found[1].jaccard, found[1].spearman) == (0.5, pytest.approx(-1))
 
 
 def test_seeds_are_compared_in_pairs():
     runs = [HeadScores.from_array([row]) for row in ([4.0, 3, 2, 1], [4.0, 3, 2, 1], [4.0, 1, 2, 3])]
     found = over_seeds(runs, top_k=2)
-    assert found["n"] == 3 and found["common"] == [(0, 0)]
-    assert found["jaccard"] == pytest.approx((1 + 1 / 3 + 1 / 3) / 3)
-    assert found["spearman"] == pytest.approx((1 + 0.2 + 0.2) / 3)
+    assert found.n == 3 and found.common == [(0, 0)]
+    assert found.jaccard == pytest.approx((1 + 1 / 3 + 1 / 3) / 3)
+    assert found.spearman == pytest.approx((1 + 0.2 + 0.2) / 3)
     with pytest.raises(ValueError, match="1 runs cannot be compared"):
         over_seeds(runs[:1], top_k=2)

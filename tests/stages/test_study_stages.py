@@ -1,7 +1,6 @@
 """The stages of the causal study on a small model whose heads copy, against the parts they are made of."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -123,7 +122,7 @@ def test_detectors_are_kept_compared_and_their_heads_masked(study, tmp_path, cap
     assert {name: steps[-1]["jaccard"] for name, steps in result["stability"].items()} == dict.fromkeys(scores, 1.0)
     # The same cases for every seed here: they agree wholly.
     assert result["over_seeds"]["mass"]["n"] == 2 and result["over_seeds"]["mass"]["spearman"] == pytest.approx(1)
-    json.dumps(result, allow_nan=False)
+    write_json(folder / "result.json", result)  # which refuses NaN
     assert main(["profile", str(folder / "mass.json"), f"--kv_heads={CONFIG.n_kv_heads}"]) == 0
     assert "mass" in capsys.readouterr().out
     # What was cut off goes on: nothing is run again.

@@ -121,6 +121,7 @@ def test_detectors_are_kept_compared_and_their_heads_masked(study, tmp_path, cap
     assert {name: steps[-1].jaccard for name, steps in result.stability.items()} == dict.fromkeys(scores, 1.0)
     # The same cases for every seed here: they agree wholly.
     assert result.over_seeds["mass"].n == 2 and result.over_seeds["mass"].spearman == pytest.approx(1)
+    write_json(folder / "result.json", result)  # which refuses NaN
     assert main(["profile", str(folder / "mass.json"), f"--kv_heads={CONFIG.n_kv_heads}"]) == 0
     assert "mass" in capsys.readouterr().out
     # What was cut off goes on: nothing is run again.

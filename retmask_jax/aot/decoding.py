@@ -27,7 +27,7 @@ from retmask_jax.model.kernels.blocked import compiled_for
 from retmask_jax.model.kv_cache import empty_cache
 from retmask_jax.model.sharding import ROW_AXES, decoding_mesh, full_share, held_bytes, make_mesh, placed_shapes, using
 from retmask_jax.pipeline.registry import check_config
-from retmask_jax.stages.pairs import variants_of
+from retmask_jax.stages.arms import answering
 
 _GIB = 2**30
 _BUSY = 15 / 16  # of the rows that are sampled, on average: the others wait to be filled again
@@ -129,7 +129,7 @@ def _sampling(config, model: ModelConfig, mesh: Mesh, chip: Chip) -> _Work:
     """The stage `pairs`: prompts as long as training keeps them."""
     params = placed_shapes(model, mesh, config.dtype)
     weights, length, new = held_bytes(params), config.train.max_prompt_tokens, config.pairs.max_new_tokens
-    variants = sum(len(variants_of(config, seed)) for seed in config.train.seeds)
+    variants = len(config.train.seeds) * len(answering(config.train.arms))
     masks = jax.eval_shape(lambda: Interventions.none(model).per_row(variants))
     whole = jax.tree.map(
         lambda x: array(mesh, x.shape, x.dtype),

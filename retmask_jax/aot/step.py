@@ -26,6 +26,7 @@ from retmask_jax.model.flops import executed_flops
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.sharding import RULES, divided, make_mesh, placed_shapes, using
 from retmask_jax.pipeline.registry import check_batch, check_config
+from retmask_jax.stages.arms import ARMS
 from retmask_jax.stages.train import train_settings
 from retmask_jax.training.objective import metric_names
 from retmask_jax.training.settings import Settings
@@ -191,7 +192,7 @@ def stamp(compiled: Mapping[str, Compiled]) -> dict[str, Any]:
 def _settings(config) -> Settings:
     """Of the arm that takes most: preferences have two rows to a pair, demonstrations one."""
     arms = config.train.arms
-    return train_settings(config, next((arm for arm in arms if not arm.startswith("sft")), arms[0]), seed=0)
+    return train_settings(config, next((arm for arm in arms if ARMS[arm].objective != "sft"), arms[0]), seed=0)
 
 
 def _step(settings, mesh: Mesh, chip: Chip, programs: Mapping[str, Program], compiled: Mapping[str, Compiled]) -> Step:

@@ -35,7 +35,7 @@ from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import Stage
 from retmask_jax.runs.workdir import Result, Workdir, check_free, differing, locked, settings_of, versions
 from retmask_jax.stages.detect import retrieval_heads
-from retmask_jax.stages.eval import EVAL
+from retmask_jax.stages.eval import EVAL, EvalResult
 from retmask_jax.stages.knockout import KNOCKOUT
 from retmask_jax.stages.train import TRAIN
 from retmask_jax.training.pretrain import build
@@ -76,7 +76,7 @@ def _in_order(context: Context, stages: Sequence[Stage], summary: Path, report: 
         state = f"done in {result.seconds:.0f} s" if ran else "unchanged"
         print(f"{stage.name:<9} {state}", flush=True)
         if ran:
-            _show(stage.name, result)
+            _show(result)
     if not primary():
         return
     write_json(summary, numbers)
@@ -84,7 +84,7 @@ def _in_order(context: Context, stages: Sequence[Stage], summary: Path, report: 
     _table({name: numbers[name] for name in context.config.headlines if name in numbers})
     if EVAL in stages:
         print("\nbefore and after training:")
-        _show("eval", EVAL.of(context))
+        _show(EVAL.of(context))
     print(f"every number: {summary}\nreport:       {report}")
 
 
@@ -100,7 +100,7 @@ def one_stage(config, root: Path, name: str, aside: bool = False) -> Result:
     if primary():
         if not ran:
             print(f"{name}: unchanged since {result.provenance.created}")
-        _show(name, result)
+        _show(result)
     if name == "compare":
         run_stage(context, COMPARISON)
         if primary():
@@ -134,7 +134,7 @@ def export(config, root: Path, what: str, heads: Sequence[str] | None, form: str
         chosen = retrieval_heads(context) if heads is None else [_head(name) for name in heads]
         save(context.lm, out, mask_heads(context.lm.config, chosen))
     else:
-        runs = TRAIN.of(context)["runs"]
+        runs = TRAIN.of(context).runs
         if what not in runs:
             known = ", ".join(f"{run}, pairs-{run}" for run in runs)
             raise ValueError(f"--what is {what!r}; it must be masked or one of {known}")
@@ -307,13 +307,12 @@ def _log() -> None:
     logging.getLogger("retmask_jax").setLevel(os.environ.get("RETMASK_LOG", "WARNING").upper())
 
 
-def _show(name: str, result: Result) -> None:
-    """A stage's table: of models side by side, or of its numbers."""
-    beside = name in ("eval", "compare") and len({row["model"] for row in result["rows"]}) <= _AT_MOST
-    if not beside:
+def _show(result: Result) -> None:
+    """Print a stage's table: of models side by side, or of its numbers."""
+    if not isinstance(result, EvalResult) or len({row.model for row in result.rows}) > _AT_MOST:
         return _table(result.numbers)
-    _print_table(*comparison.table(result["rows"], result["metrics"]), justify="right")
-    print(comparison.perplexities(result["rows"]) or "no text loss was measured")
+    _print_table(*comparison.table(result.rows, result.metrics), justify="right")
+    print(comparison.perplexities(result.rows) or "no text loss was measured")
 
 
 def _table(numbers: dict) -> None:

@@ -15,10 +15,11 @@ from retmask_jax.runs.limits import check_limits
 from retmask_jax.runs.recipes import flat
 from retmask_jax.runs.stage import Stage, settings_read
 from retmask_jax.runs.workdir import Basis, Result
+from retmask_jax.stages.compare import COMPARE
 from retmask_jax.stages.detect import DETECT
 from retmask_jax.stages.detectors import DETECTORS_STAGE
 from retmask_jax.stages.dynamics import DYNAMICS
-from retmask_jax.stages.eval import COMPARE, EVAL
+from retmask_jax.stages.eval import EVAL
 from retmask_jax.stages.knockout import KNOCKOUT
 from retmask_jax.stages.pairs import PAIRS
 from retmask_jax.stages.rope import ROPE

@@ -10,7 +10,8 @@ OBJECTIVES = ("dpo", "sft", "contrast")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The `train` section of a config, where every key has its reason; objective and seed are of one run.
+    """The `train` section of a config, where every key has its reason; objective and seed are of one run. What each number
+    may be is checked with the config (`runs.limits`).
 
     objective: "dpo", preference of chosen over rejected by `loss`; "sft", the chosen answers' likelihood; "contrast",
     `losses.contrast_loss` on the chosen answers.
@@ -56,17 +57,15 @@ class Settings:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
         check_loss(self.loss, self.beta, self.label_smoothing, self.gamma)
-        sizes = "steps", "batch_size", "microbatch_size", "widths", "reference_batch_size", "checkpoint_every", "keep"
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         if self.batch_size % self.microbatch_size:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of microbatch_size {self.microbatch_size}")
         for name in ("compute_dtype", "first_moment_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise ValueError(f"train.{name} is {getattr(self, name)!r}; it must be float32 or bfloat16")
-        if self.profile and (len(self.profile) != 2 or not 0 <= self.profile[0] < self.profile[1]):
-            raise ValueError(f"train.profile is {self.profile}; it must be the first step and the one behind the last")
+        if self.profile and (len(self.profile) != 2 or self.profile[0] >= self.profile[1]):
+            raise ValueError(
+                f"train.profile is {self.profile}; it must be the first step of the trace and the one after the last"
+            )
         self.lora  # noqa: B018  (raises for settings that do not fit)
 
     @property
@@ -76,7 +75,7 @@ class Settings:
 
     @property
     def start_dtype(self) -> str:
-        """What the start model is read in: float32 where all weights are trained; adapters stand beside frozen weights."""
+        """What the start model is read in: float32 where all weights are trained; with adapters they are frozen."""
         return "float32" if self.lora is None else self.compute_dtype
 
     @property

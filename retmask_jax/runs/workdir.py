@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import fcntl
 import fnmatch
-import importlib.metadata
 import logging
 import os
 import socket
@@ -25,6 +24,7 @@ from retmask_jax.runs.recipes import as_json
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import digest, read_json, wait_until_listed, wait_until_seen, write_json
 from retmask_jax.utils.hosts import first_alone, primary, wait_for_all
+from retmask_jax.utils.versions import installed_versions
 
 log = logging.getLogger(__name__)
 
@@ -312,13 +312,7 @@ def check_free(root: str | Path) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return installed_versions(_PACKAGES)
 
 
 def changed_versions(stored: Mapping[str, str]) -> str:

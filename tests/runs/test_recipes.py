@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hub_configs import ACTIVE, CONFIGS, PARAMETERS
 
-from retmask_jax.cli import main
+from retmask_jax.cli import main, parser
 from retmask_jax.hf.families import from_hf
 from retmask_jax.hf.summary import count_parameters
 from retmask_jax.model.rope import inverse_frequencies
@@ -67,10 +67,10 @@ def test_a_recipe_opens_with_its_command_and_says_what_to_expect(name):
     commands = re.findall(r"retmask [^;`\n]*", page)
     assert commands
     for command in commands:
-        arguments, overrides = main._parse(shlex.split(command.replace("$stage", "rope"))[1:])
+        arguments, overrides = parser.parse(shlex.split(command.replace("$stage", "rope"))[1:])
         assert arguments.config == name and not overrides
     for option in re.findall(r"`(--config\.[^`]*)`", page):  # FILE stands for a name
-        load_recipe(name, main._parse(["run", *shlex.split(option)])[1])
+        load_recipe(name, parser.parse(["run", *shlex.split(option)])[1])
     assert len(text.split("def get_config")[1].splitlines()) < 30
 
 

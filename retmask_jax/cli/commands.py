@@ -261,9 +261,9 @@ def bench(name: str, out: Path | None, options: dict) -> bool:
 
 def _write_profile(out: Path, paths, models, table, gain, gains) -> list[Path]:
     """profile.json and the pictures; the table says what of, by the hash of each source's scores."""
-    from retmask_jax.reports import figures, model_figures
+    from retmask_jax.reports import model_figures, plotting
 
-    with figures.style():
+    with plotting.style():
         pictures = model_figures.write_both(model_figures.profiles(models, table), out / "profile")
         if gains:
             pictures += model_figures.write_both(model_figures.sparsity(gains, gain), out / "sparsity")

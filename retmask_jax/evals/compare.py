@@ -91,18 +91,8 @@ def _new_name(row: ArmRow, suffix: str, taken: Mapping[str, Number]) -> str:
 
 def _model_row(samples: Samples, name: str, arm: str, seed: int, task: str) -> ModelRow:
     mean, change = _mean(samples, [name], task), _change(samples, [name], task)
-    return ModelRow(
-        value=mean.value,
-        low=mean.low,
-        high=mean.high,
-        n=mean.n,
-        model=name,
-        arm=arm,
-        seed=seed,
-        task=task,
-        change=change,
-        mcnemar=_test(samples, name, task),
-    )
+    test = _test(samples, name, task)
+    return ModelRow.of(mean, model=name, arm=arm, seed=seed, task=task, change=change, mcnemar=test)
 
 
 def _test(samples: Samples, name: str, task: str) -> McNemar | None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from retmask_jax.evals.compare import START, ModelRow
-from retmask_jax.reports import figures, html
+from retmask_jax.reports import html, plotting
 from retmask_jax.reports.evaluation import evaluation_section
 from retmask_jax.reports.html import change, interval, p_value
 from retmask_jax.reports.page import PageResult, write_page
@@ -20,7 +20,7 @@ from retmask_jax.utils.files import write_atomically
 
 def write_comparison(path: Path, results: Mapping[str, EvalResult], model: str) -> None:
     """Write the page of `retmask eval --compare`. results: {"compare": that stage's result}."""
-    with figures.style():
+    with plotting.style():
         sections = [
             html.lines(*provenance(results)),
             *(evaluation_section(result, trained=False) for result in results.values()),

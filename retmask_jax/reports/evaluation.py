@@ -10,9 +10,8 @@ import numpy as np
 
 from retmask_jax.evals.compare import START, ModelRow
 from retmask_jax.reports import html, plotting
-from retmask_jax.reports.figures import colour, drawn
 from retmask_jax.reports.html import change, count, p_value, section, signed, table
-from retmask_jax.reports.plotting import DASHES, MARKERS, WIDTH
+from retmask_jax.reports.plotting import DASHES, MARKERS, WIDTH, colour, drawn
 from retmask_jax.reports.wording import axis, directions, is_loss
 from retmask_jax.stages.eval import MASKED, Cell, EvalResult, Helmet, HelmetMean
 from retmask_jax.utils.stats import Number

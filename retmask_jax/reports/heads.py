@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from retmask_jax.reports import figures, plotting
-from retmask_jax.reports.figures import colour, drawn
+from retmask_jax.reports import plotting
 from retmask_jax.reports.html import count, fixed, section, table
+from retmask_jax.reports.plotting import colour, drawn
 from retmask_jax.stages.detect import DetectResult, Settled
 
 _PROFILE = {
@@ -41,7 +41,7 @@ def heads_section(result: DetectResult) -> str:
         else f"The scores were given, of {count(counted, 'case')}; none was measured here."
     )
     panels = {
-        "Head scores": figures.head_map("Head scores", mean_LH, heads, "mean score"),
+        "Head scores": plotting.head_map("Head scores", mean_LH, heads, "mean score"),
         "Sorted head scores": _score_ranks("Scores, best first", mean_LH, len(heads), threshold),
         "Lorenz curve": _lorenz(f"Concentration: Gini {fixed(result.profile['gini'])}", mean_LH),
         "Stability": _stability("Stability (size of each set below)", result.stability),

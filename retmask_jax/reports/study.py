@@ -9,8 +9,10 @@ from retmask_jax.reports import figures, html, study_figures
 from retmask_jax.reports.figures import drawn
 from retmask_jax.reports.heads import heads_section
 from retmask_jax.reports.html import change, count, fixed, interval, p_value, signed, table
+from retmask_jax.reports.knockout import knockout_section
 from retmask_jax.reports.page import PageResult, write_page
-from retmask_jax.reports.report import all_numbers, knockout_section, provenance, rope_section
+from retmask_jax.reports.report import all_numbers, provenance
+from retmask_jax.reports.rope import rope_section
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import Stage
 from retmask_jax.stages.detect import DETECT

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float
 
 from retmask_jax.reports import plotting
-from retmask_jax.reports.figures import colour, drawn
 from retmask_jax.reports.html import count, section, table
+from retmask_jax.reports.plotting import colour, drawn
 from retmask_jax.stages.arms import ARMS
 from retmask_jax.stages.pairs import PairsResult
 from retmask_jax.stages.train import Run, Step, TrainResult

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -57,6 +57,23 @@ class Number(_Keyed):
     low: float | None
     high: float | None
     n: int
+
+    @classmethod
+    def of(cls, number: "Number", **fields: Any) -> Self:
+        """A row of this type: a number, and the other fields of the row."""
+        return cls(number.value, number.low, number.high, number.n, **fields)
+
+    @property
+    def number(self) -> "Number":
+        """The number of a row without its other fields."""
+        return Number(self.value, self.low, self.high, self.n)
+
+
+def _typed(number: Any) -> Number:
+    """The number of a caller whose results are not typed yet."""
+    if isinstance(number, Number):
+        return number
+    return Number(*(number.get(name) for name in ("value", "low", "high", "n")))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

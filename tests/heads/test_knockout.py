@@ -1,4 +1,4 @@
-"""Which heads are taken out, how, and their controls, by their rules; activity against a slow reference."""
+"""Which heads are ablated, how, and their controls; activity against a slow reference."""
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from retmask_jax.generation.logprobs import token_logprobs
 from retmask_jax.heads import knockout as knockout_module
 from retmask_jax.heads.knockout import (
     MODES,
+    ablate,
     activity,
     activity_matched,
     curve_conditions,
@@ -17,7 +18,6 @@ from retmask_jax.heads.knockout import (
     knockout_conditions,
     lowest_scoring,
     minimal_set,
-    take_out,
 )
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import all_heads, mask_heads
@@ -107,13 +107,13 @@ def test_lowest_scoring_heads_are_a_control_where_scores_are_known():
 
 def test_modes_take_the_same_heads_out_in_their_own_way():
     mean_LHD = np.random.default_rng(0).random((3, 12, 16)).astype(np.float32)
-    zero, mean, query = (take_out(WIDE, HEADS, mode, mean_LHD) for mode in MODES)
+    zero, mean, query = (ablate(WIDE, HEADS, mode, mean_LHD) for mode in MODES)
     assert true_at(zero.head_mask) == true_at(mean.head_mask) == set(HEADS)
     assert zero.head_mean is None and zero.rope_mask is None
     np.testing.assert_array_equal(mean.head_mean, mean_LHD)
     assert query.head_mask is None and true_at(query.rope_mask) == {(*head, r) for head in HEADS for r in range(8)}
     with pytest.raises(ValueError, match="knock-out mode is 'median'; it must be one of zero, mean, query"):
-        take_out(WIDE, HEADS, "median")
+        ablate(WIDE, HEADS, "median")
 
 
 # --- curves and the smallest set ---
@@ -151,8 +151,8 @@ def test_the_smallest_set_is_what_recall_cannot_do_without():
 
     kept, steps = minimal_set([a, helper, b, *idle], recall_of, limit=0.2)
     assert kept == [a, b]
-    assert [tuple(step["head"]) for step in steps] == [*idle[::-1], helper]  # the last of equal ones first
-    assert [step["recall"] for step in steps] == pytest.approx([0.05] * 3 + [0.1])
+    assert [step.head for step in steps] == [*idle[::-1], helper]  # the last of equal ones first
+    assert [step.recall for step in steps] == pytest.approx([0.05] * 3 + [0.1])
     assert asked == [6, 5, 4, 3, 2]
     assert minimal_set([a, b], lambda sets: [1.0] * len(sets), limit=0.2) == ([a, b], [])
 

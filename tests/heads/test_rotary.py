@@ -1,4 +1,4 @@
-"""Rotary pairs that are taken out, by their rules; what they carry, against a slow reference and published figures."""
+"""Which rotary pairs are ablated; what they carry, against a slow reference and published figures."""
 
 import dataclasses
 import json
@@ -196,12 +196,12 @@ def test_centre_of_the_spectrum():
 def test_costs_are_relative_and_undefined_without_a_drop():
     untouched, patched = np.ones(200, bool), np.arange(200) < 50
     found = cost_intervals(np.full(30, math.log(1.2)), untouched, patched)
-    assert found["perplexity_increase"]["value"] == pytest.approx(0.2)
-    assert found["recall_drop"]["value"] == pytest.approx(0.75)
-    assert found["ratio"]["value"] == pytest.approx(0.2 / 0.75) == specificity(math.log(1.2), 1.0, 0.25)
-    assert found["ratio"]["low"] < found["ratio"]["value"] < found["ratio"]["high"]
-    assert (found["perplexity_increase"]["n"], found["recall_drop"]["n"]) == (30, 200)
-    assert cost_intervals(np.zeros(3), untouched, untouched)["ratio"] is None
+    assert found.perplexity_increase.value == pytest.approx(0.2)
+    assert found.recall_drop.value == pytest.approx(0.75)
+    assert found.ratio.value == pytest.approx(0.2 / 0.75) == specificity(math.log(1.2), 1.0, 0.25)
+    assert found.ratio.low < found.ratio.value < found.ratio.high
+    assert (found.perplexity_increase.n, found.recall_drop.n) == (30, 200)
+    assert cost_intervals(np.zeros(3), untouched, untouched).ratio is None
     assert math.isnan(specificity(0.1, 0.0, 0.0))
 
 

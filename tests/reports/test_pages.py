@@ -22,7 +22,8 @@ from helpers_results import (
     training_step,
 )
 
-from retmask_jax.reports import evaluation, figures, training
+from markupsafe import Markup
+from retmask_jax.reports import evaluation, plotting, training
 from retmask_jax.reports import html as page
 from retmask_jax.reports.report import write_report
 from retmask_jax.stages.eval import Helmet, HelmetMean, Place
@@ -33,15 +34,15 @@ from retmask_jax.utils.stats import McNemar
 @pytest.fixture
 def render(tmp_path, monkeypatch):
     """Text of a page; drawings whose name does not start with `draw` are empty images, which is quicker."""
-    inline = figures.inline
+    inline = plotting.inline
 
     def write(model="some/model", draw="nothing", **options):
         path = tmp_path / "report.html"
-        empty = '<img alt="{}">'
+        empty = Markup('<img alt="{}">')
         monkeypatch.setattr(
-            figures,
+            plotting,
             "inline",
-            lambda figure, name: inline(figure, name) if name.startswith(draw) else empty.format(html.escape(name)),
+            lambda figure, name: inline(figure, name) if name.startswith(draw) else empty.format(name),
         )
         write_report(path, stored(make_results(**options)), model)
         return path.read_text()
@@ -182,7 +183,7 @@ def test_one_counted_case_no_threshold_and_mostly_idle_heads(render):
 
 
 def test_given_scores_have_no_detection_cases(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "inline", lambda figure, name: f'<img alt="{name}">')
+    monkeypatch.setattr(plotting, "inline", lambda figure, name: Markup('<img alt="{}">').format(name))
     results = make_results()
     numbers = {name: n for name, n in results["detect"].numbers.items() if name != "detect/cases counted"}
     results["detect"] = dataclasses.replace(results["detect"], outcomes={}, numbers=numbers)
@@ -201,8 +202,8 @@ def test_nothing_trained_and_no_tasks(render):
 
 def test_large_results_fit(tmp_path, monkeypatch):
     """Every arm, several seeds, 32 x 32 heads, long names: nothing is cut off or crowded, and the page stays small."""
-    drawn, inline = {}, figures.inline
-    monkeypatch.setattr(figures, "inline", lambda figure, name: inline(drawn.setdefault(name, figure), name))
+    drawn, inline = {}, plotting.inline
+    monkeypatch.setattr(plotting, "inline", lambda figure, name: inline(drawn.setdefault(name, figure), name))
     long = "multi_key needle in a haystack of essays, eight times as long"
     changes = {long: UP} | {"b": ACROSS, "c": ACROSS, "d": ACROSS, "text loss": DOWN}
     results = make_results(shape=(32, 32), tasks=(long,), arms=ALL_ARMS, seeds=(0, 1), n_steps=200, changes=changes)
@@ -217,17 +218,17 @@ def test_large_results_fit(tmp_path, monkeypatch):
 
 
 def test_a_kind_and_its_arm_share_a_colour_and_others_differ():
-    assert figures.colour("any layer") == figures.colour("any_layer")
-    assert figures.colour("layer-matched") == figures.colour("layer_matched")
-    assert figures.colour("retrieval") == figures.colour("retmask")
-    assert len({figures.colour(arm) for arm in ("start", *ALL_ARMS)}) == 8
+    assert plotting.colour("any layer") == plotting.colour("any_layer")
+    assert plotting.colour("layer-matched") == plotting.colour("layer_matched")
+    assert plotting.colour("retrieval") == plotting.colour("retmask")
+    assert len({plotting.colour(arm) for arm in ("start", *ALL_ARMS)}) == 8
 
 
 def test_a_large_drawing_becomes_an_image():
-    with figures.style():
+    with plotting.style():
         steps = [training_step(i, float(x)) for i, x in enumerate(np.random.default_rng(0).normal(size=5000))]
         run = Run(arm="retmask", seed=0, examples=1, answers_cut=0, prompts_cut=0, steps=steps)
-        text = figures.inline(training.curves("Loss", [run], lambda step: step.loss, "nats"), "a <b>")
+        text = plotting.inline(training.curves("Loss", [run], lambda step: step.loss, "nats"), "a <b>")
     assert re.match(r'<img width="\d+" alt="a &lt;b&gt;" src="data:image/png;base64,', text) and len(text) < 300_000
 
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from helpers_results import DOWN, Page, around, make_results, number, stored
+from markupsafe import Markup
 
 from retmask_jax.heads.detectors import DETECTORS
-from retmask_jax.reports import figures
+from retmask_jax.reports import plotting
 from retmask_jax.reports.study import write_study
 
 TEST = {"b": 3, "c": 1, "n_discordant": 4, "p_value": 0.03}
@@ -146,7 +147,7 @@ def study_results(shape=(4, 8), task="needle", names=tuple(DETECTORS), empty=(),
 @pytest.fixture
 def render(tmp_path, monkeypatch):
     """The page, without its drawings, of results with changes."""
-    monkeypatch.setattr(figures, "inline", lambda figure, name: f'<img alt="{name}">')
+    monkeypatch.setattr(plotting, "inline", lambda figure, name: Markup('<img alt="{}">').format(name))
 
     def write(change=lambda results: None, **options):
         results = study_results(**options)
@@ -238,8 +239,8 @@ def test_dynamics_say_when_half_of_the_score_is_reached(render):
 
 
 def test_large_results_fit(tmp_path, monkeypatch):
-    drawn, inline = {}, figures.inline
-    monkeypatch.setattr(figures, "inline", lambda figure, name: inline(drawn.setdefault(name, figure), name))
+    drawn, inline = {}, plotting.inline
+    monkeypatch.setattr(plotting, "inline", lambda figure, name: inline(drawn.setdefault(name, figure), name))
     long = "multi_key needle in a haystack of essays, eight times as long"
     results = study_results(shape=(32, 32), task=long, steps=(1000, 10_000, 500_000, 4_000_000))
     write_study(tmp_path / "study.html", results, "some/model")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers_results import detected
+from helpers_results import detected, knocked_out
 from helpers_servers import plan
 from helpers_tiny import BATCH, CONFIG, NEW, copying_lm
 from ml_collections import ConfigDict
@@ -53,7 +53,7 @@ def prepare(tmp_path):
         config.pairs.update(section)
         root = tmp_path / name
         write_json(root / "detect/result.json", dict(detected(HEADS)))
-        write_json(root / "knockout/result.json", {"activity": [[1.0, 2.0, 3.0, 4.0]] * 2})
+        write_json(root / "knockout/result.json", vars(knocked_out(activity=[[1.0, 2.0, 3.0, 4.0]] * 2)))
         context = Context(config.lock(), Workdir(root, {}))
         context.__dict__["lm"] = copying_lm()
         return context, root / "pairs"

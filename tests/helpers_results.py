@@ -7,13 +7,13 @@ import msgspec
 import numpy as np
 
 from retmask_jax.evals.compare import ArmRow, ModelRow, headlines
+from retmask_jax.heads.conditions import ConditionRow
 from retmask_jax.stages.detect import DetectResult, Settled
 from retmask_jax.stages.eval import Cell, EvalResult
-from retmask_jax.stages.pairs import PairsResult
-from retmask_jax.stages.train import Run, Step, TrainResult
-from retmask_jax.heads.conditions import ConditionRow
 from retmask_jax.stages.knockout import KindNumber, KnockoutResult, LossRow, TaskMean
+from retmask_jax.stages.pairs import PairsResult
 from retmask_jax.stages.rope import DoseContrast, DoseMean, RopeResult, RopeRow
+from retmask_jax.stages.train import Run, Step, TrainResult
 from retmask_jax.utils.stats import McNemar, Number
 
 UP, DOWN, ACROSS = (0.1, 0.05, 0.15), (-0.1, -0.15, -0.05), (0.02, -0.03, 0.07)

@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from retmask_jax.aot import decoding, step
 from retmask_jax.cli import doctor
 from retmask_jax.data.pair_formats import export_pairs, iter_pairs
 from retmask_jax.generation.language_model import load, save
-from retmask_jax.heads.profile import gain_against_sparsity, profile_table
+from retmask_jax.heads.profile import profile_table
 from retmask_jax.hf import summary as inspection
 from retmask_jax.hf.hub import config_folder
 from retmask_jax.model.interventions import mask_heads
@@ -27,10 +28,9 @@ from retmask_jax.pipeline.registry import (
     check_upstream,
     run_stage,
 )
-from retmask_jax.reports import comparison, html, sources
-from retmask_jax.reports import panel as panel_page
+from retmask_jax.reports import comparison, html, plotting
 from retmask_jax.reports.comparison import COMPARISON
-from retmask_jax.reports.findings import panel as side_by_side
+from retmask_jax.reports.panels import findings, gains, page, profiles, sources
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import Stage
 from retmask_jax.runs.workdir import Result, Workdir, check_free, differing, locked, settings_of, versions
@@ -203,15 +203,16 @@ def profile(
     paths, kv_heads, threshold: of `sources.read_models`; gain: a number of `sources.read_gains`.
     """
     models = sources.read_models(paths, kv_heads, threshold)
-    table = profile_table(models)
-    gains = gain_against_sparsity(sources.read_gains(paths, gain)) if gain else None
-    _print_table(list(table[0]), [[row["model"], *map(html.fixed, list(row.values())[1:])] for row in table], "right")
-    if gains:
+    rows = profile_table(models)
+    gained = gains.gain_against_sparsity(sources.read_gains(paths, gain)) if gain else None
+    cells = [[row.model, *map(html.fixed, list(vars(row).values())[1:])] for row in rows]
+    _print_table(list(vars(rows[0])), cells, "right")
+    if gained:
         print()
-        _table({f"{row['name']}: {gain}": row["gain"] for row in gains["rows"]})
-        print(gains["finding"])
+        _table({f"{run.name}: {gain}": run.gain for run in gained.rows})
+        print(gained.finding)
     if out:
-        for path in _write_profile(out, paths, models, table, gain, gains):
+        for path in _write_profile(out, paths, models, rows, gain, gained):
             print(f"wrote {path}")
 
 
@@ -221,17 +222,17 @@ def panel(paths: Sequence[Path], task: str, closed_book: str | None, gain: str |
     task, closed_book: of `findings.panel`; gain: a number of `sources.read_gains`.
     """
     members = sources.read_studies(paths)
-    found = side_by_side(members, task, closed_book)
-    gains = gain_against_sparsity(sources.read_gains(paths, gain)) if gain else None
-    _print_table(*panel_page.summary(found))
-    for row in found["findings"]:
-        print(panel_page.verdict(row))
-    if gains:
-        print(gains["finding"])
+    found = findings.panel(members, task, closed_book)
+    gained = gains.gain_against_sparsity(sources.read_gains(paths, gain)) if gain else None
+    _print_table(*page.summary(found))
+    for finding in found.findings:
+        print(page.sentence(finding))
+    if gained:
+        print(gained.finding)
     if out:
         scored = sources.read_models(paths)
-        write_json(out / "panel.json", found | {"gain": gain, "sparsity": gains, "versions": versions()})
-        panel_page.write_panel(out / "panel.html", found, members, scored, profile_table(scored), gain, gains)
+        write_json(out / "panel.json", vars(found) | {"gain": gain, "sparsity": gained, "versions": versions()})
+        page.write_panel(out / "panel.html", found, members, scored, profile_table(scored), gain, gained)
         print(f"wrote {out / 'panel.json'}\nwrote {out / 'panel.html'}")
 
 
@@ -259,17 +260,15 @@ def bench(name: str, out: Path | None, options: dict) -> bool:
     return not report.violated
 
 
-def _write_profile(out: Path, paths, models, table, gain, gains) -> list[Path]:
-    """profile.json and the pictures; the table says what of, by the hash of each source's scores."""
-    from retmask_jax.reports import model_figures, plotting
-
+def _write_profile(out: Path, paths, models, rows, gain, gained) -> list[Path]:
+    """Writes profile.json, whose rows have the hash of their source's scores, and the pictures."""
     with plotting.style():
-        pictures = model_figures.write_both(model_figures.profiles(models, table), out / "profile")
-        if gains:
-            pictures += model_figures.write_both(model_figures.sparsity(gains, gain), out / "sparsity")
+        pictures = profiles.write_both(profiles.profiles(models, rows), out / "profile")
+        if gained:
+            pictures += profiles.write_both(gains.sparsity(gained, gain), out / "sparsity")
     hashes = [fingerprint(source / "detect" / "scores.json" if source.is_dir() else source) for source in paths]
-    rows = [row | {"scores_hash": of_scores} for row, of_scores in zip(table, hashes, strict=True)]
-    write_json(out / "profile.json", {"models": rows, "gain": gain, "sparsity": gains, "versions": versions()})
+    hashed = [vars(row) | {"scores_hash": of_scores} for row, of_scores in zip(rows, hashes, strict=True)]
+    write_json(out / "profile.json", {"models": hashed, "gain": gain, "sparsity": gained, "versions": versions()})
     return [out / "profile.json", *pictures]
 
 
@@ -326,8 +325,10 @@ def _table(numbers: dict) -> None:
     _print_table(("", "value", "95% interval", "n"), rows, justify="right")
 
 
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], justify="left") -> None:
-    """justify: of all columns but the first."""
+def _print_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], justify: Literal["left", "right"] = "left"
+) -> None:
+    """Print a table on the terminal. justify: of all columns but the first."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

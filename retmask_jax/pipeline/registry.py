@@ -9,7 +9,7 @@ from retmask_jax.data.tasks import check_fits
 from retmask_jax.model.sharding import make_mesh
 from retmask_jax.reports.comparison import COMPARISON
 from retmask_jax.reports.report import REPORT
-from retmask_jax.reports.study import STUDY
+from retmask_jax.reports.studies.page import STUDY
 from retmask_jax.runs.context import Context, named_files
 from retmask_jax.runs.limits import check_limits
 from retmask_jax.runs.recipes import flat
@@ -91,7 +91,7 @@ def _check_up_to_date(context: Context, reader: str, stage: Stage) -> None:
         _check_up_to_date(context, reader, above)
     made = work.provenance(stage.name)
     upstream = {above.name: work.provenance(above.name).run_id for above in there}
-    known = {above.name: made.upstream.get(above.name) for above in there}
+    known = {above.name: made.upstream.get(above.name, "") for above in there}
     wanted = Basis(settings_read(context, stage), made.inputs, upstream)
     if changes := dataclasses.replace(made, upstream=known).changes(wanted):
         raise ValueError(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from retmask_jax.evals.compare import START, ModelRow
 from retmask_jax.reports import html, plotting
@@ -14,16 +15,15 @@ from retmask_jax.reports.wording import TEXT_LOSS, axis
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import Stage
 from retmask_jax.stages.compare import COMPARE
-from retmask_jax.stages.eval import EvalResult
 from retmask_jax.utils.files import write_atomically
 
 
-def write_comparison(path: Path, results: Mapping[str, EvalResult], model: str) -> None:
-    """Write the page of `retmask eval --compare`. results: {"compare": that stage's result}."""
+def write_comparison(path: Path, results: Mapping[str, Any], model: str) -> None:
+    """Write the page of `retmask eval --compare`. results: {"compare": that stage's `EvalResult`}."""
     with plotting.style():
         sections = [
             html.lines(*provenance(results)),
-            *(evaluation_section(result, trained=False) for result in results.values()),
+            evaluation_section(results[COMPARE.name], trained=False),
             all_numbers(results),
         ]
     write_atomically(path, html.document(f"{model} against other models", sections))

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float64
+from markupsafe import Markup
 
 from retmask_jax.evals.compare import START, ModelRow
 from retmask_jax.reports import html, plotting
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def evaluation_section(result: EvalResult, trained: bool = True) -> str:
+def evaluation_section(result: EvalResult, trained: bool = True) -> Markup:
     """Models against the start model, from the result of `eval`, or (not trained here) of `compare`."""
     changes, grids = result.changes, _by_model(result.grids)
     seeds = len({row.seed for row in result.rows if row.arm != START})
@@ -69,8 +71,8 @@ def _panels(result: EvalResult) -> dict[str, "Figure"]:
             points = {arm: [(at, means[name][arm]) for at, name in series[place.of]] for arm in by_arm}
             panels[f"Evaluation: {place.of}"] = _over(place.of, points, f"{place.axis}; n = {n} at each", metric)
             continue
-        runs = {arm: [row.value for row in result.rows if (row.task, row.arm) == (task, arm)] for arm in by_arm}
-        share = not is_loss(task) and max(number.value for number in by_arm.values()) <= 1
+        runs = {arm: [row for row in result.rows if (row.task, row.arm) == (task, arm)] for arm in by_arm}
+        share = not is_loss(task) and all(number.value is None or number.value <= 1 for number in by_arm.values())
         panels[f"Evaluation: {task}"] = _before_after(task, by_arm, runs, f"{metric} (n = {n})", share=share)
     return panels
 
@@ -84,7 +86,7 @@ def _series(result: EvalResult) -> dict[str, list[tuple[int, str]]]:
     return {name: sorted(points) for name, points in series.items()}
 
 
-def _change_table(changes: Mapping[str, Mapping[str, Number]], rows: Sequence[ModelRow]) -> str:
+def _change_table(changes: Mapping[str, Mapping[str, Number]], rows: Sequence[ModelRow]) -> Markup:
     """Every task's change of every arm; with McNemar's p where an arm is one model and answers are right or wrong."""
     tests: dict[tuple[str, str], list] = {}
     for row in rows:
@@ -102,12 +104,12 @@ def _change_table(changes: Mapping[str, Mapping[str, Number]], rows: Sequence[Mo
     return table(head, cells, note="p: McNemar's exact test, for single models and answers that are right or wrong.")
 
 
-def _helmet(by_model: Mapping[str, Mapping[str, Helmet]]) -> str:
+def _helmet(by_model: Mapping[str, Mapping[str, Helmet]]) -> Markup:
     """HELMET's categories and means, in the paper's layout: a row per model and length, with what it changes against the
     start model. A dash where a part is missing."""
     found = [helmet for lengths in by_model.values() for helmet in lengths.values()]
     if not found:
-        return ""
+        return Markup()
     rows = [
         [name, length, *_helmet_cells(helmet, by_model[START][length] if name != START else None)]
         for name, lengths in by_model.items()
@@ -150,7 +152,7 @@ def _grid_means(grids: Mapping[tuple[str, str], Sequence[Cell]]) -> list[str]:
     """What each model recalls over a whole grid, in a sentence per task."""
     means: dict[str, list[str]] = {}
     for (task, name), cells in grids.items():
-        mean = np.average([cell.value for cell in cells], weights=[cell.n for cell in cells])
+        mean = np.average(_values(cells), weights=[cell.n for cell in cells])
         means.setdefault(task, []).append(f"{mean:.3f} ({name})")
     return [f"Over all lengths and depths of {task} recall is {', '.join(values)}." for task, values in means.items()]
 
@@ -193,16 +195,16 @@ def _limits(numbers: Sequence[Number]) -> tuple[float, float]:
 
 
 def _before_after(
-    title: str, pooled: Mapping[str, Number], runs: Mapping[str, Sequence[float]], xlabel: str, share: bool = True
+    title: str, pooled: Mapping[str, Number], runs: Mapping[str, Sequence[Number]], xlabel: str, share: bool = True
 ) -> "Figure":
     """A task for the start model and every arm; single runs are pale dots where an arm has several."""
     figure, ax = plotting.panel(title, 0.9 + 0.26 * len(pooled))
     for y, (arm, number) in enumerate(pooled.items()):
         if len(runs[arm]) > 1:
-            ax.plot(runs[arm], np.full(len(runs[arm]), y + 0.25), ".", color=colour(arm, y), alpha=0.6)
+            ax.plot(_values(runs[arm]), np.full(len(runs[arm]), y + 0.25), ".", color=colour(arm, y), alpha=0.6)
         plotting.interval(ax, number, y, colour(arm, y), marker=MARKERS[y % 5])
         plotting.note(ax, y, f"{number['value']:.3f}")
-    ax.axvline(pooled[START].value, color=colour(START), linestyle=":", linewidth=0.9, zorder=0)
+    ax.axvline(_values([pooled[START]])[0], color=colour(START), linestyle=":", linewidth=0.9, zorder=0)
     plotting.rows(ax, list(pooled), xlabel)
     if share:
         ax.set_xlim(-0.03, 1.03)
@@ -215,7 +217,7 @@ def _over(title: str, points: Mapping[str, Sequence[tuple[int, Number]]], xlabel
     handles = []
     for i, (name, line) in enumerate(points.items()):
         look = {"color": colour(name, i), "marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)]}
-        handles += ax.plot([at for at, _ in line], [number.value for _, number in line], label=name, **look)
+        handles += ax.plot([at for at, _ in line], _values([number for _, number in line]), label=name, **look)
         for at, number in line:
             plotting.interval(ax, number, at, look["color"], look["marker"], vertical=True)
     places = sorted({at for line in points.values() for at, _ in line})
@@ -251,12 +253,17 @@ def _forest(
         labels.append("")
         for i, (arm, number) in enumerate(arms.items()):
             plotting.interval(ax, number, len(labels), colour(arm, i + 1), marker=MARKERS[(i + 1) % 5])
-            plotting.note(ax, len(labels), signed(number.value))
+            plotting.note(ax, len(labels), "–" if number.value is None else signed(number.value))
             labels.append(arm)
     ax.axvline(0, color="black", linewidth=0.9, zorder=0)
     plotting.rows(ax, labels, xlabel)
     ax.set_xlim(limits)
     return figure
+
+
+def _values(numbers: Sequence[Number]) -> Float64[np.ndarray, " numbers"]:
+    """The values; nan where one is undefined."""
+    return np.array([number.value for number in numbers], np.float64)
 
 
 def _recall_map(title: str, cells: Sequence[Cell]) -> "Figure":

@@ -23,6 +23,7 @@ from retmask_jax.utils.stats import Number, _typed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
@@ -166,6 +167,13 @@ def rows(ax: "Axes", labels: Sequence[str], xlabel: str) -> None:
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel(xlabel)
+
+
+def whole_numbers(axis: "Axis") -> None:
+    """Mark an axis at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
 # --- heads ---

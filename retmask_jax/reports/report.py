@@ -32,7 +32,8 @@ def write_report(path: Path, results: Mapping[str, Any], model: str) -> None:
     detect, knockout, rope, pairs, train, evaluation = (results[stage.name] for stage in REPORT.upstream)
     with plotting.style():
         sections = [
-            html.lines(*provenance(results)) + _headlines(detect, knockout, rope, evaluation),
+            html.lines(*provenance(results)),
+            _headlines(detect, knockout, rope, evaluation),
             heads_section(detect),
             knockout_section(knockout, detect.heads),
             rope_section(rope),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
+from markupsafe import Markup
 
 from retmask_jax.reports import plotting
 from retmask_jax.reports.html import count, section, table
@@ -26,7 +27,7 @@ _OBJECTIVES = {
 }
 
 
-def pairs_section(result: PairsResult) -> str:
+def pairs_section(result: PairsResult) -> Markup:
     """What became of the prompts, from the result of `pairs`."""
     counts, prompts = result.counts, result.prompts
     if not counts:
@@ -52,7 +53,7 @@ def pairs_section(result: PairsResult) -> str:
     )
 
 
-def training_section(result: TrainResult) -> str:
+def training_section(result: TrainResult) -> Markup:
     """Losses and rewards of every run, from the result of `train`."""
     runs, groups = result.runs, {}
     for run in runs.values():
@@ -112,7 +113,8 @@ def curves(
     figure, ax = plotting.panel(title, 2.3 + 0.2 * math.ceil((len({run.arm for run in runs}) + rate) / 2))
     seen = {}
     for run in runs:
-        steps, values = [step.step for step in run.steps], [value(step) for step in run.steps]
+        points = [(step.step, y) for step in run.steps if (y := value(step)) is not None]
+        steps, values = [x for x, _ in points], [y for _, y in points]
         ax.plot(steps, values, color=colour(run.arm), alpha=0.22, linewidth=0.8)
         (seen[run.arm],) = ax.plot(steps, smooth(values), color=colour(run.arm))
     if rate:
@@ -160,18 +162,13 @@ def _ends(values: Sequence[float]) -> tuple[float, float]:
 
 def _stacked_counts(title: str, counts: Mapping[str, Mapping[str, int]]) -> "Figure":
     """Prompts per run, split into kept, identical and empty."""
-    looks = {
-        "kept": {"color": "#666666"},
-        "identical": {"color": "#cccccc"},
-        "empty": {"color": "white", "hatch": "////"},
-    }
-    edge = {"edgecolor": "#444444", "linewidth": 0.6}
+    looks = {"kept": ("#666666", None), "identical": ("#cccccc", None), "empty": ("white", "////")}
     figure, ax = plotting.panel(title, 1.2 + 0.26 * len(counts))
     for y, parts in enumerate(counts.values()):
         left = 0
-        for name, look in looks.items():
-            n = parts.get(name, 0)
-            ax.barh(y, n, 0.62, left, label=name if y == 0 else None, **edge, **look)
+        for name, (shade, hatch) in looks.items():
+            n, label = parts.get(name, 0), name if y == 0 else None
+            ax.barh(y, n, 0.62, left, color=shade, hatch=hatch, edgecolor="#444444", linewidth=0.6, label=label)
             left += n
         plotting.note(ax, y, str(parts[KEPT]))
     plotting.rows(ax, list(counts), "prompts (right: kept)")

@@ -139,7 +139,10 @@ class Context:
     @functools.cached_property
     def model_fingerprint(self) -> str:
         """`checkpoint_fingerprint` of the model; its weights are not loaded for it."""
-        return checkpoint_fingerprint(self.lm.source.folder if "lm" in self.__dict__ else self.folder)
+        folder = self.lm.source.folder if "lm" in self.__dict__ else self.folder
+        if folder is None:
+            raise ValueError("the model was not read from a folder, so its files have no fingerprint: save and load it")
+        return checkpoint_fingerprint(folder)
 
 
 def checkpoint_fingerprint(model: str | Path) -> str:

@@ -7,6 +7,7 @@ import json
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -77,8 +78,9 @@ def _made_by(path: Path) -> ConfigDict:
     return config
 
 
-def _module(path: Path):
+def _module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"retmask_recipe_{path.stem}", path.resolve())
+    assert spec is not None and spec.loader is not None  # since it is a .py file
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

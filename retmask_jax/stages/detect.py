@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from retmask_jax.generation.language_model import LanguageModel
-from retmask_jax.heads.copy_score import detect, stability
+from retmask_jax.heads.copy_score import detect
+from retmask_jax.heads.detection import stability
 from retmask_jax.heads.profile import profile
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import Head, mask_heads

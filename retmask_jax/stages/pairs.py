@@ -168,8 +168,8 @@ def _url(urls: Mapping[str, str], variant: Answers, seed: int, masked: Masked) -
     """The address of the server that answers for a variant."""
     server, heads = variant.server or f"{variant.name}-{seed}", masked.get((seed, variant.name), [])
     if server not in urls:
-        masked = " ".join(f"{layer}-{head}" for layer, head in heads)
-        what = f"`retmask export --heads {masked}` writes its model" if heads else "it serves the model as it is"
+        named = " ".join(f"{layer}-{head}" for layer, head in heads)
+        what = f"`retmask export --heads {named}` writes its model" if heads else "it serves the model as it is"
         raise ValueError(f"pairs.endpoints names {', '.join(sorted(urls))} and lacks {server}: {what}")
     return urls[server]
 
@@ -193,8 +193,9 @@ def _write_arm(folder: Path, prompts: Sequence[dict], answers: Records, seed: in
 def _cut_short(answers: Records) -> dict[str, int]:
     """How many answers of each variant and seed max_new_tokens has cut."""
     cut = collections.Counter()
-    for seed, name, prompt in answers:
-        cut[f"{name}-{seed}"] += not answers[seed, name, prompt]["finished"]
+    for key in answers:
+        seed, name, _ = key
+        cut[f"{name}-{seed}"] += not answers[key]["finished"]
     return dict(sorted(cut.items()))
 
 

@@ -147,7 +147,7 @@ def test_settings_of_the_study_that_cannot_be_used(refused):
     )
     assert "theta.factors (0.5, 2.0) lack 1" in refused(*run, "--config.theta.factors=(0.5, 2.0)")
     assert "theta.factors has -1.0; it must be a number above 0" in refused(*run, "--config.theta.factors=(1.0, -1.0)")
-    assert "must be positive and each one there once" in refused(*run, "--config.theta.factors=(1.0, 1.0)")
+    assert "must be positive, finite and without repeats" in refused(*run, "--config.theta.factors=(1.0, 1.0)")
     assert "detectors.top_k is 33, the model has 32 heads" in refused(*run, "--config.detectors.top_k=33")
     assert "null_query '' has no tokens" in refused(*run, "--config.detectors.null_query=")
 

@@ -23,7 +23,7 @@ from retmask_jax.data.needles import read_needles as read
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.data.tasks import task_cases
 from retmask_jax.generation.language_model import load
-from retmask_jax.heads import conditions, copy_score
+from retmask_jax.heads import conditions, copy_score, detection
 
 # language -> (answer, a sentence with it, a sentence with a longer or another word that only begins like it)
 SCRIPTS = {
@@ -175,7 +175,7 @@ def test_cases_of_another_script_count_and_are_right(prompter, tmp_path):
     path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in needles), encoding="utf-8")
     assert len(read(path)) == 3
     for one in needles:
-        assert copy_score._outcome(one["needle"], one["answer"], cut=False) == copy_score.COUNTED
+        assert copy_score._outcome(one["needle"], one["answer"], cut=False) == detection.COUNTED
         assert copy_score._outcome("другое нечто 大阪 हरा", one["answer"], cut=False) == "wrong answer"
     section = type("task", (), {"needles": "n", "lengths": ()})
     cases = task_cases(prompter, section, lambda _: path)

@@ -80,8 +80,8 @@ def _prompts(lm, records, chat=False):
     """The tokens of the prompts, written out: of a long one the end of the context is missing."""
     rows = []
     for record in records:
-        behind = f"{record['question']}" + ("" if chat else f" {record['question']} :")
-        ids = [lm.tokenizer.encode(text) for text in (record["context"], behind)]
+        question = f"{record['question']}" + ("" if chat else f" {record['question']} :")
+        ids = [lm.tokenizer.encode(text) for text in (record["context"], question)]
         around = [tl.BOS] if chat else []
         end = [*ids[1], *(lm.tokenizer.encode(":") if chat else [])]
         rows.append((*around, *ids[0][: LENGTH - NEW - len(around) - len(end)], *end))
@@ -93,7 +93,7 @@ def _answers(lm, prompts, **options):
     return [lm.tokenizer.decode(one.tokens[0, : one.lengths[0]], skip_special_tokens=True) for one in out]
 
 
-def test_exact_prompts_go_to_the_model_and_answers_are_scored_behind_their_prefix(tmp_path, monkeypatch):
+def test_exact_prompts_go_to_the_model_and_answers_are_scored_after_their_prefix(tmp_path, monkeypatch):
     lm, records, spy = copying_lm(), _records(4, 30), _Spy(monkeypatch)
     checkout = _write(tmp_path / "helmet", records)
     run = helmet.run_helmet(lm, checkout, [LENGTH], ["recall"], folder=tmp_path / "out", batch_size=4)

@@ -129,14 +129,14 @@ def test_answers_end_at_the_first_stop_and_at_special_tokens():
     ],
 )
 def test_options_of_tasks(kwargs, expected):
-    options = GenerationOptions.of(kwargs, 512)
+    options = GenerationOptions.from_kwargs(kwargs, 512)
     assert (options.until, options.max_new_tokens, options.temperature, options.top_p) == expected
 
 
 @pytest.mark.parametrize(
     ("kwargs", "why"),
     [
-        ({"num_beams": 4, "repetition_penalty": 1.1}, "has num_beams, repetition_penalty, which cannot be followed"),
+        ({"num_beams": 4, "repetition_penalty": 1.1}, "has num_beams, repetition_penalty, which is not supported"),
         ({"temperature": 0.5, "top_k": 5}, "has top_k"),
         ({"do_sample": True}, "wants do_sample at temperature 0"),
         ({"max_gen_toks": 512}, "512 new tokens; the model's context of 512 leaves no room"),
@@ -144,7 +144,7 @@ def test_options_of_tasks(kwargs, expected):
 )
 def test_options_that_cannot_be_followed_are_named(kwargs, why):
     with pytest.raises(ValueError, match=why):
-        GenerationOptions.of(kwargs, 512)
+        GenerationOptions.from_kwargs(kwargs, 512)
 
 
 def test_without_the_harness_one_line_says_what_to_install(monkeypatch):

@@ -21,8 +21,8 @@ from helpers_results import (
     train_results,
     training_step,
 )
-
 from markupsafe import Markup
+
 from retmask_jax.reports import evaluation, plotting, training
 from retmask_jax.reports import html as page
 from retmask_jax.reports.report import write_report

@@ -30,9 +30,9 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import executed_flops
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.sharding import held_bytes, make_mesh, placed_shapes
-from retmask_jax.pipeline.registry import check_batch, check_config
+from retmask_jax.pipeline.registry import check_config
 from retmask_jax.stages.arms import ARMS
-from retmask_jax.stages.train import train_settings
+from retmask_jax.stages.train import check_batch, train_settings
 from retmask_jax.training.objective import metric_names
 from retmask_jax.training.settings import Settings
 from retmask_jax.training.step import make_programs

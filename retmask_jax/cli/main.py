@@ -102,7 +102,7 @@ def _settings_of_eval(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     names = [name for name, _ in arguments.compare]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"--compare names {name!r} {names.count(name)} times: give each model a name of its own")
+            raise ValueError(f"--compare names {name!r} {names.count(name)} times: give each model another name")
     asked = [("eval.models", repr(dict(arguments.compare)))] if names else []
     if arguments.lm_eval:
         asked.append(("suites.lm_eval.tasks", repr(tuple(arguments.lm_eval.split(",")))))

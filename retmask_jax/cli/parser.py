@@ -259,7 +259,7 @@ def _add_profile(stage: argparse.ArgumentParser) -> None:
     stage.add_argument(
         "--threshold",
         type=float,
-        help="score that a retrieval head reaches (default: 0.1; of a work directory its own)",
+        help="score that a retrieval head reaches (default: 0.1; of a work directory, that of its detection)",
     )
     stage.add_argument(
         "--gain",

@@ -108,7 +108,7 @@ def curves(
         runs: As in the result of `train`.
         value: Gives the number of a step.
         label: Of the number's axis.
-        rate: Adds the learning rate, on an axis of its own.
+        rate: Adds the learning rate, on the right axis.
     """
     figure, ax = plotting.panel(title, 2.3 + 0.2 * math.ceil((len({run.arm for run in runs}) + rate) / 2))
     seen = {}

@@ -80,8 +80,8 @@ class Context:
         self.__dict__.pop("lm", None)
 
     def start_params(self, dtype: str):
-        """The model's parameters in a dtype, on the mesh of training, for one who gives them up; this context holds none of
-        its own then."""
+        """The model's parameters in a dtype, on the mesh of training, for a caller that gives them up; this context no longer
+        holds any then."""
         lm = self.__dict__.pop("lm", None)
         if lm is not None and dtype == self.config.dtype:
             return placed(lm.config, lm.params, self.mesh)

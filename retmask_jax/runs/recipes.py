@@ -48,7 +48,7 @@ def as_json(config) -> dict[str, Any]:
 
 
 def _shipped() -> Path:
-    """The folder `configs`: beside the package in a clone, inside it when installed."""
+    """The folder `configs`: next to the package in a clone, inside it when installed."""
     package = Path(__file__).parent.parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

@@ -129,7 +129,7 @@ class Workdir:
 
         Only what decides a stage's result counts; how it is computed (batch sizes, mesh, kernel, servers, versions) may
         change at any time, and settings of stages that have not begun may, too. Nothing is written before the first
-        stage runs, so a mistake found until then leaves no folder behind.
+        stage runs, so a mistake found until then leaves no folder.
         """
         work = cls(Path(root), as_json(config), aside)
         if (work.root / "config.json").exists():

@@ -14,8 +14,6 @@ def compare_stage(context: Context, folder: Path) -> EvalResult:
     contenders = {START: Contender(START, 0, lambda: context.lm)}
     for name, source in context.config.eval.models.items():
         contenders[name] = Contender(name, 0, lambda source=source: context.load(source))
-    if len(contenders) < 2:
-        raise ValueError("nothing is compared with the model: give others as --compare NAME=FOLDER_OR_HUB_ID")
     return compared(context, contenders)
 
 
@@ -28,9 +26,13 @@ def _check(config) -> None:
     for name, source in config.eval.models.items():
         if name in (START, MASKED) or not source or not isinstance(source, str):
             raise ValueError(
-                f"eval.models has {name!r}: {source!r}; give each folder or hub id a name of its own, not "
-                f"{START} or {MASKED}"
+                f"eval.models has {name!r}: {source!r}; give each folder or hub id a name, not {START} or {MASKED}"
             )
+
+
+def _check_run(config) -> None:
+    if not config.eval.models:
+        raise ValueError("nothing is compared with the model: give others as --compare NAME=FOLDER_OR_HUB_ID")
 
 
 COMPARE = Stage(
@@ -41,4 +43,5 @@ COMPARE = Stage(
     tasks=tasks_of,
     inputs=_inputs,
     check=_check,
+    check_run=_check_run,
 )

@@ -198,7 +198,7 @@ def suite_prints(context: Context) -> dict[str, Any]:
     return {"suites": digest(config_json(suites))} | files
 
 
-def tasks_of(config) -> tuple[str, ...]:
+def tasks_of(config: ConfigDict) -> tuple[str, ...]:
     """The tasks that models are measured on."""
     return (*config.eval.tasks, *config.eval.grids)
 

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class PairsResult(Result):
 
     Attributes:
         counts: Prompts by outcome (`training.pairs.OUTCOMES`), for each run.
-        heads: The heads masked for the rejected answers of each run that masks its own.
+        heads: The heads masked for the rejected answers of each run; none where they are those of another arm.
         prompts: Number of prompts that were asked.
         left_out: Number of prompts that were not asked, by reason.
         answers_cut: Number of answers that `pairs.max_new_tokens` cut, for each variant and seed, "NAME-SEED".
@@ -194,7 +194,7 @@ def _cut_short(answers: Records) -> dict[str, int]:
     """How many answers of each variant and seed max_new_tokens has cut."""
     cut = collections.Counter()
     for key in answers:
-        seed, name, _ = key
+        seed, name, _ = cast(tuple, key)
         cut[f"{name}-{seed}"] += not answers[key]["finished"]
     return dict(sorted(cut.items()))
 
@@ -218,6 +218,11 @@ def _check(config) -> None:
         raise ValueError(f"train.arms has {', '.join(unknown)}; known arms are {', '.join(ARMS)}")
 
 
+def _check_run(config) -> None:
+    if not config.pairs.prompts:
+        raise ValueError("pairs.prompts names no file of prompts: set it, or run detect, knockout and rope one by one")
+
+
 PAIRS = Stage(
     name="pairs",
     work=pairs_stage,
@@ -227,4 +232,5 @@ PAIRS = Stage(
     inputs=prompt_prints,
     batch_key="pairs.batch_size",
     check=_check,
+    check_run=_check_run,
 )

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import msgspec
+from ml_collections import ConfigDict
 
 from retmask_jax.data.pair_formats import iter_pairs
 from retmask_jax.data.pair_rows import PairRows, encode_blocks, kept_rows
@@ -14,13 +16,14 @@ from retmask_jax.generation.language_model import LanguageModel, save
 from retmask_jax.hf.end_tokens import Ends
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions, mask_heads
+from retmask_jax.model.sharding import make_mesh
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.arms import ARMS
 from retmask_jax.stages.detect import retrieval_heads
 from retmask_jax.stages.pairs import PAIRS
-from retmask_jax.training.loop import train
+from retmask_jax.training.loop import check_mesh, train
 from retmask_jax.training.settings import Settings
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import digest, is_whole, mark_whole, read_jsonl
@@ -79,11 +82,16 @@ def train_stage(context: Context, folder: Path) -> TrainResult:
     return TrainResult(runs=runs, numbers=numbers)
 
 
-def train_settings(config, arm: str, seed: int) -> Settings:
+def train_settings(config: ConfigDict, arm: str, seed: int) -> Settings:
     """How one arm is trained."""
     section = config.train
     fields = {field.name for field in dataclasses.fields(Settings)} - {"objective", "seed"}
     return Settings(objective=ARMS[arm].objective, seed=seed, **{name: section[name] for name in fields})
+
+
+def check_batch(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
+    """Raises ValueError where a part of a batch does not divide over the mesh of these devices (None: all)."""
+    check_mesh(train_settings(config, "retmask", 0), make_mesh(config.mesh, devices))
 
 
 def _trained(context: Context, model: LanguageModel, arm: str, seed: int, folder: Path) -> Run:
@@ -156,4 +164,5 @@ TRAIN = Stage(
     settings=(*PROMPTS, "pairs.template_kwargs", "train.*"),
     batch_key="train.microbatch_size",
     check=_check,
+    check_run=check_batch,
 )

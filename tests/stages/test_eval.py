@@ -154,10 +154,7 @@ def test_the_table_has_every_model_and_its_test():
         (["--compare", "bundled"], "'bundled' must be NAME=FOLDER or NAME=HUB_ID"),
         (["--compare", "start=bundled"], "eval.models has 'start'"),
         (["--compare", "start=bundled", "--compare", "a.b/c=bundled"], "eval.models has 'start'"),
-        (
-            ["--compare", "mine=bundled", "mine=other"],
-            "--compare names 'mine' 2 times: give each model a name of its own",
-        ),
+        (["--compare", "mine=bundled", "mine=other"], "--compare names 'mine' 2 times: give each model another name"),
         (["--config.suites.ruler.tasks=('niah_single_9',)"], "suites.ruler.tasks has 'niah_single_9'"),
         (["--config.suites.json_kv.lengths=(9999,)"], "suites.json_kv needs 9999 tokens, the model's context is 1024"),
     ],

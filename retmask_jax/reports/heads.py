@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from markupsafe import Markup
 
 from retmask_jax.reports import plotting
 from retmask_jax.reports.html import count, fixed, section, table
@@ -26,7 +27,7 @@ _PROFILE = {
 }
 
 
-def heads_section(result: DetectResult) -> str:
+def heads_section(result: DetectResult) -> Markup:
     """The detected heads, from the result of `detect`."""
     heads, mean_LH, outcomes, threshold = result.heads, np.array(result.mean), result.outcomes, result.threshold
     chosen = (

@@ -106,15 +106,6 @@ class Result(stats._Keyed):
 R = TypeVar("R", bound=Result)
 
 
-class _Plain(dict):
-    """A result whose type is not written yet."""
-
-    def __getattr__(self, name):
-        if name == "provenance":
-            return msgspec.convert(self.get(name, {}), Provenance)
-        return self.get("seconds", 0.0) if name == "seconds" else self[name]
-
-
 @dataclasses.dataclass(frozen=True)
 class Workdir:
     """A folder of results. aside: what the config no longer fits is set aside instead of refused."""
@@ -148,8 +139,6 @@ class Workdir:
         self._check_finished(stage)
         path = self.folder(stage) / _RESULT
         record = read_json(path)
-        if kind is dict:
-            return _Plain(record)
         try:
             return msgspec.convert(record, kind)
         except msgspec.ValidationError as error:

@@ -128,6 +128,7 @@ def test_plain_detection_and_the_fast_one_are_equal(slow):
     assert (plain.scores.mean > 0).sum() >= 4
 
 
+@pytest.mark.slow
 def test_plain_detection_and_the_fast_one_are_equal_on_the_bundled_model():
     """Its answers are the needle's words and a full stop, so that most of them are read in one pass."""
     lm, cases = load("bundled"), bundled_cases(96, depths=3, needles=1)

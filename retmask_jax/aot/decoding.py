@@ -26,14 +26,15 @@ from retmask_jax.aot.program import (
 )
 from retmask_jax.aot.topology import GIB, Chip, chip_of, devices_of, estimate
 from retmask_jax.generation.batching import bucket
-from retmask_jax.generation.continuous import programs, rows_that_fill
+from retmask_jax.generation.continuous import rows_that_fill
+from retmask_jax.generation.continuous_programs import Shared, programs
 from retmask_jax.generation.decode import Draws, generate_batch
 from retmask_jax.generation.prefill import usual_chunk
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import forward_flops
-from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kernels.blocked import compiled_for
 from retmask_jax.model.kv_cache import empty_cache
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.sharding import ROW_AXES, decoding_mesh, full_share, held_bytes, make_mesh, placed_shapes, using
 from retmask_jax.pipeline.registry import check_config
 from retmask_jax.stages.arms import answering
@@ -119,21 +120,23 @@ def _sampling(config: ConfigDict, model: ModelConfig, mesh: Mesh, chip: Chip) ->
     params = placed_shapes(model, mesh, config.dtype)
     weights, length, new = held_bytes(params), config.train.max_prompt_tokens, config.pairs.max_new_tokens
     variants = len(config.train.seeds) * len(answering(config.train.arms))
-    masks = jax.eval_shape(lambda: Interventions.none(model).per_row(variants))
+    masks = jax.eval_shape(lambda: normalise(model).repeated(variants))
     whole = jax.tree.map(
         lambda x: array(mesh, x.shape, x.dtype),
         (masks, Draws.of(model, None, config.pairs.temperature, config.pairs.top_p), np.int32(1)),
     )
-    shared, answers = (params, *whole), config.pairs.n_prompts * variants
+    shared, answers = Shared(params, *whole), config.pairs.n_prompts * variants
     rows = config.pairs.batch_size or rows_that_fill(
         model, shared, length, new, int(chip.memory - weights), most=answers
     )
     rows = full_share(rows, ROW_AXES)
     parts = programs(model, shared, rows, length, new)
-    state = parts.decode[1][-2:]
+    state = parts.decode.arguments[-2:]
     jitted = {
-        "prompts": Program(parts.prefill[0], parts.prefill[1], options=parts.prefill[2], resident=state),
-        "token": Program(parts.decode[0], parts.decode[1]),
+        "prompts": Program(
+            parts.prefill.function, parts.prefill.arguments, options=parts.prefill.options, resident=state
+        ),
+        "token": Program(parts.decode.function, parts.decode.arguments),
     }
     return _Job(jitted, rows, length, new, answers, weights, held_bytes(state))
 
@@ -144,12 +147,12 @@ def _detection(config: ConfigDict, model: ModelConfig, mesh: Mesh, chip: Chip) -
     new = config.detect.max_new_tokens
     length = min(bucket(max(task.lengths)), model.max_length - new)
     params = placed_shapes(model, mesh, config.dtype)
-    masks = jax.eval_shape(lambda: Interventions.none(model).per_row(rows))
+    masks = jax.eval_shape(lambda: normalise(model).repeated(rows))
     given = [
         array(mesh, (rows, length), jnp.int32, "batch"),
         array(mesh, (rows,), jnp.int32, "batch"),
         jax.tree.map(lambda x: array(mesh, x.shape, x.dtype, "batch"), masks),
-        *jax.tree.map(lambda x: array(mesh, x.shape, x.dtype), Draws.of(model, None, 0.0, 1.0)),
+        jax.tree.map(lambda x: array(mesh, x.shape, x.dtype), Draws.of(model, None, 0.0, 1.0)),
         *2 * [array(mesh, (rows,), jnp.uint32, "batch")],
     ]
     cache = jax.eval_shape(lambda: empty_cache(model, rows, length + new, config.dtype))

@@ -28,7 +28,7 @@ from retmask_jax.aot.topology import GIB, Chip, chip_of, devices_of, estimate
 from retmask_jax.data.pair_rows import SIDES
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import executed_flops
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.sharding import held_bytes, make_mesh, placed_shapes
 from retmask_jax.pipeline.registry import check_config
 from retmask_jax.stages.arms import ARMS
@@ -90,7 +90,7 @@ def training_programs(config: ModelConfig, settings: Settings, mesh: Mesh, lengt
             batch[f"ref_{side}"] = array(mesh, (rows,), jnp.float32, "batch")
     ablated = None
     if settings.objective == "contrast":
-        masks = jax.eval_shape(lambda: Interventions.none(config))
+        masks = jax.eval_shape(lambda: normalise(config))
         ablated = jax.tree.map(lambda x: array(mesh, x.shape, x.dtype), masks)
     state, runs = programs.state, settings.batch_size // rows
     if runs == 1:

@@ -28,10 +28,10 @@ from retmask_jax.aot.topology import GIB, chip_of, devices_of
 from retmask_jax.benchmarks.models import shape
 from retmask_jax.generation.prefill import prefill
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
+from retmask_jax.model.layers import unembed
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.sharding import AXES, make_mesh, placed_shapes
-from retmask_jax.model.transformer import unembed
 from retmask_jax.runs.recipes import load_recipe
 from retmask_jax.utils.files import write_json
 
@@ -128,7 +128,7 @@ def prefill_program(config: ModelConfig, mesh: Mesh, batch: int, length: int) ->
     cache = jax.eval_shape(lambda: empty_cache(config, batch, length, jnp.bfloat16))
     cache = jax.tree.map(lambda x: array(mesh, x.shape, x.dtype, None, "batch", "heads").sharding, cache)
     logits = array(mesh, (batch, config.vocab_size), jnp.float32, "batch", "vocab").sharding
-    interventions = jax.eval_shape(lambda: Interventions.none(config))
+    interventions = jax.eval_shape(lambda: normalise(config))
     arguments = (
         placed_shapes(config, mesh, jnp.bfloat16),
         array(mesh, (batch, length), jnp.int32, "batch"),

@@ -16,7 +16,7 @@ from retmask_jax.benchmarks.harness import Bound, Row, alternate
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import block_weights, forward_flops, layer_kinds
-from retmask_jax.model.sharding import by_rows, using
+from retmask_jax.model.sharding import row_parallel, using
 
 _PRODUCT = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # rows and columns of the matrices that are multiplied
 _TURNS = {
@@ -45,7 +45,7 @@ def product_peak(mesh: Mesh, dtype: DTypeLike) -> float:
     # Random numbers, since a GPU multiplies equal ones faster.
     draw = functools.partial(jax.random.normal, shape=(mesh.size * n, n), dtype=dtype)
     a, b = (_filled(mesh, functools.partial(draw, jax.random.key(seed))) for seed in range(2))
-    multiply = jax.jit(lambda a, b: by_rows(lambda _, ab: ab[0] @ ab[1], (), (a, b)))
+    multiply = jax.jit(row_parallel("a", "b")(lambda a, b: a @ b))
     return 2.0 * mesh.size * n**3 / _best(mesh, lambda: multiply(a, b))
 
 
@@ -53,7 +53,7 @@ def copy_bandwidth(mesh: Mesh) -> float:
     """Bytes read and written a second by copies, on all devices of a data mesh at once; the best of ten runs."""
     shape = mesh.size, _COPIED[jax.default_backend()] // 4
     x = _filled(mesh, lambda: jnp.full(shape, 0.5, jnp.float32))
-    copy = jax.jit(lambda x: by_rows(lambda _, x: x + 1, (), x))
+    copy = jax.jit(row_parallel("x")(lambda x: x + 1))
     return 2.0 * x.nbytes / _best(mesh, lambda: copy(x))
 
 

@@ -18,7 +18,7 @@ from retmask_jax.generation.language_model import load
 from retmask_jax.heads.reading import own_choices, read_batch
 from retmask_jax.model import sharding
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.transformer import forward
 from retmask_jax.training.reference import batch_logprobs
 from retmask_jax.training.settings import Settings
@@ -69,7 +69,7 @@ def reading(config: ModelConfig, length: int) -> Program:
     def arguments():
         rows, target = length - _PROBED + jnp.arange(_PROBED)[None], jnp.ones((1, _PROBED), jnp.int32)
         start, end = jnp.zeros(1, jnp.int32), jnp.full(1, length, jnp.int32)
-        tokens, masks = jnp.ones((1, length), jnp.int32), Interventions.none(config)
+        tokens, masks = jnp.ones((1, length), jnp.int32), normalise(config)
         return _params(config), None, tokens, start, end, rows, target, None, masks, jnp.int32(length)
 
     return Program(read_batch, (config, own_choices, False), arguments)
@@ -80,8 +80,8 @@ def decoding(config: ModelConfig, length: int) -> Program:
 
     def arguments():
         row, tokens = jnp.zeros(1, jnp.uint32), jnp.ones((1, length), jnp.int32)
-        lengths, masks = jnp.full(1, length, jnp.int32), Interventions.none(config)
-        return _params(config), tokens, lengths, masks, *Draws.of(config, (), 0.0, 1.0), row, row
+        lengths, masks = jnp.full(1, length, jnp.int32), normalise(config)
+        return _params(config), tokens, lengths, masks, Draws.of(config, (), 0.0, 1.0), row, row
 
     return Program(generate_batch, (config,), arguments, {"max_new_tokens": _PROBED, "probe": True})
 

@@ -12,7 +12,8 @@ from retmask_jax.generation.continuous import Request, generate_stream
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.generation.logprobs import next_logprobs
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions, stack
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import normalise
 from retmask_jax.utils import memory
 from retmask_jax.utils.files import digest
 from retmask_jax.utils.hosts import to_host
@@ -173,7 +174,7 @@ def answered(
             temperature=temperature,
             top_p=top_p,
             stop_ids=stops,
-            masks=stack([mask]),
+            masks=[mask],
             what=what,
         )
         for place, generated in made:
@@ -207,18 +208,21 @@ def stop_ids(lm: LanguageModel, until: Iterable[str]) -> list[int]:
 
 
 def shared_mask(config: ModelConfig, interventions: Interventions | None) -> Interventions:
-    """Fills interventions; raises ValueError for masks with a row axis, as samples are batched in any order."""
-    iv = (interventions or Interventions()).fill(config)
-    if iv.of_rows():
+    """Checks interventions; raises ValueError for masks with a row axis, as samples are batched in any order."""
+    iv = interventions or Interventions()
+    normalise(config, iv)
+    if iv.has_rows:
         raise ValueError(
             "a suite runs under one mask: interventions with a row axis do not apply; run it once for each"
         )
     return iv
 
 
-def mask_hash(mask: Interventions) -> str:
-    """Returns a hash of filled interventions."""
-    arrays = [np.asarray(part) for part in mask.given().values()]
+def mask_hash(config: ModelConfig, mask: Interventions) -> str:
+    """Returns a hash of interventions that all rows share."""
+    masks = normalise(config, mask)
+    parts = (masks.head_BLH, masks.rope_BLHR, *([] if mask.head_mean is None else [masks.mean_BLHD]))
+    arrays = [np.asarray(part[0]) for part in parts]
     return digest([mask.rope_site, *([str(x.dtype), digest(x.tobytes())] for x in arrays)])
 
 

@@ -93,8 +93,8 @@ def answers(
     prompts = [case.tokens for case in cases]
     texts: list[list[str]] = [[] for _ in masks]
     for some in _together(lm.config, masks, len(cases)):
-        filled = jax.tree.map(np.asarray, stack([masks[i].fill(lm.config) for i in some]))
-        per_row = jax.tree.map(lambda x: np.repeat(x, len(cases), axis=0), filled)
+        together = stack([masks[i] for i in some])
+        per_row = jax.tree.map(lambda x: np.repeat(np.asarray(x), len(cases), axis=0), together)
         results = generate_many(
             lm.config,
             lm.params,

@@ -20,8 +20,10 @@ from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.heads.detection import COUNTED, Detection, collect
 from retmask_jax.heads.reading import read_answers
 from retmask_jax.model.attention import Probe
+from retmask_jax.model.layers import unembed
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.sharding import mesh_of
-from retmask_jax.model.transformer import check_tokens, hidden, unembed
+from retmask_jax.model.transformer import check_tokens, hidden
 
 RIGHT_RECALL = 0.5  # ROUGE-1 recall of the reference above which an answer is right
 
@@ -87,7 +89,7 @@ def _read_on(lm: LanguageModel, tokens: list[int], width: int) -> tuple[int, Int
 @functools.partial(jax.jit, static_argnums=0)
 def _next_token(config, params, tokens_1T, last):
     last_11 = jnp.full((1, 1), last)
-    out = hidden(config, params, tokens_1T, probe=Probe(last_11))
+    out = hidden(config, params, tokens_1T, normalise(config), probe=Probe(last_11))
     assert out.probed is not None  # it was asked for
     logits_V = unembed(config, params, out.x_BTE[0, last])
     return jnp.argmax(logits_V), out.probed.keys[0, 0, :, :, 0]

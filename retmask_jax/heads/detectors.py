@@ -28,8 +28,9 @@ from retmask_jax.heads.reading import measure_answers, read_answers
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.attention import EVERYWHERE
 from retmask_jax.model.interventions import Head, Interventions
-from retmask_jax.model.sharding import by_rows, full_share, mesh_of
-from retmask_jax.model.transformer import check_tokens, merge_layers, unembed, unembedding
+from retmask_jax.model.layers import merge_layers, unembed, unembedding
+from retmask_jax.model.sharding import full_share, mesh_of, row_parallel
+from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory, stats
 from retmask_jax.utils.hosts import to_host
 
@@ -344,13 +345,9 @@ def _gate_gradients(
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@row_parallel("tokens_BT", "counted_BT")
 def _gradients(config, params, tokens_BT, counted_BT, longest):
-    return by_rows(functools.partial(_gradient_rows, config), (params, longest), (tokens_BT, counted_BT))
-
-
-def _gradient_rows(config, shared, rows):
     """Returns f32[B,L,H]. Each row has gates of its own, so that one gradient of the sum over rows separates them."""
-    (params, longest), (tokens_BT, counted_BT) = shared, rows
     lengths_B = jnp.full(len(tokens_BT), longest)
 
     def total(gate_BLH):

@@ -13,8 +13,9 @@ from retmask_jax.generation.batching import full_batches
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.attention import EVERYWHERE, Probe
 from retmask_jax.model.inference import hidden_rows
-from retmask_jax.model.interventions import Head, Interventions
-from retmask_jax.model.sharding import by_rows, full_share, mesh_of
+from retmask_jax.model.interventions import Head
+from retmask_jax.model.masks import normalise
+from retmask_jax.model.sharding import full_share, mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory
 from retmask_jax.utils.hosts import to_host
@@ -81,15 +82,11 @@ def _mean(per_text: Sequence[np.ndarray]) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@row_parallel("tokens_BT", "rows_BP")
 def _statistics(config, params, tokens_BT, rows_BP):
-    return by_rows(functools.partial(_of_rows, config), params, (tokens_BT, rows_BP))
-
-
-def _of_rows(config, params, rows):
     """Returns the mean f32[B,L,H,D] and the covariance f32[B,L,H,R,R] of each row."""
-    tokens_BT, rows_BP = rows
     spans_B12 = jnp.broadcast_to(jnp.array(EVERYWHERE), (len(tokens_BT), 1, 2))
     asked = Probe(rows_BP, spans_B12, values=True, pairs=config.n_pairs)
-    probed = hidden_rows(config, params, tokens_BT, Interventions(), rows_BP, probe=asked).probed
+    probed = hidden_rows(config, params, tokens_BT, normalise(config), rows_BP, probe=asked).probed
     assert probed is not None and probed.values is not None and probed.pairs is not None  # they were asked for
     return probed.values[..., 0, :].mean(axis=1), probed.pairs[:, 0]

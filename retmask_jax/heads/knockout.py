@@ -19,8 +19,9 @@ from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import Layers
 from retmask_jax.model.interventions import Head, Interventions, all_heads, mask_heads, mask_queries, random_heads
-from retmask_jax.model.sharding import ROWS, STACKED_ROWS, by_rows, full_share, mesh_of
-from retmask_jax.model.transformer import check_tokens, make_call, split_masks
+from retmask_jax.model.masks import normalise
+from retmask_jax.model.sharding import STACKED_ROWS, full_share, mesh_of, row_parallel
+from retmask_jax.model.transformer import check_tokens, make_call
 from retmask_jax.utils import memory
 from retmask_jax.utils.hosts import to_host
 
@@ -220,33 +221,24 @@ def _late(config: ModelConfig, heads: Sequence[Head | None]) -> tuple[np.ndarray
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@row_parallel("tokens_BT", results=STACKED_ROWS)
 def _states(config: ModelConfig, params, tokens_BT):
-    """[R,B,T,E]: the input of each group of layers in the untouched model."""
-
-    def states(params, tokens_BT):
-        layers = _layers(config, params, *tokens_BT.shape)
-        return layers.states(layers.embed(tokens_BT), split_masks(config, Interventions.none(config)))
-
-    return by_rows(states, params, tokens_BT, split=(ROWS, STACKED_ROWS))
+    """[R,B,T,E]: what each group of layers gets in the untouched model."""
+    layers = _layers(config, params, *tokens_BT.shape)
+    return layers.states(layers.embed(tokens_BT), normalise(config).by_layer(config))
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@row_parallel("tokens_BT", stacked=("states_RBTE",))
 def _masked_logprobs(config: ModelConfig, params, mask_KLH, start, tokens_BT, states_RBTE):
     """f32[B,K,T-1]: log-probability of each token of the texts under each mask, from the states of group `start` on."""
-
-    def logprobs(shared, rows):
-        params, mask_KLH, start = shared
-        tokens_BT, states_RBTE = rows
-        n_masks, (batch, length) = len(mask_KLH), tokens_BT.shape
-        tokens_XT, x_XTE = (jnp.repeat(x, n_masks, axis=0) for x in (tokens_BT, states_RBTE[start]))
-        masked = Interventions(jnp.tile(mask_KLH, (batch, 1, 1))).fill(config, batch * n_masks)
-        layers = _layers(config, params, batch * n_masks, length)
-        x_XTE = layers.normed(layers.from_group(start, x_XTE, split_masks(config, masked)))[:, :-1]
-        logp_XT = chosen_logprobs(config, params, x_XTE, tokens_XT[:, 1:], jnp.ones(x_XTE.shape[:2], bool))
-        return logp_XT.reshape(batch, n_masks, -1)
-
-    rows = tokens_BT, states_RBTE
-    return by_rows(logprobs, (params, mask_KLH, start), rows, split=((ROWS, STACKED_ROWS), ROWS))
+    n_masks, (batch, length) = len(mask_KLH), tokens_BT.shape
+    tokens_XT, x_XTE = (jnp.repeat(x, n_masks, axis=0) for x in (tokens_BT, states_RBTE[start]))
+    masks = normalise(config, Interventions(jnp.tile(mask_KLH, (batch, 1, 1))), batch * n_masks)
+    layers = _layers(config, params, batch * n_masks, length)
+    x_XTE = layers.normed(layers.from_group(start, x_XTE, masks.by_layer(config)))[:, :-1]
+    logp_XT = chosen_logprobs(config, params, x_XTE, tokens_XT[:, 1:], jnp.ones(x_XTE.shape[:2], bool))
+    return logp_XT.reshape(batch, n_masks, -1)
 
 
 def _layers(config: ModelConfig, params, batch: int, length: int) -> Layers:

@@ -11,7 +11,7 @@ from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model import lora
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Head
-from retmask_jax.model.transformer import merge_layers
+from retmask_jax.model.layers import merge_layers
 from retmask_jax.utils import stats
 from retmask_jax.utils.hosts import to_host
 

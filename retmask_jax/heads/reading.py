@@ -9,18 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Int, PyTree
 
 from retmask_jax.generation.batching import bucket, full_batches, pad_rows
 from retmask_jax.generation.language_model import LanguageModel
-from retmask_jax.generation.prefill import Prefilled, Shared, prefill, share_prefixes, slots_for, usual_chunk
+from retmask_jax.generation.prefill import Shared, prefill, share_prefixes, slots_for, usual_chunk
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.inference import HiddenRows
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
-from retmask_jax.model.sharding import by_rows, full_share, mesh_of
-from retmask_jax.model.transformer import check_tokens, unembed
+from retmask_jax.model.layers import unembed
+from retmask_jax.model.masks import Masks, normalise
+from retmask_jax.model.sharding import full_share, mesh_of, row_parallel
+from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory
 from retmask_jax.utils.hosts import to_host
 
@@ -80,7 +82,7 @@ def measure_answers(
         lm: The model.
         prompts: Tokens of each prompt.
         answers: Tokens of the answer after each prompt, at least one.
-        measure: measure(config, params, out, target_BN) -> pytree of arrays [B,N,...], where `out` is the `Prefilled` of
+        measure: measure(config, params, out, target_BN) -> pytree of arrays [B,N,...], where `out` is the `HiddenRows` of
             the positions that predict the answers and target_BN are the answers' tokens. A pure function defined at the
             top of a module, as each function object compiles a program of its own.
         spans: For each prompt as many token spans, which the probe measures as in `Probe`.
@@ -99,14 +101,14 @@ def measure_answers(
         raise ValueError(f"{len(prompts)} prompts need as many answers, and none of them may be empty")
     config, width = lm.config, max(map(len, answers))
     check_tokens(config, np.zeros((1, max(map(len, prompts))), np.int32), new_tokens=width)
-    iv = (interventions or Interventions()).fill(config)
+    masks = normalise(config, interventions)
     longest = np.int32(max(map(len, prompts)) + width)
     on_cpu = jax.default_backend() == "cpu"
 
     def work(todo: list[int], batch_size: int):
         for group in share_prefixes([prompts[i] for i in todo]):
             group = dataclasses.replace(group, members=tuple(todo[i] for i in group.members))
-            cache = _read_prefix(config, lm.params, group.prefix, iv, longest)
+            cache = _read_prefix(config, lm.params, group.prefix, masks, longest)
             # After a shared prefix, chunks are computed up to the longest row of a batch. So rows are sorted by length,
             # and batches are small on a CPU, which two rows, or one per device, keep busy. All batches are padded to
             # one width, for one program.
@@ -116,7 +118,7 @@ def measure_answers(
             for batch in full_batches(members, size):
                 inputs = _continuations(config, batch, prompts, answers, width, group if shared else None)
                 spans_BN2 = None if spans is None else np.array([spans[i] for i, _ in batch], np.int32)
-                out = to_host(read_batch(config, measure, values, lm.params, cache, *inputs, spans_BN2, iv, longest))
+                out = to_host(read_batch(config, measure, values, lm.params, cache, *inputs, spans_BN2, masks, longest))
                 rows = [i for i, _ in batch]
                 cut = [operator.itemgetter((row, slice(len(answers[i])))) for row, i in enumerate(rows)]
                 yield rows, [jax.tree.map(take, out) for take in cut]
@@ -126,20 +128,21 @@ def measure_answers(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@row_parallel("tokens_BT", "start_B", "end_B", "rows_BN", "target_BN", "spans_BN2", "masks")
 def read_batch(
     config: ModelConfig,
     measure: Callable[..., Any],
     values: bool,
     params: PyTree,
     prefix: PyTree | None,
-    tokens_BT: Int[ArrayLike, "B T"],
-    start_B: Int[ArrayLike, " B"],
-    end_B: Int[ArrayLike, " B"],
-    rows_BN: Int[ArrayLike, "B N"],
-    target_BN: Int[ArrayLike, "B N"],
-    spans_BN2: Int[ArrayLike, "B spans 2"] | None,
-    iv: Interventions,
-    longest: Int[ArrayLike, ""],
+    tokens_BT: Int[jax.Array, "B T"],
+    start_B: Int[jax.Array, " B"],
+    end_B: Int[jax.Array, " B"],
+    rows_BN: Int[jax.Array, "B N"],
+    target_BN: Int[jax.Array, "B N"],
+    spans_BN2: Int[jax.Array, "B spans 2"] | None,
+    masks: Masks,
+    longest: Int[jax.Array, ""],
 ) -> Any:
     """Measures one batch of texts; the compiled program of `measure_answers`.
 
@@ -153,17 +156,38 @@ def read_batch(
         rows_BN: The positions in tokens_BT to measure at.
         target_BN: The answers' tokens, which are predicted there.
         spans_BN2: Token spans for the probe, or None.
-        iv: Filled interventions.
         longest: Tokens of the longest text and its answer.
     """
-    rows = tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv.per_row(np.shape(tokens_BT)[0])
-    return by_rows(functools.partial(_read_rows, config, measure, values), (params, prefix, longest), rows)
+    batch, length = tokens_BT.shape
+    n_prefix, chunk = (0, usual_chunk()) if prefix is None else (prefix["blocks"]["0"].slots, READ_CHUNK)
+    cache = None
+    if prefix is not None or length > chunk:
+        dtype = jax.tree.leaves(params)[0].dtype
+        cache = empty_cache(config, batch, n_prefix + slots_for(length, chunk), dtype, rings=False)
+    if prefix is not None:
+        cache = jax.tree.map(lambda new, old: new.at[_corner(new, old)].set(old), cache, prefix)
+    rows_BN = jnp.minimum(rows_BN, (end_B - start_B)[:, None] - 1)
+    out = prefill(
+        config,
+        params,
+        tokens_BT,
+        end_B,
+        masks,
+        cache,
+        rows_BN,
+        start_B=None if prefix is None else start_B,
+        probe=Probe(rows_BN, spans_BN2, values=values),
+        longest=longest,
+        chunk=chunk,
+    )
+    return measure(config, params, out, target_BN)
 
 
 def own_choices(
-    config: ModelConfig, params: PyTree, out: Prefilled, target_BN: Int[jax.Array, "B N"]
+    config: ModelConfig, params: PyTree, out: HiddenRows, target_BN: Int[jax.Array, "B N"]
 ) -> tuple[Int[jax.Array, "B N"], Int[jax.Array, "B N L H"]]:
     """Returns the most likely token, and the position of the key that each head weighs most."""
+    assert out.probed is not None  # it was asked for
     return jnp.argmax(unembed(config, params, out.x_BPE), axis=-1), out.probed.keys[..., 0]
 
 
@@ -185,48 +209,20 @@ def _continuations(config, batch, prompts, answers, width: int, group: Shared | 
     return tokens_BT, start_B, start_B + lengths_B, asked_B[:, None] + np.arange(width, dtype=np.int32), target_BN
 
 
-def _read_prefix(config, params, prefix, iv, longest):
+def _read_prefix(config, params, prefix, masks, longest):
     """Returns the cache of a shared prefix (one row, every position), or None for an empty one."""
     if not prefix:
         return None
     length = bucket(len(prefix))
     tokens_1T = np.pad(np.array([prefix], np.int32), ((0, 0), (0, length - len(prefix))))
-    return _prefix_cache(config, params, tokens_1T, np.array([len(prefix)], np.int32), iv, longest)
+    return _prefix_cache(config, params, tokens_1T, np.array([len(prefix)], np.int32), masks, longest)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _prefix_cache(config, params, tokens_1T, end_1, iv, longest):
+def _prefix_cache(config, params, tokens_1T, end_1, masks, longest):
     dtype = jax.tree.leaves(params)[0].dtype
     cache = empty_cache(config, 1, slots_for(tokens_1T.shape[1]), dtype, rings=False)
-    return prefill(config, params, tokens_1T, end_1, iv, cache, jnp.zeros((1, 1), jnp.int32), longest=longest).cache
-
-
-def _read_rows(config, measure, values, shared, rows):
-    params, prefix, longest = shared
-    tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv = rows
-    batch, length = tokens_BT.shape
-    n_prefix, chunk = (0, usual_chunk()) if prefix is None else (prefix["blocks"]["0"].slots, READ_CHUNK)
-    cache = None
-    if prefix is not None or length > chunk:
-        dtype = jax.tree.leaves(params)[0].dtype
-        cache = empty_cache(config, batch, n_prefix + slots_for(length, chunk), dtype, rings=False)
-    if prefix is not None:
-        cache = jax.tree.map(lambda new, old: new.at[_corner(new, old)].set(old), cache, prefix)
-    rows_BN = jnp.minimum(rows_BN, (end_B - start_B)[:, None] - 1)
-    out = prefill(
-        config,
-        params,
-        tokens_BT,
-        end_B,
-        iv,
-        cache,
-        rows_BN,
-        start_B=None if prefix is None else start_B,
-        probe=Probe(rows_BN, spans_BN2, values=values),
-        longest=longest,
-        chunk=chunk,
-    )
-    return measure(config, params, out, target_BN)
+    return prefill(config, params, tokens_1T, end_1, masks, cache, jnp.zeros((1, 1), jnp.int32), longest=longest).cache
 
 
 def _corner(new, old):

@@ -316,7 +316,7 @@ def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measu
     """What a part of a suite gave this model: read if it was measured before, else measured now and written. An
     interrupted part goes on, sample by sample."""
     files = list(there.fingerprints(suite_files(suites)).values())
-    mask = mask_hash(shared_mask(there.lm.config, contender.interventions))
+    mask = mask_hash(there.lm.config, shared_mask(there.lm.config, contender.interventions))
     settings = config_json(suites[name]), config_json(there.config.prompt)
     key = digest([there.model_fingerprint, mask, *settings, files])
     path = _store(there) / f"{name}-{key}.json"

@@ -15,7 +15,7 @@ from retmask_jax.data.pair_rows import PairRows, encode_blocks, kept_rows
 from retmask_jax.generation.language_model import LanguageModel, save
 from retmask_jax.hf.end_tokens import Ends
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions, mask_heads
+from retmask_jax.model.interventions import mask_heads
 from retmask_jax.model.sharding import make_mesh
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import PROMPTS, Stage
@@ -96,7 +96,7 @@ def check_batch(config: ConfigDict, devices: Sequence[jax.Device] | None = None)
 
 def _trained(context: Context, model: LanguageModel, arm: str, seed: int, folder: Path) -> Run:
     """Train one arm with one seed, unless its exported model is there and whole. The model has no parameters yet."""
-    target = folder / f"{arm}-{seed}"
+    target, heads = folder / f"{arm}-{seed}", mask_heads(model.config, retrieval_heads(context))
     rows, identity = _rows(context, model.config, target)
     if not is_whole(target / "model"):
         settings = train_settings(context.config, arm, seed)
@@ -110,7 +110,7 @@ def _trained(context: Context, model: LanguageModel, arm: str, seed: int, folder
             context.mesh,
             fingerprint=digest(identity | start),
             what=f"train {target.name}",
-            ablated=_ablated(context, model.config) if settings.objective == "contrast" else None,
+            ablated=heads if settings.objective == "contrast" else None,
         )
         trained = dataclasses.replace(model.config, lora=settings.lora)
         save(model.replace(config=trained, params=params), target / "model")
@@ -118,11 +118,6 @@ def _trained(context: Context, model: LanguageModel, arm: str, seed: int, folder
     steps = msgspec.convert(read_jsonl(target / "metrics.jsonl"), list[Step])
     cut = {"answers_cut": rows.cut, "prompts_cut": rows.prompts_cut}
     return Run(arm=arm, seed=seed, examples=len(rows), steps=steps, **cut)
-
-
-def _ablated(context: Context, model: ModelConfig) -> Interventions:
-    """The retrieval heads masked, as the objective "contrast" takes them."""
-    return mask_heads(model, retrieval_heads(context)).fill(model)
 
 
 def _rows(context: Context, model: ModelConfig, target: Path) -> tuple[PairRows, dict[str, Any]]:

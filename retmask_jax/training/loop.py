@@ -19,6 +19,8 @@ from retmask_jax.data.pair_rows import SIDES, PairRows, Part, batches, parts, wi
 from retmask_jax.model import lora, sharding
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import peak_flops, training_flops
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import normalise
 from retmask_jax.training.checkpoints import Checkpoints
 from retmask_jax.training.metrics import Metrics, memory_in_use
 from retmask_jax.training.reference import reference_logprobs
@@ -46,7 +48,7 @@ def train(
     *,
     fingerprint: str,
     what: str = "train",
-    ablated=None,
+    ablated: Interventions | None = None,
 ):
     """Train from load_params() on preference rows; returns the final params: all of them, float32; or adapters beside
     the frozen model, parameters of a config with settings.lora, which `language_model.save` merges into the weights as stored.
@@ -80,7 +82,8 @@ def train(
         )
     # One set of programs for all seeds: the seed orders the data and is no part of an update.
     programs = make_programs(config, dataclasses.replace(settings, seed=0), mesh)
-    run = _Run(config, settings, rows, reference_ND, mesh, programs, allowed, ablated)
+    masks = None if ablated is None else normalise(config, ablated)
+    run = _Run(config, settings, rows, reference_ND, mesh, programs, allowed, masks)
     place = _checkpoint_folder(folder, settings.checkpoint_folder)
     with sharding.using(mesh), Checkpoints(place, settings.keep, fingerprint) as checkpoints:
         resumed = checkpoints.latest is not None

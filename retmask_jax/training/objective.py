@@ -7,7 +7,7 @@ from jaxtyping import Float32, PyTree, Shaped
 
 from retmask_jax.generation.logprobs import over_chunks, sequence_logprobs
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import Masks, normalise
 from retmask_jax.model.transformer import check_tokens, hidden
 from retmask_jax.training.losses import contrast_loss, dpo_loss
 from retmask_jax.training.settings import Settings
@@ -20,7 +20,7 @@ def part_loss(config: ModelConfig, settings: Settings, params, batch, ablated=No
     """(loss, metrics) of pairs, each a sum over pairs of their value times batch["weight"] f32[n].
 
     batch: `PairRows.padded`, weight and, with a reference, ref_chosen and ref_rejected f32[n]. Chosen and rejected rows
-    share one forward pass. ablated: the Interventions of the objective "contrast". Computed in settings.compute_dtype.
+    share one forward pass. ablated: the Masks of the objective "contrast". Computed in settings.compute_dtype.
     """
     params = jax.tree.map(lambda x: x.astype(settings.compute_dtype), params)
     weight = batch["weight"]
@@ -40,20 +40,20 @@ def sequence_contrast(
     params: PyTree,
     tokens: Tokens,
     loss_mask: Shaped[ArrayLike, "B T"],
-    interventions: Interventions,
+    masks: Masks,
     strength: float,
     *,
     remat: bool = False,
 ) -> Float32[jax.Array, " B"]:
-    """f32[B]: sum over the counted positions of `losses.contrast_loss` between the model and itself under interventions.
+    """f32[B]: sum over the counted positions of `losses.contrast_loss` between the model and itself under masks.
 
     Arguments and errors as in `sequence_logprobs`. Differentiable; the masked pass takes no gradient.
     """
     tokens = check_tokens(config, tokens)
     counted_BT = jnp.asarray(loss_mask)[:, 1:] != 0
-    normal_BTE = hidden(config, params, tokens, remat=remat).x_BTE[:, :-1]
+    normal_BTE = hidden(config, params, tokens, normalise(config), remat=remat).x_BTE[:, :-1]
     fixed = jax.lax.stop_gradient(params)
-    ablated_BTE = hidden(config, fixed, tokens, interventions).x_BTE[:, :-1]
+    ablated_BTE = hidden(config, fixed, tokens, masks).x_BTE[:, :-1]
 
     def contrast(logits_of, normal_BTE, ablated_BTE):
         return contrast_loss(logits_of(normal_BTE), logits_of(ablated_BTE), strength)

@@ -12,7 +12,7 @@ from retmask_jax.data.prompter import Prompter
 from retmask_jax.generation.continuous import Request, generate_stream
 from retmask_jax.generation.decode import NO_STOP
 from retmask_jax.generation.language_model import LanguageModel
-from retmask_jax.model.interventions import Interventions, stack
+from retmask_jax.model.interventions import Interventions
 
 KEPT = "kept"
 OUTCOMES = (KEPT, "empty", "identical")
@@ -82,7 +82,6 @@ def sample(
     """
     places = {variant: place for place, variant in enumerate(masks)}
     requests = [Request(q.tokens, places[q.variant], q.draw) for q in questions]
-    filled = stack([iv.fill(lm.config) for iv in masks.values()])
     stream = generate_stream(
         lm.config,
         lm.params,
@@ -91,7 +90,7 @@ def sample(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        masks=filled,
+        masks=list(masks.values()),
         what="sample",
     )
     for i, result in stream:

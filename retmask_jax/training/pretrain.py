@@ -14,7 +14,9 @@ from retmask_jax.data import tiny_language
 from retmask_jax.generation.language_model import LanguageModel, from_params, load, save
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.transformer import Transformer, hidden, unembed
+from retmask_jax.model.layers import unembed
+from retmask_jax.model.masks import Masks, normalise
+from retmask_jax.model.transformer import Transformer, hidden
 from retmask_jax.utils.files import is_whole, mark_whole, read_json, write_atomically, write_json, write_jsonl
 from retmask_jax.utils.progress import track
 
@@ -82,9 +84,9 @@ def model_config(model, layers: int) -> ModelConfig:
     return config
 
 
-def weighted_loss(config: ModelConfig, params, tokens_BT, weights_BT, interventions=None):
+def weighted_loss(config: ModelConfig, params, tokens_BT, weights_BT, masks: Masks):
     """Mean negative log-probability per unit of weight; weights_BT[b, t] is that of predicting tokens_BT[b, t]."""
-    logits_BTV = unembed(config, params, hidden(config, params, tokens_BT[:, :-1], interventions).x_BTE)
+    logits_BTV = unembed(config, params, hidden(config, params, tokens_BT[:, :-1], masks).x_BTE)
     loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT[:, 1:])
     return jnp.sum(loss_BT * weights_BT[:, 1:]) / jnp.sum(weights_BT[:, 1:])
 
@@ -159,7 +161,7 @@ def _run_stage(config, params, stage, rng, key, keeper, name):
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _step(config, optimizer, state, tokens_BT, weights_BT, gate_BLH):
     params, opt_state = state
-    masked = Interventions(head_mask=gate_BLH)
+    masked = normalise(config, Interventions(head_mask=gate_BLH))
     loss, grads = jax.value_and_grad(lambda p: weighted_loss(config, p, tokens_BT, weights_BT, masked))(params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), loss
@@ -180,7 +182,7 @@ def _head_gate(config, key, phase, active_heads: int):
 
 def _init(config, key):
     tokens = jnp.zeros((1, 8), jnp.int32)
-    variables = jax.jit(lambda k: Transformer(config).init(k, tokens, Interventions.none(config)))(key)
+    variables = jax.jit(lambda k: Transformer(config).init(k, tokens, normalise(config)))(key)
     return nn.unbox(variables)["params"]
 
 

@@ -64,9 +64,10 @@ def reference_logprobs(
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@sharding.row_parallel("batch")
 def batch_logprobs(config, params, batch):
     """(f32[B], f32[B]): log-probabilities of chosen and rejected answers of a batch of pairs, split over the devices."""
-    return sharding.by_rows(lambda params, batch: pair_logprobs(config, params, batch), params, batch)
+    return pair_logprobs(config, params, batch)
 
 
 def _kept(path: Path, fingerprint: str, n: int) -> np.ndarray:

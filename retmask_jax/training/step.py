@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retmask_jax.model import lora, sharding
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.transformer import transformer
 from retmask_jax.training.objective import metric_names, part_loss
 from retmask_jax.training.optimizer import make_optimizer, schedule
@@ -67,13 +67,10 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
         trained = _cast(params if config.lora is None else _new_adapters(config, seed), jnp.float32)
         return State(trained, optimizer.init(trained), jnp.int32(0))
 
+    @sharding.row_parallel("batch", results=sharding.SUM_OF_ROWS)
     def gradients(params, frozen, batch, ablated):
-        def one_part(shared, batch):
-            params, frozen, ablated = shared
-            loss = functools.partial(_loss, config, settings, frozen, batch, ablated)
-            return jax.grad(loss, has_aux=True)(params)
-
-        return sharding.by_rows(one_part, (params, frozen, ablated), batch, total=True)
+        loss = functools.partial(_loss, config, settings, frozen, batch, ablated)
+        return jax.grad(loss, has_aux=True)(params)
 
     def accumulate(params, frozen, sums, batch, ablated):
         return jax.tree.map(jnp.add, sums, gradients(params, frozen, batch, ablated))
@@ -114,7 +111,7 @@ def _loss(config, settings, frozen, batch, ablated, params):
 def _new_adapters(config: ModelConfig, seed):
     """Adapters that change nothing yet: A at random, B zero."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    boxed = transformer(config).init(jax.random.key(seed), tokens, Interventions.none(config))["params"]
+    boxed = transformer(config).init(jax.random.key(seed), tokens, normalise(config))["params"]
     return lora.split(nn.unbox(boxed))[0]
 
 

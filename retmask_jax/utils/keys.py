@@ -1,4 +1,4 @@
-"""Keys of servers, and what stays out of messages: passwords in addresses, and keys that a server repeats."""
+"""API keys of servers, and what is kept out of messages: passwords in addresses, and keys that a server repeats."""
 
 import re
 
@@ -6,13 +6,14 @@ _LEAST = 4  # characters of a key; what is shorter is no secret, and would be ma
 
 
 def clean_key(text: str, name: str) -> str:
-    """A key without the blanks and line ends around it, "" where nothing is left.
-
-    Raises ValueError, which does not show the key, for one that no header can carry.
+    """A key without the blanks and line ends around it; "" where nothing is left.
 
     Args:
         text: As it was given.
         name: Where it was given, such as "OPENAI_API_KEY".
+
+    Raises:
+        ValueError: No HTTP header can carry the key. The message does not show it.
     """
     key = text.strip()
     for place, char in enumerate(key, 1):
@@ -31,7 +32,7 @@ def clean_key(text: str, name: str) -> str:
 
 
 def without_secrets(text: str, *keys: str | None) -> str:
-    """A text for a message: users and passwords in its addresses, and these keys, as ***.
+    """A text for a message, with users and passwords in addresses, and these keys, shown as ***.
 
     >>> without_secrets("http://me:secret@host/v1 says: no key abcd1234", "abcd1234")
     'http://***@host/v1 says: no key ***'
@@ -43,6 +44,6 @@ def without_secrets(text: str, *keys: str | None) -> str:
 
 
 def has_password(url: str) -> bool:
-    """Whether a user or a password stands in an address, before its host."""
+    """Whether an address has a user or a password before the host."""
     host, _, _ = url.partition("//")[2].replace("?", "/").replace("#", "/").partition("/")
     return "@" in host

@@ -14,7 +14,7 @@ from retmask_jax.evals import scoring
 from retmask_jax.evals.external import helmet
 from retmask_jax.evals.external.helmet_means import CATEGORIES, MEANS, helmet_means
 from retmask_jax.evals.measured import Measured
-from retmask_jax.model.interventions import Interventions, all_heads, mask_heads
+from retmask_jax.model.interventions import Interventions, all_heads, mask_heads, stack
 from retmask_jax.utils.store import Kept, Records
 
 LENGTH, NEW = 64, 6
@@ -114,7 +114,7 @@ def test_exact_prompts_go_to_the_model_and_answers_are_scored_after_their_prefix
     # What was answered is not generated again; under a mask all is.
     spy.prompts.clear()
     none = Interventions.none(lm.config)
-    with Kept(tmp_path / "out/answers" / scoring.mask_hash(none)) as answers:
+    with Kept(tmp_path / "out/answers" / scoring.mask_hash(lm.config, none)) as answers:
         job = helmet._Job(lm, none, 4, answers, None)
         rows = [np.array(row, np.int32) for row in prompts]
         options = {"max_new_tokens": NEW, "until": [], "temperature": 0.0, "top_p": 1.0}
@@ -191,7 +191,7 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, options, why):
         "checkout": Path(__file__).parents[1] / "helmet_miniature",
     } | options
     if "interventions" in options:
-        arguments["interventions"] = mask_heads(lm.config, []).fill(lm.config).per_row(2)
+        arguments["interventions"] = stack([mask_heads(lm.config, [])] * 2)
     with pytest.raises(ValueError, match=why):
         helmet.run_helmet(lm, folder=tmp_path / "out", batch_size=2, **arguments)
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from retmask_jax.data import tiny_language as tl
 from retmask_jax.evals import scoring
 from retmask_jax.evals.external import lm_eval
 from retmask_jax.evals.scoring import GenerationOptions
-from retmask_jax.model.interventions import all_heads, mask_heads
+from retmask_jax.model.interventions import all_heads, mask_heads, stack
 from retmask_jax.utils import memory
 
 LENGTHS = (1, 3, 9, 20, 33, 47, 58)
@@ -113,7 +113,7 @@ def test_answers_end_at_the_first_stop_and_at_special_tokens():
     shared = mask_heads(lm.config, all_heads(lm.config))
     assert scoring.answers(lm, prompts, shared, max_new_tokens=NEW, batch_size=BATCH) != texts
     with pytest.raises(ValueError, match="a suite runs under one mask"):
-        scoring.answers(lm, prompts, shared.fill(lm.config).per_row(5), max_new_tokens=NEW, batch_size=BATCH)
+        scoring.answers(lm, prompts, stack([shared] * 5), max_new_tokens=NEW, batch_size=BATCH)
 
 
 @pytest.mark.parametrize(

@@ -28,17 +28,17 @@ _DECODE = textwrap.dedent("""
     config = _papers.retmask_method("bundled", threshold=0.1)
     config.dtype, config.kernel = "float32", "plain"
     context = Context(config, Workdir.open(Path(tempfile.mkdtemp()), config))
-    compiled, run = [], stream._decode
+    compiled, run = [], stream.decode_rows
 
     def decode(*arguments):
         if not compiled:
             compiled.append(run.lower(*arguments).compile().as_text())
         return run(*arguments)
 
-    stream._decode = decode
+    stream.decode_rows = decode
     rng = np.random.default_rng(0)
     lengths = (60, 3, 41, 7, 12, 50, 9, 33, 1, 20)
-    masks = stack([mask_heads(context.lm.config, some).fill(context.lm.config) for some in ([], [(1, 0), (1, 3)])])
+    masks = [mask_heads(context.lm.config, some) for some in ([], [(1, 0), (1, 3)])]
     requests = [stream.Request(rng.integers(16, 256, n).tolist(), mask=i % 2) for i, n in enumerate(lengths)]
 
     def answers(lm):

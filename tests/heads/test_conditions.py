@@ -10,6 +10,7 @@ from retmask_jax.generation.decode import generate_batch
 from retmask_jax.heads import conditions as causal
 from retmask_jax.heads.conditions import Condition, answers, hits, mean_over_draws, summarise
 from retmask_jax.model.interventions import Interventions, all_heads, mask_heads, mask_queries, mask_rope
+from retmask_jax.model.masks import normalise
 from retmask_jax.utils import stats
 
 LM = copying_lm()
@@ -45,9 +46,9 @@ def test_answers_under_many_masks_equal_runs_with_one():
     assert generate_batch._cache_size() - before <= 1  # one program served them all
     for mask, texts in zip(MASKS.values(), together, strict=True):
         assert answers(LM, cases, [mask], max_new_tokens=NEW, batch_size=BATCH) == [texts]
-        filled = mask.fill(CONFIG)
-        masks = {"head_mask": np.asarray(filled.head_mask), "rope_mask": np.asarray(filled.rope_mask)}
-        masks |= {} if filled.head_mean is None else {"head_mean": np.asarray(filled.head_mean)}
+        dense = normalise(CONFIG, mask)
+        masks = {"head_mask": dense.head_BLH[0], "rope_mask": dense.rope_BLHR[0]}
+        masks |= {} if mask.head_mean is None else {"head_mean": dense.mean_BLHD[0]}
         slow = [reference_answer(params, case.tokens, NEW, (tl.EOS,), **masks)[0] for case in cases]
         assert texts == [" ".join(tl.VOCABULARY[i] for i in tokens if i > tl.UNK) for tokens in slow]
     assert len({tuple(texts) for texts in together}) == len(MASKS)  # every mask made a difference

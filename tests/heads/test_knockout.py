@@ -21,6 +21,7 @@ from retmask_jax.heads.knockout import (
 )
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import all_heads, mask_heads
+from retmask_jax.model.masks import normalise
 from retmask_jax.utils import progress
 
 LM = copying_lm()
@@ -39,7 +40,7 @@ def test_knockout_kinds_and_draws(knockout):
     for kind in ("any layer", "layer-matched", "activity-matched"):
         expected += [(kind, draw) for draw in range(5)]
     assert [(c.kind, c.draw) for c in knockout] == expected
-    assert knockout[0].heads == () and not np.asarray(knockout[0].interventions.fill(WIDE).head_mask).any()
+    assert knockout[0].heads == () and not normalise(WIDE, knockout[0].interventions).head_BLH.any()
     assert set(knockout[1].heads) == set(HEADS)
     for kind in ("any layer", "layer-matched", "activity-matched"):
         assert len({c.heads for c in knockout if c.kind == kind}) > 1
@@ -47,9 +48,9 @@ def test_knockout_kinds_and_draws(knockout):
 
 def test_knockout_masks_are_those_of_their_heads(knockout):
     for condition in knockout:
-        filled = condition.interventions.fill(WIDE)
-        assert true_at(filled.head_mask) == set(condition.heads)
-        assert not np.asarray(filled.rope_mask).any()
+        masks = normalise(WIDE, condition.interventions)
+        assert true_at(masks.head_BLH[0]) == set(condition.heads)
+        assert not masks.rope_BLHR.any()
 
 
 def test_controls_are_as_many_heads_and_never_retrieval_heads(knockout):

@@ -29,6 +29,7 @@ from retmask_jax.heads.rotary import (
 )
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions, mask_rope
+from retmask_jax.model.masks import normalise
 
 LM = copying_lm()
 TEXTS = np.random.default_rng(8).integers(4, CONFIG.vocab_size, (3, 40)).astype(np.int32)
@@ -62,9 +63,9 @@ def test_doses_name_pairs_and_heads():
         assert sorted(layer for layer, _ in control.heads) == [0, 2, 2, 2]
         assert not set(control.heads) & set(HEADS)
     for condition in conditions:
-        filled = condition.interventions.fill(WIDE)
-        assert true_at(filled.rope_mask) == {(*head, pair) for head in condition.heads for pair in condition.pairs}
-        assert not np.asarray(filled.head_mask).any()
+        masks = normalise(WIDE, condition.interventions)
+        assert true_at(masks.rope_BLHR[0]) == {(*head, pair) for head in condition.heads for pair in condition.pairs}
+        assert not masks.head_BLH.any()
 
 
 def test_utility_takes_each_heads_own_pairs():

@@ -184,7 +184,7 @@ def test_supervised_training_lowers_the_loss_of_its_rows(tmp_path):
 
 def test_training_against_the_ablated_model_needs_no_rejected_answers(tmp_path):
     """Their tokens do not count, and the answers of the normal model become more likely against the masked one's."""
-    masked = mask_heads(CONFIG, [(1, 0), (1, 2)]).fill(CONFIG)
+    masked = mask_heads(CONFIG, [(1, 0), (1, 2)])
     settings = dataclasses.replace(SETTINGS, objective="contrast", steps=8, checkpoint_every=8)
     params, metrics = run(tmp_path / "one", settings, ablated=masked)
     other = dataclasses.replace(ROWS, flat=ROWS.flat.copy())

@@ -99,7 +99,7 @@ def run_helmet(
     arguments = ["--model_name_or_path", str(lm.source.folder or "model"), "--no_cuda", "--overwrite"]
     arguments += [] if limit is None else ["--max_test_samples", str(limit)]
     arguments += [] if chat is None else ["--use_chat_template", str(chat)]
-    mask_hash = scoring.mask_hash(mask)
+    mask_hash = scoring.mask_hash(lm.config, mask)
     request = {"arguments": arguments, "stop_new_line": stop_new_line, "output": str((folder / mask_hash).resolve())}
     measured, notes = [], []
     with contextlib.ExitStack() as opened:

@@ -14,7 +14,7 @@ from retmask_jax.stages.knockout import KindNumber, KnockoutResult, LossRow, Tas
 from retmask_jax.stages.pairs import PairsResult
 from retmask_jax.stages.rope import DoseContrast, DoseMean, RopeResult, RopeRow
 from retmask_jax.stages.train import Run, Step, TrainResult
-from retmask_jax.utils.stats import McNemar, Number
+from retmask_jax.utils.numbers import McNemar, Number
 
 UP, DOWN, ACROSS = (0.1, 0.05, 0.15), (-0.1, -0.15, -0.05), (0.02, -0.03, 0.07)
 

@@ -15,7 +15,7 @@ from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Head, Interventions, stack
 from retmask_jax.utils import stats
-from retmask_jax.utils.stats import McNemar, Number
+from retmask_jax.utils.numbers import McNemar, Number
 
 _MASK_BYTES = 2**30  # of masks repeated for each case, at a time
 
@@ -55,6 +55,7 @@ class ConditionRow(Number):
     false discovery rate over the conditions of a task (Benjamini-Hochberg).
     """
 
+    value: float
     task: str
     experiment: str
     kind: str

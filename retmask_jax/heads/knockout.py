@@ -223,7 +223,7 @@ def _late(config: ModelConfig, heads: Sequence[Head | None]) -> tuple[np.ndarray
 @functools.partial(jax.jit, static_argnums=0)
 @row_parallel("tokens_BT", results=STACKED_ROWS)
 def _states(config: ModelConfig, params, tokens_BT):
-    """[R,B,T,E]: what each group of layers gets in the untouched model."""
+    """[R,B,T,E]: the input of each group of layers in the untouched model."""
     layers = _layers(config, params, *tokens_BT.shape)
     return layers.states(layers.embed(tokens_BT), normalise(config).by_layer(config))
 

@@ -15,7 +15,7 @@ from retmask_jax.heads.query_norms import QueryNorms
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Head, Interventions, mask_rope, random_heads, rope_pairs
 from retmask_jax.model.rope import inverse_frequencies
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 
 SPECIFIC = 0.33  # arXiv 2606.21249 calls an ablation specific to retrieval if its ratio of costs is below this
 

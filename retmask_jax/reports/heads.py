@@ -2,14 +2,19 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
+from numpy.typing import ArrayLike
 
 from retmask_jax.reports import plotting
 from retmask_jax.reports.html import count, fixed, section, table
 from retmask_jax.reports.plotting import colour, drawn
 from retmask_jax.stages.detect import DetectResult, Settled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _PROFILE = {
     "n_heads": "heads at or above the threshold",
@@ -43,7 +48,7 @@ def heads_section(result: DetectResult) -> Markup:
     )
     panels = {
         "Head scores": plotting.head_map("Head scores", mean_LH, heads, "mean score"),
-        "Sorted head scores": _score_ranks("Scores, best first", mean_LH, len(heads), threshold),
+        "Sorted head scores": score_ranks("Scores, best first", mean_LH, len(heads), threshold),
         "Lorenz curve": _lorenz(f"Concentration: Gini {fixed(result.profile['gini'])}", mean_LH),
         "Stability": _stability("Stability (size of each set below)", result.stability),
     }
@@ -84,7 +89,7 @@ def _settled(rows: Sequence[Settled]) -> str:
 # --- figures ---
 
 
-def _score_ranks(title: str, mean_LH, n_detected: int, threshold: float | None):
+def score_ranks(title: str, mean_LH: ArrayLike, n_detected: int, threshold: float | None) -> "Figure":
     """Scores of all heads, best first, with the threshold if there is one."""
     ranked = np.sort(np.asarray(mean_LH, float), axis=None)[::-1]
     figure, ax = plotting.panel(title)

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from retmask_jax.utils.stats import Number, _typed
+from retmask_jax.utils.numbers import Number, _typed
 
 
 def document(title: str, sections: Iterable[Markup]) -> Markup:

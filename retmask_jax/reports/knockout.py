@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _MODES = {
     "zero": "writes nothing",
     "mean": "writes its mean over text",
-    "query": "has a query of zeros: the mean of all values",
+    "query": "has a query of zeros, so it writes the mean of all values",
 }
 
 
@@ -40,7 +40,7 @@ def knockout_section(result: KnockoutResult, heads: Sequence[Head]) -> Markup:
         ],
         drawn(
             _kinds(result, tasks),
-            "Each kind of mask takes out as many heads as there are retrieval heads; the others are never "
+            "Each kind of mask ablates as many heads as there are retrieval heads; the control heads are never "
             "retrieval heads. Dots: single draws; bar (text loss: point): their mean. 95% interval: Wilson for a single "
             "mask, bootstrap over cases for text loss and for a mean over draws, which are held fixed (no width where "
             "all cases agree). “From memory” is the share of answers that follow what the model remembers instead of "
@@ -48,10 +48,10 @@ def knockout_section(result: KnockoutResult, heads: Sequence[Head]) -> Markup:
         ),
         _modes(result, tasks),
         table(
-            ["task", "masked", "value", "change against none", "McNemar p", "q"],
+            ["task", "masked", "value", "change from the untouched model", "McNemar p", "q"],
             [_test(result.rows, mean) for mean in result.means if mean.kind != "none"],
-            note="McNemar's exact test of the cases' outcomes against no mask; q: adjusted for the false discovery rate over "
-            "the masks of a task (Benjamini-Hochberg). Several draws: mean change, and the median p and q.",
+            note="McNemar's exact test of the cases' outcomes against the untouched model; q: adjusted for the false discovery "
+            "rate over the masks of a task (Benjamini-Hochberg). Of several draws: the mean change, and the median p and q.",
         ),
         html.lines(_idle(result)),
         drawn(
@@ -86,21 +86,21 @@ def _kinds(result: KnockoutResult, tasks: Sequence[str]) -> "dict[str, Figure]":
 
 
 def _modes(result: KnockoutResult, tasks: Sequence[str]) -> Markup:
-    """Other ways to ablate the same heads, next to zero."""
+    """The retrieval heads, and those matched by activity, ablated in every mode."""
     modes = list(dict.fromkeys(row.experiment for row in result.rows))
     panels = {}
     for task in tasks if len(modes) > 1 else ():
         rows = [row for row in result.rows if row.task == task]
         kinds = ("none", "retrieval", "activity-matched")
         means = [mean for mean in result.means if mean.task == task and mean.kind in kinds]
-        panels[f"Ways to take heads out: {task}"] = _kinds_figure(
-            f"{task}: ways to take out", rows, means, _axis(task, means)
+        panels[f"Ways to ablate heads: {task}"] = _kinds_figure(
+            f"{task}: ways to ablate", rows, means, _axis(task, means)
         )
     explained = "; ".join(f"{mode}: {_MODES[mode]}" for mode in modes)
     return drawn(
         panels,
-        f"What a masked head does ({explained}). Without a word: zero. Dots: single draws; bar: their mean; 95% "
-        "interval as above.",
+        f"What an ablated head does ({explained}). A name without a mode stands for zero. Dots: single draws; "
+        "bar: their mean; 95% interval as above.",
     )
 
 
@@ -140,8 +140,8 @@ def _curve(curve: Sequence[ConditionRow], n_retrieval: int) -> Markup:
     rows = [row for row in curve if row.task == task]
     return drawn(
         {f"Number of heads: {task}": _curve_figure(f"{task}: number of heads", rows, n_retrieval)},
-        "Heads are masked from the highest score down; random others are neither among those nor retrieval "
-        "heads, and end where too few are left (dots: single draws). 95% interval: Wilson.",
+        "Heads are masked in the order of their scores, the highest first. The random others are neither among them nor "
+        "retrieval heads, and end where too few heads are left (dots: single draws). 95% interval: Wilson.",
     )
 
 
@@ -187,21 +187,25 @@ def _axis(task: str, means: Sequence[TaskMean]) -> str:
 
 
 def _other_kinds(means: Sequence[TaskMean]) -> str:
-    """How far masks of other heads move recall, smallest to largest change over the tasks."""
+    """How much masks of other heads change recall, from the smallest to the largest change over the tasks."""
     untouched = {mean.task: mean.value for mean in means if mean.kind == "none"}
     shifts: dict[str, list[float]] = {}
     for mean in means:
         if mean.kind not in ("none", "retrieval") and FROM_MEMORY not in mean.task:
             shifts.setdefault(mean.kind, []).append(mean.value - untouched[mean.task])
     parts = [f"{html.span(values)} ({kind})" for kind, values in shifts.items()]
-    return f"As many other heads change recall by {', '.join(parts)} over the tasks, mean over draws." if parts else ""
+    return (
+        f"Masking as many other heads changes recall by {', '.join(parts)} over the tasks, mean over draws."
+        if parts
+        else ""
+    )
 
 
 def _idle(result: KnockoutResult) -> str:
     total = np.size(result.activity)
     text = (
-        f"{result.idle} of {total} heads {'is' if result.idle == 1 else 'are'} idle: masking one of them alone moves "
-        f"the text by less than {100 * result.idle_below:g}% of what masking the most active head does."
+        f"{result.idle} of {total} heads {'is' if result.idle == 1 else 'are'} idle: masking one of them alone changes "
+        f"the text's log-probabilities by less than {100 * result.idle_below:g}% of what masking the most active head does."
     )
     warning = " With most heads idle, masks of any layer prove little; compare with activity-matched ones."
     return text + (warning if 2 * result.idle > total else "")
@@ -214,7 +218,7 @@ def _test(rows: Sequence[ConditionRow], mean: TaskMean) -> list[str]:
     q = p_value(float(np.median([row.q for row in draws])))
     if len(draws) == 1:
         return [mean.task, _named(mean), interval(draws[0]), change(draws[0].change), p, q]
-    shift = float(np.mean([row.change.value for row in draws]))
+    shift = float(np.array([row.change.value for row in draws], float).mean())
     return [mean.task, f"{_named(mean)} ({len(draws)} draws)", interval(mean), signed(shift), p, q]
 
 
@@ -228,6 +232,6 @@ def _minimal(minimal: MinimalSet | None) -> Markup:
         f"most {minimal.limit:.3f}, ends with {count(len(minimal.heads), 'head')}: {kept}."
         + (f" It spared {spared}." if spared else ""),
         f"On the other {minimal.recall_untouched.n} cases recall is {interval(minimal.recall_without_set)} with these masked, "
-        f"{interval(minimal.recall_without_all)} with all retrieval heads masked and {interval(minimal.recall_untouched)} "
-        "untouched. A smaller set may exist: the search is greedy.",
+        f"{interval(minimal.recall_without_all)} with all retrieval heads masked and {interval(minimal.recall_untouched)} in "
+        "the untouched model. A smaller set may exist: the search is greedy.",
     )

@@ -1,6 +1,6 @@
 """What every picture is made of: style and colours, a panel as wide as a phone, rows, numbers with their intervals.
 
-A function that draws a panel returns a Figure; `drawn` puts figures on a page. `numbers` are `stats.Number`s; where low
+A function that draws a panel returns a Figure; `drawn` puts figures on a page. `numbers` are `Number`s; where low
 and high are None no interval is drawn.
 """
 
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from retmask_jax.model.interventions import Head
 from retmask_jax.reports import html
 from retmask_jax.stages.arms import ARMS
-from retmask_jax.utils.stats import Number, _typed
+from retmask_jax.utils.numbers import Number, _typed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,6 @@ from retmask_jax.reports.html import change, count, interval, p_value, section, 
 from retmask_jax.reports.plotting import MARKERS, colour, drawn
 from retmask_jax.reports.wording import direction
 from retmask_jax.stages.rope import CostRow, DoseMean, RopeResult, RopeRow, Spectrum
-from retmask_jax.utils.stats import Number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,12 +30,12 @@ def rope_section(result: RopeResult) -> Markup:
         [sentence for task in _tasks(result) for sentence in _doses(result, task, k)],
         drawn(
             dose_figures(result),
-            "Pairs are taken out of the queries of the retrieval heads, lowest or highest frequency first, or at "
-            "random; as a control the lowest out of other heads of the same layers. Pale dots: random draws; line: "
+            "Pairs of the queries of the retrieval heads are ablated, lowest or highest frequency first, or at random; "
+            "as a control, the lowest pairs of other heads of the same layers. Pale dots: random draws; line: "
             "their mean. 95% interval: Wilson for a single choice, bootstrap over cases for a mean over draws."
             + _legend(result.rows),
         ),
-        table(["pairs taken out", "wavelengths of the lowest (tokens)", "of the highest (tokens)"], waves),
+        table(["pairs ablated", "wavelengths of the lowest (tokens)", "of the highest (tokens)"], waves),
         _spectra(result),
         _variance(result),
         _single_heads(result),
@@ -66,7 +65,7 @@ def spectrum_figures(result: RopeResult) -> "dict[str, Figure]":
         windows = _rows(result, task, "windows")
         if windows:
             panels[f"Parts of the spectrum: {task}"] = _spectrum_figure(
-                f"{task}: a part of the spectrum out", result, windows, _untouched(result, task)
+                f"{task}: a part of the spectrum ablated", result, windows, _untouched(result, task)
             )
     return panels
 
@@ -78,8 +77,8 @@ def _doses(result: RopeResult, task: str, k: int) -> list[str]:
     means = [mean for mean in _dose_means(result, task, _DOSES, "rotary") if mean.k == k]
     values = ", ".join(f"{mean.value:.3f} ({mean.kind})" for mean in means)
     sentences = [
-        f"With {k} of {result.n_pairs} pairs taken out, recall on {task} is {values}; untouched it is "
-        f"{_untouched(result, task).value:.3f}."
+        f"With {k} of {result.n_pairs} pairs ablated, recall on {task} is {values}; in the untouched model "
+        f"it is {_untouched(result, task).value:.3f}."
     ]
     if (gap := result.quarter(task)) is not None:
         words = {"raises": "higher than", "lowers": "lower than", "": "not clearly different from that"}[direction(gap)]
@@ -87,7 +86,7 @@ def _doses(result: RopeResult, task: str, k: int) -> list[str]:
     return sentences
 
 
-def _dose_figure(title: str, result: RopeResult, means: Sequence[DoseMean], none: Number) -> "Figure":
+def _dose_figure(title: str, result: RopeResult, means: Sequence[DoseMean], none: DoseMean) -> "Figure":
     """Recall against the number of rotary pairs ablated, a line per kind; several draws are dots around their mean."""
     figure, ax = plotting.panel(title, 3.2)
     ax.axhline(none.value, color=colour("none"), linestyle=":", label="none")
@@ -104,7 +103,7 @@ def _dose_figure(title: str, result: RopeResult, means: Sequence[DoseMean], none
         values = [mean.value for mean in of_kind.values()]
         ax.plot(places, values, color=colour(kind), marker=MARKERS[i % 5], label=kind)
     ax.set_xticks(range(len(ks)), [str(k) for k in ks])
-    ax.set(xlim=(-0.4, len(ks) - 0.6), xlabel=f"rotary pairs taken out, of {result.n_pairs}")
+    ax.set(xlim=(-0.4, len(ks) - 0.6), xlabel=f"rotary pairs ablated, of {result.n_pairs}")
     _recall_axis(figure, ax, none)
     return figure
 
@@ -115,15 +114,15 @@ def _legend(rows: Sequence[RopeRow]) -> str:
     legend = ""
     if "matched" in kinds:
         legend += (
-            " Matched: other pairs, of any number, that carry nearest to the share of the variance of q.k that the lowest "
-            "carry."
+            " Matched: other pairs, of any number, that together carry nearly the same share of the variance of q.k as the "
+            "lowest."
         )
     if "low utility" in kinds:
         legend += " Utility: each head loses the pairs that its query projection writes least (low) or most (high)."
     if "projection" in sites:
         legend += (
-            " In the projections: zeroed in the outputs of q_proj and k_proj before any norm, which reaches every "
-            "query head of a group, as arXiv 2606.21249 did."
+            " In the projections: zeroed in the outputs of q_proj and k_proj before any norm, which changes every "
+            "query head of a group, as in arXiv 2606.21249."
         )
     return legend
 
@@ -143,7 +142,7 @@ def _wavelengths(result: RopeResult, kind: str, k: int) -> str:
 def _spectra(result: RopeResult) -> Markup:
     """Recall without each part of the spectrum."""
     caption = (
-        "The rotary pairs in windows of equal number, each taken out in turn; placed by the geometric mean of the "
+        "The rotary pairs in windows of equal size, ablated in turn; a window is placed at the geometric mean of its "
         "wavelengths, 2 pi over the frequency after scaling. 95% interval: Wilson."
     )
     return html.lines(*map(_centre, result.spectra)) + drawn(spectrum_figures(result), caption)
@@ -159,10 +158,10 @@ def _centre(spectrum: Spectrum) -> str:
     )
 
 
-def _spectrum_figure(title: str, result: RopeResult, windows: Sequence[RopeRow], none: Number) -> "Figure":
+def _spectrum_figure(title: str, result: RopeResult, windows: Sequence[RopeRow], none: DoseMean) -> "Figure":
     """Recall without each window, against the wavelengths of its pairs; the length of the context is marked."""
     figure, ax = plotting.panel(title, 3.0)
-    ax.axhline(none.value, color=colour("none"), linestyle=":", label="nothing taken out")
+    ax.axhline(none.value, color=colour("none"), linestyle=":", label="nothing ablated")
     for kind, label, name, look in (
         ("window", "retrieval heads", "retrieval", "o-"),
         ("control heads, window", "layer-matched heads", "layer matched", "s-"),
@@ -191,7 +190,7 @@ def _wave(row: RopeRow, wavelengths: Sequence[float]) -> float:
 
 
 def _variance(result: RopeResult) -> Markup:
-    """Recall against the share of the variance of q.k that went with the pairs."""
+    """Recall against the share of the variance of q.k that is removed with the pairs."""
     panels, cells = {}, []
     for task in _tasks(result):
         rows = [
@@ -200,8 +199,8 @@ def _variance(result: RopeResult) -> Markup:
             if row.variance is not None and not row.kind.startswith("control")
         ]
         if rows:
-            title = f"{task}: harm by the variance taken out"
-            panels[f"Variance taken out: {task}"] = _variance_figure(title, rows, _untouched(result, task))
+            title = f"{task}: harm by the variance removed"
+            panels[f"Variance removed: {task}"] = _variance_figure(title, rows, _untouched(result, task))
             cells += [
                 [task, row.kind, row.k, len(row.pairs) or row.k, f"{row.variance:.3f}", interval(row), p_value(row.q)]
                 for row in rows
@@ -209,25 +208,25 @@ def _variance(result: RopeResult) -> Markup:
     if not panels:
         return Markup()
     caption = (
-        "The share of the variance of q.k over the keys of a plain text that went with the pairs, mean over the heads; "
-        "below 0 where the pairs had cancelled others. Pairs that matter only because they carry much lie on one "
-        "falling curve, whatever their kind. 95% interval: Wilson."
+        "The share of the variance of q.k over the keys of a plain text that is removed with the pairs, mean over the heads; "
+        "below 0 where the pairs had cancelled others. Pairs that matter only because they carry much variance lie on "
+        "one falling curve, whatever their kind. 95% interval: Wilson."
     )
-    head = ["task", "taken out", "for k", "pairs", "share of variance", "recall", "q"]
+    head = ["task", "ablated", "for k", "pairs", "share of variance", "recall", "q"]
     return drawn(panels, caption) + html.folded(f"Share of variance of {len(cells)} conditions", table(head, cells))
 
 
-def _variance_figure(title: str, rows: Sequence[RopeRow], none: Number) -> "Figure":
+def _variance_figure(title: str, rows: Sequence[RopeRow], none: DoseMean) -> "Figure":
     """Recall against the share of the variance removed; a mark per condition."""
     figure, ax = plotting.panel(title, 3.2)
-    ax.axhline(none.value, color=colour("none"), linestyle=":", label="nothing taken out")
+    ax.axhline(none.value, color=colour("none"), linestyle=":", label="nothing ablated")
     for i, kind in enumerate(dict.fromkeys(row.kind for row in rows)):
         of_kind = [row for row in rows if row.kind == kind]
-        for row in of_kind:
-            plotting.interval(ax, row, row.variance, colour(kind), "", vertical=True)
-        places, values = [row.variance for row in of_kind], [row.value for row in of_kind]
-        ax.plot(places, values, MARKERS[i % len(MARKERS)], color=colour(kind), label=kind)
-    ax.set(xlabel="share of the variance of q.k taken out")
+        places = np.array([row.variance for row in of_kind], float)
+        for row, place in zip(of_kind, places.tolist(), strict=True):
+            plotting.interval(ax, row, place, colour(kind), "", vertical=True)
+        ax.plot(places, [row.value for row in of_kind], MARKERS[i % len(MARKERS)], color=colour(kind), label=kind)
+    ax.set(xlabel="share of the variance of q.k removed")
     _recall_axis(figure, ax, none)
     return figure
 
@@ -244,30 +243,28 @@ def _single_heads(result: RopeResult) -> Markup:
             panels[f"Coverage: {task}"] = _coverage_figure(f"{task}: more and more heads", covered, none)
         if patched := _rows(result, task, "patches"):
             panels[f"Single heads: {task}"] = _patches_figure(f"{task}: one head at a time", patched, none)
-    return drawn(
-        panels, f"{count(result.patch_pairs, 'pair')} taken out of each head that is meant. 95% interval: Wilson."
-    )
+    return drawn(panels, f"{count(result.patch_pairs, 'pair')} ablated in each of these heads. 95% interval: Wilson.")
 
 
-def _coverage_figure(title: str, covered: Sequence[RopeRow], none: Number) -> "Figure":
+def _coverage_figure(title: str, covered: Sequence[RopeRow], none: DoseMean) -> "Figure":
     """Recall against the number of retrieval heads that lose their lowest pairs, the best heads first."""
     figure, ax = plotting.panel(title)
     ax.axhline(none.value, color=colour("none"), linestyle=":", label="no head")
     numbers = [len(row.heads) for row in covered]
     for row, n in zip(covered, numbers, strict=True):
         plotting.interval(ax, row, n, colour("lowest"), "", vertical=True)
-    ax.plot(numbers, [row.value for row in covered], "o-", color=colour("lowest"), label="lowest pairs out")
+    ax.plot(numbers, [row.value for row in covered], "o-", color=colour("lowest"), label="lowest pairs ablated")
     ax.set(ylim=(-0.03, 1.03), xlabel="retrieval heads, best first", ylabel=f"recall (n = {none.n})")
     ax.set_xticks(numbers)
     ax.legend(loc="lower left")
     return figure
 
 
-def _patches_figure(title: str, patched: Sequence[RopeRow], none: Number) -> "Figure":
+def _patches_figure(title: str, patched: Sequence[RopeRow], none: DoseMean) -> "Figure":
     """Recall with the lowest, or the highest, pairs of one head alone ablated."""
     heads = list(dict.fromkeys(row.heads[0] for row in patched))
     figure, ax = plotting.panel(title, 1.3 + 0.3 * len(heads))
-    ax.axvline(none.value, color=colour("none"), linestyle=":", label="nothing taken out")
+    ax.axvline(none.value, color=colour("none"), linestyle=":", label="nothing ablated")
     for kind, shift, marker in (("lowest", -0.13, "o"), ("highest", 0.13, "s")):
         for y, head in enumerate(heads):
             row = next(row for row in patched if (row.kind, row.heads[0]) == (kind, head))
@@ -303,8 +300,8 @@ def _costs(costs: Sequence[CostRow]) -> Markup:
     return table(
         ["task", "pairs", "k", "perplexity, relative increase", "recall, relative drop", "ratio"],
         rows,
-        note=f"What taking pairs out costs plain text, against what it costs recall; a ratio below {SPECIFIC} is called specific "
-        "to retrieval in arXiv 2606.21249. 95% interval: bootstrap, texts and cases drawn apart.",
+        note=f"What ablating pairs costs plain text, against what it costs recall; a ratio below {SPECIFIC} is called specific "
+        "to retrieval in arXiv 2606.21249. 95% interval: bootstrap, texts and cases drawn independently.",
     )
 
 
@@ -334,7 +331,7 @@ def _draws(result: RopeResult, mean: DoseMean) -> list[RopeRow]:
     return [row for row in rows if (row.kind, row.k, row.site) == wanted]
 
 
-def _recall_axis(figure: "Figure", ax: "Axes", none: Number) -> None:
+def _recall_axis(figure: "Figure", ax: "Axes", none: DoseMean) -> None:
     """Recall from 0 to 1 with the number of cases, and the legend below."""
     ax.set(ylim=(-0.03, 1.03), ylabel=f"recall (n = {none.n})")
     figure.legend(loc="outside lower center", ncols=2)

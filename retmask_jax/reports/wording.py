@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from retmask_jax.reports.html import change, count
 from retmask_jax.stages.outcomes import FROM_MEMORY
-from retmask_jax.utils.stats import Number, _typed
+from retmask_jax.utils.numbers import Number, _typed
 
 TEXT_LOSS = "text loss"
 

@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from retmask_jax.runs.recipes import as_json
-from retmask_jax.utils import stats
 from retmask_jax.utils.files import digest, read_json, wait_until_listed, wait_until_seen, write_json
 from retmask_jax.utils.hosts import first_alone, primary, wait_for_all
+from retmask_jax.utils.numbers import Number, _Keyed
 from retmask_jax.utils.versions import installed_versions
 
 log = logging.getLogger(__name__)
@@ -95,10 +95,10 @@ class Provenance:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Result(stats._Keyed):
+class Result(_Keyed):
     """What every stage's result has: its headline numbers by name, and where they come from."""
 
-    numbers: dict[str, stats.Number]
+    numbers: dict[str, Number]
     seconds: float = 0.0
     provenance: Provenance = dataclasses.field(default_factory=Provenance)
 

@@ -18,13 +18,14 @@ from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, head_scores, retrieval_heads
 from retmask_jax.stages.outcomes import check_choices, mask_name, task_answers, task_outcomes
 from retmask_jax.utils import stats
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KindNumber(Number):
     """A number under a kind of mask, mean over its draws. experiment: one of `knockout.MODES`."""
 
+    value: float
     kind: str
     experiment: str
 

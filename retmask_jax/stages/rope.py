@@ -19,7 +19,7 @@ from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, retrieval_heads
 from retmask_jax.stages.outcomes import check_choices, task_outcomes
 from retmask_jax.utils import stats
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class RopeRow(ConditionRow):
 class DoseMean(Number):
     """Recall on a task without k pairs of a kind, mean over the draws; kind "none" is the untouched model."""
 
+    value: float
     task: str
     experiment: str
     kind: str

@@ -113,7 +113,7 @@ def test_the_site_reaches_every_condition():
 
 def test_statistics_of_heads_equal_the_reference(statistics):
     """With texts of fewer tokens than are looked at, every position counts. The logarithm of an attention weight is q.k
-    but for a constant of its row, so its variance over keys is that of q.k, with pairs taken out or not."""
+    but for a constant of its row, so its variance over keys is that of q.k, with pairs ablated or not."""
     params = in_float64(LM.params)
     means, values = [], []
     for row in TEXTS:
@@ -170,7 +170,7 @@ def test_matched_pairs_are_others_that_carry_as_much():
     assert {c.n_pairs for c in drawn} == {2} and [list(c.pairs) for c in drawn] == sets
     assert [condition_variance(c, statistics) for c in drawn] == [pytest.approx(7 / 20)] * 6
     assert list(matched_conditions(WIDE, HEADS, [8], statistics, draws=2)) == []
-    with pytest.raises(ValueError, match="all 8 rotary pairs are taken out"):
+    with pytest.raises(ValueError, match="all 8 rotary pairs are ablated"):
         matched_pairs(WIDE, HEADS, range(8), statistics, 1)
 
 

@@ -96,7 +96,7 @@ def test_results_are_read_back_as_they_were_written(knocked_out, rotated):
 
 def test_modes_stand_next_to_zero_and_not_among_its_kinds(knocked_out):
     html = _section(knockout_section, knocked_out, HEADS)
-    assert 'aria-label="Ways to take heads out: needle"' in html
+    assert 'aria-label="Ways to ablate heads: needle"' in html
     assert "<td>retrieval, mean</td>" in html and "<td>activity-matched, query</td>" in html
     assert [mean.kind for mean in only_zero(knocked_out.means)] == list(KINDS)
     assert "mean: writes its mean over text" in html and "query: has a query of zeros" in html
@@ -114,14 +114,14 @@ def test_the_curve_and_the_smallest_set_are_reported(knocked_out):
 
 def test_without_them_the_section_is_as_before():
     html = _section(knockout_section, knockout_result((4, 8), ("needle",), idle=3), HEADS)
-    assert "Ways to take" not in html and "greedy" not in html and "Number of heads" not in html
+    assert "Ways to ablate" not in html and "greedy" not in html and "Number of heads" not in html
 
 
 def test_every_rotary_experiment_has_its_picture_and_words(rotated):
     html = _section(rope_section, rotated)
     for name in ("needle", "needle: controls", "needle: zeroed in the projections"):
         assert f'aria-label="Rotary pairs: {name}"' in html
-    for name in ("Parts of the spectrum", "Variance taken out", "Coverage", "Single heads"):
+    for name in ("Parts of the spectrum", "Variance removed", "Coverage", "Single heads"):
         assert f'aria-label="{name}: needle"' in html
     assert "centres at 0.210 [" in html
     assert "<td>matched</td><td>4</td><td>2</td><td>0.400</td>" in html  # for k = 4: two other pairs

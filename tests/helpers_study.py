@@ -12,7 +12,7 @@ from retmask_jax.stages.detectors import DetectorRow, DetectorsResult
 from retmask_jax.stages.dynamics import CheckpointRecall, CheckpointRow, DynamicsResult
 from retmask_jax.stages.theta import BaseHeads, BaseRow, ThetaResult
 from retmask_jax.stages.utility import UtilityResult
-from retmask_jax.utils.stats import McNemar, Permutation
+from retmask_jax.utils.numbers import McNemar, Permutation
 
 TEST = McNemar(b=3, c=1, n_discordant=4, p_value=0.03)
 

@@ -35,7 +35,7 @@ from retmask_jax.training.pretrain import build
 from retmask_jax.utils.files import read_json, write_json
 from retmask_jax.utils.fingerprints import fingerprint
 from retmask_jax.utils.hosts import join, primary
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 
 _AT_MOST = 6  # models side by side in a table; of more the numbers are listed, pooled over seeds
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from retmask_jax.utils import stats
-from retmask_jax.utils.stats import McNemar, Number
+from retmask_jax.utils.numbers import McNemar, Number
 
 START = "start"
 

@@ -1,8 +1,9 @@
 """A model's retrieval-head profile: how many heads, how concentrated, where (arXiv 2606.21249)."""
 
+import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,9 +11,6 @@ from jaxtyping import Float64, Int
 
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.utils import stats
-from retmask_jax.utils.numbers import Number
-
-CORRELATE_FROM = 10  # models; a rank correlation over fewer says next to nothing
 
 
 class Scored(NamedTuple):
@@ -22,6 +20,30 @@ class Scored(NamedTuple):
     scores: HeadScores
     n_kv_heads: int
     threshold: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileRow:
+    """What was scored of a model, and its `profile`, with None for nan; cases: the largest number that a head counted."""
+
+    model: str
+    cases: int
+    n_layers: int
+    heads_per_layer: int
+    n_kv_heads: int
+    threshold: float
+    n_heads: int
+    frac: float
+    gini: float
+    zero_fraction: float
+    top5_share: float | None
+    layer_com: float | None
+    layer_com_count: float | None
+    early_frac: float | None
+    mid_frac: float | None
+    late_frac: float | None
+    heads_per_active_group: float | None
+    full_group_fraction: float | None
 
 
 def profile(scores: HeadScores, n_kv_heads: int, threshold: float = 0.1) -> dict[str, int | float]:
@@ -66,10 +88,8 @@ def profile(scores: HeadScores, n_kv_heads: int, threshold: float = 0.1) -> dict
     }
 
 
-def profile_table(models: Sequence[Scored]) -> list[dict[str, Any]]:
-    """Makes one row per model for JSON: the model's name and sizes, then its `profile`, with None for nan.
-
-    "cases" is the largest number of cases that a head counted.
+def profile_table(models: Sequence[Scored]) -> list[ProfileRow]:
+    """Profiles every model.
 
     Raises:
         ValueError: A profile cannot be made; the message names the model.
@@ -77,52 +97,22 @@ def profile_table(models: Sequence[Scored]) -> list[dict[str, Any]]:
     return [_row(model) for model in models]
 
 
-def gain_against_sparsity(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Correlates what training gained with the Gini coefficient of the head scores, over finished runs.
-
-    Runs of one start model are averaged for the correlation, because they are one sample.
-
-    Args:
-        runs: Each {"name", "weights": identity of the start model, "gini", "gain": a number with its interval}.
-
-    Returns:
-        {"rows": the runs, "n_models": different start models, "spearman": a number with its interval over models, or
-        None for fewer than CORRELATE_FROM models or where one side is constant, "finding": a sentence}.
-    """
-    by_model: dict[str, list[tuple[float, float]]] = {}
-    for run in runs:
-        by_model.setdefault(run["weights"], []).append((run["gini"], run["gain"]["value"]))
-    means = np.array([np.mean(points, axis=0) for points in by_model.values()])
-    rho = stats.spearman_interval(*means.T) if len(means) >= CORRELATE_FROM else None
-    rho = None if rho is None or stats.defined(rho.value) is None else rho
-    return {"rows": list(runs), "n_models": len(means), "spearman": rho, "finding": _finding(len(means), rho)}
-
-
-def _row(model: Scored) -> dict[str, Any]:
+def _row(model: Scored) -> ProfileRow:
     try:
         values = profile(model.scores, model.n_kv_heads, model.threshold)
     except ValueError as error:
         raise ValueError(f"{model.name}: {error}") from error
     n_layers, n_heads = model.scores.mean.shape
-    return {
-        "model": model.name,
-        "cases": int(model.scores.counts.max()),
-        "n_layers": n_layers,
-        "heads_per_layer": n_heads,
-        "n_kv_heads": model.n_kv_heads,
-        "threshold": model.threshold,
-        **{name: stats.defined(value) for name, value in values.items()},
-    }
-
-
-def _finding(n_models: int, rho: Number | None) -> str:
-    if n_models < CORRELATE_FROM:
-        models = f"{n_models} model{'' if n_models == 1 else 's'}"
-        return f"Descriptive only: {models}, too few for a correlation (from {CORRELATE_FROM} on); none is claimed."
-    if rho is None:
-        return f"{n_models} models, in all of which the gain or the Gini coefficient is the same: no correlation."
-    bounds = f"[{rho.low:.2f}, {rho.high:.2f}]"
-    return f"Spearman's rank correlation over {n_models} models: {rho.value:.2f}, 95% interval {bounds}."
+    sizes: dict[str, Any] = {name: stats.defined(value) for name, value in values.items()}
+    return ProfileRow(
+        model=model.name,
+        cases=int(model.scores.counts.max()),
+        n_layers=n_layers,
+        heads_per_layer=n_heads,
+        n_kv_heads=model.n_kv_heads,
+        threshold=model.threshold,
+        **sizes,
+    )
 
 
 def _group_size(n_heads: int, n_kv_heads: int) -> int:

@@ -1,6 +1,7 @@
 """Norm-utility: the norms of the query projections, and whether those of retrieval heads differ (arXiv 2606.21249)."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from retmask_jax.model.interventions import Head
 from retmask_jax.model.layers import merge_layers
 from retmask_jax.utils import stats
 from retmask_jax.utils.hosts import to_host
+from retmask_jax.utils.numbers import Number, Permutation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +44,8 @@ class NormComparison:
     n: int
     n_other: int
     cohens_d: float | None
-    permutation: stats.Permutation
-    partial_spearman: stats.Number
+    permutation: Permutation
+    partial_spearman: Number
     pair_cohens_d: list[float | None]
     pair_p_value: list[float]
     pair_adjusted_p: list[float]
@@ -92,7 +94,7 @@ def norm_utility(
         n_other=len(others),
         cohens_d=stats.defined(stats.cohens_d(norms.head_LH[labels_LH], norms.head_LH[~labels_LH])),
         permutation=stats.layer_clustered_permutation(norms.head_LH, labels_LH, n_permutations, seed),
-        partial_spearman=stats.Number(*map(stats.defined, (rho.value, rho.low, rho.high)), rho.n),
+        partial_spearman=rho if math.isfinite(rho.estimate) else Number(None, None, None, rho.n),
         pair_cohens_d=[stats.defined(stats.cohens_d(*pair)) for pair in zip(ours.T, others.T, strict=True)],
         pair_p_value=p_R.tolist(),
         pair_adjusted_p=stats.benjamini_hochberg(p_R).tolist(),
@@ -110,7 +112,7 @@ def _row_norms(config: ModelConfig, dense):
 def _labels(shape: tuple[int, ...], scores: HeadScores, heads: Sequence[Head]) -> Bool[np.ndarray, "L H"]:
     if scores.mean.shape != shape:
         raise ValueError(
-            f"scores are of {scores.mean.shape} layers and heads, the model has {shape}: take its own scores"
+            f"scores are of {scores.mean.shape} layers and heads, the model has {shape}: take the scores of this model"
         )
     labels_LH = np.zeros(shape, bool)
     for layer, head in heads:

@@ -16,7 +16,7 @@ from retmask_jax.reports.html import change, count, p_value, section, signed, ta
 from retmask_jax.reports.plotting import DASHES, MARKERS, WIDTH, colour, drawn
 from retmask_jax.reports.wording import axis, directions, is_loss
 from retmask_jax.stages.eval import MASKED, Cell, EvalResult, Helmet, HelmetMean
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

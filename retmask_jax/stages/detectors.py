@@ -27,7 +27,7 @@ from retmask_jax.stages.detector_runs import (
 from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import write_jsonl
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def _check(config) -> None:
         raise ValueError(f"detectors.names is empty; known detectors are {', '.join(DETECTORS)}")
     seeds = [config.tasks[config.detect.task].seed, *section.seeds]
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"detectors.seeds {section.seeds} repeat a seed or {seeds[0]}, the task's own: name others")
+        raise ValueError(f"detectors.seeds {section.seeds} repeat a seed or {seeds[0]}, the task's seed: name others")
 
 
 def _check_model(context: Context) -> None:

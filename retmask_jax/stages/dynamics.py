@@ -32,7 +32,7 @@ from retmask_jax.stages.detector_runs import (
 )
 from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.utils import stats
-from retmask_jax.utils.stats import McNemar, Number
+from retmask_jax.utils.numbers import McNemar, Number
 
 PUBLISHED_THRESHOLD = 0.1
 
@@ -218,7 +218,7 @@ def _check_checkpoint(context: Context, checkpoint: Checkpoint) -> None:
     config: ModelConfig = from_hf(read_config(folder))
     if load_tokenizer(folder) is None:
         raise ValueError(f"checkpoint {checkpoint.name} has no tokenizer: copy the model's tokenizer files into it")
-    for name in {context.config.detect.task, _recall_task(context.config)} - {None}:
+    for name in filter(None, {context.config.detect.task, _recall_task(context.config)}):
         check_fits(name, context.config.tasks[name], config.max_length, f"the context of checkpoint {checkpoint.name}")
 
 

@@ -33,7 +33,7 @@ from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.stages.train import TRAIN
 from retmask_jax.utils.files import digest, read_json, write_json
 from retmask_jax.utils.hosts import wait_for_all
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 from retmask_jax.utils.store import Kept
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from retmask_jax.stages.detect import DETECT, DETECTION
 from retmask_jax.stages.detector_runs import UNTOUCHED, Found, check_detector_names, heads_found, scored
 from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.utils import stats
-from retmask_jax.utils.stats import McNemar, Number
+from retmask_jax.utils.numbers import McNemar, Number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

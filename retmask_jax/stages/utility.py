@@ -13,7 +13,7 @@ from retmask_jax.runs.stage import Stage
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, head_scores, retrieval_heads
 from retmask_jax.utils import stats
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,7 +25,8 @@ class UtilityResult(Result):
         norms: [L][H] Mean L1 norm of the rows of each head's query projection.
         max_length: Tokens of the model's context.
         wavelengths: By kind of layer, [R] tokens.
-        comparison: None where it is `undefined`, which then says why.
+        comparison: None where it is undefined.
+        undefined: Why there is no comparison.
     """
 
     heads: list[Head]

@@ -1,6 +1,7 @@
 """What a statistic returns: numbers with their intervals, tests and correlations."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -59,6 +60,11 @@ class Number(_Keyed):
     def number(self) -> "Number":
         """The number of a row without its other fields."""
         return Number(self.value, self.low, self.high, self.n)
+
+    @property
+    def estimate(self) -> float:
+        """The value; nan, which no picture shows, where it is undefined."""
+        return math.nan if self.value is None else self.value
 
 
 def _typed(number: Any) -> Number:

@@ -141,7 +141,7 @@ def test_settings_of_the_study_that_cannot_be_used(refused):
     assert "theta.detector has 'x'" in refused(*run, "--config.theta.detector=x")
     assert "there is no task 'needel' under tasks" in refused(*run, "--config.theta.tasks=('needel',)")
     assert "there is no task 'x' under tasks" in refused(*run, "--config.dynamics.task=x")
-    assert "repeat a seed or 1, the task's own" in refused(*run, "--config.detectors.seeds=(2, 1)")
+    assert "repeat a seed or 1, the task's seed" in refused(*run, "--config.detectors.seeds=(2, 1)")
     assert "detectors.cases is 0; it must be a whole number of at least 1" in refused(
         *run, "--config.detectors.cases=0"
     )

@@ -28,7 +28,7 @@ from retmask_jax.reports import html as page
 from retmask_jax.reports.report import write_report
 from retmask_jax.stages.eval import Helmet, HelmetMean, Place
 from retmask_jax.stages.train import Run
-from retmask_jax.utils.stats import McNemar
+from retmask_jax.utils.numbers import McNemar
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ from helpers_results import around, detect_result, make_results, number
 from helpers_study import detectors_result, dynamics_result, theta_result
 
 from retmask_jax.cli.main import main
+from retmask_jax.heads.conditions import Contrast
 from retmask_jax.heads.detectors import Agreement
 from retmask_jax.reports.panels import findings as panels
 from retmask_jax.reports.panels import sources
-from retmask_jax.reports.panels.findings import Effect, Finding, Member, agreement, evaluate, groups
+from retmask_jax.reports.panels.findings import Finding, Member, agreement, evaluate, groups
 from retmask_jax.stages.knockout import ControlContrast
 from retmask_jax.stages.rope import DoseContrast, Spectrum
 from retmask_jax.utils import stats
@@ -79,11 +80,11 @@ def test_a_finding_holds_where_the_interval_and_the_adjusted_p_say_so(members):
 
 def test_an_interval_above_0_is_not_enough_after_adjustment(members):
     def measure(member):
-        return Effect(number(0.05, 0.01, 0.1), 0.04 if member.name == "llama-0" else 0.9)
+        return Contrast(change=number(0.05, 0.01, 0.1), p_value=0.04 if member.name == "llama-0" else 0.9)
 
     rows = evaluate(Finding("small", measure), members).rows
     assert [row.holds for row in rows] == [False] * 3 and rows[0].q == pytest.approx(0.12)
-    below = Finding("below", lambda m: Effect(number(-0.4, -0.5, -0.3), 1e-9), "below")
+    below = Finding("below", lambda m: Contrast(change=number(-0.4, -0.5, -0.3), p_value=1e-9), "below")
     assert evaluate(below, members).holds == 3
     absent = Finding("absent", lambda m: measure(m) if m.name == "qwen-0" else None)
     assert evaluate(absent, members).of == 1

@@ -65,7 +65,8 @@ def test_detectors_are_told_apart_by_what_masking_their_heads_does(render):
         "gradient (0.200)."
     ) in found.text
     assert (
-        "No case counts for logit: left out" in found.text and "The scores of copy are those of the stage" in found.text
+        "No case counts for logit, which the comparisons leave out." in found.text
+        and "The scores of copy are those of the stage" in found.text
     )
     cells = {row[0]: row for row in found.rows}
     assert cells["logit"][1:] == ["0 of 20", "4.0", "5.00", *["–"] * 6]
@@ -79,11 +80,14 @@ def test_one_detector_has_nothing_to_agree_with(render):
 def test_norms_and_bases_are_judged_by_their_tests(render):
     found = render()
     assert (
-        "differ from the 29 others' by +0.500 (Cohen's d +1.25); of that their layers alone explain +0.125."
+        "the 29 other heads differ by +0.500 (Cohen's d +1.25); the layers of the heads alone explain +0.125 of that."
         in found.text
     )
     assert "After adjustment over all pairs p is below 0.05 for 3 of 8 rotary pairs." in found.text
-    assert "By its 95% interval alone recall on needle changes at 2,000,000 (−0.100 [−0.150, −0.050])." in found.text
+    assert (
+        "Judged by the 95% interval alone, recall on needle changes at 2,000,000 (−0.100 [−0.150, −0.050])."
+        in found.text
+    )
 
 
 def test_nothing_clear_nothing_comparable_and_no_checkpoints(render):

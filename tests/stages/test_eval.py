@@ -19,7 +19,7 @@ from retmask_jax.reports.comparison import table, write_comparison
 from retmask_jax.runs import recipes
 from retmask_jax.stages import eval
 from retmask_jax.stages.eval import Measurement, common_samples
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 
 CONFIG = str(Path(__file__).parents[1] / "tiny_small.py")
 NIAH = [

@@ -1,1 +1,1 @@
-"""Several models side by side: results of other runs, what they have in common, and the page and pictures of it."""
+"""Several models side by side: results read from other runs, findings and gains over them, their pictures and page."""

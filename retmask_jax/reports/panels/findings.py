@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from retmask_jax.heads.conditions import Contrast
 from retmask_jax.heads.detectors import Agreement
 from retmask_jax.reports.wording import direction
 from retmask_jax.stages.detect import DetectResult
@@ -16,7 +17,7 @@ from retmask_jax.stages.knockout import KnockoutResult
 from retmask_jax.stages.rope import RopeResult
 from retmask_jax.stages.theta import ThetaResult
 from retmask_jax.utils import stats
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 
 # a finding holds for a model if its interval lies on the expected side of 0 and its adjusted p is below this
 ALPHA = 0.05
@@ -36,14 +37,6 @@ class Member:
 
 
 @dataclasses.dataclass(frozen=True)
-class Effect:
-    """A measured difference of recall, and the p-value of its test."""
-
-    change: Number
-    p_value: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Finding:
     """A claim about every model.
 
@@ -53,7 +46,7 @@ class Finding:
     """
 
     name: str
-    measure: Callable[[Member], Effect | None]
+    measure: Callable[[Member], Contrast | None]
     expected: str = "above"
 
 
@@ -179,9 +172,7 @@ def evaluate(finding: Finding, members: Sequence[Member]) -> Verdict:
     measured = [(member.name, found) for member in members if (found := finding.measure(member))]
     adjusted = stats.benjamini_hochberg([found.p_value for _, found in measured]).tolist()
     rows = [
-        FindingRow(
-            model=name, p=found.p_value, q=q, holds=_holds(finding.expected, found.change, q), **vars(found.change)
-        )
+        FindingRow.of(found.change, model=name, p=found.p_value, q=q, holds=_holds(finding.expected, found.change, q))
         for (name, found), q in zip(measured, adjusted, strict=True)
     ]
     return Verdict(finding.name, finding.expected, rows, sum(row.holds for row in rows), len(rows))
@@ -215,7 +206,7 @@ def _row(member: Member, task: str) -> ModelRow:
         model=member.name,
         theta=None if member.theta is None else member.theta.theta,
         heads=len(detect.heads),
-        of=int(np.size(detect.mean)),
+        of=np.size(detect.mean),
         top_score=max(detect.scores),
         gini=detect.numbers["detect/gini"].value,
         cases_counted=detect.numbers.get("detect/cases counted"),
@@ -224,29 +215,24 @@ def _row(member: Member, task: str) -> ModelRow:
     )
 
 
-def _masked(member: Member, task: str, sign: int) -> Effect | None:
+def _masked(member: Member, task: str, sign: int) -> Contrast | None:
     """The change of recall with the retrieval heads masked, times sign."""
     for row in member.knockout.rows:
         if (row.task, row.kind, row.experiment) == (task, "retrieval", "zero"):
-            return Effect(_times(row.change, sign), row.mcnemar.p_value)
+            return Contrast(change=_times(row.change, sign), p_value=row.mcnemar.p_value)
     return None
 
 
-def _control(member: Member, task: str, kind: str) -> Effect | None:
+def _control(member: Member, task: str, kind: str) -> Contrast | None:
     """How much more recall masking other heads leaves."""
-    for row in member.knockout.contrasts:
-        if (row.task, row.kind, row.experiment) == (task, kind, "zero"):
-            return Effect(row.change, row.p_value)
-    return None
+    wanted, rows = (task, kind, "zero"), member.knockout.contrasts
+    return next((row for row in rows if (row.task, row.kind, row.experiment) == wanted), None)
 
 
-def _pairs(member: Member, task: str, kind: str) -> Effect | None:
+def _pairs(member: Member, task: str, kind: str) -> Contrast | None:
     """How much more recall ablating a quarter of the pairs, of a kind, leaves than ablating the lowest."""
-    wanted = task, "rotary", member.rope.n_pairs // 4, kind
-    for row in member.rope.contrasts:
-        if (row.task, row.site, row.k, row.kind) == wanted:
-            return Effect(row.change, row.p_value)
-    return None
+    wanted, rows = (task, "rotary", member.rope.n_pairs // 4, kind), member.rope.contrasts
+    return next((row for row in rows if (row.task, row.site, row.k, row.kind) == wanted), None)
 
 
 def _centres(members: Sequence[Member], task: str) -> dict[str, Number]:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from retmask_jax.reports import plotting
 from retmask_jax.reports.panels.profiles import captioned, wide_figure
 from retmask_jax.reports.plotting import MARKERS, SHADES
 from retmask_jax.utils import stats
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,10 +55,10 @@ def gain_against_sparsity(runs: Sequence[GainRun]) -> Gains:
     """Correlates the gains of runs with Gini coefficients. Runs of one start model are one sample: they are averaged."""
     by_model: dict[str, list[tuple[float, float]]] = {}
     for run in runs:
-        by_model.setdefault(run.weights, []).append((run.gini, run.gain.value))
+        by_model.setdefault(run.weights, []).append((run.gini, run.gain.estimate))
     means = np.array([np.mean(points, axis=0) for points in by_model.values()])
     rho = stats.spearman_interval(*means.T) if len(means) >= CORRELATE_FROM else None
-    rho = rho if rho and math.isfinite(rho.value) else None
+    rho = rho if rho and math.isfinite(rho.estimate) else None
     return Gains(rows=list(runs), n_models=len(means), spearman=rho, finding=_finding(len(means), rho))
 
 
@@ -68,8 +69,8 @@ def sparsity(gains: Gains, number: str) -> "Figure":
     ax.axhline(0, color="black", linewidth=0.9)
     for i, row in enumerate(gains.rows):
         shade, marker = SHADES[i % len(SHADES)], MARKERS[i // len(SHADES) % len(MARKERS)]
-        ax.plot([row.gini] * 2, [row.gain.low, row.gain.high], color=shade, linewidth=1.2)
-        ax.plot(row.gini, row.gain.value, marker, color=shade, label=f"{row.name} (n = {row.gain.n})")
+        plotting.interval(ax, row.gain, row.gini, shade, marker, vertical=True)
+        ax.plot([], [], marker, color=shade, label=f"{row.name} (n = {row.gain.n})")
     ax.margins(x=0.15)
     ax.set(xlabel="Gini coefficient of the head scores (1: one head has all)", ylabel="gain")
     figure.legend(loc="outside right upper", title="run (n: cases)")

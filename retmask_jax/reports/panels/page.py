@@ -1,8 +1,10 @@
-"""The findings of several studies -> a table, a sentence each, and one self-contained HTML page."""
+"""The findings of several studies as a table, as a sentence each, and as one self-contained HTML page."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from markupsafe import Markup
 
 from retmask_jax.heads.detectors import Agreement
 from retmask_jax.heads.profile import ProfileRow, Scored
@@ -14,7 +16,7 @@ from retmask_jax.reports.panels.profiles import profiles
 from retmask_jax.reports.plotting import DASHES, MARKERS, SHADES, drawn
 from retmask_jax.reports.studies.detectors import agreement_matrix
 from retmask_jax.utils.files import write_atomically
-from retmask_jax.utils.stats import Number
+from retmask_jax.utils.numbers import Number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,20 +83,20 @@ def write_panel(
     write_atomically(path, html.document("Retrieval heads over several models", sections))
 
 
-def _models(found: Panel, scored: Sequence[Scored], rows: Sequence[ProfileRow]) -> str:
+def _models(found: Panel, scored: Sequence[Scored], rows: Sequence[ProfileRow]) -> Markup:
     kinds = groups([row.model for row in found.models])
     return section(
         "Models",
         [
             f"{count(len(found.models), 'model')}, in {count(len(kinds), 'group')} by name "
-            f"({', '.join(f'{key}: {len(some)}' for key, some in kinds.items())}); recall is that of {found.task}."
+            f"({', '.join(f'{key}: {len(some)}' for key, some in kinds.items())}); recall is measured on {found.task}."
         ],
         table(*summary(found), note="95% interval: Wilson, over cases; n: cases."),
         drawn({"Head scores of every model": profiles(scored, rows)}, ""),
     )
 
 
-def _findings(found: Panel) -> str:
+def _findings(found: Panel) -> Markup:
     panels = {row.name: _effects(row) for row in found.findings}
     cells = [
         [finding.name, row.model, change(row), row.n, p_value(row.p), p_value(row.q), "yes" if row.holds else "no"]
@@ -114,22 +116,22 @@ def _findings(found: Panel) -> str:
             cells,
             note="p: McNemar's exact test, median over draws; q: adjusted over models (Benjamini and Hochberg). Holds: "
             f"interval above 0 and q < {ALPHA:g}, or, where nothing should change, interval contains 0. An interval that "
-            "contains 0 is no proof that nothing changes. Seeds of one architecture are no independent architectures.",
+            "contains 0 does not prove that nothing changes. Seeds of one architecture are not independent architectures.",
         ),
     )
 
 
-def _spectrum(found: Panel) -> str:
+def _spectrum(found: Panel) -> Markup:
     if not found.centres:
-        return ""
+        return Markup()
     caption = (
-        "Centre of mass of the drop of recall over windows of rotary pairs; 95% bootstrap interval over cases. Models of "
-        "which no window lowers recall are left out."
+        "Centre of mass of the drop of recall over windows of rotary pairs; 95% bootstrap interval over cases. Models "
+        "whose recall no window lowers are left out."
     )
     return section("Spectrum", [], drawn({"Centre of mass": _centres(found.centres)}, caption))
 
 
-def _agreement(found: Panel) -> str:
+def _agreement(found: Panel) -> Markup:
     rows = [[row.a, row.b, row.n_models, _range(row.jaccard), _range(row.spearman)] for row in found.agreement]
     names = list(dict.fromkeys(name for row in found.agreement for name in (row.a, row.b)))
     means = [
@@ -148,10 +150,10 @@ def _agreement(found: Panel) -> str:
     )
 
 
-def _emergence(members: Sequence[Member]) -> str:
+def _emergence(members: Sequence[Member]) -> Markup:
     runs = {member.name: member.dynamics.rows for member in members if member.dynamics and member.dynamics.rows}
     if not runs:
-        return ""
+        return Markup()
     lines = {
         "best head's score": {name: [(row.step, row.top) for row in rows] for name, rows in runs.items()},
         "mean score of the final heads": {
@@ -159,12 +161,14 @@ def _emergence(members: Sequence[Member]) -> str:
         },
     }
     panels = {f"Training dynamics: {title}": _over_training(title, by_model) for title, by_model in lines.items()}
-    return section("Training dynamics", [], drawn(panels, "The same detection at every checkpoint; a line a model."))
+    return section(
+        "Training dynamics", [], drawn(panels, "The same detection at every checkpoint, with a line for each model.")
+    )
 
 
-def _sparsity(gain: str | None, gains: Gains | None) -> str:
+def _sparsity(gain: str | None, gains: Gains | None) -> Markup:
     if gain is None or gains is None:
-        return ""
+        return Markup()
     picture = drawn({"Gain against sparsity": sparsity(gains, gain)}, "")
     return section("Gain against sparsity", [gains.finding], picture)
 
@@ -182,7 +186,7 @@ def _effects(finding: Verdict) -> "Figure":
     ax.axvline(0, color="black", linewidth=0.9, zorder=0)
     _by_model(ax, {row.model: row for row in finding.rows}, {row.model for row in finding.rows if row.holds})
     for y, row in enumerate(finding.rows):
-        plotting.note(ax, y, signed(row.value))
+        plotting.note(ax, y, signed(row.estimate))
     ax.set_xlabel(f"difference (n = {_ns(finding.rows)} cases)\n{_LIMITS[finding.expected]}")
     return figure
 
@@ -203,8 +207,9 @@ def _by_model(ax: "Axes", numbers: Mapping[str, Number], filled: set[str]) -> No
     looks = _looks(list(numbers))
     for y, (model, number) in enumerate(numbers.items()):
         shade, marker, _ = looks[model]
-        ax.plot([number.low, number.high], [y, y], color=shade, linewidth=1.2)
-        ax.plot(number.value, y, marker, color=shade, markerfacecolor=shade if model in filled else "white", zorder=3)
+        plotting.interval(ax, number, y, shade, marker)
+        if model not in filled:
+            ax.plot(number.estimate, y, marker, color=shade, markerfacecolor="white", zorder=3)
     plotting.rows(ax, list(numbers), "")
 
 

@@ -1,5 +1,6 @@
 """Results of other runs, to be compared: files of head scores, and work directories."""
 
+import difflib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,9 +108,9 @@ def _of_evaluation(name: str, root: Path, number: str) -> GainRun:
         raise ValueError(f"{root} is no work directory: only those have an evaluation")
     detect, numbers = _read(root, DETECT), Workdir(root, {}).result(EVAL.name, Result).numbers
     if number not in numbers:
-        changes = ", ".join(name for name in numbers if name.endswith(" minus start"))
-        raise ValueError(f"eval in {root} has no number {number!r}; its changes are {changes}")
-    weights, gini = detect.provenance.inputs["weights"], detect.numbers["detect/gini"].value
+        nearest = ", ".join(difflib.get_close_matches(number, numbers, cutoff=0))
+        raise ValueError(f"eval in {root} has no number {number!r}; the most similar names are {nearest}")
+    weights, gini = detect.provenance.inputs["weights"], detect.numbers["detect/gini"].estimate
     return GainRun(name=name, weights=weights, gini=gini, gain=numbers[number])
 
 

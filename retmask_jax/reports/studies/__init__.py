@@ -1,1 +1,1 @@
-"""The page of the causal study and its sections, each with its figures; heads, knock-out and rotary pairs lie above."""
+"""The page of the causal study and the sections that only this page has, each with its figures."""

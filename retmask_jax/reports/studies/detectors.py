@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from markupsafe import Markup
 
 from retmask_jax.heads.conditions import ConditionRow
 from retmask_jax.heads.detectors import Agreement
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _SHADES = (*plotting.SHADES, "#000000")  # there are eight detectors
 
 
-def detectors_section(result: DetectorsResult) -> str:
+def detectors_section(result: DetectorsResult) -> Markup:
     """The comparison of detectors, from the result of `detectors`."""
     top_k, by_task = result.top_k, _by_task(result.masked)
     panels = {
@@ -38,9 +39,9 @@ def detectors_section(result: DetectorsResult) -> str:
     caption = (
         f"Agreement: Jaccard (shared over all members) of the best {top_k} heads of two detectors above the diagonal, "
         "Spearman's rank correlation of their scores over all heads below. Recall: 95% Wilson interval over the task's cases; "
-        "dotted: nothing masked. Time: wall clock of this run on its device, with compiling, which weighs less the more "
-        "cases there are; hatched: taken from the stage detect, whose time is that of the whole stage. Stability: overlap "
-        "of the best heads on the first cases with those on all."
+        "dotted: nothing masked. Time: wall clock on the device of this run, with compiling, which matters less the more "
+        "cases there are; hatched: the scores are from the stage detect, and so is the time, that of the whole stage. "
+        "Stability: overlap of the best heads on the first cases with those on all cases."
     )
     head = ["detector", "cases counted", "seconds", "cases per second", "Gini", "Jaccard with detect's heads"]
     head += ["Jaccard over seeds", *(f"{task}, its heads masked" for task in by_task)]
@@ -52,8 +53,8 @@ def detectors_section(result: DetectorsResult) -> str:
         table(
             head,
             [_cells(row, result, by_task) for row in result.rows],
-            note="Gini: none where scores are signed. McNemar's exact test against nothing masked, not adjusted for the "
-            "number of detectors; the first task's.",
+            note="Gini: none where scores are signed. McNemar's exact test against nothing masked, on the first task, not "
+            "adjusted for the number of detectors.",
         ),
     )
 
@@ -69,12 +70,12 @@ def _by_task(masked: Sequence[ConditionRow]) -> dict[str, dict[str, ConditionRow
 def _sentences(result: DetectorsResult, by_task: Mapping[str, Mapping[str, ConditionRow]]) -> list[str]:
     rows = result.rows
     said = [
-        f"{count(len(rows), 'detector')} on {count(result.cases, 'detection case')}; compared are the best "
-        f"{result.top_k} heads of each."
+        f"{count(len(rows), 'detector')} ran on {count(result.cases, 'detection case')}; the best {result.top_k} heads of "
+        "each are compared."
     ]
     said += [_lowest_and_highest(task, masked) for task, masked in by_task.items()]
     if empty := [row.name for row in rows if not row.counted]:
-        said.append(f"No case counts for {', '.join(empty)}: left out of the comparisons.")
+        said.append(f"No case counts for {', '.join(empty)}, which the comparisons leave out.")
     if reused := [row.name for row in rows if row.reused]:
         said.append(f"The scores of {', '.join(reused)} are those of the stage detect; nothing was decoded again.")
     return said
@@ -82,7 +83,7 @@ def _sentences(result: DetectorsResult, by_task: Mapping[str, Mapping[str, Condi
 
 def _lowest_and_highest(task: str, masked: Mapping[str, ConditionRow]) -> str:
     """Whose heads matter most and least for a task."""
-    recall = {kind: row.value for kind, row in masked.items() if kind != UNTOUCHED.kind}
+    recall = {kind: row.estimate for kind, row in masked.items() if kind != UNTOUCHED.kind}
     ends = dict.fromkeys(choose(recall.values()) for choose in (min, max))
     named = [
         f"{word} for {', '.join(kind for kind, value in recall.items() if value == end)} ({fixed(end)})"
@@ -138,7 +139,7 @@ def _masked_recall(title: str, masked: Mapping[str, ConditionRow]) -> "Figure":
     """Recall with the best heads of each detector masked, and untouched (dotted)."""
     none, shown = masked[UNTOUCHED.kind], [row for kind, row in masked.items() if kind != UNTOUCHED.kind]
     figure, ax = plotting.panel(title, 1.2 + 0.26 * len(shown))
-    ax.axvline(none.value, color=plotting.colour("none"), linestyle=":", label="nothing masked")
+    ax.axvline(none.estimate, color=plotting.colour("none"), linestyle=":", label="nothing masked")
     for y, row in enumerate(shown):
         plotting.interval(ax, row, y, plotting.colour("retrieval"))
         plotting.note(ax, y, f"{row.value:.2f}")

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from markupsafe import Markup
+
 from retmask_jax.reports import html, plotting
 from retmask_jax.reports.html import count, fixed, interval, table
 from retmask_jax.stages.dynamics import CheckpointRow, DynamicsResult
@@ -14,11 +16,11 @@ if TYPE_CHECKING:
 _LOG_FROM = 30  # ratio of the last to the first step from which a logarithmic axis shows more
 
 
-def dynamics_section(result: DynamicsResult) -> str:
+def dynamics_section(result: DynamicsResult) -> Markup:
     """Detection over checkpoints, from the result of `dynamics`; nothing where no checkpoint is named."""
     rows = result.rows
     if not rows:
-        return ""
+        return Markup()
     panels = {
         "Dynamics: emergence": _emergence("Emergence of the heads", rows),
         "Dynamics: heads": _heads_by_step(f"Heads with a score of {result.threshold:g} or more", rows),
@@ -35,9 +37,9 @@ def dynamics_section(result: DynamicsResult) -> str:
         plotting.drawn(
             panels,
             f"Score: {result.detector}, on the same cases at every checkpoint. Final heads: those of the last "
-            "checkpoint; one in a layer that is not there yet scores 0. Recall: 95% Wilson interval over cases; masked are "
-            "as many of a checkpoint's own best heads as the last one has retrieval heads. Text loss: 95% bootstrap interval "
-            "over windows.",
+            "checkpoint; a head in a layer that a checkpoint lacks scores 0. Recall: 95% Wilson interval over cases; as many "
+            "of a checkpoint's best heads are masked as the last checkpoint has retrieval heads. Text loss: 95% bootstrap "
+            "interval over windows.",
         ),
         table(head, [_cells(row) for row in rows]),
     )
@@ -102,18 +104,18 @@ def _heads_by_step(title: str, rows: Sequence[CheckpointRow]) -> "Figure":
 
 
 def _recall_by_step(title: str, rows: Sequence[CheckpointRow]) -> "Figure":
-    """Recall by training step, untouched and with the checkpoint's own best heads masked."""
+    """Recall by training step, untouched and with the checkpoint's best heads masked."""
     measured = [(row.step, row.recall) for row in rows if row.recall is not None]
     lines = (
         ("untouched", "layer matched", "o", "-", [(step, recall.none) for step, recall in measured]),
-        ("own best heads masked", "retrieval", "s", "--", [(step, recall.masked) for step, recall in measured]),
+        ("best heads masked", "retrieval", "s", "--", [(step, recall.masked) for step, recall in measured]),
     )
     figure, ax = plotting.panel(title, 2.9)
     for label, name, mark, dash, points in lines:
         shade = plotting.colour(name)
         for step, number in points:
             plotting.interval(ax, number, step, shade, marker=mark, vertical=True)
-        steps, values = [step for step, _ in points], [number.value for _, number in points]
+        steps, values = [step for step, _ in points], [number.estimate for _, number in points]
         ax.plot(steps, values, color=shade, linestyle=dash, marker=mark, label=label)
     ax.set(ylabel=f"recall (n = {measured[-1][1].none.n})", ylim=(-0.03, 1.03))
     _steps(ax, rows)
@@ -128,7 +130,7 @@ def _loss_by_step(title: str, rows: Sequence[CheckpointRow]) -> "Figure":
     shade = plotting.colour("layer matched")
     for step, loss in points:
         plotting.interval(ax, loss, step, shade, vertical=True)
-    ax.plot([step for step, _ in points], [loss.value for _, loss in points], color=shade)
+    ax.plot([step for step, _ in points], [loss.estimate for _, loss in points], color=shade)
     ax.set(ylabel="nats per token")
     _steps(ax, rows)
     return figure

@@ -1,25 +1,28 @@
-"""Results of the causal study -> one self-contained HTML page, `study.html`; never touches a model."""
+"""The page of the causal study, `study.html`, from the results of its stages; never touches a model."""
 
 import dataclasses
 from pathlib import Path
 
+from markupsafe import Markup
+
 from retmask_jax.reports import html, plotting
 from retmask_jax.reports.heads import heads_section
 from retmask_jax.reports.html import interval, table
+from retmask_jax.reports.knockout import knockout_section
 from retmask_jax.reports.page import PageResult
-from retmask_jax.reports.report import all_numbers, knockout_section, provenance, rope_section
+from retmask_jax.reports.report import all_numbers, provenance
+from retmask_jax.reports.rope import rope_section
 from retmask_jax.reports.studies.detectors import detectors_section
 from retmask_jax.reports.studies.dynamics import dynamics_section
 from retmask_jax.reports.studies.query_norms import norms_section
 from retmask_jax.reports.studies.rope_base import base_section
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import Stage
-from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, DetectResult
 from retmask_jax.stages.detectors import DETECTORS_STAGE, DetectorsResult
 from retmask_jax.stages.dynamics import DYNAMICS, DynamicsResult
-from retmask_jax.stages.knockout import KNOCKOUT
-from retmask_jax.stages.rope import ROPE
+from retmask_jax.stages.knockout import KNOCKOUT, KnockoutResult
+from retmask_jax.stages.rope import ROPE, RopeResult
 from retmask_jax.stages.theta import THETA, ThetaResult
 from retmask_jax.stages.utility import UTILITY, UtilityResult
 from retmask_jax.utils.files import write_atomically
@@ -31,8 +34,8 @@ class StudyResults:
 
     detect: DetectResult
     detectors: DetectorsResult
-    knockout: Result
-    rope: Result
+    knockout: KnockoutResult
+    rope: RopeResult
     utility: UtilityResult
     theta: ThetaResult
     dynamics: DynamicsResult
@@ -55,8 +58,8 @@ def write_study(path: Path, results: StudyResults, model: str) -> None:
     write_atomically(path, html.document(f"Causal study of the retrieval heads of {model}", sections))
 
 
-def _header(results: StudyResults) -> str:
-    """What was done on what, and the numbers to look at first."""
+def _header(results: StudyResults) -> Markup:
+    """When and on what the results were made, and the numbers to look at first."""
     numbers = {name: number for result in vars(results).values() for name, number in result.numbers.items()}
     task = next((row.task for row in results.detectors.masked), None)
     wanted = {
@@ -71,8 +74,8 @@ def _header(results: StudyResults) -> str:
     return html.lines(*provenance(vars(results))) + table(
         ["", "value [95% interval]", "n"],
         rows,
-        note="n: independent cases (heads and Gini: the cases behind the scores; Cohen's d: retrieval heads). Every other "
-        "number is at the end of the page.",
+        note="n: how many independent cases (for heads and Gini: those that were scored; for Cohen's d: retrieval heads). All "
+        "other numbers are at the end of the page.",
     )
 
 

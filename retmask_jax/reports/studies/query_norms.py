@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import ArrayLike
 
 from retmask_jax.heads.query_norms import NormComparison
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def norms_section(result: UtilityResult) -> str:
+def norms_section(result: UtilityResult) -> Markup:
     """The comparison of query norms, from the result of `utility`."""
     found, (kind, waves) = result.comparison, next(iter(result.wavelengths.items()))
     panels = {"Query norms": norms_by_layer("Query norms by layer", result.norms, result.heads)}
@@ -38,7 +39,8 @@ def norms_section(result: UtilityResult) -> str:
             "Left: a dot is a head, its height the mean L1 norm of the rows of its query projection. Right: the same "
             "for each rotary pair, retrieval against other heads, in pooled standard deviations (Cohen's d, no interval: "
             "these are all heads of the model); filled where the layer-clustered permutation test, adjusted over all pairs "
-            "(Benjamini and Hochberg), is below 0.05; with few heads in few layers no p can be much smaller." + more,
+            "(Benjamini and Hochberg), is below 0.05. With few heads in few layers p cannot be much smaller than that."
+            + more,
         ),
         html.folded("Every rotary pair", table(head, _cells(found, waves))),
     )
@@ -48,11 +50,11 @@ def _sentences(found: NormComparison) -> list[str]:
     test, rho, d = found.permutation, found.partial_spearman, found.cohens_d
     differ = sum(p < 0.05 for p in found.pair_adjusted_p)
     said = [
-        f"Mean query norms of the {found.n} retrieval heads differ from the {found.n_other} others' by "
+        f"The mean query norms of the {found.n} retrieval heads and of the {found.n_other} other heads differ by "
         f"{signed(test.value)}"
         + ("" if d is None else f" (Cohen's d {signed(d, 2)})")
-        + f"; of that their layers alone explain {signed(test.expected)}.",
-        f"Labels permuted within layers: p = {p_value(test.p_value)}.",
+        + f"; the layers of the heads alone explain {signed(test.expected)} of that.",
+        f"A test that permutes the labels within layers gives p = {p_value(test.p_value)}.",
         f"After adjustment over all pairs p is below 0.05 for {differ} of "
         f"{count(len(found.pair_adjusted_p), 'rotary pair')}.",
     ]

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from markupsafe import Markup
+
 from retmask_jax.reports import html, plotting
 from retmask_jax.reports.html import change, count, fixed, interval, p_value, table
 from retmask_jax.reports.wording import direction
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def base_section(result: ThetaResult) -> str:
+def base_section(result: ThetaResult) -> Markup:
     """Recall and heads by RoPE base, from the result of `theta`."""
     base, heads = result.theta, result.heads
     tasks: dict[str, list[BaseRow]] = {}
@@ -27,14 +29,14 @@ def base_section(result: ThetaResult) -> str:
     return html.section(
         "RoPE base",
         [
-            f"The model's own base is {base:,.0f}; other bases are set at inference, the weights stay as they are.",
+            f"The model's base is {base:,.0f}. Other bases are set at inference; the weights stay the same.",
             *(_changes(task, rows) for task, rows in tasks.items()),
         ],
         plotting.drawn(
             panels,
             "Recall: 95% Wilson interval over cases. Heads: those whose score "
             f"({result.detector}) is at least {result.threshold:.3g} on {count(heads[0].cases, 'detection case')}, "
-            "none where no case counts; no interval.",
+            "and none where no case counts. They have no interval.",
         ),
         table(
             ["task", "factor", "base", "recall", "change against factor 1", "McNemar p"],
@@ -53,7 +55,7 @@ def _changes(task: str, rows: Sequence[BaseRow]) -> str:
     clear = [f"{row.theta:,.0f} ({change(row.change)})" for row in rows if direction(row.change)]
     if not clear:
         return f"Recall on {task} does not clearly change: every 95% interval contains 0."
-    return f"By its 95% interval alone recall on {task} changes at {', '.join(clear)}."
+    return f"Judged by the 95% interval alone, recall on {task} changes at {', '.join(clear)}."
 
 
 def _recall_cells(row: BaseRow) -> list[str]:
@@ -70,19 +72,19 @@ def _head_cells(found: BaseHeads) -> list[str]:
 
 
 def _recall_by_base(title: str, rows: Sequence[BaseRow], base: float) -> "Figure":
-    """Recall at each RoPE base, the weights as they are."""
+    """Recall at each RoPE base, with the same weights."""
     figure, ax = plotting.panel(title, 2.6)
     ordered = sorted(rows, key=lambda row: row.theta)
     for row in ordered:
         plotting.interval(ax, row, row.theta, plotting.colour("retrieval"), vertical=True)
-    ax.plot([row.theta for row in ordered], [row.value for row in ordered], color=plotting.colour("retrieval"))
+    ax.plot([row.theta for row in ordered], [row.estimate for row in ordered], color=plotting.colour("retrieval"))
     ax.set(ylabel=f"recall (n = {ordered[0].n})", ylim=(-0.03, 1.03))
     _bases(figure, ax, [row.theta for row in ordered], base)
     return figure
 
 
 def heads_by_base(title: str, found: Sequence[BaseHeads], base: float) -> "Figure":
-    """Heads at the detection threshold at each RoPE base, and how many of them are those of the model's own base."""
+    """Heads at the detection threshold at each RoPE base, and how many of them are found at the model's base, too."""
     figure, ax = plotting.panel(title, 2.8)
     ordered = sorted(found, key=lambda at_base: at_base.theta)
     own = {head for at_base in found if at_base.factor == 1 for head in at_base.heads}
@@ -90,9 +92,7 @@ def heads_by_base(title: str, found: Sequence[BaseHeads], base: float) -> "Figur
     numbers = [len(at_base.heads) for at_base in ordered]
     shared = [len(own & set(at_base.heads)) for at_base in ordered]
     ax.plot(thetas, numbers, "o-", color=plotting.colour("retrieval"), linewidth=3, markersize=8, label="heads")
-    ax.plot(
-        thetas, shared, "s--", color=plotting.colour("layer matched"), label="of them found at the model's own base"
-    )
+    ax.plot(thetas, shared, "s--", color=plotting.colour("layer matched"), label="of these, found at the model's base")
     ax.set(ylabel="heads")
     ax.set_ylim(bottom=0)
     plotting.whole_numbers(ax.yaxis)
@@ -101,8 +101,8 @@ def heads_by_base(title: str, found: Sequence[BaseHeads], base: float) -> "Figur
 
 
 def _bases(figure: "Figure", ax: "Axes", thetas: Sequence[float], base: float) -> None:
-    """Draw the axis of bases, with the model's own marked."""
-    ax.axvline(base, color=plotting.colour("none"), linestyle=":", label="the model's own base")
+    """Draw the axis of bases, with the model's base marked."""
+    ax.axvline(base, color=plotting.colour("none"), linestyle=":", label="the model's base")
     ax.set_xscale("log")
     ax.set_xticks(thetas, [f"{theta:,.0f}" for theta in thetas], rotation=30)
     ax.minorticks_off()

@@ -18,7 +18,14 @@ setup(
     packages=[*find_packages(include=["retmask_jax", "retmask_jax.*"]), "retmask_jax.configs"],
     package_dir={"retmask_jax.configs": "configs"},
     package_data={
-        "retmask_jax": ["*/README.md", "assets/*/*", "benchmarks/*.json", "aot/*.json", "reports/templates/*", "py.typed"],
+        "retmask_jax": [
+            "*/README.md",
+            "assets/*/*",
+            "benchmarks/*.json",
+            "aot/*.json",
+            "reports/templates/*",
+            "py.typed",
+        ],
         "retmask_jax.configs": ["README.md"],
     },
     entry_points={"console_scripts": ["retmask = retmask_jax.cli.main:main"]},

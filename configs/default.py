@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
 
     # Training: RetMask's DPO.
     config.train = ConfigDict()
-    config.train.arms = ("retmask",)  # what is trained; the controls are listed in retmask_jax/stages/pairs.py
+    config.train.arms = ("retmask",)  # what is trained; the arms are listed in retmask_jax/stages/arms.py
     config.train.seeds = (0,)
     config.train.loss = "sigmoid"  # or ipo, hinge, simpo; see retmask_jax/training/losses.py
     config.train.beta = 0.1

@@ -5,7 +5,7 @@ line stays quick; type checkers and editors read the imports below instead.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from retmask_jax.generation.language_model import LanguageModel, from_params, load, save
@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'retmask_jax' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"retmask_jax.{_HOME[name]}"), name)
@@ -77,5 +77,5 @@ def __getattr__(name: str):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

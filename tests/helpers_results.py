@@ -6,10 +6,14 @@ import json
 import msgspec
 import numpy as np
 
+from retmask_jax.evals.compare import ArmRow, ModelRow, headlines
 from retmask_jax.heads.conditions import ConditionRow
 from retmask_jax.stages.detect import DetectResult, Settled
+from retmask_jax.stages.eval import Cell, EvalResult
 from retmask_jax.stages.knockout import KindNumber, KnockoutResult, LossRow, TaskMean
+from retmask_jax.stages.pairs import PairsResult
 from retmask_jax.stages.rope import DoseContrast, DoseMean, RopeResult, RopeRow
+from retmask_jax.stages.train import Run, Step, TrainResult
 from retmask_jax.utils.numbers import McNemar, Number
 
 UP, DOWN, ACROSS = (0.1, 0.05, 0.15), (-0.1, -0.15, -0.05), (0.02, -0.03, 0.07)
@@ -148,58 +152,62 @@ def train_results(arms, seeds, n_steps):
         for seed in seeds:
             loss = np.linspace(0.7, 0.3, n_steps) + np.random.default_rng(seed).normal(0, 0.01, n_steps)
             rewards = {} if arm.startswith("sft") else {"margin": 0.1, "accuracy": 0.75}
-            steps = [{"step": i + 1, "loss": float(loss[i]), "learning_rate": 1e-5, **rewards} for i in range(n_steps)]
             counts[f"{arm}-{seed}"] = {"kept": 30, "empty": 4, "identical": 6}
             if arm == "sft_unfiltered":
                 counts[f"{arm}-{seed}"] = {"kept": 38, "empty": 2}
-            runs[f"{arm}-{seed}"] = {
-                "arm": arm,
-                "seed": seed,
-                "examples": 30,
-                "answers_cut": 2,
-                "prompts_cut": 0,
-                "steps": steps,
-            }
-    return (
-        {
-            "counts": counts,
-            "prompts": 40,
-            "left_out": {"redacted": 3, "too long": 0},
-            "answers_cut": {"normal-0": 7},
-            "numbers": {f"pairs/{name}/kept": around(0.75) for name in counts},
-        },
-        {"runs": runs, "numbers": {f"train/{name}/final loss": number(0.31) for name in runs}},
+            steps = [training_step(i + 1, float(loss[i]), **rewards) for i in range(n_steps)]
+            runs[f"{arm}-{seed}"] = Run(arm=arm, seed=seed, examples=30, answers_cut=2, prompts_cut=0, steps=steps)
+    pairs = PairsResult(
+        counts=counts,
+        heads={},
+        prompts=40,
+        left_out={"redacted": 3, "too long": 0},
+        answers_cut={"normal-0": 7},
+        numbers={f"pairs/{name}/kept": around(0.75) for name in counts},
     )
+    return pairs, TrainResult(runs=runs, numbers={f"train/{name}/final loss": number(0.31) for name in runs})
+
+
+def training_step(step, loss, **rewards):
+    return Step(step=step, loss=loss, gradient_norm=1.0, parameter_norm=9.0, learning_rate=1e-5, **rewards)
 
 
 def eval_result(arms, seeds, changes):
     """changes: task -> (value, low, high) of every arm's change against start."""
     models = [("start", "start", 0), *((f"{arm}-{seed}", arm, seed) for arm in arms for seed in seeds)]
-    numbers, rows = {}, []
-    for task, change in changes.items():
-        numbers[f"eval/{task}/start"] = around(0.5)
-        for arm in arms:
-            numbers[f"eval/{task}/{arm}"] = around(0.5 + change[0])
-            numbers[f"eval/{task}/{arm} minus start"] = number(*change)
-        rows += [
-            {"model": model, "arm": arm, "seed": seed, "task": task, **around(0.5), "change": number(*change)}
-            for model, arm, seed in models
-        ]
+    rows = [
+        ModelRow(model=model, arm=arm, seed=seed, task=task, change=number(*change), **vars(around(0.5)))
+        for task, change in changes.items()
+        for model, arm, seed in models
+    ]
+    pooled = [
+        ArmRow(arm="start", task=task, mean=around(0.5), change=None)
+        if arm == "start"
+        else ArmRow(arm=arm, task=task, mean=around(0.5 + change[0]), change=number(*change))
+        for arm in ("start", *arms)
+        for task, change in changes.items()
+    ]
     grids = [
-        {
-            "model": model,
-            "arm": arm,
-            "seed": seed,
-            "task": "niah",
-            "length": length,
-            "depth": depth,
-            **number(0.2 if seed else 0.7, 0, 1, 8),
-        }
+        Cell(
+            model=model,
+            arm=arm,
+            seed=seed,
+            task="niah",
+            length=length,
+            depth=depth,
+            **vars(number(0.2 if seed else 0.7, 0, 1, 8)),
+        )
         for model, arm, seed in models
         for length in (128, 256)
         for depth in (0.0, 0.5, 1.0)
     ]
-    return {"rows": rows, "grids": grids, "numbers": numbers, "metrics": {}, "series": {}, "missing": {}, "helmet": {}}
+    return evaluated(rows, pooled, grids=grids)
+
+
+def evaluated(rows, arms, **changes):
+    """A result of `eval` with these rows."""
+    fields = {"grids": [], "metrics": {}, "series": {}, "missing": {}, "helmet": {}}
+    return EvalResult(rows=rows, arms=arms, numbers=headlines(arms), **fields | changes)
 
 
 def make_results(

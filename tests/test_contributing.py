@@ -1,8 +1,10 @@
 """The worked examples of CONTRIBUTING.md do what the text says."""
 
 import importlib
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -10,25 +12,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN, STORED
+from helpers_results import Page, detected, knocked_out
 from helpers_samples import byte_pairs, said_by, text_of
-from helpers_tiny import CONFIG, copying_params, in_float64, reference_logprob
+from helpers_tiny import CONFIG, copying_lm, copying_params, in_float64, reference_logprob
 from test_architecture import DATA, PACKAGES
 
+from retmask_jax.cli import commands
 from retmask_jax.cli.main import main
+from retmask_jax.data import tiny_language
 from retmask_jax.evals.suites import registry, ruler
 from retmask_jax.generation.language_model import load, save
 from retmask_jax.heads import detectors
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.hf import families
 from retmask_jax.model.interventions import mask_heads
-from retmask_jax.pipeline.registry import check_config
+from retmask_jax.pipeline.registry import STAGES, check_config
 from retmask_jax.runs import recipes
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.workdir import Workdir
+from retmask_jax.stages import arms
 from retmask_jax.stages.detector_runs import run_detector
+from retmask_jax.stages.pairs import pairs_stage
 from retmask_jax.stages.train import train_settings
 from retmask_jax.training import losses
 from retmask_jax.training.objective import part_loss
+from retmask_jax.utils.files import write_json, write_jsonl
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
 SMALL = Path(__file__).with_name("tiny_small.py")
@@ -122,6 +130,69 @@ def test_a_loss_is_one_entry(add):
     reference = [batch["ref_chosen"], batch["ref_rejected"]]
     found, _ = jax.jit(part_loss, static_argnums=(0, 1))(CONFIG, settings, params, batch)
     np.testing.assert_allclose(found, equation(*np.array(logps), *reference).mean(), rtol=1e-4)
+
+
+def test_an_arm_is_one_entry(add, tmp_path):
+    """Its answers are sampled with half of the heads masked, and it is trained on pairs."""
+    overrides = [("train.arms", "('half',)"), ("pairs.max_new_tokens", "4"), ("train.batch_size", "8")]
+    with pytest.raises(ValueError, match="train.arms has half; known arms are retmask"):
+        check_config(recipes.load_recipe("tiny", overrides))
+    streams = {arm.rejected.stream for arm in arms.ARMS.values() if arm.rejected}
+    name, arm = add(printed("Adding an arm")[0], arms, "ARMS")
+    assert arm.rejected.stream not in streams
+    texts = [" ".join(tiny_language.VOCABULARY[i : i + 9]) for i in range(4, 16)]
+    prompts = [{"id": i, "messages": [{"role": "user", "content": text}]} for i, text in enumerate(texts)]
+    write_jsonl(tmp_path / "prompts.jsonl", prompts)
+    config = recipes.load_recipe("tiny", [*overrides, ("pairs.prompts", str(tmp_path / "prompts.jsonl"))])
+    check_config(config)
+    write_json(tmp_path / "work/detect/result.json", vars(detected([(1, 2), (1, 0), (0, 3)])))
+    write_json(tmp_path / "work/knockout/result.json", vars(knocked_out(activity=[[1.0] * 4] * 2)))
+    context = Context(config, Workdir(tmp_path / "work", {}))
+    context.__dict__["lm"] = copying_lm()
+    result = pairs_stage(context, tmp_path / "work/pairs")
+    assert result.heads == {"half-0": [(1, 2)]} and sum(result.counts["half-0"].values()) == result.prompts == 12
+    assert set(result.answers_cut) == {"normal-0", "half-0"}
+    assert train_settings(config, name, 0).objective == "dpo"
+
+
+def test_a_stage_is_a_file_its_settings_and_a_line(tmp_path, monkeypatch):
+    """It runs after detection, is kept while nothing changes, and the page shows its rows."""
+    code, settings, page = printed("Adding a stage")
+    stage = _module("retmask_jax.stages.shares", code, tmp_path, monkeypatch)
+    monkeypatch.setitem(STAGES, "shares", stage.SHARES)
+    config, scores = recipes.load_recipe(str(SMALL)), tmp_path / "scores.json"
+    copies = np.zeros((4, 8), np.float32)
+    copies[tuple(zip(*COPYING, strict=True))] = 1
+    HeadScores.from_array(copies).save(scores)
+    with config.unlocked():
+        config.detect.scores = str(scores)
+        exec(settings, {"config": config, "ConfigDict": type(config)})
+    with pytest.raises(ValueError, match="stage detect has no result"):
+        commands.one_stage(config, tmp_path / "work", "shares")
+    commands.one_stage(config, tmp_path / "work", "detect")
+    result = commands.one_stage(config, tmp_path / "work", "shares")
+    assert [row.share for row in result.rows] == [0, 0.5, 1]
+    assert result.rows[0].value > 0.8 > 0.2 > result.rows[2].value and result.rows[0].n == 8
+    assert result.numbers["shares/needle short/100% masked"].value == result.rows[2].value
+    again = commands.one_stage(config, tmp_path / "work", "shares")
+    assert again.provenance.run_id == result.provenance.run_id
+    shown = Page(_module("retmask_jax.reports.shares", page, tmp_path, monkeypatch).shares_section(result))
+    assert shown.rows[1][0] == "0%" and len(shown.rows) == 4
+    with config.unlocked():
+        config.shares.shares = ()
+    with pytest.raises(ValueError, match="shares.shares is empty"):
+        check_config(config)
+
+
+def _module(name, code, folder, monkeypatch):
+    """A printed block as the module that the text says it is."""
+    file = folder / f"{name}.py"
+    file.write_text(code)
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_a_suite_is_one_entry_and_its_settings(add, tmp_path, capsys):

@@ -23,7 +23,7 @@ from helpers_documents import (
 
 import retmask_jax as rm
 from retmask_jax.aot import table as aot
-from retmask_jax.cli import main
+from retmask_jax.cli import parser
 from retmask_jax.runs.recipes import load_recipe
 
 README = ROOT / "README.md"
@@ -138,7 +138,7 @@ def test_make_has_every_target_that_is_named(path):
 def test_commands_between_fences_parse_as_they_stand(path):
     for code in fences(read(path)):
         for call in commands(code, "retmask"):
-            arguments, overrides = main._parse(call)
+            arguments, overrides = parser.parse(call)
             if hasattr(arguments, "config"):
                 load_recipe(arguments.config, overrides)
     for code in [*fences(read(path)), *inline(read(path))]:
@@ -153,11 +153,11 @@ def test_stages_and_flags_in_the_text_exist(path, capsys):
     """Of commands that stand in a sentence, perhaps without all they need."""
     for code in inline(read(path)):
         for call in commands(code, "retmask") if code.startswith("retmask ") else ():
-            assert call[0] in main._STAGES, code
+            assert call[0] in parser.STAGES, code
             stage = call[:2] if call[0] == "bench" and len(call) > 1 else call[:1]
             assert flags(call) <= flags_of(stage, capsys), code
         if code.startswith("--") and not code.startswith("--config."):
-            everywhere = [[stage] for stage in main._STAGES] + [["bench", name] for name in main._BENCHMARKS]
+            everywhere = [[stage] for stage in parser.STAGES] + [["bench", name] for name in parser.BENCHMARKS]
             assert any(flags(code.split()) <= flags_of(stage, capsys) for stage in everywhere), code
 
 
@@ -214,5 +214,5 @@ def flags(words):
 
 def flags_of(stage, capsys):
     with pytest.raises(SystemExit):
-        main._parse([*stage, "--help"])
+        parser.parse([*stage, "--help"])
     return set(re.findall(r"--[\w-]+", capsys.readouterr().out))

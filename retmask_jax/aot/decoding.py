@@ -37,7 +37,7 @@ from retmask_jax.model.kv_cache import empty_cache
 from retmask_jax.model.masks import normalise
 from retmask_jax.model.sharding import ROW_AXES, decoding_mesh, full_share, held_bytes, make_mesh, placed_shapes, using
 from retmask_jax.pipeline.registry import check_config
-from retmask_jax.stages.pairs import variants_of
+from retmask_jax.stages.arms import answering
 
 _BUSY = 15 / 16  # share of the rows that are sampled, on average; the others wait to be filled again
 
@@ -119,7 +119,7 @@ def _sampling(config: ConfigDict, model: ModelConfig, mesh: Mesh, chip: Chip) ->
     """The stage `pairs`, with prompts of the largest length that training keeps."""
     params = placed_shapes(model, mesh, config.dtype)
     weights, length, new = held_bytes(params), config.train.max_prompt_tokens, config.pairs.max_new_tokens
-    variants = sum(len(variants_of(config, seed)) for seed in config.train.seeds)
+    variants = len(config.train.seeds) * len(answering(config.train.arms))
     masks = jax.eval_shape(lambda: normalise(model).repeated(variants))
     whole = jax.tree.map(
         lambda x: array(mesh, x.shape, x.dtype),

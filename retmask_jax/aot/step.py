@@ -30,8 +30,9 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import executed_flops
 from retmask_jax.model.masks import normalise
 from retmask_jax.model.sharding import held_bytes, make_mesh, placed_shapes
-from retmask_jax.pipeline.registry import check_batch, check_config
-from retmask_jax.stages.train import train_settings
+from retmask_jax.pipeline.registry import check_config
+from retmask_jax.stages.arms import ARMS
+from retmask_jax.stages.train import check_batch, train_settings
 from retmask_jax.training.objective import metric_names
 from retmask_jax.training.settings import Settings
 from retmask_jax.training.step import make_programs
@@ -125,7 +126,7 @@ def describe(row: dict[str, Any], recipe: str) -> str:
 def _settings(config: ConfigDict) -> Settings:
     """The settings of the arm that takes most memory: preferences have two rows to a pair, demonstrations one."""
     arms = config.train.arms
-    return train_settings(config, next((arm for arm in arms if not arm.startswith("sft")), arms[0]), seed=0)
+    return train_settings(config, next((arm for arm in arms if ARMS[arm].objective != "sft"), arms[0]), seed=0)
 
 
 def _step(

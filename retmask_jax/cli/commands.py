@@ -5,8 +5,11 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
+
+from ml_collections import ConfigDict
 
 from retmask_jax.aot import decoding, step
 from retmask_jax.cli import doctor
@@ -17,16 +20,7 @@ from retmask_jax.hf import summary as inspection
 from retmask_jax.hf.hub import config_folder
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.model.sharding import split_cpu
-from retmask_jax.pipeline.registry import (
-    RUN,
-    STAGES,
-    STUDIED,
-    check_batch,
-    check_config,
-    check_model,
-    check_upstream,
-    run_stage,
-)
+from retmask_jax.pipeline.registry import RUN, STAGES, STUDIED, check_config, check_model, check_upstream, run_stage
 from retmask_jax.reports import comparison, html, plotting
 from retmask_jax.reports.comparison import COMPARISON
 from retmask_jax.reports.panels import findings, gains, page, profiles, sources
@@ -34,34 +28,34 @@ from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import Stage
 from retmask_jax.runs.workdir import Result, Workdir, check_free, differing, locked, settings_of, versions
 from retmask_jax.stages.detect import retrieval_heads
-from retmask_jax.stages.eval import EVAL
+from retmask_jax.stages.eval import EVAL, EvalResult
 from retmask_jax.stages.knockout import KNOCKOUT
 from retmask_jax.stages.train import TRAIN
 from retmask_jax.training.pretrain import build
 from retmask_jax.utils.files import read_json, write_json
 from retmask_jax.utils.fingerprints import fingerprint
 from retmask_jax.utils.hosts import join, primary
+from retmask_jax.utils.numbers import Number
 
 _AT_MOST = 6  # models side by side in a table; of more the numbers are listed, pooled over seeds
 
 
-def run(config, root: Path, aside: bool = False) -> None:
+def run(config: ConfigDict, root: Path, aside: bool = False) -> None:
     """The whole method in order; ends with the table of headline numbers, the report's path and summary.json.
 
     aside: as of `Workdir.open`.
     """
-    _check_prompts(config)
-    context = _open(config, root, writes=True, aside=aside)
-    check_batch(config)
+    context = _open(config, root, RUN, aside=aside)
     _in_order(context, RUN, root / "summary.json", root / "report.html")
 
 
-def study(config, root: Path, aside: bool = False) -> None:
+def study(config: ConfigDict, root: Path, aside: bool = False) -> None:
     """The causal study in order; ends with the table of headline numbers, the page's path and study.json.
 
     aside: as of `Workdir.open`.
     """
-    _in_order(_open(config, root, writes=True, aside=aside), STUDIED, root / "study.json", root / "study.html")
+    context = _open(config, root, STUDIED, aside=aside)
+    _in_order(context, STUDIED, root / "study.json", root / "study.html")
 
 
 def _in_order(context: Context, stages: Sequence[Stage], summary: Path, report: Path) -> None:
@@ -75,7 +69,7 @@ def _in_order(context: Context, stages: Sequence[Stage], summary: Path, report: 
         state = f"done in {result.seconds:.0f} s" if ran else "unchanged"
         print(f"{stage.name:<9} {state}", flush=True)
         if ran:
-            _show(stage.name, result)
+            _show(result)
     if not primary():
         return
     write_json(summary, numbers)
@@ -83,23 +77,19 @@ def _in_order(context: Context, stages: Sequence[Stage], summary: Path, report: 
     _table({name: numbers[name] for name in context.config.headlines if name in numbers})
     if EVAL in stages:
         print("\nbefore and after training:")
-        _show("eval", EVAL.of(context))
+        _show(EVAL.of(context))
     print(f"every number: {summary}\nreport:       {report}")
 
 
-def one_stage(config, root: Path, name: str, aside: bool = False) -> Result:
-    """One stage, on the results of those before it; returns its result. aside: as of `Workdir.open`."""
-    if name == "pairs":
-        _check_prompts(config)
+def one_stage(config: ConfigDict, root: Path, name: str, aside: bool = False) -> Result:
+    """Run one stage on the results of those before it; returns its result. aside: as of `Workdir.open`."""
     stage = STAGES[name]
-    context = _open(config, root, writes=True, aside=aside, model=stage.needs_model)
-    if name == "train":
-        check_batch(config)
+    context = _open(config, root, (stage,), aside=aside, model=stage.needs_model)
     result, ran = run_stage(context, stage)
     if primary():
         if not ran:
             print(f"{name}: unchanged since {result.provenance.created}")
-        _show(name, result)
+        _show(result)
     if name == "compare":
         run_stage(context, COMPARISON)
         if primary():
@@ -107,7 +97,7 @@ def one_stage(config, root: Path, name: str, aside: bool = False) -> Result:
     return result
 
 
-def export(config, root: Path, what: str, heads: Sequence[str] | None, form: str, out: Path) -> None:
+def export(config: ConfigDict, root: Path, what: str, heads: Sequence[str] | None, form: str, out: Path) -> None:
     """The start model with heads masked in its weights, or a trained model, as an HF checkpoint; or a run's pairs.
 
     heads: "layer-head" each; None: those that detection found. form: of pairs, see `export_pairs`.
@@ -133,7 +123,7 @@ def export(config, root: Path, what: str, heads: Sequence[str] | None, form: str
         chosen = retrieval_heads(context) if heads is None else [_head(name) for name in heads]
         save(context.lm, out, mask_heads(context.lm.config, chosen))
     else:
-        runs = TRAIN.of(context)["runs"]
+        runs = TRAIN.of(context).runs
         if what not in runs:
             known = ", ".join(f"{run}, pairs-{run}" for run in runs)
             raise ValueError(f"--what is {what!r}; it must be masked or one of {known}")
@@ -142,7 +132,7 @@ def export(config, root: Path, what: str, heads: Sequence[str] | None, form: str
         print(f"wrote {out}")
 
 
-def pretrain(config, root: Path) -> None:
+def pretrain(config: ConfigDict, root: Path) -> None:
     """Train the tiny model and write it with its data files, in the layout of the package's assets."""
     if "pretrain" not in config:
         raise ValueError("this config has no section `pretrain`: use tiny, panel_llama, panel_qwen3 or panel_olmo3")
@@ -160,7 +150,7 @@ def pretrain(config, root: Path) -> None:
     print(f"wrote {root}")
 
 
-def ahead(config, name: str, topology: str, stage: str) -> bool:
+def ahead(config: ConfigDict, name: str, topology: str, stage: str) -> bool:
     """Compile what a stage runs for a topology that need not be here and print what it takes; whether it fits."""
     _log()
     if stage == "train":
@@ -271,25 +261,30 @@ def _write_profile(out: Path, paths, models, rows, gain, gained) -> list[Path]:
     return [out / "profile.json", *pictures]
 
 
-def _open(config, root: Path, *, writes: bool = False, aside: bool = False, model: bool = True) -> Context:
-    """The context of a command, all hosts joined. writes: the work directory must be free. model: whether the command
-    needs it, so that the config is checked against it."""
+def _open(
+    config: ConfigDict, root: Path, stages: Sequence[Stage] = (), *, aside: bool = False, model: bool = True
+) -> Context:
+    """The context of a command, once all hosts have joined.
+
+    Args:
+        config: Of the recipe.
+        root: The work directory; it must be free where stages are to run.
+        stages: Those that the command runs.
+        aside: As of `Workdir.open`.
+        model: Whether the command needs the model, so that the config is checked against it.
+    """
     _log()
     split_cpu(config.cpu_devices)
     join(config.distributed)
-    if writes and primary():
+    if stages and primary():
         check_free(root)
     check_config(config)
+    for stage in stages:
+        stage.check_run(config)
     context = Context(config, Workdir.open(root, config, aside))
     if model:
         check_model(context)
     return context
-
-
-def _check_prompts(config) -> None:
-    """A recipe may stop before pairs are sampled; it cannot be run further."""
-    if not config.pairs.prompts:
-        raise ValueError("pairs.prompts names no file of prompts: set it, or run detect, knockout and rope one by one")
 
 
 def _head(name: str) -> tuple[int, int]:
@@ -305,28 +300,29 @@ def _log() -> None:
     logging.getLogger("retmask_jax").setLevel(os.environ.get("RETMASK_LOG", "WARNING").upper())
 
 
-def _show(name: str, result: Result) -> None:
-    """A stage's table: of models side by side, or of its numbers."""
-    beside = name in ("eval", "compare") and len({row["model"] for row in result["rows"]}) <= _AT_MOST
-    if not beside:
+def _show(result: Result) -> None:
+    """Print a stage's table: of models side by side, or of its numbers."""
+    if not isinstance(result, EvalResult) or len({row.model for row in result.rows}) > _AT_MOST:
         return _table(result.numbers)
-    _print_table(*comparison.table(result["rows"], result["metrics"]), justify="right")
-    print(comparison.perplexities(result["rows"]) or "no text loss was measured")
+    _print_table(*comparison.table(result.rows, result.metrics), justify="right")
+    print(comparison.perplexities(result.rows) or "no text loss was measured")
 
 
-def _table(numbers: dict) -> None:
-    """name, value, 95% interval, n."""
+def _table(numbers: Mapping[str, Number]) -> None:
+    """Print numbers: name, value, 95% interval, n."""
     if not numbers:
         return
     rows = []
     for name, number in numbers.items():
-        interval = "" if number["low"] is None else f"[{number['low']:.3f}, {number['high']:.3f}]"
-        rows.append((name, f"{number['value']:.3f}", interval, str(number["n"])))
+        interval = "" if number.low is None else f"[{number.low:.3f}, {number.high:.3f}]"
+        rows.append((name, f"{number.value:.3f}", interval, str(number.n)))
     _print_table(("", "value", "95% interval", "n"), rows, justify="right")
 
 
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], justify="left") -> None:
-    """justify: of all columns but the first."""
+def _print_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], justify: Literal["left", "right"] = "left"
+) -> None:
+    """Print a table on the terminal. justify: of all columns but the first."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

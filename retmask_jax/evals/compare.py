@@ -1,102 +1,110 @@
-"""Start against trained models on the same cases: per run, and pooled over the seeds of an arm."""
+"""Models against the start model on the same cases: each by itself, and pooled over the seeds of an arm."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from retmask_jax.utils import stats
+from retmask_jax.utils.numbers import McNemar, Number
 
 START = "start"
 
-Place = tuple[str, str]  # (task, arm)
+Samples = Mapping[str, Mapping[str, np.ndarray]]  # model -> task -> one value per case
 
 
-def run_rows(samples: Mapping[str, Mapping[str, np.ndarray]], runs: Mapping[str, tuple[str, int]]) -> list[dict]:
-    """One row per model and task: its mean and its paired change against the start model, each with an interval, and
-    McNemar's exact test where samples are right or wrong.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelRow(Number):
+    """The mean of a model on a task, with its paired change against the start model.
 
-    samples: model -> task -> one value per case. runs: model -> (arm, seed), without the start model.
+    mcnemar: the exact test against the start model; None where samples are not right or wrong.
     """
+
+    model: str
+    arm: str
+    seed: int
+    task: str
+    change: Number
+    mcnemar: McNemar | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArmRow:
+    """The mean of all models of an arm on a task, with its change against the start model (None for that model)."""
+
+    arm: str
+    task: str
+    mean: Number
+    change: Number | None
+
+
+def model_rows(samples: Samples, runs: Mapping[str, tuple[str, int]]) -> list[ModelRow]:
+    """One row per model and task; intervals are over cases.
+
+    Args:
+        samples: Of all models, in the order of the rows.
+        runs: Arm and seed of each model but the start model.
+    """
+    return [_model_row(samples, name, *runs.get(name, (START, 0)), task) for name in samples for task in samples[name]]
+
+
+def arm_rows(samples: Samples, arms: Mapping[str, Sequence[str]]) -> list[ArmRow]:
+    """One row per arm and task, pooled over the arm's models, the start model first; intervals are over cases.
+
+    Args:
+        samples: Of all models.
+        arms: Names of the models of each arm but the start model.
+    """
+    pooled = {START: [START]} | dict(arms)
     return [
-        {
-            "model": name,
-            "arm": arm,
-            "seed": seed,
-            "task": task,
-            **_mean(samples, [name], task),
-            "change": _change(samples, [name], task),
-            "mcnemar": _test(samples, name, task),
-        }
-        for name in samples
-        for arm, seed in [runs.get(name, (START, 0))]
-        for task in samples[name]
+        ArmRow(
+            arm=arm,
+            task=task,
+            mean=_mean(samples, models, task),
+            change=None if arm == START else _change(samples, models, task),
+        )
+        for arm, models in pooled.items()
+        for task in samples[START]
     ]
 
 
-def arm_numbers(samples: Mapping[str, Mapping[str, np.ndarray]], arms: Mapping[str, Sequence[str]]) -> dict[str, dict]:
-    """Means and changes under the names of `number_names`, pooled over the arm's models; intervals are over cases."""
-    pooled = {START: [START]} | dict(arms)
-    means, changes = number_names(list(samples[START]), list(pooled))
-    numbers = {}
-    for (task, arm), name in means.items():
-        numbers[name] = _mean(samples, pooled[arm], task)
-        if (task, arm) in changes:
-            numbers[changes[task, arm]] = _change(samples, pooled[arm], task)
-    return numbers
-
-
-def number_names(tasks: Sequence[str], arms: Sequence[str]) -> tuple[dict[Place, str], dict[Place, str]]:
-    """Names of the means, "eval/TASK/ARM", and of the changes, "eval/TASK/ARM minus start", each by (task, arm).
+def headlines(rows: Iterable[ArmRow]) -> dict[str, Number]:
+    """The means as "eval/TASK/ARM", the changes as "eval/TASK/ARM minus start".
 
     Names are put together from tasks and arms and never taken apart, because both may hold any text: a task of a suite
     or a model of the hub has a "/". Where a name would be that of another number already, its arm stands in quotes.
-
-    Args:
-        tasks: In the order of the results.
-        arms: In the order of the results, the start model first.
     """
-    means: dict[Place, str] = {}
-    changes: dict[Place, str] = {}
-    taken: set[str] = set()
-    for place in ((task, arm) for arm in arms for task in tasks):
-        means[place] = _new_name(*place, "", taken)
-        if place[1] != START:
-            changes[place] = _new_name(*place, f" minus {START}", taken)
-    return means, changes
+    numbers: dict[str, Number] = {}
+    for row in rows:
+        numbers[_new_name(row, "", numbers)] = row.mean
+        if row.change is not None:
+            numbers[_new_name(row, f" minus {START}", numbers)] = row.change
+    return numbers
 
 
-def numbers_by_task(result: Mapping[str, Any]) -> tuple[dict[str, dict], dict[str, dict]]:
-    """({task: {arm: mean}}, {arm: {task: change}}) of the result of an evaluation, with its "rows" and "numbers"."""
-    tasks, arms = (list(dict.fromkeys(row[key] for row in result["rows"])) for key in ("task", "arm"))
-    names_of_means, names_of_changes = number_names(tasks, arms)
-    means: dict[str, dict] = {task: {} for task in tasks}
-    changes: dict[str, dict] = {arm: {} for arm in arms if arm != START}
-    for (task, arm), name in names_of_means.items():
-        means[task][arm] = result["numbers"][name]
-    for (task, arm), name in names_of_changes.items():
-        changes[arm][task] = result["numbers"][name]
-    return means, changes
-
-
-def _new_name(task: str, arm: str, suffix: str, taken: set[str]) -> str:
-    """The name of a number, which is added to those that are taken."""
-    while (name := f"eval/{task}/{arm}{suffix}") in taken:
+def _new_name(row: ArmRow, suffix: str, taken: Mapping[str, Number]) -> str:
+    arm = row.arm
+    while (name := f"eval/{row.task}/{arm}{suffix}") in taken:
         arm = f'"{arm}"'
-    taken.add(name)
     return name
 
 
-def _test(samples, name, task) -> dict[str, Any] | None:
+def _model_row(samples: Samples, name: str, arm: str, seed: int, task: str) -> ModelRow:
+    mean, change = _mean(samples, [name], task), _change(samples, [name], task)
+    test = _test(samples, name, task)
+    return ModelRow.of(mean, model=name, arm=arm, seed=seed, task=task, change=change, mcnemar=test)
+
+
+def _test(samples: Samples, name: str, task: str) -> McNemar | None:
     ours, start = samples[name][task], samples[START][task]
     return stats.mcnemar(start, ours) if ours.dtype == start.dtype == bool else None
 
 
-def _mean(samples, names, task) -> dict[str, Any]:
+def _mean(samples: Samples, names: Sequence[str], task: str) -> Number:
     values = np.stack([samples[name][task] for name in names])
     return stats.proportion(values[0]) if len(names) == 1 and values.dtype == bool else stats.bootstrap_mean(values)
 
 
-def _change(samples, names, task) -> dict[str, Any]:
+def _change(samples: Samples, names: Sequence[str], task: str) -> Number:
     values = np.stack([samples[name][task] for name in names])
     return stats.paired_bootstrap(values, samples[START][task][None])

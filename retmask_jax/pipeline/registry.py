@@ -1,8 +1,10 @@
 """All stages in one table, what `run` and `study` do in order, and what must hold before and while a stage runs."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
+from ml_collections import ConfigDict
 
 from retmask_jax.data.prompter import check_template
 from retmask_jax.data.tasks import check_fits
@@ -15,17 +17,17 @@ from retmask_jax.runs.limits import check_limits
 from retmask_jax.runs.recipes import flat
 from retmask_jax.runs.stage import Stage, settings_read
 from retmask_jax.runs.workdir import Basis, Result
+from retmask_jax.stages.compare import COMPARE
 from retmask_jax.stages.detect import DETECT
 from retmask_jax.stages.detectors import DETECTORS_STAGE
 from retmask_jax.stages.dynamics import DYNAMICS
-from retmask_jax.stages.eval import COMPARE, EVAL
+from retmask_jax.stages.eval import EVAL
 from retmask_jax.stages.knockout import KNOCKOUT
 from retmask_jax.stages.pairs import PAIRS
 from retmask_jax.stages.rope import ROPE
 from retmask_jax.stages.theta import THETA
-from retmask_jax.stages.train import TRAIN, train_settings
+from retmask_jax.stages.train import TRAIN
 from retmask_jax.stages.utility import UTILITY
-from retmask_jax.training.loop import check_mesh
 from retmask_jax.utils import memory
 
 _ALL = (
@@ -90,7 +92,7 @@ def _check_up_to_date(context: Context, reader: str, stage: Stage) -> None:
         _check_up_to_date(context, reader, above)
     made = work.provenance(stage.name)
     upstream = {above.name: work.provenance(above.name).run_id for above in there}
-    known = {above.name: made.upstream.get(above.name) for above in there}
+    known = {above.name: made.upstream.get(above.name, "") for above in there}
     wanted = Basis(settings_read(context, stage), made.inputs, upstream)
     if changes := dataclasses.replace(made, upstream=known).changes(wanted):
         raise ValueError(
@@ -99,7 +101,7 @@ def _check_up_to_date(context: Context, reader: str, stage: Stage) -> None:
         )
 
 
-def check_config(config, devices=None) -> None:
+def check_config(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
     """Raise ValueError for settings that could only fail later, after expensive work. devices: of the mesh (None: all)."""
     check_limits(flat(config))
     check_template(config.prompt.template)
@@ -123,11 +125,6 @@ def _check_tasks(config) -> None:
         for key, wanted in (bare | of_lengths if task.lengths else bare).items():
             if not task[key]:
                 raise ValueError(f"tasks.{name}.{key} is empty: name {wanted}")
-
-
-def check_batch(config, devices=None) -> None:
-    """Raise ValueError where a part of a training batch does not divide over the mesh; other stages need no such mesh."""
-    check_mesh(train_settings(config, "retmask", 0), make_mesh(config.mesh, devices))
 
 
 def check_model(context: Context) -> None:

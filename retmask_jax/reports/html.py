@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from retmask_jax.utils.numbers import Number, _typed
+from retmask_jax.utils.numbers import Number
 
 
 def document(title: str, sections: Iterable[Markup]) -> Markup:
@@ -48,7 +48,6 @@ def folded(summary: str, content: Markup) -> Markup:
 
 def interval(number: Number) -> str:
     """The value with its interval, if it has one."""
-    number = _typed(number)
     if number.value is None:
         return "–"
     if number.low is None:
@@ -58,7 +57,6 @@ def interval(number: Number) -> str:
 
 def change(number: Number) -> str:
     """A difference with its interval, all signed."""
-    number = _typed(number)
     if number.value is None:
         return "–"
     if number.low is None or number.high is None:

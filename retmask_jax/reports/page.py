@@ -9,7 +9,7 @@ from retmask_jax.runs.stage import Stage
 from retmask_jax.runs.workdir import Result
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PageResult(Result):
     """path: of the page, within the work directory."""
 

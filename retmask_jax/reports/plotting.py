@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike
 
 from retmask_jax.model.interventions import Head
 from retmask_jax.reports import html
-from retmask_jax.utils.numbers import Number, _typed
+from retmask_jax.stages.arms import ARMS
+from retmask_jax.utils.numbers import Number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,14 +40,10 @@ LARGE = 60_000  # characters of SVG above which a PNG is tried
 _COLOURS = {
     "none": "#666666",
     "start": "#666666",
-    "retrieval": "#D55E00",
-    "retmask": "#D55E00",
-    "any layer": "#56B4E9",
-    "layer matched": "#0072B2",
-    "activity matched": "#009E73",
-    "no fact": "#CC79A7",
-    "sft filtered": "#E69F00",
-    "sft unfiltered": "#000000",
+    "retrieval": ARMS["retmask"].colour,
+    "any layer": ARMS["any_layer"].colour,
+    "layer matched": ARMS["layer_matched"].colour,
+    "activity matched": ARMS["activity_matched"].colour,
     "lowest": "#E69F00",
     "highest": "#CC79A7",
     "random": "#56B4E9",
@@ -74,6 +71,8 @@ _STYLE = {
 def colour(name: str, other: int | None = None) -> str:
     """The colour of a kind of mask or an arm, the same in every figure; the models of a user are coloured by their
     number `other`."""
+    if name in ARMS:
+        return ARMS[name].colour
     name = re.sub("[-_]", " ", name)
     unknown = "#000000" if other is None else SHADES[other % len(SHADES)]
     return _COLOURS.get(name) or _COLOURS.get(name.split(", ")[0], unknown)
@@ -148,7 +147,6 @@ def colormap() -> "Colormap":
 
 def interval(ax: "Axes", number: Number, at: float, shade: str, marker: str = "o", vertical: bool = False) -> None:
     """Mark a number at a place of the other axis, with a whisker from low to high where it has an interval."""
-    number = _typed(number)
     (point,) = ax.plot(*_xy([number.value], [at], vertical), marker, color=shade)
     point.set_zorder(3)
     if number.low is not None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from retmask_jax.reports.html import change, count
 from retmask_jax.stages.outcomes import FROM_MEMORY
-from retmask_jax.utils.numbers import Number, _typed
+from retmask_jax.utils.numbers import Number
 
 TEXT_LOSS = "text loss"
 
@@ -24,7 +24,6 @@ def directions(subject: str, changes: Mapping[str, Number]) -> str:
 
 def direction(number: Number) -> str:
     """ "raises" or "lowers" where the interval of a change lies on one side of 0, else ""."""
-    number = _typed(number)
     if number.low is not None and number.low > 0:
         return "raises"
     return "lowers" if number.high is not None and number.high < 0 else ""

@@ -80,8 +80,8 @@ class Context:
         self.__dict__.pop("lm", None)
 
     def start_params(self, dtype: str):
-        """The model's parameters in a dtype, on the mesh of training, for one who gives them up; this context holds none of
-        its own then."""
+        """The model's parameters in a dtype, on the mesh of training, for a caller that gives them up; this context no longer
+        holds any then."""
         lm = self.__dict__.pop("lm", None)
         if lm is not None and dtype == self.config.dtype:
             return placed(lm.config, lm.params, self.mesh)
@@ -139,7 +139,10 @@ class Context:
     @functools.cached_property
     def model_fingerprint(self) -> str:
         """`checkpoint_fingerprint` of the model; its weights are not loaded for it."""
-        return checkpoint_fingerprint(self.lm.source.folder if "lm" in self.__dict__ else self.folder)
+        folder = self.lm.source.folder if "lm" in self.__dict__ else self.folder
+        if folder is None:
+            raise ValueError("the model was not read from a folder, so its files have no fingerprint: save and load it")
+        return checkpoint_fingerprint(folder)
 
 
 def checkpoint_fingerprint(model: str | Path) -> str:

@@ -46,7 +46,8 @@ _LIMITS = {
         tasks.*.max_new_tokens suites.*.lengths suites.*.n suites.niah.shortest suites.niah.longest suites.niah.n_lengths
         suites.niah.n_depths suites.niah.per_cell suites.*.max_new_tokens suites.rerank.length suites.perplexity.windows
         suites.perplexity.stride suites.*.limit rope.pairs rope.patch_pairs utility.permutations utility.resamples""",
-    _whole(2): "text.length suites.perplexity.length",
+    _whole(2): "text.length",
+    _whole(3): "suites.perplexity.length",
     _whole(0): """seed knockout.draws knockout.seed knockout.mode_draws rope.draws rope.seed rope.windows rope.matched
         pairs.retries train.seeds train.lora_rank train.profile detectors.seeds utility.seed tasks.*.seed
         tasks.*.distractors suites.*.seed suites.niah.distractors suites.lm_eval.fewshot""",

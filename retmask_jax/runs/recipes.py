@@ -7,6 +7,7 @@ import json
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -47,7 +48,7 @@ def as_json(config) -> dict[str, Any]:
 
 
 def _shipped() -> Path:
-    """The folder `configs`: beside the package in a clone, inside it when installed."""
+    """The folder `configs`: next to the package in a clone, inside it when installed."""
     package = Path(__file__).parent.parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
@@ -77,8 +78,9 @@ def _made_by(path: Path) -> ConfigDict:
     return config
 
 
-def _module(path: Path):
+def _module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"retmask_recipe_{path.stem}", path.resolve())
+    assert spec is not None and spec.loader is not None  # since it is a .py file
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

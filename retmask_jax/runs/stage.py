@@ -24,6 +24,7 @@ class Stage(Generic[R]):
         needs_model: Whether it needs the model, or works on results alone.
         batch_key: The config's key that lowers the memory it takes.
         check: Raises ValueError for a config that could only fail later, before anything runs.
+        check_run: Raises ValueError where other stages can run with the config and this one cannot.
         check_model: Raises ValueError where the settings do not suit the model or its files.
     """
 
@@ -37,6 +38,7 @@ class Stage(Generic[R]):
     needs_model: bool = True
     batch_key: str = "batch_size"
     check: Callable[[Any], None] = lambda config: None
+    check_run: Callable[[Any], None] = lambda config: None
     check_model: Callable[[Context], None] = lambda context: None
 
     def of(self, context: Context) -> R:

@@ -14,7 +14,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ import msgspec
 from retmask_jax.runs.recipes import as_json
 from retmask_jax.utils.files import digest, read_json, wait_until_listed, wait_until_seen, write_json
 from retmask_jax.utils.hosts import first_alone, primary, wait_for_all
-from retmask_jax.utils.numbers import Number, _Keyed
+from retmask_jax.utils.numbers import Number
 from retmask_jax.utils.versions import installed_versions
 
 log = logging.getLogger(__name__)
@@ -94,8 +94,8 @@ class Provenance:
         return Basis(self.settings, self.inputs, self.upstream).changes(wanted)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Result(_Keyed):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
     """What every stage's result has: its headline numbers by name, and where they come from."""
 
     numbers: dict[str, Number]
@@ -104,15 +104,6 @@ class Result(_Keyed):
 
 
 R = TypeVar("R", bound=Result)
-
-
-class _Plain(dict):
-    """A result whose type is not written yet."""
-
-    def __getattr__(self, name):
-        if name == "provenance":
-            return msgspec.convert(self.get(name, {}), Provenance)
-        return self.get("seconds", 0.0) if name == "seconds" else self[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +120,7 @@ class Workdir:
 
         Only what decides a stage's result counts; how it is computed (batch sizes, mesh, kernel, servers, versions) may
         change at any time, and settings of stages that have not begun may, too. Nothing is written before the first
-        stage runs, so a mistake found until then leaves no folder behind.
+        stage runs, so a mistake found until then leaves no folder.
         """
         work = cls(Path(root), as_json(config), aside)
         if (work.root / "config.json").exists():
@@ -148,8 +139,6 @@ class Workdir:
         self._check_finished(stage)
         path = self.folder(stage) / _RESULT
         record = read_json(path)
-        if kind is dict:
-            return _Plain(record)
         try:
             return msgspec.convert(record, kind)
         except msgspec.ValidationError as error:
@@ -197,8 +186,8 @@ class Workdir:
         seconds = round(time.time() - begin, 1)
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         record = about | _record(stage, basis) | {"config": digest(settings_of(self.config))}
-        record |= {"run_id": uuid.uuid4().hex, "created": created}
-        write_json(folder / _RESULT, dict(result) | {"provenance": record, "seconds": seconds})
+        made = Provenance(**record, run_id=uuid.uuid4().hex, created=created)
+        write_json(folder / _RESULT, dataclasses.replace(result, provenance=made, seconds=seconds))
         wait_for_all(f"{stage} ends")
         return True
 
@@ -291,7 +280,7 @@ def set_aside(folder: Path, shelf: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def locked(root: str | Path) -> Iterator[None]:
+def locked(root: str | Path) -> Generator[None, None, None]:
     """Hold a folder for this process, as long as it lives; ValueError naming host and process where another does."""
     path = Path(root) / _LOCK
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ class Settled:
     jaccard: float
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DetectResult(Result):
     """heads: the retrieval heads, best first, with their `scores`. mean: [L][H] scores of all heads. threshold: None where
     heads were chosen by their number. outcomes: cases by outcome, empty where scores were given. profile: as of

@@ -62,7 +62,7 @@ class DetectorRow:
         return None if self.profile is None else self.profile.gini
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DetectorsResult(Result):
     """How the detectors compare.
 

@@ -71,7 +71,7 @@ class CheckpointRow(Found):
     text_loss: Number | None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DynamicsResult(Result):
     """Detection over the checkpoints of a training run; no rows, and nothing else, where the config names none.
 

@@ -1,4 +1,4 @@
-"""The stages that measure models: the start model against trained ones, or any models, on the recipe's tasks and suites."""
+"""The stage `eval`: the start model against trained ones on the recipe's tasks and suites; `compare` shares what it does."""
 
 import dataclasses
 import itertools
@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from ml_collections import ConfigDict
 
 from retmask_jax.data.tasks import by_cell
-from retmask_jax.evals.compare import START, arm_numbers, run_rows
+from retmask_jax.evals.compare import START, ArmRow, ModelRow, arm_rows, headlines, model_rows
 from retmask_jax.evals.external.helmet import run_helmet
 from retmask_jax.evals.external.helmet_means import helmet_means
 from retmask_jax.evals.external.lm_eval import run_lm_eval
@@ -23,20 +24,100 @@ from retmask_jax.evals.suites.registry import check_context, check_suites, run_s
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.heads.conditions import Condition
 from retmask_jax.model.interventions import Interventions, mask_heads
-from retmask_jax.runs.context import Context, checkpoint_fingerprint
+from retmask_jax.runs.context import Context
 from retmask_jax.runs.recipes import as_json as config_json
 from retmask_jax.runs.stage import PROMPTS, Stage
-from retmask_jax.runs.workdir import changed_versions, versions
+from retmask_jax.runs.workdir import Result, changed_versions, versions
 from retmask_jax.stages.detect import retrieval_heads
 from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.stages.train import TRAIN
 from retmask_jax.utils.files import digest, read_json, write_json
 from retmask_jax.utils.hosts import wait_for_all
+from retmask_jax.utils.numbers import Number
 from retmask_jax.utils.store import Store
 
 log = logging.getLogger(__name__)
 
 MASKED = "masked"  # the start model with its retrieval heads masked
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell(Number):
+    """What a model recalls of the cases of one length (tokens) and depth (0 to 1) of a grid; low and high may be None."""
+
+    model: str
+    arm: str
+    seed: int
+    task: str
+    length: int
+    depth: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a task of a suite stands in a series of such tasks: the name of the series, the place on the axis, its name."""
+
+    of: str
+    at: int
+    axis: str
+
+
+class HelmetMean(msgspec.Struct, frozen=True):
+    """A mean of HELMET in per cent, as of `evals.external.helmet_means`; None where a part is missing."""
+
+    value: float | None
+    n: int
+    parts: dict[str, float]
+    missing: list[str]
+    left_out: list[str] = msgspec.field(name="left out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Helmet:
+    """HELMET's categories and means at one length."""
+
+    categories: dict[str, HelmetMean]
+    means: dict[str, HelmetMean]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalResult(Result):
+    """What models do on tasks and suites, against the start model.
+
+    Attributes:
+        rows: Every model on every task.
+        arms: Every arm on every task, pooled over its models, the start model first.
+        grids: Cells of the grids over length and depth, of each model.
+        metrics: What the values of a suite's task are, such as "exact match".
+        series: Tasks of suites that differ only in their place on an axis.
+        missing: Samples of suites without a value: model, task, reason, their number.
+        helmet: HELMET by model and length (tokens, as text).
+    """
+
+    rows: list[ModelRow]
+    arms: list[ArmRow]
+    grids: list[Cell]
+    metrics: dict[str, str]
+    series: dict[str, Place]
+    missing: dict[str, dict[str, dict[str, int]]]
+    helmet: dict[str, dict[str, Helmet]]
+
+    @property
+    def means(self) -> dict[str, dict[str, Number]]:
+        """{task: {arm: mean}}, with the start model."""
+        means: dict[str, dict[str, Number]] = {}
+        for row in self.arms:
+            means.setdefault(row.task, {})[row.arm] = row.mean
+        return means
+
+    @property
+    def changes(self) -> dict[str, dict[str, Number]]:
+        """{arm: {task: change against the start model}}, without the start model."""
+        changes: dict[str, dict[str, Number]] = {}
+        for row in self.arms:
+            if row.change is not None:
+                changes.setdefault(row.arm, {})[row.task] = row.change
+        return changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,40 +130,18 @@ class Contender:
     interventions: Interventions = Interventions()
 
 
-def _check(config) -> None:
-    """Raise ValueError for settings of suites, or models to compare, that could only fail later."""
-    check_suites(config.suites)
-    for name, source in config.eval.models.items():
-        if name in (START, MASKED) or not source or not isinstance(source, str):
-            raise ValueError(
-                f"eval.models has {name!r}: {source!r}; give each folder or hub id a name of its own, not "
-                f"{START} or {MASKED}"
-            )
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What one model did: values of the recipe's own cases by task, cells of grids by task, and the tasks of suites."""
+
+    samples: dict[str, np.ndarray]
+    grids: dict[str, list[dict[str, Any]]]
+    suites: list[Measured]
 
 
-def _check_model(context: Context) -> None:
-    """Raise ValueError where a suite is longer than the model's context, or its files are not there."""
-    for name in suite_files(context.config.suites):
-        context.data_file(name)
-    check_context(context.config.suites, context.outline.config.max_length)
-
-
-def suite_prints(context: Context) -> dict[str, Any]:
-    """What decides the result of the suites: their settings and files."""
-    suites = context.config.suites
-    files = {f"file {name}": of_it for name, of_it in context.fingerprints(suite_files(suites)).items()}
-    return {"suites": digest(config_json(suites))} | files
-
-
-def compare_prints(context: Context) -> dict[str, Any]:
-    """Those of `suite_prints`, and the weights of the models that are compared."""
-    models = context.config.eval.models.items()
-    return suite_prints(context) | {f"weights of {name}": checkpoint_fingerprint(source) for name, source in models}
-
-
-def eval_stage(context: Context, folder: Path) -> dict[str, Any]:
-    """The start model and every trained one on all tasks and suites, paired by sample, pooled over seeds."""
-    train, trained = context.config.train, context.workdir.folder("train")
+def eval_stage(context: Context, folder: Path) -> EvalResult:
+    """Measure the start model and every trained one on all tasks and suites, paired by sample, pooled over seeds."""
+    train, trained = context.config.train, context.workdir.folder(TRAIN.name)
     contenders = {START: Contender(START, 0, lambda: context.lm)}
     if context.config.eval.masked:
         heads = mask_heads(context.lm.config, retrieval_heads(context))
@@ -94,59 +153,57 @@ def eval_stage(context: Context, folder: Path) -> dict[str, Any]:
     return compared(context, contenders)
 
 
-def compare_stage(context: Context, folder: Path) -> dict[str, Any]:
-    """The config's model, and others by name, on all tasks and suites: no training of ours is needed."""
-    contenders = {START: Contender(START, 0, lambda: context.lm)}
-    for name, source in context.config.eval.models.items():
-        contenders[name] = Contender(name, 0, lambda source=source: context.load(source))
-    if len(contenders) < 2:
-        raise ValueError("nothing is compared with the model: give others as --compare NAME=FOLDER_OR_HUB_ID")
-    return compared(context, contenders)
-
-
-def compared(context: Context, contenders: Mapping[str, Contender]) -> dict[str, Any]:
-    """Every contender measured, the first one the start: rows per model, grids, suites, and numbers per arm."""
-    found = {name: _measured(context, name, contender) for name, contender in contenders.items()}
-    samples = _common(found)
-    others = {name: (c.arm, c.seed) for name, c in contenders.items() if name != START}
-    arms: dict[str, list[str]] = {}
+def compared(context: Context, contenders: Mapping[str, Contender]) -> EvalResult:
+    """Measure every contender, the start model first, and compare the others with it."""
+    measured = {name: _measured(context, name, contender) for name, contender in contenders.items()}
+    samples = common_samples(measured)
+    others = {name: (contender.arm, contender.seed) for name, contender in contenders.items() if name != START}
+    models: dict[str, list[str]] = {}
     for name, (arm, _) in others.items():
-        arms.setdefault(arm, []).append(name)
-    grids = [
-        {"model": name, "arm": contenders[name].arm, "seed": contenders[name].seed, **cell}
-        for name, values in found.items()
-        for cell in [*values["grid"], *_heat_map(values["suites"])]
-    ]
-    return {
-        "rows": run_rows(samples, others),
-        "grids": grids,
-        "numbers": arm_numbers(samples, arms),
-        "metrics": {one.name: one.metric for values in found.values() for one in values["suites"]},
-        "series": {one.name: place for values in found.values() for one in values["suites"] if (place := _place(one))},
-        "missing": {
-            name: {one.name: dict(one.missing) for one in values["suites"] if one.missing}
-            for name, values in found.items()
+        models.setdefault(arm, []).append(name)
+    arms = arm_rows(samples, models)
+    tasks = [task for model in measured.values() for task in model.suites]
+    return EvalResult(
+        rows=model_rows(samples, others),
+        arms=arms,
+        grids=[cell for name, model in measured.items() for cell in _cells(name, contenders[name], model)],
+        metrics={task.name: task.metric for task in tasks},
+        series={task.name: place for task in tasks if (place := _place(task))},
+        missing={
+            name: {task.name: dict(task.missing) for task in model.suites if task.missing}
+            for name, model in measured.items()
         },
-        "helmet": {name: helmet_means(values["suites"]) for name, values in found.items()},
-    }
+        helmet={name: _helmet_means(model.suites) for name, model in measured.items()},
+        numbers=headlines(arms),
+    )
 
 
-def _place(one: Measured) -> dict[str, Any] | None:
-    """Where a task of a suite stands among those like it: {"of": series, "at": place on the "axis"}."""
-    if one.suite == "perplexity" and one.task.startswith(POSITIONS):
-        first = int(one.task.removeprefix(POSITIONS).split("-")[0])
-        return {"of": f"perplexity by position, {one.length} tokens", "at": first, "axis": "position in the text, from"}
-    return {"of": f"{one.suite}/{one.task}", "at": one.length, "axis": "length (tokens)"} if one.length else None
+def common_samples(measured: Mapping[str, Measurement]) -> dict[str, dict[str, np.ndarray]]:
+    """Values of the samples that every model has, {model: {task: values}}; a task that one of them lacks is left out."""
+    samples = {name: dict(model.samples) for name, model in measured.items()}
+    suites = [{task.name: task for task in model.suites} for model in measured.values()]
+    for name in suites[0]:
+        if all(name in of_model for of_model in suites):
+            tasks = [of_model[name] for of_model in suites]
+            ids, values_MN = paired(tasks)
+            for of_model, task, values_N in zip(samples.values(), tasks, values_MN, strict=True) if ids else ():
+                of_model[name] = values_N.astype(bool) if task.binary else values_N
+    return samples
 
 
-def _heat_map(suites: Sequence[Measured]) -> list[dict[str, Any]]:
-    """Cells of the needle suite, as those of the recipe's own grids: shares from 0 to 1."""
-    needles = [one for one in suites if one.suite == "niah"]
-    return [cell | {"task": "niah, ROUGE-1 recall"} for cell in heat_map(needles)]
+def suite_prints(context: Context) -> dict[str, Any]:
+    """What decides the result of the suites: their settings and files."""
+    suites = context.config.suites
+    files = {f"file {name}": of_it for name, of_it in context.fingerprints(suite_files(suites)).items()}
+    return {"suites": digest(config_json(suites))} | files
 
 
-def _measured(context: Context, name: str, contender: Contender) -> dict[str, Any]:
-    """{"samples": task -> values of the recipe's own cases, "grid": cells, "suites": Measured of each task}."""
+def tasks_of(config: ConfigDict) -> tuple[str, ...]:
+    """The tasks that models are measured on."""
+    return (*config.eval.tasks, *config.eval.grids)
+
+
+def _measured(context: Context, name: str, contender: Contender) -> Measurement:
     config, there = context.config, context.of(contender.load())
     conditions = [Condition(name, 0, contender.interventions)]
     outcomes, _ = task_outcomes(there, config.eval.tasks, conditions)
@@ -155,38 +212,48 @@ def _measured(context: Context, name: str, contender: Contender) -> dict[str, An
         samples["text loss"] = text_loss(
             there.lm, there.windows(), contender.interventions, batch_size=config.batch_size
         )
-    grid = []
+    grids = {}
     for task in config.eval.grids:
         outcomes, cases = task_outcomes(there, [task], conditions)
         samples[task] = outcomes[task][0]
-        grid += [{"task": task, **cell} for cell in by_cell(cases[task], outcomes[task][0])]
-    return {"samples": samples, "grid": grid, "suites": _suites(there, contender)}
+        grids[task] = by_cell(cases[task], outcomes[task][0])
+    return Measurement(samples, grids, _suites(there, contender))
 
 
-def _common(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
-    """Values of the samples that every model has, {model: {task: values}}; a task that one lacks is left out."""
-    samples = {name: dict(values["samples"]) for name, values in found.items()}
-    suites = [{one.name: one for one in values["suites"]} for values in found.values()]
-    for task in suites[0]:
-        if all(task in of_model for of_model in suites):
-            of_task = [of_model[task] for of_model in suites]
-            ids, values_MN = paired(of_task)
-            for (_, kept), one, values_N in zip(samples.items(), of_task, values_MN, strict=True) if ids else ():
-                kept[task] = values_N.astype(bool) if one.binary else values_N
-    return samples
+def _cells(name: str, contender: Contender, measured: Measurement) -> list[Cell]:
+    """The cells of the recipe's own grids and, with shares from 0 to 1, too, of the needle suite."""
+    needles = [task for task in measured.suites if task.suite == "niah"]
+    bounds = {"low": None, "high": None}  # the cells of that suite have none
+    grids = measured.grids | {"niah, ROUGE-1 recall": [bounds | cell for cell in heat_map(needles)]}
+    return [
+        Cell(model=name, arm=contender.arm, seed=contender.seed, task=task, **cell)
+        for task, cells in grids.items()
+        for cell in cells
+    ]
+
+
+def _place(task: Measured) -> Place | None:
+    if task.suite == "perplexity" and task.task.startswith(POSITIONS):
+        first = int(task.task.removeprefix(POSITIONS).split("-")[0])
+        return Place(f"perplexity by position, {task.length} tokens", first, "position in the text, from")
+    return Place(f"{task.suite}/{task.task}", task.length, "length (tokens)") if task.length else None
+
+
+def _helmet_means(suites: Sequence[Measured]) -> dict[str, Helmet]:
+    return {str(length): msgspec.convert(means, Helmet) for length, means in helmet_means(suites).items()}
 
 
 # --- suites ---
 
 
 def _suites(there: Context, contender: Contender) -> list[Measured]:
-    """Every suite that is on, task by task and length by length, each kept in a file of its own when it has run, whatever
-    else is asked for later."""
-    return [one for name, suites in suite_parts(there.config.suites) for one in _kept(there, contender, name, suites)]
+    """Every suite that is on, task by task and length by length. Each part is kept in its file once it has run, so that it
+    need not run again when others are asked for later."""
+    return [task for name, suites in suite_parts(there.config.suites) for task in _kept(there, contender, name, suites)]
 
 
-def suite_parts(suites) -> Iterator[tuple[str, ConfigDict]]:
-    """(name of a suite, all settings with but one of its tasks and lengths) for each part that is run by itself."""
+def suite_parts(suites: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
+    """(name of a suite, all settings with only one of its tasks and lengths) for each part that is run by itself."""
     on = suites_on(suites) + [name for name, key in (("lm_eval", "tasks"), ("helmet", "path")) if suites[name][key]]
     for name in on:
         split = [key for key in ("tasks", "lengths") if key in suites[name] and name != "helmet"]
@@ -246,8 +313,8 @@ def _helmet(there: Context, contender: Contender, section) -> list[Measured]:
 
 
 def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measured]:
-    """What a part of a suite gave this model before, or its run, written down; one that is cut off goes on, sample by
-    sample."""
+    """What a part of a suite gave this model: read if it was measured before, else measured now and written. An
+    interrupted part goes on, sample by sample."""
     files = list(there.fingerprints(suite_files(suites)).values())
     mask = mask_hash(there.lm.config, shared_mask(there.lm.config, contender.interventions))
     settings = config_json(suites[name]), config_json(there.config.prompt)
@@ -269,22 +336,25 @@ def _store(there: Context) -> Path:
     return there.workdir.folder("measured")
 
 
-def _tasks(config) -> tuple[str, ...]:
-    return (*config.eval.tasks, *config.eval.grids)
+def _check(config) -> None:
+    check_suites(config.suites)
 
 
-_SETTINGS = (*PROMPTS, "eval.tasks", "eval.grids", "text.*")
+def _check_model(context: Context) -> None:
+    for name in suite_files(context.config.suites):
+        context.data_file(name)
+    check_context(context.config.suites, context.outline.config.max_length)
+
+
+SETTINGS = (*PROMPTS, "eval.tasks", "eval.grids", "text.*")
 EVAL = Stage(
     name="eval",
     work=eval_stage,
-    result=dict,
+    result=EvalResult,
     upstream=(TRAIN,),
-    settings=(*_SETTINGS, "eval.masked", "train.arms", "train.seeds"),
-    tasks=_tasks,
+    settings=(*SETTINGS, "eval.masked", "train.arms", "train.seeds"),
+    tasks=tasks_of,
     inputs=suite_prints,
     check=_check,
     check_model=_check_model,
-)
-COMPARE = Stage(
-    name="compare", work=compare_stage, result=dict, settings=_SETTINGS, tasks=_tasks, inputs=compare_prints
 )

@@ -83,7 +83,7 @@ class MinimalSet:
         return self.recall["smallest set"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class KnockoutResult(Result):
     """rows: every mask on every task. means: over the draws of a kind. text_loss, text_loss_means: the same for the loss on
     text. activity: [L][H] of `knockout.activity`. idle: how many heads are idle, those below the share `idle_below` of the

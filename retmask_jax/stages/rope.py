@@ -69,7 +69,7 @@ class CostRow(rotary.Costs):
     k: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeResult(Result):
     """rows: every condition on every task. means: of the doses, over their draws. spectra: of the tasks with windows.
     pairs: the numbers of pairs ablated, of `n_pairs`. patch_pairs: how many for coverage and single heads. wavelengths: of

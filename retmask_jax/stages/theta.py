@@ -42,7 +42,7 @@ class BaseHeads(Found):
     jaccard: float
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ThetaResult(Result):
     """Recall and retrieval heads under several RoPE bases.
 

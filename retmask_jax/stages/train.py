@@ -2,21 +2,28 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import msgspec
+from ml_collections import ConfigDict
+
 from retmask_jax.data.pair_formats import iter_pairs
 from retmask_jax.data.pair_rows import PairRows, encode_blocks, kept_rows
-from retmask_jax.generation.language_model import save
+from retmask_jax.generation.language_model import LanguageModel, save
 from retmask_jax.hf.end_tokens import Ends
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import mask_heads
+from retmask_jax.model.sharding import make_mesh
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import PROMPTS, Stage
+from retmask_jax.runs.workdir import Result
+from retmask_jax.stages.arms import ARMS
 from retmask_jax.stages.detect import retrieval_heads
 from retmask_jax.stages.pairs import PAIRS
-from retmask_jax.training.loop import train
+from retmask_jax.training.loop import check_mesh, train
 from retmask_jax.training.settings import Settings
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import is_whole, mark_whole, read_jsonl
@@ -24,50 +31,98 @@ from retmask_jax.utils.fingerprints import fingerprint
 from retmask_jax.utils.progress import track
 
 
-def train_stage(context: Context, folder: Path) -> dict[str, Any]:
-    """Every arm and seed trained from the same start, exported as an HF checkpoint."""
-    config = context.config
-    names = {f"{arm}-{seed}": (arm, seed) for arm in config.train.arms for seed in config.train.seeds}
-    model, heads = context.outline.replace(params=None, source=context.source()), retrieval_heads(context)
-    start = {"model": context.model_fingerprint, "dtype": config.train.compute_dtype}
-    runs = {}
-    for name, (arm, seed) in names.items():
-        target = folder / name
-        rows, identity = _rows(context, model.config, name, target)
-        if not is_whole(target / "model"):
-            settings = train_settings(config, arm, seed)
-            load_start = functools.partial(context.start_params, settings.start_dtype)
-            params = train(
-                model.config,
-                load_start,
-                rows,
-                settings,
-                target,
-                context.mesh,
-                identity=identity | start,
-                what=f"train {name}",
-                ablated=mask_heads(model.config, heads) if arm == "contrast" else None,
-            )
-            trained = dataclasses.replace(model.config, lora=settings.lora)
-            save(model.replace(config=trained, params=params), target / "model")
-            mark_whole(target / "model")
-        runs[name] = {
-            "arm": arm,
-            "seed": seed,
-            "examples": len(rows),
-            "answers_cut": rows.cut,
-            "prompts_cut": rows.prompts_cut,
-            "steps": read_jsonl(target / "metrics.jsonl"),
-        }
-    numbers = {
-        f"train/{name}/final loss": stats.exact(run["steps"][-1]["loss"], run["examples"]) for name, run in runs.items()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """The numbers of one step, a line of metrics.jsonl.
+
+    The rewards (nats), their margin and the accuracy are None for objectives other than preference; what a device does
+    not say (share of its peak, largest GiB in use) is None, too.
+    """
+
+    step: int
+    loss: float
+    gradient_norm: float
+    parameter_norm: float
+    learning_rate: float
+    reward_chosen: float | None = None
+    reward_rejected: float | None = None
+    margin: float | None = None
+    accuracy: float | None = None
+    tokens_per_second: float | None = None
+    flops_utilisation: float | None = None
+    memory_gib: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """An arm trained with one seed: its pairs, how many of their answers and prompts were cut, and its steps."""
+
+    arm: str
+    seed: int
+    examples: int
+    answers_cut: int
+    prompts_cut: int
+    steps: list[Step]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult(Result):
+    """The runs by name, "ARM-SEED"."""
+
+    runs: dict[str, Run]
+
+
+def train_stage(context: Context, folder: Path) -> TrainResult:
+    """Train every arm and seed from the same start and export each as an HF checkpoint."""
+    section, model = context.config.train, context.outline.replace(params=None, source=context.source())
+    runs = {
+        f"{arm}-{seed}": _trained(context, model, arm, seed, folder) for arm in section.arms for seed in section.seeds
     }
-    return {"runs": runs, "numbers": numbers}
+    numbers = {f"train/{name}/final loss": stats.exact(run.steps[-1].loss, run.examples) for name, run in runs.items()}
+    return TrainResult(runs=runs, numbers=numbers)
 
 
-def _rows(context: Context, model: ModelConfig, name: str, target: Path) -> tuple[PairRows, dict[str, Any]]:
-    """(token rows of an arm's pairs, what they were made from), encoded once and kept in target/rows."""
-    section = context.config.train
+def train_settings(config: ConfigDict, arm: str, seed: int) -> Settings:
+    """How one arm is trained."""
+    section = config.train
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"objective", "seed"}
+    return Settings(objective=ARMS[arm].objective, seed=seed, **{name: section[name] for name in fields})
+
+
+def check_batch(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
+    """Raises ValueError where a part of a batch does not divide over the mesh of these devices (None: all)."""
+    check_mesh(train_settings(config, "retmask", 0), make_mesh(config.mesh, devices))
+
+
+def _trained(context: Context, model: LanguageModel, arm: str, seed: int, folder: Path) -> Run:
+    """Train one arm with one seed, unless its exported model is there and whole. The model has no parameters yet."""
+    target, heads = folder / f"{arm}-{seed}", mask_heads(model.config, retrieval_heads(context))
+    rows, identity = _rows(context, model.config, target)
+    if not is_whole(target / "model"):
+        settings = train_settings(context.config, arm, seed)
+        start = {"model": context.model_fingerprint, "dtype": settings.compute_dtype}
+        params = train(
+            model.config,
+            functools.partial(context.start_params, settings.start_dtype),
+            rows,
+            settings,
+            target,
+            context.mesh,
+            identity=identity | start,
+            what=f"train {target.name}",
+            ablated=heads if settings.objective == "contrast" else None,
+        )
+        trained = dataclasses.replace(model.config, lora=settings.lora)
+        save(model.replace(config=trained, params=params), target / "model")
+        mark_whole(target / "model")
+    steps = msgspec.convert(read_jsonl(target / "metrics.jsonl"), list[Step])
+    cut = {"answers_cut": rows.cut, "prompts_cut": rows.prompts_cut}
+    return Run(arm=arm, seed=seed, examples=len(rows), steps=steps, **cut)
+
+
+def _rows(context: Context, model: ModelConfig, target: Path) -> tuple[PairRows, dict[str, Any]]:
+    """(token rows of a run's pairs, what they were made from), encoded once and kept in target/rows."""
+    section, name = context.config.train, target.name
     file = context.workdir.folder("pairs") / f"{name}.jsonl.gz"
     limits = {"max_tokens": section.max_tokens, "max_prompt_tokens": section.max_prompt_tokens}
     prompter = context.pairs_prompter
@@ -87,14 +142,6 @@ def _rows(context: Context, model: ModelConfig, name: str, target: Path) -> tupl
     return kept_rows(target / "rows", identity, blocks), identity
 
 
-def train_settings(config, arm: str, seed: int) -> Settings:
-    """How one arm is trained."""
-    section = config.train
-    fields = {field.name for field in dataclasses.fields(Settings)} - {"objective", "seed"}
-    objective = {"sft_filtered": "sft", "sft_unfiltered": "sft", "contrast": "contrast"}.get(arm, "dpo")
-    return Settings(objective=objective, seed=seed, **{name: section[name] for name in fields})
-
-
 def _check(config) -> None:
     if config.train.max_prompt_tokens >= config.train.max_tokens:
         raise ValueError(
@@ -107,9 +154,10 @@ def _check(config) -> None:
 TRAIN = Stage(
     name="train",
     work=train_stage,
-    result=dict,
+    result=TrainResult,
     upstream=(PAIRS,),
     settings=(*PROMPTS, "pairs.template_kwargs", "train.*"),
     batch_key="train.microbatch_size",
     check=_check,
+    check_run=check_batch,
 )

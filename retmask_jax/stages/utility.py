@@ -16,7 +16,7 @@ from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import Number
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class UtilityResult(Result):
     """Query norms of the retrieval heads and of all others.
 

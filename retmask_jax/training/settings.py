@@ -11,7 +11,7 @@ OBJECTIVES = ("dpo", "sft", "contrast")
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The `train` section of a config, plus the objective and the seed of one run. configs/default.py explains every
-    key.
+    key, and `runs.limits` checks what each number may be.
 
     objective is "dpo", the preference of chosen over rejected answers by `loss`; "sft", the likelihood of the chosen
     answers; or "contrast", `losses.contrast_loss` on the chosen answers.
@@ -57,17 +57,15 @@ class Settings:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
         check_loss(self.loss, self.beta, self.label_smoothing, self.gamma)
-        sizes = "steps", "batch_size", "microbatch_size", "widths", "reference_batch_size", "checkpoint_every", "keep"
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         if self.batch_size % self.microbatch_size:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of microbatch_size {self.microbatch_size}")
         for name in ("compute_dtype", "first_moment_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise ValueError(f"train.{name} is {getattr(self, name)!r}; it must be float32 or bfloat16")
-        if self.profile and (len(self.profile) != 2 or not 0 <= self.profile[0] < self.profile[1]):
-            raise ValueError(f"train.profile is {self.profile}; it must be the first step and the one after the last")
+        if self.profile and (len(self.profile) != 2 or self.profile[0] >= self.profile[1]):
+            raise ValueError(
+                f"train.profile is {self.profile}; it must be the first step of the trace and the one after the last"
+            )
         self.lora  # noqa: B018  (raises for settings that do not fit)
 
     @property

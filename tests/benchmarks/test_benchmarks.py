@@ -286,9 +286,9 @@ def test_peaks_are_measured_of_every_piece_of_work(small, what, options):
 
 
 def test_the_commands_benchmarks_are_all_here():
-    from retmask_jax.cli.main import _BENCHMARKS
+    from retmask_jax.cli.parser import BENCHMARKS
 
-    assert set(_BENCHMARKS) == {*(name for name, _ in QUICK), "dpo", "memory"}
+    assert set(BENCHMARKS) == {*(name for name, _ in QUICK), "dpo", "memory"}
 
 
 def test_the_table_of_topologies_is_asked_for_in_words_that_are_checked(monkeypatch, capsys, tmp_path):

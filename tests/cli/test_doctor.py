@@ -7,8 +7,7 @@ import shlex
 
 import pytest
 
-from retmask_jax.cli import doctor
-from retmask_jax.cli import main as command
+from retmask_jax.cli import doctor, parser
 from retmask_jax.cli.main import main
 from retmask_jax.runs import recipes
 
@@ -67,7 +66,7 @@ def test_typing_mistakes_are_understood(arguments, meant, capsys):
     assert meant in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("stage", [None, *command._STAGES])
+@pytest.mark.parametrize("stage", [None, *parser.STAGES])
 def test_examples_of_the_help_are_right_and_stages_take_a_line(stage, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as ended:
@@ -75,11 +74,11 @@ def test_examples_of_the_help_are_right_and_stages_take_a_line(stage, capsys, mo
     shown = capsys.readouterr().out
     assert ended.value.code == 0
     if stage is None:
-        for name, text in command._STAGES.items():
+        for name, text in parser.STAGES.items():
             assert re.search(rf"^  {name} +{re.escape(text)}$", shown, re.MULTILINE)
     examples = re.findall(r"^  retmask (.*?)(?:   +.*)?$", shown.split("examples:")[1], re.MULTILINE)
     assert examples
     for example in examples:
-        arguments, overrides = command._parse(shlex.split(example))
+        arguments, overrides = parser.parse(shlex.split(example))
         if not example.endswith("FOLDER") and "config" in arguments:
             recipes.load_recipe(arguments.config, overrides)

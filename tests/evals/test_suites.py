@@ -395,13 +395,10 @@ def test_suites_that_are_on_run_with_their_settings(monkeypatch, files):
         ),
         ([("ruler.tasks", ("qa_2",))], "'qa_2', which reads a text: set suites.ruler.qa_2 to a file"),
         ([("ruler.tasks", ("vt",)), ("ruler.lengths", ())], r"suites.ruler.lengths is \(\)"),
-        ([("ruler.tasks", ("vt",)), ("ruler.n", 0)], "suites.ruler.n is 0"),
         ([("niah.needles", "a")], "suites.niah.haystack is not"),
         ([("niah.needles", "a"), ("niah.haystack", "b"), ("niah.n_lengths", 0)], "0 lengths from 1000 to 128000"),
         ([("json_kv.lengths", (100, 100))], r"suites.json_kv.lengths is \(100, 100\)"),
         ([("perplexity.file", "a"), ("perplexity.stride", 4095)], "suites.perplexity.stride is 4095; .* 1..4094"),
-        ([("perplexity.file", "a"), ("perplexity.windows", 0)], "suites.perplexity.windows is 0"),
-        ([("rerank.file", "a"), ("rerank.length", 0)], "suites.rerank.length is 0"),
     ],
 )
 def test_settings_that_cannot_work_are_named(overrides, words):

@@ -8,13 +8,27 @@ import sys
 
 import numpy as np
 import pytest
-from helpers_results import ACROSS, ALL_ARMS, DOWN, UP, Page, eval_result, make_results, number, stored, train_results
+from helpers_results import (
+    ACROSS,
+    ALL_ARMS,
+    DOWN,
+    UP,
+    Page,
+    eval_result,
+    make_results,
+    number,
+    stored,
+    train_results,
+    training_step,
+)
 from markupsafe import Markup
 
-from retmask_jax.evals.compare import numbers_by_task
-from retmask_jax.reports import evaluation, figures, plotting, report
+from retmask_jax.reports import evaluation, plotting, training
 from retmask_jax.reports import html as page
 from retmask_jax.reports.report import write_report
+from retmask_jax.stages.eval import Helmet, HelmetMean, Place
+from retmask_jax.stages.train import Run
+from retmask_jax.utils.numbers import McNemar
 
 
 @pytest.fixture
@@ -216,16 +230,17 @@ def test_a_kind_and_its_arm_share_a_colour_and_others_differ():
 
 def test_a_large_drawing_becomes_an_image():
     with plotting.style():
-        steps = [{"step": i, "loss": float(x)} for i, x in enumerate(np.random.default_rng(0).normal(size=5000))]
-        text = plotting.inline(figures.curves("Loss", [{"arm": "retmask", "steps": steps}], "loss", "nats"), "a <b>")
+        steps = [training_step(i, float(x)) for i, x in enumerate(np.random.default_rng(0).normal(size=5000))]
+        run = Run(arm="retmask", seed=0, examples=1, answers_cut=0, prompts_cut=0, steps=steps)
+        text = plotting.inline(training.curves("Loss", [run], lambda step: step.loss, "nats"), "a <b>")
     assert re.match(r'<img width="\d+" alt="a &lt;b&gt;" src="data:image/png;base64,', text) and len(text) < 300_000
 
 
 def test_smoothing_is_a_centred_mean():
     values = np.random.default_rng(0).normal(size=100)
     expected = [values[max(0, i - 2) : i + 3].mean() for i in range(100)]
-    np.testing.assert_allclose(figures.smooth(values), expected)
-    assert figures.smooth([3.0]) == [3.0]
+    np.testing.assert_allclose(training.smooth(values), expected)
+    assert training.smooth([3.0]) == [3.0]
 
 
 def test_how_numbers_are_written():
@@ -243,31 +258,26 @@ def test_importing_the_report_loads_no_plotting():
 
 def test_the_pairs_say_what_was_left_out_and_cut():
     pairs, _ = train_results(("retmask",), (0,), 4)
-    section = report._pairs(pairs)
+    section = training.pairs_section(pairs)
     assert "some were left out: 3 redacted." in section
     assert re.search(r"normal-0</td>\s*<td[^>]*>7</td>\s*<td[^>]*>40", section)
-    none_left = pairs | {"left_out": {"redacted": 0}}
-    assert "left out" not in report._pairs(none_left)
+    none_left = dataclasses.replace(pairs, left_out={"redacted": 0})
+    assert "left out" not in training.pairs_section(none_left)
 
 
 def test_suites_have_their_own_units_and_what_is_missing_is_told(tmp_path):
     results = make_results(
         tasks=("needle",), changes={"needle": UP, "perplexity/256-511": ACROSS, "helmet/json_kv 8192": UP}
     )
-    entry = {"value": 51.5, "missing": []}
-    lacking = {"value": None, "missing": ["narrativeqa: not run"]}
-    found = {
-        "8192": {
-            "categories": {"recall": entry, "longqa": lacking},
-            "means": {"all seven": lacking, "judge-free": entry},
-        }
-    }
-    results["eval"] |= {
-        "metrics": {"perplexity/256-511": "nats per token", "helmet/json_kv 8192": "substring exact match"},
-        "missing": {"start": {"helmet/narrativeqa 8192": {"no file": 100}}},
-        "helmet": {"start": found, "retmask-0": found},
-    }
-    write_report(tmp_path / "report.html", results, "tiny")
+    entry, lacking = helmet_mean(51.5), helmet_mean(None, "narrativeqa: not run")
+    helmet = {"8192": Helmet({"recall": entry, "longqa": lacking}, {"all seven": lacking, "judge-free": entry})}
+    results["eval"] = dataclasses.replace(
+        results["eval"],
+        metrics={"perplexity/256-511": "nats per token", "helmet/json_kv 8192": "substring exact match"},
+        missing={"start": {"helmet/narrativeqa 8192": {"no file": 100}}},
+        helmet={"start": helmet, "retmask-0": helmet},
+    )
+    write_report(tmp_path / "report.html", stored(results), "tiny")
     text = html.unescape((tmp_path / "report.html").read_text())
     assert "start, helmet/narrativeqa 8192: 100 samples are missing, no file." in text
     assert "<td>retmask-0</td><td>8192</td><td>51.50 (0.00)</td><td>–</td><td>–</td><td>51.50 (0.00)</td>" in text
@@ -284,10 +294,8 @@ def test_a_task_of_several_lengths_is_one_panel_with_a_line_per_model(tmp_path):
         "ruler/vt 1024": ("ruler/vt", 1024),
         "ruler/cwe 512": ("ruler/cwe", 512),
     }
-    results["eval"]["series"] = {
-        task: {"of": of, "at": at, "axis": "length (tokens)"} for task, (of, at) in places.items()
-    }
-    panels = evaluation._panels(results["eval"])
+    series = {task: Place(of, at, "length (tokens)") for task, (of, at) in places.items()}
+    panels = evaluation._panels(dataclasses.replace(results["eval"], series=series))
     assert list(panels) == ["Evaluation: ruler/vt", "Evaluation: ruler/cwe 512"]
     line = panels["Evaluation: ruler/vt"].axes[0].get_lines()[0]
     assert line.get_xdata().tolist() == [512, 1024] and line.get_label() == "start"
@@ -295,10 +303,14 @@ def test_a_task_of_several_lengths_is_one_panel_with_a_line_per_model(tmp_path):
 
 def test_single_models_show_the_exact_test_and_helmet_its_change():
     result = eval_result(("new",), (0,), {"needle": UP, "loss": UP})
-    for row in result["rows"]:
-        row["mcnemar"] = {"p_value": 0.0312} if row["task"] == "needle" else None
-    table = evaluation._change_table(numbers_by_task(result)[1], result["rows"])
+    test = McNemar(7, 1, 8, 0.0312)
+    rows = [dataclasses.replace(row, mcnemar=test if row.task == "needle" else None) for row in result.rows]
+    table = evaluation._change_table(result.changes, rows)
     assert re.search(r"<td>needle</td><td>[^<]*</td><td>0.0312</td>", table)
     assert re.search(r"<td>loss</td><td>[^<]*</td><td>–", table)
-    assert evaluation._helmet_cell({"value": 53.78}, {"value": 51.5}) == "53.78 (+2.28)"
-    assert evaluation._helmet_cell({"value": 53.78}, {"value": None}) == "53.78"
+    assert evaluation._helmet_cell(helmet_mean(53.78), helmet_mean(51.5)) == "53.78 (+2.28)"
+    assert evaluation._helmet_cell(helmet_mean(53.78), helmet_mean(None)) == "53.78"
+
+
+def helmet_mean(value, *missing):
+    return HelmetMean(value, 100, {}, list(missing), [])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hub_configs import ACTIVE, CONFIGS, PARAMETERS
 
-from retmask_jax.cli import main
+from retmask_jax.cli import main, parser
 from retmask_jax.hf.families import from_hf
 from retmask_jax.hf.summary import count_parameters
 from retmask_jax.model.rope import inverse_frequencies
@@ -67,10 +67,10 @@ def test_a_recipe_opens_with_its_command_and_says_what_to_expect(name):
     commands = re.findall(r"retmask [^;`\n]*", page)
     assert commands
     for command in commands:
-        arguments, overrides = main._parse(shlex.split(command.replace("$stage", "rope"))[1:])
+        arguments, overrides = parser.parse(shlex.split(command.replace("$stage", "rope"))[1:])
         assert arguments.config == name and not overrides
     for option in re.findall(r"`(--config\.[^`]*)`", page):  # FILE stands for a name
-        load_recipe(name, main._parse(["run", *shlex.split(option)])[1])
+        load_recipe(name, parser.parse(["run", *shlex.split(option)])[1])
     assert len(text.split("def get_config")[1].splitlines()) < 30
 
 
@@ -227,6 +227,13 @@ def test_shipped_recipes_keep_to_the_limits(name):
         ("tasks.detect.depths", "()", "tasks.detect.depths is empty: name at least one"),
         ("tasks.detect.needles", "", "tasks.detect.needles is empty: name a JSONL file"),
         ("dynamics.cases", "()", "dynamics.cases is (); it must be a whole number of at least 1, or None"),
+        ("train.keep", "0", "train.keep is 0; it must be a whole number of at least 1"),
+        ("train.profile", "(-1, 3)", "train.profile has -1; it must be a whole number of at least 0"),
+        ("suites.ruler.n", "0", "suites.ruler.n is 0; it must be a whole number of at least 1"),
+        ("suites.json_kv.lengths", "(0,)", "suites.json_kv.lengths has 0; it must be a whole number of at least 1"),
+        ("suites.perplexity.length", "2", "suites.perplexity.length is 2; it must be a whole number of at least 3"),
+        ("suites.perplexity.windows", "0", "suites.perplexity.windows is 0; it must be a whole number of at least 1"),
+        ("suites.rerank.length", "0", "suites.rerank.length is 0; it must be a whole number of at least 1, or None"),
         ("eval.models", "None", "eval.models is None; it must be set"),
         ("eval.masked", "None", "eval.masked is None; it must be set"),
         ("eval.models", "{1: 'bundled'}", "eval.models has the key 1: names are text"),

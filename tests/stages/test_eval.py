@@ -6,19 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers_results import evaluated
 
 from retmask_jax.cli.main import main
-from retmask_jax.evals.compare import arm_numbers, number_names, numbers_by_task, run_rows
+from retmask_jax.evals.compare import arm_rows, headlines, model_rows
 from retmask_jax.evals.measured import Measured
 from retmask_jax.generation.language_model import load, save
 from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.model.interventions import mask_heads
-from retmask_jax.reports import evaluation, figures
-from retmask_jax.reports.comparison import table
-from retmask_jax.reports.report import write_comparison
+from retmask_jax.reports import evaluation
+from retmask_jax.reports.comparison import table, write_comparison
 from retmask_jax.runs import recipes
 from retmask_jax.stages import eval
-from retmask_jax.stages.eval import _common
+from retmask_jax.stages.eval import Measurement, common_samples
+from retmask_jax.utils.numbers import Number
 
 CONFIG = str(Path(__file__).parents[1] / "tiny_small.py")
 NIAH = [
@@ -132,19 +133,16 @@ def test_samples_are_paired_by_their_names():
     def suite(task, ids, *values):
         return Measured("s", task, "share", tuple(ids), np.array(values), binary=False)
 
-    one = {
-        "samples": {"b": np.array([True, False])},
-        "suites": [suite("a", "xyz", 1.0, 0.0, 0.5), suite("c", "x", 1.0)],
-    }
-    other = {"samples": {"b": np.array([True, True])}, "suites": [suite("a", "zx", 0.2, 0.9)]}
-    samples = _common({"start": one, "trained": other})
+    one = Measurement({"b": np.array([True, False])}, {}, [suite("a", "xyz", 1.0, 0.0, 0.5), suite("c", "x", 1.0)])
+    other = Measurement({"b": np.array([True, True])}, {}, [suite("a", "zx", 0.2, 0.9)])
+    samples = common_samples({"start": one, "trained": other})
     assert samples["start"]["s/a"].tolist() == [1.0, 0.5] and samples["trained"]["s/a"].tolist() == [0.9, 0.2]
     assert set(samples["start"]) == set(samples["trained"]) == {"s/a", "b"}
 
 
 def test_the_table_has_every_model_and_its_test():
     samples = {"start": {"t": np.array([True] * 20 + [False] * 20)}, "new": {"t": np.array([True] * 30 + [False] * 10)}}
-    header, (row,) = table(run_rows(samples, {"new": ("new", 0)}), {"t": "string match"})
+    header, (row,) = table(model_rows(samples, {"new": ("new", 0)}), {"t": "string match"})
     assert header == ["task", "measure", "n", "start", "new", "change", "p"]
     assert row[:3] == ["t", "string match", "40"] and row[4].startswith("0.750 [") and row[5].startswith("+0.250 [")
     assert row[6] == "0.0020"
@@ -156,10 +154,7 @@ def test_the_table_has_every_model_and_its_test():
         (["--compare", "bundled"], "'bundled' must be NAME=FOLDER or NAME=HUB_ID"),
         (["--compare", "start=bundled"], "eval.models has 'start'"),
         (["--compare", "start=bundled", "--compare", "a.b/c=bundled"], "eval.models has 'start'"),
-        (
-            ["--compare", "mine=bundled", "mine=other"],
-            "--compare names 'mine' 2 times: give each model a name of its own",
-        ),
+        (["--compare", "mine=bundled", "mine=other"], "--compare names 'mine' 2 times: give each model another name"),
         (["--config.suites.ruler.tasks=('niah_single_9',)"], "suites.ruler.tasks has 'niah_single_9'"),
         (["--config.suites.json_kv.lengths=(9999,)"], "suites.json_kv needs 9999 tokens, the model's context is 1024"),
     ],
@@ -190,16 +185,8 @@ def test_any_text_may_be_the_name_of_a_model(tmp_path, capsys):
 
 def _page_of(samples, tmp_path):
     models = [name for name in samples if name != "start"]
-    numbers = arm_numbers(samples, {name: [name] for name in models})
-    result = {
-        "rows": run_rows(samples, {name: (name, 0) for name in models}),
-        "numbers": numbers,
-        "grids": [],
-        "metrics": {},
-        "series": {},
-        "missing": {},
-        "helmet": {},
-    }
+    rows = model_rows(samples, {name: (name, 0) for name in models})
+    result = evaluated(rows, arm_rows(samples, {name: [name] for name in models}))
     write_comparison(tmp_path / "page.html", {"compare": result}, "mine")
     return result, html.unescape((tmp_path / "page.html").read_text())
 
@@ -210,13 +197,13 @@ def test_names_of_models_and_tasks_are_never_taken_apart(tmp_path):
     values = np.random.default_rng(0).normal(size=(1 + len(NAMES), len(tasks), 5))
     samples = {model: dict(zip(tasks, values[i], strict=True)) for i, model in enumerate(("start", *NAMES))}
     result, page = _page_of(samples, tmp_path)
-    means, changes = numbers_by_task(result)
+    means, changes = result.means, result.changes
     assert list(means) == list(tasks) and list(changes) == list(NAMES)
     for name in NAMES:
         for task in tasks:
-            assert means[task][name]["value"] == pytest.approx(samples[name][task].mean())
-            assert changes[name][task]["value"] == pytest.approx((samples[name][task] - samples["start"][task]).mean())
-    assert len(result["numbers"]) == len(tasks) * (1 + 2 * len(NAMES))  # no two numbers share a name
+            assert means[task][name].value == pytest.approx(samples[name][task].mean())
+            assert changes[name][task].value == pytest.approx((samples[name][task] - samples["start"][task]).mean())
+    assert len(result.numbers) == len(tasks) * (1 + 2 * len(NAMES))  # no two numbers share a name
     assert all(f"<th>{name}</th>" in page for name in NAMES)
     labels = [
         task for panel, task in zip(evaluation._panels(result), tasks, strict=True) if panel == f"Evaluation: {task}"
@@ -225,16 +212,17 @@ def test_names_of_models_and_tasks_are_never_taken_apart(tmp_path):
 
 
 def test_ordinary_names_of_numbers_are_as_they_were():
-    means, changes = number_names(["needle long", "ruler/vt 512"], ["start", "retmask", "masked"])
-    assert list(means.values()) == [
-        f"eval/{task}/{arm}" for arm in ("start", "retmask", "masked") for task in ("needle long", "ruler/vt 512")
-    ]
-    assert changes["ruler/vt 512", "retmask"] == "eval/ruler/vt 512/retmask minus start" and len(changes) == 4
+    tasks, arms = ("needle long", "ruler/vt 512"), ("start", "retmask", "masked")
+    rows = arm_rows({arm: dict.fromkeys(tasks, np.zeros(3)) for arm in arms}, {arm: [arm] for arm in arms[1:]})
+    names = list(headlines(rows))
+    means = [name for name in names if not name.endswith(" minus start")]
+    assert means == [f"eval/{task}/{arm}" for arm in arms for task in tasks]
+    assert "eval/ruler/vt 512/retmask minus start" in names and len(names) == 6 + 4
 
 
 def test_a_legend_names_every_model():
-    points = {name: [(1, {"value": 1.0, "low": 0.5, "high": 1.5})] for name in NAMES}
-    (legend,) = figures.over("t", points, "x", "y").legends
+    points = {name: [(1, Number(1.0, 0.5, 1.5, 40))] for name in NAMES}
+    (legend,) = evaluation._over("t", points, "x", "y").legends
     assert [text.get_text() for text in legend.get_texts()] == list(NAMES)
 
 

@@ -21,7 +21,8 @@ from retmask_jax.configs import default
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.workdir import Workdir
-from retmask_jax.stages.pairs import ARMS, pairs_stage
+from retmask_jax.stages.arms import ARMS
+from retmask_jax.stages.pairs import pairs_stage
 from retmask_jax.utils.files import read_jsonl, write_json, write_jsonl
 from retmask_jax.utils.store import Store
 
@@ -43,7 +44,7 @@ def _prompts():
 def prepare(tmp_path):
     """A context whose earlier stages have run, and the folder of the pairs stage."""
 
-    def make(name="work", prompts=None, arms=ARMS, **section):
+    def make(name="work", prompts=None, arms=tuple(ARMS), **section):
         write_jsonl(tmp_path / "prompts.jsonl", _prompts() if prompts is None else prompts)
         config = default.get_config()
         config.batch_size, config.train.batch_size = BATCH, 2
@@ -102,8 +103,8 @@ def test_an_arms_answers_do_not_depend_on_the_other_arms(prepare):
     results = [pairs_stage(*run) for run in (every, alone)]
     name = "any_layer-1"
     assert _files(every[1])[f"{name}.jsonl.gz"] == _files(alone[1])[f"{name}.jsonl.gz"]
-    assert results[0]["counts"][name] == results[1]["counts"][name]
-    assert {tuple(head) for head in results[0]["heads"][name]}.isdisjoint(map(tuple, HEADS))
+    assert results[0].counts[name] == results[1].counts[name]
+    assert set(results[0].heads[name]).isdisjoint(map(tuple, HEADS))
 
 
 def test_files_follow_the_prompts_and_counts_add_up(prepare):
@@ -113,22 +114,22 @@ def test_files_follow_the_prompts_and_counts_add_up(prepare):
     context, folder = prepare(prompts=prompts)
     result = pairs_stage(context, folder)
     asked = [prompt["id"] for i, prompt in enumerate(prompts) if i not in (2, 5)]
-    assert result["prompts"] == 7 and result["left_out"] == {"redacted": 1, "empty": 0, "duplicate": 0, "too long": 1}
+    assert result.prompts == 7 and result.left_out == {"redacted": 1, "empty": 0, "duplicate": 0, "too long": 1}
     answers = Store(folder / "answers")
     for arm, rejected in (("retmask", "retmask"), ("no_fact", "no_fact"), ("sft_filtered", "retmask")):
         for seed in SEEDS:
             records = read_jsonl(folder / f"{arm}-{seed}.jsonl.gz")
             ids = [record["id"] for record in records]
-            assert ids == [i for i in asked if i in ids] and len(ids) == result["counts"][f"{arm}-{seed}"]["kept"] > 3
-            assert sum(result["counts"][f"{arm}-{seed}"].values()) == 7
+            assert ids == [i for i in asked if i in ids] and len(ids) == result.counts[f"{arm}-{seed}"]["kept"] > 3
+            assert sum(result.counts[f"{arm}-{seed}"].values()) == 7
             for record in records:
                 sides = answers[seed, "normal", record["id"]], answers[seed, rejected, record["id"]]
                 assert (record["chosen"], record["rejected"]) == tuple(side["text"] for side in sides)
                 assert record["rejected_finished"] == sides[1]["finished"]
     for name in VARIANTS:
         cut = sum(not answers[1, name, i]["finished"] for i in asked)
-        assert result["answers_cut"][f"{name}-1"] == cut
-        assert result["numbers"][f"pairs/{name}-1/answers cut"]["value"] == pytest.approx(cut / 7)
+        assert result.answers_cut[f"{name}-1"] == cut
+        assert result.numbers[f"pairs/{name}-1/answers cut"].value == pytest.approx(cut / 7)
 
 
 def test_pairs_may_have_other_template_arguments_than_detection(prepare, monkeypatch):

@@ -575,7 +575,7 @@ def test_a_trace_of_the_steps_asked_for_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"keep": 0}, "train.keep is 0; it must be at least 1"),
+        ({"profile": (3, 3)}, "train.profile is"),
         ({"compute_dtype": "float16"}, "train.compute_dtype is 'float16'; it must be float32 or bfloat16"),
         ({"profile": (3,)}, "train.profile is"),
         ({"lora_rank": 2, "lora_targets": ("query",)}, "LoRA targets are"),

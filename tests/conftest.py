@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,14 +23,24 @@ from retmask_jax.model.transformer import split_layers
 GOLDEN = Path(__file__).parent / "golden"
 
 # Most time goes into compiling programs that run once on little data: compile those quickly. What a test starts as a
-# process of its own is compiled as users have it.
+# process of its own is compiled as users have it. XLA ends the process on a flag that it does not know, so the flag of
+# the fused loops, which halves the time, is given only to releases that have been tried.
 with pytest.MonkeyPatch.context() as quick:
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    if jax.__version_info__ < (0, 11):
+        flags += " --xla_cpu_use_fusion_emitters=false"
     quick.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {flags}")
     jax.devices()  # reads them, once
 
 VARIANTS = tuple(sorted(path.name for path in GOLDEN.iterdir() if path.name != "example"))
 STORED = slice(2, None, 3)  # positions whose logits are stored, POSITIONS of make_golden.py
+
+
+def pytest_collection_finish():
+    """Garbage is looked for less often, and not among what was imported: a tenth of the time went into it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,13 +23,13 @@ from retmask_jax.model.transformer import split_layers
 GOLDEN = Path(__file__).parent / "golden"
 
 # Most time goes into compiling programs that run once on little data: compile those quickly. What a test starts as a
-# process of its own is compiled as users have it. XLA ends the process on a flag that it does not know, so the flag of
-# the fused loops, which halves the time, is given only to releases that have been tried.
+# process of its own is compiled as users have it, unless the test hands these flags on. XLA ends the process on a flag
+# that it does not know, so the one about fused loops, which halves the time, is given only to releases that were tried.
+QUICK_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if jax.__version_info__ < (0, 11):
+    QUICK_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 with pytest.MonkeyPatch.context() as quick:
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    if jax.__version_info__ < (0, 11):
-        flags += " --xla_cpu_use_fusion_emitters=false"
-    quick.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {flags}")
+    quick.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}")
     jax.devices()  # reads them, once
 
 VARIANTS = tuple(sorted(path.name for path in GOLDEN.iterdir() if path.name != "example"))

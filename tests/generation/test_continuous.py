@@ -1,10 +1,12 @@
 """Generation in a batch that is refilled: the results of the simple path, rows used again, programs, memory, meshes."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -216,20 +218,19 @@ def _rows_that_fill(monkeypatch, plain, free: int, requests):
 
 
 def test_without_a_batch_size_rows_fill_the_free_memory_by_the_compilers_report(plain, monkeypatch):
-    requests = _requests() * 20
-    few, results = _rows_that_fill(monkeypatch, plain, 400_000, requests)
-    more, _ = _rows_that_fill(monkeypatch, plain, 1_600_000, requests)
-    assert few[0] < more[0] < len(requests)
+    requests = _requests() * 4
+    (few,), results = _rows_that_fill(monkeypatch, plain, 250_000, requests)
     _assert_same(results, _simply(plain, requests, _masks()(plain.config)))
-    lengths = [len(request.tokens) for request in requests]
+
     masks = continuous._per_mask(plain.config, _masks()(plain.config))
     shared = (plain.params, masks, continuous.Draws.of(plain.config, STOPS, 0.0, 1.0), np.int32(84))
-    for rows, free in ((few[0], 400_000), (more[0], 1_600_000)):
-        needed = [
-            sum(continuous.programs(plain.config, shared, n, max(lengths), NEW).needed())
-            for n in (rows, rows + rows // 2)
-        ]
-        assert needed[0] <= free < needed[1]
+    longest, programs = max(len(request.tokens) for request in requests), continuous.programs
+    needed = functools.cache(lambda rows: programs(plain.config, shared, rows, longest, NEW).needed())
+    monkeypatch.setattr(continuous, "programs", lambda _, shared, n, *__: SimpleNamespace(needed=lambda: needed(n)))
+    more = continuous.rows_that_fill(plain.config, shared, longest, NEW, 500_000, most=len(requests))
+    assert few < more < len(requests)
+    for rows, free in ((few, 250_000), (more, 500_000)):
+        assert sum(needed(rows)) <= free < sum(needed(rows + rows // 2))
 
 
 def test_rows_that_fill_the_memory_are_no_more_than_requests_and_at_least_one(plain, monkeypatch):

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 
+from conftest import QUICK_FLAGS
+
 # The recipes' mesh on eight devices. memory: bytes that each is said to have; None: what the machine says.
 _DECODE = textwrap.dedent("""
     import json, sys, tempfile
@@ -61,10 +63,7 @@ _DECODE = textwrap.dedent("""
 
 
 def _decoded(memory) -> dict:
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-    }
+    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK_FLAGS}"}
     inherited = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
     done = subprocess.run(
         [sys.executable, "-c", _DECODE, json.dumps(memory)], env=inherited | settings, capture_output=True, text=True

@@ -1,12 +1,10 @@
 """Every notebook runs, at small size among the quick tests, and shows what the code at hand gives."""
 
-import os
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import QUICK_FLAGS
 from jupyter_client.manager import KernelManager
 from make_notebooks import FOLDER, clean, run, sources, texts
 
@@ -27,7 +25,7 @@ def folder(tmp_path_factory):
 def kernel(folder):
     """One for all notebooks, emptied before each: half of a small run would be importing and compiling again."""
     manager = KernelManager()
-    manager.start_kernel(cwd=str(folder), env=os.environ | {"XLA_FLAGS": QUICK_FLAGS})
+    manager.start_kernel(cwd=str(folder))
     yield manager
     manager.shutdown_kernel(now=True)
 

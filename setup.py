@@ -17,7 +17,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["retmask_jax", "retmask_jax.*"]), "retmask_jax.configs"],
     package_dir={"retmask_jax.configs": "configs"},
-    package_data={"retmask_jax": ["assets/*/*", "benchmarks/*.json", "aot/*.json", "py.typed"]},
+    package_data={
+        "retmask_jax": ["*/README.md", "assets/*/*", "benchmarks/*.json", "aot/*.json", "reports/templates/*", "py.typed"],
+        "retmask_jax.configs": ["README.md"],
+    },
     entry_points={"console_scripts": ["retmask = retmask_jax.cli.main:main"]},
     install_requires=[
         "jax>=0.8",

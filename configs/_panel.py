@@ -1,10 +1,10 @@
-"""What the recipes of small models of different architecture have in common; no recipe itself.
+"""What the recipes of small models of different architecture share. It is not a recipe.
 
-All have the tasks, data files and case seeds of this module, so that their cases are paired: one question asked of
-models that learned the same language, and the same facts, by the same stages. Only the share of contradictions in the
-last stage is chosen for each, on seed 0: at 0.3 the models shaped as Llama, Qwen3 and OLMo-3 followed the longest
-contexts in .89, .99 and .81 of the cases, at 0.2 the first in .81, at 0.12 the second in .69. Models of the other seed
-are what they are.
+All use the tasks, data files and case seeds of this module, so that their cases are paired: the same questions for
+models that learned the same language and the same facts by the same stages. Only the share of contradictions in the
+last stage differs. It was chosen on seed 0: at 0.3 the models shaped as Llama, Qwen3 and OLMo-3 followed the longest
+contexts in .89, .99 and .81 of the cases, at 0.2 the first in .81, at 0.12 the second in .69. For the other seed it was
+not tuned.
 """
 
 from ml_collections import ConfigDict
@@ -14,8 +14,8 @@ from retmask_jax.configs import tiny, tiny_study
 def member(name: str, contradictions: float, **architecture) -> ConfigDict:
     """The tiny recipe for a model trained on up to 256 tokens.
 
-    contradictions: share of the last stage's rows that contradict memory, which decides how often the model follows
-    them; chosen so that training has room. architecture: fields of its ModelConfig.
+    contradictions: share of the last stage's rows that contradict memory. It decides how often the model follows them,
+    and is chosen so that training can still raise it. architecture: fields of the ModelConfig.
     """
     config = tiny_study.study(tiny.get_config())
     config.model = f"runs/{name}-0/tiny"
@@ -30,7 +30,7 @@ def member(name: str, contradictions: float, **architecture) -> ConfigDict:
     for task, values in lengths.items():
         config.tasks[task].lengths = values
     config.tasks["needle long"].distractors = 7
-    config.rope.pairs = ()  # an eighth, a quarter and a half: heads differ in width
+    config.rope.pairs = ()  # an eighth, a quarter and a half, since heads differ in width between models
     config.train.arms = ("retmask",)
     config.eval.grids = ()
     config.eval.tasks = tuple(task for task in config.eval.tasks if not task.startswith("ruler"))
@@ -49,7 +49,7 @@ def member(name: str, contradictions: float, **architecture) -> ConfigDict:
 
 
 def _stages(contradictions: float) -> tuple[ConfigDict, ...]:
-    """As the tiny recipe's, over shorter texts."""
+    """The stages of the tiny recipe with shorter texts."""
     learn = {"repeats": 0.7, "needle": 0.2, "plain": 0.1}
     use = {"repeats": 0.5, "needle": 0.35, "plain": 0.15}
     broad = {"repeats": 0.12, "needle": 0.7, "plain": 0.18}

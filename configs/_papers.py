@@ -1,13 +1,13 @@
-"""What recipes after one paper have in common; no recipe itself.
+"""What recipes for the same paper share. It is not a recipe.
 
-Data files are not shipped; a recipe names them under `data/`, relative to where the command is run:
+Data files are not shipped; recipes expect them under `data/`, relative to where the command is run:
 
-    data/needles.jsonl       {"needle", "question", "real_needle"} a line: the published needles, or your own. Heads are
-                             found on them.
+    data/needles.jsonl       {"needle", "question", "real_needle"} a line: the published needles, or others. Heads are
+                             found with them.
     data/test_needles.jsonl  {"needle", "question", "answer"} a line, other needles with short answers: masks are tested
-                             on them, and the reply counts if it has the answer's words.
+                             with them, and a reply counts if it has the answer's words.
     data/haystack.txt        plain English text (the published haystack is essays), at least as long as the longest
-                             case; the loss on text is measured on it, too.
+                             case; the loss on plain text is measured on it, too.
     data/prompts.jsonl       {"id", "messages": [{"role": "user", "content": "..."}]} a line: prompts without labels;
                              the paper takes the first user turns of LMSYS-Chat-1M-Synth (English).
     data/codes.jsonl         {"needle", "question", "answer", "key"} a line: "The code of the blue door is k3x9a.", "The
@@ -22,9 +22,9 @@ def retmask_method(model: str, threshold: float) -> ConfigDict:
     """arXiv 2601.11020 on a chat model: its detection grid, its head threshold, its sampling, its DPO."""
     config = default.get_config()
     config.model = model
-    config.dtype = "bfloat16"  # as published; training keeps float32 weights of its own
-    # Weights and Adam's moments split over all devices. Work without gradients lays them out for itself, so that no token
-    # waits for weights: whole on each device, or heads and MLPs split over a few (sharding.decoding_mesh).
+    config.dtype = "bfloat16"  # as published; training keeps its weights in float32
+    # Weights and Adam's moments are split over all devices. Work without gradients places the weights otherwise, so
+    # that no token waits for them: whole on each device, or heads and MLPs split over a few (sharding.decoding_mesh).
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.batch_size = 8  # keys and values of 8K tokens take 1 GiB a row in Llama-3.1, 4 GiB without shared KV heads
     # 20 lengths from 0 to 5000 x 10 depths x 3 needles. No text of 0 tokens holds a needle: the first length is 128.
@@ -66,16 +66,16 @@ def on_one_gpu(config: ConfigDict) -> ConfigDict:
     config.train.batch_size = 32
     config.train.microbatch_size = 2
     config.train.max_tokens, config.train.max_prompt_tokens = 512, 256
-    # Ten times the paper's, for an eighteenth of its steps; not tuned.
+    # Ten times the paper's rate, for an eighteenth of its steps; not tuned.
     config.train.learning_rate, config.train.final_learning_rate = 5e-6, 5e-7
     return config
 
 
 def rope_study(model: str, context: int, pairs: tuple[int, ...] = (8,)) -> ConfigDict:
-    """arXiv 2606.21249 on a base model: knock-out and rotary pairs taken out, lowest, highest or random first.
+    """arXiv 2606.21249 on a base model: heads masked, and rotary pairs masked, lowest, highest or random ones first.
 
-    context: tokens the model takes; the study's lengths stay within it, answer included. pairs: rotary pairs, half of
-    the paper's dimensions.
+    context: tokens that the model takes; the study's lengths stay within it, answer included. pairs: rotary pairs, half
+    of the paper's dimensions.
     """
     config = default.get_config()
     config.model = model

@@ -1,6 +1,7 @@
-"""Every key of the pipeline with its default and its reason. Recipes start from here and override.
+"""Every key of the pipeline with its default and its reason. Recipes start from this config and override some keys.
 
-Tasks are named sections under `tasks`; a recipe adds its own. Data files starting with "bundled/" are in the package.
+Tasks are named sections under `tasks`; a recipe adds those it needs. Data files that begin with "bundled/" are shipped
+with the package.
 """
 
 from ml_collections import ConfigDict
@@ -9,23 +10,24 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
 
-    config.model = "bundled"  # folder of an HF checkpoint, hub id, or "bundled": the tiny model of the package
+    # The model: folder of a Hugging Face checkpoint, hub id, or "bundled" for the tiny model of the package.
+    config.model = "bundled"
     config.revision = ""  # branch, tag or commit of a hub id (empty: its main branch); a commit pins the weights
     config.dtype = "float32"  # of the parameters in every stage but training; bfloat16 halves the memory
     config.seed = 0
-    config.kernel = "auto"  # of attention: the fastest for the device; or plain, blocked, cudnn, splash
+    config.kernel = "auto"  # of attention: auto is the fastest for the device; or plain, blocked, cudnn, splash
     config.batch_size = 32  # rows per forward pass where no gradient is taken
-    config.cpu_devices = 1  # most devices to make of a CPU's cores; each holds the parameters (see sharding.split_cpu)
-    # Devices per axis; -1 takes what is left. data and fsdp split the rows, fsdp the weights too, tensor heads and MLPs,
-    # context the positions of long rows. Where fsdp splits weights, work without gradients has a mesh of its own, of the
-    # same devices and none on fsdp (sharding.decoding_mesh).
+    config.cpu_devices = 1  # most devices to make of a CPU's cores; each holds the parameters (sharding.split_cpu)
+    # Devices per axis; -1 takes all that the others leave. data and fsdp split the rows, fsdp the weights too, tensor
+    # heads and MLPs, context the positions of long rows. Where fsdp splits weights, work without gradients uses another
+    # mesh of the same devices, with one device on the fsdp axis (sharding.decoding_mesh).
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})
     config.distributed = None  # several hosts: None joins those that the environment names, True must find some
 
     config.prompt = ConfigDict()
     config.prompt.template = "{context}\n\n{question}"
-    config.prompt.chat = True  # put it in the tokenizer's chat template
-    config.prompt.template_kwargs = ConfigDict()  # handed to the template, such as enable_thinking=False
+    config.prompt.chat = True  # put the prompt into the tokenizer's chat template
+    config.prompt.template_kwargs = ConfigDict()  # passed to the chat template, such as enable_thinking=False
 
     config.tasks = ConfigDict()
 
@@ -38,63 +40,69 @@ def get_config() -> ConfigDict:
     config.detect.top_k = None  # instead of the threshold (which is then None)
     config.detect.released = False  # True: the published detector with its accumulating score
 
+    # Knock-out: recall with heads masked.
     config.knockout = ConfigDict()
     config.knockout.tasks = ()
     config.knockout.draws = 5  # random control sets of each kind: one draw can mislead
     config.knockout.activity_windows = 16  # texts on which the activity of a head is measured
     config.knockout.seed = 0
-    # what a masked head writes: zero, its mean over text, or query (the mean of all keys)
+    # What a masked head writes: zero, its mean over text, or query (the mean of all keys).
     config.knockout.modes = ("zero",)
-    config.knockout.mode_draws = 2  # random sets of each kind in the modes behind the first, and in curves
-    config.knockout.curve = ()  # numbers of heads, best first, or (floats) shares of the retrieval heads; on the first task
-    config.knockout.minimal = None  # search the smallest set that lowers recall to this share of the untouched model's
+    config.knockout.mode_draws = 2  # random sets of each kind in all modes but the first, and in curves
+    # Sizes of the sets whose recall makes a curve on the first task, best heads first: numbers of heads, or (floats)
+    # shares of the retrieval heads.
+    config.knockout.curve = ()
+    config.knockout.minimal = None  # search the smallest set that lowers recall to this share of the unmasked model's
 
+    # Rotary pairs: recall with the retrieval heads losing some of their rotary pairs.
     config.rope = ConfigDict()
     config.rope.tasks = ()
     config.rope.pairs = ()  # numbers of rotary pairs; empty: an eighth, a quarter and a half of them
     config.rope.draws = 3
     config.rope.seed = 0
     config.rope.sites = ("rotary",)  # also projection: zeroed in q_proj and k_proj, as arXiv 2606.21249 did
-    config.rope.utility = False  # also the pairs that each head's query projection writes least and most
-    config.rope.windows = 0  # parts of the spectrum that are taken out in turn; arXiv 2606.21249 has 8
+    config.rope.utility = False  # also mask the pairs that each head's query projection writes least and most
+    config.rope.windows = 0  # parts of the spectrum that are masked one after the other; arXiv 2606.21249 has 8
     config.rope.coverage = ()  # shares of the retrieval heads, best first, that lose pairs
-    config.rope.patches = False  # also out of one retrieval head at a time
-    config.rope.patch_pairs = None  # pairs taken out for coverage and patches; None: an eighth, as arXiv 2606.21249
-    config.rope.matched = 0  # sets of other pairs that carry as much of the variance of q.k, for each number of pairs
-    config.rope.text = False  # also what it costs plain text
+    config.rope.patches = False  # also mask pairs in one retrieval head at a time
+    config.rope.patch_pairs = None  # pairs masked for coverage and patches; None: an eighth, as arXiv 2606.21249
+    # For each number of pairs, so many sets of other pairs that carry as much of the variance of q.k.
+    config.rope.matched = 0
+    config.rope.text = False  # also measure the loss on plain text
 
     # Contrastive responses: RetMask samples at temperature 0.6, top_p 1, up to 2048 tokens.
     config.pairs = ConfigDict()
     config.pairs.prompts = ""  # .jsonl or .txt (or .gz), a glob of them, or tfds:NAME (see retmask_jax/data/prompts.py)
-    config.pairs.prompts_split = "train"  # of a TFDS set; a slice such as train[:10%] too
+    config.pairs.prompts_split = "train"  # of a TFDS set; a slice such as train[:10%] works too
     config.pairs.prompts_field = None  # where each record has its prompt; None: messages, conversation or prompt
     config.pairs.n_prompts = 294_000
     config.pairs.temperature = 0.6
     config.pairs.top_p = 1.0
     config.pairs.max_new_tokens = 2048
-    # Rows that are decoded at once; None: as many as fill the device's memory by the compiler's report, or batch_size
+    # Rows that are decoded together. None: as many as fill the device's memory by the compiler's report, or batch_size
     # where the device does not say how much it has. A step reads all weights once, however many rows there are.
     config.pairs.batch_size = None
-    config.pairs.template_kwargs = ConfigDict()  # beside those of prompt, such as enable_thinking=True
+    config.pairs.template_kwargs = ConfigDict()  # added to those of prompt, such as enable_thinking=True
 
-    # Answers from OpenAI-compatible servers instead of this process: {"normal": url, "retmask": url}; a control has a
-    # server per training seed, "any_layer-0". These and how they are reached may change between runs of a work directory.
+    # Answers from OpenAI-compatible servers instead of this process: {"normal": url, "retmask": url}; a control has one
+    # server per training seed, "any_layer-0". These and how they are reached may change between runs of a work
+    # directory.
     config.pairs.endpoints = ConfigDict()
-    config.pairs.endpoint_model = ""  # the name it is served under (empty: config.model)
-    config.pairs.concurrency = 64  # questions under way at once, for each server
+    config.pairs.endpoint_model = ""  # the name under which servers know the model (empty: config.model)
+    config.pairs.concurrency = 64  # requests in flight for each server
     config.pairs.timeout = 600.0  # seconds for one answer
     config.pairs.retries = 8  # after 1, 2, 4, ... seconds: about four minutes, as a server takes to come back
 
     # Training: RetMask's DPO.
     config.train = ConfigDict()
-    config.train.arms = ("retmask",)  # what is trained; the controls are listed in retmask_jax/stages/registry.py
+    config.train.arms = ("retmask",)  # what is trained; the controls are listed in retmask_jax/stages/pairs.py
     config.train.seeds = (0,)
     config.train.loss = "sigmoid"  # or ipo, hinge, simpo; see retmask_jax/training/losses.py
     config.train.beta = 0.1
-    config.train.label_smoothing = 0.0  # share of pairs that are taken to be the wrong way round
-    config.train.gamma = 0.0  # margin that simpo asks for; its authors take 0.3 to 1.6 with beta 2 to 2.5
-    config.train.per_token = False  # log-probabilities divided by the answer's length; simpo always does
-    config.train.nll_weight = 0.0  # of the chosen answer's loss per token, added (arXiv 2404.19733)
+    config.train.label_smoothing = 0.0  # share of pairs whose preference is assumed to be the wrong way round
+    config.train.gamma = 0.0  # margin of simpo; its authors take 0.3 to 1.6 with beta 2 to 2.5
+    config.train.per_token = False  # divide log-probabilities by the answer's length; simpo always does
+    config.train.nll_weight = 0.0  # weight of the chosen answer's loss per token, which is added (arXiv 2404.19733)
     config.train.contrast_strength = 0.5  # of the arm "contrast": how far it goes beyond the normal distribution
     config.train.learning_rate = 5e-7
     config.train.final_learning_rate = 5e-8  # where the cosine ends
@@ -103,54 +111,54 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 512  # pairs per update
     config.train.microbatch_size = 16  # pairs per forward and backward pass; gradients are accumulated
     config.train.lora_rank = 0  # of adapters, which are trained instead of the weights and merged on export; 0: none
-    config.train.lora_alpha = 16.0  # adapters count alpha / rank times
-    config.train.lora_targets = ("q", "k", "v", "o", "gate", "up", "down")  # layers that have them
+    config.train.lora_alpha = 16.0  # adapters are scaled by alpha / rank
+    config.train.lora_targets = ("q", "k", "v", "o", "gate", "up", "down")  # layers that have adapters
     config.train.b1 = 0.9
     config.train.b2 = 0.95
     config.train.eps = 1e-8
     config.train.weight_decay = 0.1
     config.train.clip = 1.0
-    config.train.max_tokens = 1024  # prompt and answer; answers are cut
-    config.train.max_prompt_tokens = 512  # prompts keep their end
-    config.train.compute_dtype = "bfloat16"  # the weights stay float32: 5e-7 vanishes in bfloat16
+    config.train.max_tokens = 1024  # of prompt and answer together; longer answers are cut
+    config.train.max_prompt_tokens = 512  # longer prompts keep their end
+    config.train.compute_dtype = "bfloat16"  # the weights stay float32: updates of 5e-7 vanish in bfloat16
     config.train.first_moment_dtype = "float32"  # of Adam; bfloat16 saves 2 bytes a weight
     config.train.remat = True  # recompute blocks in the backward pass: less memory, a third more work
     config.train.widths = 4  # rows are padded to one of so many widths; each is a compiled program
     config.train.reference_batch_size = 32  # pairs per forward pass of the start model
     config.train.checkpoint_every = 50  # steps
-    config.train.keep = 2  # newest checkpoints that stay, beside the one with the lowest loss
-    # Where checkpoints go instead of the work directory: a folder, or a bucket (gs://NAME/FOLDER), to which Orbax writes
-    # without a mount.
+    config.train.keep = 2  # newest checkpoints that are kept, besides the one with the lowest loss
+    # Where checkpoints go instead of the work directory: a folder, or a bucket (gs://NAME/FOLDER), to which Orbax
+    # writes without a mount.
     config.train.checkpoint_folder = ""
-    config.train.profile = ()  # (first, behind last) step of a trace for TensorBoard or Perfetto
-    # project of Weights & Biases, if installed; metrics.jsonl and tensorboard/ are always there
+    config.train.profile = ()  # (first step, step after the last) of a trace for TensorBoard or Perfetto
+    # Project of Weights & Biases, if installed; metrics.jsonl and tensorboard/ are always written.
     config.train.wandb = ""
 
     config.eval = ConfigDict()
     config.eval.tasks = ()
     config.eval.grids = ()  # tasks shown as heat maps over length and depth
-    config.eval.masked = False  # also the start model with its retrieval heads masked
-    # Others to compare the model with (`retmask eval --compare`): {name: folder or hub id}.
+    config.eval.masked = False  # also evaluate the start model with its retrieval heads masked
+    # Other models for comparison (`retmask eval --compare`): {name: folder or hub id}.
     config.eval.models = ConfigDict(allow_dotted_keys=True)
 
-    # The causal study (`retmask study`): further stages beside detect, knockout and rope.
+    # The causal study (`retmask study`): further stages besides detect, knockout and rope.
     config.detectors = ConfigDict()
-    # All that there are; their units differ, so they are compared by order and by their best heads.
+    # All detectors. Their units differ, so they are compared by their order of the heads and by their best heads.
     config.detectors.names = (
-        "copy",
-        "copy_forced",
-        "copy_position",
-        "argmax",
-        "mass",
-        "query_focused",
-        "logit",
-        "gradient",
+        "copy",  # of `detect`: heads whose strongest key is the token that the model then copies
+        "copy_forced",  # the same, read from the finished answer in one pass
+        "copy_position",  # the strongest key is the next token of the gold answer
+        "argmax",  # the strongest key of the prompt's last position lies in the answer
+        "mass",  # attention mass in the answer
+        "query_focused",  # QRHead: attention mass from the question to the needle
+        "logit",  # LOCOS: what a head adds to the logit of the answer's token
+        "gradient",  # how fast the gold answer's log-probability falls as a head is masked
     )
     config.detectors.cases = None  # of detect.task, spread evenly; None: all, and copy is not decoded again
-    config.detectors.top_k = None  # heads compared and masked of each detector; None: as many as detect found
-    config.detectors.null_query = "N/A"  # of query_focused, as QRHead has it: a question that asks for nothing
-    config.detectors.seeds = ()  # of detect.task, beside its own: how far a detector repeats on other cases
-    config.detectors.seed_names = ("copy_position", "mass")  # detectors run on these: cheap, they read each case once
+    config.detectors.top_k = None  # heads compared and masked for each detector; None: as many as detect found
+    config.detectors.null_query = "N/A"  # of query_focused, as in QRHead: a question that asks for nothing
+    config.detectors.seeds = ()  # more seeds of detect.task: how far a detector repeats itself on other cases
+    config.detectors.seed_names = ("copy_position", "mass")  # run on these seeds: they read each case only once
 
     config.utility = ConfigDict()
     config.utility.permutations = 10_000  # of heads within layers: p-values down to 1e-4
@@ -158,10 +166,10 @@ def get_config() -> ConfigDict:
     config.utility.seed = 0
 
     config.theta = ConfigDict()
-    config.theta.factors = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the RoPE base; each is a program of its own to compile
+    config.theta.factors = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the RoPE base; each needs another compiled program
     config.theta.tasks = ()  # empty: the first of knockout.tasks
     config.theta.cases = 60  # of detect.task, spread evenly, on which heads are counted at each base; None: all
-    config.theta.detector = "copy"  # the score that detect.threshold is made for
+    config.theta.detector = "copy"  # the score for which detect.threshold is meant
 
     # Training dynamics: folders, globs of folders (runs/x/step_*) or owner/name@revision; empty: left out.
     config.dynamics = ConfigDict()
@@ -171,7 +179,7 @@ def get_config() -> ConfigDict:
     config.dynamics.cases = None  # of detect.task, spread evenly; None: all
     config.dynamics.task = None  # recall with and without the best heads; None: the first of knockout.tasks
 
-    # Loss on plain text: what a mask or a training costs in general.
+    # Loss on plain text: the general cost of a mask or a training.
     config.text = ConfigDict()
     config.text.file = ""
     config.text.length = 256
@@ -179,20 +187,23 @@ def get_config() -> ConfigDict:
 
     config.suites = _suites()
 
-    config.headlines = ()  # names of numbers in the table that `run` ends with; summary.json has all
+    config.headlines = ()  # names of numbers in the table at the end of `run`; summary.json has all numbers
     return config
 
 
 def _suites() -> ConfigDict:
-    """Suites of tasks that `eval` runs beside eval.tasks, before and after training; each is off until its first key is
-    set. Lengths are tokens of the model at hand, new ones included (niah: the prompt alone, as in tasks)."""
+    """Suites of tasks that `eval` runs besides eval.tasks, before and after training.
+
+    Each is off until its first key is set. Lengths are in tokens of the model, new ones included; in niah they are
+    those of the prompt alone, as in `tasks`.
+    """
     suites = ConfigDict()
-    suites.ruler = ConfigDict()  # arXiv 2404.06654, with prompts and words of our own
+    suites.ruler = ConfigDict()  # arXiv 2404.06654, with our wording of the prompts
     suites.ruler.tasks = ()  # off; names of retmask_jax/evals/suites/ruler.py, such as niah_multikey_2, vt or cwe
     suites.ruler.lengths = (4096, 8192, 16384, 32768, 65536, 131072)  # the paper's
     suites.ruler.n = 500  # samples of each task and length, as the paper has; 100 give +-10 points
     suites.ruler.seed = 0
-    suites.ruler.essay = ""  # text of the needle tasks in an essay; it starts anew where it ends
+    suites.ruler.essay = ""  # text of the needle tasks in an essay; a longer context repeats it
     suites.ruler.qa_1 = ""  # questions on documents: SQuAD's JSON, or a form of retmask_jax/evals/suites/questions.py
     suites.ruler.qa_2 = ""  # HotpotQA's JSON, or the same
 
@@ -203,7 +214,7 @@ def _suites() -> ConfigDict:
     suites.niah.longest = 128_000  # leaves room for the answer in a context of 131072
     suites.niah.n_lengths = 40  # evenly spaced; 40 x 10 is the usual heat map
     suites.niah.n_depths = 10
-    suites.niah.per_cell = 1  # the usual single case; more make a cell less of a coin toss
+    suites.niah.per_cell = 1  # the usual single case; with more a cell depends less on chance
     suites.niah.distractors = 0
     suites.niah.seed = 0
     suites.niah.max_new_tokens = 50
@@ -225,24 +236,24 @@ def _suites() -> ConfigDict:
     suites.perplexity.file = ""  # off
     suites.perplexity.length = 4096
     suites.perplexity.windows = 32
-    suites.perplexity.stride = None  # also windows that overlap, each so many tokens behind the one before
+    suites.perplexity.stride = None  # also overlapping windows, each so many tokens after the one before
 
     # lm-evaluation-harness (pip install 'retmask_jax[eval]'), in this process.
     suites.lm_eval = ConfigDict()
     suites.lm_eval.tasks = ()  # names of tasks or groups, such as gsm8k or mmlu; empty: none
     suites.lm_eval.limit = None  # samples of each task; None: all
     suites.lm_eval.fewshot = None  # examples in the prompt; None: as each task has it
-    suites.lm_eval.include_path = ""  # a folder of own tasks (YAML), beside the harness's
-    suites.lm_eval.chat = False  # the harness's own default: most published numbers are without
+    suites.lm_eval.include_path = ""  # a folder of your own tasks (YAML), besides the harness's
+    suites.lm_eval.chat = False  # the harness's default: most published numbers are without the chat template
 
-    # HELMET, by the user's own checkout with its data and what its requirements.txt lists.
+    # HELMET, in the user's checkout of it, with its data and what its requirements.txt lists.
     suites.helmet = ConfigDict()
     suites.helmet.path = ""  # folder of the checkout; empty: not run
     suites.helmet.lengths = (8192, 16384, 32768, 65536, 131072)  # all it has; none may exceed the model's context
-    # Those without a judge; also longqa and summ. Of cite, citations need an 11B model (helmet.citations).
+    # Those without a judge; also longqa and summ. The citations of cite need an 11B model (helmet.citations).
     suites.helmet.categories = ("recall", "rag", "cite", "rerank", "icl")
     suites.helmet.limit = None  # samples of each data set; None: HELMET's 100 (icl 500)
-    suites.helmet.chat = None  # chat template; None: as HELMET has it: cite, longqa and summ with, the rest without
+    suites.helmet.chat = None  # chat template; None: as in HELMET, where only cite, longqa and summ have one
     suites.helmet.stop_new_line = False  # its configs have this key, but its code never reads it
     suites.helmet.citations = False  # score citations by HELMET's 11B entailment model
     return suites
@@ -260,5 +271,8 @@ def task(
     at_start=False,
     max_new_tokens=50,
 ) -> ConfigDict:
-    """A section under `tasks`. per_length None: all of lengths x depths x needles. No lengths: bare questions."""
+    """A section under `tasks`.
+
+    per_length None: all of lengths x depths x needles. Without lengths the questions are asked without a context.
+    """
     return ConfigDict(locals())

@@ -3,12 +3,12 @@
     retmask run --config=llama3_1_8b
 
 The paper's controls, random heads and random non-retrieval heads, are other arms:
-`--config.train.arms="('retmask','random','any_layer')"`. Published head scores serve instead of detection with
-`--config.detect.scores=FILE`.
+`--config.train.arms="('retmask','random','any_layer')"`. `--config.detect.scores=FILE` uses
+published head scores instead of detection.
 
 Data: the four files that configs/_papers.py describes under `data/` (needles, test_needles, haystack, prompts).
 
-Hardware: the stages without gradients need 15.0 GiB for the weights in bfloat16, beside the caches: one GPU of 80 GB.
+Hardware: the stages without gradients need 15.0 GiB for the weights in bfloat16, besides the caches: one GPU of 80 GB.
 Full fine-tuning holds weights, gradients and Adam's two moments in float32, 120 GiB over all devices, and activations:
 eight GPUs of 80 GB, or a TPU slice of as much memory. Not run by us yet, so no time is given.
 
@@ -18,7 +18,7 @@ non-retrieval heads; general tasks stay as they were. Here the needle stands at 
 and an answer ends at EOS or a newline, so what detection finds will differ; `--config.detect.released=True` and
 `--config.tasks.detect.at_start=True` do as the released code did.
 
-HELMET by your own checkout of it, start and trained model side by side:
+HELMET in your checkout of it, on the start model and the trained model:
 
     retmask eval --config=llama3_1_8b --helmet=../HELMET
 """

@@ -3,16 +3,16 @@
     for stage in detect knockout rope; do retmask $stage --config=olmo2_7b; done
 
 The heads here come from the copy score, the study's from the strongest key of the prompt's last position, so the sets
-differ. The study takes pairs out of its 30 best heads: `--config.detect.threshold=None --config.detect.top_k=30`, in a
-work directory of its own, does the same. Where it counts dimensions we count pairs, half as many.
+differ. The study masks pairs in its 30 best heads: `--config.detect.threshold=None --config.detect.top_k=30`, with
+another work directory, does the same. Where the study counts dimensions we count pairs, half as many.
 
 Data: `data/codes.jsonl` and `data/haystack.txt`, described in configs/_papers.py.
 
-Hardware: 13.6 GiB for the weights in bfloat16, beside the caches: one GPU of 80 GB. Not run by us yet, so no time is
+Hardware: 13.6 GiB for the weights in bfloat16, besides the caches: one GPU of 80 GB. Not run by us yet, so no time is
 given.
 
 Published: with all 87 heads masked recall falls from 1.00 to 0.00, with as many random ones it stays at 1.00; in the
-follow-up 95 heads, 0.00 and 0.95. With rotary dimensions (pairs) taken out, recall is
+follow-up 95 heads, 0.00 and 0.95. With rotary dimensions (pairs) masked, recall is
 
                           8 (4)    16 (8)    32 (16)    48 (24)    64 (32)
     lowest frequencies    0.985    0.885     0.175      0.115      0.07

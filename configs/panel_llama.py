@@ -3,11 +3,11 @@
     retmask pretrain --config=panel_llama --workdir=runs/panel_llama-0
     retmask run --config=panel_llama --workdir=runs/panel_llama-0/run
 
-The first trains the model, the second puts it through the whole method; for another seed, `--config.pretrain.seed=1`
-with a --workdir of its own, and `--config.model=runs/panel_llama-1/tiny`. What the panel has in common is in
-configs/_panel.py.
+The first command trains the model, the second runs the whole method on it. For another seed, add
+`--config.pretrain.seed=1` to the first, `--config.model=runs/panel_llama-1/tiny` to the second, and give both another
+--workdir. What the recipes of the panel share is in configs/_panel.py.
 
-Hardware: two CPU cores. 10 minutes of processor time, so about 7 minutes with nothing beside it (panel_qwen3: 7.5).
+Hardware: two CPU cores. 10 minutes of processor time, so about 7 minutes on an idle machine (panel_qwen3: 7.5).
 
 Expected of the model, seeds 0 and 1 (n = 96 each; closed-book 64, copy scores 120):
     needle 128, 256, 320        1.00 .92 .78 | .99 .86 .77

@@ -1,16 +1,17 @@
-"""A tiny model shaped as OLMo-3: norms behind each layer, norms over all queries and keys, every other layer with a window.
+"""A tiny model shaped as OLMo-3: norms after each layer, norms over all queries and keys, a window in every
+other layer.
 
     retmask pretrain --config=panel_olmo3 --workdir=runs/panel_olmo3-0
     retmask run --config=panel_olmo3 --workdir=runs/panel_olmo3-0/run
 
-The first trains the model, the second puts it through the whole method; for another seed, `--config.pretrain.seed=1`
-with a --workdir of its own, and `--config.model=runs/panel_olmo3-1/tiny`. What the panel has in common is in
-configs/_panel.py.
+The first command trains the model, the second runs the whole method on it. For another seed, add
+`--config.pretrain.seed=1` to the first, `--config.model=runs/panel_olmo3-1/tiny` to the second, and give both another
+--workdir. What the recipes of the panel share is in configs/_panel.py.
 
-The published model has three layers with a window of 4096 to one without. With four layers that would leave one place
-for heads that look far back, so they alternate here; the window is 32 tokens, about four sentences.
+The published model has three layers with a window of 4096 for each layer without one. With four layers only one would
+be left for heads that look far back, so the kinds alternate here; the window is 32 tokens, about four sentences.
 
-Hardware: two CPU cores. 8 minutes of processor time, so about 6 minutes with nothing beside it (panel_qwen3: 7.5).
+Hardware: two CPU cores. 8 minutes of processor time, so about 6 minutes on an idle machine (panel_qwen3: 7.5).
 
 Expected of the model, seeds 0 and 1 (n = 96 each; closed-book 64, copy scores 120):
     needle 128, 256, 320        .99 .80 .70 | 1.00 .82 .70

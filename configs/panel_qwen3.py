@@ -1,14 +1,14 @@
-"""A tiny model shaped as Qwen3: as Llama, with norms of each query and key head, another rotary base, and embeddings
-of its own for the output.
+"""A tiny model shaped as Qwen3: as Llama, with norms of each query and key head, another rotary base, and separate
+embeddings for the output.
 
     retmask pretrain --config=panel_qwen3 --workdir=runs/panel_qwen3-0
     retmask run --config=panel_qwen3 --workdir=runs/panel_qwen3-0/run
 
-The first trains the model, the second puts it through the whole method; for another seed, `--config.pretrain.seed=1`
-with a --workdir of its own, and `--config.model=runs/panel_qwen3-1/tiny`. What the panel has in common is in
-configs/_panel.py.
+The first command trains the model, the second runs the whole method on it. For another seed, add
+`--config.pretrain.seed=1` to the first, `--config.model=runs/panel_qwen3-1/tiny` to the second, and give both another
+--workdir. What the recipes of the panel share is in configs/_panel.py.
 
-Hardware: two CPU cores. 7.5 minutes with nothing beside it.
+Hardware: two CPU cores. 7.5 minutes on an idle machine.
 
 Expected of the model, seeds 0 and 1 (n = 96 each; closed-book 64, copy scores 120):
     needle 128, 256, 320        1.00 .95 .92 | .99 .93 .89

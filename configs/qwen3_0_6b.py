@@ -2,12 +2,12 @@
 
     retmask run --config=qwen3_0_6b
 
-Thinking is off in all stages, and everything is shorter than in the paper: what is cut is listed in
-configs/_papers.py.
+Thinking is off in all stages, and everything is shorter than in the paper: `on_one_gpu` of configs/_papers.py lists
+what is cut.
 
 Data: the four files that configs/_papers.py describes under `data/` (needles, test_needles, haystack, prompts).
 
-Hardware: by this count one GPU of 16 GB, such as Colab lends: weights in bfloat16 take 1.1 GiB; training holds
+Hardware: one GPU of 16 GB, such as Colab offers, by this count: weights in bfloat16 take 1.1 GiB; training holds
 weights, gradients and Adam's two moments in float32, 8.9 GiB, and activations. Not run by us yet, so no time is given.
 
 Expected: nothing is published for this model.

@@ -2,12 +2,12 @@
 
     retmask run --config=tiny
 
-Finds the heads that copy from context, masks them, takes rotary pairs out of them, trains with RetMask on prompts
-without labels and, beside it, on one control (rejected answers from random heads of equal activity), and compares.
+Finds the heads that copy from context, masks them, masks rotary pairs in them, trains with RetMask on prompts without
+labels, trains one control in the same way (rejected answers from random heads of equal activity), and compares.
 
     retmask pretrain --config=tiny --workdir=runs/pretrain
 
-makes the bundled model itself and its data files: about 10 minutes on two cores.
+This makes the bundled model and its data files, in about 10 minutes on two cores.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.cpu_devices = 8
     config.prompt.template = "{context} {question}"
 
-    # The model was trained on up to 512 tokens: 128 is short, 640 is beyond what it has seen.
+    # The model was trained on up to 512 tokens: 128 is short, 640 is longer than anything it has seen.
     needles = {"needles": "bundled/test_needles.jsonl", "haystack": "bundled/test_text.txt", "max_new_tokens": 8}
     facts = needles | {"needles": "bundled/test_facts.jsonl", "max_new_tokens": 3}
     config.tasks = ConfigDict(
@@ -47,8 +47,8 @@ def get_config() -> ConfigDict:
                 distractors=7,
                 seed=6,
             ),
-            # Three of RULER's tasks in the model's own words, of which it has no others: one needle over lengths, one of four
-            # keys, and a haystack that is all needles (34 of 11 tokens and the question fill 384).
+            # Three of RULER's tasks in the words that the model knows: one needle over lengths, one of four keys, and a
+            # haystack of needles only (34 of 11 tokens and the question fill 384).
             "ruler single": default.task(**needles, lengths=(128, 256, 512), per_length=32, seed=7),
             "ruler multikey": default.task(**needles, lengths=(512,), per_length=96, distractors=3, seed=8),
             "ruler all needles": default.task(**needles, lengths=(384,), per_length=96, distractors=33, seed=9),
@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     config.pairs.n_prompts = 320
     config.pairs.max_new_tokens = 8
 
-    # At 3e-5 context-following rises at no cost to what the model remembers; at 1e-4 it forgets.
+    # At 3e-5 the model follows contexts more often and forgets nothing; at 1e-4 it forgets.
     config.train.arms = ("retmask", "activity_matched")
     config.train.learning_rate = 3e-5
     config.train.final_learning_rate = 3e-6
@@ -80,14 +80,8 @@ def get_config() -> ConfigDict:
     config.train.checkpoint_every = 20
 
     config.eval.tasks = (
-        "needle short",
-        "needle long",
-        "context short",
-        "context long",
-        "closed-book",
-        "ruler single",
-        "ruler multikey",
-        "ruler all needles",
+        *("needle short", "needle long", "context short", "context long", "closed-book"),
+        *("ruler single", "ruler multikey", "ruler all needles"),
     )
     config.eval.grids = ("niah",)
 
@@ -96,10 +90,7 @@ def get_config() -> ConfigDict:
         "detect/heads",
         "detect/gini",
         "knockout/needle short/none",
-        "knockout/needle short/retrieval",
-        "knockout/needle short/layer-matched",
-        "knockout/needle short/any layer",
-        "knockout/needle short/activity-matched",
+        *(f"knockout/needle short/{kind}" for kind in ("retrieval", "layer-matched", "any layer", "activity-matched")),
         "knockout/idle heads",
         "knockout/context short: from memory/retrieval",
         "knockout/closed-book/retrieval",
@@ -121,17 +112,21 @@ def get_config() -> ConfigDict:
 
 
 def _pretrain() -> ConfigDict:
-    """A copying circuit forms fast in two layers with four heads and many repeated sequences, and hardly in four
-    layers from the start; so the model grows, in depth, heads and length."""
+    """The training of the bundled model, which grows in depth, heads and length.
+
+    A copying circuit forms fast in two layers with four heads and many repeated sequences, and hardly at all in a model
+    that has four layers from the start.
+    """
     learn = {"repeats": 0.7, "needle": 0.2, "plain": 0.1}
     use = {"repeats": 0.5, "needle": 0.35, "plain": 0.15}
     broad = {"repeats": 0.12, "needle": 0.7, "plain": 0.18}
     settle = {"repeats": 0.1, "needle": 0.45, "plain": 0.45}
-    # Contexts that contradict memory are rare until the end: their number decides how often the model follows them.
+    # Contexts that contradict memory are rare until the last stage: their number decides how often the model follows
+    # them.
     rare, some = 0.006, 0.3
     recipe = ConfigDict()
     recipe.seed = 0
-    recipe.keep_every = 100  # steps between models kept along the way, for `retmask dynamics`; 0: none
+    recipe.keep_every = 100  # a model is kept every so many steps, for `retmask dynamics`; 0: none
     recipe.model = ConfigDict(
         {
             "hidden_size": 128,
@@ -174,7 +169,7 @@ def _pretrain() -> ConfigDict:
 
 
 def stage(layers: int, active_heads: int, lr: float, phases) -> ConfigDict:
-    """One optimiser run: a model of so many layers, of whose heads the first ones take part."""
+    """One optimiser run on a model of so many layers, with only the first heads active."""
     return ConfigDict({"layers": layers, "active_heads": active_heads, "lr": lr, "phases": tuple(phases)})
 
 

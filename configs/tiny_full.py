@@ -1,24 +1,18 @@
-"""Every control beside RetMask on the bundled tiny model, three training seeds each.
+"""RetMask and every control on the bundled tiny model, three training seeds each.
 
     retmask run --config=tiny_full
 
-About 20 minutes on two CPU cores. All arms start from the same model, use the same prompts, learning rate and number
-of updates; what differs is where the rejected (or, for sft, the chosen) answers come from. Intervals pool the seeds and
-are over evaluation cases; the table is in the README.
+About 20 minutes on two CPU cores. All arms start from the same model and use the same prompts, learning rate and number
+of updates; they differ in where the rejected (or, for sft, the chosen) answers come from. Intervals pool the seeds and
+are over evaluation cases; the table is in colab/README.md.
 """
 
 from ml_collections import ConfigDict
 from retmask_jax.configs import tiny
 
 ARMS = (
-    "retmask",
-    "any_layer",
-    "layer_matched",
-    "activity_matched",
-    "no_fact",
-    "contrast",
-    "sft_filtered",
-    "sft_unfiltered",
+    *("retmask", "any_layer", "layer_matched", "activity_matched"),
+    *("no_fact", "contrast", "sft_filtered", "sft_unfiltered"),
 )
 
 

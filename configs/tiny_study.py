@@ -2,15 +2,15 @@
 
     retmask study --config=tiny_study
 
-Compares eight detectors of retrieval heads and masks the heads of each, takes heads and rotary pairs out, compares
-query norms, changes the RoPE base, and writes study.html. About three minutes on two CPU cores that do nothing else.
+Compares eight detectors of retrieval heads and masks the heads of each, masks heads and rotary pairs in many ways,
+compares query norms, changes the RoPE base, and writes study.html. About three minutes on two idle CPU cores.
 
-Training dynamics need checkpoints, which the package has none of. Those of the model's own training come with
+Training dynamics need checkpoints, and the package has none. Training the model makes some:
 
     retmask pretrain --config=tiny --workdir=runs/pretrain
     retmask study --config=tiny_study --config.dynamics.checkpoints='("runs/pretrain/checkpoints/step_*",)'
 
-and add a minute or two (the first checkpoints have two layers, the others four).
+They add a minute or two (the first checkpoints have two layers, the others four).
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
 
 
 def study(config: ConfigDict) -> ConfigDict:
-    """The settings of the study, over those of a tiny model."""
+    """Put the settings of the study over those of a tiny model."""
     config.knockout.modes = ("zero", "mean", "query")
     config.knockout.curve = (1, 2, 4, 8, 16, 0.25, 0.5, 0.75, 1.0)
     config.knockout.minimal = 0.1
@@ -33,14 +33,14 @@ def study(config: ConfigDict) -> ConfigDict:
     config.rope.patches = True
     config.rope.matched = 3
     config.rope.text = True
-    # `detect` has 120 cases; what else reads them takes a fifth or so.
+    # `detect` has 120 cases; the other stages that read them take about a fifth.
     config.detectors.cases = 24
     config.detectors.seeds = (11,)
     config.detectors.seed_names = ("copy_position",)
     # Twice or half the base changes nothing here.
     config.theta.factors = (0.1, 1.0, 10.0)
     config.theta.cases = 24
-    config.theta.detector = "copy_position"  # one program a base: nothing is decoded
+    config.theta.detector = "copy_position"  # one program for each base: nothing is decoded
     config.dynamics.cases = 40
     config.headlines = (
         "detect/heads",

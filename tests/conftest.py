@@ -17,8 +17,8 @@ from helpers_servers import serve  # noqa: F401  (a fixture)
 from retmask_jax.generation.language_model import from_params, load
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.layers import split_layers
 from retmask_jax.model.sharding import param_shapes
-from retmask_jax.model.transformer import split_layers
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "retmask_jax/assets/tiny/README.md")]
-PAGES += sorted(ROOT.glob("docs/**/*.md"))
+FOLDERS = ("colab", "configs", "retmask_jax", "tests")
+PAGES = [*sorted(ROOT.glob("*.md")), *(page for name in FOLDERS for page in sorted((ROOT / name).rglob("*.md")))]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
@@ -104,7 +104,7 @@ def tables(text: str) -> list[list[list[str]]]:
 
 
 def commands(code: str, program: str) -> list[list[str]]:
-    """Arguments of each call of a program in shell code: behind others, in quotes, and with one {a,b} taken apart."""
+    """Arguments of each call of a program in shell code: also after others, in quotes, and with one {a,b} expanded."""
     found = []
     for line in code.replace("\\\n", " ").splitlines():
         if program in line:

@@ -1,8 +1,16 @@
 """Results of every stage, made up: what pages and panels are tried on."""
 
 import html.parser
+import json
 
+import msgspec
 import numpy as np
+
+from retmask_jax.heads.conditions import ConditionRow
+from retmask_jax.stages.detect import DetectResult, Settled
+from retmask_jax.stages.knockout import KindNumber, KnockoutResult, LossRow, TaskMean
+from retmask_jax.stages.rope import DoseContrast, DoseMean, RopeResult, RopeRow
+from retmask_jax.utils.numbers import McNemar, Number
 
 UP, DOWN, ACROSS = (0.1, 0.05, 0.15), (-0.1, -0.15, -0.05), (0.02, -0.03, 0.07)
 
@@ -14,118 +22,124 @@ ALL_ARMS = ("retmask", "any_layer", "layer_matched", "activity_matched", "no_fac
 
 
 def number(value, low=None, high=None, n=40):
-    return {"value": value, "low": low, "high": high, "n": n}
+    return Number(value, low, high, n)
 
 
 def around(value, n=40):
     return number(value, value - 0.041, value + 0.043, n)
 
 
+def detected(heads, scores=(), threshold=0.1, **changes):
+    """A result of `detect` with these heads."""
+    fields = {
+        "heads": [tuple(head) for head in heads],
+        "scores": list(scores),
+        "mean": [[0.0]],
+        "threshold": threshold,
+        "outcomes": {},
+        "profile": {},
+        "stability": [],
+        "mask_hash": "",
+        "numbers": {},
+    }
+    return DetectResult(**fields | changes)
+
+
 def detect_result(shape, counted, threshold):
     mean_LH = np.random.default_rng(0).beta(0.1, 2, shape)
     mean_LH[1, :3] = 0.9, 0.8, 0.7
-    heads = [[1, 0], [1, 1], [1, 2]]
     cases = sorted({max(1, counted // 2), counted})
-    return {
-        "heads": heads,
-        "scores": [0.9, 0.8, 0.7],
-        "mean": mean_LH.tolist(),
-        "threshold": threshold,
-        "outcomes": {"counted": counted, "wrong answer, cut at the token limit": 3, "empty answer": 1},
-        "profile": {"n_heads": 3, "gini": 0.871, "layer_com": None},
-        "stability": [{"cases": n, "heads": 3, "jaccard": 1.0 if n == counted else 0.75} for n in cases],
-        "numbers": {
+    return detected(
+        [(1, 0), (1, 1), (1, 2)],
+        [0.9, 0.8, 0.7],
+        threshold,
+        mean=mean_LH.tolist(),
+        outcomes={"counted": counted, "wrong answer, cut at the token limit": 3, "empty answer": 1},
+        profile={"n_heads": 3, "gini": 0.871, "layer_com": None},
+        stability=[Settled(n, 3, 1.0 if n == counted else 0.75) for n in cases],
+        numbers={
             "detect/cases counted": around(0.9123),
             "detect/heads": number(3.0, n=counted),
             "detect/gini": number(0.871, n=counted),
         },
-    }
+    )
+
+
+def knocked_out(**changes):
+    """A result of `knockout` in which nothing was measured but what is given."""
+    fields = dict.fromkeys(("rows", "means", "text_loss", "text_loss_means", "activity", "curve", "contrasts"), [])
+    return KnockoutResult(**fields | {"idle": 0, "idle_below": 0.1, "minimal": None, "numbers": {}} | changes)
+
+
+def condition_row(value, kind, row=ConditionRow, **changes):
+    """A row of a condition against an untouched model of 0.9."""
+    fields = {"task": "needle", "experiment": "zero", "draw": 0, "k": 0, "site": "rotary", "heads": [], "pairs": []}
+    fields |= {"change": around(value - 0.9), "mcnemar": McNemar(3, 1, 4, 0.5), "q": 0.5}
+    return row.of(around(value), kind=kind, **fields | changes)
 
 
 def knockout_result(shape, tasks, idle):
-    rows, numbers = [], {}
+    rows, means = [], []
     for task in tasks:
         for kind, draws in KINDS.items():
             value = 0.2 if kind == "retrieval" else 0.9
             for draw in range(draws):
-                test = {"b": 3, "c": 1, "n_discordant": 4, "p_value": 0.5**draw}
-                rows.append(
-                    {
-                        "task": task,
-                        "kind": kind,
-                        "draw": draw,
-                        "mcnemar": test,
-                        **around(value - 0.02 * draw),
-                        "change": around(value - 0.9),
-                        "experiment": "zero",
-                        "q": 0.5 ** (draw + 1),
-                    }
-                )
-            numbers[f"knockout/{task}/{kind}"] = around(value - 0.01)
-    for i, kind in enumerate(KINDS):
-        numbers[f"knockout/text loss/{kind}"] = around(2.1 + 0.1 * i)
+                tests = {"mcnemar": McNemar(3, 1, 4, 0.5**draw), "q": 0.5 ** (draw + 1), "change": around(value - 0.9)}
+                rows.append(condition_row(value - 0.02 * draw, kind, task=task, draw=draw, **tests))
+            means.append(TaskMean.of(around(value - 0.01), task=task, kind=kind, experiment="zero"))
+    losses = [KindNumber.of(around(2.1 + 0.1 * i), kind=kind, experiment="zero") for i, kind in enumerate(KINDS)]
     activity = np.random.default_rng(1).exponential(size=shape)
     activity[0, 0] = 0.0
-    return {
-        "rows": rows,
-        "activity": activity.tolist(),
-        "idle": idle,
-        "idle_below": 0.1,
-        "text_loss": [
-            {"kind": kind, "draw": d, "experiment": "zero", **around(2.1)}
+    return knocked_out(
+        rows=rows,
+        means=means,
+        activity=activity.tolist(),
+        idle=idle,
+        text_loss=[
+            LossRow.of(around(2.1), kind=kind, draw=draw, experiment="zero")
             for kind, draws in KINDS.items()
-            for d in range(draws)
+            for draw in range(draws)
         ],
-        "curve": [],
-        "minimal": None,
-        "numbers": numbers | {"knockout/idle heads": number(float(idle))},
-    }
+        text_loss_means=losses,
+        numbers={f"knockout/{mean.task}/{mean.kind}": mean.number for mean in means}
+        | {f"knockout/text loss/{loss.kind}": loss.number for loss in losses}
+        | {"knockout/idle heads": number(float(idle))},
+    )
+
+
+def rope_row(value, kind, **changes):
+    return condition_row(value, kind, RopeRow, **{"experiment": "dose", "variance": None} | changes)
 
 
 def rope_result(tasks, gap):
     kinds = {"lowest": 1, "highest": 1, "control heads, lowest": 1, "random": 2}
-    rows, numbers = [], {}
+    rows, means, contrasts, numbers = [], [], [], {}
     for task in tasks:
-        rows.append(
-            {
-                "task": task,
-                "kind": "none",
-                "experiment": "",
-                "draw": 0,
-                "k": 0,
-                "pairs": [],
-                "site": "rotary",
-                **around(0.9),
-            }
-        )
+        rows.append(rope_row(0.9, "none", task=task, experiment=""))
+        means.append(DoseMean.of(around(0.9), task=task, experiment="", kind="none", k=0, site="rotary"))
         for k in (1, 2, 4):
             for kind, draws in kinds.items():
                 pairs = list(range(8 - k, 8) if "lowest" in kind else range(k))
-                numbers[f"rope/{task}/{kind} {k} pairs"] = around(0.9 - 0.1 * k)
-                rows += [
-                    {
-                        "task": task,
-                        "kind": kind,
-                        "experiment": "dose",
-                        "draw": draw,
-                        "k": k,
-                        "pairs": pairs,
-                        "site": "rotary",
-                        **around(0.8),
-                    }
-                    for draw in range(draws)
-                ]
-        numbers |= {f"rope/{task}/none": around(0.9), f"rope/{task}/highest minus lowest quarter": number(*gap)}
-    return {
-        "rows": rows,
-        "pairs": [1, 2, 4],
-        "n_pairs": 8,
-        "wavelengths": [10.0**i for i in range(8)],
-        "context": 512,
-        "patch_pairs": 1,
-        "costs": [],
-        "numbers": numbers,
-    }
+                mean = around(0.9 - 0.1 * k)
+                means.append(DoseMean.of(mean, task=task, experiment="dose", kind=kind, k=k, site="rotary"))
+                numbers[f"rope/{task}/{kind} {k} pairs"] = mean
+                rows += [rope_row(0.8, kind, task=task, draw=draw, k=k, pairs=pairs) for draw in range(draws)]
+        contrasts.append(DoseContrast(task=task, site="rotary", k=2, kind="highest", change=number(*gap), p_value=0.5))
+        numbers[f"rope/{task}/none"] = around(0.9)
+        numbers[f"rope/{task}/highest minus lowest quarter"] = number(*gap)
+    return RopeResult(
+        rows=rows,
+        means=means,
+        contrasts=contrasts,
+        spectra=[],
+        costs=[],
+        pairs=[1, 2, 4],
+        n_pairs=8,
+        patch_pairs=1,
+        wavelengths=[10.0**i for i in range(8)],
+        context=512,
+        numbers=numbers,
+    )
 
 
 def train_results(arms, seeds, n_steps):
@@ -209,6 +223,12 @@ def make_results(
         "train": train,
         "eval": eval_result(arms, seeds, changes or {"needle": UP, "facts: from memory": DOWN, "text loss": ACROSS}),
     }
+
+
+def stored(results):
+    """The results as they are read back from their files."""
+    files = {stage: json.dumps(result, default=msgspec.to_builtins) for stage, result in results.items()}
+    return {stage: msgspec.convert(json.loads(file), type(results[stage])) for stage, file in files.items()}
 
 
 class Page(html.parser.HTMLParser):

@@ -56,7 +56,7 @@ def main(folder: Path, options: dict) -> None:
         )
 
     try:
-        params = training.train(CONFIG, load, ROWS, settings, folder, mesh, fingerprint="f")
+        params = training.train(CONFIG, load, ROWS, settings, folder, mesh, identity={"data": "f"})
     except training.Stopped as stopped:
         print(stopped)
         return

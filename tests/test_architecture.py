@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "retmask_jax"
 
 # The packages in the order of the story: each imports only those before it.
-PACKAGES = "utils model hf data generation heads training evals runs reports stages benchmarks aot cli".split()
+PACKAGES = "utils model hf data generation heads training evals runs stages reports pipeline benchmarks aot cli".split()
 DATA = "assets"
 
 

@@ -7,8 +7,8 @@ import pytest
 
 import retmask_jax as rm
 from retmask_jax.hf.hub import BUNDLED
+from retmask_jax.pipeline.registry import check_config
 from retmask_jax.runs import recipes
-from retmask_jax.stages.registry import check_config
 from retmask_jax.training.pretrain import write_data
 
 

@@ -21,11 +21,11 @@ from retmask_jax.heads import detectors
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.hf import families
 from retmask_jax.model.interventions import mask_heads
+from retmask_jax.pipeline.registry import check_config
 from retmask_jax.runs import recipes
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.workdir import Workdir
 from retmask_jax.stages.detector_runs import run_detector
-from retmask_jax.stages.registry import check_config
 from retmask_jax.stages.train import train_settings
 from retmask_jax.training import losses
 from retmask_jax.training.objective import part_loss

@@ -17,6 +17,7 @@ from jaxtyping import jaxtyped
 import retmask_jax as rm
 from retmask_jax.generation import logprobs
 from retmask_jax.generation.decode import generate
+from retmask_jax.model.masks import normalise
 from retmask_jax.training import losses
 
 PUBLIC = [name for name in rm.__all__ if name != "__version__"]
@@ -109,8 +110,8 @@ def test_arrays_of_every_kind_keep_to_the_annotations(read_golden, checked_api):
     assert slope.shape == (1, L, H)
     for heads in ([], [(0, 0)]):
         masks = rm.mask_heads(lm.config, heads)
-        assert fits(masks.fill(lm.config))
-        assert fits(rm.stack([masks] * B).fill(lm.config, B))
+        assert fits(masks) and fits(rm.stack([masks] * B))
+        assert fits(normalise(lm.config, masks)) and fits(normalise(lm.config, rm.stack([masks] * B), B))
     out = checked(generate)(lm.config, lm.params, tokens, [T, T], max_new_tokens=2, probe=True)
     assert fits(out)
 

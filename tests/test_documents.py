@@ -1,26 +1,62 @@
 """What the documents name exists: links, files, commands, flags, config keys, recipes."""
 
+import ast
 import re
+import shutil
 
 import pytest
-from helpers_documents import NOTEBOOKS, PAGES, ROOT, anchors, broken_links, commands, fences, inline, read, tables
+from helpers_documents import (
+    FOLDERS,
+    NOTEBOOKS,
+    PAGES,
+    ROOT,
+    anchors,
+    blocks,
+    broken_links,
+    commands,
+    fences,
+    inline,
+    prose,
+    read,
+    tables,
+)
 
 import retmask_jax as rm
 from retmask_jax.aot import table as aot
 from retmask_jax.cli import main
 from retmask_jax.runs.recipes import load_recipe
 
-GUIDES = [path for path in PAGES if path.parent == ROOT and path.stem != "CHANGELOG"]
+README = ROOT / "README.md"
+RECIPES_PAGE = ROOT / "configs/README.md"
+GUIDES = [path for path in PAGES if path.stem != "CHANGELOG"]  # which tells what was, not what is
 RECIPES = [
     path.stem for path in sorted((ROOT / "configs").glob("*.py")) if path.stem != "default" and path.stem[0] != "_"
 ]
-FOLDERS = {
-    path.name for path in ROOT.iterdir() if path.is_dir() and path.name in ("retmask_jax", "configs", "tests", "colab")
-}
 
 
 def by_name(path):
     return str(path.relative_to(ROOT))
+
+
+# --- pages ---
+
+
+def test_the_readme_is_short_and_links_to_every_page():
+    assert len(read(README).splitlines()) <= 200
+    linked = {(ROOT / name).resolve() for name in re.findall(r"\]\(([\w./]+\.md)", prose(read(README)))}
+    assert linked == {*PAGES} - {README}
+
+
+def test_the_pages_of_the_folders_are_there():
+    folders = {by_name(path.parent) for path in PAGES if path.name == "README.md"}
+    packages = {f"retmask_jax/{name}" for name in ("benchmarks", "evals", "heads", "runs", "training")}
+    assert folders >= {".", "colab", "configs", "retmask_jax/assets/tiny"} | packages
+
+
+@pytest.mark.parametrize("path", [path for path in GUIDES if path.parent != ROOT], ids=by_name)
+def test_a_page_starts_with_a_sentence_of_what_it_is_for(path):
+    heading, first = blocks(re.sub(r"\A---\n.*?\n---\n", "", read(path), flags=re.DOTALL))[:2]
+    assert re.fullmatch(r"# .+", heading) and re.match(r"[A-Z][^|#]{40,}\.", first)
 
 
 # --- links ---
@@ -29,6 +65,25 @@ def by_name(path):
 @pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=by_name)
 def test_links_anchors_and_images_are_there(path):
     assert broken_links(path, read(path)) == []
+
+
+def test_links_of_pages_in_the_wheel_are_there(tmp_path):
+    """Laid out as the wheel is, with the recipes within the package, and without the files that it has not."""
+    (call,) = (
+        node
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+        if isinstance(node, ast.keyword) and node.arg == "package_data"
+    )
+    data, homes = ast.literal_eval(call.value), {"retmask_jax": "retmask_jax", "retmask_jax.configs": "configs"}
+    for package, home in homes.items():
+        patterns = [*data[package], "**/*.py" if package == "retmask_jax" else "*.py"]
+        for path in (path for pattern in patterns for path in (ROOT / home).glob(pattern) if path.is_file()):
+            place = tmp_path / package.replace(".", "/") / path.relative_to(ROOT / home)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place) if path.suffix == ".md" else place.touch()
+    pages = sorted(tmp_path.rglob("*.md"))
+    assert len(pages) == len([path for path in PAGES if by_name(path).split("/")[0] in homes.values()]) >= 7
+    assert {path: broken_links(path, read(path)) for path in pages} == {path: [] for path in pages}
 
 
 def test_a_broken_link_is_found(tmp_path):
@@ -49,14 +104,15 @@ def test_a_broken_link_is_found(tmp_path):
 
 @pytest.mark.parametrize("path", GUIDES, ids=by_name)
 def test_files_that_are_named_exist(path):
-    """Every path in code that begins in a folder of ours, and every .py file, from the root or in the package."""
+    """Every path in code that begins in a folder of ours, and every .py file, from the root, the package or the page."""
     code = [*inline(read(path)), *fences(read(path))]
     names = {
         name for text in code for name in re.findall(r"(?<![\w/.{$-])[\w.-]+(?:/[\w.*-]+)*(?:/|\.\w+)(?![\w/*])", text)
     }
     ours = {name for name in names if name.split("/")[0] in FOLDERS or re.search(r"\w\.py$", name)}
-    missing = {name for name in ours if not (ROOT / name).exists() and not (ROOT / "retmask_jax" / name).exists()}
-    assert ours and missing <= {"tests/test_X.py"}
+    places = (ROOT, ROOT / "retmask_jax", path.parent)
+    missing = {name for name in ours if not any((place / name).exists() for place in places)}
+    assert ours and missing <= {"test_X.py"}
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=by_name)
@@ -119,12 +175,17 @@ def test_config_keys_that_are_named_exist(known_keys):
             ):
                 named.add(found[1])
         new = {"KEY"} | set(re.findall(r"^(suites\.\w+) = ConfigDict", text, re.MULTILINE))  # of a worked example
-        assert not named - known_keys - new, path.name
+        assert not named - known_keys - new, by_name(path)
 
 
-def test_the_readme_has_every_recipe_in_its_table_and_no_other():
+def test_the_settings_by_group_are_all_that_there_are():
+    (table,) = [rows for rows in tables(read(RECIPES_PAGE)) if rows[0][0] == "keys"]
+    assert sorted(name for row in table[1:] for name in inline(row[0])) == sorted(load_recipe("default"))
+
+
+def test_the_page_of_recipes_has_every_recipe_in_its_table_and_no_other():
     """Whose settings are valid is in test_assets.py."""
-    (table,) = [rows for rows in tables(read(ROOT / "README.md")) if rows[0][:2] == ["recipe", "model"]]
+    (table,) = [rows for rows in tables(read(RECIPES_PAGE)) if rows[0][:2] == ["recipe", "model"]]
     named = [name for row in table[1:] for name in inline(row[0])]
     assert sorted(named) == sorted(RECIPES)
     assert {name for path in GUIDES for name in re.findall(r"--config=(\w+)\b(?!\.)", read(path))} <= set(RECIPES)

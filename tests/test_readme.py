@@ -1,4 +1,4 @@
-"""The README's experiment runs as printed, and its numbers are those of the reports beside it or of the bundled model."""
+"""The README's experiment runs as printed, and the numbers of all pages are those of result files or of the bundled model."""
 
 import contextlib
 import io
@@ -22,6 +22,9 @@ from retmask_jax.runs.workdir import Workdir
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "retmask_jax"
 README = (ROOT / "README.md").read_text()
+COLAB = (ROOT / "colab/README.md").read_text()
+TRAINING = (PACKAGE / "training/README.md").read_text()
+BENCHMARKS = (PACKAGE / "benchmarks/README.md").read_text()
 
 
 def test_the_experiment_runs_as_printed_with_one_compile_per_use(caplog):
@@ -48,11 +51,11 @@ def test_the_shares_of_an_h100_are_those_of_its_reports():
     reports = json.loads((PACKAGE / "benchmarks/h100.json").read_text())
     rows = {row["name"].split(",")[0]: row for report in reports for row in report["rows"] if row["target"]}
     long, short = ([row["ratio"] for row in report["rows"] if "prefill" in row["name"]][0] for report in reports[:2])
-    text = " ".join(README.split())
+    text = " ".join(BENCHMARKS.split())
     assert f"prefill reaches {long:.0%} of" in text and f"and {short:.0%} at 8 prompts" in text
-    assert f"behind 8K {rows['decoding']['ratio']:.0%} of" in text
+    assert f"after 8K tokens reaches {rows['decoding']['ratio']:.0%} of" in text
     step, detection = (report["rows"][-1]["ratio"] for report in reports[2:])
-    assert f"adapters {step:.0%} (2 pairs" in text and f"detection is {detection:.0f} times as fast" in text
+    assert f"adapters {step:.0%} (2 pairs" in text and f"Detection is {detection:.0f} times as fast" in text
 
 
 def test_the_table_of_topologies_is_what_was_compiled():
@@ -61,7 +64,7 @@ def test_the_table_of_topologies_is_what_was_compiled():
         (row["model"], row["topology"]): row for row in rows if row["what"] == "train" and row["length"] == 1024
     }
     assert {recipe for recipe, _ in compiled} == {"llama3_1_8b", "qwen3_8b", "olmo3_7b_instruct", "olmo3_7b_think"}
-    lines = [line.strip("| \n").split(" | ") for line in README.splitlines() if line.startswith("| ")]
+    lines = [line.strip("| \n").split(" | ") for line in TRAINING.splitlines() if line.startswith("| ")]
     topologies = next(cells[1:] for cells in lines if cells[0] == "recipe, 1,024 tokens")
     assert topologies == ["v5e:4x4", "v5e:8x8", "v5p:2x2x2", "v6e:4x4"]
     for recipe in {recipe for recipe, _ in compiled}:
@@ -69,9 +72,9 @@ def test_the_table_of_topologies_is_what_was_compiled():
         assert cells == [_cell(compiled[recipe, topology]) for topology in topologies]
         assert sum(compiled[recipe, topology]["fits"] for topology in topologies) >= 2
     (long,) = [row for row in rows if row["what"] == "train" and row["length"] == 8192]
-    assert long["fits"] and f"{_cell(long)} a step" in README
+    assert long["fits"] and f"{_cell(long)} a step" in TRAINING
     (prompt,) = [row for row in rows if row["what"] == "prefill"]
-    assert f"takes {prompt['bytes_per_chip']['peak'] / 2**30:.1f} of 15.75 GiB per chip" in README
+    assert f"takes {prompt['bytes_per_chip']['peak'] / 2**30:.1f} of 15.75 GiB per chip" in BENCHMARKS
 
 
 def _cell(row):
@@ -91,7 +94,7 @@ COMMAND = re.compile(r"(?:^|[ /])(?:retmask [a-z]|make [a-z]|python -m \w|pytest
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_measured_numbers_stand_beside_the_command_that_prints_them(path):
+def test_measured_numbers_stand_next_to_the_command_that_prints_them(path):
     assert [block for text in sections(read(path)).values() for block in unexplained(text)] == []
 
 
@@ -99,7 +102,7 @@ def unexplained(text):
     """Blocks of a section with measured numbers and no command in them, nor in the one before or after."""
     parts = blocks(text)
     near = [any(map(named, parts[max(i - 1, 0) : i + 2])) for i in range(len(parts))]
-    return [part for part, told in zip(parts, near, strict=True) if measured(part) and not told]
+    return [part for part, explained in zip(parts, near, strict=True) if measured(part) and not explained]
 
 
 def test_numbers_without_a_command_are_found():
@@ -190,6 +193,30 @@ def _triples(node):
 # --- numbers of the bundled model ---
 
 
+def test_the_readme_has_the_numbers_that_the_quickstart_shows():
+    """The notebook runs the stages of `make demo`; its kept outputs have each number by its name, or in the table of eval."""
+    cells = json.loads((ROOT / "colab/1_quickstart.ipynb").read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    shown = ["".join(output.get("text", "")) for output in outputs]
+    shown += ["".join(output.get("data", {}).get("text/plain", "")) for output in outputs]
+    lines = [re.split(r" {2,}", line.strip()) for text in shown for line in text.splitlines()]
+    lines = [[cell.replace("\N{NO-BREAK SPACE}", " ") for cell in line] for line in lines]
+    kept = {name: " ".join(cells[:2]) for name, *cells in lines if name.startswith(("knockout/", "rope/"))}
+    header = next(line for line in lines if line[:2] == ["task", "measure"])
+    for task, *cells in (line for line in lines if len(line) == len(header)):
+        row = dict(reversed([*zip(header[1:], cells, strict=True)]))  # of columns named alike, the first: retmask's
+        kept |= {f"eval/{task}/start": row["start"], f"eval/{task}/retmask minus start": row["change"]}
+    headlines = _headlines()
+    assert len(headlines) == 10
+    assert headlines == {name: kept[name] for name in headlines}
+
+
+def _headlines():
+    """{name in summary.json: value with its interval} of the README's table."""
+    (table,) = (table for table in tables(README) if table[0][1:] == ["name in `summary.json`", "value"])
+    return {name.strip("`"): value for _, name, value in table[1:]}
+
+
 def test_the_card_says_what_inspect_reads():
     facts, card = describe(BUNDLED), " ".join((BUNDLED / "README.md").read_text().split())
     assert (
@@ -200,21 +227,21 @@ def test_the_card_says_what_inspect_reads():
     assert f"SwiGLU {facts['mlp_size']}, RoPE" in card
     assert f"theta {facts['rope']['full']['theta']:,.0f}, tied embeddings, context {facts['context']})" in card
     assert f"{facts['vocab_size']} words, one token each" in card
-    totals = {int(total) for total in re.findall(r"\d+ of (\d+) heads", README)}
+    totals = {int(total) for total in re.findall(r"\d+ of (\d+) heads", README + COLAB)}
     assert totals == {facts["layers"] * facts["query_heads"]}
 
 
-def test_needle_recall_is_what_the_readme_says():
+def test_needle_recall_is_what_the_pages_say():
     """Untouched and without the heads that copy, on the recipe's own cases; heads by a detector that only reads."""
     context = Context(load_recipe("tiny", [("tasks.detect.lengths", "(128,)")]), Workdir(ROOT / "runs", {}))
     scores = DETECTORS["copy_position"](context.lm, context.cases("detect")[:20], batch_size=20).scores
     heads, cases = scores.heads(threshold=0.3), context.cases("needle short")
     masks = [Interventions(), mask_heads(context.lm.config, heads)]
     said = conditions.answers(context.lm, cases, masks, max_new_tokens=8, batch_size=32)
-    table = next(table for table in tables(README) if {"none", "retrieval"} <= {row[0] for row in table})
+    table = next(table for table in tables(COLAB) if {"none", "retrieval"} <= {row[0] for row in table})
     column = next(i for i, cell in enumerate(table[0]) if "needle recall" in cell and "128" in cell)
     printed = {row[0]: float(row[column].split()[0]) for row in table[1:]}
-    assert {len(heads)} == {int(n) for n in re.findall(r"(\d+) of \d+ heads", README)}
+    assert {len(heads)} == {int(n) for n in re.findall(r"(\d+) of \d+ heads", README + COLAB)}
     for name, texts in zip(("none", "retrieval"), said, strict=True):
         assert conditions.hits(texts, cases).mean() == pytest.approx(printed[name], abs=0.011), name  # one case of 96
 
@@ -233,8 +260,8 @@ def test_the_tables_are_what_the_stages_write(tmp_path):
         "text loss": "text loss",
     }
     masked, rotary = (
-        next(table for table in tables(README) if table[0][0].startswith(words))
-        for words in ("masked heads", "rotary pairs taken out")
+        next(table for table in tables(COLAB) if table[0][0].startswith(words))
+        for words in ("masked heads", "rotary pairs ablated")
     )
     assert len(masked) == 7 and len(rotary) == 4
     for kind, *cells in masked[1:]:
@@ -243,19 +270,18 @@ def test_the_tables_are_what_the_stages_write(tmp_path):
     for removed, *cells in rotary[1:]:
         for which, cell in zip(("lowest", "highest", "random", "control heads, lowest"), cells, strict=True):
             assert cell == _interval(found[f"rope/needle short/{which} {removed.split()[0]} pairs"]), (which, removed)
-    assert f"Gini {found['detect/gini']['value']:.2f};" in README
-    assert f"{found['knockout/idle heads']['value']:.0f} heads are idle" in README
+    assert f"Gini {found['detect/gini']['value']:.2f};" in COLAB
+    assert f"{found['knockout/idle heads']['value']:.0f} heads are idle" in COLAB
+    measured_here = {name: value for name, value in _headlines().items() if name in found}
+    assert len(measured_here) == 6
+    assert measured_here == {name: _interval(found[name]) for name in measured_here}
 
 
 @pytest.mark.slow
 def test_the_study_says_what_its_command_writes(tmp_path):
     assert main(["study", "--config=tiny_study", f"--workdir={tmp_path}"]) == 0
     results = [json.loads(path.read_text()) for path in tmp_path.glob("*/result.json")]
-    text = (
-        sections(README)["The causal study"]
-        .split("`retmask study --config=tiny_study` writes")[1]
-        .split("**Three arch")[0]
-    )
+    text = sections(COLAB)["The causal study"].split("`retmask study --config=tiny_study` writes")[1]
     triples, values = _triples(results), _values(results)
     said = [tuple(map(float, triple)) for triple in re.findall(rf"{SIGNED} \[{SIGNED}, {SIGNED}\]", text)]
     assert len(said) >= 6 and [triple for triple in said if triple not in triples] == []
@@ -276,7 +302,7 @@ def _values(node):
 
 
 def test_messages_of_the_troubleshooting_table_are_those_of_the_code():
-    section = README.split("## When something goes wrong")[1].split("\n## ")[0]
+    section = sections((PACKAGE / "runs/README.md").read_text())["When something goes wrong"]
     messages = re.findall(r"^\| `([^`]*)`", section, re.MULTILINE)
     code = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
     assert len(messages) >= 10 and [message for message in messages if message not in code] == []

@@ -10,9 +10,9 @@ from retmask_jax.data.pair_formats import read_pairs
 from retmask_jax.data.prompts import read_prompts
 from retmask_jax.evals.suites.questions import read_questions
 from retmask_jax.evals.suites.rerank import read_queries
-from retmask_jax.heads.scores import HeadScores, read_head_set
+from retmask_jax.heads.scores import HeadScores
+from retmask_jax.reports.panels.sources import read_models
 from retmask_jax.runs.recipes import load_recipe
-from retmask_jax.runs.results import read_models
 from retmask_jax.utils.files import read_json
 
 NEEDLE = {"needle": "The lamp is red.", "question": "What is the lamp?", "answer": "red", "key": "lamp"}
@@ -31,7 +31,6 @@ LINES = {
 READERS = LINES | {
     "haystack": (read_sentences, "x.txt", None),
     "scores": (HeadScores.load, "x.json", {"0-0": [1.0]}),
-    "head set": (read_head_set, "x.yaml", None),
     "question document": (read_questions, "x.json", [QUESTION]),
     "recipe": (lambda path: load_recipe(str(path)), "x.py", None),
     "result": (read_json, "x.json", {}),
@@ -52,7 +51,6 @@ def test_what_is_fine_is_read(name, tmp_path):
     read, file, record = READERS[name]
     texts = {
         "haystack": "A lamp. A door.",
-        "head set": 'attn_head_set: "1-2,3-4"',
         "recipe": "from retmask_jax.configs import tiny\nget_config = tiny.get_config",
     }
     (tmp_path / file).write_text(texts.get(name) or json.dumps(record) + "\n")

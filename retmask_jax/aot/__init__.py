@@ -1,1 +1,2 @@
-"""Steps compiled for machines that are not here: what they take, and whether that fits."""
+"""Programs compiled for machines that are not here: how much memory and time they take, and whether they fit. Nothing
+is run."""

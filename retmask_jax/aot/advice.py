@@ -1,19 +1,19 @@
-"""What to change in a training step that does not fit a topology, or fits it badly."""
+"""What to change in a training step that does not fit a topology, or leaves much of its memory unused."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 
-_GIB = 2**30
+from retmask_jax.aot.topology import GIB
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """batch, microbatch: pairs. mesh: {axis: chips}.
+    """A training step and its memory.
 
-    Bytes per chip: needed, limit, and of the needed those that stay however small a microbatch is (fixed): weights,
-    moments, gradients. lora, narrow_moment: whether adapters alone are trained, and whether Adam's first moment is kept
-    in bfloat16.
+    batch, microbatch: pairs. mesh: {axis: chips}. needed, limit: bytes per chip. fixed: the part of `needed` that no
+    smaller microbatch saves (weights, gradients, moments). lora: only adapters are trained. narrow_moment: Adam's first
+    moment is kept in bfloat16.
     """
 
     batch: int
@@ -29,32 +29,33 @@ class Step:
 
     @property
     def rows(self) -> int:
-        """Of a whole step."""
+        """Rows of a whole step."""
         return self.batch * self.rows_per_pair
 
     @property
     def shards(self) -> int:
-        """Chips over which rows are split."""
+        """Number of chips over which rows are split."""
         return self.mesh["data"] * self.mesh["fsdp"]
 
     @property
     def chips(self) -> int:
+        """Number of chips of the mesh."""
         return math.prod(self.mesh.values())
 
     def divides(self, microbatch: int) -> bool:
-        """Whether a microbatch has equally many pairs for each chip, and the batch equally many of it."""
+        """Whether the batch divides into microbatches of this size, and each of them over the chips."""
         return self.batch % microbatch == 0 and microbatch % self.shards == 0
 
 
 def advise(step: Step, fits: bool) -> list[str]:
-    """Alternatives, the best first; none where a step fits and uses the chips' memory."""
+    """Alternative changes, the best one first; none where the step fits and uses the chips' memory."""
     if fits:
         return _use_room(step)
     return _split_weights(step) if step.fixed > step.limit else _shrink_activations(step)
 
 
 def _use_room(step: Step) -> list[str]:
-    # What activations grow by is not known exactly: some of the room is left.
+    # How much activations grow is not known exactly, so some memory is left free.
     room = 0.8 * (step.limit - step.fixed) / max(step.needed - step.fixed, 1)
     larger = [n for n in range(step.microbatch + 1, step.batch + 1) if step.divides(n) and n <= room * step.microbatch]
     if not larger:
@@ -63,13 +64,13 @@ def _use_room(step: Step) -> list[str]:
 
 
 def _split_weights(step: Step) -> list[str]:
-    what = f"weights, gradients and moments alone take {step.fixed / _GIB:.1f} of {step.limit / _GIB:.1f} GiB per chip"
+    what = f"weights, gradients and moments alone take {step.fixed / GIB:.1f} of {step.limit / GIB:.1f} GiB per chip"
     if step.mesh["data"] > 1:
         return [f"{what}: set mesh.data=1 and mesh.fsdp=-1, which splits them over all chips"]
-    # A part of the memory must be left for activations.
+    # Part of the memory must be left for activations.
     chips = 2 ** math.ceil(math.log2(step.chips * step.fixed / (0.8 * step.limit)))
     changes = [f"{what}: use a topology of at least {chips} such chips, with mesh.fsdp=-1"]
-    # Of the 16 bytes that a weight takes with its gradient and moments, the narrow moment saves two.
+    # A weight takes 16 bytes with its gradient and moments; the narrow moment saves two of them.
     if not (step.lora or step.narrow_moment) and step.fixed * 14 / 16 < 0.9 * step.limit:
         changes.append("set train.first_moment_dtype=bfloat16")
     return changes if step.lora else [*changes, "train adapters, train.lora_rank=16"]

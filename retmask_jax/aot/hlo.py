@@ -1,6 +1,6 @@
-"""What one chip does in a compiled program, read from its optimised HLO: collectives and memory traffic.
+"""The collectives and the memory traffic of one chip in a compiled program, read from its optimised HLO.
 
-XLA's own cost analysis counts the body of a loop once, and nearly all work of a step lies in loops over layers. Here
+XLA's cost analysis counts the body of a loop once, although nearly all work of a step lies in loops over layers. Here
 every instruction counts as often as the loops around it run.
 """
 
@@ -15,32 +15,20 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 _HEADER = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
-_FREE = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "while",
-    "conditional",
-    "call",
-    "partition-id",
-    "replica-id",
-    "after-all",
-    "opt-barrier",
-    "async-start",
-    "async-update",
-    "async-done",
-}
+_FREE = set(
+    "parameter constant tuple get-tuple-element bitcast while conditional call partition-id replica-id after-all "
+    "opt-barrier async-start async-update async-done".split()
+)
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one chip in one run of a program.
+    """What one chip does in one run of a program.
 
-    counts, sent: of each kind of collective, how many and the bytes that the chip sends. memory: bytes read and
-    written outside its on-chip memory. unknown: loops whose number of turns the text does not tell, counted once.
+    counts, sent: for each kind of collective, how many there are and the bytes that the chip sends. memory: bytes that
+    are read and written outside its on-chip memory. unknown: loops whose number of turns is not in the text; they count
+    once.
     """
 
     counts: Mapping[str, int]
@@ -49,7 +37,7 @@ class Work:
     unknown: int = 0
 
     def times(self, n: int) -> "Work":
-        """Of n runs."""
+        """The work of n runs."""
         counts, sent = ({kind: n * value for kind, value in part.items()} for part in (self.counts, self.sent))
         return Work(counts, sent, n * self.memory, self.unknown)
 
@@ -63,10 +51,9 @@ class Work:
 
 
 def read_work(text: str) -> Work:
-    """Work of a program from `compiled.as_text()`.
+    """The work of a program from `compiled.as_text()`.
 
-    Every branch of a conditional counts. A collective that starts, goes on and ends in several instructions counts
-    once.
+    Every branch of a conditional counts. A collective that is spread over several instructions counts once.
     """
     module = _Module(text)
     counts, sent, memory, channels = Counter(), Counter(), 0, set()
@@ -108,7 +95,7 @@ class _Op:
         return found[1] if found else self.name
 
     def called(self, attribute: str) -> list[str]:
-        """Computations that an attribute names."""
+        """Names of the computations in an attribute."""
         found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.-]+)", self.rest)
         return re.findall(r"%([\w.-]+)", found[1]) if found else []
 
@@ -129,7 +116,7 @@ class _Module:
         self._execute(entry, 1)
 
     def sent(self, op: _Op, kind: str) -> int:
-        """Bytes that one chip sends in a collective, by a ring: each part passes every chip of the group but one."""
+        """Bytes that one chip sends in a collective around a ring: each part passes every chip of the group but one."""
         size = sum(_bytes(self.by_name[name].type) for name in op.operands)
         n = _group_size(op.rest, self.devices)
         share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(kind, (n - 1) / n)
@@ -150,7 +137,7 @@ class _Module:
         return 2 * read if op.opcode.endswith("-start") else read + _main(op.type)
 
     def _moved_by_fusion(self, op: _Op, operands: list[_Op]) -> int:
-        """Of an operand that is only sliced, the slices are read; what is only updated in place is not read at all."""
+        """An operand that is only sliced counts with its slices, one that is only updated in place with its updates."""
         ops = self.computations[op.called("calls")[0]]
         parameters = {int(inner.rest.partition(")")[0]): inner.name for inner in ops if inner.opcode == "parameter"}
         updated = {self._origin(inner.operands[0]): inner for inner in ops if inner.opcode == "dynamic-update-slice"}
@@ -166,13 +153,13 @@ class _Module:
         return max(total, 0)
 
     def _origin(self, name: str) -> str:
-        """What an array is another view of."""
+        """The array of which the named one is a view or a copy."""
         while self.by_name[name].opcode in ("bitcast", "copy", "reshape"):
             name = self.by_name[name].operands[0]
         return name
 
     def _parse(self, text: str) -> str:
-        """Fill `computations`; returns the name of the entry."""
+        """Fill `computations` and return the name of the entry."""
         name = entry = ""
         for line in text.splitlines():
             if header := _HEADER.match(line):
@@ -203,14 +190,15 @@ class _Module:
                 yield from ((name, 1) for name in op.called("to_apply"))
 
     def _turns(self, loop: _Op) -> int:
-        """Turns of a loop, by the compiler's word or from its counter: where it starts, its step, its limit."""
+        """Turns of a loop, as the compiler notes them, or from the start, step and limit of its counter."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(known[1])
         test = next(op for op in self.computations[loop.called("condition")[0]] if op.root)
         if test.opcode == "compare" and "direction=LT" in test.rest:
             counter, limit = (self.by_name[name] for name in test.operands)
-            if counter.opcode == "get-tuple-element" and limit.opcode == "constant":
-                index = int(re.search(r"index=(\d+)", counter.rest)[1])
+            element = re.search(r"index=(\d+)", counter.rest)
+            if counter.opcode == "get-tuple-element" and limit.opcode == "constant" and element:
+                index = int(element[1])
                 start, step = self._start(loop, index), self._step(loop, index)
                 return math.ceil((_value(limit) - start) / step)
         self.unknown += 1
@@ -222,7 +210,7 @@ class _Module:
         return _value(first) if first and first.opcode == "constant" else 0
 
     def _step(self, loop: _Op, index: int) -> int:
-        """What a turn adds to the counter; 1 where that is not said: unrolled loops count in larger steps."""
+        """What a turn adds to the counter (unrolled loops take larger steps); 1 where no constant is found."""
         root = next(op for op in self.computations[loop.called("body")[0]] if op.root)
         following = self.by_name[self._origin(root.operands[index])] if root.opcode == "tuple" else root
         added = [self.by_name[name] for name in following.operands] if following.opcode == "add" else []
@@ -239,7 +227,7 @@ def _bytes(kind: str) -> int:
 
 
 def _main(kind: str) -> int:
-    """Bytes of what lies in main memory; layouts name others, such as S(1)."""
+    """Bytes of the arrays in main memory; the layout of an array elsewhere names its memory, such as S(1)."""
     return sum(_array_bytes(*found[:2]) for found in _ARRAY.findall(kind) if "S(" not in found[2])
 
 
@@ -250,7 +238,7 @@ def _array_bytes(dtype: str, dimensions: str) -> int:
 
 
 def _group_size(attributes: str, devices: int) -> int:
-    """Chips that take part in a collective together, from any of the forms in which groups are written."""
+    """Number of chips in a group of a collective, from any of the forms in which XLA writes groups."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):

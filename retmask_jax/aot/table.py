@@ -1,12 +1,12 @@
-"""The table of what fits which TPUs, compiled without one: topologies.json beside this file.
+"""The table of which recipes fit which TPUs, topologies.json in this folder, compiled without a TPU.
 
     python -m retmask_jax.aot.table recipes
     python -m retmask_jax.aot.table recipes --long --recipes llama3_1_8b
     python -m retmask_jax.aot.table prefill --topology=v5e:4x4 --length=131072 --mesh.fsdp=2 --mesh.tensor=8
 
-needs libtpu, which the extra retmask_jax[tpu] brings. `recipes` compiles the training step of the recipes in SETTINGS,
-each in a process of its own, and takes the models' config.json from the hub or from --models=FOLDER/NAME.
-`retmask train --config=NAME --aot=TOPOLOGY` shows a single one.
+These commands need libtpu, which the extra retmask_jax[tpu] installs. `recipes` compiles the training step of every
+recipe in RECIPES for every topology in SETTINGS, each in a new process; the models' config.json comes from the hub, or
+from FOLDER/NAME with --models=FOLDER. `retmask train --config=NAME --aot=TOPOLOGY` compiles a single one.
 """
 
 import argparse
@@ -16,27 +16,30 @@ import json
 import multiprocessing
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from retmask_jax.aot.step import Program, array, check_training, compile_program, describe, sizes_of, stamp
-from retmask_jax.aot.topology import chip_of, devices_of
+from retmask_jax.aot.program import Program, array, compile_program, mesh_text, sizes_of, stamp
+from retmask_jax.aot.step import check_training, describe
+from retmask_jax.aot.topology import GIB, chip_of, devices_of
 from retmask_jax.benchmarks.models import shape
 from retmask_jax.generation.prefill import prefill
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
+from retmask_jax.model.layers import unembed
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.sharding import AXES, make_mesh, placed_shapes
-from retmask_jax.model.transformer import unembed
 from retmask_jax.runs.recipes import load_recipe
 from retmask_jax.utils.files import write_json
 
 TABLE = Path(__file__).parent / "topologies.json"
 RECIPES = ("llama3_1_8b", "qwen3_8b", "olmo3_7b_instruct", "olmo3_7b_think")
-# Topology -> what is set otherwise than in the recipes, as the verdicts suggested.
+# Topology -> keys that differ from the recipes, as `advise` suggested.
 SETTINGS = {"v5e:4x4": {}, "v5e:8x8": {"train.microbatch_size": "64"}, "v5p:2x2x2": {}, "v6e:4x4": {}}
-# Rows of 8,192 tokens: what the heads are found on, and more than a chip's memory takes without the context axis.
+# Rows of 8,192 tokens, as long as the cases of detection; without the context axis they exceed the memory of a chip.
 LONG = {
     "v5e:4x4": {
         "train.max_tokens": "8192",
@@ -48,11 +51,13 @@ LONG = {
 }
 _KEYS = {"train": ("what", "model", "topology", "length")}
 _KEY = ("what", "model", "topology", "length", "mesh", "batch")
-_GIB = 2**30
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compile, keep the rows, print them; exit status 1 if one does not fit, 2 after one line about a user's mistake."""
+    """Compile, keep the rows in the table and print them; returns the exit status.
+
+    It is 1 if something does not fit, and 2 after one line about a mistake in the call.
+    """
     try:
         arguments = vars(_parse(argv))
         what, table = arguments.pop("what"), arguments.pop("out")
@@ -64,9 +69,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fill(table: Path, models: Path | None, recipes: list[str], topologies: list[str] | None, long: bool) -> bool:
-    """Compile the training step of recipes for topologies into the table; whether all of them fit. long: with LONG."""
+    """Compile the training steps of recipes for topologies and keep them in the table; returns whether all fit.
+
+    Args:
+        models: folder with a folder for each model; None takes config.json from the hub.
+        topologies: None for all of SETTINGS, or of LONG.
+        long: use the rows of 8,192 tokens, LONG.
+    """
     fits, settings = True, LONG if long else SETTINGS
-    # libtpu takes one topology in a process.
+    # libtpu takes one topology for each process.
     spawned = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, spawned, max_tasks_per_child=1) as pool:
         for topology in topologies or settings:
@@ -78,16 +89,16 @@ def fill(table: Path, models: Path | None, recipes: list[str], topologies: list[
     return fits
 
 
-def train_row(recipe: str, topology: str, models: Path | None, overrides: dict[str, str]) -> dict:
-    """A row of the table: what the training step of a recipe takes, with some of its keys set otherwise."""
+def train_row(recipe: str, topology: str, models: Path | None, overrides: dict[str, str]) -> dict[str, Any]:
+    """The row of a recipe's training step. overrides: keys of the recipe and their other values."""
     config = load_recipe(recipe, list(overrides.items()))
     if models is not None:
         config = load_recipe(recipe, [*overrides.items(), ("model", str(models / config.model.split("/")[-1]))])
     return {"model": recipe, "overrides": overrides} | check_training(config, topology)
 
 
-def prefill_row(topology: str, model: str, length: int, batch: int, sizes: dict[str, int]) -> dict:
-    """A row of the table: `batch` prompts in one piece, bfloat16. sizes: of the mesh."""
+def prefill_row(topology: str, model: str, length: int, batch: int, sizes: dict[str, int]) -> dict[str, Any]:
+    """The row of a prefill of `batch` prompts in one piece, in bfloat16. sizes: of the axes of the mesh."""
     chip_of(topology)
     mesh = make_mesh(sizes, devices_of(topology))
     config = dataclasses.replace(shape(model), kernel="splash")
@@ -105,8 +116,8 @@ def prefill_row(topology: str, model: str, length: int, batch: int, sizes: dict[
     } | stamp({"prefill": compiled})
 
 
-def prefill_program(config: ModelConfig, mesh, batch: int, length: int) -> Program:
-    """Whole prompts fill the cache, the last position's logits come out."""
+def prefill_program(config: ModelConfig, mesh: Mesh, batch: int, length: int) -> Program:
+    """The program that fills the cache with whole prompts and returns the logits of the last position."""
 
     def run(params, tokens_BT, interventions):
         cache = empty_cache(config, batch, length, jnp.bfloat16)
@@ -117,7 +128,7 @@ def prefill_program(config: ModelConfig, mesh, batch: int, length: int) -> Progr
     cache = jax.eval_shape(lambda: empty_cache(config, batch, length, jnp.bfloat16))
     cache = jax.tree.map(lambda x: array(mesh, x.shape, x.dtype, None, "batch", "heads").sharding, cache)
     logits = array(mesh, (batch, config.vocab_size), jnp.float32, "batch", "vocab").sharding
-    interventions = jax.eval_shape(lambda: Interventions.none(config))
+    interventions = jax.eval_shape(lambda: normalise(config))
     arguments = (
         placed_shapes(config, mesh, jnp.bfloat16),
         array(mesh, (batch, length), jnp.int32, "batch"),
@@ -126,34 +137,33 @@ def prefill_program(config: ModelConfig, mesh, batch: int, length: int) -> Progr
     return Program(jax.jit(run, out_shardings=(logits, cache)), arguments)
 
 
-def keep(row: dict, table: Path) -> None:
-    """Put a row into the table, in place of the one it renews: of the same recipe, topology and length, whatever the
-    settings, or of the same prefill."""
+def keep(row: dict[str, Any], table: Path) -> None:
+    """Put a row into the table, in place of one of the same recipe, topology and length, or the same prefill."""
     rows = json.loads(table.read_text()) if table.exists() else []
     rows = [other for other in rows if _key(other) != _key(row)]
     write_json(table, sorted([*rows, row], key=_key))
 
 
-def _key(row: dict) -> list[str]:
+def _key(row: dict[str, Any]) -> list[str]:
     return [str(row[name]) for name in _KEYS.get(row["what"], _KEY)]
 
 
-def _prefill(table: Path, arguments: dict) -> bool:
+def _prefill(table: Path, arguments: dict[str, Any]) -> bool:
     sizes = {axis: arguments.pop(f"mesh.{axis}") for axis in AXES}
     row = prefill_row(**arguments, sizes=sizes)
     keep(row, table)
-    mesh = " x ".join(f"{axis} {n}" for axis, n in row["mesh"].items() if n > 1)
-    print(f"prefill of {row['model']}, {row['batch']} x {row['length']} tokens, on {row['topology']} ({mesh})")
+    place = f"{row['topology']} ({mesh_text(row['mesh'])})"
+    print(f"prefill of {row['model']}, {row['batch']} x {row['length']} tokens, on {place}")
     for name, n in (row["bytes_per_chip"] or {}).items():
-        print(f"  {name:<10} {n / _GIB:6.2f} GiB per chip")
+        print(f"  {name:<10} {n / GIB:6.2f} GiB per chip")
     print("fits" if row["fits"] else f"does not fit: {row['refused']}")
     return row["fits"]
 
 
-def _parse(argv: list[str] | None):
+def _parse(argv: list[str] | None) -> argparse.Namespace:
     class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise ValueError(f"{message} (--help lists what there is)")
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(f"{message} (--help lists the arguments)")
 
     parser = Parser(
         prog="python -m retmask_jax.aot.table",
@@ -164,7 +174,7 @@ def _parse(argv: list[str] | None):
     what = parser.add_subparsers(dest="what", required=True)
     recipes = what.add_parser("recipes", help="the training steps of recipes", allow_abbrev=False)
     recipes.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="NAME")
-    recipes.add_argument("--topologies", nargs="+", metavar="TOPOLOGY", help="default: those with settings")
+    recipes.add_argument("--topologies", nargs="+", metavar="TOPOLOGY", help="default: all that the table has")
     recipes.add_argument("--long", action="store_true", help="rows of 8,192 tokens")
     recipes.add_argument("--models", type=Path, help="folder with a folder for each model (default: from the hub)")
     one = what.add_parser("prefill", help="prompts of random shape through a model", allow_abbrev=False)

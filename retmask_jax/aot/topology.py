@@ -1,4 +1,4 @@
-"""TPU topologies that this machine need not have: their chips as the compiler sees them, and what a chip can do."""
+"""TPU topologies that this machine need not have: the chips as the compiler describes them, and what a chip can do."""
 
 import dataclasses
 import importlib.util
@@ -9,12 +9,15 @@ import re
 import jax
 from jax.experimental import topologies
 
+GIB = 2**30
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """accelerator, units: what Cloud TPU calls n chips, by chips or by cores. Bytes, operations and seconds.
+    """A TPU chip, in bytes, operations and seconds.
 
-    memory: what the compiler grants a program, a little less than the chip has. sending: over all links at once.
+    accelerator, units: n chips are called "{accelerator}-{units * n}" by Cloud TPU, which counts chips or cores.
+    memory: what the compiler lets a program use, a little less than the chip has. sending: over all links at once.
     """
 
     accelerator: str
@@ -25,20 +28,25 @@ class Chip:
     sending: float
 
 
-_GIB, _GB, _TERA = 2**30, 1e9, 1e12
-# Peaks in bfloat16, of memory and of the interconnect: Cloud TPU's documentation, the page of each generation. It gives
-# both directions of the interconnect together, of which a chip sends half. memory: as the compiler refuses programs.
+_GB, _TERA = 1e9, 1e12
+# Peaks in bfloat16, of memory and of the interconnect, from the page of each generation in Cloud TPU's documentation.
+# It gives both directions of the interconnect together, of which a chip sends half. memory is the limit in the messages
+# with which the compiler refuses programs.
 CHIPS = {
-    "v5e": Chip("v5litepod", 1, 15.75 * _GIB, 197 * _TERA, 819 * _GB, 200 * _GB),
-    "v5p": Chip("v5p", 2, 95.74 * _GIB, 459 * _TERA, 2765 * _GB, 600 * _GB),
-    "v6e": Chip("v6e", 1, 31.25 * _GIB, 918 * _TERA, 1638 * _GB, 400 * _GB),
+    "v5e": Chip("v5litepod", 1, 15.75 * GIB, 197 * _TERA, 819 * _GB, 200 * _GB),
+    "v5p": Chip("v5p", 2, 95.74 * GIB, 459 * _TERA, 2765 * _GB, 600 * _GB),
+    "v6e": Chip("v6e", 1, 31.25 * GIB, 918 * _TERA, 1638 * _GB, 400 * _GB),
 }
-# Shares of the peaks that are taken to be reached. A collective rarely uses the links of all axes at once.
+# Shares of the peaks that we assume are reached. A collective rarely uses the links of all axes at once.
 ASSUMED = {"arithmetic": 0.5, "memory": 0.7, "interconnect": 0.5}
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as "v5e:4x4"; ValueError if there is no such generation or the grid is none."""
+    """The chip of a topology such as "v5e:4x4".
+
+    Raises:
+        ValueError: the generation is unknown, or the grid is not written as in the example.
+    """
     kind, _, grid = topology.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", grid):
         known = ", ".join(CHIPS)
@@ -50,10 +58,13 @@ def chip_of(topology: str) -> Chip:
     return CHIPS[kind]
 
 
-def devices_of(topology: str):
-    """The topology's chips, as libtpu describes them on any machine; from here on this process computes on the CPU.
+def devices_of(topology: str) -> list[jax.Device]:
+    """The topology's chips, as libtpu describes them on any machine.
 
-    Call it before JAX has run anything. Raises ValueError for a topology that does not exist, or without libtpu.
+    Call it before JAX has run anything; after it this process computes on the CPU.
+
+    Raises:
+        ValueError: the topology does not exist, or libtpu is not installed.
     """
     chip, grid = chip_of(topology), topology.partition(":")[2]
     if importlib.util.find_spec("libtpu") is None:
@@ -73,6 +84,6 @@ def devices_of(topology: str):
 
 
 def estimate(chip: Chip, flops: float, memory: float, sent: float) -> dict[str, float]:
-    """Seconds that one chip's operations, memory traffic and sent bytes take, at the shares ASSUMED of its peaks."""
+    """Seconds that operations, memory traffic and sent bytes of one chip take, at the shares ASSUMED of its peaks."""
     amounts = {"arithmetic": flops / chip.flops, "memory": memory / chip.bandwidth, "interconnect": sent / chip.sending}
     return {name: seconds / ASSUMED[name] for name, seconds in amounts.items()}

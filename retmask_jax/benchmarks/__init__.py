@@ -1,1 +1,2 @@
-"""`retmask bench`: ours against peers in one run, with the ratio. Nothing else calls these modules."""
+"""`retmask bench`: our library and the tools of others on the same task, with the ratio of their times. No stage and no
+part of the library uses these modules."""

@@ -1,13 +1,16 @@
-"""Detection against the published algorithm: one case at a time, attention weights returned, a loop over heads."""
+"""Detection against the published algorithm, which takes one case at a time and loops over heads."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float64, Int
 
 from retmask_jax.benchmarks import models
 from retmask_jax.benchmarks.harness import Bound, Report, Row, alternate, speed_row
-from retmask_jax.benchmarks.peers import Looked, load_peer, published_detection, require
+from retmask_jax.benchmarks.peers import Detected, load_peer, published_detection, require
 from retmask_jax.data.answers import rouge1_recall
+from retmask_jax.data.needles import Case
 from retmask_jax.data.tasks import task_cases
 from retmask_jax.generation.language_model import LanguageModel, load
 from retmask_jax.heads.copy_score import RIGHT_RECALL, detect, newline_ids
@@ -21,7 +24,10 @@ _BATCH = 16
 def run(
     size: str, length: int | None, layers: int | None, repeats: int, depths: int, needles: int, max_new_tokens: int
 ) -> Report:
-    """Cases a second: depths x needles cases of one length. Real cases for the bundled model, else fixed answers."""
+    """Cases a second, depths x needles cases of one length.
+
+    The bundled model answers real cases; random models read given answers in random tokens.
+    """
     require("torch")
     length = length or (512 if size == "bundled" else 2048)
     with models.checkpoint(size, n_layers=layers) as folder:
@@ -32,31 +38,22 @@ def run(
             rows = [_real(lm, peer, cases, max_new_tokens, repeats, released) for released in (True, False)]
         else:
             rows = [_fixed(lm, peer, *fixed_cases(lm.config.vocab_size, length, depths, needles), repeats, size)]
-    setting = {
-        "size": size,
-        "dtype": models.DTYPES[size],
-        "length": length,
-        "layers": lm.config.n_layers,
-        "depths": depths,
-        "needles": needles,
-        "max_new_tokens": max_new_tokens,
-    }
-    return Report("detect", setting, rows)
+    setting = models.setting(size, length, lm.config)
+    return Report("detect", setting | {"depths": depths, "needles": needles, "max_new_tokens": max_new_tokens}, rows)
 
 
-def bundled_cases(length: int, depths: int, needles: int) -> list:
-    """Needle cases of the bundled data, as the tiny recipe has them."""
-    overrides = {
-        "lengths": (length,),
-        "depths": tuple(np.linspace(0, 1, depths).tolist()),
-        "per_length": depths * needles,
-    }
+def bundled_cases(length: int, depths: int, needles: int) -> list[Case]:
+    """The needle cases of the tiny recipe, on the bundled data."""
+    grid = tuple(np.linspace(0, 1, depths).tolist())
+    overrides = {"lengths": (length,), "depths": grid, "per_length": depths * needles}
     config = recipes.load_recipe("tiny", [(f"tasks.detect.{name}", repr(value)) for name, value in overrides.items()])
     return task_cases(models.bundled_prompter(), config.tasks.detect, models.bundled_file)
 
 
-def fixed_cases(vocab_size: int, length: int, depths: int, needles: int):
-    """(prompts, answers, spans) of random tokens, a grid as published: one haystack, each needle at each depth."""
+def fixed_cases(
+    vocab_size: int, length: int, depths: int, needles: int
+) -> tuple[list[list[int]], list[list[int]], list[tuple[int, int]]]:
+    """Prompts, answers and spans of random tokens on the published grid: one haystack, every needle at every depth."""
     hay = models.random_tokens(vocab_size, length - 2 * _NEEDLE, seed=1).tolist()
     prompts, answers, spans = [], [], []
     for seed in range(needles):
@@ -69,31 +66,29 @@ def fixed_cases(vocab_size: int, length: int, depths: int, needles: int):
     return prompts, answers, spans
 
 
-def peer_scores(peer, tokenizer, cases, max_new_tokens: int, stop_ids: Collection[int] | None) -> np.ndarray:
-    """f64[L,H]: the published detector's mean score over the cases that count.
+def peer_scores(
+    peer: Any, tokenizer: Any, cases: Sequence[Case], max_new_tokens: int, stop_ids: Collection[int] | None
+) -> Float64[np.ndarray, "L H"]:
+    """The published detector's mean score over the cases that count.
 
-    stop_ids None: as released, it never stops and counts repeats; else a head's score is the share of the needle's
-    tokens it copied, as defined in arXiv 2404.15574.
+    Args:
+        stop_ids: None: as released, decoding never stops and repeated tokens count. Else a head's score is the share of
+            the needle's tokens that it copied, as defined in arXiv 2404.15574.
     """
     counted, options = [], {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids or ()}
     for case in cases:
-        found = published_detection(peer, case.tokens, case.span, **options)
-        answer = tokenizer.decode(found.tokens, skip_special_tokens=True)
+        detected = published_detection(peer, case.tokens, case.span, **options)
+        answer = tokenizer.decode(detected.tokens, skip_special_tokens=True)
         if rouge1_recall(answer, case.needle.answer) > RIGHT_RECALL:
-            needle = case.tokens[slice(*case.span)]
-            counted.append(
-                [
-                    [
-                        len(tokens) / len(needle) if stop_ids is None else len(set(tokens)) / len(set(needle))
-                        for tokens in heads
-                    ]
-                    for heads in found.copied
-                ]
-            )
+            tokens_of = list if stop_ids is None else set
+            needle = len(tokens_of(case.tokens[slice(*case.span)]))
+            counted.append([[len(tokens_of(copied)) / needle for copied in heads] for heads in detected.copied])
     return np.mean(counted, axis=0)
 
 
-def _real(lm: LanguageModel, peer, cases, max_new_tokens: int, repeats: int, released: bool) -> Row:
+def _real(
+    lm: LanguageModel, peer: Any, cases: Sequence[Case], max_new_tokens: int, repeats: int, released: bool
+) -> Row:
     batch_size = min(_BATCH, len(cases))
     stop_ids = None if released else {*lm.config.eos_ids, *newline_ids(lm.tokenizer).tolist()}
     timed = alternate(
@@ -110,61 +105,61 @@ def _real(lm: LanguageModel, peer, cases, max_new_tokens: int, repeats: int, rel
     ]
     how = f"{max_new_tokens} tokens decoded, as released" if released else "answers end at EOS or newline"
     name = f"bundled, {len(cases)} cases of {cases[0].spec.length}; {how}"
-    return speed_row(
-        name,
-        timed["ours"],
-        timed["peer"],
-        work=len(cases),
-        what="cases",
-        target=25,
-        bounds=bounds,
-        facts={"outcomes": ours.reasons},
-    )
+    facts, shared = {"outcomes": ours.reasons}, {"work": len(cases), "what": "cases"}
+    return speed_row(name, timed["ours"], timed["peer"], **shared, target=25, bounds=bounds, facts=facts)
 
 
-def _fixed(lm: LanguageModel, peer, prompts, answers, spans, repeats: int, size: str) -> Row:
-    def peer_one(i: int, **options) -> Looked:
+def _fixed(
+    lm: LanguageModel,
+    peer: Any,
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    spans: Sequence[tuple[int, int]],
+    repeats: int,
+    size: str,
+) -> Row:
+    def peer_case(i: int, **options: Any) -> Detected:
         return published_detection(peer, prompts[i], spans[i], max_new_tokens=_NEEDLE, fixed=answers[i], **options)
 
     batch_size = min(_BATCH, len(prompts))
     contenders = {
-        "ours": lambda: [found.argmax for found in read_answers(lm, prompts, answers, batch_size=batch_size)],
-        "peer": lambda: [peer_one(i).argmax for i in range(len(prompts))],
+        "ours": lambda: [case.argmax for case in read_answers(lm, prompts, answers, batch_size=batch_size)],
+        "peer": lambda: [peer_case(i).argmax for i in range(len(prompts))],
     }
     timed = alternate(contenders, repeats)
-    share, gap = agreement(timed["ours"].result, timed["peer"].result, lambda i: peer_one(i, keep_weights=True).weights)
-    # In 16 bits both sides round at every layer, and each may be the one that looks elsewhere.
+    share, gap = agreement(
+        timed["ours"].result, timed["peer"].result, lambda i: peer_case(i, keep_weights=True).weights
+    )
+    # In 16 bits both sides round at every layer, and either may look at another key because of that.
     exact = models.DTYPES[size] == "float32"
     bounds = [Bound("equal keys", share, ">=", 0.999), Bound("weight between keys", gap, "<=", 1e-5)] if exact else []
     name = f"{size}, {len(prompts)} cases of {len(prompts[0])} tokens, {_NEEDLE} fixed"
     target = {"30m": 1.5, "8b": 5}[size]
-    return speed_row(
-        name,
-        timed["ours"],
-        timed["peer"],
-        work=len(prompts),
-        what="cases",
-        target=target,
-        bounds=bounds,
-        facts={
-            "keys compared": int(sum(keys.size for keys in timed["peer"].result)),
-            "equal keys": share,
-            "weight between keys": gap,
-        },
-    )
+    compared = int(sum(keys.size for keys in timed["peer"].result))
+    facts = {"keys compared": compared, "equal keys": share, "weight between keys": gap}
+    shared = {"work": len(prompts), "what": "cases"}
+    return speed_row(name, timed["ours"], timed["peer"], **shared, target=target, bounds=bounds, facts=facts)
 
 
-def agreement(ours, theirs, weights_of) -> tuple[float, float]:
-    """(share of equal keys, largest difference in attention weight between two keys that differ).
+def agreement(
+    ours: Sequence[Int[np.ndarray, "N L H"]],
+    theirs: Sequence[Int[np.ndarray, "N L H"]],
+    weights_of: Callable[[int], list[list[np.ndarray]]],
+) -> tuple[float, float]:
+    """Returns the share of equal keys, and the largest difference in attention weight between two keys that differ.
 
-    ours, theirs: i[N,L,H] per case. weights_of(case): the peer's weights [N][L][H,S], asked for where keys differ.
+    Args:
+        ours, theirs: keys of each case.
+        weights_of: the peer's weights [N][L][H,S] of a case; called only where keys differ.
     """
     equal, total, gap = 0, 0, 0.0
     for case, (a_NLH, b_NLH) in enumerate(zip(ours, theirs, strict=True)):
         a_NLH = np.asarray(a_NLH)
         differ = np.argwhere(a_NLH != b_NLH)
         equal, total = equal + a_NLH.size - len(differ), total + a_NLH.size
-        weights = weights_of(case) if len(differ) else None
+        if not len(differ):
+            continue
+        weights = weights_of(case)
         for n, layer, head in differ:
             weight_S = weights[n][layer][head]
             gap = max(gap, abs(float(weight_S[b_NLH[n, layer, head]] - weight_S[a_NLH[n, layer, head]])))

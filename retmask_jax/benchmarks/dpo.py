@@ -1,25 +1,27 @@
-"""One DPO optimiser step against TRL's DPOTrainer, as RetMask ran it and with its reference precomputed; its memory."""
+"""One DPO step against TRL's DPOTrainer, as RetMask ran it and with its reference precomputed: time and memory."""
 
 import dataclasses
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 
 from retmask_jax.benchmarks import models
-from retmask_jax.benchmarks.by_hand import Ours
 from retmask_jax.benchmarks.chip import product_peak, share_row
 from retmask_jax.benchmarks.harness import Bound, Report, Row, Timed, alternate, speed_row
-from retmask_jax.benchmarks.peak import measure
-from retmask_jax.benchmarks.peers import require
-from retmask_jax.benchmarks.programs import dpo_settings, random_pairs
-from retmask_jax.benchmarks.trl_peer import TrlPeer
+from retmask_jax.benchmarks.memory import measure
+from retmask_jax.benchmarks.peers import TrlPeer, require
+from retmask_jax.benchmarks.programs import OurTrainer, dpo_settings, random_pairs
 from retmask_jax.model.flops import training_flops
 from retmask_jax.training.optimizer import schedule
 from retmask_jax.training.settings import Settings
 
-_EPOCHS = 2  # of RetMask: a reference computed once serves so many steps
+_EPOCHS = 2  # of RetMask's training: every pair is seen so often, and its reference is computed once
 _MEMORY_SHAPE = {"vocab_size": 2**17, "n_layers": 2}
 
 
@@ -33,17 +35,21 @@ def run(
     memory_length: int,
     lora_rank: int,
 ) -> Report:
-    """Seconds a step, half of each row prompt and half answer. memory_length: tokens of a row there, 0: no memory.
+    """Seconds of a step on rows that are half prompt and half answer.
 
-    lora_rank: train adapters; there is no peer then, only the share of the machine's peak.
+    Args:
+        length: tokens of a row; None for 1024.
+        memory_length: tokens of a row when memory is measured; 0 measures no memory.
+        lora_rank: rank of the adapters that are trained, without a peer; 0 trains all weights.
     """
+    if not lora_rank:
+        require("torch"), require("trl")
     length = length or 1024
     settings = dpo_settings(pairs, models.DTYPES[size], remat, lora_rank)
     with models.checkpoint(size, n_layers=layers) as folder, tempfile.TemporaryDirectory() as work:
         if lora_rank:
             rows = _adapters(folder, settings, length, repeats, size)
         else:
-            require("torch"), require("trl")
             rows = _steps(folder, Path(work), settings, length, repeats, size)
     if memory_length and not lora_rank:
         with models.checkpoint(size, **_MEMORY_SHAPE) as folder:
@@ -54,17 +60,14 @@ def run(
         "length": length,
         "layers": layers,
         "pairs": pairs,
-        "remat": remat,
-        "lora_rank": lora_rank,
-        "memory_length": memory_length,
-        "memory_shape": _MEMORY_SHAPE,
     }
+    setting |= {"remat": remat, "lora_rank": lora_rank, "memory_length": memory_length, "memory_shape": _MEMORY_SHAPE}
     return Report("dpo", setting, rows)
 
 
 def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: int, size: str) -> list[Row]:
     pairs = random_pairs(models.read_shape(folder).vocab_size, length, settings.batch_size)
-    ours = Ours(folder, pairs, settings)
+    ours = OurTrainer(folder, pairs, settings)
     peers = {
         name: TrlPeer(folder, pairs, settings, work / name, precomputed=name == "precomputed")
         for name in ("frozen", "precomputed")
@@ -81,28 +84,14 @@ def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: i
     step, reference = timed["ours"], timed["reference"]
     whole = Timed(step.first, tuple(s + r / _EPOCHS for s, r in zip(step.runs, reference.runs, strict=True)))
     ref_difference = _relative(ours.reference, peers["precomputed"].reference)
-    shared = {"work": tokens, "what": "tokens"}
+    shared: dict[str, Any] = {"work": tokens, "what": "tokens"}
+    frozen = {"target": 1.5, "bounds": _equality(losses, "frozen", pairs, peers), "facts": {"losses": losses}}
+    precomputed = _equality(losses, "precomputed", pairs, peers)
+    precomputed.append(Bound("reference log-probabilities", ref_difference, "<=", 1e-4))
     return [
-        speed_row(
-            f"{name}; peer: frozen reference in each step",
-            step,
-            timed["frozen"],
-            target=1.5,
-            **shared,
-            bounds=_equality(losses, "frozen", pairs, peers),
-            facts={"losses": losses},
-        ),
+        speed_row(f"{name}; peer: frozen reference in each step", step, timed["frozen"], **shared, **frozen),
         speed_row(f"{name}; ours with its reference pass over {_EPOCHS} epochs", whole, timed["frozen"], **shared),
-        speed_row(
-            f"{name}; peer: precomputed reference",
-            step,
-            timed["precomputed"],
-            **shared,
-            bounds=[
-                *_equality(losses, "precomputed", pairs, peers),
-                Bound("reference log-probabilities", ref_difference, "<=", 1e-4),
-            ],
-        ),
+        speed_row(f"{name}; peer: precomputed reference", step, timed["precomputed"], **shared, bounds=precomputed),
         speed_row(f"{name}; our reference pass alone", reference, None, **shared),
         _share(name, folder, settings, length, step, ours.mesh),
     ]
@@ -110,7 +99,7 @@ def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: i
 
 def _adapters(folder: Path, settings: Settings, length: int, repeats: int, size: str) -> list[Row]:
     pairs = random_pairs(models.read_shape(folder).vocab_size, length, settings.batch_size)
-    ours = Ours(folder, pairs, settings)
+    ours = OurTrainer(folder, pairs, settings)
     timed = alternate({"ours": ours.step, "reference": ours.reference_pass}, repeats)
     name = f"{size}, {settings.batch_size} pairs of {length}, adapters of rank {settings.lora_rank}"
     shared = {"work": 2 * settings.batch_size * length, "what": "tokens"}
@@ -121,20 +110,22 @@ def _adapters(folder: Path, settings: Settings, length: int, repeats: int, size:
     ]
 
 
-def _share(name: str, folder: Path, settings: Settings, length: int, step: Timed, mesh) -> Row:
-    """The needed operations of a step a second, of what the machine can do."""
+def _share(name: str, folder: Path, settings: Settings, length: int, step: Timed, mesh: Mesh) -> Row:
+    """The operations that a step needs, a second, against what the machine can do."""
     config = dataclasses.replace(models.read_shape(folder), lora=settings.lora)
     flops = 2 * settings.batch_size * training_flops(config, length, counted=length - length // 2)
     peak = product_peak(mesh, jax.numpy.dtype(settings.compute_dtype))
     return share_row(f"{name}; peer: the machine's matrix-product peak", "FLOP", flops / step.median, peak, 0.4)
 
 
-def _stepped(peer: TrlPeer, rate, losses: list[float]) -> float:
+def _stepped(peer: TrlPeer, rate: Callable[[int], Any], losses: list[float]) -> float:
     return peer.step(float(rate(len(losses))))["loss"]
 
 
-def _equality(losses, name: str, pairs, peers) -> list[Bound]:
-    """The first loss is log 2 whatever the model; those of the later, updated models say more."""
+def _equality(
+    losses: Mapping[str, list[float]], name: str, pairs: Mapping[str, np.ndarray], peers: Mapping[str, TrlPeer]
+) -> list[Bound]:
+    """The first loss is log 2 for any model; the losses of later steps, with updated weights, say more."""
     theirs = np.concatenate([pairs["chosen"], pairs["rejected"]])
     return [
         Bound("rows that differ", int((peers[name].tokens != theirs).any(axis=1).sum()), "==", 0),
@@ -151,19 +142,11 @@ def _memory(folder: Path, length: int) -> list[Row]:
     rows = []
     for name, text in what.items():
         ratio = ours[name] / peer[name]
-        rows.append(
-            Row(
-                f"{text}; 1 pair of {length}, {shape}",
-                "bytes",
-                ours[name],
-                peer[name],
-                ratio,
-                Bound("ratio", ratio, "<=", 0.5),
-            )
-        )
+        text, target = f"{text}; 1 pair of {length}, {shape}", Bound("ratio", ratio, "<=", 0.5)
+        rows.append(Row(text, "bytes", ours[name], peer[name], ratio, target))
     return rows
 
 
-def _relative(ours, theirs) -> float:
+def _relative(ours: ArrayLike, theirs: ArrayLike) -> float:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     return float((np.abs(ours - theirs) / np.abs(theirs)).max())

@@ -1,26 +1,29 @@
-"""Greedy generation for a batch of prompts of different lengths against transformers' generate; the cost of masks."""
+"""Greedy generation for prompts of different lengths against transformers' generate, and what masks cost."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from retmask_jax.benchmarks import models
 from retmask_jax.benchmarks.chip import generation_rows
-from retmask_jax.benchmarks.harness import Bound, Report, Row, alternate, speed_row
+from retmask_jax.benchmarks.harness import Bound, Report, Row, Timed, alternate, speed_row
 from retmask_jax.benchmarks.peers import generate as peer_generate
 from retmask_jax.benchmarks.peers import load_peer, next_logits, require
 from retmask_jax.generation.batching import pad_rows
 from retmask_jax.generation.language_model import LanguageModel, load
-from retmask_jax.model.interventions import mask_heads, random_heads, stack
+from retmask_jax.model.interventions import Interventions, mask_heads, random_heads, stack
 
 _TARGETS = {"bundled": 15, "30m": 2, "8b": None}
 _MASK_COST = 0.05
 
 
 def run(size: str, length: int | None, layers: int | None, repeats: int, batch: int, new_tokens: int) -> Report:
-    """Seconds a batch, no stop ids; prompts from a quarter of the length to all of it. Then, at full length, the share
-    of the machine's peaks."""
+    """Seconds of a batch, and the shares of the machine's peaks.
+
+    Prompts have from a quarter of `length` tokens to all of it; for the shares all have `length`. No token ends a row.
+    """
     require("torch")
     length = length or 512
     with models.checkpoint(size, n_layers=layers) as folder:
@@ -39,52 +42,23 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, batch: 
         },
         repeats,
     )
-    found = compare(timed["ours"].result, timed["peer"].result, prompts, lambda tokens: next_logits(peer, tokens))
-    tolerance = 1e-4 if models.DTYPES[size] == "float32" else 3e-2
+    compared = compare(timed["ours"].result, timed["peer"].result, prompts, lambda tokens: next_logits(peer, tokens))
     name = f"{size}, {batch} prompts of {lengths[0]} to {lengths[-1]}, {new_tokens} new"
-    cost = timed["masked"].median / timed["ours"].median - 1
-    setting = {
-        "size": size,
-        "dtype": models.DTYPES[size],
-        "length": length,
-        "layers": lm.config.n_layers,
-        "batch": batch,
-        "new_tokens": new_tokens,
-    }
-    return Report(
-        "generate",
-        setting,
-        [
-            speed_row(
-                name,
-                timed["ours"],
-                timed["peer"],
-                work=batch * new_tokens,
-                what="tokens",
-                target=_TARGETS[size],
-                bounds=[Bound("logit gap where tokens part", found.gap, "<=", tolerance)],
-                facts=dataclasses.asdict(found),
-            ),
-            Row(
-                f"{name}; a head mask per row, peer: ours without",
-                "s",
-                timed["masked"].median,
-                timed["ours"].median,
-                1 + cost,
-                Bound("time with masks", 1 + cost, "<=", 1 + _MASK_COST),
-                facts={"first run s": timed["masked"].first, "runs s": timed["masked"].runs},
-            ),
-            *generation_rows(lm, mesh, batch, length, new_tokens, repeats, lambda tokens, n: _ours(lm, tokens, n)),
-        ],
-    )
+    bounds = [Bound("logit gap where tokens part", compared.gap, "<=", models.logit_tolerance(size))]
+    shared = {"work": batch * new_tokens, "what": "tokens", "target": _TARGETS[size]}
+    speed = speed_row(name, timed["ours"], timed["peer"], **shared, bounds=bounds, facts=dataclasses.asdict(compared))
+    shares = generation_rows(lm, mesh, batch, length, new_tokens, repeats, lambda rows, n: _ours(lm, list(rows), n))
+    setting = models.setting(size, length, lm.config) | {"batch": batch, "new_tokens": new_tokens}
+    return Report("generate", setting, [speed, _cost(name, timed["masked"], timed["ours"]), *shares])
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How two sets of continuations compare; parted: (row, step, logit gap) of the first difference in each row.
+    """How two sets of continuations compare.
 
-    share: of equal tokens. gap: the largest distance between the logits of the two tokens at a first difference, as a
-    share of the largest logit there; behind a first difference the two sides continue different texts.
+    share: of equal tokens. first: the earliest step at which a row differs. gap: the largest distance between the
+    logits of the two tokens at the first difference of a row, as a share of the largest logit there; after it the two
+    sides continue different texts. parted: (row, step, logit gap) of the first difference in each row that has one.
     """
 
     share: float
@@ -94,12 +68,12 @@ class Comparison:
 
 
 def compare(
-    ours: np.ndarray,
-    theirs: np.ndarray,
+    ours: Int[np.ndarray, "B N"],
+    theirs: Int[np.ndarray, "B N"],
     prompts: Sequence[Sequence[int]],
-    logits_after: Callable[[list[int]], np.ndarray],
+    logits_after: Callable[[list[int]], Float[np.ndarray, " V"]],
 ) -> Comparison:
-    """Compare tokens i[B,N]; logits_after: the logits f32[V] that follow given tokens."""
+    """Compare the tokens of two sides. logits_after: the logits that follow given tokens."""
     parted = []
     for row in np.flatnonzero((ours != theirs).any(axis=1)).tolist():
         step = int(np.argmax(ours[row] != theirs[row]))
@@ -110,7 +84,18 @@ def compare(
     return Comparison(float((ours == theirs).mean()), first, max((gap for *_, gap in parted), default=0.0), parted)
 
 
-def _ours(lm: LanguageModel, prompts, new_tokens: int, interventions=None) -> np.ndarray:
+def _cost(name: str, masked: Timed, ours: Timed) -> Row:
+    """What a mask for every row costs, against the same batch without masks."""
+    ratio = masked.median / ours.median
+    target = Bound("time with masks", ratio, "<=", 1 + _MASK_COST)
+    facts = {"first run s": masked.first, "runs s": masked.runs}
+    name = f"{name}; a head mask per row, peer: ours without"
+    return Row(name, "s", masked.median, ours.median, ratio, target, facts=facts)
+
+
+def _ours(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], new_tokens: int, interventions: Interventions | None = None
+) -> np.ndarray:
     tokens, lengths = pad_rows(prompts, lm.config.pad_id)
     out = lm.generate(tokens, lengths, max_new_tokens=new_tokens, interventions=interventions, stop_ids=())
     return np.asarray(out.tokens)

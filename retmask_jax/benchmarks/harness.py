@@ -1,8 +1,7 @@
-"""What every benchmark shares: alternating runs, rows with a ratio, bounds that must hold, table and JSON."""
+"""What all benchmarks share: runs in turn, rows with a ratio, bounds that must hold, reports as table and as JSON."""
 
 import dataclasses
 import gc
-import importlib.metadata
 import math
 import operator
 import os
@@ -13,7 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from retmask_jax.utils.files import write_json
+from retmask_jax.utils.versions import installed_versions
 
 _RELATIONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
 _PACKAGES = ("retmask_jax", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "trl", "accelerate")
@@ -21,7 +23,7 @@ _PACKAGES = ("retmask_jax", "jax", "jaxlib", "flax", "numpy", "torch", "transfor
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """One contender's runs: seconds of the first (compilation and set-up included), of the others, and its result."""
+    """Seconds of one contender's runs: the first, with compilation and set-up, and the others. result: of the first."""
 
     first: float
     runs: tuple[float, ...]
@@ -29,12 +31,13 @@ class Timed:
 
     @property
     def median(self) -> float:
+        """Seconds, without the first run."""
         return statistics.median(self.runs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A measured figure and what it has to be: value <=, >= or == limit. Anything else, NaN too, violates it."""
+    """A measured value and what it must be: <=, >= or == the limit. NaN violates every bound."""
 
     name: str
     value: float
@@ -43,6 +46,7 @@ class Bound:
 
     @property
     def holds(self) -> bool:
+        """Whether the value is as it must be."""
         return bool(_RELATIONS[self.relation](self.value, self.limit))
 
     def __str__(self) -> str:
@@ -51,10 +55,12 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One comparison. ours and peer in `unit`, peer None where ours stands alone; peer may be what the machine can do.
+    """One comparison.
 
-    target: what the ratio should be; times depend on the machine, so a missed target is shown and fails nothing.
-    bounds: equality and the like; one that does not hold fails the benchmark.
+    ours, peer: amounts in `unit`. The peer may be what the machine can do at most; it is None where there is no peer.
+    target: what the ratio should be. Times depend on the machine, so a missed target is shown and fails nothing.
+    bounds: equality of results and the like. The benchmark fails where a bound does not hold.
+    facts: further values for the JSON.
     """
 
     name: str
@@ -69,7 +75,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A benchmark's outcome: what was run, its rows."""
+    """The outcome of a benchmark: its name, the settings it ran with, its rows."""
 
     benchmark: str
     setting: Mapping[str, Any]
@@ -77,14 +83,14 @@ class Report:
 
     @property
     def violated(self) -> list[str]:
-        """The bounds that do not hold, each with its row."""
+        """The bounds that do not hold, each with the name of its row."""
         return [f"{row.name}: {bound}" for row in self.rows for bound in row.bounds if not bound.holds]
 
 
 def alternate(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timed]:
-    """Run each contender once, then `repeats` rounds of one run each, so that a slow spell meets all of them.
+    """Run each contender once, then in turn for `repeats` rounds, so that slow moments of the machine meet all of them.
 
-    A contender returns host values, so that its work is done when it returns; the first run's are kept.
+    A contender returns host values, so that its work is done when it returns. Only those of the first run are kept.
     """
     first = {name: _timed(run) for name, run in contenders.items()}
     runs: dict[str, list[float]] = {name: [] for name in contenders}
@@ -105,33 +111,30 @@ def speed_row(
     bounds: Sequence[Bound] = (),
     facts: Mapping[str, Any] | None = None,
 ) -> Row:
-    """A row of seconds a run; ratio: how many times faster ours is. work: units of `what` done in a run."""
+    """A row in seconds of a run; its ratio says how many times faster ours is.
+
+    Args:
+        work: how many units of `what` a run does, for the rates among the facts.
+        target: least ratio; None for none.
+    """
     ratio = None if peer is None else peer.median / ours.median
     rates = _rates(ours, work, what) | ({} if peer is None else _rates(peer, work, what, " of peer"))
     return Row(
         name,
         "s",
         ours.median,
-        peer and peer.median,
+        None if peer is None else peer.median,
         ratio,
-        None if target is None else Bound("ratio", ratio, ">=", target),
+        None if target is None or ratio is None else Bound("ratio", ratio, ">=", target),
         tuple(bounds),
         rates | dict(facts or {}),
     )
 
 
 def environment() -> dict[str, Any]:
-    """Versions and devices the numbers depend on."""
-    import jax
-
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+    """Returns what the times depend on: versions of packages, the machine and its devices."""
     return {
-        "versions": found,
+        "versions": installed_versions(_PACKAGES),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": cores(),
@@ -141,7 +144,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """The report with versions and devices as JSON."""
+    """Write the report as JSON, with versions and devices."""
     write_json(
         path,
         {
@@ -155,10 +158,7 @@ def write_report(report: Report, path: Path) -> None:
 
 
 def table_rows(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
-    """(header, rows) of texts: what was compared, ours, peer, ratio and its target, first runs, what must hold.
-
-    A column without entries is left out.
-    """
+    """Returns header and rows of the table as texts; columns without entries are left out."""
     header = (report.benchmark, "ours", "peer", "ratio", "target", "first runs", "must hold")
     texts = [_texts(row) for row in report.rows]
     used = [i for i in range(len(header)) if any(row[i] for row in texts)]
@@ -166,11 +166,11 @@ def table_rows(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def _timed(run):
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
     gc.collect()
     begin = time.perf_counter()
     result = run()

@@ -1,10 +1,11 @@
-"""A mask sweep, last-position logits of every prompt under every mask, against hooks on transformers."""
+"""A sweep of masks, logits after the last token of every prompt under every mask, against hooks on transformers."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from retmask_jax.benchmarks import models
 from retmask_jax.benchmarks.harness import Bound, Report, alternate, speed_row
@@ -22,7 +23,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 def run(
     size: str, length: int | None, layers: int | None, repeats: int, masks: int | None, prompts: int | None
 ) -> Report:
-    """Seconds a sweep; the peer runs the prompts of a mask as one batch, and, as published scripts do, one by one."""
+    """Seconds of a sweep; the peer runs the prompts of a mask as one batch and, as published scripts do, one by one."""
     require("torch")
     bundled = size == "bundled"
     length = length or (128 if bundled else 512)
@@ -34,7 +35,7 @@ def run(
     heads = spread_masks(lm.config, masks)
     interventions = [as_interventions(lm.config, by_layer) for by_layer in heads]
     lengths_M = np.full(prompts, length, np.int32)
-    compiles = []
+    compiles: list[str] = []
 
     def ours():
         with counted_compiles(compiles):
@@ -48,32 +49,23 @@ def run(
         },
         repeats,
     )
-    tolerance = 1e-4 if models.DTYPES[size] == "float32" else 3e-2
+    programs = sum("_sweep" in name for name in compiles)
     rows = []
     for kind, target in (("batched", _TARGETS[size]), ("one by one", None)):
         error = relative_difference(timed["ours"].result, timed[kind].result)
-        programs = sum("_sweep" in name for name in compiles)
-        bounds = [Bound("logit difference", error, "<=", tolerance), Bound("compiles of the sweep", programs, "==", 1)]
+        bounds = [
+            Bound("logit difference", error, "<=", models.logit_tolerance(size)),
+            Bound("compiles of the sweep", programs, "==", 1),
+        ]
         name = f"{size}, {masks} masks x {prompts} prompts of {length}; peer {kind}"
-        rows.append(
-            speed_row(
-                name, timed["ours"], timed[kind], work=masks * prompts, what="prompts", target=target, bounds=bounds
-            )
-        )
-    setting = {
-        "size": size,
-        "dtype": models.DTYPES[size],
-        "length": length,
-        "layers": lm.config.n_layers,
-        "masks": masks,
-        "prompts": prompts,
-        "heads of a mask": min(_HEADS, lm.config.n_heads),
-    }
-    return Report("masks", setting, rows)
+        shared = {"work": masks * prompts, "what": "prompts"}
+        rows.append(speed_row(name, timed["ours"], timed[kind], **shared, target=target, bounds=bounds))
+    more = {"masks": masks, "prompts": prompts, "heads of a mask": min(_HEADS, lm.config.n_heads)}
+    return Report("masks", models.setting(size, length, lm.config) | more, rows)
 
 
 def spread_masks(config: ModelConfig, n: int) -> list[dict[int, list[int]]]:
-    """n masks {layer: heads}, each of some heads of one layer, the layers spread evenly."""
+    """Returns n masks {layer: heads}, each of a few heads of one layer; the layers are spread evenly."""
     rng = np.random.default_rng(0)
     size = min(_HEADS, config.n_heads)
     return [
@@ -81,19 +73,19 @@ def spread_masks(config: ModelConfig, n: int) -> list[dict[int, list[int]]]:
     ]
 
 
-def as_interventions(config: ModelConfig, heads_by_layer: dict[int, Sequence[int]]) -> Interventions:
-    """{layer: heads} as a mask."""
+def as_interventions(config: ModelConfig, heads_by_layer: Mapping[int, Sequence[int]]) -> Interventions:
+    """Turn {layer: heads} into a mask."""
     return mask_heads(config, [(layer, head) for layer, heads in heads_by_layer.items() for head in heads])
 
 
-def relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest absolute difference as a share of the largest absolute value."""
+def relative_difference(ours: Float[np.ndarray, "..."], theirs: Float[np.ndarray, "..."]) -> float:
+    """The largest absolute difference as a share of the largest absolute value of `theirs`."""
     return float(np.abs(np.float64(ours) - theirs).max() / np.abs(theirs).max())
 
 
 @contextlib.contextmanager
-def counted_compiles(events: list[str]) -> Iterator[None]:
-    """Adds the name of each function that is compiled in the `with` block to events."""
+def counted_compiles(events: list[str]) -> Generator[None]:
+    """Append the name of every function that is compiled within the `with` block to `events`."""
 
     def record(name: str, *_, fun_name: str = "?", **__):
         if name == _COMPILED:

@@ -1,15 +1,18 @@
-"""The models that are compared: the bundled one, and shapes with random weights as a real HF checkpoint."""
+"""The models of the benchmarks: the bundled one, and Hugging Face checkpoints of random weights in two shapes."""
 
 import concurrent.futures
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int32
 
 from retmask_jax.benchmarks.harness import cores
 from retmask_jax.data.needles import read_sentences
@@ -51,18 +54,27 @@ _SHAPES = {
         rope=Rope("llama3", 5e5, 8.0, 1.0, 4.0, 8192),
     ),
 }
-SIZES = ("bundled", *_SHAPES)
 DTYPES = {"bundled": "float32", "30m": "float32", "8b": "bfloat16"}
 
 
-def shape(size: str, **changes) -> ModelConfig:
-    """The config of a random model; changes: fields set otherwise, None leaves a field as it is."""
+def logit_tolerance(size: str) -> float:
+    """The largest difference between two sides' logits that rounding explains, as a share of the largest logit."""
+    return 1e-4 if DTYPES[size] == "float32" else 3e-2
+
+
+def setting(size: str, length: int, config: ModelConfig) -> dict[str, Any]:
+    """The part of a report's settings that says which model ran on how many tokens."""
+    return {"size": size, "dtype": DTYPES[size], "length": length, "layers": config.n_layers}
+
+
+def shape(size: str, **changes: Any) -> ModelConfig:
+    """The config of a random model. changes: other values of its fields; None leaves a field as it is."""
     return dataclasses.replace(_SHAPES[size], **{name: value for name, value in changes.items() if value is not None})
 
 
 @contextlib.contextmanager
-def checkpoint(size: str, **changes) -> Iterator[Path]:
-    """The folder of a model, removed afterwards if it was made here; changes as in `shape`."""
+def checkpoint(size: str, **changes: Any) -> Generator[Path]:
+    """The folder of a model, for a `with` block; a random model is removed after it. changes: as in `shape`."""
     if size == "bundled":
         if any(value is not None for value in changes.values()):
             raise ValueError("the bundled model is what it is: --layers and --vocab need --size=30m or 8b")
@@ -74,59 +86,59 @@ def checkpoint(size: str, **changes) -> Iterator[Path]:
 
 
 def read_shape(folder: Path) -> ModelConfig:
-    """The config of a checkpoint folder."""
+    """The model config of a checkpoint."""
     return from_hf(read_config(folder))
 
 
-def mesh(devices: int | None = None):
-    """A data mesh of so many devices. None: of what a peer uses too, one accelerator or all of a CPU's cores."""
+def mesh(devices: int | None = None) -> Mesh:
+    """A data mesh of so many devices. None: as a peer uses them, one accelerator or all cores of a CPU."""
     if devices is None:
         devices = jax.device_count() if jax.default_backend() == "cpu" else 1
     return make_mesh({"data": devices, "fsdp": 1, "tensor": 1}, jax.devices()[:devices])
 
 
 def write_random(config: ModelConfig, folder: Path, dtype: str) -> None:
-    """A checkpoint of weights drawn from a normal distribution; norm scales are one."""
+    """Write a checkpoint of weights drawn from a normal distribution; norm scales are one."""
     flat, tree = jax.tree.flatten_with_path(param_shapes(config), is_leaf=lambda x: hasattr(x, "unbox"))
     rng = np.random.default_rng(0)
     leaves = [_draw(rng, path, boxed.unbox(), dtype) for path, boxed in flat]
     save(from_params(config, jax.tree.unflatten(tree, leaves)), folder)
 
 
-def random_tokens(vocab_size: int, *shape: int, seed: int = 0) -> np.ndarray:
-    """i32[shape]: any token but the first 16 ids, where special tokens are."""
+def random_tokens(vocab_size: int, *shape: int, seed: int = 0) -> Int32[np.ndarray, "..."]:
+    """Random tokens in an array of this shape; never the first 16 ids, where special tokens are."""
     return np.random.default_rng(seed).integers(16, vocab_size, shape, dtype=np.int32)
 
 
 def bundled_prompter() -> Prompter:
-    """Turns the bundled cases into prompts as the tiny recipe does."""
+    """The prompter of the tiny recipe on the bundled model."""
     section = recipes.load_recipe("tiny").prompt
     return Prompter(load_tokenizer(BUNDLED), section.template, section.chat, section.template_kwargs.to_dict())
 
 
 def bundled_file(name: str) -> Path:
-    """A data file of the package by its name in a recipe, "bundled/..."."""
+    """The path of a data file of the package from its name in a recipe, "bundled/..."."""
     return BUNDLED.parent / "data" / name.removeprefix("bundled/")
 
 
-def text_or_random(folder: Path, n: int, length: int) -> np.ndarray:
-    """i32[n, length]: windows of the bundled text where the folder has its tokenizer, else random tokens."""
+def text_or_random(folder: Path, n: int, length: int) -> Int32[np.ndarray, "n length"]:
+    """Windows of the bundled text for the bundled model, else random tokens."""
     if folder != BUNDLED:
         return random_tokens(read_shape(folder).vocab_size, n, length)
-    tokenizer = load_tokenizer(folder)
+    tokenizer: Any = load_tokenizer(folder)
     ids = tokenizer(" ".join(read_sentences(bundled_file("test_text.txt"))), add_special_tokens=False)["input_ids"]
     starts = np.linspace(0, len(ids) - length, n).astype(int)
     return np.array([ids[start : start + length] for start in starts], np.int32)
 
 
-def _draw(rng, path, leaf, dtype: str):
+def _draw(rng: np.random.Generator, path: tuple[Any, ...], leaf: Any, dtype: str) -> jax.Array:
     if path[-1].key == "scale":
         return jnp.ones(leaf.shape, dtype)
     return jnp.asarray(_normal(rng, leaf.shape), dtype)
 
 
-def _normal(rng, shape) -> np.ndarray:
-    """f32[shape], drawn by all cores in parts of one size: the same on any machine."""
+def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """f32[shape], drawn by all cores in parts of one size, so that every machine draws the same numbers."""
     out = np.empty(shape, np.float32)
     parts = [out.reshape(-1)[at : at + _PART] for at in range(0, out.size, _PART)]
 

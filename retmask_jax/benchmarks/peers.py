@@ -1,23 +1,32 @@
-"""What others run today, on Hugging Face transformers and torch: detection, masks by hooks, generation.
+"""What others run today on transformers, torch and TRL: detection, masks by hooks, generation, DPO training.
 
-torch is imported by what needs it, so that the package works without.
+torch and TRL are imported by the functions that need them, so that the package works without them.
 """
 
 import contextlib
 import dataclasses
 import functools
 import importlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float32, Int, Int64
 
 from retmask_jax.benchmarks.harness import cores
+from retmask_jax.benchmarks.models import read_shape
+from retmask_jax.training.settings import Settings
 
 
 def require(name: str) -> ModuleType:
-    """A package of the extra `bench`; ValueError if it is not installed. torch uses all cores."""
+    """Import a package of the extra `bench`; torch is set to use all cores.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
     try:
         module = importlib.import_module(name)
     except ImportError as error:
@@ -27,8 +36,8 @@ def require(name: str) -> ModuleType:
     return module
 
 
-def load_peer(folder: Path, dtype: str, attention: str = "sdpa"):
-    """The transformers model of a checkpoint, on the GPU where torch has one."""
+def load_peer(folder: Path, dtype: str, attention: str = "sdpa") -> Any:
+    """Load the transformers model of a checkpoint, on the GPU where torch has one."""
     torch, transformers = require("torch"), require("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -38,19 +47,25 @@ def load_peer(folder: Path, dtype: str, attention: str = "sdpa"):
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-@dataclasses.dataclass(frozen=True)
-class Looked:
-    """tokens: i64[N] decoded; argmax: i64[N,L,H], keys looked at most; copied: tokens each head copied, [L][H][...];
-    weights: attention to all keys, [N][L][H,S], if kept."""
+# --- detection ---
 
-    tokens: np.ndarray
-    argmax: np.ndarray
+
+@dataclasses.dataclass(frozen=True)
+class Detected:
+    """What the published detector saw in one case.
+
+    tokens: decoded. argmax: the key with the largest attention weight, for each token and head. copied: the tokens that
+    each head copied, [L][H][...]. weights: attention to all keys, [N][L][H,S], where they are kept.
+    """
+
+    tokens: Int64[np.ndarray, " N"]
+    argmax: Int64[np.ndarray, "N L H"]
     copied: list[list[list[int]]]
-    weights: list
+    weights: list[list[np.ndarray]]
 
 
 def published_detection(
-    model,
+    model: Any,
     prompt: Sequence[int],
     span: tuple[int, int],
     *,
@@ -58,12 +73,13 @@ def published_detection(
     stop_ids: Collection[int] = (),
     fixed: Sequence[int] | None = None,
     keep_weights: bool = False,
-) -> Looked:
-    """One case by the published detector (arXiv 2404.15574): prefill, then greedy steps that return attention weights.
+) -> Detected:
+    """Run the published detector on one case: decode greedily with attention weights returned, and loop over heads.
 
-    Each step's weights are searched layer by layer and head by head; a head that looks most at a position of the span
-    [start, end) and finds the step's token there copies it. The prompt goes through a fused kernel, as published.
-    stop_ids end the decoding. fixed: tokens to decode whatever the model prefers.
+    Args:
+        span: start and end of the needle in the prompt.
+        fixed: tokens to take in place of the decoded ones.
+        keep_weights: return the attention weights of every step, too.
     """
     torch, transformers = require("torch"), require("transformers")
     start, end = span
@@ -95,12 +111,15 @@ def published_detection(
             if keep_weights:
                 weights.append([layer[0, :, -1].float().cpu().numpy() for layer in out.attentions])
             step_ids = step_ids.view(1, 1)
-    return Looked(np.array(tokens), np.array(argmax), copied, weights)
+    return Detected(np.array(tokens), np.array(argmax), copied, weights)
+
+
+# --- masks by hooks ---
 
 
 @contextlib.contextmanager
-def hooked(model, heads_by_layer: Mapping[int, Sequence[int]]) -> Iterator[None]:
-    """Hooks before o_proj that zero the columns of masked heads."""
+def hooked(model: Any, heads_by_layer: Mapping[int, Sequence[int]]) -> Generator[None]:
+    """Mask heads within a `with` block, by hooks that zero their columns before o_proj."""
     width = model.config.head_dim
 
     def zero(heads, module, inputs):
@@ -121,11 +140,15 @@ def hooked(model, heads_by_layer: Mapping[int, Sequence[int]]) -> Iterator[None]
 
 
 def hooked_sweep(
-    model, tokens_MT: np.ndarray, masks: Sequence[Mapping[int, Sequence[int]]], one_by_one: bool = False
-) -> np.ndarray:
-    """f32[N,M,V]: last-position logits of the prompts under each mask {layer: heads}, one batch a mask.
+    model: Any,
+    tokens_MT: Int[np.ndarray, "M T"],
+    masks: Sequence[Mapping[int, Sequence[int]]],
+    one_by_one: bool = False,
+) -> Float32[np.ndarray, "N M V"]:
+    """Logits after the last token of every prompt under every mask {layer: heads}.
 
-    one_by_one: a forward pass for each prompt, as published scripts evaluate.
+    Args:
+        one_by_one: a forward pass for each prompt, as published scripts evaluate, instead of one for each mask.
     """
     torch = require("torch")
     tokens = torch.from_numpy(tokens_MT).long().to(model.device)
@@ -139,8 +162,13 @@ def hooked_sweep(
     return np.stack(out)
 
 
-def generate(model, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad_id: int) -> np.ndarray:
-    """i64[B,N]: greedy continuations of left-padded prompts by transformers' generate, which no token stops."""
+# --- generation ---
+
+
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad_id: int
+) -> Int64[np.ndarray, "B N"]:
+    """Greedy continuations of left-padded prompts by transformers' generate; no token stops them."""
     torch = require("torch")
     width = max(map(len, prompts))
     tokens = torch.full((len(prompts), width), pad_id)
@@ -162,9 +190,119 @@ def generate(model, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad_i
     return out[:, width:].cpu().numpy()
 
 
-def next_logits(model, tokens: Sequence[int]) -> np.ndarray:
-    """f32[V]: logits of the token after `tokens`."""
+def next_logits(model: Any, tokens: Sequence[int]) -> Float32[np.ndarray, " V"]:
+    """Logits of the token after `tokens`."""
     torch = require("torch")
     with torch.no_grad():
         ids = torch.tensor([list(tokens)], device=model.device)
         return model(ids, use_cache=False, logits_to_keep=1).logits[0, -1].float().cpu().numpy()
+
+
+# --- DPO training ---
+
+
+class TrlPeer:
+    """TRL's DPOTrainer with TRL's data pipeline, training_step and optimiser, run one update at a time."""
+
+    def __init__(
+        self, folder: Path, pairs: Mapping[str, np.ndarray], settings: Settings, work: Path, *, precomputed: bool
+    ):
+        """Make the trainer and its batch.
+
+        Args:
+            work: folder for the trainer's files.
+            precomputed: False is TRL as RetMask ran it: the frozen reference model is held as well and run in every
+                step. True: the reference's log-probabilities are computed once, when the trainer is made.
+        """
+        torch = require("torch")
+        os.environ["TQDM_DISABLE"] = "1"
+        self._torch = torch
+        self._trainer = _trainer(folder, pairs, settings, work, precomputed)
+        self._model = self._trainer.accelerator.prepare(self._trainer.model)
+        self._trainer.current_gradient_accumulation_steps = 1  # what train() would set
+        self._optimizer = self._trainer.create_optimizer()
+        # The trainer's loader would shuffle.
+        self._batch = self._trainer.data_collator(list(self._trainer.train_dataset))
+        self._clip = settings.clip
+
+    @property
+    def tokens(self) -> Int64[np.ndarray, "rows T"]:
+        """The rows that the trainer made of the pairs: all chosen ones, then all rejected ones."""
+        return self._batch["input_ids"].cpu().numpy()
+
+    @property
+    def reference(self) -> Float32[np.ndarray, "2 pairs"]:
+        """The precomputed log-probabilities of chosen and rejected answers under the reference."""
+        return np.stack([self._batch[f"ref_{side}_logps"].cpu().numpy() for side in ("chosen", "rejected")])
+
+    def step(self, learning_rate: float) -> dict[str, float]:
+        """Forward, backward, clip and AdamW; returns loss, gradient_norm and the trainer's mean rewards."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = self._trainer.training_step(self._model, dict(self._batch))
+        norm = self._torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
+        self._optimizer.step()
+        self._model.zero_grad()
+        metrics = self._trainer._metrics["train"]
+        rewards = {f"reward_{side}": float(metrics[f"rewards/{side}"][-1]) for side in ("chosen", "rejected")}
+        return {"loss": float(loss), "gradient_norm": float(norm), **rewards}
+
+
+def word_tokenizer(vocab_size: int) -> Any:
+    """A tokenizer whose word [7] is token 7; token 2 ends a text."""
+    transformers, tokenizers = require("transformers"), require("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"[{i}]": i for i in range(vocab_size)}, "[1]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "[0]", "unk_token": "[1]", "eos_token": "[2]"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+def _trainer(folder: Path, pairs: Mapping[str, np.ndarray], settings: Settings, work: Path, precomputed: bool) -> Any:
+    trl, datasets = require("trl"), require("datasets")
+    datasets.disable_progress_bars()
+    arguments: dict[str, Any] = {
+        "output_dir": str(work),
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_checkpointing": settings.remat,
+        "bf16": settings.compute_dtype == "bfloat16",
+        "beta": settings.beta,
+        "learning_rate": settings.learning_rate,
+        "adam_beta1": settings.b1,
+        "adam_beta2": settings.b2,
+        "adam_epsilon": settings.eps,
+        "weight_decay": settings.weight_decay,
+        "max_length": pairs["chosen"].shape[1],
+        "precompute_ref_log_probs": precomputed,
+        "dataloader_pin_memory": False,
+        "seed": 0,
+        "max_prompt_length": None,  # older versions cut prompts
+    }
+    known = {field.name for field in dataclasses.fields(trl.DPOConfig)}
+    return trl.DPOTrainer(
+        model=load_peer(folder, "float32"),
+        ref_model=None if precomputed else load_peer(folder, "float32"),
+        args=trl.DPOConfig(**{name: value for name, value in arguments.items() if name in known}),
+        train_dataset=datasets.Dataset.from_list(_records(pairs)),
+        processing_class=word_tokenizer(read_shape(folder).vocab_size),
+    )
+
+
+def _records(pairs: Mapping[str, np.ndarray]) -> list[dict[str, str]]:
+    """Texts that tokenize to the rows; every answer ends with the EOS that the trainer wants there."""
+    first = int(np.argmax(pairs["chosen_mask"][0]))
+    sides = zip(pairs["chosen"], pairs["rejected"], strict=True)
+    return [
+        {
+            "prompt": _text(chosen[:first]),
+            "chosen": _text(chosen[first:], " "),
+            "rejected": _text(rejected[first:], " "),
+        }
+        for chosen, rejected in sides
+    ]
+
+
+def _text(ids: Iterable[int], start: str = "") -> str:
+    return start + " ".join(f"[{i}]" for i in ids)

@@ -1,20 +1,26 @@
-"""Our compiled programs whose memory is compared over lengths: prefill, detection, the DPO step."""
+"""Our side of the comparisons of memory and training: prefill, detection and the DPO step as compiled programs, and our
+trainer stepped one update at a time."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float32
 
-from retmask_jax.benchmarks.models import mesh
+from retmask_jax.benchmarks import models
 from retmask_jax.generation.decode import Draws, generate_batch
+from retmask_jax.generation.language_model import load
 from retmask_jax.heads.reading import own_choices, read_batch
+from retmask_jax.model import sharding
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.sharding import plain_shapes
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.transformer import forward
+from retmask_jax.training.reference import batch_logprobs
 from retmask_jax.training.settings import Settings
 from retmask_jax.training.step import make_programs
 
@@ -23,16 +29,25 @@ _PROBED = 8  # tokens of an answer
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function with its static arguments; arguments() makes the others, and traces under `jax.eval_shape`."""
+    """A jitted function with its static arguments.
 
-    jitted: Callable
+    arguments() makes the other arguments; it can be traced by `jax.eval_shape`, so that compiling makes no array.
+    options: arguments by name.
+    """
+
+    jitted: Any
     static: Sequence[Any]
     arguments: Callable[[], Sequence[Any]]
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def compile(self) -> jax.stages.Compiled:
-        """Compiled from shapes: no array is made."""
+        """Compile the function from the shapes of its arguments."""
         return self.jitted.lower(*self.static, *jax.eval_shape(self.arguments), **self.options).compile()
+
+    def temporary_bytes(self) -> int:
+        """Bytes of temporary memory that the function needs, as the compiler reports them."""
+        report: Any = self.compile().memory_analysis()
+        return report.temp_size_in_bytes
 
 
 def prefill(config: ModelConfig, length: int) -> Program:
@@ -49,23 +64,13 @@ def prefill(config: ModelConfig, length: int) -> Program:
 
 
 def reading(config: ModelConfig, length: int) -> Program:
-    """Detection in one case of `length` tokens by reading the answer behind it."""
+    """Detection in one case of `length` tokens, in one pass over the prompt and the answer after it."""
 
     def arguments():
         rows, target = length - _PROBED + jnp.arange(_PROBED)[None], jnp.ones((1, _PROBED), jnp.int32)
         start, end = jnp.zeros(1, jnp.int32), jnp.full(1, length, jnp.int32)
-        return (
-            _params(config),
-            None,
-            jnp.ones((1, length), jnp.int32),
-            start,
-            end,
-            rows,
-            target,
-            None,
-            Interventions.none(config),
-            jnp.int32(length),
-        )
+        tokens, masks = jnp.ones((1, length), jnp.int32), normalise(config)
+        return _params(config), None, tokens, start, end, rows, target, None, masks, jnp.int32(length)
 
     return Program(read_batch, (config, own_choices, False), arguments)
 
@@ -74,46 +79,38 @@ def decoding(config: ModelConfig, length: int) -> Program:
     """Detection in one case of `length` tokens by prefill and a few probed steps."""
 
     def arguments():
-        row = jnp.zeros(1, jnp.uint32)
-        return (
-            _params(config),
-            jnp.ones((1, length), jnp.int32),
-            jnp.full(1, length, jnp.int32),
-            Interventions.none(config),
-            *Draws.of(config, (), 0.0, 1.0),
-            row,
-            row,
-        )
+        row, tokens = jnp.zeros(1, jnp.uint32), jnp.ones((1, length), jnp.int32)
+        lengths, masks = jnp.full(1, length, jnp.int32), normalise(config)
+        return _params(config), tokens, lengths, masks, Draws.of(config, (), 0.0, 1.0), row, row
 
     return Program(generate_batch, (config,), arguments, {"max_new_tokens": _PROBED, "probe": True})
 
 
 def dpo_step(config: ModelConfig, length: int, pairs: int = 1) -> Program:
-    """The gradients of pairs of rows of `length` tokens, blocks recomputed in the backward pass."""
-    programs = make_programs(config, dpo_settings(pairs, "float32"), mesh(1))
+    """The gradients of pairs of rows of `length` tokens; the backward pass recomputes each block."""
+    programs = make_programs(config, dpo_settings(pairs, "float32"), models.mesh(1))
 
     def arguments():
-        tokens, mask = jnp.ones((pairs, length), jnp.int32), jnp.ones((pairs, length), bool)
-        reference = jnp.zeros(pairs)
-        batch = {
-            "chosen": tokens,
-            "rejected": tokens,
-            "chosen_mask": mask,
-            "rejected_mask": mask,
-            "ref_chosen": reference,
-            "ref_rejected": reference,
-            "weight": jnp.full(pairs, 1 / pairs),
-        }
+        batch = {"weight": jnp.full(pairs, 1 / pairs)}
+        for side in ("chosen", "rejected"):
+            batch[side] = jnp.ones((pairs, length), jnp.int32)
+            batch[f"{side}_mask"] = jnp.ones((pairs, length), bool)
+            batch[f"ref_{side}"] = jnp.zeros(pairs)
         return _params(config), {}, batch, None
 
     return Program(programs.gradients, (), arguments)
 
 
-PROGRAMS = {"prefill": prefill, "detect by reading": reading, "detect by decoding": decoding, "dpo": dpo_step}
+PROGRAMS: dict[str, Callable[[ModelConfig, int], Program]] = {
+    "prefill": prefill,
+    "detect by reading": reading,
+    "detect by decoding": decoding,
+    "dpo": dpo_step,
+}
 
 
 def dpo_settings(pairs: int, compute_dtype: str, remat: bool = True, lora_rank: int = 0) -> Settings:
-    """RetMask's optimiser (arXiv 2601.11020) at a learning rate that shows after a step or two."""
+    """The settings of RetMask's optimiser (arXiv 2601.11020), with a learning rate that shows after a step or two."""
     return Settings(
         objective="dpo",
         learning_rate=1e-5,
@@ -130,10 +127,10 @@ def dpo_settings(pairs: int, compute_dtype: str, remat: bool = True, lora_rank: 
 
 
 def random_pairs(vocab_size: int, length: int, pairs: int) -> dict[str, np.ndarray]:
-    """Rows of one half prompt and one half answer, as `train` takes them; every answer ends with token 2."""
+    """Rows of random tokens as `train` takes them: half prompt, half answer, and every answer ends with token 2."""
     rng = np.random.default_rng(5)
     prompt = rng.integers(16, vocab_size, (pairs, length // 2))
-    sides = {}
+    sides: dict[str, np.ndarray] = {}
     for side in ("chosen", "rejected"):
         answer = rng.integers(16, vocab_size, (pairs, length - length // 2))
         answer[:, -1] = 2
@@ -142,6 +139,53 @@ def random_pairs(vocab_size: int, length: int, pairs: int) -> dict[str, np.ndarr
     return sides
 
 
-def _params(config: ModelConfig):
-    """Small constants: what a program needs of memory does not depend on the values."""
-    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), plain_shapes(config))
+class OurTrainer:
+    """Our trainer's programs on one batch, run one update at a time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        pairs: Mapping[str, np.ndarray],
+        settings: Settings,
+        mesh: Mesh | None = None,
+        reference: Float32[np.ndarray, "2 pairs"] | None = None,
+    ):
+        """Load the checkpoint and place the batch.
+
+        Args:
+            mesh: None for `models.mesh()`.
+            reference: log-probabilities of chosen and rejected answers; None for those of the checkpoint.
+        """
+        self.mesh = models.mesh() if mesh is None else mesh
+        # Frozen weights are needed in the dtype of the computation only.
+        lm = load(folder, settings.start_dtype, self.mesh)
+        self._config = lm.config
+        self._programs = make_programs(lm.config, settings, self.mesh)
+        n = settings.batch_size
+        self._batch = sharding.place_rows(self.mesh, n, lambda rows: {name: x[rows] for name, x in pairs.items()})
+        self._batch["weight"] = np.full(n, 1 / n, np.float32)
+        with sharding.using(self.mesh):
+            self._state = self._programs.begin(lm.params, 0)
+            self._frozen = self._programs.freeze(lm.params)
+        if reference is None:
+            self._start = jax.tree.map(lambda x: x.astype(settings.compute_dtype), lm.params)
+            reference = self.reference_pass()
+        self.reference = reference
+
+    def reference_pass(self) -> Float32[np.ndarray, "2 pairs"]:
+        """Log-probabilities of chosen and rejected answers under the start model."""
+        with sharding.using(self.mesh):
+            return np.stack(batch_logprobs(self._config, self._start, self._batch))
+
+    def step(self) -> dict[str, float]:
+        """Make one update and return its metrics; the loss is that before the update."""
+        batch = self._batch | {"ref_chosen": self.reference[0], "ref_rejected": self.reference[1]}
+        with sharding.using(self.mesh):
+            sums = self._programs.gradients(self._state.params, self._frozen, batch, None)
+            self._state, values = self._programs.apply(self._state, sums)
+        return {name: float(value) for name, value in values.items()}
+
+
+def _params(config: ModelConfig) -> Any:
+    """Parameters that are all one small number; the memory of a program does not depend on their values."""
+    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), sharding.plain_shapes(config))

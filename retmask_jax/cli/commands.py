@@ -12,27 +12,31 @@ from retmask_jax.aot import decoding, step
 from retmask_jax.cli import doctor
 from retmask_jax.data.pair_formats import export_pairs, iter_pairs
 from retmask_jax.generation.language_model import load, save
-from retmask_jax.heads.profile import gain_against_sparsity, profile_table
+from retmask_jax.heads.profile import profile_table
 from retmask_jax.hf import summary as inspection
 from retmask_jax.hf.hub import config_folder
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.model.sharding import split_cpu
-from retmask_jax.reports import comparison, html
-from retmask_jax.reports import panel as panel_page
-from retmask_jax.runs import results
-from retmask_jax.runs.findings import panel as side_by_side
-from retmask_jax.runs.workdir import Workdir, check_free, differing, locked, settings_of, versions
-from retmask_jax.stages.registry import (
+from retmask_jax.pipeline.registry import (
     RUN,
     STAGES,
-    STUDY,
-    Context,
+    STUDIED,
     check_batch,
     check_config,
     check_model,
     check_upstream,
     run_stage,
 )
+from retmask_jax.reports import comparison, html, plotting
+from retmask_jax.reports.comparison import COMPARISON
+from retmask_jax.reports.panels import findings, gains, page, profiles, sources
+from retmask_jax.runs.context import Context
+from retmask_jax.runs.stage import Stage
+from retmask_jax.runs.workdir import Result, Workdir, check_free, differing, locked, settings_of, versions
+from retmask_jax.stages.detect import retrieval_heads
+from retmask_jax.stages.eval import EVAL
+from retmask_jax.stages.knockout import KNOCKOUT
+from retmask_jax.stages.train import TRAIN
 from retmask_jax.training.pretrain import build
 from retmask_jax.utils.files import read_json, write_json
 from retmask_jax.utils.fingerprints import fingerprint
@@ -57,48 +61,49 @@ def study(config, root: Path, aside: bool = False) -> None:
 
     aside: as of `Workdir.open`.
     """
-    _in_order(_open(config, root, writes=True, aside=aside), STUDY, root / "study.json", root / "study.html")
+    _in_order(_open(config, root, writes=True, aside=aside), STUDIED, root / "study.json", root / "study.html")
 
 
-def _in_order(context: Context, names: Sequence[str], summary: Path, report: Path) -> None:
+def _in_order(context: Context, stages: Sequence[Stage], summary: Path, report: Path) -> None:
     """Run stages, each skipped where its inputs have not changed, and show their numbers."""
     numbers = {}
-    for name in names:
-        result, skipped = run_stage(context, name)
-        numbers |= result["numbers"]
+    for stage in stages:
+        result, ran = run_stage(context, stage)
+        numbers |= result.numbers
         if not primary():
             continue
-        state = "unchanged" if skipped else f"done in {result['seconds']:.0f} s"
-        print(f"{name:<9} {state}", flush=True)
-        if not skipped:
-            _show(name, result)
+        state = f"done in {result.seconds:.0f} s" if ran else "unchanged"
+        print(f"{stage.name:<9} {state}", flush=True)
+        if ran:
+            _show(stage.name, result)
     if not primary():
         return
     write_json(summary, numbers)
     print()
     _table({name: numbers[name] for name in context.config.headlines if name in numbers})
-    if "eval" in names:
+    if EVAL in stages:
         print("\nbefore and after training:")
-        _show("eval", context.workdir.result("eval"))
+        _show("eval", EVAL.of(context))
     print(f"every number: {summary}\nreport:       {report}")
 
 
-def one_stage(config, root: Path, name: str, aside: bool = False) -> dict:
+def one_stage(config, root: Path, name: str, aside: bool = False) -> Result:
     """One stage, on the results of those before it; returns its result. aside: as of `Workdir.open`."""
     if name == "pairs":
         _check_prompts(config)
-    context = _open(config, root, writes=True, aside=aside, model=STAGES[name].model)
+    stage = STAGES[name]
+    context = _open(config, root, writes=True, aside=aside, model=stage.needs_model)
     if name == "train":
         check_batch(config)
-    result, skipped = run_stage(context, name)
+    result, ran = run_stage(context, stage)
     if primary():
-        if skipped:
-            print(f"{name}: unchanged since {result['provenance']['created']}")
+        if not ran:
+            print(f"{name}: unchanged since {result.provenance.created}")
         _show(name, result)
     if name == "compare":
-        page_of, _ = run_stage(context, "comparison")
+        run_stage(context, COMPARISON)
         if primary():
-            print(f"page: {root / page_of['path']}")
+            print(f"page: {root / COMPARISON.of(context).path}")
     return result
 
 
@@ -124,11 +129,11 @@ def export(config, root: Path, what: str, heads: Sequence[str] | None, form: str
     context = _open(config, root, model=what == "masked")
     if what == "masked":
         if heads is None:
-            check_upstream(context, "knockout")  # whose heads are those of an up-to-date detection
-        chosen = context.heads() if heads is None else [_head(name) for name in heads]
+            check_upstream(context, KNOCKOUT)  # whose heads are those of an up-to-date detection
+        chosen = retrieval_heads(context) if heads is None else [_head(name) for name in heads]
         save(context.lm, out, mask_heads(context.lm.config, chosen))
     else:
-        runs = context.workdir.result("train")["runs"]
+        runs = TRAIN.of(context)["runs"]
         if what not in runs:
             known = ", ".join(f"{run}, pairs-{run}" for run in runs)
             raise ValueError(f"--what is {what!r}; it must be masked or one of {known}")
@@ -190,42 +195,43 @@ def examine(root: Path, as_json: bool) -> bool:
 
 
 def profile(
-    sources: Sequence[Path], kv_heads: Sequence[int], threshold: float | None, gain: str | None, out: Path | None
+    paths: Sequence[Path], kv_heads: Sequence[int], threshold: float | None, gain: str | None, out: Path | None
 ) -> None:
     """Profiles of several models as one table, and a gain against their sparsity; into a folder with pictures if wanted.
 
-    sources, kv_heads, threshold: of `results.read_models`; gain: a number of `finished.read_gains`.
+    paths, kv_heads, threshold: of `sources.read_models`; gain: a number of `sources.read_gains`.
     """
-    models = results.read_models(sources, kv_heads, threshold)
-    table = profile_table(models)
-    gains = gain_against_sparsity(results.read_gains(sources, gain)) if gain else None
-    _print_table(list(table[0]), [[row["model"], *map(html.fixed, list(row.values())[1:])] for row in table], "right")
-    if gains:
+    models = sources.read_models(paths, kv_heads, threshold)
+    rows = profile_table(models)
+    gained = gains.gain_against_sparsity(sources.read_gains(paths, gain)) if gain else None
+    cells = [[row.model, *map(html.fixed, list(vars(row).values())[1:])] for row in rows]
+    _print_table(list(vars(rows[0])), cells, "right")
+    if gained:
         print()
-        _table({f"{row['name']}: {gain}": row["gain"] for row in gains["rows"]})
-        print(gains["finding"])
+        _table({f"{run.name}: {gain}": run.gain for run in gained.rows})
+        print(gained.finding)
     if out:
-        for path in _write_profile(out, sources, models, table, gain, gains):
+        for path in _write_profile(out, paths, models, rows, gain, gained):
             print(f"wrote {path}")
 
 
-def panel(sources: Sequence[Path], task: str, closed_book: str | None, gain: str | None, out: Path | None) -> None:
+def panel(paths: Sequence[Path], task: str, closed_book: str | None, gain: str | None, out: Path | None) -> None:
     """The findings of several finished studies as one table; as panel.json and panel.html in a folder, if wanted.
 
-    task, closed_book: of `findings.panel`; gain: a number of `results.read_gains`.
+    task, closed_book: of `findings.panel`; gain: a number of `sources.read_gains`.
     """
-    members = results.read_studies(sources)
-    found = side_by_side(members, task, closed_book)
-    gains = gain_against_sparsity(results.read_gains(sources, gain)) if gain else None
-    _print_table(*panel_page.summary(found))
-    for row in found["findings"]:
-        print(panel_page.verdict(row))
-    if gains:
-        print(gains["finding"])
+    members = sources.read_studies(paths)
+    found = findings.panel(members, task, closed_book)
+    gained = gains.gain_against_sparsity(sources.read_gains(paths, gain)) if gain else None
+    _print_table(*page.summary(found))
+    for finding in found.findings:
+        print(page.sentence(finding))
+    if gained:
+        print(gained.finding)
     if out:
-        scored = results.read_models(sources)
-        write_json(out / "panel.json", found | {"gain": gain, "sparsity": gains, "versions": versions()})
-        panel_page.write_panel(out / "panel.html", found, members, scored, profile_table(scored), gain, gains)
+        scored = sources.read_models(paths)
+        write_json(out / "panel.json", vars(found) | {"gain": gain, "sparsity": gained, "versions": versions()})
+        page.write_panel(out / "panel.html", found, members, scored, profile_table(scored), gain, gained)
         print(f"wrote {out / 'panel.json'}\nwrote {out / 'panel.html'}")
 
 
@@ -253,17 +259,15 @@ def bench(name: str, out: Path | None, options: dict) -> bool:
     return not report.violated
 
 
-def _write_profile(out: Path, sources, models, table, gain, gains) -> list[Path]:
-    """profile.json and the pictures; the table says what of, by the hash of each source's scores."""
-    from retmask_jax.reports import figures, model_figures
-
-    with figures.style():
-        pictures = model_figures.write_both(model_figures.profiles(models, table), out / "profile")
-        if gains:
-            pictures += model_figures.write_both(model_figures.sparsity(gains, gain), out / "sparsity")
-    hashes = [fingerprint(source / "detect" / "scores.json" if source.is_dir() else source) for source in sources]
-    rows = [row | {"scores_hash": of_scores} for row, of_scores in zip(table, hashes, strict=True)]
-    write_json(out / "profile.json", {"models": rows, "gain": gain, "sparsity": gains, "versions": versions()})
+def _write_profile(out: Path, paths, models, rows, gain, gained) -> list[Path]:
+    """Writes profile.json, whose rows have the hash of their source's scores, and the pictures."""
+    with plotting.style():
+        pictures = profiles.write_both(profiles.profiles(models, rows), out / "profile")
+        if gained:
+            pictures += profiles.write_both(gains.sparsity(gained, gain), out / "sparsity")
+    hashes = [fingerprint(source / "detect" / "scores.json" if source.is_dir() else source) for source in paths]
+    hashed = [vars(row) | {"scores_hash": of_scores} for row, of_scores in zip(rows, hashes, strict=True)]
+    write_json(out / "profile.json", {"models": hashed, "gain": gain, "sparsity": gained, "versions": versions()})
     return [out / "profile.json", *pictures]
 
 
@@ -301,11 +305,11 @@ def _log() -> None:
     logging.getLogger("retmask_jax").setLevel(os.environ.get("RETMASK_LOG", "WARNING").upper())
 
 
-def _show(name: str, result: dict) -> None:
+def _show(name: str, result: Result) -> None:
     """A stage's table: of models side by side, or of its numbers."""
     beside = name in ("eval", "compare") and len({row["model"] for row in result["rows"]}) <= _AT_MOST
     if not beside:
-        return _table(result["numbers"])
+        return _table(result.numbers)
     _print_table(*comparison.table(result["rows"], result["metrics"]), justify="right")
     print(comparison.perplexities(result["rows"]) or "no text loss was measured")
 

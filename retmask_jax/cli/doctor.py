@@ -1,8 +1,7 @@
-"""`retmask doctor`: whether this machine can work, as it is, and what to install or to set."""
+"""`retmask doctor`: whether the package works on this machine as it is, and what to install or to set."""
 
 import dataclasses
 import glob
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -22,8 +21,9 @@ from retmask_jax.model.attention import kernel_for
 from retmask_jax.utils import memory
 from retmask_jax.utils.keys import without_secrets
 from retmask_jax.utils.progress import track
+from retmask_jax.utils.versions import NOT_INSTALLED, installed_versions
 
-# What is needed to work, then what else there may be: module -> what for, and the extra that brings it.
+# Packages without which nothing works, then optional modules: what each is for, and the extra that installs it.
 PACKAGES = ("retmask_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets")
 EXTRAS = {
     "lm_eval": ("lm-evaluation-harness: `retmask eval --lm_eval=...`", "eval"),
@@ -33,7 +33,7 @@ EXTRAS = {
     "libtpu": ("TPUs, and `retmask train --aot=...` without one", "tpu"),
     "wandb": ("`train.wandb=PROJECT`", None),
 }
-# Files that say that an accelerator is there, and the extra with which JAX uses it.
+# The extra with which JAX uses an accelerator, and files that exist where the machine has one.
 _SIGNS = {"gpu": ("/dev/nvidia[0-9]*",), "tpu": ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")}
 _TIMEOUT = 3.0  # seconds to wait for the hub
 _PROMPT, _ANSWER = "<bos> the code for anna : fig oak ash elm yew . the code for anna :", "fig"
@@ -42,7 +42,10 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A line of the page. todo: what to do about it ("": nothing); needed: without it nothing works."""
+    """A line of the page.
+
+    todo: what to do about it; "" for nothing. needed: the package does not work before `todo` is done.
+    """
 
     part: str
     name: str
@@ -52,83 +55,78 @@ class Finding:
 
 
 def examine(folder: Path) -> list[Finding]:
-    """All findings on this machine. folder: where results would be written."""
+    """Examine this machine and return all findings. folder: where results would be written."""
     return [*_software(), *_devices(), *_storage(folder), *_hub(), *_extras()]
 
 
 def rows(findings: list[Finding]) -> list[tuple[str, str, str, str]]:
-    """(part, name, value, what to do) of each, a part named once."""
+    """Rows of the table, (part, name, value, what to do); only the first row of a part names it."""
     parts = [finding.part for finding in findings]
     return [
-        ("" if i and parts[i - 1] == one.part else one.part, one.name, one.value, one.todo)
-        for i, one in enumerate(findings)
+        ("" if i and parts[i - 1] == finding.part else finding.part, finding.name, finding.value, finding.todo)
+        for i, finding in enumerate(findings)
     ]
 
 
 def failed(findings: list[Finding]) -> list[Finding]:
-    """Those without which nothing works."""
+    """The findings that keep the package from working."""
     return [finding for finding in findings if finding.needed and finding.todo]
 
 
 def _software() -> list[Finding]:
     found = [Finding("software", "Python", platform.python_version())]
-    for package in PACKAGES:
-        try:
-            found.append(Finding("software", package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            ours = package == "retmask_jax"  # which runs, or this would not
-            what = f"{__version__}, not installed" if ours else "not installed"
-            todo = "pip install -e . in its folder" if ours else f"pip install {package}"
-            found.append(Finding("software", package, what, todo, needed=not ours))
+    for package, version in installed_versions(PACKAGES).items():
+        if version != NOT_INSTALLED:
+            found.append(Finding("software", package, version))
+        elif package == "retmask_jax":  # it runs from its folder
+            value = f"{__version__}, {NOT_INSTALLED}"
+            found.append(Finding("software", package, value, "pip install -e . in its folder"))
+        else:
+            found.append(Finding("software", package, NOT_INSTALLED, f"pip install {package}", needed=True))
     return found
 
 
 def _devices() -> list[Finding]:
     try:
         devices = jax.local_devices()
-    except RuntimeError as error:  # JAX's own word for a platform that was asked for and does not start
+    except RuntimeError as error:  # from JAX, for a platform that was asked for and does not start
         todo = "unset JAX_PLATFORMS, or install the JAX that fits the device (.[gpu], .[tpu])"
         return [Finding("devices", "JAX", f"starts no device: {str(error).splitlines()[0]}", todo, needed=True)]
     kind = devices[0].device_kind
-    found = [
-        Finding(
-            "devices",
-            jax.default_backend(),
-            f"{len(devices)} x {kind}" + (f", {jax.process_count()} hosts" if jax.process_count() > 1 else ""),
-            _unused(),
-        )
-    ]
+    hosts = f", {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+    found = [Finding("devices", jax.default_backend(), f"{len(devices)} x {kind}{hosts}", _unused())]
     found += [_attention(dtype) for dtype in ("float32", "bfloat16")]
     found += [_works(device) for device in track(devices, len(devices), "devices", "device")]
     return [*found, Finding("devices", "free memory", f"{memory.limit() / _GIB:.1f} GiB on the first device")]
 
 
 def _unused() -> str:
-    """What to do where an accelerator is there that JAX does not see."""
+    """What to do if the machine has an accelerator that JAX does not use; "" if it has none."""
     if jax.default_backend() != "cpu":
         return ""
     for extra, patterns in _SIGNS.items():
         if any(glob.glob(pattern) for pattern in patterns):
-            return f"a {extra.upper()} is there and JAX does not use it: pip install 'retmask_jax[{extra}]'"
+            return f"this machine has a {extra.upper()} that JAX does not use: pip install 'retmask_jax[{extra}]'"
     return ""
 
 
 def _attention(dtype: str) -> Finding:
-    """The kernel of a long prompt on these devices, at the width of most models' heads."""
+    """The attention kernel for a long prompt on these devices, at the head width of most models."""
     chosen, unsuited = kernel_for(dtype, length=4096, width=128)
     return Finding("devices", f"attention, {dtype}", f"{chosen} kernel" + (f": cuDNN's {unsuited}" if unsuited else ""))
 
 
-def _works(device) -> Finding:
-    """Whether the bundled model copies on a device."""
+def _works(device: jax.Device) -> Finding:
+    """Whether the bundled model copies a word from its prompt on a device."""
     lm = load(BUNDLED)
     tokens = jnp.array([lm.tokenizer(_PROMPT)["input_ids"]])
     with jax.default_device(device):
         lm = lm.replace(params=jax.device_put(lm.params, device))
-        said = lm.tokenizer.decode(np.asarray(lm.generate(tokens, [tokens.shape[1]], max_new_tokens=1).tokens[0]))
-    right = said.strip() == _ANSWER
-    todo = "" if right else "jax and jaxlib (and the plug-in of the device) must be of one version: install them anew"
-    return Finding("devices", f"device {device.id}", f"the bundled model answers {said.strip()!r}", todo, needed=True)
+        generated = np.asarray(lm.generate(tokens, [tokens.shape[1]], max_new_tokens=1).tokens)
+    answer = lm.tokenizer.decode(generated[0]).strip()
+    update = "jax and jaxlib (and the plug-in of the device) must have the same version: install them again"
+    todo = "" if answer == _ANSWER else update
+    return Finding("devices", f"device {device.id}", f"the bundled model answers {answer!r}", todo, needed=True)
 
 
 def _storage(folder: Path) -> list[Finding]:
@@ -158,24 +156,16 @@ def _hub() -> list[Finding]:
         with urllib.request.urlopen(constants.ENDPOINT, timeout=_TIMEOUT):
             return [*found, Finding("hub", "access", without_secrets(f"{constants.ENDPOINT} answers"))]
     except (urllib.error.URLError, OSError, ValueError) as error:
-        why = getattr(error, "reason", error)
-        return [
-            *found,
-            Finding(
-                "hub",
-                "access",
-                without_secrets(f"{constants.ENDPOINT} does not answer ({why})"),
-                "the bundled model and local folders need no network",
-            ),
-        ]
+        reason = getattr(error, "reason", error)
+        value = without_secrets(f"{constants.ENDPOINT} does not answer ({reason})")
+        return [*found, Finding("hub", "access", value, "the bundled model and local folders need no network")]
 
 
 def _extras() -> list[Finding]:
     found = []
-    for module, (what, extra) in EXTRAS.items():
-        there = importlib.util.find_spec(module) is not None
+    for module, (purpose, extra) in EXTRAS.items():
+        installed = importlib.util.find_spec(module) is not None
         install = f"pip install 'retmask_jax[{extra}]'" if extra else f"pip install {module}"
-        found.append(
-            Finding("extras", module, f"{'there' if there else 'not there'}: {what}", "" if there else install)
-        )
+        state = "installed" if installed else NOT_INSTALLED
+        found.append(Finding("extras", module, f"{state}: {purpose}", "" if installed else install))
     return found

@@ -30,10 +30,11 @@ _JOINERS = "\u200c\u200d"  # inside words of Persian and of the scripts of India
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in any script, case folded, without punctuation: what `holds` compares.
+    """Returns the words of a text in any script, case folded and without punctuation, as `holds` compares them.
 
     In scripts without spaces (Chinese, Japanese, Thai, ...) each character is a word, with the marks that belong to it.
-    Compatible forms are one (NFKC: full-width letters, composed accents), and so are the decimal digits of all scripts.
+    Compatible forms are equal (NFKC: full-width letters, composed accents), and so are the decimal digits of all
+    scripts.
 
     >>> words("Die Straße, 12 km"), words("東京はA1")
     (['die', 'strasse', '12', 'km'], ['東', '京', 'は', 'a1'])
@@ -44,7 +45,7 @@ def words(text: str) -> list[str]:
 
 
 def holds(text: str, part: str) -> bool:
-    """Whether the words of `part`, at least one, occur in `text` one after another.
+    """Returns whether the words of `part`, at least one, occur in `text` in a row.
 
     >>> holds("In the cat, he said", "THE CAT"), holds("concatenate", "cat"), holds("首都は東京です", "東京")
     (True, False, True)
@@ -54,13 +55,15 @@ def holds(text: str, part: str) -> bool:
 
 
 def rouge1_recall(answer: str, reference: str) -> float:
-    """ROUGE-1 recall of answer against reference, 0 to 1, with stems of English words, over `rouge_tokens`."""
+    """Returns the ROUGE-1 recall, from 0 to 1, of an answer against a reference, over `rouge_tokens`."""
     return _scorer().score(reference, answer)["rouge1"].recall
 
 
 def rouge_tokens(text: str) -> list[str]:
-    """Tokens of ROUGE: those of rouge-score with its stemmer where all letters and digits are ASCII, which knows no
-    others; elsewhere words in any script as in `words`, but parted at "_" and at signs such as "½" as there.
+    """Returns the tokens that ROUGE counts.
+
+    ASCII text is split by rouge-score's tokenizer, with its stemmer for English; it knows no other letters. Other text
+    is split as in `words`, but also at "_" and at signs such as "½", as rouge-score does.
 
     >>> rouge_tokens("She walked 2 miles"), rouge_tokens("Она шла")
     (['she', 'walk', '2', 'mile'], ['она', 'шла'])
@@ -75,7 +78,7 @@ _ROUGE = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl"}
 
 
 class _Tokenizer:
-    """What rouge-score takes as a tokenizer."""
+    """`rouge_tokens` in the form that rouge-score takes."""
 
     def tokenize(self, text: str) -> list[str]:
         return rouge_tokens(text)
@@ -96,7 +99,8 @@ def _english():
 
 
 def _split(text: str, of_words) -> list[str]:
-    """Runs of the characters that are of words; those of scripts without spaces one by one, marks with what they follow."""
+    """Runs of characters for which of_words holds. Characters of scripts without spaces stand alone; marks stay with
+    the character before them."""
     text = "".join(char if of_words(char) or char in _JOINERS else " " for char in text)
     tokens: list[str] = []
     last = ""  # the kind of the character before: "word", "character", or "" where no token is open

@@ -1,4 +1,4 @@
-"""Conversations, lists of {"role", "content"}, from the forms in which they are stored."""
+"""Conversations, lists of turns {"role", "content"}, read from the forms in which others store them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,10 +7,14 @@ ROLES = ("system", "user", "assistant")
 
 
 def turns(stored: Any) -> Iterator[dict[str, str]]:
-    """The turns of a stored conversation, checked as they are asked for.
+    """Yields the turns of a stored conversation, each checked when it is yielded.
 
-    A text is one user turn; a list holds turns; a mapping of two lists, roles and contents, is TFDS's form of one.
-    Text may come as bytes. Raises ValueError where a turn is none.
+    Args:
+        stored: A text, which is one user turn; a list of turns; or a mapping of two lists, roles and contents, as TFDS
+            stores a list of turns. Texts may be bytes.
+
+    Raises:
+        ValueError: A turn is not {role, content} with a known role and a text.
     """
     stored = as_text(stored)
     if isinstance(stored, str):
@@ -26,13 +30,13 @@ def turns(stored: Any) -> Iterator[dict[str, str]]:
 
 
 def record_id(stored: dict, default: str) -> str:
-    """What a record is called: its id or conversation_id, else the default."""
+    """Returns the id or conversation_id of a record, else the default."""
     own = next((stored[name] for name in ("id", "conversation_id") if stored.get(name) is not None), default)
     return str(as_text(own))
 
 
 def as_text(value: Any) -> Any:
-    """Bytes as the text they are, anything else as it is."""
+    """Returns bytes as text, and anything else unchanged."""
     return value.decode() if isinstance(value, bytes) else value
 
 
@@ -44,5 +48,5 @@ def _turn(turn: Any, number: int) -> dict[str, str]:
         raise ValueError(f"turn {number} of the conversation has the role {role!r}; roles are {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise ValueError(f"turn {number} of the conversation has no text as its content but {content!r}")
-    # Of the constants, so that a file of many turns holds each name once.
+    # The constant instead of the text that was read: all turns of a large file then share it.
     return {"role": ROLES[ROLES.index(role)], "content": content}

@@ -1,13 +1,14 @@
-"""Needle cases: a needle sentence in a haystack, a question at the end, and the exact token span of the answer.
+"""Needle cases: a needle sentence in a haystack, a question, and the exact token span of the answer in the needle.
 
-What a case is made of (`Spec`: order of the haystack, needle, depth, distractors) depends on the seed alone, never on
-a tokenizer, so that two models get the same cases.
+What a case is made of (`Spec`: order of the haystack, needle, depth, distractors) depends on the seed and never on a
+tokenizer, so that all models get the same cases.
 """
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +22,11 @@ _SENTENCE_END = re.compile(r"(?<=[.!?।॥۔؟])\s+|(?<=[。！？])\s*")  # al
 
 @dataclasses.dataclass(frozen=True)
 class Needle:
-    """A statement, the question it answers and the part of it that is the answer.
+    """A statement, the question that it answers, and the answer, which is a part of the statement.
 
-    key: what the statement is about; sentences of the haystack that mention it are left out. memory: the answer the
-    model gives without the context, where that is known.
+    Attributes:
+        key: What the statement is about; sentences of the haystack that mention it are left out.
+        memory: The answer the model gives without the context, where that is known.
     """
 
     needle: str
@@ -36,7 +38,7 @@ class Needle:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What one case is made of, independent of any tokenizer. length counts the tokens of the whole prompt."""
+    """What one case is made of, independent of any tokenizer. `length` is the number of tokens of the whole prompt."""
 
     length: int
     depth: float
@@ -47,9 +49,12 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A prompt with the token span [start, end) of the needle's answer part (0, 0 where there is no needle).
+    """A prompt in tokens, with spans [start, end) of tokens.
 
-    statement, question: spans of the whole needle and of the question; (0, 0) where they are not in the prompt as such.
+    Attributes:
+        span: Span of the answer in the needle, (0, 0) if the prompt has no needle.
+        statement: Span of the whole needle, (0, 0) if the prompt has none.
+        question: Span of the question, (0, 0) if the chat template has changed its text.
     """
 
     tokens: tuple[int, ...]
@@ -61,7 +66,7 @@ class Case:
 
 
 def read_sentences(path: str | Path) -> list[str]:
-    """The sentences of a text file; ValueError if it is missing, not UTF-8 or empty."""
+    """Returns the sentences of a text file; ValueError if it is missing, not UTF-8 or empty."""
     sentences = [s.strip() for s in _SENTENCE_END.split(read_text(Path(path), "haystack file")) if s.strip()]
     if not sentences:
         raise ValueError(f"haystack file {path} has no text")
@@ -69,13 +74,15 @@ def read_sentences(path: str | Path) -> list[str]:
 
 
 def read_needles(path: str | Path) -> list[Needle]:
-    """Needles of a JSONL file with needle, question and answer (or real_needle), and optionally key and memory.
+    """Returns the needles of a JSONL file with needle, question and answer (or real_needle), and optionally key and
+    memory.
 
-    Raises ValueError naming file and line for a record that lacks question or answer, or has another value than a text.
+    Raises:
+        ValueError: A record, named by file and line, lacks question or answer, or a value is not a text.
     """
     needles = []
     for number, record in iter_records(Path(path)):
-        texts = {name: record.get(name) for name in ("needle", "question", "answer", "key", "memory")}
+        texts: dict[str, Any] = {name: record.get(name) for name in ("needle", "question", "answer", "key", "memory")}
         texts["answer"] = record.get("answer", record.get("real_needle"))
         if texts["question"] is None or texts["answer"] is None:
             raise ValueError(f"{path}, line {number}: a needle has question and answer, this one {sorted(record)}")
@@ -90,7 +97,8 @@ def read_needles(path: str | Path) -> list[Needle]:
 
 
 def check_words(needle: Needle, where: str | None = None) -> None:
-    """ValueError, which says where, for a needle whose answer has no words that an answer could be compared with."""
+    """Raises ValueError for a needle whose answer has no letter or digit; `where` says where it is from, for the
+    message."""
     for name, text in (("answer", needle.answer), ("memory", needle.memory or None)):
         if text is not None and not rouge_tokens(text):
             where = where or f"needle {needle.needle or needle.question!r}"
@@ -106,9 +114,13 @@ def draw_specs(
     distractors: int = 0,
     seed: int = 0,
 ) -> list[Spec]:
-    """Specs of the full grid lengths x depths x needles, or of per_length cases a length with depths in turn.
+    """Draws the specs of cases.
 
-    distractors: how many other needles stand in the same haystack.
+    Args:
+        lengths: Tokens of a prompt.
+        depths: Shares of the haystack before the needle.
+        per_length: Cases for each length, with depths and needles in turn; None for all depths x needles.
+        distractors: How many other needles are put into the same haystack.
     """
     rng = np.random.default_rng(seed)
     cells = []
@@ -133,53 +145,26 @@ def build_cases(
     shuffle: bool = True,
     at_start: bool = False,
 ) -> list[Case]:
-    """The cases of specs, each as near below its length as whole sentences allow.
+    """Returns the cases of specs, each filled with whole sentences up to its length.
 
-    shuffle: order the haystack's sentences by the spec's seed, else keep the text's order. at_start: put the needle
-    at the very start unless the depth is 1, as the detector released with arXiv 2601.11020 did. Raises ValueError if a
-    length has no room for needle and question, the answer part cannot be located, or an answer has no words.
+    Args:
+        sentences: The haystack.
+        shuffle: Whether the sentences are in random order, by the spec's seed, instead of the text's order.
+        at_start: Whether the needle is put at the very start unless the depth is 1, as in the detector released with
+            arXiv 2601.11020.
+
+    Raises:
+        ValueError: A length has no room for needle and question, the answer is not found in the needle exactly once, or
+            it has no letter or digit.
     """
     _check_used(needles, specs)
     sizes = _sizes(prompter, sentences)
-    specs = track(specs, len(specs), "needle cases", "case")
-    return [_build(prompter, sentences, sizes, needles, spec, shuffle, at_start) for spec in specs]
-
-
-def paired_cases(
-    prompters: Mapping[str, Prompter],
-    sentences: Sequence[str],
-    needles: Sequence[Needle],
-    specs: Sequence[Spec],
-    *,
-    shuffle: bool = True,
-    at_start: bool = False,
-) -> tuple[dict[str, list[Case]], list[str]]:
-    """The cases of the same specs for several models by name: ({name: cases}, a line for each spec that was dropped).
-
-    A spec that cannot be built for one model is dropped for all, so that case i is the same case in every list. Options
-    as in `build_cases`. Raises ValueError where no spec is left, and for an answer without words.
-    """
-    _check_used(needles, specs)
-    sizes = {name: _sizes(prompter, sentences) for name, prompter in prompters.items()}
-    kept: dict[str, list[Case]] = {name: [] for name in prompters}
-    dropped = []
-    for number, spec in enumerate(specs):
-        built, name = {}, ""
-        try:
-            for name, prompter in prompters.items():
-                built[name] = _build(prompter, sentences, sizes[name], needles, spec, shuffle, at_start)
-        except ValueError as error:
-            dropped.append(f"spec {number}, {name}: {error}")
-            continue
-        for name, case in built.items():
-            kept[name].append(case)
-    if len(dropped) == len(specs) > 0:
-        raise ValueError(f"none of {len(specs)} cases can be built for all of {', '.join(prompters)} ({dropped[0]})")
-    return kept, dropped
+    shown = track(specs, len(specs), "needle cases", "case")
+    return [_build(prompter, sentences, sizes, needles, spec, shuffle, at_start) for spec in shown]
 
 
 def question_case(prompter: Prompter, needle: Needle) -> Case:
-    """A case without any context: what does the model answer from memory? ValueError for an answer without words."""
+    """Returns a case without context, which asks what the model answers from memory; errors as of `check_words`."""
     check_words(needle)
     text = prompter.render("", needle.question)
     tokens, offsets = prompter.encode(text)
@@ -188,24 +173,31 @@ def question_case(prompter: Prompter, needle: Needle) -> Case:
 
 
 def answer_span(text: str, offsets: Sequence[tuple[int, int]], needle: Needle) -> tuple[int, int]:
-    """Token span [start, end) of the needle's answer part in a rendered prompt.
+    """Returns the span [start, end) of the tokens of the needle's answer in a prompt.
 
-    The needle is found by its characters, case-insensitively, and so is the answer inside it; ValueError if either is
-    absent or ambiguous.
+    The needle is looked up in the text, and the answer in the needle, without regard to case.
+
+    Args:
+        text: The rendered prompt.
+        offsets: Range of characters of each token.
+
+    Raises:
+        ValueError: Needle or answer does not occur exactly once.
     """
-    needle_at = _only(text, needle.needle, "the needle")
-    answer_at = needle_at + _only(needle.needle, needle.answer, "the answer part")
+    needle_at = _find_once(text, needle.needle, "the needle")
+    answer_at = needle_at + _find_once(needle.needle, needle.answer, "the answer part")
     return _tokens_of(offsets, answer_at, len(needle.answer))
 
 
 def question_span(prompter: Prompter, text: str, offsets: Sequence[tuple[int, int]], needle: Needle) -> tuple[int, int]:
-    """Token span [start, end) of the question in a rendered prompt, (0, 0) where a template has changed its text.
+    """Returns the span [start, end) of the question's tokens in a prompt, (0, 0) where a template has changed its text.
 
-    Where its words occur in the context, too, the prompt's format tells on which side of it the question is.
+    If the context holds the same words, the prompt's format decides whether their first or last occurrence is the
+    question.
     """
     question = needle.question.strip()
-    behind = prompter.prompt.rfind("{question}") > prompter.prompt.rfind("{context}")
-    found = text.rfind(question) if behind else text.find(question)
+    last = prompter.prompt.rfind("{question}") > prompter.prompt.rfind("{context}")
+    found = text.rfind(question) if last else text.find(question)
     return (0, 0) if found < 0 or not question else _tokens_of(offsets, found, len(question))
 
 
@@ -241,7 +233,7 @@ def _build(prompter, sentences, sizes, needles, spec, shuffle, at_start) -> Case
         text = prompter.render(context, needle.question)
         return text, *prompter.encode(text)
 
-    # Sentences can cost a token more or less together than apart.
+    # Tokens of sentences side by side may be some more or fewer than those of each alone.
     text, tokens, offsets = build(count)
     while len(tokens) > spec.length and count > 0:
         count -= 1
@@ -249,13 +241,13 @@ def _build(prompter, sentences, sizes, needles, spec, shuffle, at_start) -> Case
     while count < len(order) and len((longer := build(count + 1))[1]) <= spec.length:
         count += 1
         text, tokens, offsets = longer
-    statement = _tokens_of(offsets, _only(text, needle.needle, "the needle"), len(needle.needle))
+    statement = _tokens_of(offsets, _find_once(text, needle.needle, "the needle"), len(needle.needle))
     question = question_span(prompter, text, offsets, needle)
     return Case(tuple(tokens), answer_span(text, offsets, needle), needle, spec, statement, question)
 
 
 def _plant(hay: list[str], planted: list[str], places, needle: str, depth: float) -> str:
-    """The haystack with distractors at their places and the needle behind the share `depth` of its sentences."""
+    """The haystack with distractors at their places and the needle after the share `depth` of its sentences."""
     for place, sentence in sorted(zip(places, planted, strict=True), reverse=True):
         hay.insert(int(place * (len(hay) + 1)), sentence)
     hay.insert(round(depth * len(hay)), needle)
@@ -263,7 +255,7 @@ def _plant(hay: list[str], planted: list[str], places, needle: str, depth: float
 
 
 def _distractors(rng, needles, needle: int, n: int) -> tuple[int, ...]:
-    """n other needles with keys of their own."""
+    """n other needles, no two of which have the same key."""
     chosen, keys = [], {needles[needle].key}
     for i in rng.permutation(len(needles)):
         if len(chosen) == n:
@@ -282,7 +274,7 @@ def _tokens_of(offsets, first: int, length: int) -> tuple[int, int]:
     return inside[0], inside[-1] + 1
 
 
-def _only(text: str, part: str, what: str) -> int:
+def _find_once(text: str, part: str, what: str) -> int:
     found = [match.start() for match in re.finditer(re.escape(part), text, re.IGNORECASE)] if part else []
     if len(found) != 1:
         raise ValueError(f"{what} {part!r} occurs {len(found)} times in {text[:80]!r}..., it must occur exactly once")

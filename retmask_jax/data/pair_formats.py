@@ -1,4 +1,4 @@
-"""Pairs in the forms that others use, in and out: JSONL as RetMask and TRL read it, and TFDS sets for Grain."""
+"""Pairs read and written in the forms that others use: JSONL of RetMask and TRL, and TFDS sets for Grain."""
 
 import dataclasses
 import json
@@ -15,19 +15,23 @@ SIDES = ("chosen", "rejected")
 
 
 def read_pairs(source: str | Path) -> list[dict]:
-    """Every pair of the JSONL files (.gz or not) that a path or glob names, as `iter_pairs`."""
+    """Returns every pair of the JSONL files (.gz or not) that a path or glob names, as a list; see `iter_pairs`."""
     return list(iter_pairs(source))
 
 
 def iter_pairs(source: str | Path) -> Iterator[dict]:
-    """Pairs {id, messages, chosen, chosen_finished, rejected, rejected_finished}, read as they are asked for.
+    """Yields pairs {id, messages, chosen, chosen_finished, rejected, rejected_finished} from JSONL files.
 
-    chosen_stop and rejected_stop, the ids that ended the answers, are there where the line has them.
+    chosen_stop and rejected_stop, the ids that ended the answers, are included if the line has them. A line is such a
+    record; or {conversation_id, chosen, rejected} with whole conversations, as RetMask has it; or {prompt, chosen,
+    rejected} with texts or turns, as TRL has it. An answer is finished unless its record says otherwise. The
+    reasoning_content of a turn is put before its content, in the tags that Qwen3 uses.
 
-    Each line is such a record; or one of RetMask's, {conversation_id, chosen, rejected} with whole conversations; or
-    one of TRL's with its prompt apart, {prompt, chosen, rejected}, as texts or as turns. An answer is finished unless
-    its record says otherwise. A turn's reasoning_content goes before its content, in the tags Qwen3 gives it.
-    Raises ValueError naming file and line for a line that is none of these.
+    Args:
+        source: A path or glob, .gz or not.
+
+    Raises:
+        ValueError: A line, named by file and number, is in none of these forms.
     """
     for path in matching(Path(source)):
         for number, stored in iter_jsonl(path):
@@ -38,10 +42,12 @@ def iter_pairs(source: str | Path) -> Iterator[dict]:
 
 
 def write_released(path: str | Path, records: Iterable[dict]) -> None:
-    """Write pairs as RetMask's DPO script and TRL read them: {conversation_id, chosen, rejected}, whole conversations.
+    """Writes pairs as RetMask's DPO script and TRL read them: {conversation_id, chosen, rejected}, whole conversations.
 
-    More fields say whether the answers are finished and which ids ended them, for `read_pairs`; TRL leaves them alone.
-    Raises ValueError for a pair of equal answers, in which TRL would find no end of the prompt.
+    Further fields, which TRL ignores, tell `read_pairs` whether the answers are finished and which ids ended them.
+
+    Raises:
+        ValueError: The answers of a pair are equal; TRL would then not find the end of the prompt.
     """
     write_jsonl(Path(path), map(_released, records))
 
@@ -75,13 +81,13 @@ def _pair(stored: Any, default_id: str) -> dict:
 
 
 def _conversation(side: str, stored: Any, apart: Any) -> tuple[list[dict], str]:
-    """(prompt, answer) of one side; apart: the prompt where it has a field of its own."""
+    """(prompt, answer) of one side; apart: the prompt, if the record has a separate field for it."""
     prompt = [] if apart is None else list(turns(apart))
     before, answer = ([], stored) if isinstance(stored, str) else _split(side, stored)
     if before and prompt and before != prompt:
         raise ValueError(f"the prompt differs from the beginning of the conversation in {side}")
     if not before and not prompt:
-        raise ValueError(f"{side} holds the answer only: messages or prompt is needed beside it")
+        raise ValueError(f"{side} holds the answer only: messages or prompt is needed, too")
     return before or prompt, answer
 
 
@@ -97,7 +103,7 @@ def _split(side: str, stored: Any) -> tuple[list[dict], str]:
 
 
 def _stops(stored: dict) -> dict[str, int]:
-    """The ids that ended the answers, where the record has them."""
+    """The ids that ended the answers, if the record has them."""
     stops = {name: stored[name] for name in (f"{side}_stop" for side in SIDES) if stored.get(name) is not None}
     for name, value in stops.items():
         if type(value) is not int or value < 0:
@@ -115,7 +121,7 @@ def _flag(stored: dict, name: str) -> bool:
 NAME = "retmask_pairs"
 FORMATS = ("released", "tfds")
 
-_VERSIONS = ("1.1.0", "1.0.0")  # the one that is written, and an older one without stop ids that is read
+_VERSIONS = ("1.1.0", "1.0.0")  # the version that is written, and an older one without stop ids that is still read
 _TEXTS = ("id", "messages", "chosen", "rejected")
 _FLAGS = ("chosen_finished", "rejected_finished")
 _STOPS = ("chosen_stop", "rejected_stop")  # ids that ended the answers
@@ -124,7 +130,7 @@ _NO_STOP = -1
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceSource:
-    """Pairs by number, as `grain.MapDataset.source` takes them; stored: the TFDS source of them."""
+    """Pairs by index, as `grain.MapDataset.source` takes them; `stored` is the data source of TFDS."""
 
     stored: Sequence[dict]
 
@@ -140,7 +146,11 @@ class PreferenceSource:
 
 
 def export_pairs(records: Iterable[dict], out: str | Path, format: str) -> None:
-    """Write pairs of `read_pairs`: "released" to a JSONL file (see `write_released`), "tfds" into a folder."""
+    """Writes pairs of `read_pairs`.
+
+    Args:
+        format: "released" for a JSONL file, see `write_released`; "tfds" for a folder, see `build_dataset`.
+    """
     if format not in FORMATS:
         raise ValueError(f"pairs are not written as {format!r}: choose {' or '.join(FORMATS)}")
     write = write_released if format == "released" else build_dataset
@@ -148,10 +158,12 @@ def export_pairs(records: Iterable[dict], out: str | Path, format: str) -> None:
 
 
 def build_dataset(folder: str | Path, records: Iterable[dict]) -> None:
-    """Make the TFDS set `retmask_pairs` in a folder, pair i of the records as its item i.
+    """Writes the TFDS set `retmask_pairs` into a folder, pair i of the records as its item i.
 
-    `preference_source(folder)` reads it, and so does tfds.data_source("retmask_pairs", split="train",
-    data_dir=folder). Raises ValueError if the folder has such a set.
+    `preference_source(folder)` reads it, and so does tfds.data_source("retmask_pairs", split="train", data_dir=folder).
+
+    Raises:
+        ValueError: The folder has such a set already.
     """
     if (Path(folder) / NAME).exists():
         raise ValueError(f"{folder} has pairs already ({NAME}/): name another folder, or remove them")
@@ -159,19 +171,20 @@ def build_dataset(folder: str | Path, records: Iterable[dict]) -> None:
 
 
 def preference_source(folder: str | Path) -> PreferenceSource:
-    """The pairs of a folder that `build_dataset` filled; ValueError if there are none."""
+    """Returns the pairs that `build_dataset` wrote into a folder; ValueError if there are none."""
     import tensorflow_datasets as tfds
 
     paths = [path for version in _VERSIONS if (path := Path(folder) / NAME / version).is_dir()]
     if not paths:
         raise ValueError(f"{folder} has no pairs ({NAME}/{_VERSIONS[0]}/): export them with the format tfds")
-    return PreferenceSource(tfds.builder_from_directory(paths[0]).as_data_source("train"))
+    builder: Any = tfds.builder_from_directory(paths[0])
+    return PreferenceSource(builder.as_data_source("train"))
 
 
 def _builder(folder: str | Path, records: Iterable[dict]):
     import tensorflow_datasets as tfds
 
-    # Not registered: TFDS then reads the set from its files, wherever this package is not installed as well.
+    # Not registered, so that TFDS can read the set from its files where this package is not installed.
     class RetmaskPairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(_VERSIONS[0])
 

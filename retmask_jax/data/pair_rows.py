@@ -1,4 +1,9 @@
-"""Preference pairs as token rows: encoded once, kept on disk, and put into batches of a few widths."""
+"""Preference pairs as token rows: encoded once, written to disk, and put into batches of a few widths.
+
+Rows are memory-mapped arrays and not records of a store (utils/store.py): a million pairs are gigabytes of integers
+that training reads at random positions, and as JSON they would be several times larger and parsed at every access. They
+are written in one piece and belong to one identity, which is checked in the same way.
+"""
 
 import contextlib
 import dataclasses
@@ -10,24 +15,30 @@ from typing import Any
 
 import numpy as np
 
+from retmask_jax.data.pair_formats import SIDES
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.hf.end_tokens import Ends
 from retmask_jax.utils.files import read_json, write_json
 from retmask_jax.utils.hosts import first_alone
+from retmask_jax.utils.store import check_identity
 
-SIDES = ("chosen", "rejected")
 _WIDTH_STEP = 64
-# What is tokenized together: a tokenizer returns some hundred bytes for each token.
+# Limits of what is tokenized in one call: a tokenizer returns some hundred bytes for each token.
 _RECORDS, _CHARACTERS = 1024, 2**22
 _FILES = {"flat": np.int32, "bounds": np.int64, "ids": np.uint8, "id_ends": np.int64}
 
 
 @dataclasses.dataclass(frozen=True)
 class PairRows:
-    """N pairs in one flat array: pair i is prompt, chosen and rejected answer between its bounds i64[N,4].
+    """N pairs in one flat array of tokens. The arrays may be memory-mapped; then only what is used is read from disk.
 
-    ids: of the records. cut, prompts_cut: how many answers and prompts were shortened. Arrays may be memory-mapped:
-    of a file on disk only what is asked for is read.
+    Attributes:
+        ids: Id of each pair's record.
+        flat: Tokens i32 of all pairs.
+        bounds: i64[N,4], where prompt, chosen answer and rejected answer of a pair begin in `flat`, and where the pair
+            ends.
+        cut: How many answers were shortened.
+        prompts_cut: How many prompts were shortened.
     """
 
     ids: Sequence[str]
@@ -45,8 +56,12 @@ class PairRows:
         prompt, chosen, rejected = np.diff(self.bounds, axis=1).T
         return prompt + np.maximum(chosen, rejected)
 
-    def padded(self, pairs: Sequence[int], width: int, pad_id: int) -> dict[str, np.ndarray]:
-        """{"chosen", "rejected": i32[n,width], "chosen_mask", "rejected_mask": bool[n,width], the answers' tokens}."""
+    def padded(self, pairs: Sequence[int] | np.ndarray, width: int, pad_id: int) -> dict[str, np.ndarray]:
+        """Returns rows of some pairs, padded to a width.
+
+        Keys are chosen and rejected, i32[n,width], and chosen_mask and rejected_mask, bool[n,width], which are True at
+        the tokens of the answers.
+        """
         out = {side: np.full((len(pairs), width), pad_id, np.int32) for side in SIDES}
         out |= {f"{side}_mask": np.zeros((len(pairs), width), bool) for side in SIDES}
         for row, pair in enumerate(pairs):
@@ -61,36 +76,24 @@ class PairRows:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Pairs that pass through the model together, padded to `width` tokens."""
+    """Indices of pairs that pass through the model together, padded to `width` tokens."""
 
     pairs: np.ndarray
     width: int
 
 
-def encode_pairs(
-    prompter: Prompter, records: Iterable[dict], *, ends: Ends, max_tokens: int, max_prompt_tokens: int
-) -> PairRows:
-    """Records {id, messages, chosen, rejected, ...} as token rows, all in memory.
-
-    Prompts beyond max_prompt_tokens keep their end, answers are cut where the whole exceeds max_tokens. A finished
-    answer ends as `ends` says; one that was cut off, when it was sampled or here, has no end: a model is not taught to
-    stop in mid-sentence.
-    """
-    blocks = encode_blocks(prompter, records, ends=ends, max_tokens=max_tokens, max_prompt_tokens=max_prompt_tokens)
-    done, offset = list(blocks), 0
-    bounds = [np.zeros((0, 4), np.int64)]
-    for block in done:
-        bounds.append(block.bounds + offset)
-        offset += len(block.flat)
-    flat = np.concatenate([np.zeros(0, np.int32), *(block.flat for block in done)])
-    ids = [i for block in done for i in block.ids]
-    return PairRows(ids, flat, np.concatenate(bounds), *_cuts(done))
-
-
 def encode_blocks(
     prompter: Prompter, records: Iterable[dict], *, ends: Ends, max_tokens: int, max_prompt_tokens: int
 ) -> Iterator[PairRows]:
-    """The rows of `encode_pairs` in blocks, as the records are read: one block of records is held at a time."""
+    """Yields records {id, messages, chosen, rejected, ...} as token rows, in blocks while the records are read.
+
+    One block of records is in memory at a time. A finished answer ends with the token that `ends` gives. An answer that
+    was cut off, when it was sampled or here, gets no such token, so that a model is not taught to stop in mid-sentence.
+
+    Args:
+        max_tokens: Longest prompt with its answer; longer answers lose their end.
+        max_prompt_tokens: Longest prompt; longer ones lose their beginning.
+    """
     for part in _blocks(records):
         prompts = prompter.encode_many([prompter.render_messages(record["messages"]) for record in part])
         answers = [_answers(prompter.tokenizer, part, side, ends) for side in SIDES]
@@ -110,12 +113,17 @@ def encode_blocks(
 
 
 def kept_rows(folder: Path, identity: dict[str, Any], blocks: Callable[[], Iterable[PairRows]]) -> PairRows:
-    """The rows kept in folder, memory-mapped; where there are none, those of blocks() are written there first.
+    """Returns the rows in a folder, memory-mapped; if there are none, writes those of blocks() there first.
 
-    Only the first host encodes and writes: every block is appended to the files as it comes, and rows.json, which says
-    that they are whole, is written last. identity: what the rows depend on, such as hashes of tokenizer, template and
-    data. Raises ValueError where the rows in the folder are of another identity, naming what differs, and on every host
-    what blocks() raises on the first.
+    Only the first host encodes and writes. It appends each block to the files as it comes, and writes rows.json last,
+    which marks them as complete.
+
+    Args:
+        identity: What the rows depend on, such as hashes of tokenizer, template and data.
+
+    Raises:
+        ValueError: The rows in the folder have another identity, or blocks() raises it on the first host; all hosts
+            raise it.
     """
     about = folder / "rows.json"
 
@@ -133,7 +141,7 @@ def kept_rows(folder: Path, identity: dict[str, Any], blocks: Callable[[], Itera
 
 
 def _append(folder: Path, blocks: Iterable[PairRows]) -> dict[str, Any]:
-    """Write the blocks one after the other into the files of a folder; returns what rows.json says of them."""
+    """Writes the blocks one after the other into the files of a folder; returns the facts for rows.json."""
     folder.mkdir(parents=True, exist_ok=True)
     cuts, sizes = np.zeros(2, int), dict.fromkeys(_FILES, 0)
     with contextlib.ExitStack() as stack:
@@ -153,7 +161,7 @@ def _append(folder: Path, blocks: Iterable[PairRows]) -> dict[str, Any]:
             cuts += block.cut, block.prompts_cut
         for file in files.values():
             file.flush()
-            os.fsync(file.fileno())  # what rows.json says must be there
+            os.fsync(file.fileno())  # before rows.json says that it is complete
     return {"cut": int(cuts[0]), "prompts_cut": int(cuts[1]), "sizes": sizes}
 
 
@@ -162,7 +170,7 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def _mapped(path: Path, dtype, size: int) -> np.ndarray:
-    """A file of numbers, memory-mapped; ValueError if it does not hold so many."""
+    """A file of numbers, memory-mapped; ValueError if it does not hold `size` numbers."""
     held = path.stat().st_size if path.exists() else 0
     if held != size * np.dtype(dtype).itemsize:
         raise ValueError(
@@ -172,8 +180,8 @@ def _mapped(path: Path, dtype, size: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Texts(Sequence):
-    """Texts in one array of bytes u8; ends i64[N]."""
+class _Texts(Sequence[str]):
+    """Texts in one array of bytes u8, and where each of them ends, i64[N]."""
 
     data: np.ndarray
     ends: np.ndarray
@@ -181,29 +189,19 @@ class _Texts(Sequence):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, i: int) -> str:
+    def __getitem__(self, i: int) -> str:  # pyrefly: ignore[bad-override]  (no slices are taken)
         end = int(self.ends[i])
         i %= len(self.ends)
         return self.data[int(self.ends[i - 1]) if i else 0 : end].tobytes().decode()
 
 
-def _cuts(blocks: Sequence[PairRows]) -> tuple[int, int]:
-    return sum(block.cut for block in blocks), sum(block.prompts_cut for block in blocks)
+def batches(n: int, batch_size: int, seed: int) -> Any:
+    """Returns an endless iterator over indices of pairs, i64[batch_size], with `get_state` and `set_state`.
 
+    Each epoch is shuffled anew, and all hosts get the same batches.
 
-def check_identity(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise ValueError where what a file was made from is not what it would be made from now."""
-    changed = [name for name in wanted if stored.get(name) != wanted[name]]
-    if changed:
-        shown = ", ".join(f"{name} {stored.get(name)}, now {wanted[name]}" for name in changed)
-        raise ValueError(f"{path} was made with another {shown}: delete it to make it again")
-
-
-def batches(n: int, batch_size: int, seed: int):
-    """An endless iterator over i64[batch_size] pair numbers with `get_state` and `set_state`; each epoch has its own
-    shuffle, and what comes is the same on every host.
-
-    Raises ValueError if there are fewer pairs than a batch.
+    Raises:
+        ValueError: There are fewer than batch_size pairs.
     """
     import grain
 
@@ -214,15 +212,21 @@ def batches(n: int, batch_size: int, seed: int):
 
 
 def widths(rows: PairRows, n: int, most: int) -> list[int]:
-    """At most n widths, evenly spaced up to that of the longest pair, none above `most`: each is a compiled program."""
+    """Returns at most n widths, evenly spaced up to that of the longest pair, none above `most`.
+
+    Rows are padded to these widths only, because each width is a compiled program.
+    """
     longest = _rounded(int(rows.lengths.max()))
     return sorted({min(_rounded(-(-longest * k // n)), most) for k in range(1, n + 1)})
 
 
 def parts(rows: PairRows, pairs: np.ndarray, size: int, allowed: Sequence[int]) -> Iterator[Part]:
-    """The pairs in parts of `size`, similar lengths together and the longest first, each as wide as it has to be.
+    """Yields pairs in parts of similar lengths, the longest first, each of the smallest allowed width that fits.
 
-    The last part repeats its last pair where the number does not divide.
+    Args:
+        pairs: Indices of the pairs to divide.
+        size: Pairs of a part. The last part repeats its last pair where the number of pairs is no multiple of it.
+        allowed: Widths, ascending.
     """
     order = np.asarray(pairs)[np.argsort(-rows.lengths[pairs], kind="stable")]
     for start in range(0, len(order), size):

@@ -1,4 +1,4 @@
-"""From a context and a question, or a conversation, to the tokens of a prompt."""
+"""The tokens of a prompt, from a context and a question or from a conversation."""
 
 import dataclasses
 import string
@@ -11,7 +11,7 @@ from retmask_jax.utils.files import digest
 
 
 def check_template(template: str) -> None:
-    """ValueError for a format string that does not hold {context} and {question}, or holds other fields."""
+    """Raises ValueError for a format string whose fields are not exactly {context} and {question}."""
     try:
         names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as error:
@@ -29,8 +29,11 @@ def check_template(template: str) -> None:
 class Prompter:
     """Turns a context and a question into the tokens of a prompt.
 
-    prompt: a format string with {context} and {question}. chat: put it in the tokenizer's chat template, with
-    template_kwargs (such as enable_thinking=False) handed on.
+    Attributes:
+        tokenizer: A fast tokenizer of transformers.
+        prompt: Format string with the fields {context} and {question}.
+        chat: Whether the tokenizer's chat template is applied.
+        template_kwargs: Arguments for the chat template, such as enable_thinking=False.
     """
 
     tokenizer: Any
@@ -48,11 +51,11 @@ class Prompter:
             raise ValueError("the tokenizer has no chat template: add one to it, or set the config key chat to False")
 
     def render(self, context: str, question: str) -> str:
-        """The prompt as the model sees it, before tokenization."""
+        """Returns the text of a prompt, as the model gets it before tokenization."""
         return self.render_messages([{"role": "user", "content": self._fill(context, question)}])
 
     def render_messages(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text of a conversation, ready for the model's answer."""
+        """Returns the text of a conversation up to where the model's answer begins."""
         if not self.chat:
             return "\n".join(message["content"] for message in messages)
         kwargs = dict(self.template_kwargs) | {"tokenize": False, "add_generation_prompt": True}
@@ -65,27 +68,31 @@ class Prompter:
             ) from error
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """(token ids, their character ranges). A chat template writes its own special tokens."""
+        """Returns token ids and the range of characters of each.
+
+        The tokenizer adds special tokens only if there is no chat template, which writes them itself.
+        """
         encoded = self.tokenizer(text, add_special_tokens=not self.chat, return_offsets_mapping=True)
         return encoded["input_ids"], encoded["offset_mapping"]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, as `encode` gives them."""
+        """Returns the token ids of each text, as `encode` does."""
         return self.tokenizer(list(texts), add_special_tokens=not self.chat)["input_ids"]
 
     def count(self, text: str) -> int:
-        """Number of tokens that `encode` gives, in half its time."""
+        """Returns the number of tokens that `encode` gives, in half its time."""
         return self.counts([text], special=not self.chat)[0]
 
     def counts(self, texts: Sequence[str], *, special: bool) -> list[int]:
-        """Number of tokens of each text, with those that the tokenizer puts around a text or without."""
+        """Returns the number of tokens of each text; special: whether the tokenizer's special tokens around it
+        count."""
         backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()  # which a tokenizer.json may ask for, and the tokenizer itself turns off
+        backend.no_truncation()  # a tokenizer.json may ask for it; calls of the tokenizer turn it off, too
         backend.no_padding()
         return [len(encoding) for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
 
     def identity(self) -> str:
-        """A hash of the tokenizer, the template and what they are used with."""
+        """Returns a hash of the tokenizer, the chat template, its arguments and the format string."""
         template = self.tokenizer.chat_template if self.chat else None
         tokens = self.tokenizer.backend_tokenizer.to_str()
         return digest([tokens, template, self.prompt, self.chat, dict(self.template_kwargs)])

@@ -1,4 +1,4 @@
-"""Prompts without labels, from JSONL, plain text or TFDS, in one form: {"id", "messages"}."""
+"""Prompts without labels, read from JSONL, plain text or TFDS into one form: {"id", "messages"}."""
 
 import collections
 import dataclasses
@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from retmask_jax.data.chat import record_id, turns
 from retmask_jax.utils.files import iter_jsonl, iter_lines, matching
@@ -14,14 +14,19 @@ from retmask_jax.utils.files import iter_jsonl, iter_lines, matching
 KEPT = "kept"
 # Where the prompt of a record is, unless the user names a field.
 _FIELDS = ("messages", "conversation", "prompt")
-# A record that has one of these set is left out, as in RetMask's code: the marks of LMSYS-Chat-1M and its Synth.
+# A record in which one of these is true is left out, as in RetMask's code; they occur in LMSYS-Chat-1M and its Synth.
 _MARKS = {"redacted": "redacted", "empty_user_instruction_ja": "empty", "duplicate_user_instruction_ja": "duplicate"}
 _TFDS = "tfds:"
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """records {"id", "messages"}, and "messages_without" where the source has it; counts: kept, and left out by why."""
+    """Prompts that were read, and how many were not.
+
+    Attributes:
+        records: {"id", "messages"}, and "messages_without" where the source has it.
+        counts: How many records were kept, and how many were left out for which reason.
+    """
 
     records: list[dict]
     counts: dict[str, int]
@@ -35,14 +40,22 @@ def read_prompts(
     field: str | None = None,
     resolve: Callable[[str], Path] = Path,
 ) -> Prompts:
-    """The first n prompts (None: all) of a source; nothing is read beyond them.
+    """Reads the first n prompts of a source, and nothing after them.
 
-    source: a file or glob of .jsonl or .txt (one prompt a paragraph), compressed (.gz) or not, or "tfds:NAME" or
-    "tfds:FOLDER" of a set prepared as ArrayRecord. A record has its prompt as a conversation, of which all before the
-    first assistant turn is taken, or as a text, in messages, conversation, prompt, or in `field` ("question/text" for
-    one within another). An id is the record's own, or its file and line. Other fields are let go.
-    split: of a TFDS set. resolve: from a file's name to its path.
-    Raises ValueError naming file and line for a record without a prompt, and both places for an id that occurs twice.
+    The prompt of a record is a text, or a conversation whose turns before the first assistant turn are taken. A record
+    without an id is called by its file and line. Its other fields are not read.
+
+    Args:
+        source: A file or glob of .jsonl or .txt (a prompt per paragraph), compressed (.gz) or not; or "tfds:NAME", or
+            "tfds:FOLDER" of a set that was prepared as ArrayRecord.
+        n: How many prompts; None for all.
+        split: Split of a TFDS set.
+        field: Field of a record that holds the prompt, such as "question/text" for a field within a field; None for the
+            first of messages, conversation and prompt.
+        resolve: Turns the name of a file into its path.
+
+    Raises:
+        ValueError: A record, named by file and line, has no prompt, or two records, both named, have the same id.
     """
     if n is not None and n < 1:
         raise ValueError(f"{n} prompts of {source} were asked for: ask for 1 or more")
@@ -66,12 +79,12 @@ def read_prompts(
 
 
 def source_files(source: str, resolve: Callable[[str], Path] = Path) -> list[Path]:
-    """The files of a source of `read_prompts`, none for a TFDS set; ValueError where a file or glob names none."""
+    """Returns the files of a source of `read_prompts`, none for a TFDS set; ValueError where no file matches."""
     return [] if source.startswith(_TFDS) else matching(resolve(source))
 
 
 def _mark(place: str, stored: Any) -> str | None:
-    """Why a record is to be left out by its own account."""
+    """Why a record says that it is to be left out, None if it does not."""
     if not isinstance(stored, dict):
         raise ValueError(f"{place}: a {type(stored).__name__} is no record: each line must be {{field: value, ...}}")
     return next((why for mark, why in _MARKS.items() if stored.get(mark)), None)
@@ -108,7 +121,7 @@ def _first_turns(stored: Any) -> list[dict[str, str]]:
 
 
 def _stored(source: str, split: str, resolve) -> Iterator[tuple[str, str, Any]]:
-    """(where it is, the id it has without one of its own, record) of every record."""
+    """(where it is, the id it gets if it has none, record) for every record."""
     if source.startswith(_TFDS):
         yield from _stored_tfds(source, split)
         return
@@ -145,10 +158,11 @@ def _stored_tfds(source: str, split: str) -> Iterator[tuple[str, str, Any]]:
     name = source.removeprefix(_TFDS)
     try:
         if Path(name).is_dir():
-            records = tfds.builder_from_directory(name).as_data_source(split)
+            builder: Any = tfds.builder_from_directory(name)
+            records = builder.as_data_source(split)
         else:
-            records = tfds.data_source(name, split=split)
-    # A set's own code runs here, and its hosts' clients: what they raise has no base in common.
+            records = cast(Any, tfds.data_source(name, split=split))
+    # The code of the data set and clients of its hosts run here; their errors have no base class in common.
     except Exception as error:
         raise ValueError(f"{source}, split {split}: {_why(error)}") from error
     for number in range(len(records)):
@@ -163,6 +177,6 @@ def _why(error: Exception) -> str:
         )
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
     return (
-        f"not to be had ({type(error).__name__}: {reason}): check name, split and network, or pass tfds:FOLDER of a "
+        f"cannot be read ({type(error).__name__}: {reason}): check name, split and network, or pass tfds:FOLDER of a "
         "set that was prepared as ArrayRecord"
     )

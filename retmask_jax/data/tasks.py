@@ -1,6 +1,9 @@
-"""Recall tasks: needle and fact questions over lengths and depths, with and without context."""
+"""Recall tasks, as the section `tasks` of a config lists them: questions about needles or facts, by length and
+depth."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,10 +12,12 @@ from retmask_jax.data.prompter import Prompter
 from retmask_jax.utils import stats
 
 
-def task_cases(prompter: Prompter, task, resolve) -> list[Case]:
-    """The cases of a task section of a config. No lengths: the bare questions, answered from memory.
+def task_cases(prompter: Prompter, task: Any, resolve: Callable[[str], Path]) -> list[Case]:
+    """Returns the cases of a task.
 
-    resolve: turns a file name of the config into a path.
+    Args:
+        task: A section of the config's `tasks`. Without lengths it asks the bare questions, to be answered from memory.
+        resolve: Turns a file name of the config into a path.
     """
     needles = read_needles(resolve(task.needles))
     if not task.lengths:
@@ -24,15 +29,15 @@ def task_cases(prompter: Prompter, task, resolve) -> list[Case]:
     return build_cases(prompter, sentences, needles, specs, shuffle=task.shuffle, at_start=task.at_start)
 
 
-def check_fits(name: str, task, max_length: int, context: str = "the model's context") -> None:
-    """Raise ValueError where the longest case of a task and its answer exceed a context of max_length tokens."""
+def check_fits(name: str, task: Any, max_length: int, context: str = "the model's context") -> None:
+    """Raises ValueError where the longest case of a task and its answer exceed a context of max_length tokens."""
     longest = max(task.lengths, default=0) + task.max_new_tokens
     if longest > max_length:
         raise ValueError(f"task {name!r} needs {longest} tokens, {context} is {max_length}: shorten its lengths")
 
 
 def by_cell(cases: Sequence[Case], outcomes: np.ndarray) -> list[dict]:
-    """Recall per length and depth: [{"length", "depth", "value", "low", "high", "n"}, ...]."""
+    """Returns recall by length and depth: [{"length", "depth", "value", "low", "high", "n"}, ...]."""
     cells: dict[tuple, list[bool]] = {}
     for case, outcome in zip(cases, outcomes, strict=True):
         cells.setdefault((case.spec.length, case.spec.depth), []).append(bool(outcome))

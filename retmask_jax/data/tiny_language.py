@@ -2,13 +2,14 @@
 
 A conversation is `<bos> TEXT QUESTION : ANSWER <eos> TEXT QUESTION : ANSWER <eos> ... TEXT`, one token a word:
     the old farmer found the lamp . the home of anna : oslo . the code for ben : fig elm oak ash yew .
-A question stands anywhere behind the sentence that answers it, or anywhere at all if memory must; a TEXT may be empty.
-Inside, ids 0 is padding and a sentence is a row of an array `ids_SW`: S sentences, W words, padded at the right.
+A question stands anywhere after the sentence that answers it, or anywhere if it is answered from memory. A TEXT may be
+empty. In arrays `ids_SW` a row is a sentence, S sentences of W words, padded at the right with id 0.
 """
 
 import dataclasses
 import hashlib
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ _CODE_WORDS = """
     quartz ruby sage silk silver thyme wool"""
 NAMES, PLACES, CODE_WORDS = (tuple(words.split()) for words in (_NAMES, _PLACES, _CODE_WORDS))
 KINDS = ("code", "key", "word", "sign")
-# Arithmetic, not a random stream: the map must stay the one the shipped weights have memorised.
+# Computed without random numbers, since the bundled weights have memorised this map.
 HOME = {name: PLACES[(7 * i + 3 * (i // 20)) % 20] for i, name in enumerate(NAMES)}
 
 _SLOTS = {
@@ -62,17 +63,20 @@ _GLUE = ":", ".", "the", "for", "home", "of", "a", "and", "in", "near", "every",
 _WORDS_OF = {slot: tuple(words.split()) for slot, words in _SLOTS.items()}
 VOCABULARY = SPECIALS + NAMES + PLACES + CODE_WORDS + KINDS + _GLUE + sum(_WORDS_OF.values(), ())
 
-# Loss weights of predicting one token, by what the token is. What nothing before it could tell has none.
+# Loss weights of predicting a token, by what the token is. A token that nothing before it determines has weight 0.
 TEXT, FACT, NEEDLE_ANSWER, REPEAT, COUNTERFACTUAL_ANSWER = 0.3, 1.0, 1.3, 0.5, 6.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """What the rows of a training batch are. A row is a counterfactual one with probability `counterfactual`;
-    the rest are shared out by needle : repeats : plain, which sum to 1.
+    """What the rows of a training batch are; ValueError for values that are out of range.
 
-    most_needles, questions, overrides: the most of each per text (at least 1). counterfactual_lengths: lowest and
-    highest length in tokens of a counterfactual row. Raises ValueError for values outside these ranges.
+    Attributes:
+        needle, repeats, plain: Shares of the other rows that have needles, a repeated span or plain text; they sum to
+            1.
+        most_needles, questions, overrides: Most needles, questions and contradicted facts of a text, at least 1 each.
+        counterfactual: Probability that a row states facts that contradict the memorised ones.
+        counterfactual_lengths: Lowest and highest number of tokens of such a row.
     """
 
     needle: float
@@ -96,8 +100,16 @@ class Mix:
 
 
 def training_batch(rng: np.random.Generator, batch: int, length: int, mix: Mix) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (tokens_BT i32, weights_BT f32), T = length; weights_BT[b, t] is the loss weight of predicting
-    tokens_BT[b, t] from the tokens before it. Raises ValueError where the rows of `mix` do not fit into `length`."""
+    """Draws (tokens_BT i32, weights_BT f32), where weights_BT[b, t] is the loss weight of predicting tokens_BT[b, t].
+
+    Args:
+        batch: Number of rows, B.
+        length: Tokens of a row, T.
+        mix: What the rows are.
+
+    Raises:
+        ValueError: Rows of `mix` do not fit into the length.
+    """
     _check_fits(length, mix)
     tokens_BT = np.full((batch, length), PAD, np.int32)
     weights_BT = np.zeros((batch, length), np.float32)
@@ -109,8 +121,15 @@ def training_batch(rng: np.random.Generator, batch: int, length: int, mix: Mix) 
 
 
 def haystack_text(rng: np.random.Generator, sentences: int, without: Collection[str] = ()) -> list[str]:
-    """Plain sentences, a fifth of them memorised facts about names outside `without`. Pass the names that will be
-    asked about, else the text may contradict a counterfactual needle. Raises ValueError for an unknown name or all."""
+    """Draws plain sentences, a fifth of which are memorised facts.
+
+    Args:
+        without: Names that no fact is about. Pass the names that will be asked about, since the text may contradict a
+            counterfactual needle otherwise.
+
+    Raises:
+        ValueError: A name is unknown, or no name is left.
+    """
     unknown = set(without) - set(NAMES)
     free = [_ID[name] for name in NAMES if name not in without]
     if unknown or not free:
@@ -119,18 +138,20 @@ def haystack_text(rng: np.random.Generator, sentences: int, without: Collection[
 
 
 def needle_records(rng: np.random.Generator, n: int) -> list[dict]:
-    """n records {needle (sentence), question, answer (five code words), key (name)}; 64 in a row have distinct keys."""
+    """Draws n records {needle (sentence), question, answer (five code words), key (name)}; 64 in a row have distinct
+    keys."""
     return [_record(row) for row in _needles(rng, _cycled_names(rng, n))]
 
 
 def fact_records(rng: np.random.Generator, n: int) -> list[dict]:
-    """As `needle_records`, each needle a fact that contradicts memory; answer is its place, memory the known one."""
+    """Draws n records like `needle_records` whose needles contradict memorised facts: answer is the stated place,
+    memory the memorised one."""
     records = [_record(row) for row in _overrides(rng, _cycled_names(rng, n))]
     return [record | {"memory": HOME[record["key"]]} for record in records]
 
 
 def closed_book_records() -> list[dict]:
-    """One record {question, answer (the memorised place), key} per name."""
+    """Returns a record {question, answer (the memorised place), key} for each name."""
     return [{"question": f"the home of {name}", "answer": place, "key": name} for name, place in HOME.items()]
 
 
@@ -141,11 +162,16 @@ def prompt_records(
     overrides: tuple[int, int] = (1, 4),
     counterfactual: float = 0.75,
 ) -> list[dict]:
-    """n unlabelled prompts {id, messages, messages_without}; the latter lacks the sentence that states the answer.
+    """Draws n unlabelled prompts {id, messages, messages_without}; the latter lacks the sentence that states the
+    answer.
 
-    lengths: lowest and highest number of tokens of the rendered prompt, `<bos>` and `:` included. A share
-    `counterfactual` asks for one of overrides[0]..overrides[1] overridden facts, the rest for one of 2-4 needles.
-    Raises ValueError where the range is too narrow or too short for that.
+    Args:
+        lengths: Lowest and highest number of tokens of the rendered prompt, `<bos>` and `:` included.
+        overrides: Lowest and highest number of contradicted facts in a prompt that asks for one of them.
+        counterfactual: Share of such prompts; the others ask for one of 2 to 4 needles.
+
+    Raises:
+        ValueError: The lengths are too short or too close to each other, or another argument is out of range.
     """
     shortest = _PROMPT_EXTRA + max(7 * overrides[1], 11 * _PROMPT_NEEDLES[1])
     if lengths[0] < shortest or lengths[1] - lengths[0] < _SLACK:
@@ -161,9 +187,11 @@ def prompt_records(
     ]
 
 
-def build_tokenizer():
-    """Returns a transformers PreTrainedTokenizerFast: a word a token, split at white space, no `<bos>` of its own
-    (CHAT_TEMPLATE writes it). `save_pretrained` folders load with AutoTokenizer."""
+def build_tokenizer() -> Any:
+    """Returns a PreTrainedTokenizerFast of transformers whose tokens are words, split at white space.
+
+    It adds no `<bos>`, which CHAT_TEMPLATE writes. Folders of its `save_pretrained` load with AutoTokenizer.
+    """
     import tokenizers
     import transformers
 
@@ -277,11 +305,12 @@ def _place_turn(weight):
 
 
 def _conversation(rng, length, given, asked, turn_weights, free):
-    """(ids, weights) of `<bos>` and a text with the sentences `given`, a question and answer for each of `asked` in it."""
+    """(ids, weights) of `<bos>` and a text with the sentences `given`, a question and answer for each of `asked` in
+    it."""
     turns = np.pad(asked, ((0, 0), (0, 1)))
     turns[np.arange(len(asked)), np.count_nonzero(asked, axis=1)] = EOS
     text, text_weights = _text(rng, length - 1 - np.count_nonzero(turns), given, free)
-    # A question stands anywhere behind what it asks for: only at the end, the model would learn to answer only there.
+    # A question may stand anywhere after what it asks for. If it stood only at the end, the model would answer only there.
     stated = np.array([_place_of(text, row) for row in asked])
     asked_at = stated + (len(text) - stated) * rng.random(len(asked))
     order = np.argsort(np.concatenate([np.arange(len(text)), asked_at]), kind="stable")
@@ -293,7 +322,7 @@ def _conversation(rng, length, given, asked, turn_weights, free):
 
 
 def _place_of(text, sentence):
-    """Where the row of `text` that is `sentence` ends, half a row on; before the text if there is none."""
+    """Half a row after the row of `text` that is `sentence`; half a row before the text if there is none."""
     found = np.flatnonzero((text == sentence).all(axis=1))
     return found[0] + 0.5 if len(found) else -0.5
 

@@ -1,1 +1,1 @@
-"""What models are measured by, and how they are compared. No files of a run."""
+"""Measuring models, and comparing the measurements. Knows nothing of runs and their files."""

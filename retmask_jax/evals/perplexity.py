@@ -1,8 +1,10 @@
-"""Loss on plain text: what an intervention or a training costs in general, and where in the context."""
+"""Loss on plain text: what an intervention or a training costs in general, and at which positions of the context."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float64, Int
 
 from retmask_jax.evals.measured import Measured
 from retmask_jax.generation.batching import full_batches
@@ -11,16 +13,19 @@ from retmask_jax.generation.logprobs import token_logprobs
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils import memory
 from retmask_jax.utils.hosts import to_host
-from retmask_jax.utils.store import Kept, request_key
+from retmask_jax.utils.store import Store, request_key
 
 METRIC = "nats per token"
-POSITIONS = "positions "  # what the tasks of `run_positions` are called, before their range
+POSITIONS = "positions "  # with their range the names of the tasks of `run_positions`
+
+Windows = Int[np.ndarray, "windows length"]
 
 
-def text_windows(tokenizer, sentences: Sequence[str], length: int, n: int) -> np.ndarray:
-    """i32[n, length]: consecutive windows of a text, each behind the tokenizer's BOS where it has one.
+def text_windows(tokenizer: Any, sentences: Sequence[str], length: int, n: int) -> Int[np.ndarray, "n length"]:
+    """Cuts a text into n consecutive windows, each with a BOS first if the tokenizer has one.
 
-    Raises ValueError if the text is too short.
+    Raises:
+        ValueError: The text is too short.
     """
     ids, bos = _ids(tokenizer, sentences)
     body = length - len(bos)
@@ -29,11 +34,17 @@ def text_windows(tokenizer, sentences: Sequence[str], length: int, n: int) -> np
     return np.array([bos + ids[i * body : (i + 1) * body] for i in range(n)], np.int32)
 
 
-def sliding_windows(tokenizer, sentences: Sequence[str], length: int, stride: int, n: int | None = None) -> np.ndarray:
-    """i32[windows, length]: windows that each start `stride` tokens behind the one before, behind BOS where there is one.
+def sliding_windows(
+    tokenizer: Any, sentences: Sequence[str], length: int, stride: int, n: int | None = None
+) -> Int[np.ndarray, "windows length"]:
+    """Cuts a text into windows that each start `stride` tokens after the one before, each with a BOS first if the
+    tokenizer has one.
 
-    n: the most windows; what is left of the text behind the last is not read. Raises ValueError for a text shorter than
-    a window, or a stride that leaves no context.
+    Args:
+        n: The most windows; None for as many as the text has. Text after the last window is not used.
+
+    Raises:
+        ValueError: The text is shorter than a window, or the stride leaves no context.
     """
     ids, bos = _ids(tokenizer, sentences)
     body = length - len(bos)
@@ -48,27 +59,30 @@ def sliding_windows(tokenizer, sentences: Sequence[str], length: int, stride: in
 
 
 def text_loss(
-    lm: LanguageModel, windows: np.ndarray, interventions: Interventions | None = None, *, batch_size: int
-) -> np.ndarray:
-    """f64[windows]: mean negative log-probability per token, in nats."""
+    lm: LanguageModel, windows: Windows, interventions: Interventions | None = None, *, batch_size: int
+) -> Float64[np.ndarray, " windows"]:
+    """Computes the mean negative log-probability per token of each window, in nats."""
     return token_losses(lm, windows, interventions, batch_size=batch_size).mean(axis=1)
 
 
 def token_losses(
     lm: LanguageModel,
-    windows: np.ndarray,
+    windows: Windows,
     interventions: Interventions | None = None,
     *,
     batch_size: int,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     what: str = "text loss",
-) -> np.ndarray:
-    """f64[windows, length - 1]: negative log-probability of the tokens at positions 1, 2, ... in nats.
+) -> Float64[np.ndarray, "windows length-1"]:
+    """Computes the negative log-probabilities of the tokens at positions 1, 2, ..., in nats.
 
-    kept: of this model under these interventions; only what it lacks is computed. Where memory runs out the batch is
-    halved.
+    If memory runs out, the batch is halved.
+
+    Args:
+        kept: Losses of this model under these interventions; only missing ones are computed, and added.
+        what: The work's name in the progress bar.
     """
-    kept = kept or Kept()
+    kept = Store() if kept is None else kept
     keys = [request_key("token losses", window) for window in windows]
     missing = kept.missing(keys)
 
@@ -86,19 +100,19 @@ def token_losses(
 
 
 def position_buckets(length: int) -> list[tuple[int, int]]:
-    """Positions [first, end) by powers of two, that of a window's first token being 0: (1, 2), (2, 4), (4, 8), ..."""
+    """Returns ranges [first, end) of positions by powers of two: (1, 2), (2, 4), (4, 8), ... A window begins at 0."""
     return [(2**k, min(2 ** (k + 1), length)) for k in range((length - 1).bit_length())]
 
 
 def run_positions(
     lm: LanguageModel,
-    windows: np.ndarray,
+    windows: Windows,
     *,
     batch_size: int = 1,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     interventions: Interventions | None = None,
 ) -> list[Measured]:
-    """Mean loss of each window over all its tokens, and in each bucket of `position_buckets`: nats per token."""
+    """Measures the mean loss of each window over all its tokens, and in each of `position_buckets`, in nats per token."""
     losses = token_losses(lm, windows, interventions, batch_size=batch_size, kept=kept)
     buckets = {"all": (1, windows.shape[1])}
     buckets |= {f"{POSITIONS}{first}-{end - 1}": (first, end) for first, end in position_buckets(windows.shape[1])}
@@ -107,28 +121,28 @@ def run_positions(
 
 def run_sliding(
     lm: LanguageModel,
-    windows: np.ndarray,
+    windows: Windows,
     stride: int,
     *,
     batch_size: int = 1,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     interventions: Interventions | None = None,
 ) -> Measured:
-    """Mean loss of the last `stride` tokens of each window of `sliding_windows`: nats per token.
+    """Measures the mean loss of the last `stride` tokens of each window of `sliding_windows`, in nats per token.
 
-    So every token counts once, all windows weigh the same, and each token has at least the rest of its window before it;
-    the text's first tokens, which have less, do not count.
+    So every token counts once, each with at least length - stride tokens before it, and all windows weigh the same. The
+    first tokens of the text, which have less context, do not count.
     """
     losses = token_losses(lm, windows, interventions, batch_size=batch_size, kept=kept)
     return _measured(f"stride {stride}", losses[:, -stride:], windows)
 
 
-def _measured(task: str, losses: np.ndarray, windows: np.ndarray) -> Measured:
+def _measured(task: str, losses: Float64[np.ndarray, "windows tokens"], windows: Windows) -> Measured:
     ids = tuple(map(str, range(len(windows))))
     return Measured("perplexity", task, METRIC, ids, losses.mean(axis=1), False, windows.shape[1])
 
 
 def _ids(tokenizer, sentences: Sequence[str]) -> tuple[list[int], list[int]]:
-    """(tokens of the text, BOS if the tokenizer has one)."""
+    """Returns the tokens of the text, and a list of the tokenizer's BOS or of nothing."""
     ids = tokenizer(" ".join(sentences), add_special_tokens=False)["input_ids"]
     return ids, [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

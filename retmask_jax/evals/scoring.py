@@ -1,32 +1,34 @@
-"""What suites ask of a model: log-probabilities of continuations, and answers up to a stop, as a task wants them."""
+"""What suites need from a model: log-probabilities of continuations, and answers that end where a task says."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_bucket
 from retmask_jax.generation.continuous import Request, generate_stream
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.generation.logprobs import next_logprobs
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions, stack
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import normalise
 from retmask_jax.utils import memory
 from retmask_jax.utils.files import digest
 from retmask_jax.utils.hosts import to_host
-from retmask_jax.utils.store import Kept, request_key
+from retmask_jax.utils.store import Store, request_key
 
-# Names for the same thing, the first that is given counts.
+# Names of the same option; the first that is given counts.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_DEFAULT_LENGTH = 256  # the harness's own
-# A draw from fewer tokens; means nothing where nothing is drawn.
-_OF_DRAWS = ("top_k", "min_p", "typical_p")
+_DEFAULT_LENGTH = 256  # as in lm-evaluation-harness
+# Options that restrict sampling; they have no effect on greedy answers.
+_SAMPLING = ("top_k", "min_p", "typical_p")
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationOptions:
-    """until: texts that end an answer. temperature 0 is greedy."""
+    """How a task wants its answers generated. Each of the texts `until` ends an answer; temperature 0 is greedy."""
 
     until: tuple[str, ...]
     max_new_tokens: int
@@ -34,9 +36,13 @@ class GenerationOptions:
     top_p: float
 
     @classmethod
-    def of(cls, kwargs: Mapping[str, Any], max_length: int) -> "GenerationOptions":
-        """From a task's generation_kwargs. Raises ValueError for one that is not known, for drawing at temperature 0,
-        and for more new tokens than the model's context has."""
+    def from_kwargs(cls, kwargs: Mapping[str, Any], max_length: int) -> "GenerationOptions":
+        """Reads a task's generation_kwargs.
+
+        Raises:
+            ValueError: An option is not known, the task samples at temperature 0, or the model's context of max_length
+                has no room for the new tokens.
+        """
         given = dict(kwargs)
         until = given.pop("until", None) or ()
         lengths = [length for name in _LENGTHS if (length := given.pop(name, None)) is not None]
@@ -44,7 +50,7 @@ class GenerationOptions:
         temperature, top_p = _draw(given)
         if given:
             raise ValueError(
-                f"generation_kwargs of the task has {', '.join(sorted(given))}, which cannot be followed here: take it out"
+                f"generation_kwargs of the task has {', '.join(sorted(given))}, which is not supported here: remove it"
             )
         if new >= max_length:
             raise ValueError(
@@ -54,24 +60,25 @@ class GenerationOptions:
         return cls((until,) if isinstance(until, str) else tuple(until), new, temperature, top_p)
 
     def arguments(self) -> dict[str, Any]:
-        """As keyword arguments of `scoring.answers`."""
+        """Returns the options as keyword arguments of `answers`."""
         return dataclasses.asdict(self)
 
 
 def _draw(given: dict[str, Any]) -> tuple[float, float]:
-    """(temperature, top_p), taken out of what is given with all that says nothing of greedy answers."""
+    """Returns (temperature, top_p), and removes from `given` the options of sampling that have been dealt with."""
     temperature, top_p = float(given.pop("temperature", None) or 0), given.pop("top_p", None)
     wanted = given.pop("do_sample", None)
     if wanted and temperature == 0:
         raise ValueError("the task wants do_sample at temperature 0: give it a temperature, or set do_sample to false")
     if wanted is False or temperature == 0:
-        for name in _OF_DRAWS:
+        for name in _SAMPLING:
             given.pop(name, None)
         return 0.0, 1.0
     return temperature, 1.0 if top_p is None else float(top_p)
 
 
-Pair = tuple[Sequence[int], Sequence[int]]
+Prompt = Sequence[int] | Int[np.ndarray, " T"]
+Pair = tuple[Prompt, Prompt]  # token ids of a context and of its continuation
 
 
 def continuation_logprobs(
@@ -80,17 +87,23 @@ def continuation_logprobs(
     interventions: Interventions | None = None,
     *,
     batch_size: int,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     what: str = "log-likelihood",
 ) -> list[tuple[float, bool]]:
-    """(log-probability in nats of a continuation, whether each of its tokens is the most likely one) of each pair.
+    """Computes the log-probability of each continuation in nats, and whether each of its tokens is the most likely one.
 
-    pairs: token ids of context and continuation, both at least one; of a pair longer than the model's context by more
-    than the last token, which is not read, the beginning is left out. kept: of this model under these interventions;
-    only what it lacks is computed. Where memory runs out the batch is halved. Raises ValueError for an empty side, and
-    for a continuation longer than the context.
+    If memory runs out, the batch is halved.
+
+    Args:
+        pairs: Token ids of context and continuation. The last token of a pair is only predicted, not read; a pair that
+            exceeds the model's context without it loses its beginning.
+        kept: Results of this model under these interventions; only missing ones are computed, and added.
+        what: The work's name in the progress bar.
+
+    Raises:
+        ValueError: A context or continuation is empty, or a continuation exceeds the model's context.
     """
-    iv, kept = shared_mask(lm.config, interventions), kept or Kept()
+    iv, kept = shared_mask(lm.config, interventions), Store() if kept is None else kept
     rows = [_fitted(pair, lm.config.max_length) for pair in pairs]
     keys = [request_key("log-likelihood", row, n=len(pair[1])) for row, pair in zip(rows, pairs, strict=True)]
     missing = kept.missing(keys)
@@ -109,20 +122,20 @@ def continuation_logprobs(
 
 
 def is_too_long(pair: Pair, max_length: int) -> bool:
-    """Whether `continuation_logprobs` leaves out the beginning of a pair."""
+    """Says whether `continuation_logprobs` drops the beginning of a pair."""
     return len(pair[0]) + len(pair[1]) > max_length + 1
 
 
 def answers(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], interventions: Interventions | None = None, **options
+    lm: LanguageModel, prompts: Sequence[Prompt], interventions: Interventions | None = None, **options: Any
 ) -> list[str]:
-    """What the model says behind each prompt; arguments as of `answered`."""
+    """Returns the model's answer to each prompt; options as of `answered`."""
     return [text for text, _ in answered(lm, prompts, interventions, **options)]
 
 
 def answered(
     lm: LanguageModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     interventions: Interventions | None = None,
     *,
     max_new_tokens: int,
@@ -130,25 +143,28 @@ def answered(
     until: Sequence[str] = (),
     temperature: float = 0.0,
     top_p: float = 1.0,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     what: str = "generate",
 ) -> list[tuple[str, int]]:
-    """(answer, without special tokens, up to the first of the `until` texts; number of tokens made) of each prompt.
+    """Generates an answer to each prompt; returns (text, number of generated tokens) for each.
 
-    Draws at a temperature depend on a prompt's place in the list, not on its batch. kept: of this model under these
-    interventions; only what it lacks is generated. Prompts must leave room for the new tokens, see `last_tokens`.
+    Prompts must leave room for the new tokens, see `last_tokens`. A sampled answer depends on the prompt's place in the
+    list, not on its batch.
+
+    Args:
+        until: The text ends before the first of these. Special tokens are not in it.
+        kept: Answers of this model under these interventions; only missing ones are generated, and added.
+        what: The work's name in the progress bar.
     """
-    mask, kept = shared_mask(lm.config, interventions), kept or Kept()
+    rows = [np.asarray(prompt).tolist() for prompt in prompts]
+    mask, kept = shared_mask(lm.config, interventions), Store() if kept is None else kept
     stops = stop_ids(lm, until)
-    same = {"max_new_tokens": max_new_tokens, "until": list(until), "stop_ids": stops}
-    drawn = {"temperature": temperature, "top_p": top_p} if temperature else {}
-    keys = [
-        request_key("answer", prompt, **same, **drawn, **({"seed": i} if drawn else {}))
-        for i, prompt in enumerate(prompts)
-    ]
+    shared = {"max_new_tokens": max_new_tokens, "until": list(until), "stop_ids": stops}
+    shared |= {"temperature": temperature, "top_p": top_p} if temperature else {}
+    keys = [request_key("answer", row, **shared, **({"seed": i} if temperature else {})) for i, row in enumerate(rows)]
     missing = kept.missing(keys)
     if missing:
-        requests = [Request(np.asarray(prompts[i]).tolist(), seed=i) for i in missing]
+        requests = [Request(rows[i], seed=i) for i in missing]
         made = generate_stream(
             lm.config,
             lm.params,
@@ -158,32 +174,32 @@ def answered(
             temperature=temperature,
             top_p=top_p,
             stop_ids=stops,
-            masks=stack([mask]),
+            masks=[mask],
             what=what,
         )
-        for place, one in made:
-            text = cut(lm.tokenizer.decode(one.tokens, skip_special_tokens=True), until)
-            kept.add(keys[missing[place]], [text, int(one.lengths)])
+        for place, generated in made:
+            text = cut(lm.tokenizer.decode(generated.tokens, skip_special_tokens=True), until)
+            kept.add(keys[missing[place]], [text, int(np.asarray(generated.lengths))])
     return [tuple(kept[key]) for key in keys]
 
 
 def last_tokens(prompt: Sequence[int], room: int) -> list[int]:
-    """The end of a prompt that is longer than its room."""
+    """Returns the last `room` tokens of a prompt."""
     return list(prompt[-room:])
 
 
 def cut(text: str, until: Iterable[str]) -> str:
-    """The text before the first occurrence of any of the `until` texts; an empty one ends nothing."""
+    """Returns the text before the first occurrence of any of the `until` texts; empty ones are ignored."""
     for stop in until:
         text = text.split(stop, 1)[0] if stop else text
     return text
 
 
 def stop_ids(lm: LanguageModel, until: Iterable[str]) -> list[int]:
-    """The ids that end an answer: the model's own, EOS of its tokenizer, and the special tokens among the `until` texts.
+    """Returns the ids that end an answer: the model's stop ids, EOS of its tokenizer, and the special tokens in `until`.
 
-    Special tokens are not in the text that `cut` sees, so they must end an answer as it is made. What is left of an
-    answer when others are cut from its text may depend on the stop itself, such as the space before it: those are cut.
+    Special tokens are not in the text that `cut` gets, so they must end an answer while it is generated. Other texts
+    are left to `cut`, because the token that would end the answer may include more than the text, such as a space.
     """
     tokenizer = lm.tokenizer
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -192,22 +208,26 @@ def stop_ids(lm: LanguageModel, until: Iterable[str]) -> list[int]:
 
 
 def shared_mask(config: ModelConfig, interventions: Interventions | None) -> Interventions:
-    """The filled interventions; ValueError for masks with a row axis, since the rows of a suite come in any order."""
-    iv = (interventions or Interventions()).fill(config)
-    if iv.of_rows():
+    """Checks interventions; raises ValueError for masks with a row axis, as samples are batched in any order."""
+    iv = interventions or Interventions()
+    normalise(config, iv)
+    if iv.has_rows:
         raise ValueError(
             "a suite runs under one mask: interventions with a row axis do not apply; run it once for each"
         )
     return iv
 
 
-def mask_hash(mask: Interventions) -> str:
-    """What tells filled interventions apart."""
-    arrays = [np.asarray(part) for part in mask.given().values()]
+def mask_hash(config: ModelConfig, mask: Interventions) -> str:
+    """Returns a hash of interventions that all rows share."""
+    masks = normalise(config, mask)
+    parts = (masks.head_BLH, masks.rope_BLHR, *([] if mask.head_mean is None else [masks.mean_BLHD]))
+    arrays = [np.asarray(part[0]) for part in parts]
     return digest([mask.rope_site, *([str(x.dtype), digest(x.tobytes())] for x in arrays)])
 
 
 def _fitted(pair: Pair, max_length: int) -> list[int]:
+    """Returns context and continuation as one row, without the beginning that exceeds the model's context."""
     context, continuation = pair
     if not len(context) or not len(continuation):
         raise ValueError(f"a context of {len(context)} and a continuation of {len(continuation)} tokens: both need one")
@@ -218,8 +238,10 @@ def _fitted(pair: Pair, max_length: int) -> list[int]:
     return [*context, *continuation][-(max_length + 1) :]
 
 
-def _scores(lm: LanguageModel, rows, continuation_lengths, iv: Interventions) -> list[tuple[float, bool]]:
-    """Of rows of context and continuation; the last token of a row is only predicted."""
+def _scores(
+    lm: LanguageModel, rows: Sequence[Sequence[int]], continuation_lengths: Sequence[int], iv: Interventions
+) -> list[tuple[float, bool]]:
+    """Returns the results of `continuation_logprobs` for one batch; rows are contexts with their continuations."""
     tokens, lengths = pad_rows([row[:-1] for row in rows], lm.config.pad_id)
     targets, _ = pad_rows([row[1:] for row in rows], lm.config.pad_id)
     tokens, targets = (pad_to_bucket(lm.config, x, 0) for x in (tokens, targets))

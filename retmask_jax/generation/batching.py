@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
 
 
-def pad_to_bucket(config: ModelConfig, tokens_BT, max_new_tokens: int) -> np.ndarray:
-    """i32: tokens padded to their bucket, or to as much as the model's context leaves before the new ones."""
+def pad_to_bucket(config: ModelConfig, tokens_BT: np.ndarray, max_new_tokens: int) -> np.ndarray:
+    """i32: tokens padded to their bucket, or to what the model's context leaves before the new ones."""
     width = min(bucket(tokens_BT.shape[1]), config.max_length - max_new_tokens)
     more = (0, 0), (0, width - tokens_BT.shape[1])
     return np.pad(np.asarray(tokens_BT, np.int32), more, constant_values=config.pad_id)
@@ -41,8 +40,3 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 1) -
     for padded, row in zip(tokens, rows, strict=True):
         padded[: len(row)] = row
     return tokens, lengths
-
-
-def take_rows(iv: Interventions, rows) -> Interventions:
-    """The rows of per-row masks; shared masks as they are."""
-    return iv.replace(**{name: part[rows] for name, part in iv.of_rows().items()})

@@ -12,40 +12,45 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Int, PyTree
 
-from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_bucket, take_rows
+from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_bucket
 from retmask_jax.generation.prefill import prefill, slots_for
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import next_hidden
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
-from retmask_jax.model.sharding import by_rows, mesh_of
-from retmask_jax.model.transformer import check_tokens, unembed
+from retmask_jax.model.layers import unembed
+from retmask_jax.model.masks import Masks, normalise
+from retmask_jax.model.sharding import mesh_of, row_parallel
+from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory
-from retmask_jax.utils.array_types import Lengths, Tokens
+from retmask_jax.utils.array_types import Array, Lengths, Tokens
 from retmask_jax.utils.hosts import to_host
 
 log = logging.getLogger(__name__)
-MAX_STOP_IDS = 8  # that a call may name; a model has as many of its own as its files name
+MAX_STOP_IDS = 8  # that a call may name; the files of a model may name more
 NO_STOP = -1
-# Of programs that decode. On a GPU cuBLAS multiplies with weights and keys where they lie; the kernels XLA generates
-# would have each layer's copied first, which takes longer than the product of a few rows. Other devices ignore it.
+# Compiler options of programs that decode. On a GPU cuBLAS multiplies with weights and keys in place; for the kernels that
+# XLA generates, those of each layer would be copied first, which takes longer than the product of a few rows. Other
+# devices ignore the option.
 DECODING = {"xla_gpu_enable_triton_gemm": False}
 _ALIGNED = 16  # slots of a cache: rows of keys then begin where a GPU or a vector unit can load many at once
 
 
-@flax.struct.dataclass
-class Generated:
-    """tokens: i32[B,N], pad id after a stop id; lengths: i32[B], the stop id not counted.
+class Generated(flax.struct.PyTreeNode):
+    """Generated tokens.
 
-    stops: i32[B], the stop id that ended each row, -1 where max_new_tokens did.
-    argmax: i32[B,N,L,H] where probed: the key each head looked at most when it predicted tokens[:, n], else None.
+    Attributes:
+        tokens: i32[B,N], the pad id after a stop id.
+        lengths: i32[B], the stop id not counted.
+        stops: i32[B], the stop id that ended each row, or -1 where max_new_tokens did.
+        argmax: i32[B,N,L,H], the key that each head attended to most when it predicted tokens[:, n]; None without a probe.
     """
 
-    tokens: Int[ArrayLike, "B N"]
-    lengths: Int[ArrayLike, " B"]
-    argmax: Int[ArrayLike, "B N L H"] | None = None
-    stops: Int[ArrayLike, " B"] | None = None
+    tokens: Int[Array, "B N"]
+    lengths: Int[Array, " B"]
+    stops: Int[Array, " B"]
+    argmax: Int[Array, "B N L H"] | None = None
 
 
 def generate(
@@ -64,10 +69,15 @@ def generate(
 ) -> Generated:
     """Continue each row of right-padded tokens i32[B,T] (lengths i32[B]) by up to max_new_tokens.
 
-    temperature 0 is greedy. seed is one integer, or i32[B] to make each row's draw independent of its batch.
-    stop_ids None: the model's EOS ids; (): never stop. Prompts are padded to a bucket of lengths; within a bucket one
-    program serves every mask, seed, temperature, top_p and set of stop ids. Where rotary frequencies depend on the
-    length (dynamic, longrope), those of the longest prompt and max_new_tokens hold from the first token on.
+    Prompts are padded to a bucket of lengths; within a bucket one program serves every mask, seed, temperature, top_p and
+    set of stop ids. Where rotary frequencies depend on the length (dynamic, longrope), those of the longest prompt and
+    max_new_tokens hold from the first token on.
+
+    Args:
+        temperature: 0 is greedy.
+        seed: One integer, or i32[B] to make the draws of a row independent of its batch.
+        stop_ids: None: the model's EOS ids; (): never stop.
+        probe: Also record `argmax`.
     """
     tokens = np.asarray(tokens)
     if lengths is None or tokens.size == 0:
@@ -75,65 +85,53 @@ def generate(
             f"generate needs at least one prompt and the length of each, got tokens of shape {tokens.shape}"
         )
     check_tokens(config, tokens, lengths, max_new_tokens)
-    lengths = np.asarray(lengths, np.int32)
     check_options(max_new_tokens, temperature, top_p)
-    if lengths.min(initial=1) < 1 or lengths.max(initial=1) > tokens.shape[1]:
-        raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}; tokens have 1 to {tokens.shape[1]}")
-    seeds = np.asarray(seed)
-    if seeds.shape not in ((), (len(tokens),)):
-        raise ValueError(f"seed has shape {seeds.shape}; it must be one number or one for each of {len(tokens)} rows")
-    if config.depends_on_length:
-        longest = lengths.max() + max_new_tokens
-        log.info("rotary frequencies are those of %d tokens, the longest prompt and max_new_tokens", longest)
-    rows = np.arange(len(tokens)) if seeds.ndim == 0 else np.zeros(len(tokens), int)
     draws = Draws.of(config, stop_ids, temperature, top_p)
-    iv = jax.tree.map(np.asarray, (interventions or Interventions()).fill(config, len(tokens)))
-    arguments = (
-        pad_to_bucket(config, tokens, max_new_tokens),
-        lengths,
-        iv.per_row(len(tokens)),  # shared masks, too: one program for both
-        *draws,
-        np.broadcast_to(seeds, len(tokens)).astype(np.uint32),
-        rows.astype(np.uint32),
-    )
-    with mesh_of(params):
-        return generate_batch(config, params, *arguments, max_new_tokens=max_new_tokens, probe=probe)
+    masks = normalise(config, interventions, len(tokens))
+    return _generate(config, params, tokens, lengths, masks, draws, seed, max_new_tokens=max_new_tokens, probe=probe)
 
 
 def generate_many(
     config: ModelConfig,
-    params,
+    params: PyTree,
     prompts: Sequence[Sequence[int]],
     *,
     batch_size: int,
     max_new_tokens: int,
     interventions: Interventions | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
     seeds: Sequence[int] | None = None,
+    stop_ids: Sequence[int] | None = None,
+    probe: bool = False,
     what: str = "generate",
-    **options,
 ) -> list[Generated]:
-    """Continue prompts of any lengths: sorted into batches of similar length, results in the order of the prompts.
+    """Continue prompts of any lengths, sorted into batches of similar length; results are in the order of the prompts.
 
-    Where memory runs out the batch is halved and the work goes on. interventions with a row axis have one row per
-    prompt. Each result is one row, as NumPy arrays: tokens i32[n] without pad or stop id, stops i32[], and argmax
-    i32[n,L,H] when probed. seeds: one per prompt.
+    Where memory runs out the batch is halved and the work continues. Other options as in `generate`.
+
+    Args:
+        interventions: Shared by all prompts, or with a row for each.
+        seeds: One per prompt; None: 0, 1, ...
+        what: Names the work in the progress bar and the log.
+
+    Returns:
+        One row for each prompt, as NumPy arrays: tokens i32[n] without pad or stop id, stops i32[], and argmax i32[n,L,H]
+        with a probe.
     """
-    iv = (interventions or Interventions()).fill(config, len(prompts))
-    seeds = np.arange(len(prompts)) if seeds is None else np.asarray(seeds)
+    check_options(max_new_tokens, temperature, top_p)
+    draws = Draws.of(config, stop_ids, temperature, top_p)
+    masks = normalise(config, interventions, len(prompts))
+    seed_of = np.arange(len(prompts)) if seeds is None else np.asarray(seeds)
 
     def work(todo: list[int], batch_size: int):
         for batch in batches_by_length([prompts[i] for i in todo], batch_size):
             rows = np.array([todo[i] for i in batch])
             tokens, lengths = pad_rows([prompts[i] for i in rows], config.pad_id)
-            out = generate(
-                config,
-                params,
-                tokens,
-                lengths,
-                max_new_tokens=max_new_tokens,
-                interventions=take_rows(iv, rows),
-                seed=seeds[rows],
-                **options,
+            check_tokens(config, tokens, lengths, max_new_tokens)
+            some = masks.take(rows)
+            out = _generate(
+                config, params, tokens, lengths, some, draws, seed_of[rows], max_new_tokens=max_new_tokens, probe=probe
             )
             out = to_host(out)
             yield rows, [_one_row(out, row) for row in range(len(rows))]
@@ -156,20 +154,22 @@ class Draws(NamedTuple):
         return cls(padded, np.float32(temperature), np.float32(top_p))
 
 
-def row_keys(seeds_B, rows_B):
-    """The random key of each row: of a seed, and the row's number under it."""
+def row_keys(seeds_B: jax.Array, rows_B: jax.Array) -> jax.Array:
+    """The random key of each row, from a seed and the number of the row under that seed."""
     return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds_B, rows_B)
 
 
-def next_tokens(config: ModelConfig, params, draws: Draws, x_B1E, keys_B, step):
-    """(token i32[B], whether it is a stop id) of each row from its last hidden state; step: of all rows, or of each."""
+def next_tokens(
+    config: ModelConfig, params: PyTree, draws: Draws, x_B1E: jax.Array, keys_B: jax.Array, step: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
+    """(token i32[B], whether it is a stop id) of each row from its last hidden state. step: of all rows, or of each."""
     step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(step, keys_B.shape))
     token_B = sample(unembed(config, params, x_B1E)[:, 0], step_keys_B, draws.temperature, draws.top_p)
     return token_B, jnp.isin(token_B, draws.stop_ids)
 
 
 def check_options(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """ValueError for options that no prompt can be continued with."""
+    """ValueError for options with which no prompt can be continued."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
@@ -178,20 +178,43 @@ def check_options(max_new_tokens: int, temperature: float, top_p: float) -> None
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "probe"), compiler_options=DECODING)
 def generate_batch(
-    config, params, tokens_BT, lengths_B, iv, stop_ids, temperature, top_p, seeds_B, rows_B, *, max_new_tokens, probe
-):
-    """The compiled program of `generate`, of prompts padded to a bucket; a Generated.
+    config: ModelConfig,
+    params: PyTree,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    masks: Masks,
+    draws: Draws,
+    seeds_B: jax.Array,
+    rows_B: jax.Array,
+    *,
+    max_new_tokens: int,
+    probe: bool,
+) -> Generated:
+    """The compiled program of `generate`, for prompts padded to a bucket.
 
-    iv: filled interventions. stop_ids, temperature, top_p: of `Draws`. seeds_B, rows_B: u32[B], of `row_keys`.
+    Args:
+        seeds_B, rows_B: u32, as in `row_keys`.
     """
-    shared = params, Draws(stop_ids, temperature, top_p), lengths_B.max() + max_new_tokens
-    rows = tokens_BT, lengths_B, iv.per_row(len(tokens_BT)), seeds_B, rows_B
-    return by_rows(functools.partial(_generate_rows, config, max_new_tokens, probe), shared, rows)
+    longest = lengths_B.max() + max_new_tokens
+    return _generate_rows(
+        config, params, tokens_BT, lengths_B, masks, draws, seeds_B, rows_B, longest, max_new_tokens, probe
+    )
 
 
-def _generate_rows(config, max_new_tokens, probe, shared, rows):
-    params, draws, longest = shared
-    tokens_BT, lengths_B, iv, seeds_B, rows_B = rows
+@row_parallel("tokens_BT", "lengths_B", "masks", "seeds_B", "rows_B")
+def _generate_rows(
+    config: ModelConfig,
+    params: PyTree,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    masks: Masks,
+    draws: Draws,
+    seeds_B: jax.Array,
+    rows_B: jax.Array,
+    longest: jax.Array,
+    max_new_tokens: int,
+    probe: bool,
+) -> Generated:
     batch, width = tokens_BT.shape
     keys_B = row_keys(seeds_B, rows_B)
     dtype = jax.tree.leaves(params)[0].dtype
@@ -204,7 +227,7 @@ def _generate_rows(config, max_new_tokens, probe, shared, rows):
         params,
         tokens_BT,
         lengths_B,
-        iv,
+        masks,
         cache,
         last_B1,
         longest=longest,
@@ -212,7 +235,7 @@ def _generate_rows(config, max_new_tokens, probe, shared, rows):
     )
     only = Probe(jnp.zeros((batch, 1), jnp.int32)) if probe else None
 
-    def record(buffers, probed, token_B, done_B, step):
+    def record(buffers: tuple, probed, token_B: jax.Array, done_B: jax.Array, step: jax.Array | int):
         """Write one step's tokens (pad for rows that are done) and probes into the result."""
         tokens_BN, argmax_BNLH = buffers
         tokens_BN = tokens_BN.at[:, step].set(jnp.where(done_B, config.pad_id, token_B))
@@ -227,7 +250,7 @@ def _generate_rows(config, max_new_tokens, probe, shared, rows):
     def decode(state):
         step, cache, token_B, done_B, count_B, stop_B, buffers = state
         start_B = lengths_B + step - 1
-        out = next_hidden(config, params, token_B, iv, cache=cache, start_B=start_B, probe=only, longest=longest)
+        out = next_hidden(config, params, token_B, masks, cache=cache, start_B=start_B, probe=only, longest=longest)
         token_B, stops_B = next_tokens(config, params, draws, out.x_BTE, keys_B, step)
         stop_B = jnp.where(stops_B & ~done_B, token_B, stop_B)
         done_B |= stops_B
@@ -243,10 +266,44 @@ def _generate_rows(config, max_new_tokens, probe, shared, rows):
     stop_B = jnp.where(done_B, token_B, NO_STOP)
     state = (jnp.int32(1), first.cache, token_B, done_B, (~done_B).astype(jnp.int32), stop_B, buffers)
     *_, count_B, stop_B, (tokens_BN, argmax_BNLH) = jax.lax.while_loop(unfinished, decode, state)
-    return Generated(tokens_BN, count_B, argmax_BNLH, stop_B)
+    return Generated(tokens_BN, count_B, stop_B, argmax_BNLH)
 
 
-def sample(logits_BV, keys_B, temperature, top_p):
+def _generate(
+    config: ModelConfig,
+    params: PyTree,
+    tokens: np.ndarray,
+    lengths: Lengths,
+    masks: Masks,
+    draws: Draws,
+    seed: int | Int[ArrayLike, " B"],
+    *,
+    max_new_tokens: int,
+    probe: bool,
+) -> Generated:
+    """`generate`, from tokens and options that are checked."""
+    lengths, seeds = np.asarray(lengths, np.int32), np.asarray(seed)
+    if lengths.min(initial=1) < 1 or lengths.max(initial=1) > tokens.shape[1]:
+        raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}; tokens have 1 to {tokens.shape[1]}")
+    if seeds.shape not in ((), (len(tokens),)):
+        raise ValueError(f"seed has shape {seeds.shape}; it must be one number or one for each of {len(tokens)} rows")
+    if config.depends_on_length:
+        longest = lengths.max() + max_new_tokens
+        log.info("rotary frequencies are those of %d tokens, the longest prompt and max_new_tokens", longest)
+    rows = np.arange(len(tokens)) if seeds.ndim == 0 else np.zeros(len(tokens), int)
+    arguments = (
+        pad_to_bucket(config, tokens, max_new_tokens),
+        lengths,
+        masks.repeated(len(tokens)),  # shared masks, too: one program for both
+        draws,
+        np.broadcast_to(seeds, len(tokens)).astype(np.uint32),
+        rows.astype(np.uint32),
+    )
+    with mesh_of(params):
+        return generate_batch(config, params, *arguments, max_new_tokens=max_new_tokens, probe=probe)
+
+
+def sample(logits_BV: jax.Array, keys_B: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
     """i32[B]: the most likely token at temperature 0, else a draw from the top_p nucleus."""
 
     def draw():
@@ -257,7 +314,7 @@ def sample(logits_BV, keys_B, temperature, top_p):
     return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
 
 
-def _nucleus(logits_BV, top_p):
+def _nucleus(logits_BV: jax.Array, top_p: jax.Array) -> jax.Array:
     """Logits outside the smallest set of tokens with probability >= top_p at -inf."""
     order_BV = jnp.argsort(-logits_BV, axis=-1)
     probs_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1), axis=-1)
@@ -267,13 +324,13 @@ def _nucleus(logits_BV, top_p):
 
 
 def _one_row(out: Generated, row: int) -> Generated:
-    """One row's result, without what stands behind its end."""
+    """One row's result, cut at its end."""
     n = out.lengths[row]
-    return Generated(out.tokens[row, :n], n, None if out.argmax is None else out.argmax[row, :n], out.stops[row])
+    argmax = None if out.argmax is None else out.argmax[row, :n]
+    return Generated(out.tokens[row, :n], n, out.stops[row], argmax)
 
 
 def _padded_stop_ids(stop_ids: Sequence[int]) -> np.ndarray:
     """i32: padded to a multiple of MAX_STOP_IDS, so that sets of up to as many share one program."""
-    stop_ids = [int(i) for i in stop_ids]
     slots = -(-max(len(stop_ids), 1) // MAX_STOP_IDS) * MAX_STOP_IDS
-    return np.array(stop_ids + [NO_STOP] * (slots - len(stop_ids)), np.int32)
+    return np.array([*stop_ids] + [NO_STOP] * (slots - len(stop_ids)), np.int32)

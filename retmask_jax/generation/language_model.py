@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
@@ -22,8 +21,9 @@ from retmask_jax.hf.families import from_hf
 from retmask_jax.hf.tokenizer import load_tokenizer
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import Masks, normalise
 from retmask_jax.model.sharding import mesh_of
-from retmask_jax.model.transformer import check_tokens, forward
+from retmask_jax.model.transformer import check_positions, check_tokens, longest_row, next_logits
 from retmask_jax.utils.array_types import Lengths, Tokens
 from retmask_jax.utils.hosts import primary
 
@@ -54,9 +54,12 @@ class LanguageModel:
         interventions: Interventions | None = None,
         positions: Int[ArrayLike, "B P"] | None = None,
     ) -> Float32[jax.Array, "B T V"] | Float32[jax.Array, "B P V"]:
-        """f32[B,T,V] next-token logits of right-padded tokens i32[B,T], or f32[B,P,V] at positions i32[B,P].
+        """Next-token logits of right-padded tokens i32[B,T], at positions i32[B,P] or at all.
 
         Jitted: one program per shape, whatever the mask. Errors as in `forward`.
+
+        Returns:
+            f32[B,T,V], or f32[B,P,V] for the positions asked for.
 
         >>> import retmask_jax as rm
         >>> lm = rm.load("bundled")
@@ -66,10 +69,11 @@ class LanguageModel:
         ((1, 13, 354), 'rome')
         """
         tokens = check_tokens(self.config, tokens, lengths)
-        filled = (interventions or Interventions()).fill(self.config, tokens.shape[0])
+        positions = check_positions(positions, tokens)
+        masks = normalise(self.config, interventions, len(tokens))
         lengths = lengths if self.config.depends_on_length else None  # else they change nothing but the program
         with mesh_of(self.params):
-            return _logits(self.config, self.params, tokens, lengths, filled, positions)
+            return _logits(self.config, self.params, tokens, lengths, masks, positions)
 
     def generate(
         self,
@@ -84,9 +88,18 @@ class LanguageModel:
     ) -> Generated:
         """Continue right-padded prompts i32[B,T] of the given lengths i32[B] by up to max_new_tokens, N.
 
-        Returns tokens i32[B,N], pad ids after a stop id, and lengths i32[B], the stop id not counted. temperature 0 is
-        greedy. seed: one integer, or i32[B]. stop_ids None: the model's EOS ids; (): never stop. Raises ValueError for a
-        wrong shape, a length of 0 and a prompt that leaves no room. More in `retmask_jax.generation.decode.generate`.
+        More in `retmask_jax.generation.decode.generate`.
+
+        Args:
+            temperature: 0 is greedy.
+            seed: One integer, or i32[B].
+            stop_ids: None: the model's EOS ids; (): never stop.
+
+        Returns:
+            tokens i32[B,N], pad ids after a stop id, and lengths i32[B], the stop id not counted.
+
+        Raises:
+            ValueError: A wrong shape, a length of 0, or a prompt that leaves no room.
 
         >>> import retmask_jax as rm
         >>> lm = rm.load("bundled")
@@ -141,11 +154,16 @@ def load(
 ) -> LanguageModel:
     """Load an HF checkpoint: a local folder, a hub id such as "meta-llama/Llama-3.2-1B", or "bundled".
 
-    dtype is that of the parameters and the computation; mesh (or what gives one for the model's config) places the
-    parameters by the sharding rules; revision, token and cache_dir are for a hub id, see `retmask_jax.hf.hub.resolve`.
     config.eos_ids are all ids that end an answer: those of config.json, of generation_config.json, of the tokenizer and of
-    the chat template's assistant turns. Raises ValueError in one line for a missing folder, a model the hub does not give
-    out, an unsupported model or a damaged file.
+    the chat template's assistant turns.
+
+    Args:
+        dtype: Of the parameters and the computation.
+        mesh: Where the parameters are placed by the sharding rules; or a function that gives a mesh for the model's config.
+        revision, token, cache_dir: For a hub id, see `retmask_jax.hf.hub.resolve`.
+
+    Raises:
+        ValueError: A missing folder, a model that the hub does not give out, an unsupported model or a damaged file.
 
     >>> import retmask_jax as rm
     >>> lm = rm.load("bundled", dtype="bfloat16")
@@ -161,9 +179,9 @@ def load(
 
 
 def outline(path_or_hub_id: str | os.PathLike, *, revision: str | None = None) -> LanguageModel:
-    """A model without its weights, which are neither read nor fetched: config and tokenizer; params is None.
+    """A model without weights, which are neither read nor fetched: config and tokenizer; params is None.
 
-    Arguments and errors as of `load`.
+    Arguments and errors as for `load`.
 
     >>> lm = outline("bundled")
     >>> lm.config.n_layers, lm.params
@@ -177,11 +195,16 @@ def save(
 ) -> None:
     """Write an HF checkpoint that transformers and other tools load.
 
-    dtype None keeps each tensor's stored dtype. A weight that was not changed is written as it is stored in the model's
-    folder, whatever dtype it was loaded in, so an untouched model saves back bit for bit; should the folder be gone, as
-    it was loaded, with a warning. Adapters (`config.lora`) are merged in float32, then rounded to the stored dtype. A
-    shared bool head_mask is baked in (its columns of o_proj are zero); float, per-row and rotary masks cannot be and
-    raise ValueError.
+    A weight that was not changed is written as it is stored in the model's folder, whatever dtype it was loaded in, so that
+    an untouched model saves back bit for bit; should the folder be gone, it is written as it was loaded, with a warning.
+    Adapters (`config.lora`) are merged in float32, then rounded to the stored dtype.
+
+    Args:
+        interventions: A shared bool head_mask is baked in (its columns of o_proj become zero).
+        dtype: None keeps the stored dtype of each tensor.
+
+    Raises:
+        ValueError: Float, per-row and rotary masks cannot be baked in.
 
     >>> import retmask_jax as rm
     >>> lm = rm.load("bundled")
@@ -199,8 +222,9 @@ def save(
 
 
 def from_params(config: ModelConfig, params: PyTree, tokenizer: Any = None) -> LanguageModel:
-    """A LanguageModel around parameters made here; `save` writes it in the format of a family that can express
-    it, see `families.to_hf`.
+    """A LanguageModel around parameters made here.
+
+    `save` writes it in the format of a family that can express it, see `families.to_hf`.
 
     >>> import jax, retmask_jax as rm
     >>> lm = rm.load("bundled")
@@ -221,8 +245,10 @@ def _outline(folder: Path) -> LanguageModel:
 
 
 def _save_texts(lm: LanguageModel, folder: Path) -> None:
-    """The known files of the source's tokenizer, templates and generation; of a source without them, or one in which they
-    are links to elsewhere, the tokenizer as it was loaded."""
+    """Write the files of the source's tokenizer, templates and generation settings.
+
+    Where the source has none, or some are links to other folders, the tokenizer is written as it was loaded.
+    """
     own, links = ([], []) if lm.source.folder is None else checkpoint_files.own_texts(Path(lm.source.folder))
     for path in links:
         log.warning("%s is a link out of the model's folder, to %s, and is not copied", path, path.resolve())
@@ -234,21 +260,29 @@ def _save_texts(lm: LanguageModel, folder: Path) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config, params, tokens, lengths, interventions, positions):
-    return forward(config, params, tokens, lengths, interventions=interventions, positions=positions)
+def _logits(
+    config: ModelConfig,
+    params: PyTree,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array | None,
+    masks: Masks,
+    positions_BP: jax.Array | None,
+) -> jax.Array:
+    return next_logits(config, params, tokens_BT, masks, longest_row(tokens_BT, lengths_B), positions_BP)
 
 
-def _bakeable(config: ModelConfig, interventions: Interventions | None):
-    """The shared bool head mask of interventions as an array, or None; ValueError for what weights cannot express."""
+def _bakeable(config: ModelConfig, interventions: Interventions | None) -> np.ndarray | None:
+    """The shared bool head mask as an array, or None; ValueError for interventions that weights cannot express."""
     if interventions is None:
         return None
-    iv = interventions.fill(config)
-    if iv.head_mask.dtype != jnp.bool_ or iv.head_mask.ndim != 2:
+    masks = normalise(config, interventions)
+    head_mask = masks.head_BLH if interventions.head_mask is None else np.asarray(interventions.head_mask)
+    if head_mask.dtype != np.bool_ or interventions.has_rows:
         raise ValueError(
-            f"only a shared bool head_mask can be baked into weights, this is {iv.head_mask.dtype}{iv.head_mask.shape}"
+            f"only a shared bool head_mask can be baked into weights, this is {head_mask.dtype}{head_mask.shape}"
         )
-    if bool(jnp.any(iv.rope_mask != 0)):
+    if np.any(masks.rope_BLHR):
         raise ValueError("a rotary mask cannot be baked into weights: save without it and apply it at run time")
-    if iv.head_mean is not None:
+    if interventions.head_mean is not None:
         raise ValueError("a head's mean cannot be baked into weights: save without it and apply it at run time")
-    return np.asarray(iv.head_mask)
+    return np.asarray(masks.head_BLH[0])

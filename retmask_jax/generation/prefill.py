@@ -1,18 +1,20 @@
 """Prefill: prompts through the model in chunks, with a cache; and prompts that share their beginnings."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.inference import hidden_rows
+from retmask_jax.model.inference import HiddenRows, hidden_rows
 from retmask_jax.model.kernels.blocked import even_size, platform
+from retmask_jax.model.kv_cache import Cache
+from retmask_jax.model.masks import Masks
 
 # Tokens of a row that pass through the model at once: bounds the memory of activations at any length. A GPU reads all
 # weights for each chunk in the time in which it multiplies hundreds of tokens.
@@ -22,77 +24,49 @@ _ALIGNED = 64  # tokens of which a larger chunk is a multiple
 _WORTH_SHARING = 64  # tokens of a common beginning below which reuse saves nothing
 
 
-@flax.struct.dataclass
-class Prefilled:
-    """x_BPE: final states of the rows asked for; rms_BP: what their norm divided by; cache; probed: [B,P,L,H,...], or
-    None."""
-
-    x_BPE: jax.Array
-    rms_BP: jax.Array
-    cache: Any
-    probed: Any = None
-
-
 def prefill(
     config: ModelConfig,
-    params,
-    tokens_BT,
-    end_B,
-    iv,
-    cache,
-    rows_BP,
+    params: PyTree,
+    tokens_BT: jax.Array,
+    end_B: jax.Array,
+    masks: Masks,
+    cache: Cache | None,
+    rows_BP: jax.Array,
     *,
-    start_B=None,
+    start_B: jax.Array | None = None,
     probe: Probe | None = None,
-    longest=None,
+    longest: jax.Array | int | None = None,
     chunk: int | None = None,
-) -> Prefilled:
-    """Run tokens through the model, filling the cache, and keep the final states of rows rows_BP i32[B,P] among the T.
+) -> HiddenRows:
+    """Run tokens through the model, filling the cache, and keep the final states of some positions.
 
-    start_B: how many positions of each row the cache holds already (None: none). end_B: where each row's tokens end,
-    as a position. Chunks behind the longest row are not computed. probe: asked of the same rows. The cache needs
-    `slots_for` as many positions. Pure, to be called under jit.
+    Pure, to be called under jit. Chunks after the end of the longest row are not computed.
+
+    Args:
+        end_B: The position at which the tokens of each row end.
+        cache: Has at least `slots_for` slots after those that are filled already; None: nothing is cached.
+        rows_BP: i32, the positions to keep, among the T; a probe asks about the same.
+        start_B: How many positions of each row the cache holds already; None: none.
+        longest: As in `hidden`.
+        chunk: Tokens of a row that pass through the model at once; None: `usual_chunk`.
     """
     batch, length = tokens_BT.shape
     chunk = chunk or usual_chunk()
+    run = functools.partial(hidden_rows, config, params, masks=masks, end_B=end_B, longest=longest)
     if length <= chunk:
-        out = hidden_rows(
-            config,
-            params,
-            tokens_BT,
-            iv,
-            rows_BP,
-            cache=cache,
-            start_B=start_B,
-            end_B=end_B,
-            probe=probe,
-            longest=longest,
-        )
-        return Prefilled(out.x_BTE, out.rms_BT, out.cache, out.probed)
+        return run(tokens_BT, rows_BP=rows_BP, cache=cache, start_B=start_B, probe=probe)
     start_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
     chunk = even_size(length, chunk, min(_ALIGNED, chunk))
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -length % chunk)))
 
-    def one(c, cache) -> Prefilled:
-        """The result of chunk c; what it says of rows that do not lie in it means nothing."""
+    def one(c: jax.Array | int, cache: Cache | None) -> HiddenRows:
+        """The result of chunk c, which is meaningless for positions outside the chunk."""
         part_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, c * chunk, chunk, axis=1)
         local_BP = jnp.clip(rows_BP - c * chunk, 0, chunk - 1)
         asked = None if probe is None else probe.replace(rows_BP=local_BP)
-        out = hidden_rows(
-            config,
-            params,
-            part_BT,
-            iv,
-            local_BP,
-            cache=cache,
-            start_B=start_B + c * chunk,
-            end_B=end_B,
-            probe=asked,
-            longest=longest,
-        )
-        return Prefilled(out.x_BTE, out.rms_BT, out.cache, out.probed)
+        return run(part_BT, rows_BP=local_BP, cache=cache, start_B=start_B + c * chunk, probe=asked)
 
-    def add(c, state: Prefilled) -> Prefilled:
+    def add(c, state: HiddenRows) -> HiddenRows:
         new, inside_BP = one(c, state.cache), rows_BP // chunk == c
         kept = jax.tree.map(
             lambda new, old: jnp.where(inside_BP.reshape(*inside_BP.shape, *(1,) * (new.ndim - 2)), new, old),
@@ -113,7 +87,7 @@ def usual_chunk() -> int:
 
 
 def slots_for(length: int, chunk: int | None = None) -> int:
-    """Slots a cache needs for `length` new tokens, with the padding of the last chunk."""
+    """The number of slots that a cache needs for `length` new tokens, with the padding of the last chunk."""
     chunk = chunk or usual_chunk()
     if length <= chunk:
         return length
@@ -123,7 +97,12 @@ def slots_for(length: int, chunk: int | None = None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """Prompts that share beginnings: prefix is computed once, prompt members[i] continues it from starts[i] on."""
+    """Prompts that share a prefix, which is computed once.
+
+    Attributes:
+        members: The indices of the prompts.
+        starts: How many tokens of the prefix each of them has; the rest of the prompt continues from there.
+    """
 
     prefix: tuple[int, ...]
     members: tuple[int, ...]
@@ -131,10 +110,10 @@ class Shared:
 
 
 def share_prefixes(prompts: Sequence[Sequence[int]]) -> list[Shared]:
-    """Groups of prompts and what each shares with its group's prefix, so that least is computed.
+    """Groups of prompts and what each prompt shares with the prefix of its group, so that little is computed twice.
 
-    The prefix is the prompt that shares most with the others of its group, without its last token, which its own row
-    computes. Prompts that share too little stand alone, with an empty prefix.
+    The prefix is the prompt that shares most with the others of its group, without its last token, which is computed in
+    that prompt's row. Prompts that share too little form a group with an empty prefix.
     """
     order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
     groups: list[list[int]] = []
@@ -159,7 +138,7 @@ def share_prefixes(prompts: Sequence[Sequence[int]]) -> list[Shared]:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of tokens with which both begin."""
+    """The number of tokens with which both begin."""
     n = min(len(a), len(b))
     differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
     return int(differs[0]) if len(differs) else n
@@ -168,5 +147,5 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 def _shared_with(i: int, steps: list[int]) -> list[int]:
     """How much of prompt i each of the sorted prompts shares, from what neighbours share."""
     before = np.minimum.accumulate(steps[:i][::-1])[::-1] if i else []
-    behind = np.minimum.accumulate(steps[i:]) if i < len(steps) else []
-    return [*map(int, before), 10**9, *map(int, behind)]
+    after = np.minimum.accumulate(steps[i:]) if i < len(steps) else []
+    return [*map(int, before), 10**9, *map(int, after)]

@@ -1,10 +1,12 @@
-"""Causal experiments: answers under many masks in one compiled program, and what they come to."""
+"""Causal experiments: answers under many masks in one compiled program, and their statistics."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 
 from retmask_jax.data.answers import holds
 from retmask_jax.data.needles import Case
@@ -13,6 +15,7 @@ from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Head, Interventions, stack
 from retmask_jax.utils import stats
+from retmask_jax.utils.numbers import McNemar, Number
 
 _MASK_BYTES = 2**30  # of masks repeated for each case, at a time
 
@@ -21,7 +24,8 @@ _MASK_BYTES = 2**30  # of masks repeated for each case, at a time
 class Condition:
     """One mask of an experiment: its kind ("retrieval", "layer-matched", ...), the draw, and what is masked.
 
-    k: rotary pairs that each head loses, where they are not the same `pairs` for all (None: as many as those).
+    k: how many rotary pairs each head loses, where `pairs` does not say it because they differ from head to head, or
+    because they stand for another number of pairs; None: as many as `pairs`.
     """
 
     kind: str
@@ -34,11 +38,47 @@ class Condition:
 
     @property
     def n_pairs(self) -> int:
+        """How many rotary pairs each head loses."""
         return len(self.pairs) if self.k is None else self.k
 
     @property
     def site(self) -> str:
+        """Where rotary pairs are ablated: "rotary" or "projection"."""
         return self.interventions.rope_site
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConditionRow(Number):
+    """The share of a task's cases that are right under a condition, and the paired test against the untouched model.
+
+    k: rotary pairs that each head loses; change: against the untouched model; q: the p-value of `mcnemar`, adjusted for the
+    false discovery rate over the conditions of a task (Benjamini-Hochberg).
+    """
+
+    value: float
+    task: str
+    experiment: str
+    kind: str
+    draw: int
+    k: int
+    site: str
+    heads: list[Head]
+    pairs: list[int]
+    change: Number
+    mcnemar: McNemar
+    q: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """How many more cases one sort of condition gets right than another one, paired by case.
+
+    change: mean over draws of the difference, with its interval over cases; p_value: of McNemar's exact test, the median
+    over the pairs of draws.
+    """
+
+    change: Number
+    p_value: float
 
 
 def answers(
@@ -50,13 +90,12 @@ def answers(
     batch_size: int,
     what: str = "answer",
 ) -> list[list[str]]:
-    """Greedy answers [mask][case]: the cases under every mask are rows of the same compiled program, one for each rotary
-    site."""
+    """Greedy answers [mask][case]. The cases under every mask are rows of one compiled program for each rotary site."""
     prompts = [case.tokens for case in cases]
     texts: list[list[str]] = [[] for _ in masks]
     for some in _together(lm.config, masks, len(cases)):
-        filled = jax.tree.map(np.asarray, stack([masks[i].fill(lm.config) for i in some]))
-        per_row = jax.tree.map(lambda x: np.repeat(x, len(cases), axis=0), filled)
+        together = stack([masks[i] for i in some])
+        per_row = jax.tree.map(lambda x: np.repeat(np.asarray(x), len(cases), axis=0), together)
         results = generate_many(
             lm.config,
             lm.params,
@@ -72,75 +111,78 @@ def answers(
     return texts
 
 
-def hits(texts: Sequence[str], cases: Sequence[Case], field: str = "answer") -> np.ndarray:
-    """bool[cases]: the words of the case's `answer` (or `memory`) occur in the text, in order, in any case (`holds`)."""
+def hits(texts: Sequence[str], cases: Sequence[Case], field: str = "answer") -> Bool[np.ndarray, " cases"]:
+    """Whether the words of each case's `answer` (or `memory`) occur in its text, in order, in upper or lower case."""
     return np.array([holds(text, getattr(case.needle, field)) for text, case in zip(texts, cases, strict=True)])
 
 
-def summarise(conditions: Sequence[Condition], outcomes: Mapping[str, np.ndarray]) -> list[dict]:
-    """One row per condition and task: value with its interval, and the paired test against the untouched model.
+def summarise(
+    conditions: Sequence[Condition], outcomes: Mapping[str, Bool[np.ndarray, "conditions cases"]]
+) -> list[ConditionRow]:
+    """One row per task and condition.
 
-    outcomes: task -> bool[conditions, cases]; the first condition is the untouched model. q: p-values of a task adjusted
-    for the false discovery rate over its conditions (Benjamini-Hochberg).
+    Args:
+        conditions: The first is the untouched model.
+        outcomes: Right or wrong, by task.
     """
     rows = []
     for task, outcome_CN in outcomes.items():
         tests = [stats.mcnemar(outcome_CN[0], outcome) for outcome in outcome_CN]
-        p_values = [test["p_value"] for test in tests[1:]]
+        p_values = [test.p_value for test in tests[1:]]
         adjusted = [1.0, *(stats.benjamini_hochberg(p_values).tolist() if p_values else [])]
         for condition, outcome, test, q in zip(conditions, outcome_CN, tests, adjusted, strict=True):
             rows.append(
-                {
-                    "task": task,
-                    "experiment": condition.experiment,
-                    "kind": condition.kind,
-                    "draw": condition.draw,
-                    "k": condition.n_pairs,
-                    "site": condition.site,
-                    "heads": [list(head) for head in condition.heads],
-                    "pairs": list(condition.pairs),
-                    **stats.proportion(outcome),
-                    "change": stats.paired_bootstrap(outcome, outcome_CN[0]),
-                    "mcnemar": test,
-                    "q": q,
-                }
+                ConditionRow.of(
+                    stats.proportion(outcome),
+                    task=task,
+                    experiment=condition.experiment,
+                    kind=condition.kind,
+                    draw=condition.draw,
+                    k=condition.n_pairs,
+                    site=condition.site,
+                    heads=[(layer, head) for layer, head in condition.heads],
+                    pairs=list(condition.pairs),
+                    change=stats.paired_bootstrap(outcome, outcome_CN[0]),
+                    mcnemar=test,
+                    q=q,
+                )
             )
     return rows
 
 
-def mean_over_draws(conditions: Sequence[Condition], outcome_CN, kind: str, k: int | None = None, **wanted) -> dict:
-    """Mean outcome over the draws of a kind (and number of pairs k), with its interval over cases.
+def mean_over_draws(
+    conditions: Sequence[Condition], outcome_CN: Bool[np.ndarray, "conditions cases"], **wanted: Any
+) -> Number:
+    """Mean outcome over the conditions chosen, which are draws of one kind, with its interval over cases.
 
-    wanted: other attributes of the conditions that are meant, such as experiment="dose".
+    Args:
+        wanted: Attributes of the conditions to choose, such as kind="random", n_pairs=4.
     """
-    chosen = [
-        i
-        for i, c in enumerate(conditions)
-        if c.kind == kind
-        and (k is None or c.n_pairs == k)
-        and all(getattr(c, name) == value for name, value in wanted.items())
-    ]
-    outcomes = np.asarray(outcome_CN)[chosen]
-    return stats.proportion(outcomes[0]) if len(chosen) == 1 else stats.bootstrap_mean(outcomes.mean(axis=0))
+    outcomes_DN = _chosen(conditions, outcome_CN, wanted)
+    return stats.proportion(outcomes_DN[0]) if len(outcomes_DN) == 1 else stats.bootstrap_mean(outcomes_DN.mean(axis=0))
 
 
-def contrast(conditions: Sequence[Condition], outcome_CN, ours: Mapping, others: Mapping) -> dict:
-    """How much more cases two sorts of conditions get right, others less ours, paired by case: {"change": interval over
-    cases of the difference, draws averaged; "p_value": of McNemar's exact test, median over the pairs of draws}.
+def contrast(
+    conditions: Sequence[Condition],
+    outcome_CN: Bool[np.ndarray, "conditions cases"],
+    ours: Mapping[str, Any],
+    others: Mapping[str, Any],
+) -> Contrast:
+    """How many more cases are right under the other conditions than under ours.
 
-    ours, others: the attributes that say which conditions are meant, such as {"kind": "random", "n_pairs": 4}.
+    Args:
+        ours, others: Attributes of the conditions to choose, such as {"kind": "random", "n_pairs": 4}.
     """
-    sides = [
-        [
-            outcome
-            for c, outcome in zip(conditions, outcome_CN, strict=True)
-            if all(getattr(c, name) == value for name, value in wanted.items())
-        ]
-        for wanted in (others, ours)
-    ]
-    tests = [stats.mcnemar(a, b)["p_value"] for a in sides[0] for b in sides[1]]
-    change = stats.paired_bootstrap(*(np.stack(side).astype(float) for side in sides))
-    return {"change": change, "p_value": float(np.median(tests))}
+    ours_DN, others_DN = (_chosen(conditions, outcome_CN, wanted) for wanted in (ours, others))
+    p_values = [stats.mcnemar(a, b).p_value for a in others_DN for b in ours_DN]
+    change = stats.paired_bootstrap(others_DN.astype(float), ours_DN.astype(float))
+    return Contrast(change=change, p_value=float(np.median(p_values)))
+
+
+def _chosen(conditions: Sequence[Condition], outcome_CN, wanted: Mapping[str, Any]) -> np.ndarray:
+    """The outcomes of the conditions whose attributes have these values."""
+    chosen = [i for i, c in enumerate(conditions) if all(getattr(c, name) == v for name, v in wanted.items())]
+    return np.asarray(outcome_CN)[chosen]
 
 
 def _together(config: ModelConfig, masks: Sequence[Interventions], n_cases: int) -> list[list[int]]:

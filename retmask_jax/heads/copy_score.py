@@ -1,47 +1,101 @@
-"""Detection: which heads look at the needle's token while the model copies it (arXiv 2404.15574)."""
+"""The copy score: which heads look at the needle's token while the model copies it (arXiv 2404.15574).
+
+`detect_plain` computes it as the paper defines it. `detect` gives the same scores many times faster.
+"""
 
 import collections
-import dataclasses
-import logging
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32, Int
 
 from retmask_jax.data.answers import rouge1_recall
 from retmask_jax.data.needles import Case
 from retmask_jax.generation.decode import generate_many
 from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.heads.detection import COUNTED, Detection, collect
 from retmask_jax.heads.reading import read_answers
-from retmask_jax.heads.scores import HeadScores
-from retmask_jax.utils import stats
+from retmask_jax.model.attention import Probe
+from retmask_jax.model.layers import unembed
+from retmask_jax.model.masks import normalise
+from retmask_jax.model.sharding import mesh_of
+from retmask_jax.model.transformer import check_tokens, hidden
 
-log = logging.getLogger(__name__)
-RIGHT_RECALL = 0.5
-COUNTED = "counted"
+RIGHT_RECALL = 0.5  # ROUGE-1 recall of the reference above which an answer is right
 
-
-class NoCaseCounts(ValueError):
-    """No detection case counts, so no head has a score. outcomes: why not, per case."""
-
-    def __init__(self, message: str, outcomes: Sequence[str]):
-        super().__init__(message)
-        self.outcomes = list(outcomes)
+# The tokens of a greedy answer, and for each the key position that each head weighs most when it predicts the token.
+Answer = tuple[Int[np.ndarray, " N"], Int[np.ndarray, "N L H"]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Detection:
-    """scores: of the counted cases. answers and outcomes: per case, the model's answer (where a detector reads the gold
-    answer, that one), and "counted" or why it was not."""
+# --- as the paper defines it: one case at a time, one token at a time, without a cache ---
 
-    scores: HeadScores
-    answers: list[str]
-    outcomes: list[str]
 
-    @property
-    def reasons(self) -> dict[str, int]:
-        """Number of cases per outcome."""
-        return dict(collections.Counter(self.outcomes))
+def detect_plain(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: int = 50) -> Detection:
+    """Computes copy scores by plain greedy decoding; errors as of `detect`.
+
+    A head's score in a case is |needle tokens that it copied| / |needle tokens|, both as sets. A case counts if the
+    model's answer is right. The score of a head is its mean over the counted cases.
+    """
+    stops = {*lm.config.eos_ids, *newline_ids(lm.tokenizer).tolist()}
+    width = max((len(case.tokens) for case in cases), default=0) + max_new_tokens
+    per_case, answers, outcomes = [], [], []
+    for case in cases:
+        tokens, copied = _answer_plainly(lm, case, stops, max_new_tokens, width)
+        answers.append(lm.tokenizer.decode(tokens, skip_special_tokens=True))
+        outcomes.append(_outcome(answers[-1], case.needle.answer, cut=len(tokens) == max_new_tokens))
+        if outcomes[-1] == COUNTED:
+            n_needle = len(set(words_of(case)))
+            per_case.append(np.array([[len(of_head) / n_needle for of_head in of_layer] for of_layer in copied]))
+    return collect(per_case, answers, outcomes)
+
+
+def _answer_plainly(
+    lm: LanguageModel, case: Case, stops: set[int], max_new_tokens: int, width: int
+) -> tuple[list[int], list[list[set[int]]]]:
+    """Returns the tokens of the greedy answer, and for each layer and head the needle tokens that it copied.
+
+    A head copies a token if the key that it weighs most, when the model predicts the token, is in the needle's answer
+    part and is that token.
+    """
+    start, end = case.span
+    copied: list[list[set[int]]] = [[set() for _ in range(lm.config.n_heads)] for _ in range(lm.config.n_layers)]
+    answer: list[int] = []
+    while len(answer) < max_new_tokens:
+        token, key_LH = _read_on(lm, [*case.tokens, *answer], width)
+        if token in stops:
+            break
+        answer.append(token)
+        for (layer, head), key in np.ndenumerate(key_LH):
+            if start <= key < end and case.tokens[key] == token:
+                copied[layer][head].add(token)
+    return answer, copied
+
+
+def _read_on(lm: LanguageModel, tokens: list[int], width: int) -> tuple[int, Int[np.ndarray, "L H"]]:
+    """Returns the most likely next token, and the key position that each head weighs most when it predicts it.
+
+    The row is padded to `width` tokens, so that one program serves all cases and steps.
+    """
+    row_1T = check_tokens(lm.config, [tokens + [lm.config.pad_id] * (width - len(tokens))])
+    with mesh_of(lm.params):
+        token, key_LH = _next_token(lm.config, lm.params, row_1T, len(tokens) - 1)
+    return int(token), np.asarray(key_LH)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _next_token(config, params, tokens_1T, last):
+    last_11 = jnp.full((1, 1), last)
+    out = hidden(config, params, tokens_1T, normalise(config), probe=Probe(last_11))
+    assert out.probed is not None  # it was asked for
+    logits_V = unembed(config, params, out.x_BTE[0, last])
+    return jnp.argmax(logits_V), out.probed.keys[0, 0, :, :, 0]
+
+
+# --- the same made fast: in batches, with a cache, and read in one pass where the answer can be foreseen ---
 
 
 def detect(
@@ -53,94 +107,82 @@ def detect(
     released: bool = False,
     read: bool = True,
 ) -> Detection:
-    """Copy scores by greedy decoding: METHODS of arXiv 2404.15574, one score per head and counted case.
+    """Computes the copy scores of `detect_plain` in batches; this is the detector `copy` of the command.
 
-    A case counts if the ROUGE-1 recall of the answer against the needle's answer part is above 0.5. Decoding ends at
-    EOS or a newline. read: where a first batch answers with the needle's words, read the others' in one pass each
-    (`read_answers`) and decode only where the model says something else; the result is the same. released=True
-    repeats the published detector: it never stops before max_new_tokens and adds up repeated copies, so that scores
-    can exceed 1. Raises NoCaseCounts, a ValueError, if no case counts.
+    Decoding ends at EOS or a newline. A case counts if the ROUGE-1 recall of the answer against the needle's answer
+    part is above 0.5.
+
+    Args:
+        lm: The model.
+        cases: Needle cases.
+        max_new_tokens: The longest answer.
+        batch_size: Cases that are decoded together.
+        released: Repeat the detector that was released with the paper: it always decodes max_new_tokens tokens and
+            counts repeated copies again, so that scores can exceed 1.
+        read: Where most answers of a first batch begin with the needle's words, read that answer after the other
+            prompts in one pass (`read_answers`), and decode only the cases in which the model says something else. The
+            scores are the same.
+
+    Raises:
+        NoCaseCounts: No case counts; a ValueError.
     """
-    results = _greedy(lm, cases, max_new_tokens, batch_size, released, read)
-    return score_answers(lm, cases, results, max_new_tokens=max_new_tokens, released=released)
+    found = _greedy_answers(lm, cases, max_new_tokens, batch_size, released, read)
+    return score_answers(lm, cases, found, max_new_tokens=max_new_tokens, released=released)
 
 
 def score_answers(
-    lm: LanguageModel,
-    cases: Sequence[Case],
-    results: Sequence[tuple[Any, Any]],
-    *,
-    max_new_tokens: int,
-    released: bool = False,
+    lm: LanguageModel, cases: Sequence[Case], found: Sequence[Answer], *, max_new_tokens: int, released: bool = False
 ) -> Detection:
-    """Copy scores of the model's answers, as in `detect`: results are (tokens i32[n], argmax i32[n,L,H]) per case."""
+    """Computes copy scores from the model's answers; arguments and errors as of `detect`."""
     newline = newline_ids(lm.tokenizer)
     answers, outcomes, per_case = [], [], []
-    for case, (tokens_N, argmax_NLH) in zip(cases, results, strict=True):
+    for case, (tokens_N, key_NLH) in zip(cases, found, strict=True):
         end = len(tokens_N) if released else _first(tokens_N, newline)
-        tokens_N, argmax_NLH = tokens_N[:end], argmax_NLH[:end]
+        tokens_N, key_NLH = tokens_N[:end], key_NLH[:end]
         answer = lm.tokenizer.decode(tokens_N, skip_special_tokens=True)
         answers.append(answer)
         outcomes.append(_outcome(answer, case.needle.answer, cut=end == max_new_tokens))
         if outcomes[-1] == COUNTED:
-            per_case.append(copy_score(np.asarray(case.tokens), case.span, tokens_N, argmax_NLH, released))
+            per_case.append(copy_score(np.asarray(case.tokens), case.span, tokens_N, key_NLH, released))
     return collect(per_case, answers, outcomes)
 
 
-def collect(per_case: Sequence[np.ndarray], answers: list[str], outcomes: list[str]) -> Detection:
-    """The Detection of scores f32[L,H], one for each outcome that says counted; NoCaseCounts if none does."""
-    reasons = dict(collections.Counter(outcomes))
-    if not per_case:
-        raise NoCaseCounts(
-            f"none of {len(outcomes)} detection cases counts: {reasons}; "
-            "check the chat template and the lengths, or give max_new_tokens room",
-            outcomes,
-        )
-    log.info("%d of %d cases counted: %s", len(per_case), len(outcomes), reasons)
-    return Detection(HeadScores(np.stack(per_case, axis=-1)), answers, outcomes)
+def copy_score(
+    prompt_S: Int[np.ndarray, " S"],
+    span: tuple[int, int],
+    tokens_N: Int[np.ndarray, " N"],
+    key_NLH: Int[np.ndarray, "N L H"],
+    released: bool = False,
+) -> Float32[np.ndarray, "L H"]:
+    """Computes the scores of one case: |needle tokens that a head copied| / |needle tokens|, both as sets.
+
+    Args:
+        prompt_S: Tokens of the prompt.
+        span: Token span [start, end) of the needle's answer part.
+        tokens_N: The model's answer.
+        key_NLH: The key position that each head weighs most when it predicts tokens_N[n].
+        released: Count every copy, repeats included, and divide by the length of the span.
+    """
+    start, end = span
+    inside_NLH = (key_NLH >= start) & (key_NLH < end)
+    read_NLH = prompt_S[np.minimum(key_NLH, len(prompt_S) - 1)]  # keys after the prompt are in no span
+    hit_NLH = inside_NLH & (read_NLH == tokens_N[:, None, None])
+    if released:
+        return hit_NLH.sum(axis=0).astype(np.float32) / (end - start)
+    needle_ids = np.unique(prompt_S[start:end])
+    copied = [(hit_NLH & (tokens_N == i)[:, None, None]).any(axis=0) for i in needle_ids]
+    return np.sum(copied, axis=0).astype(np.float32) / len(needle_ids)
 
 
-def newline_ids(tokenizer) -> np.ndarray:
-    """Ids of the tokens whose text holds a newline."""
+def newline_ids(tokenizer: Any) -> Int[np.ndarray, " ids"]:
+    """Returns the ids of the tokens whose text has a newline."""
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     return np.array([i for i, text in enumerate(texts) if "\n" in text], np.int64)
 
 
-def copy_score(prompt_S, span: tuple[int, int], tokens_N, argmax_NLH, released: bool = False) -> np.ndarray:
-    """f32[L,H]: |tokens a head copied from the needle| / |tokens of the needle|, both as sets.
-
-    A head copies token n if its strongest key lies in the span [start, end) and holds the token that is generated.
-    released=True counts every copy, repeats included, and divides by the length of the span.
-    """
-    start, end = span
-    inside_NLH = (argmax_NLH >= start) & (argmax_NLH < end)
-    key_NLH = np.minimum(argmax_NLH, len(prompt_S) - 1)  # keys behind the prompt lie in no span
-    hit_NLH = inside_NLH & (prompt_S[key_NLH] == np.asarray(tokens_N)[:, None, None])
-    if released:
-        return hit_NLH.sum(axis=0).astype(np.float32) / (end - start)
-    needle_ids = np.unique(prompt_S[start:end])
-    copied = [(hit_NLH & (np.asarray(tokens_N) == i)[:, None, None]).any(axis=0) for i in needle_ids]
-    return np.sum(copied, axis=0).astype(np.float32) / len(needle_ids)
-
-
 def words_of(case: Case) -> tuple[int, ...]:
-    """The tokens of the needle's answer part, as they stand in the prompt."""
+    """Returns the tokens of the needle's answer part, as they are in the prompt."""
     return tuple(case.tokens[slice(*case.span)])
-
-
-def stability(scores: HeadScores, steps: int = 10, **selection) -> list[dict]:
-    """How the head set settles as cases are added: [{"cases", "heads", "jaccard" (with the final set)}, ...].
-
-    selection: threshold=... or top_k=..., as in `HeadScores.heads`.
-    """
-    total = int(scores.counts.max())
-    final = scores.heads(**selection)
-    rows = []
-    for n in sorted({max(1, round(total * (i + 1) / steps)) for i in range(steps)}):
-        first = HeadScores([[cases[:n] for cases in row] for row in scores.per_case])
-        heads = first.heads(**selection)
-        rows.append({"cases": n, "heads": len(heads), "jaccard": stats.jaccard(heads, final)})
-    return rows
 
 
 def _outcome(answer: str, reference: str, cut: bool) -> str:
@@ -151,64 +193,87 @@ def _outcome(answer: str, reference: str, cut: bool) -> str:
     return "wrong answer, cut at the token limit" if cut else "wrong answer"
 
 
-def _greedy(lm, cases, max_new_tokens: int, batch_size: int, released: bool, read: bool) -> list:
-    """(tokens, argmax) of each case's greedy answer."""
-    results: list[Any] = [None] * len(cases)
-
-    def decode(chosen) -> None:
-        decoded = generate_many(
-            lm.config,
-            lm.params,
-            [cases[i].tokens for i in chosen],
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            stop_ids=() if released else None,
-            probe=True,
-            what="detect",
-        )
-        for i, result in zip(chosen, decoded, strict=True):
-            results[i] = result.tokens, result.argmax
-
-    def read_others(closing: tuple[int, ...]) -> None:
-        """Results of those that say the needle's words and the closing, and stop."""
-        drafts = {
-            i: (*words_of(cases[i]), *closing, lm.config.eos_ids[0])
-            for i, result in enumerate(results)
-            if result is None
-        }
-        drafts = {i: draft for i, draft in drafts.items() if len(draft) <= max_new_tokens}
-        if not drafts:
-            return
-        found = read_answers(
-            lm, [cases[i].tokens for i in drafts], list(drafts.values()), batch_size=batch_size, what="detect"
-        )
-        for (i, draft), forced in zip(drafts.items(), found, strict=True):
-            *said, last = forced.predicted.tolist()
-            if tuple(said) == draft[:-1] and last in lm.config.eos_ids:
-                results[i] = forced.predicted[:-1], forced.argmax[:-1]
-
+def _greedy_answers(
+    lm: LanguageModel, cases: Sequence[Case], max_new_tokens: int, batch_size: int, released: bool, read: bool
+) -> list[Answer]:
+    """Returns the greedy answer to each case."""
+    stop_ids = () if released else None
+    decode = functools.partial(_decode, lm, cases, max_new_tokens, batch_size, stop_ids)
+    found: dict[int, Answer] = {}
     first = sorted(range(len(cases)), key=lambda i: len(cases[i].tokens))[:batch_size]
     if read and not released and lm.config.eos_ids and len(first) < len(cases):
-        decode(first)
-        closing = _usual_closing([cases[i] for i in first], [results[i][0] for i in first], max_new_tokens)
+        found |= decode(first)
+        closing = _usual_closing([cases[i] for i in first], [found[i][0] for i in first], max_new_tokens)
         if closing is not None:
-            read_others(closing)
-    decode([i for i, result in enumerate(results) if result is None])
-    return results
+            others = [i for i in range(len(cases)) if i not in found]
+            found |= _read_expected(lm, cases, others, closing, max_new_tokens, batch_size)
+    found |= decode([i for i in range(len(cases)) if i not in found])
+    return [found[i] for i in range(len(cases))]
 
 
-def _usual_closing(cases, answers, max_new_tokens: int) -> tuple[int, ...] | None:
-    """What most answers say behind the needle's words before they stop; None if most say something else."""
+def _decode(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    max_new_tokens: int,
+    batch_size: int,
+    stop_ids: Sequence[int] | None,
+    chosen: list[int],
+) -> dict[int, Answer]:
+    """Returns the answers to the chosen cases, decoded token by token."""
+    decoded = generate_many(
+        lm.config,
+        lm.params,
+        [cases[i].tokens for i in chosen],
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        probe=True,
+        what="detect",
+    )
+    answers = [(np.asarray(generated.tokens), np.asarray(generated.argmax)) for generated in decoded]
+    return dict(zip(chosen, answers, strict=True))
+
+
+def _read_expected(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    chosen: list[int],
+    closing: tuple[int, ...],
+    max_new_tokens: int,
+    batch_size: int,
+) -> dict[int, Answer]:
+    """Returns the answers to those of the chosen cases in which the model says the needle's words and the closing, and
+    stops; they are read in one pass, not decoded."""
+    drafts = {i: (*words_of(cases[i]), *closing, lm.config.eos_ids[0]) for i in chosen}
+    drafts = {i: draft for i, draft in drafts.items() if len(draft) <= max_new_tokens}
+    if not drafts:
+        return {}
+    prompts = [cases[i].tokens for i in drafts]
+    read = read_answers(lm, prompts, list(drafts.values()), batch_size=batch_size, what="detect")
+    found = {}
+    for (i, draft), forced in zip(drafts.items(), read, strict=True):
+        *said, last = forced.predicted.tolist()
+        if tuple(said) == draft[:-1] and last in lm.config.eos_ids:
+            found[i] = forced.predicted[:-1], forced.argmax[:-1]
+    return found
+
+
+def _usual_closing(
+    cases: Sequence[Case], answers: Sequence[Int[np.ndarray, " N"]], max_new_tokens: int
+) -> tuple[int, ...] | None:
+    """Returns what most answers say after the needle's words before they stop; None if most say something else."""
     closings = collections.Counter(
         tuple(map(int, tokens[len(words) :]))
         for tokens, words in zip(answers, map(words_of, cases), strict=True)
         if len(tokens) < max_new_tokens and tuple(tokens[: len(words)]) == words
     )
-    (closing, count), *_ = closings.most_common(1) or [(None, 0)]
-    return closing if count > len(cases) / 2 else None
+    most_common = closings.most_common(1)
+    if not most_common or most_common[0][1] <= len(cases) / 2:
+        return None
+    return most_common[0][0]
 
 
-def _first(tokens_N, stop_ids) -> int:
-    """Index of the first stop id, or the number of tokens."""
+def _first(tokens_N: Int[np.ndarray, " N"], stop_ids: Int[np.ndarray, " ids"]) -> int:
+    """Returns the index of the first stop id, or the number of tokens."""
     found = np.flatnonzero(np.isin(tokens_N, stop_ids))
     return int(found[0]) if len(found) else len(tokens_N)

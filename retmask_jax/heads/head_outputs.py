@@ -1,4 +1,4 @@
-"""What heads write and how their rotary pairs vary on plain text: the stuff of mean-ablation and of matched controls."""
+"""Mean outputs of heads on plain text, for mean-ablation, and how much their rotary pairs vary, for matched controls."""
 
 import dataclasses
 import functools
@@ -7,53 +7,62 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int
 
 from retmask_jax.generation.batching import full_batches
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.attention import EVERYWHERE, Probe
 from retmask_jax.model.inference import hidden_rows
-from retmask_jax.model.interventions import Head, Interventions
-from retmask_jax.model.sharding import by_rows, full_share, mesh_of
+from retmask_jax.model.interventions import Head
+from retmask_jax.model.masks import normalise
+from retmask_jax.model.sharding import full_share, mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory
 from retmask_jax.utils.hosts import to_host
 
-POSITIONS = 64  # of each text that are looked at, evenly spread
+POSITIONS = 64  # measured in each text, evenly spread
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadStatistics:
-    """mean_LHD: f32[L,H,D], the mean of what a head writes, before o_proj.
+    """Statistics of each head over the positions of some texts.
 
-    covariance_LHRR: f32[L,H,R,R], how what each two rotary pairs add to q.k varies together over the keys that a query
-    sees, mean over queries, without the scale of attention; what is not rotated counts as one pair more, the last.
+    Attributes:
+        mean_LHD: Mean output of the head, before o_proj.
+        covariance_LHRR: Covariance of what two rotary pairs add to q.k, over the keys that a query sees; mean over
+            queries, without the scale of attention. Dimensions that are not rotated count as one more pair, the last.
     """
 
-    mean_LHD: np.ndarray
-    covariance_LHRR: np.ndarray
+    mean_LHD: Float32[np.ndarray, "L H D"]
+    covariance_LHRR: Float32[np.ndarray, "L H R R"]
 
 
-def head_statistics(lm: LanguageModel, texts, *, batch_size: int = 8) -> HeadStatistics:
-    """Of the untouched model, mean over texts i32[N,T] and POSITIONS of each. Raises ValueError for texts too long."""
-    texts = np.asarray(check_tokens(lm.config, texts))
-    rows_P = np.unique(np.linspace(0, texts.shape[1] - 1, POSITIONS).astype(np.int32))
+def head_statistics(lm: LanguageModel, texts_NT: Int[np.ndarray, "N T"], *, batch_size: int = 8) -> HeadStatistics:
+    """Measures the model without interventions at POSITIONS positions of each text.
+
+    Raises:
+        ValueError: The texts exceed the model's context.
+    """
+    texts_NT = np.asarray(check_tokens(lm.config, texts_NT))
+    rows_P = np.unique(np.linspace(0, texts_NT.shape[1] - 1, POSITIONS).astype(np.int32))
 
     def work(todo: list[int], batch_size: int):
         for batch in full_batches(todo, min(batch_size, full_share(len(todo)))):
-            found = to_host(_statistics(lm.config, lm.params, texts[batch], np.tile(rows_P, (len(batch), 1))))
+            found = to_host(_statistics(lm.config, lm.params, texts_NT[batch], np.tile(rows_P, (len(batch), 1))))
             yield batch, list(zip(*found, strict=True))
 
     with mesh_of(lm.params):
-        results = memory.in_batches(len(texts), batch_size, "head statistics", "text", work)
-    return HeadStatistics(
-        *(np.mean(part, axis=0, dtype=np.float64).astype(np.float32) for part in zip(*results, strict=True))
-    )
+        results = memory.in_batches(len(texts_NT), batch_size, "head statistics", "text", work)
+    means, covariances = zip(*results, strict=True)
+    return HeadStatistics(_mean(means), _mean(covariances))
 
 
-def variance_removed(statistics: HeadStatistics, heads: Sequence[Head], pairs_NR) -> np.ndarray:
-    """f64[N,heads]: the share of the variance of q.k over keys that is gone without the pairs of each row, bool[N,R].
+def variance_removed(
+    statistics: HeadStatistics, heads: Sequence[Head], pairs_NR: Bool[np.ndarray, "N R"]
+) -> Float64[np.ndarray, "N heads"]:
+    """Computes the share of the variance of q.k over keys that masking the pairs of each row removes.
 
-    1 - var(what remains) / var(all); below 0 where what is taken out had cancelled some of the rest.
+    The share is 1 - var(remaining pairs) / var(all pairs). It is negative where the masked pairs had cancelled others.
     """
     pairs_NR = np.asarray(pairs_NR, bool)
     shares = []
@@ -67,15 +76,17 @@ def variance_removed(statistics: HeadStatistics, heads: Sequence[Head], pairs_NR
     return np.stack(shares, axis=1)
 
 
+def _mean(per_text: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the mean over texts in f32, summed in f64."""
+    return np.asarray(np.mean(per_text, axis=0, dtype=np.float64), np.float32)
+
+
 @functools.partial(jax.jit, static_argnums=0)
+@row_parallel("tokens_BT", "rows_BP")
 def _statistics(config, params, tokens_BT, rows_BP):
-    return by_rows(functools.partial(_of_rows, config), params, (tokens_BT, rows_BP))
-
-
-def _of_rows(config, params, rows):
-    """(f32[B,L,H,D], f32[B,L,H,R,R])."""
-    tokens_BT, rows_BP = rows
+    """Returns the mean f32[B,L,H,D] and the covariance f32[B,L,H,R,R] of each row."""
     spans_B12 = jnp.broadcast_to(jnp.array(EVERYWHERE), (len(tokens_BT), 1, 2))
     asked = Probe(rows_BP, spans_B12, values=True, pairs=config.n_pairs)
-    probed = hidden_rows(config, params, tokens_BT, Interventions(), rows_BP, probe=asked).probed
+    probed = hidden_rows(config, params, tokens_BT, normalise(config), rows_BP, probe=asked).probed
+    assert probed is not None and probed.values is not None and probed.pairs is not None  # they were asked for
     return probed.values[..., 0, :].mean(axis=1), probed.pairs[:, 0]

@@ -1,13 +1,15 @@
-"""Which heads to take out, and which others as controls; curves over their number; the smallest set that matters."""
+"""Which heads to ablate, and which others as controls; curves over their number; the smallest set that matters."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32
+from numpy.typing import ArrayLike
 
 from retmask_jax.generation.batching import full_batches, pad_rows
 from retmask_jax.generation.language_model import LanguageModel
@@ -17,33 +19,45 @@ from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import Layers
 from retmask_jax.model.interventions import Head, Interventions, all_heads, mask_heads, mask_queries, random_heads
-from retmask_jax.model.sharding import ROWS, STACKED_ROWS, by_rows, full_share, mesh_of
-from retmask_jax.model.transformer import check_tokens, make_call, split_masks
+from retmask_jax.model.masks import normalise
+from retmask_jax.model.sharding import STACKED_ROWS, full_share, mesh_of, row_parallel
+from retmask_jax.model.transformer import check_tokens, make_call
 from retmask_jax.utils import memory
 from retmask_jax.utils.hosts import to_host
 
-IDLE = 0.1  # a head whose masking moves the text less than this share of what the most active one does is called idle
+IDLE = 0.1  # a head is called idle if masking it changes the text by less than this share of what the most active head does
 
-# What a masked head does: it writes nothing (RetMask); its mean over plain text (LOCOS); the mean value of all keys, as
-# its query is zero (arXiv 2404.15574's block list).
+# What an ablated head writes: nothing (RetMask); its mean over plain text (LOCOS); the mean value of all keys, because
+# its query is zero (the block list of arXiv 2404.15574).
 MODES = ("zero", "mean", "query")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spared:
+    """A step of `minimal_set`: the head that is no longer masked, and recall with the remaining heads masked."""
+
+    head: Head
+    recall: float
 
 
 def knockout_conditions(
     config: ModelConfig,
     heads: Sequence[Head],
-    activity_LH,
+    activity_LH: ArrayLike,
     *,
     draws: int,
     seed: int = 0,
-    scores_LH=None,
+    scores_LH: ArrayLike | None = None,
     mode: str = "zero",
-    mean_LHD=None,
+    mean_LHD: Float32[np.ndarray, "L H D"] | None = None,
 ) -> list[Condition]:
-    """The untouched model, the retrieval heads masked, and as controls as many other heads, `draws` of each kind: of any
-    layer, of the same layers, of similar activity (see `activity`) and, where scores_LH are given, the lowest-scoring.
+    """The untouched model, the retrieval heads ablated, and, as controls, as many other heads.
 
-    mode: one of MODES; "mean" needs mean_LHD (`head_statistics`).
+    There are `draws` sets of controls of each kind: of any layer, of the same layers, of similar activity (see `activity`)
+    and, where scores_LH are given, the lowest-scoring heads.
+
+    Args:
+        mode: One of MODES; "mean" needs mean_LHD (`head_statistics`).
     """
     controls: dict[str, Callable[[int], list[Head]]] = {
         "any layer": lambda s: random_heads(config, n=len(heads), exclude=heads, seed=s),
@@ -55,7 +69,7 @@ def knockout_conditions(
     chosen = [("retrieval", 0, heads)]
     chosen += [(kind, draw, choose(seed + draw)) for kind, choose in controls.items() for draw in range(draws)]
     return [Condition("none", 0, Interventions(), experiment=mode)] + [
-        Condition(kind, draw, take_out(config, some, mode, mean_LHD), tuple(some), experiment=mode)
+        Condition(kind, draw, ablate(config, some, mode, mean_LHD), tuple(some), experiment=mode)
         for kind, draw, some in chosen
     ]
 
@@ -69,10 +83,12 @@ def curve_conditions(
     draws: int,
     seed: int = 0,
 ) -> list[Condition]:
-    """The highest-scoring heads masked, more and more of them, and as many at random that are neither among those nor
-    retrieval heads, where the model has as many.
+    """More and more of the highest-scoring heads masked, and as many random others.
 
-    sizes: whole numbers of heads, or shares (as floats) of the retrieval heads, rounded up.
+    The random heads are neither among those nor retrieval heads; sizes for which too few are left have none.
+
+    Args:
+        sizes: Whole numbers of heads, or shares (as floats) of the retrieval heads, rounded up.
     """
     conditions = []
     for n in head_numbers(sizes, len(heads), scores.mean.size):
@@ -86,7 +102,7 @@ def curve_conditions(
 
 
 def head_numbers(sizes: Iterable[int | float], n_retrieval: int, n_all: int) -> list[int]:
-    """Sizes of `curve_conditions` as numbers of heads, ascending; ValueError for one the model does not have."""
+    """Sizes of `curve_conditions` as numbers of heads, ascending; ValueError for a number that the model does not have."""
     numbers = sorted({math.ceil(size * n_retrieval) if isinstance(size, float) else int(size) for size in sizes})
     if numbers and not 1 <= numbers[0] <= numbers[-1] <= n_all:
         wrong = numbers[0] if numbers[0] < 1 else numbers[-1]
@@ -96,12 +112,15 @@ def head_numbers(sizes: Iterable[int | float], n_retrieval: int, n_all: int) -> 
 
 def minimal_set(
     heads: Sequence[Head], recall_of: Callable[[list[list[Head]]], Sequence[float]], limit: float
-) -> tuple[list[Head], list[dict[str, Any]]]:
-    """The heads that are left when, one by one, those are spared that recall can do without: (heads, steps).
+) -> tuple[list[Head], list[Spared]]:
+    """A small set of heads whose masking keeps recall at most `limit`, and the steps that led to it.
 
-    recall_of: recall with each of several sets masked. A head is spared as long as recall stays at most `limit`, first
-    the one that leaves it lowest (of equal ones the last, which scores lowest). Each step: {"head" spared, "recall"}.
-    Greedy: a smaller set may exist.
+    Heads are spared one at a time while recall stays at most `limit`: in each step the head without which recall is lowest
+    (of several such heads the last, which scores lowest). The search is greedy, so a smaller set may exist.
+
+    Args:
+        heads: Best first.
+        recall_of: Recall with each of several sets masked.
     """
     kept, steps = list(heads), []
     while kept:
@@ -109,12 +128,14 @@ def minimal_set(
         i = int(np.flatnonzero(recall == recall.min())[-1])
         if recall[i] > limit:
             break
-        steps.append({"head": list(kept.pop(i)), "recall": float(recall[i])})
+        steps.append(Spared(head=kept.pop(i), recall=float(recall[i])))
     return kept, steps
 
 
-def take_out(config: ModelConfig, heads: Sequence[Head], mode: str, mean_LHD=None) -> Interventions:
-    """Interventions that take heads out in one of MODES."""
+def ablate(
+    config: ModelConfig, heads: Sequence[Head], mode: str, mean_LHD: Float32[np.ndarray, "L H D"] | None = None
+) -> Interventions:
+    """Interventions that ablate heads in one of MODES; "mean" needs mean_LHD (`head_statistics`)."""
     match mode:
         case "zero":
             return mask_heads(config, heads)
@@ -125,11 +146,13 @@ def take_out(config: ModelConfig, heads: Sequence[Head], mode: str, mean_LHD=Non
     raise ValueError(f"knock-out mode is {mode!r}; it must be one of {', '.join(MODES)}")
 
 
-def activity(lm: LanguageModel, rows: Sequence[Sequence[int]], *, batch_size: int) -> np.ndarray:
-    """f32[L,H]: mean absolute change of the log-probability of a token of text when one head alone is masked.
+def activity(lm: LanguageModel, rows: Sequence[Sequence[int]], *, batch_size: int) -> Float32[np.ndarray, "L H"]:
+    """Mean absolute change of the log-probability of a token (nats) when one head alone is masked, on texts of tokens.
 
     Each pass starts at the first layer with a masked head, from the states that the untouched model had there.
-    batch_size: rows in a pass, a text under one mask each; where memory runs out it is halved.
+
+    Args:
+        batch_size: Rows in a pass, each a text under one mask; halved where memory runs out.
     """
     config, heads = lm.config, all_heads(lm.config)
     tokens_NT, lengths_N = pad_rows(rows, config.pad_id)
@@ -159,8 +182,8 @@ def activity(lm: LanguageModel, rows: Sequence[Sequence[int]], *, batch_size: in
     return (total_LH / real_NT.sum()).astype(np.float32)
 
 
-def activity_matched(heads: Sequence[Head], activity_LH, seed: int = 0, nearest: int = 3) -> list[Head]:
-    """For each head one outside `heads`, drawn from the `nearest` by ratio of activity that are not taken yet."""
+def activity_matched(heads: Sequence[Head], activity_LH: ArrayLike, seed: int = 0, nearest: int = 3) -> list[Head]:
+    """As many heads outside `heads`: for each head one of the `nearest` by ratio of activity that are still free."""
     rng = np.random.default_rng(seed)
     log_activity = np.log(np.asarray(activity_LH, np.float64) + 1e-9)
     heads = [tuple(head) for head in heads]
@@ -172,8 +195,8 @@ def activity_matched(heads: Sequence[Head], activity_LH, seed: int = 0, nearest:
     return sorted(chosen)
 
 
-def lowest_scoring(scores_LH, heads: Sequence[Head], seed: int = 0) -> list[Head]:
-    """As many heads outside `heads`, of the lowest scores; which of equal ones, the seed decides."""
+def lowest_scoring(scores_LH: ArrayLike, heads: Sequence[Head], seed: int = 0) -> list[Head]:
+    """As many heads outside `heads`, those with the lowest scores; the seed decides between equal scores."""
     scores_LH = np.asarray(scores_LH)
     free = _others(scores_LH.shape, [tuple(head) for head in heads])
     order = np.random.default_rng(seed).permutation(len(free))
@@ -188,7 +211,7 @@ def _others(shape: tuple[int, int], heads: list[Head]) -> list[Head]:
 
 
 def _late(config: ModelConfig, heads: Sequence[Head | None]) -> tuple[np.ndarray, np.int32]:
-    """(bool[K,L,H] of as many masks, of one head or of none, the first group of layers with a masked one)."""
+    """(bool[K,L,H]: for each head its mask, all False for None; the first group of layers with a masked head)."""
     mask_KLH = np.zeros((len(heads), config.n_layers, config.n_heads), bool)
     for mask_LH, head in zip(mask_KLH, heads, strict=True):
         if head is not None:
@@ -198,33 +221,24 @@ def _late(config: ModelConfig, heads: Sequence[Head | None]) -> tuple[np.ndarray
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@row_parallel("tokens_BT", results=STACKED_ROWS)
 def _states(config: ModelConfig, params, tokens_BT):
-    """[R,B,T,E]: what each group of layers gets in the untouched model."""
-
-    def states(params, tokens_BT):
-        layers = _layers(config, params, *tokens_BT.shape)
-        return layers.states(layers.embed(tokens_BT), split_masks(config, Interventions.none(config)))
-
-    return by_rows(states, params, tokens_BT, split=(ROWS, STACKED_ROWS))
+    """[R,B,T,E]: the input of each group of layers in the untouched model."""
+    layers = _layers(config, params, *tokens_BT.shape)
+    return layers.states(layers.embed(tokens_BT), normalise(config).by_layer(config))
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@row_parallel("tokens_BT", stacked=("states_RBTE",))
 def _masked_logprobs(config: ModelConfig, params, mask_KLH, start, tokens_BT, states_RBTE):
     """f32[B,K,T-1]: log-probability of each token of the texts under each mask, from the states of group `start` on."""
-
-    def logprobs(shared, rows):
-        params, mask_KLH, start = shared
-        tokens_BT, states_RBTE = rows
-        n_masks, (batch, length) = len(mask_KLH), tokens_BT.shape
-        tokens_XT, x_XTE = (jnp.repeat(x, n_masks, axis=0) for x in (tokens_BT, states_RBTE[start]))
-        masked = Interventions(jnp.tile(mask_KLH, (batch, 1, 1))).fill(config, batch * n_masks)
-        layers = _layers(config, params, batch * n_masks, length)
-        x_XTE = layers.normed(layers.from_group(start, x_XTE, split_masks(config, masked)))[:, :-1]
-        logp_XT = chosen_logprobs(config, params, x_XTE, tokens_XT[:, 1:], jnp.ones(x_XTE.shape[:2], bool))
-        return logp_XT.reshape(batch, n_masks, -1)
-
-    rows = tokens_BT, states_RBTE
-    return by_rows(logprobs, (params, mask_KLH, start), rows, split=((ROWS, STACKED_ROWS), ROWS))
+    n_masks, (batch, length) = len(mask_KLH), tokens_BT.shape
+    tokens_XT, x_XTE = (jnp.repeat(x, n_masks, axis=0) for x in (tokens_BT, states_RBTE[start]))
+    masks = normalise(config, Interventions(jnp.tile(mask_KLH, (batch, 1, 1))), batch * n_masks)
+    layers = _layers(config, params, batch * n_masks, length)
+    x_XTE = layers.normed(layers.from_group(start, x_XTE, masks.by_layer(config)))[:, :-1]
+    logp_XT = chosen_logprobs(config, params, x_XTE, tokens_XT[:, 1:], jnp.ones(x_XTE.shape[:2], bool))
+    return logp_XT.reshape(batch, n_masks, -1)
 
 
 def _layers(config: ModelConfig, params, batch: int, length: int) -> Layers:

@@ -1,20 +1,20 @@
 """A model's retrieval-head profile: how many heads, how concentrated, where (arXiv 2606.21249)."""
 
+import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float64, Int
 
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.utils import stats
 
-CORRELATE_FROM = 10  # models; of fewer a rank correlation says next to nothing
-
 
 class Scored(NamedTuple):
-    """A model's head scores under a name, to be put beside others'."""
+    """A model's head scores under a name, for a comparison of models."""
 
     name: str
     scores: HeadScores
@@ -22,23 +22,52 @@ class Scored(NamedTuple):
     threshold: float = 0.1
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileRow:
+    """What was scored of a model, and its `profile`, with None for nan; cases: the largest number that a head counted."""
+
+    model: str
+    cases: int
+    n_layers: int
+    heads_per_layer: int
+    n_kv_heads: int
+    threshold: float
+    n_heads: int
+    frac: float
+    gini: float
+    zero_fraction: float
+    top5_share: float | None
+    layer_com: float | None
+    layer_com_count: float | None
+    early_frac: float | None
+    mid_frac: float | None
+    late_frac: float | None
+    heads_per_active_group: float | None
+    full_group_fraction: float | None
+
+
 def profile(scores: HeadScores, n_kv_heads: int, threshold: float = 0.1) -> dict[str, int | float]:
-    """Sparsity and layout of the heads whose mean score reaches `threshold`: a dict of numbers.
+    """Computes how many heads are detected, how concentrated their scores are, and where the heads are.
 
-    scores: HeadScores of one detector (published profiles come from the argmax proxy alone).
-    n_kv_heads: the model's key/value heads, which must divide its query heads.
+    Args:
+        scores: Of one detector. Published profiles come from the argmax proxy.
+        n_kv_heads: The model's key/value heads, which must divide its query heads.
+        threshold: Heads whose mean score reaches it are detected.
 
-    - n_heads, frac: detected heads, and their share of all;
-    - over all heads: gini; zero_fraction, the share exactly 0; top5_share, the part of the summed
-      score that the five best heads hold;
-    - over detected heads: layer_com, their mean layer / (L - 1) weighted by score (0 first layer,
-      1 last); layer_com_count, the same unweighted; early_frac, mid_frac, late_frac, their shares
-      by thirds of layer / L;
-    - over KV groups with a detected head: heads_per_active_group; full_group_fraction, the share of
-      those groups whose query heads are all detected.
+    Returns:
+        Numbers under the names of arXiv 2606.21249. Means and shares over nothing are nan.
 
-    Means and shares over nothing are nan. Signed scores raise ValueError, as their Gini has no meaning.
-    The names are those of arXiv 2606.21249.
+        - n_heads, frac: detected heads, and their share of all heads.
+        - Over all heads: gini; zero_fraction, the share whose score is exactly 0; top5_share, the share of the summed
+          score that the five best heads have.
+        - Over detected heads: layer_com, their mean layer / (L - 1) weighted by score (0 is the first layer, 1 the
+          last); layer_com_count, the same unweighted; early_frac, mid_frac, late_frac, their shares by thirds of
+          layer / L.
+        - Over KV groups with a detected head: heads_per_active_group; full_group_fraction, the share of these groups
+          whose query heads are all detected.
+
+    Raises:
+        ValueError: Scores are negative, for which Gini's coefficient is not defined, or n_kv_heads does not divide.
 
     >>> import retmask_jax as rm
     >>> scores = rm.HeadScores.from_array([[0.0, 0.0, 0.0, 0.0], [0.5, 0.25, 0.0, 0.0]])
@@ -59,58 +88,34 @@ def profile(scores: HeadScores, n_kv_heads: int, threshold: float = 0.1) -> dict
     }
 
 
-def profile_table(models: Sequence[Scored]) -> list[dict[str, Any]]:
-    """One row per model, ready for JSON: what was scored, then its `profile`; None where that is nan.
+def profile_table(models: Sequence[Scored]) -> list[ProfileRow]:
+    """Profiles every model.
 
-    cases: most that any head counted. Raises ValueError, naming the model, where its profile cannot be made.
+    Raises:
+        ValueError: A profile cannot be made; the message names the model.
     """
     return [_row(model) for model in models]
 
 
-def gain_against_sparsity(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What training gained against the Gini coefficient of the head scores, over finished runs.
-
-    runs: {"name", "weights": identity of the start model, "gini", "gain": interval} each. Returns {"rows": the runs,
-    "n_models": different start models, "spearman": interval over models, None below CORRELATE_FROM or where one side is
-    constant, "finding": a sentence}. Runs of one start model are averaged for the correlation, as they are one sample.
-    """
-    by_model: dict[str, list[tuple[float, float]]] = {}
-    for run in runs:
-        by_model.setdefault(run["weights"], []).append((run["gini"], run["gain"]["value"]))
-    means = np.array([np.mean(points, axis=0) for points in by_model.values()])
-    rho = stats.spearman_interval(*means.T) if len(means) >= CORRELATE_FROM else None
-    rho = rho if rho and math.isfinite(rho["value"]) else None
-    return {"rows": list(runs), "n_models": len(means), "spearman": rho, "finding": _finding(len(means), rho)}
-
-
-def _row(model: Scored) -> dict[str, Any]:
+def _row(model: Scored) -> ProfileRow:
     try:
         values = profile(model.scores, model.n_kv_heads, model.threshold)
     except ValueError as error:
         raise ValueError(f"{model.name}: {error}") from error
     n_layers, n_heads = model.scores.mean.shape
-    return {
-        "model": model.name,
-        "cases": int(model.scores.counts.max()),
-        "n_layers": n_layers,
-        "heads_per_layer": n_heads,
-        "n_kv_heads": model.n_kv_heads,
-        "threshold": model.threshold,
-        **{name: stats.defined(value) for name, value in values.items()},
-    }
+    sizes: dict[str, Any] = {name: stats.defined(value) for name, value in values.items()}
+    return ProfileRow(
+        model=model.name,
+        cases=int(model.scores.counts.max()),
+        n_layers=n_layers,
+        heads_per_layer=n_heads,
+        n_kv_heads=model.n_kv_heads,
+        threshold=model.threshold,
+        **sizes,
+    )
 
 
-def _finding(n_models: int, rho: Mapping | None) -> str:
-    if n_models < CORRELATE_FROM:
-        models = f"{n_models} model{'' if n_models == 1 else 's'}"
-        return f"Descriptive only: {models}, too few for a correlation (from {CORRELATE_FROM} on); none is claimed."
-    if rho is None:
-        return f"{n_models} models, of which the gain or the Gini coefficient is the same in all: no correlation."
-    bounds = f"[{rho['low']:.2f}, {rho['high']:.2f}]"
-    return f"Spearman's rank correlation over {n_models} models: {rho['value']:.2f}, 95% interval {bounds}."
-
-
-def _group_size(n_heads, n_kv_heads):
+def _group_size(n_heads: int, n_kv_heads: int) -> int:
     if n_kv_heads < 1 or n_heads % n_kv_heads:
         raise ValueError(
             f"n_kv_heads={n_kv_heads} does not divide the {n_heads} query heads per layer: "
@@ -119,7 +124,7 @@ def _group_size(n_heads, n_kv_heads):
     return n_heads // n_kv_heads
 
 
-def _concentration(mean_LH):
+def _concentration(mean_LH: Float64[np.ndarray, "L H"]) -> dict[str, float]:
     best_first = np.sort(mean_LH, axis=None)[::-1]
     return {
         "gini": stats.gini(mean_LH),
@@ -128,12 +133,14 @@ def _concentration(mean_LH):
     }
 
 
-def _layer_layout(layers, weights, n_layers):
+def _layer_layout(
+    layers: Int[np.ndarray, " heads"], weights: Float64[np.ndarray, " heads"], n_layers: int
+) -> dict[str, float]:
     depths = layers / max(n_layers - 1, 1)
-    # Whole-number thirds: layer 10 of 30 opens the middle third whatever 10 / 30 rounds to.
+    # In whole numbers: layer 10 of 30 begins the middle third, however 10 / 30 is rounded.
     thirds = 3 * layers // n_layers
     return {
-        "layer_com": _ratio(depths @ weights, weights.sum()),
+        "layer_com": _ratio(float(depths @ weights), weights.sum()),
         "layer_com_count": _ratio(depths.sum(), len(layers)),
         "early_frac": _ratio((thirds == 0).sum(), len(layers)),
         "mid_frac": _ratio((thirds == 1).sum(), len(layers)),
@@ -141,12 +148,12 @@ def _layer_layout(layers, weights, n_layers):
     }
 
 
-def _group_layout(heads, group_size):
-    """heads: rows of (layer, head); runs of group_size heads share a KV head."""
+def _group_layout(heads: Int[np.ndarray, "heads 2"], group_size: int) -> dict[str, float]:
+    """Counts detected heads, rows of (layer, head), by the KV head that group_size query heads share."""
     sizes = Counter((layer, head // group_size) for layer, head in heads.tolist())
     n_full = sum(size == group_size for size in sizes.values())
     return {"heads_per_active_group": _ratio(len(heads), len(sizes)), "full_group_fraction": _ratio(n_full, len(sizes))}
 
 
-def _ratio(part, whole):
+def _ratio(part: float, whole: float) -> float:
     return float(part / whole) if whole else math.nan

@@ -1,35 +1,46 @@
-"""Given answers read by the model after their prompts, in one pass a batch: what its heads look at, without decoding."""
+"""Reading given answers after their prompts, in one pass per batch: what the heads look at, without decoding."""
 
 import dataclasses
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int, PyTree
 
 from retmask_jax.generation.batching import bucket, full_batches, pad_rows
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.generation.prefill import Shared, prefill, share_prefixes, slots_for, usual_chunk
 from retmask_jax.model.attention import Probe
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.inference import HiddenRows
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
-from retmask_jax.model.sharding import by_rows, full_share, mesh_of
-from retmask_jax.model.transformer import check_tokens, unembed
+from retmask_jax.model.layers import unembed
+from retmask_jax.model.masks import Masks, normalise
+from retmask_jax.model.sharding import full_share, mesh_of, row_parallel
+from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory
 from retmask_jax.utils.hosts import to_host
 
-READ_CHUNK = 256  # tokens at once behind a shared beginning: little is wasted where continuations differ in length
+# Tokens read per chunk after a shared prefix. Small, so that little is padded when continuations differ in length.
+READ_CHUNK = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Forced:
-    """One answer read by the model, as NumPy arrays: predicted i32[n], its own choice at each token of the answer, and
-    argmax i32[n,L,H], the position of the key each head looked at most when it predicted that token."""
+    """One answer of N tokens, read by the model.
 
-    predicted: np.ndarray
-    argmax: np.ndarray
+    Attributes:
+        predicted: The most likely token at the place of each token of the answer.
+        argmax: The position of the key that each head weighs most when it predicts that token.
+    """
+
+    predicted: Int[np.ndarray, " N"]
+    argmax: Int[np.ndarray, "N L H"]
 
 
 def read_answers(
@@ -41,57 +52,73 @@ def read_answers(
     interventions: Interventions | None = None,
     what: str = "read answers",
 ) -> list[Forced]:
-    """Read given answers behind their prompts in one pass per batch, without decoding.
+    """Reads given answers after their prompts in one pass per batch, without decoding.
 
-    Where predicted equals the answer, argmax is what greedy decoding would have given.
+    If `predicted` equals the answer, `argmax` is what greedy decoding would give.
     """
     found = measure_answers(
         lm, prompts, answers, own_choices, batch_size=batch_size, interventions=interventions, what=what
     )
-    return [Forced(*one) for one in found]
+    return [Forced(predicted, argmax) for predicted, argmax in found]
 
 
 def measure_answers(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
-    measure,
+    measure: Callable[..., Any],
     *,
     spans: Sequence[Sequence[tuple[int, int]]] | None = None,
     values: bool = False,
     batch_size: int = 16,
     interventions: Interventions | None = None,
     what: str = "read answers",
-) -> list:
-    """measure(config, params, out, target_BN) of the rows that predict given answers, in one pass per batch.
+) -> list[Any]:
+    """Measures the model at the positions that predict given answers, in one pass per batch.
 
-    measure: a pure function, named in a module (each compiles its own program), of a `Prefilled` at those rows and the
-    tokens they should predict; gives arrays [B,N,...]. spans, values: per prompt as many spans, and whether to ask for
-    the heads' outputs, as in `Probe`. What prompts have in common at their beginning is computed once
-    (`share_prefixes`). Returns per prompt what measure gives, as NumPy arrays [n,...].
+    A prefix that several prompts share is computed once (`share_prefixes`).
+
+    Args:
+        lm: The model.
+        prompts: Tokens of each prompt.
+        answers: Tokens of the answer after each prompt, at least one.
+        measure: measure(config, params, out, target_BN) -> pytree of arrays [B,N,...], where `out` is the `HiddenRows` of
+            the positions that predict the answers and target_BN are the answers' tokens. A pure function defined at the
+            top of a module, as each function object compiles a program of its own.
+        spans: For each prompt as many token spans, which the probe measures as in `Probe`.
+        values: Whether the probe also returns the heads' outputs in the spans.
+        batch_size: Answers that are read together.
+        interventions: The same for all prompts.
+        what: The work's name in the progress bar.
+
+    Returns:
+        For each prompt what `measure` returns, as NumPy arrays [N,...] of its answer.
+
+    Raises:
+        ValueError: A prompt or an answer is empty, or they exceed the model's context.
     """
     if not all(prompts) or not all(answers) or len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts need as many answers, and none of them may be empty")
     config, width = lm.config, max(map(len, answers))
     check_tokens(config, np.zeros((1, max(map(len, prompts))), np.int32), new_tokens=width)
-    iv = (interventions or Interventions()).fill(config)
+    masks = normalise(config, interventions)
     longest = np.int32(max(map(len, prompts)) + width)
     on_cpu = jax.default_backend() == "cpu"
 
     def work(todo: list[int], batch_size: int):
         for group in share_prefixes([prompts[i] for i in todo]):
             group = dataclasses.replace(group, members=tuple(todo[i] for i in group.members))
-            cache = _read_prefix(config, lm.params, group.prefix, iv, longest)
-            # Behind a beginning chunks are computed as far as the longest row of a batch goes: rows of one length, and
-            # one program for all. On a CPU two rows fill a product, or one on each of its devices.
+            cache = _read_prefix(config, lm.params, group.prefix, masks, longest)
+            # After a shared prefix, chunks are computed up to the longest row of a batch. So rows are sorted by length,
+            # and batches are small on a CPU, which two rows, or one per device, keep busy. All batches are padded to
+            # one width, for one program.
             shared = cache is not None
             size = min(batch_size, full_share(2 if shared and on_cpu else len(group.members)))
-            # The longest continuations first.
             members = sorted(zip(group.members, group.starts, strict=True), key=lambda m: m[1] - len(prompts[m[0]]))
             for batch in full_batches(members, size):
                 inputs = _continuations(config, batch, prompts, answers, width, group if shared else None)
                 spans_BN2 = None if spans is None else np.array([spans[i] for i, _ in batch], np.int32)
-                out = to_host(read_batch(config, measure, values, lm.params, cache, *inputs, spans_BN2, iv, longest))
+                out = to_host(read_batch(config, measure, values, lm.params, cache, *inputs, spans_BN2, masks, longest))
                 rows = [i for i, _ in batch]
                 cut = [operator.itemgetter((row, slice(len(answers[i])))) for row, i in enumerate(rows)]
                 yield rows, [jax.tree.map(take, out) for take in cut]
@@ -101,71 +128,36 @@ def measure_answers(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@row_parallel("tokens_BT", "start_B", "end_B", "rows_BN", "target_BN", "spans_BN2", "masks")
 def read_batch(
-    config, measure, values, params, prefix, tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv, longest
-):
-    """The compiled program of `measure_answers`: what is measured, [B,N,...], at rows of a batch of texts.
+    config: ModelConfig,
+    measure: Callable[..., Any],
+    values: bool,
+    params: PyTree,
+    prefix: PyTree | None,
+    tokens_BT: Int[jax.Array, "B T"],
+    start_B: Int[jax.Array, " B"],
+    end_B: Int[jax.Array, " B"],
+    rows_BN: Int[jax.Array, "B N"],
+    target_BN: Int[jax.Array, "B N"],
+    spans_BN2: Int[jax.Array, "B spans 2"] | None,
+    masks: Masks,
+    longest: Int[jax.Array, ""],
+) -> Any:
+    """Measures one batch of texts; the compiled program of `measure_answers`.
 
     Args:
         measure: Static, as in `measure_answers`.
-        values: Static; also ask for the heads' outputs in the spans.
-        prefix: The cache of the beginning that the texts continue; None where they begin themselves.
-        tokens_BT: The texts, behind the prefix.
-        start_B: How many tokens of the prefix each text continues; not read without a prefix.
-        end_B: The length of each text, the prefix counted.
-        rows_BN: The rows of tokens_BT to measure at.
-        target_BN: The tokens that those rows should predict.
-        spans_BN2: Token spans to measure in, or None.
-        iv: Filled interventions.
+        values: Static, as in `measure_answers`.
+        prefix: The cache of the prefix that the texts continue, or None.
+        tokens_BT: The texts after the prefix.
+        start_B: The number of the prefix's tokens that each text continues; not read without a prefix.
+        end_B: The length of each text, including the prefix.
+        rows_BN: The positions in tokens_BT to measure at.
+        target_BN: The answers' tokens, which are predicted there.
+        spans_BN2: Token spans for the probe, or None.
         longest: Tokens of the longest text and its answer.
     """
-    rows = tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv.per_row(len(tokens_BT))
-    return by_rows(functools.partial(_read_rows, config, measure, values), (params, prefix, longest), rows)
-
-
-def own_choices(config, params, out, target_BN):
-    """(the model's own next token i32[B,N], the key each head looks at most i32[B,N,L,H])."""
-    return jnp.argmax(unembed(config, params, out.x_BPE), axis=-1), out.probed.keys[..., 0]
-
-
-def _continuations(config, batch, prompts, answers, width: int, group: Shared | None):
-    """(tokens i32[B,T] behind the shared beginning, start_B, end_B, rows i32[B,N] that predict the answer, and the
-    answer i32[B,N]).
-
-    T fits all members of a group that shares one.
-    """
-    rows = [(*prompts[i][start:], *answers[i][:-1]) for i, start in batch]
-    tokens_BT, lengths_B = pad_rows(rows, config.pad_id, multiple_of=READ_CHUNK // 4)
-    if group is not None:
-        members = zip(group.members, group.starts, strict=True)
-        longest = max(len(prompts[i]) - start + len(answers[i]) - 1 for i, start in members)
-        tokens_BT = np.pad(tokens_BT, ((0, 0), (0, max(0, slots_for(longest, READ_CHUNK) - tokens_BT.shape[1]))))
-    start_B = np.array([start for _, start in batch], np.int32)
-    asked_B = np.array([len(prompts[i]) - start - 1 for i, start in batch], np.int32)
-    target_BN, _ = pad_rows([answers[i] for i, _ in batch], config.pad_id)
-    target_BN = np.pad(target_BN, ((0, 0), (0, width - target_BN.shape[1])), constant_values=config.pad_id)
-    return tokens_BT, start_B, start_B + lengths_B, asked_B[:, None] + np.arange(width, dtype=np.int32), target_BN
-
-
-def _read_prefix(config, params, prefix, iv, longest):
-    """The cache of a shared beginning (one row, every position), or None where there is none."""
-    if not prefix:
-        return None
-    length = bucket(len(prefix))
-    tokens_1T = np.pad(np.array([prefix], np.int32), ((0, 0), (0, length - len(prefix))))
-    return _prefix_cache(config, params, tokens_1T, np.array([len(prefix)], np.int32), iv, longest)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _prefix_cache(config, params, tokens_1T, end_1, iv, longest):
-    dtype = jax.tree.leaves(params)[0].dtype
-    cache = empty_cache(config, 1, slots_for(tokens_1T.shape[1]), dtype, rings=False)
-    return prefill(config, params, tokens_1T, end_1, iv, cache, jnp.zeros((1, 1), jnp.int32), longest=longest).cache
-
-
-def _read_rows(config, measure, values, shared, rows):
-    params, prefix, longest = shared
-    tokens_BT, start_B, end_B, rows_BN, target_BN, spans_BN2, iv = rows
     batch, length = tokens_BT.shape
     n_prefix, chunk = (0, usual_chunk()) if prefix is None else (prefix["blocks"]["0"].slots, READ_CHUNK)
     cache = None
@@ -180,7 +172,7 @@ def _read_rows(config, measure, values, shared, rows):
         params,
         tokens_BT,
         end_B,
-        iv,
+        masks,
         cache,
         rows_BN,
         start_B=None if prefix is None else start_B,
@@ -191,6 +183,49 @@ def _read_rows(config, measure, values, shared, rows):
     return measure(config, params, out, target_BN)
 
 
+def own_choices(
+    config: ModelConfig, params: PyTree, out: HiddenRows, target_BN: Int[jax.Array, "B N"]
+) -> tuple[Int[jax.Array, "B N"], Int[jax.Array, "B N L H"]]:
+    """Returns the most likely token, and the position of the key that each head weighs most."""
+    assert out.probed is not None  # it was asked for
+    return jnp.argmax(unembed(config, params, out.x_BPE), axis=-1), out.probed.keys[..., 0]
+
+
+def _continuations(config, batch, prompts, answers, width: int, group: Shared | None):
+    """Returns tokens_BT, start_B, end_B, rows_BN and target_BN of `read_batch`.
+
+    T is the same for all batches of a group that shares a prefix.
+    """
+    rows = [(*prompts[i][start:], *answers[i][:-1]) for i, start in batch]
+    tokens_BT, lengths_B = pad_rows(rows, config.pad_id, multiple_of=READ_CHUNK // 4)
+    if group is not None:
+        members = zip(group.members, group.starts, strict=True)
+        longest = max(len(prompts[i]) - start + len(answers[i]) - 1 for i, start in members)
+        tokens_BT = np.pad(tokens_BT, ((0, 0), (0, max(0, slots_for(longest, READ_CHUNK) - tokens_BT.shape[1]))))
+    start_B = np.array([start for _, start in batch], np.int32)
+    asked_B = np.array([len(prompts[i]) - start - 1 for i, start in batch], np.int32)
+    target_BN, _ = pad_rows([answers[i] for i, _ in batch], config.pad_id)
+    target_BN = np.pad(target_BN, ((0, 0), (0, width - target_BN.shape[1])), constant_values=config.pad_id)
+    return tokens_BT, start_B, start_B + lengths_B, asked_B[:, None] + np.arange(width, dtype=np.int32), target_BN
+
+
+def _read_prefix(config, params, prefix, masks, longest):
+    """Returns the cache of a shared prefix (one row, every position), or None for an empty one."""
+    if not prefix:
+        return None
+    length = bucket(len(prefix))
+    tokens_1T = np.pad(np.array([prefix], np.int32), ((0, 0), (0, length - len(prefix))))
+    return _prefix_cache(config, params, tokens_1T, np.array([len(prefix)], np.int32), masks, longest)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefix_cache(config, params, tokens_1T, end_1, masks, longest):
+    dtype = jax.tree.leaves(params)[0].dtype
+    cache = empty_cache(config, 1, slots_for(tokens_1T.shape[1]), dtype, rings=False)
+    return prefill(config, params, tokens_1T, end_1, masks, cache, jnp.zeros((1, 1), jnp.int32), longest=longest).cache
+
+
 def _corner(new, old):
-    """Where [R,1,K,...] of fewer slots goes into [R,B,K,...]: to every row, from the first slot on."""
+    """Returns the index at which a cache [R,1,K,...] of fewer slots is copied into [R,B,K,...]: the first slots of every
+    row."""
     return (slice(None), slice(None), *(slice(size) for size in old.shape[2:]))

@@ -1,11 +1,13 @@
-"""Rotary pairs to take out of heads, and what to hold against them: other heads, other pairs, pairs that matter as much."""
+"""Which rotary pairs of heads to ablate, and controls: other heads, other pairs, pairs that carry as much variance."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float
+from numpy.typing import ArrayLike
 
 from retmask_jax.heads.conditions import Condition
 from retmask_jax.heads.head_outputs import HeadStatistics, variance_removed
@@ -13,11 +15,23 @@ from retmask_jax.heads.query_norms import QueryNorms
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Head, Interventions, mask_rope, random_heads, rope_pairs
 from retmask_jax.model.rope import inverse_frequencies
+from retmask_jax.utils.numbers import Number
 
-WINDOWS = 8  # of arXiv 2606.21249's sweep over the spectrum
-SPECIFIC = 0.33  # of it: below this ratio of harms a patch is called specific to retrieval
+SPECIFIC = 0.33  # arXiv 2606.21249 calls an ablation specific to retrieval if its ratio of costs is below this
 
-_CANDIDATES = 2000  # random sets of pairs that are tried for one matched control
+_CANDIDATES = 2000  # random sets of pairs tried for a matched control
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What ablating rotary pairs costs plain text, and what it costs recall; None where a number is undefined.
+
+    perplexity_increase, recall_drop: relative; ratio: of the two, as `specificity`.
+    """
+
+    perplexity_increase: Number | None
+    recall_drop: Number | None
+    ratio: Number | None
 
 
 def dose_conditions(
@@ -30,9 +44,11 @@ def dose_conditions(
     site: str = "rotary",
     norms: QueryNorms | None = None,
 ) -> Iterator[Condition]:
-    """k pairs out of the retrieval heads, for each k: the lowest and highest by frequency and `draws` random choices;
-    the k lowest out of layer-matched control heads; with `norms` also the k pairs of each head that its query projection
-    writes least or most."""
+    """For each k, k pairs of the retrieval heads ablated: the lowest and the highest by frequency, and `draws` random sets.
+
+    As a control, also the k lowest pairs of layer-matched heads. With `norms`, also the k pairs of each head that its query
+    projection writes least or most.
+    """
     control = random_heads(config, like=heads, seed=seed)
     for k in ks:
         low, high = (rope_pairs(config, k, which) for which in ("low", "high"))
@@ -51,7 +67,7 @@ def dose_conditions(
 def window_conditions(
     config: ModelConfig, heads: Sequence[Head], n_windows: int, *, seed: int = 0, site: str = "rotary"
 ) -> Iterator[Condition]:
-    """The spectrum in windows, the lowest frequencies first, each out of the retrieval heads and of layer-matched ones."""
+    """Each window of the spectrum ablated in the retrieval heads, and in layer-matched heads; the lowest frequencies first."""
     control = random_heads(config, like=heads, seed=seed)
     for i, pairs in enumerate(windows(config, n_windows)):
         for kind, chosen in (("window", heads), ("control heads, window", control)):
@@ -61,7 +77,7 @@ def window_conditions(
 def coverage_conditions(
     config: ModelConfig, heads: Sequence[Head], shares: Sequence[float], k: int, *, site: str = "rotary"
 ) -> Iterator[Condition]:
-    """The k lowest pairs out of a growing share of the retrieval heads, the best first."""
+    """The k lowest pairs of a growing share of the retrieval heads ablated, the best heads first."""
     for n in sorted({math.ceil(share * len(heads)) for share in shares}):
         low = rope_pairs(config, k, "low")
         yield _condition(config, "lowest", heads[:n], low, site, experiment="coverage")
@@ -70,7 +86,7 @@ def coverage_conditions(
 def patch_conditions(
     config: ModelConfig, heads: Sequence[Head], k: int, *, site: str = "rotary"
 ) -> Iterator[Condition]:
-    """The k lowest, and the k highest, pairs out of one retrieval head at a time."""
+    """The k lowest, and the k highest, pairs of one retrieval head at a time ablated."""
     for head in heads:
         for kind, which in (("lowest", "low"), ("highest", "high")):
             yield _condition(config, kind, [head], rope_pairs(config, k, which), site, experiment="patches")
@@ -86,8 +102,10 @@ def matched_conditions(
     seed: int = 0,
     site: str = "rotary",
 ) -> Iterator[Condition]:
-    """For the k lowest pairs of each k, `draws` sets of other pairs, of any number, whose share of the variance of q.k is
-    nearest to theirs: where low frequencies matter only because they carry more, these do as much harm."""
+    """For each k, `draws` sets of other pairs whose share of the variance of q.k is nearest to that of the k lowest pairs.
+
+    The sets may be of any size. If low frequencies matter only because they carry more variance, these do as much harm.
+    """
     for k in ks:
         low = rope_pairs(config, k, "low")
         sets = matched_pairs(config, heads, low, statistics, draws, seed=seed) if k < config.n_pairs else []
@@ -104,12 +122,14 @@ def matched_pairs(
     *,
     seed: int = 0,
 ) -> list[list[int]]:
-    """n different sets of pairs outside `pairs`, of random ones those whose share of the variance, mean over heads, is
-    nearest to that of `pairs`; fewer where there are no more. Raises ValueError where no pairs are left."""
+    """Up to n different sets of other pairs: of random sets, those whose share of the variance is nearest to that of `pairs`.
+
+    Shares are means over the heads. Raises ValueError where `pairs` are all pairs of the model.
+    """
     rng = np.random.default_rng(seed)
     free = np.setdiff1d(np.arange(config.n_pairs), pairs)
     if not len(free):
-        raise ValueError(f"all {config.n_pairs} rotary pairs are taken out: no others are left to match them")
+        raise ValueError(f"all {config.n_pairs} rotary pairs are ablated: no others are left to match them")
     sets_NR = np.zeros((_CANDIDATES, config.n_pairs), bool)
     for row in sets_NR:
         row[rng.choice(free, rng.integers(1, len(free) + 1), replace=False)] = True
@@ -121,8 +141,10 @@ def matched_pairs(
 
 
 def condition_variance(condition: Condition, statistics: HeadStatistics) -> float | None:
-    """The share of the variance of q.k that a condition takes out, mean over its heads; None at the projection site, of
-    which norms behind it change what is left."""
+    """The share of the variance of q.k that a condition removes, mean over its heads.
+
+    None where no head is ablated, and at the projection site, because norms after it change what is left.
+    """
     if not condition.heads or condition.interventions.rope_site != "rotary":
         return None
     mask_LHR = np.asarray(condition.interventions.rope_mask)
@@ -131,16 +153,19 @@ def condition_variance(condition: Condition, statistics: HeadStatistics) -> floa
 
 
 def windows(config: ModelConfig, n: int) -> list[list[int]]:
-    """Indices of the rotary pairs in n windows, the lowest frequencies first."""
+    """Indices of the rotary pairs in n windows of the spectrum, the lowest frequencies first."""
     if not 1 <= n <= config.n_pairs:
         raise ValueError(f"{n} windows over the spectrum: the model has {config.n_pairs} rotary pairs")
     order = np.argsort(inverse_frequencies(config), kind="stable")
     return [sorted(part.tolist()) for part in np.array_split(order, n)]
 
 
-def spectrum_centre(drops) -> tuple[float, float]:
-    """(centre of mass, width) of the drops of recall over windows, as places in the spectrum: 0 the lowest frequency, 1
-    the highest. The width is the standard deviation. Rises do not count; nan where nothing drops."""
+def spectrum_centre(drops: ArrayLike) -> tuple[float, float]:
+    """Centre of mass and standard deviation of the drops of recall over windows of the spectrum.
+
+    Places in the spectrum run from 0, the lowest frequency, to 1, the highest. Rises count as 0; both are nan where
+    recall drops in no window.
+    """
     drops = np.maximum(np.asarray(drops, float), 0)
     if not drops.sum():
         return math.nan, math.nan
@@ -150,17 +175,29 @@ def spectrum_centre(drops) -> tuple[float, float]:
 
 
 def specificity(loss_change: float, recall: float, patched_recall: float) -> float:
-    """The relative increase of perplexity over the relative drop of recall (arXiv 2606.21249): below SPECIFIC a patch is
-    called specific to retrieval. nan where recall does not drop. loss_change: of plain text, in nats per token."""
+    """The relative increase of perplexity over the relative drop of recall (arXiv 2606.21249).
+
+    nan where recall does not drop.
+
+    Args:
+        loss_change: On plain text, in nats per token.
+    """
     drop = (recall - patched_recall) / recall if recall else 0.0
     return (math.exp(loss_change) - 1) / drop if drop > 0 else math.nan
 
 
-def cost_intervals(loss_change_W, untouched_N, patched_N, seed: int = 0, n_resamples: int = 2000) -> dict[str, Any]:
-    """{"perplexity_increase", "recall_drop", both relative, "ratio": `specificity`, or None where it is undefined}, each
-    with its bootstrap interval; windows of text and cases are drawn apart.
+def cost_intervals(
+    loss_change_W: Float[np.ndarray, " windows"],
+    untouched_N: Bool[np.ndarray, " cases"],
+    patched_N: Bool[np.ndarray, " cases"],
+    seed: int = 0,
+    n_resamples: int = 2000,
+) -> Costs:
+    """The costs with their bootstrap intervals; windows of text and cases are drawn independently.
 
-    loss_change_W: f[windows], nats per token; untouched_N, patched_N: bool[cases].
+    Args:
+        loss_change_W: On plain text, in nats per token.
+        untouched_N, patched_N: Right or wrong without and with the ablation.
     """
     rng, loss_change_W = np.random.default_rng(seed), np.asarray(loss_change_W, float)
     both_2N = np.stack([untouched_N, patched_N]).astype(float)
@@ -176,14 +213,15 @@ def cost_intervals(loss_change_W, untouched_N, patched_N, seed: int = 0, n_resam
     values = measured(loss_change_W.mean(), both_2N.mean(axis=1))
     draws = np.array([drawn() for _ in range(n_resamples)])
     ns = len(loss_change_W), both_2N.shape[1], both_2N.shape[1]
-    found = {}
-    for name, value, column, n in zip(
-        ("perplexity_increase", "recall_drop", "ratio"), values, draws.T, ns, strict=True
-    ):
-        defined = column[np.isfinite(column)]
-        low, high = np.quantile(defined, (0.025, 0.975)) if len(defined) else (math.nan, math.nan)
-        found[name] = {"value": value, "low": low, "high": high, "n": n} if math.isfinite(value) else None
-    return found
+    increase, drop, ratio = map(_where_defined, values, draws.T, ns)
+    return Costs(perplexity_increase=increase, recall_drop=drop, ratio=ratio)
+
+
+def _where_defined(value: float, drawn: np.ndarray, n: int) -> Number | None:
+    """A value with its interval over the draws of which it is defined; None where it is not defined itself."""
+    drawn = drawn[np.isfinite(drawn)]
+    low, high = np.quantile(drawn, (0.025, 0.975)) if len(drawn) else (math.nan, math.nan)
+    return Number(float(value), float(low), float(high), n) if math.isfinite(value) else None
 
 
 def _condition(config, kind, heads, pairs, site, *, draw=0, experiment="dose", k=None) -> Condition:
@@ -191,7 +229,7 @@ def _condition(config, kind, heads, pairs, site, *, draw=0, experiment="dose", k
 
 
 def _by_utility(config, kind, heads, k, site, norms: QueryNorms, order: int) -> Condition:
-    """Each head loses its own k pairs."""
+    """A condition in which each head loses k pairs, those that come first in the `order` of that head's norms."""
     mask_LHR = np.zeros((config.n_layers, config.n_heads, config.n_pairs), bool)
     for layer, head in heads:
         mask_LHR[layer, head, np.argsort(order * norms.pair_LHR[layer, head], kind="stable")[:k]] = True

@@ -2,8 +2,6 @@
 
 scores = HeadScores.load("Llama-3.1-8B-Instruct.json")
 scores.heads(threshold=0.1)  # [(15, 30), ...] best first
-
-and sets of heads in the YAML that QRHead publishes (arXiv 2506.09944), see `read_head_set`.
 """
 
 import dataclasses
@@ -11,28 +9,32 @@ import json
 import math
 import os
 import re
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, Num
+from jaxtyping import Float32, Float64, Int32, Num
+from numpy.typing import ArrayLike
+
+from retmask_jax.utils.files import write_atomically
 
 _KEY = re.compile(r"(0|[1-9][0-9]*)-(0|[1-9][0-9]*)")
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
 class HeadScores:
-    """One score per head and counted case; equal when all of them are. The arrays are read-only.
+    """One score per head and counted case. Two HeadScores are equal if all scores are. The arrays are read-only.
 
-    per_case: f32[L, H, cases], or, where heads counted different numbers of cases, object[L, H] of
-        f32[cases]; built from either, or from nested lists. `per_case[layer, head]` is f32[cases]
-        in both forms.
-    mean: f32[L, H], 0 for a head without a counted case.
-    counts: i32[L, H], the number of counted cases.
-    Wrong shapes and values that are not finite raise ValueError.
+    Attributes:
+        per_case: f32[L, H, cases]; where heads counted different numbers of cases, object[L, H] of f32[cases]. In both
+            forms `per_case[layer, head]` is f32[cases].
+        mean: 0 for a head without a counted case.
+        counts: Number of counted cases.
+
+    Raises:
+        ValueError: per_case has another shape, or values that are not finite.
 
     >>> import retmask_jax as rm
     >>> scores = rm.HeadScores([[[0.5, 1.0], [0.0, 0.25]], [[0.75], []]])  # 2 layers of 2 heads
@@ -43,18 +45,19 @@ class HeadScores:
     """
 
     per_case: np.ndarray
-    mean: Float32[np.ndarray, "L H"] = dataclasses.field(init=False, repr=False)
-    counts: Int32[np.ndarray, "L H"] = dataclasses.field(init=False, repr=False)
+    mean: Float32[np.ndarray, "L H"] = dataclasses.field(repr=False)
+    counts: Int32[np.ndarray, "L H"] = dataclasses.field(repr=False)
 
-    def __post_init__(self):
-        per_case = _pack(self.per_case)
+    def __init__(self, per_case: ArrayLike) -> None:
+        """Takes an array in one of the two forms of `per_case`, or nested lists of [L][H][cases]."""
+        per_case = _pack(per_case)
         counts, totals = _count_and_sum(per_case)
         mean = (totals / np.maximum(counts, 1)).astype(np.float32)
         for name, array in (("per_case", per_case), ("mean", mean), ("counts", counts)):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, HeadScores):
             return NotImplemented
         if not np.array_equal(self.counts, other.counts):
@@ -64,7 +67,7 @@ class HeadScores:
 
     @classmethod
     def from_array(cls, mean_LH: Num[Any, "L H"] | Sequence[Sequence[float]]) -> "HeadScores":
-        """Scores known only as one number per head, [L, H]: each head counts one case.
+        """Makes HeadScores of scores of which only one number per head is known: each head counts one case.
 
         >>> import retmask_jax as rm
         >>> rm.HeadScores.from_array([[0.0, 0.5], [0.25, 0.0]]).per_case.shape
@@ -77,11 +80,11 @@ class HeadScores:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "HeadScores":
-        """Reads {"layer-head": [score of each counted case, ...]}; the names tell L and H.
+        """Reads RetMask's JSON, {"layer-head": [score of each counted case, ...]}. The names give L and H.
 
-        Raises ValueError, in one line with the path, the name and a remedy, for a file that is
-        missing or no such JSON, names that are malformed, missing or repeated, and scores that are
-        not finite numbers.
+        Raises:
+            ValueError: The file is missing or not such JSON, a name is malformed, missing or repeated, or a score is
+                not a finite number. The message is one line with the path, the name and what to do.
 
         >>> import pathlib, retmask_jax as rm
         >>> pathlib.Path("scores.json").write_text('{"0-0": [0.5, 1.0], "0-1": []}')
@@ -102,91 +105,58 @@ class HeadScores:
         return cls([[cases[i, j] for j in range(n_heads)] for i in range(n_layers)])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes RetMask's JSON and nothing else, under a temporary name that is then renamed.
+        """Writes RetMask's JSON. A process that is killed leaves the old file or the new one, never a part.
 
         >>> import pathlib, retmask_jax as rm
         >>> rm.HeadScores([[[0.5, 1.0], []]]).save("scores.json")
         >>> pathlib.Path("scores.json").read_text()
         '{"0-0": [0.5, 1.0], "0-1": []}\\n'
         """
-        path = Path(path)
-        indices = np.ndindex(self.counts.shape)
-        text = json.dumps({f"{i}-{j}": self.per_case[i, j].tolist() for i, j in indices})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        scores = {f"{i}-{j}": self.per_case[i, j].tolist() for i, j in np.ndindex(self.counts.shape)}
+        write_atomically(Path(path), json.dumps(scores) + "\n")
 
     def heads(self, threshold: float | None = None, top_k: int | None = None) -> list[tuple[int, int]]:
-        """[(layer, head), ...], best first, ties by layer and head.
+        """Returns the best heads, [(layer, head), ...], best first; equal means are ordered by layer and head.
 
-        Give one of the two: `threshold` keeps every mean >= threshold, compared in f32, so that a
-        mean of 0.1 reaches 0.1; `top_k` keeps the k best. Raises ValueError for both or neither, a
-        threshold that is not finite, and a top_k beyond the number of heads.
+        Args:
+            threshold: Keep the heads with mean >= threshold, compared in f32, so that a mean of 0.1 reaches 0.1.
+            top_k: Keep the k best heads. Give either this or threshold.
+
+        Raises:
+            ValueError: Both or neither are given, threshold is not finite, or top_k is beyond the number of heads.
 
         >>> import retmask_jax as rm
         >>> scores = rm.HeadScores.from_array([[0.0, 0.5, 0.1], [0.9, 0.0, 0.0]])
         >>> scores.heads(threshold=0.1), scores.heads(top_k=2)
         ([(1, 0), (0, 1), (0, 2)], [(1, 0), (0, 1)])
         """
-        if (threshold is None) == (top_k is None):
-            raise ValueError(f"heads() needs either threshold or top_k, got {threshold=}, {top_k=}")
         scores = self.mean.ravel()
-        n = _count_reaching(scores, threshold) if top_k is None else _checked_top_k(top_k, scores.size)
+        if threshold is not None and top_k is None:
+            n = _count_reaching(scores, threshold)
+        elif top_k is not None and threshold is None:
+            n = _checked_top_k(top_k, scores.size)
+        else:
+            raise ValueError(f"heads() needs either threshold or top_k, got {threshold=}, {top_k=}")
         best = np.argsort(-scores, kind="stable")[:n]
         return [divmod(int(i), self.mean.shape[1]) for i in best]
 
 
-@dataclasses.dataclass(frozen=True)
-class HeadSet:
-    """heads: [(layer, head), ...] best first; model: whose they are, None where the file does not say."""
-
-    heads: list[tuple[int, int]]
-    model: str | None = None
-
-
-def read_head_set(path) -> HeadSet:
-    """The heads of a QRHead YAML file: attn_head_set: "16-19,13-3", and model_name_or_path.
-
-    Raises ValueError, in one line with the path, for a file that is missing or no such YAML, a head that is malformed
-    or repeated, and "full_heads", which names none.
-    """
-    import yaml
-
-    try:
-        record = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: no head set ({error.strerror}): check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not YAML ({why}): fetch the file again") from error
-    listed = record.get("attn_head_set") if isinstance(record, dict) else None
-    if not isinstance(listed, str) or not listed.strip():
-        raise ValueError(f'{path}: no head set: needs attn_head_set: "layer-head,layer-head,...", not {listed!r:.40}')
-    names = [name.strip() for name in listed.split(",")]
-    heads = list(_unique(path, [(name, _parse_key(path, name)) for name in names]).values())
-    return HeadSet(heads, record.get("model_name_or_path"))
-
-
-def _count_reaching(scores, threshold):
+def _count_reaching(scores: Float32[np.ndarray, " heads"], threshold: float) -> int:
     if not math.isfinite(threshold):
         raise ValueError(f"threshold must be a finite number, got {threshold}")
     return int((scores >= np.float32(threshold)).sum())
 
 
-def _checked_top_k(top_k, n_heads):
+def _checked_top_k(top_k: float, n_heads: int) -> int:
     if not 0 <= top_k <= n_heads or top_k != int(top_k):
         raise ValueError(f"top_k={top_k} must be a whole number up to {n_heads} heads")
     return int(top_k)
 
 
-def _pack(per_case):
-    """Per-case scores as f32[L, H, cases], or object[L, H] of f32[cases] where counts differ."""
+def _pack(per_case: Any) -> np.ndarray:
+    """Returns f32[L, H, cases], or object[L, H] of f32[cases] where counts differ."""
     if hasattr(per_case, "__array__"):
-        per_case = np.asarray(per_case)  # a device array comes over once, not head by head
+        per_case = np.asarray(per_case)  # copies an array from its device at once, not head by head
         if per_case.ndim != (2 if per_case.dtype == object else 3):
             raise ValueError(f"needs scores [L, H, cases], got shape {per_case.shape}")
     rows = [[_cases(cases, i, j) for j, cases in enumerate(row)] for i, row in enumerate(per_case)]
@@ -202,16 +172,16 @@ def _pack(per_case):
     return ragged
 
 
-def _cases(values, layer, head):
-    with np.errstate(over="ignore"):  # what f32 cannot hold turns infinite and is named below
+def _cases(values: Any, layer: int, head: int) -> Float32[np.ndarray, " cases"]:
+    with np.errstate(over="ignore"):  # values beyond f32 become infinite, and are refused below
         cases = np.array(values, dtype=np.float32)
     if cases.ndim != 1 or not np.isfinite(cases).all():
         raise ValueError(f"head {layer}-{head} needs finite scores [cases], got {cases}")
     return cases
 
 
-def _count_and_sum(per_case):
-    """i32[L, H] cases and f64[L, H] sums: in f32 a long sum could miss a threshold it reaches."""
+def _count_and_sum(per_case: np.ndarray) -> tuple[Int32[np.ndarray, "L H"], Float64[np.ndarray, "L H"]]:
+    """Returns the number of cases and the sum of scores; in f32 a long sum could miss a threshold that it reaches."""
     if per_case.dtype == object:
         counts = np.vectorize(len, otypes=[np.int32])(per_case)
         return counts, np.vectorize(math.fsum, otypes=[np.float64])(per_case)
@@ -219,8 +189,8 @@ def _count_and_sum(per_case):
     return counts, per_case.sum(axis=-1, dtype=np.float64)
 
 
-def _read_pairs(path):
-    """The file's object as {name: value}; a repeated name raises instead of hiding the earlier."""
+def _read_pairs(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns the JSON object of a file. A repeated name raises, where json.loads would drop the first value."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         pairs = json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs))
@@ -233,8 +203,8 @@ def _read_pairs(path):
     return pairs
 
 
-def _unique(path, pairs):
-    seen = {}
+def _unique(path: str | os.PathLike, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
             raise ValueError(f"{path}: head {key!r} appears twice: keep one of the two")
@@ -242,18 +212,18 @@ def _unique(path, pairs):
     return seen
 
 
-def _parse_key(path, key):
+def _parse_key(path: str | os.PathLike, key: str) -> tuple[int, int]:
     match = _KEY.fullmatch(key)
     if match is None:
         raise ValueError(f"{path}: {key!r} names no head: write 'layer-head', such as '15-30'")
     return int(match[1]), int(match[2])
 
 
-def _parse_scores(path, key, values):
+def _parse_scores(path: str | os.PathLike, key: str, values: Any) -> list[float]:
     if type(values) is not list:
         raise ValueError(f"{path}: head '{key}' needs a list, a score per case, not {values!r:.40}")
     for value in values:
-        # bool counts as int in Python; a score beyond f32 would turn into infinity.
+        # isinstance would take a bool as an int; a score beyond f32 would become infinite.
         if type(value) not in (int, float) or not abs(value) <= _LARGEST:
             raise ValueError(f"{path}: head '{key}': put a finite number in place of {value!r:.40}")
     return values

@@ -1,4 +1,4 @@
-"""Models beside the one that is studied: the same weights under another RoPE base, checkpoints of a training run."""
+"""Variants of a model: the same weights with another RoPE base, and the checkpoints of a training run."""
 
 import dataclasses
 import glob
@@ -15,7 +15,13 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model on the way of its training. source: a folder, or a hub id with its revision."""
+    """A model at some step of its training.
+
+    Attributes:
+        source: A folder, or a hub id.
+        revision: Of the hub id; None for a folder.
+        step: By which checkpoints are ordered.
+    """
 
     source: str
     revision: str | None
@@ -27,10 +33,13 @@ class Checkpoint:
 
 
 def with_base(lm: LanguageModel, factor: float) -> LanguageModel:
-    """The same parameters with every RoPE base (theta) multiplied by a factor; 1 gives the very same config.
+    """Returns the model with every RoPE base (theta) multiplied by a factor; 1 gives an equal config.
 
-    The config is static, so each base is a program of its own. Scalings (llama3, yarn, ...) stay and act on the new
-    base. ValueError for a factor that is not positive.
+    The config is static, so each base compiles its own programs. Scalings (llama3, yarn, ...) stay and apply to the new
+    base.
+
+    Raises:
+        ValueError: The factor is not positive.
     """
     if not factor > 0:
         raise ValueError(f"the RoPE base is multiplied by {factor}: factors must be positive")
@@ -45,16 +54,20 @@ def with_base(lm: LanguageModel, factor: float) -> LanguageModel:
 
 
 def find_checkpoints(names: Sequence[str]) -> list[Checkpoint]:
-    """The checkpoints that are named, in the order of their steps; nothing is fetched or read.
+    """Lists checkpoints in the order of their steps; fetches and reads nothing.
 
-    names: folders, globs of folders (runs/x/step_*), and hub ids with a revision (owner/name@step1000). The step is the
-    number behind "step" in the folder's name or the revision, else the last number there; where one has none, all are
-    numbered as they come. ValueError for a name that is none of these, and for two checkpoints of one step.
+    The step is the number after "step" in the folder's name or the revision, else the last number in it. If any of them
+    has no number, all are numbered in the order given.
+
+    Args:
+        names: Folders, patterns of folders (runs/x/step_*), and hub ids with a revision (owner/name@step1000).
+
+    Raises:
+        ValueError: A name is none of these, or two checkpoints have the same step.
     """
     found = [pair for name in names for pair in _matching(name)]
-    steps = [_step(Path(source).name if revision is None else revision) for source, revision in found]
-    if None in steps:
-        steps = list(range(len(found)))
+    numbers = [_step(Path(source).name if revision is None else revision) for source, revision in found]
+    steps = list(range(len(found))) if None in numbers else [number for number in numbers if number is not None]
     checkpoints = [Checkpoint(*pair, step) for pair, step in zip(found, steps, strict=True)]
     for step, n in Counter(steps).items():
         if n > 1:
@@ -64,7 +77,7 @@ def find_checkpoints(names: Sequence[str]) -> list[Checkpoint]:
 
 
 def _matching(name: str) -> list[tuple[str, str | None]]:
-    """(source, revision) of one name of a list of checkpoints."""
+    """Returns the (source, revision) of each checkpoint that a name stands for."""
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return [(path, None)]
@@ -83,6 +96,6 @@ def _matching(name: str) -> list[tuple[str, str | None]]:
 
 
 def _step(name: str) -> int | None:
-    """ "step_200" -> 200, "stage1-step1000-tokens5B" -> 1000, "checkpoint-500" -> 500; a commit says no step."""
+    """Returns 200 for "step_200", 1000 for "stage1-step1000-tokens5B", 500 for "checkpoint-500", None for a commit."""
     numbers = [] if _COMMIT.fullmatch(name) else re.findall(r"step\D?(\d+)", name) or re.findall(r"\d+", name)
     return int(numbers[-1]) if numbers else None

@@ -12,9 +12,9 @@ from retmask_jax.utils.hosts import primary
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# What a tokenizer is made of, in the forms that transformers reads; a folder with one of the first three has one.
+# Files of a tokenizer in the forms that transformers reads: a folder with one of these has a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# All that is read, copied and fetched of a checkpoint beside config.json and weights.
+# The files of a checkpoint that are read, copied and fetched besides config.json and weights.
 CHECKPOINT_TEXTS = (
     *TOKENIZER_FILES,
     "tokenizer_config.json",
@@ -33,8 +33,11 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float
 
 
 def weight_names(folder: Path) -> list[str]:
-    """The files a checkpoint's weights lie in, by its index if it has one; ValueError if that has no weight_map, or names
-    a file that is not in the folder itself."""
+    """Returns the names of the files with a checkpoint's weights, as its index lists them if it has one.
+
+    Raises:
+        ValueError: The index has no weight_map, or names a file outside the folder.
+    """
     if not (folder / INDEX).exists():
         return [WEIGHTS]
     weight_map = read_object(folder / INDEX).get("weight_map")
@@ -43,33 +46,36 @@ def weight_names(folder: Path) -> list[str]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
-            raise ValueError(f"{folder / INDEX} names {name!r}, which is no file beside it: fetch it again")
+            raise ValueError(f"{folder / INDEX} names {name!r}, which is no file next to it: fetch it again")
     return names
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The HF config of a checkpoint folder; ValueError if it is missing or no JSON object."""
+    """Returns the HF config of a checkpoint folder; ValueError if it is missing or no JSON object."""
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder / CONFIG} does not exist: not a Hugging Face checkpoint folder")
     return read_object(folder / CONFIG)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The files that make a checkpoint what it is, of those that are there: config.json, the index and the weights that
-    it names, the texts. The folder is not listed. ValueError as `weight_names`, and for a text that is a folder."""
+    """Returns the files of a checkpoint that exist: config.json, the index, the weights that it names, and the texts.
+
+    The folder is not listed. Errors are those of `weight_names` and `texts`.
+    """
     weights = [folder / name for name in (CONFIG, INDEX, *weight_names(folder))]
     return [path for path in weights if path.is_file()] + texts(folder)
 
 
 def texts(folder: Path) -> list[Path]:
-    """The files of a checkpoint's tokenizer, templates and generation that are there; ValueError for one that is a
-    folder."""
+    """Returns the files of tokenizer, templates and generation that exist; ValueError if one of them is a folder."""
     return [check_file(folder / name) for name in CHECKPOINT_TEXTS if (folder / name).exists()]
 
 
 def own_texts(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(texts that lie in the folder, links out of it). In the cache of the hub, files are links into the blobs of their
-    repository, which are its own."""
+    """Returns (texts that lie in the folder, texts that are links out of it).
+
+    In the cache of the hub, files are links to blobs of their repository; these count as lying in the folder.
+    """
     root = folder.resolve()
     if root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir():
         root = root.parent.parent
@@ -78,29 +84,30 @@ def own_texts(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def copy_files(paths: list[Path], target: Path) -> None:
-    """Copy files into a folder under their names; a link that has such a name there is replaced, not followed."""
+    """Copies files into a folder under their names; a link of that name in the folder is replaced, not followed."""
     for path in paths:
         if path.resolve() != (target / path.name).resolve():
             write_atomically(target / path.name, path.read_bytes())
 
 
 class Tensor:
-    """One tensor of an open safetensors file, read when asked for."""
+    """A tensor of an open safetensors file; nothing is read before `read`."""
 
-    def __init__(self, handle, name: str):
+    def __init__(self, handle: Any, name: str):
         self._slice = handle.get_slice(name)
         self.shape = tuple(self._slice.get_shape())
-        self.dtype = _DTYPES.get(self._slice.get_dtype())
-        if self.dtype is None:
-            kind = self._slice.get_dtype()
+        if (kind := self._slice.get_dtype()) not in _DTYPES:
             raise ValueError(f"tensor {name} has type {kind}: quantised checkpoints are not supported, use a float one")
+        self.dtype = _DTYPES[kind]
 
     def read(self, *bounds: tuple[int, int]) -> np.ndarray:
-        """The block with these (begin, end) along each axis."""
+        """Returns the block between these bounds, (begin, end) along each axis."""
         return self._slice[tuple(slice(begin, end) for begin, end in bounds)]
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a checkpoint by name; ValueError if a file is missing or damaged, or a name occurs
+    twice."""
     import safetensors
 
     tensors: dict[str, Tensor] = {}
@@ -117,7 +124,7 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 class Shards:
-    """Tensors on their way into the files of a folder, which take their names when their number is known."""
+    """Writes tensors into the files of a folder. The files get their names at the end, when their number is known."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -126,13 +133,14 @@ class Shards:
         self._size = 0
 
     def add(self, name: str, tensor: np.ndarray) -> None:
+        """Adds a tensor, and writes a file if the tensors not yet written would exceed its size."""
         if self._open and sum(t.nbytes for t in self._open.values()) + tensor.nbytes > _MAX_SHARD_BYTES:
             self._write()
         self._open[name] = np.ascontiguousarray(tensor)
         self._size += tensor.nbytes
 
     def finish(self) -> None:
-        """Write what is left, the index, and remove weights of an earlier checkpoint in the folder."""
+        """Writes the remaining tensors and the index, and removes weights of an earlier checkpoint from the folder."""
         self._write()
         if not primary():
             return

@@ -1,4 +1,4 @@
-"""Reading and writing the Hugging Face config format, closed-world: nothing that is written there goes unnoticed."""
+"""Configs in the format of Hugging Face, read and written; an attribute that is not understood raises an error."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from retmask_jax.model.config import ModelConfig, Rope, shortest_pattern
 from retmask_jax.model.rope import longrope_attention_scale, yarn_attention_scale
 
-# Attributes that change nothing in a forward pass at inference or here in training.
+# Attributes that change nothing in a forward pass, nor in training here.
 _IRRELEVANT = frozenset(
     {
         "_name_or_path",
@@ -45,7 +45,7 @@ class Reader:
         self._seen = set(_IRRELEVANT)
 
     def get(self, name: str, default: Any = ...) -> Any:
-        """The attribute, or the default where it is absent or null; ValueError if there is no default."""
+        """Returns an attribute, or the default where it is absent or null; ValueError if there is no default."""
         self._seen.add(name)
         value = self._hf.get(name)
         if value is not None:
@@ -55,26 +55,26 @@ class Reader:
         return default
 
     def size(self, name: str, default: Any = ...) -> Any:
-        """A whole number of at least 1."""
+        """Returns an attribute as `get` does; ValueError unless it is a whole number of at least 1."""
         value = self.get(name, default)
         if value is not default and (type(value) is not int or value < 1):
             raise ValueError(f"config.json has {name}={value!r}; it must be a whole number of at least 1")
         return value
 
-    def expect(self, **only: Any) -> None:
-        """ValueError unless each attribute has the one value that is supported, or is absent."""
-        for name, value in only.items():
+    def expect(self, **supported: Any) -> None:
+        """Raises ValueError unless each attribute has the only value that is supported, or is absent."""
+        for name, value in supported.items():
             if (found := self.get(name, value)) != value:
                 raise ValueError(
                     f"config.json has {name}={found!r}; only {value!r} is supported for {self._hf['model_type']}"
                 )
 
     def ignore(self, *names: str) -> None:
-        """Attributes that do not matter in this family."""
+        """Marks attributes as read that do not matter in this family."""
         self._seen |= set(names)
 
     def finish(self) -> None:
-        """ValueError for attributes nobody asked for; null ones are as good as absent."""
+        """Raises ValueError for attributes that were not asked for; those that are null count as absent."""
         if "quantization_config" in self._hf:
             method = (self._hf["quantization_config"] or {}).get("quant_method", "quantised")
             raise ValueError(f"the checkpoint is quantised ({method}): use the unquantised one")
@@ -96,15 +96,23 @@ def common(
     norm_eps: float = 1e-6,
     theta: float = 1e4,
     partial_rotary: bool = False,
-    **fields,
+    **fields: Any,
 ) -> ModelConfig:
-    """The ModelConfig of attributes all families share, with `fields` beside or instead of them.
+    """Returns the ModelConfig of a family that differs from the others in a few fields only.
 
-    The keyword arguments are what an absent attribute stands for in the family at hand.
+    Args:
+        tied: Whether embeddings are tied if the config does not say so.
+        act: Name of the attribute that holds the activation.
+        head_dim: Width of a head if the config does not say it; None for hidden size / heads.
+        default_act: Activation if the config does not name one.
+        norm_eps: Epsilon of the norms if the config does not say it.
+        theta: Base of RoPE if the config does not say it.
+        partial_rotary: Whether a part of a head may rotate.
+        **fields: Fields of ModelConfig that the family sets itself.
     """
     heads, hidden = hf.size("num_attention_heads"), hf.size("hidden_size")
     max_length = hf.size("max_position_embeddings")
-    head_dim = hf.size("head_dim", head_dim or hidden // heads)
+    width = hf.size("head_dim", head_dim or hidden // heads)
     eos = hf.get("eos_token_id", ())
     if "rope" not in fields:
         rope, rotary_share = read_rope(hf, max_length, theta)
@@ -112,36 +120,35 @@ def common(
         if rotary_share != 1:
             if not partial_rotary:
                 raise ValueError(f"config.json has partial_rotary_factor={rotary_share}; only 1 is supported here")
-            fields |= {"rotary_dim": int(head_dim * rotary_share)}
-    return ModelConfig(
-        **{
-            "vocab_size": hf.size("vocab_size"),
-            "hidden_size": hidden,
-            "mlp_size": hf.size("intermediate_size"),
-            "n_layers": hf.size("num_hidden_layers"),
-            "n_heads": heads,
-            "n_kv_heads": hf.size("num_key_value_heads", heads),
-            "head_dim": head_dim,
-            "max_length": _context(max_length, fields["rope"]),
-            "norm_eps": hf.get("rms_norm_eps", norm_eps),
-            "activation": _activation(hf.get(act, default_act)),
-            "tied_embeddings": hf.get("tie_word_embeddings", tied),
-            "bos_id": hf.get("bos_token_id", None),
-            "eos_ids": tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
-            "pad_id": max(0, hf.get("pad_token_id", 0)),
-        }
-        | fields
-    )
+            fields |= {"rotary_dim": int(width * rotary_share)}
+    shared: dict[str, Any] = {
+        "vocab_size": hf.size("vocab_size"),
+        "hidden_size": hidden,
+        "mlp_size": hf.size("intermediate_size"),
+        "n_layers": hf.size("num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": hf.size("num_key_value_heads", heads),
+        "head_dim": width,
+        "max_length": _context(max_length, fields["rope"]),
+        "norm_eps": hf.get("rms_norm_eps", norm_eps),
+        "activation": _activation(hf.get(act, default_act)),
+        "tied_embeddings": hf.get("tie_word_embeddings", tied),
+        "bos_id": hf.get("bos_token_id", None),
+        "eos_ids": tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+        "pad_id": max(0, hf.get("pad_token_id", 0)),
+    }
+    return ModelConfig(**shared | fields)
 
 
 def one_window(hf: Reader) -> dict[str, Any]:
-    """Fields of a model whose layers all slide if config.json names a window."""
+    """Returns the fields of a model all of whose layers slide if the config names a window."""
     window = hf.size("sliding_window", None)
     return {} if window is None else {"layer_pattern": ("sliding",), "window": window}
 
 
 def layer_windows(hf: Reader, default_kinds: list[str]) -> dict[str, Any]:
-    """Fields of a model with full and sliding layers; default_kinds: of each layer, where config.json has no list."""
+    """Returns the fields of a model with full and sliding layers; default_kinds are those of the layers if the config
+    has no list."""
     kinds = hf.get("layer_types", default_kinds)
     layers = hf.size("num_hidden_layers")
     if len(kinds) != layers or not set(kinds) <= set(_KINDS):
@@ -154,7 +161,7 @@ def layer_windows(hf: Reader, default_kinds: list[str]) -> dict[str, Any]:
 
 
 def every_nth_full(hf: Reader, n: int) -> list[str]:
-    """Layer types where each nth layer is full and the others slide."""
+    """Returns the types of layers of which each nth is full and the others slide."""
     layers = range(1, hf.size("num_hidden_layers") + 1)
     return ["sliding_attention" if layer % n else "full_attention" for layer in layers]
 
@@ -191,11 +198,15 @@ _OLD_NAMES = {"su": "longrope"}
 
 
 def read_rope(hf: Reader, max_length: int, theta: float) -> tuple[Rope, float]:
-    """(RoPE, rotated share of a head) in either form: `rope_theta` and `rope_scaling` at the top, or all of it in
-    `rope_parameters`. theta: where neither says."""
+    """Returns (RoPE, rotated share of a head), from `rope_theta` and `rope_scaling` or from `rope_parameters`.
+
+    Args:
+        max_length: Its max_position_embeddings.
+        theta: Base if the config does not say it.
+    """
     scaling = dict(hf.get("rope_scaling", None) or {})
     parameters = dict(hf.get("rope_parameters", None) or {})
-    # Families that write it beside the RoPE parameters mean the same.
+    # Some families write this outside the RoPE parameters; it means the same.
     top = {
         "rope_theta": hf.get("rope_theta", None),
         "partial_rotary_factor": hf.get("partial_rotary_factor", None),
@@ -213,11 +224,15 @@ def read_rope(hf: Reader, max_length: int, theta: float) -> tuple[Rope, float]:
     return make_rope(merged, max_length), share
 
 
-def read_ropes(hf: Reader, *, theta: float, sliding_theta: float, sliding_key: str | None = None) -> dict[str, Rope]:
-    """Fields `rope` and `sliding_rope` of a family that scales its full layers only.
+def read_ropes(
+    hf: Reader, *, theta: float, sliding_theta: float, sliding_key: str | None = None
+) -> dict[str, Rope | None]:
+    """Returns the fields `rope` and `sliding_rope` of a family that scales RoPE in its full layers only.
 
-    theta, sliding_theta: where config.json does not say; sliding_key: the attribute with the sliding layers' base in
-    the older form (None: they share rope_theta).
+    Args:
+        theta: Base of the full layers if the config does not say it.
+        sliding_theta: Base of the sliding layers if the config does not say it.
+        sliding_key: Attribute of the older form that holds the sliding layers' base; None if they share rope_theta.
     """
     max_length = hf.size("max_position_embeddings")
     nested = dict(hf.get("rope_parameters", None) or {})
@@ -237,7 +252,7 @@ def read_ropes(hf: Reader, *, theta: float, sliding_theta: float, sliding_key: s
 
 
 def make_rope(parameters: Mapping[str, Any], max_length: int) -> Rope:
-    """Rope of HF's RoPE parameters, closed-world."""
+    """Returns the Rope of HF's RoPE parameters; ValueError for one that is missing or not understood."""
     parameters = dict(parameters)
     theta = parameters.pop("rope_theta")
     kinds = {parameters.pop("rope_type", None), parameters.pop("type", None)} - {None} or {"default"}
@@ -251,7 +266,7 @@ def make_rope(parameters: Mapping[str, Any], max_length: int) -> Rope:
     if "original_max_position_embeddings" in wanted:
         parameters.setdefault("original_max_position_embeddings", max_length)
     else:
-        parameters.pop("original_max_position_embeddings", None)  # written by some, used by none
+        parameters.pop("original_max_position_embeddings", None)  # some configs have it, but this type does not use it
     if kind == "dynamic" and parameters["original_max_position_embeddings"] != max_length:
         raise ValueError("RoPE type 'dynamic' starts from max_position_embeddings; config.json names another length")
     if "attention_factor" in wanted:
@@ -260,8 +275,8 @@ def make_rope(parameters: Mapping[str, Any], max_length: int) -> Rope:
     missing -= {"beta_fast", "beta_slow", "truncate"}
     if missing or unknown:
         raise ValueError(f"RoPE type {kind!r} takes {sorted(wanted)}, config.json has {sorted(parameters)}")
-    values = {field: parameters[name] for name, field in wanted.items() if name in parameters}
-    values = {field: tuple(value) if isinstance(value, list) else value for field, value in values.items()}
+    given = {field: parameters[name] for name, field in wanted.items() if name in parameters}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     numbers = [theta, *(n for value in values.values() for n in (value if isinstance(value, tuple) else (value,)))]
     if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
         raise ValueError(f"RoPE parameters must be numbers, config.json has {dict(parameters) | {'rope_theta': theta}}")
@@ -269,7 +284,7 @@ def make_rope(parameters: Mapping[str, Any], max_length: int) -> Rope:
 
 
 def _settle_attention_scale(kind: str, parameters: dict[str, Any], max_length: int) -> None:
-    """Replace the ways to say it by its value, `attention_factor`."""
+    """Replaces the attributes that determine the attention scale by its value, `attention_factor`."""
     original = parameters["original_max_position_embeddings"]
     factor = parameters.get("factor", max_length / original)
     mscales = parameters.pop("mscale", None), parameters.pop("mscale_all_dim", None)
@@ -282,7 +297,7 @@ def _settle_attention_scale(kind: str, parameters: dict[str, Any], max_length: i
 
 
 def _context(max_length: int, rope: Rope) -> int:
-    """Tokens a model takes: where RoPE is stretched, configs name the context before or after it."""
+    """Longest context in tokens. Where RoPE is stretched, configs give the context before or after stretching."""
     stretched = rope.kind in ("dynamic", "yarn")
     return max(max_length, int(rope.factor * rope.original_length)) if stretched else max_length
 
@@ -294,7 +309,8 @@ def _activation(name: str) -> str:
 
 
 def write_plain(config: ModelConfig) -> dict[str, Any]:
-    """What all families share of config.json, for a model made here; the rest is added by `families.to_hf`."""
+    """Returns the attributes of config.json that all families share, for a model made here; `families.to_hf` adds the
+    rest."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -318,7 +334,7 @@ def write_plain(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_layers(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `layer_windows` and `read_ropes`."""
+    """Returns the attributes that `layer_windows` and `read_ropes` read."""
     names = {ours: name for name, ours in _KINDS.items()}
     kinds = [names[config.layer_pattern[i % len(config.layer_pattern)]] for i in range(config.n_layers)]
     ropes = {"full": config.rope, "sliding": config.sliding_rope or config.rope}

@@ -17,10 +17,12 @@ _CONVERSATIONS = ([_USER, _ASSISTANT], [{"role": "system", "content": "Be brief.
 
 
 def named_stops(folder: Path, tokenizer: Any) -> dict[str, tuple[int, ...]]:
-    """Ids that end an answer, by who names them besides config.json: generation_config.json, the tokenizer (its EOS) and
-    the chat template (`turn_end`). A source that names none is left out.
+    """Returns {source: ids that end an answer} for the sources besides config.json that name any.
 
-    Raises ValueError where generation_config.json cannot be read.
+    The sources are generation_config.json, the tokenizer (its EOS) and the chat template (`turn_end`).
+
+    Raises:
+        ValueError: generation_config.json cannot be read.
     """
     stops = {
         GENERATION_CONFIG: _generation_stops(Path(folder) / GENERATION_CONFIG),
@@ -32,15 +34,16 @@ def named_stops(folder: Path, tokenizer: Any) -> dict[str, tuple[int, ...]]:
 
 
 def union(*groups: Iterable[int]) -> tuple[int, ...]:
-    """The ids of all groups, each once, in the order in which they come."""
+    """Returns the ids of all groups, each once, in the order of their first occurrence."""
     return tuple(dict.fromkeys(i for group in groups for i in group))
 
 
 def turn_end(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> int | None:
-    """The added token that the chat template writes right after an assistant turn's content, at most blanks between.
+    """Returns the added token that the chat template writes after the content of an assistant turn; blanks may come
+    between.
 
-    It is found in a conversation that ends with an assistant turn. None where there is no template, where it writes no
-    such turn, and where no added token follows the content.
+    It is looked for in a rendered conversation that ends with an assistant turn. None if there is no template, if it
+    writes no such turn, and if no added token follows the content.
 
     >>> import retmask_jax as rm
     >>> turn_end(rm.load("bundled").tokenizer)
@@ -58,8 +61,8 @@ def turn_end(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -
 
 @dataclasses.dataclass(frozen=True)
 class Ends:
-    """What finished answers end with in training rows: the stop id an answer was sampled with, if that is one of stop_ids;
-    else the id `usual` (None: nothing)."""
+    """What finished answers end with in training rows: the stop id an answer was sampled with, if it is among stop_ids;
+    else the id `usual`, or nothing if that is None."""
 
     usual: int | None
     stop_ids: tuple[int, ...] = ()
@@ -68,14 +71,22 @@ class Ends:
     def of(
         cls, tokenizer: Any, eos_ids: Sequence[int], *, chat: bool, template_kwargs: Mapping[str, Any] | None = None
     ) -> "Ends":
-        """Those of a model's rows. `usual` is the chat template's end of a turn where the template is used (chat) and
-        writes one, else the tokenizer's EOS, else the first of the model's EOS ids."""
+        """Returns the ends of a model's rows.
+
+        `usual` is the chat template's end of a turn if the template is used and writes one, else the tokenizer's EOS,
+        else the first of the model's EOS ids.
+
+        Args:
+            eos_ids: Ids that end the model's answers.
+            chat: Whether the chat template is used.
+        """
         written = turn_end(tokenizer, template_kwargs) if chat else None
         usual = (written, getattr(tokenizer, "eos_token_id", None), *eos_ids)
         return cls(next((i for i in usual if i is not None), None), tuple(eos_ids))
 
     def after(self, record: Mapping[str, Any], side: str) -> list[int]:
-        """The ids after the chosen or rejected answer of a record: one, or none after one that was cut off."""
+        """Returns the ids after the chosen or rejected answer of a record: one id, or none if the answer was cut
+        off."""
         if not record[f"{side}_finished"]:
             return []
         stop = record.get(f"{side}_stop")
@@ -84,7 +95,7 @@ class Ends:
 
 
 def _generation_stops(path: Path) -> tuple[int, ...]:
-    """The EOS ids of generation_config.json: one, a list, or none."""
+    """The EOS ids of generation_config.json, which may hold an id, a list of ids, or nothing."""
     if not path.exists():
         return ()
     try:
@@ -104,7 +115,7 @@ def _rendered(tokenizer, conversation, template_kwargs) -> str:
     """The text of a conversation, empty where the template refuses it."""
     try:
         return tokenizer.apply_chat_template(conversation, tokenize=False, **template_kwargs)
-    except Exception as error:  # a template is a program of the model's makers: what it raises has no base in common
+    except Exception as error:  # a template is a program, whose errors have no base class in common
         log.debug("the chat template refuses a conversation: %s", error)
         return ""
 

@@ -23,10 +23,13 @@ from retmask_jax.model.config import ModelConfig, shortest_pattern
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """read: HF config -> ModelConfig. names: HF tensor name -> our parameter, or several where HF stores them as one.
+    """How the config of a family is read, and what its tensors are called.
 
-    {layer} in a name is the absolute layer, {expert} the expert; parameters of a layer are named inside their block.
-    A parameter the model at hand does not have is skipped, and so is its tensor.
+    Attributes:
+        read: Turns an HF config into a ModelConfig.
+        names: {name of a stored tensor: our parameter, or several that are stored as one tensor}. {layer} in a name is
+            the absolute layer, {expert} the expert; a layer's parameters are named without their block. Entries whose
+            parameter a model does not have are skipped.
     """
 
     read: Callable[[Reader], ModelConfig]
@@ -34,9 +37,10 @@ class Family:
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Read an HF config (the content of config.json), closed-world.
+    """Reads an HF config, the content of config.json.
 
-    Raises ValueError naming the model type if it is unsupported, or the attribute if one is not understood.
+    Raises:
+        ValueError: The model type is not supported, or an attribute is not understood; the message names it.
     """
     reader = Reader(hf)
     config = family(hf).read(reader)
@@ -45,12 +49,15 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The HF config of a model made here, in the form of the first of a few families that can express it; ValueError
-    if none can."""
+    """Returns the HF config of a model made here, in the form of the first of a few families that can express it.
+
+    Raises:
+        ValueError: No family can.
+    """
     lost = {}
     for name, own in _forms(config).items():
         hf = {"model_type": name} | write_plain(config) | own
-        # Where only part of a head rotates, the RoPE settings would not even be read again.
+        # A config in which a part of a head rotates could not be read again.
         lost[name] = ["rotary_dim"] if config.rotary_dim is not None else _differing(config, from_hf(hf))
         if not lost[name]:
             return hf
@@ -59,7 +66,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _forms(config: ModelConfig) -> dict[str, dict[str, Any]]:
-    """What is added to the plain form in each family that models made here are written in."""
+    """For each family that models made here are written in, what it adds to the plain form."""
     return {
         "llama": {"architectures": ["LlamaForCausalLM"], "mlp_bias": False},
         "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
@@ -72,7 +79,8 @@ def _differing(a: ModelConfig, b: ModelConfig) -> list[str]:
 
 
 def family(hf: Mapping[str, Any]) -> Family:
-    """The family an HF config belongs to, by its model_type; ValueError names the supported ones."""
+    """Returns the family of an HF config by its model_type; ValueError, which lists the supported types, for another
+    one."""
     name = hf.get("model_type")
     if name not in FAMILIES:
         raise ValueError(
@@ -135,7 +143,7 @@ def _mistral(hf: Reader) -> ModelConfig:
     return common(hf, **one_window(hf))
 
 
-def _qwen2(hf: Reader, **fields) -> ModelConfig:
+def _qwen2(hf: Reader, **fields: Any) -> ModelConfig:
     hf.expect(use_mrope=False)
     full_first = hf.get("max_window_layers", 28)
     slides = hf.get("use_sliding_window", False)
@@ -153,7 +161,7 @@ def _qwen3(hf: Reader) -> ModelConfig:
     return _qwen2(hf, head_dim=128, qkv_bias=False, qk_norm="head")
 
 
-def _olmo2(hf: Reader, **fields) -> ModelConfig:
+def _olmo2(hf: Reader, **fields: Any) -> ModelConfig:
     hf.expect(attention_bias=False)
     return common(hf, norm_eps=1e-5, norm_placement="post", qk_norm="projection", **fields)
 
@@ -163,7 +171,7 @@ def _olmo3(hf: Reader) -> ModelConfig:
     return _olmo2(hf, **windows, **read_ropes(hf, theta=5e5, sliding_theta=5e5))
 
 
-def _gemma(hf: Reader, **fields) -> ModelConfig:
+def _gemma(hf: Reader, **fields: Any) -> ModelConfig:
     hf.expect(attention_bias=False, use_bidirectional_attention=False)
     hidden = hf.size("hidden_size")
     return common(
@@ -181,7 +189,7 @@ def _gemma(hf: Reader, **fields) -> ModelConfig:
 
 
 def _gemma2(hf: Reader) -> ModelConfig:
-    hf.ignore("hidden_act")  # written beside hidden_activation, which is what counts
+    hf.ignore("hidden_act")  # hidden_activation is the one that is used
     window = hf.get("sliding_window_size", None)
     if window is not None:
         hf.expect(sliding_window=window)
@@ -211,7 +219,7 @@ def _phi3(hf: Reader) -> ModelConfig:
 
 
 def _mixtral(hf: Reader) -> ModelConfig:
-    experts = {
+    experts: dict[str, Any] = {
         "expert_pattern": (True,),
         "n_experts": hf.size("num_local_experts"),
         "normalise_router": True,
@@ -231,7 +239,7 @@ def _qwen3_moe(hf: Reader) -> ModelConfig:
     hf.ignore("sliding_window")
     kind = windows.get("layer_pattern", ("full",))
     number = "num_local_experts" if hf.get("num_local_experts", None) else "num_experts"
-    experts = {
+    experts: dict[str, Any] = {
         "layer_pattern": kind * len(pattern),
         "expert_pattern": pattern,
         "n_experts": hf.size(number),

@@ -1,62 +1,69 @@
-"""From a model's name to a local folder: the bundled model, a folder, or a checkpoint fetched from the hub."""
+"""The local folder of a model that is given by name: the bundled model, a folder, or a checkpoint fetched from the
+hub."""
 
 import contextlib
 import dataclasses
 import errno
 import glob
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from retmask_jax.hf.checkpoint_files import CHECKPOINT_TEXTS, INDEX, read_config, weight_names
 from retmask_jax.hf.families import from_hf
-from retmask_jax.utils.keys import without_secrets
+from retmask_jax.utils.keys import is_key, without_secrets
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_SENDABLE = re.compile("[!-~]+")  # as a token
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def resolve(
-    name: str | os.PathLike,
+    name: str | os.PathLike[str],
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """The folder of a model: "bundled", a local folder (the network is left alone), or a hub id, fetched if need be.
+    """Returns the folder of a model, fetched from the hub if it is not in the cache.
 
-    revision is a branch, tag or commit of a hub id. Cache, endpoint, token and offline mode are huggingface_hub's own
-    (HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE); token and cache_dir stand in for theirs.
-    config.json comes first, so a model that is unsupported, quantised or pickled is refused before its weights are
-    fetched. Raises ValueError in one line that names the model, what is wrong and what to do.
+    config.json is fetched first, so a model that is unsupported, quantised or pickled is refused before its weights are
+    fetched. huggingface_hub's variables HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE apply.
+
+    Args:
+        name: "bundled", a local folder, for which nothing is fetched, or a hub id.
+        revision: Branch, tag or commit of a hub id.
+        token: Token for the hub; None for that of huggingface_hub, False for none.
+        cache_dir: Cache folder; None for that of huggingface_hub.
+
+    Raises:
+        ValueError: One line that names the model, what is wrong and what to do.
     """
     if (folder := _local(name, revision)) is not None:
         return folder
-    repo = _Repo(str(name), revision, token, cache_dir)
+    repo = _repo(name, revision, token, cache_dir)
     folder = repo.fetch_texts()
     repo.fetch_weights(folder)
     return folder
 
 
 def config_folder(
-    name: str | os.PathLike,
+    name: str | os.PathLike[str],
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """As `resolve`, without the weights: a folder with config.json and the files of tokenizer and generation."""
+    """Returns a folder as `resolve` does, but without the weights: config.json and the files of tokenizer and
+    generation."""
     if (folder := _local(name, revision)) is not None:
         return folder
-    return _Repo(str(name), revision, token, cache_dir).fetch_texts()
+    return _repo(name, revision, token, cache_dir).fetch_texts()
 
 
-def _local(name: str | os.PathLike, revision: str | None) -> Path | None:
-    """The folder a name stands for on this machine, None for a hub id; ValueError if it can be neither."""
+def _local(name: str | os.PathLike[str], revision: str | None) -> Path | None:
+    """The folder with that name on this machine, None for a hub id; ValueError if the name can be neither."""
     text = os.fspath(name)
     folder = BUNDLED if text == "bundled" else Path(os.path.expanduser(text))
     if folder.is_dir():
@@ -70,6 +77,15 @@ def _local(name: str | os.PathLike, revision: str | None) -> Path | None:
     return None
 
 
+def _repo(
+    name: str | os.PathLike[str],
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+) -> "_Repo":
+    return _Repo(str(name), revision, token, None if cache_dir is None else os.fspath(cache_dir))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Repo:
     """A model on the hub."""
@@ -77,15 +93,15 @@ class _Repo:
     name: str
     revision: str | None
     token: str | bool | None = dataclasses.field(repr=False)
-    cache_dir: str | os.PathLike | None
+    cache_dir: str | None
 
     def __post_init__(self):
         # The HTTP library's error about such a header would quote the token.
-        if isinstance(self.token, str) and not _SENDABLE.fullmatch(self.token):
+        if isinstance(self.token, str) and not is_key(self.token):
             raise ValueError(f"the token given for {self.name} is empty or has blanks or odd characters: copy it again")
 
     def fetch_texts(self) -> Path:
-        """The folder of one commit with all but the weights; ValueError if the model is one that cannot be read."""
+        """The folder of one commit with all but the weights; ValueError if the model is not supported."""
         from huggingface_hub import hf_hub_download
 
         with self._explained():
@@ -101,7 +117,7 @@ class _Repo:
         return folder
 
     def fetch_weights(self, folder: Path) -> None:
-        """Complete a folder of `fetch_texts`; ValueError if the weights are not safetensors."""
+        """Adds the weights to a folder of `fetch_texts`; ValueError if they are not safetensors."""
         wanted = self._weight_files(folder)
         if all((folder / file).exists() for file in wanted):
             return
@@ -123,7 +139,7 @@ class _Repo:
         from huggingface_hub import snapshot_download
 
         with self._explained():
-            # The folder is named after its commit: every file is of the one whose config was checked.
+            # The folder is named after its commit, so every file is of the commit whose config was checked.
             snapshot_download(
                 self.name,
                 revision=folder.name,
@@ -142,30 +158,32 @@ class _Repo:
 
     @contextlib.contextmanager
     def _explained(self):
-        """Turn what huggingface_hub raises into one line; anything else passes as it is."""
+        """Turns errors of huggingface_hub into ValueErrors of one line; other errors pass unchanged."""
         from huggingface_hub.errors import HFValidationError, HTTPError
 
         try:
             yield
-        # HTTPError is the base of the errors of the HTTP library in use; hf_xet, which moves large files, has
-        # RuntimeError for most of its own.
+        # HTTPError is the base of the HTTP library's errors; hf_xet, which transfers large files, mostly raises
+        # RuntimeError.
         except (HTTPError, HFValidationError, OSError, RuntimeError, UnicodeError) as error:
             raise ValueError(without_secrets(self._explain(error), self._sent())) from error
 
     def _sent(self) -> str | None:
-        """The token that goes with requests."""
+        """The token that is sent with requests."""
         from huggingface_hub import get_token
 
         return self.token if isinstance(self.token, str) else None if self.token is False else get_token()
 
-    def _explain(self, error: Exception) -> str:
+    def _explain(self, error: BaseException) -> str:
         from huggingface_hub import constants, errors
 
         if isinstance(error, errors.LocalEntryNotFoundError):
-            error = error.__cause__ or error  # "nor is it in the cache": the cause is why the hub was no help
+            error = (
+                error.__cause__ or error
+            )  # it only says that the cache lacks the file; the cause says why the hub did not give it
         name, hub, login = self.name, constants.ENDPOINT, "set HF_TOKEN or run `hf auth login`"
         token = self._sent()
-        if token and not _SENDABLE.fullmatch(token) and not hasattr(error, "response"):
+        if token and not is_key(token) and not hasattr(error, "response"):
             return f"the token for {name} (HF_TOKEN, or of `hf auth login`) has blanks or odd characters: copy it again"
         status = getattr(getattr(error, "response", None), "status_code", None) or 0
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,4 +1,4 @@
-"""What a model is, as it is read from its config.json: shapes, RoPE, size in memory; no weight is loaded."""
+"""Facts of a model, read from its config.json: shapes, RoPE, size in memory. No weight is loaded."""
 
 import itertools
 import logging
@@ -28,11 +28,13 @@ _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Facts of the model whose config.json is in the folder, as JSON values; sizes in bytes, wavelengths in tokens.
+    """Returns the facts of the model in a folder as JSON values; sizes are in bytes, wavelengths in tokens.
 
-    stop_ids: every id that ends an answer, with its token and who names it; row_end: the one of them that ends a finished
-    answer in a training row unless another was sampled there. Raises ValueError in one line where config.json is missing,
-    names an unsupported family or is not understood.
+    stop_ids lists every id that ends an answer, with its token and who names it; row_end is the id that ends a finished
+    answer in a training row, unless another was sampled there.
+
+    Raises:
+        ValueError: config.json is missing, names an unsupported family or is not understood.
     """
     hf_config = read_config(folder)
     config = from_hf(hf_config)
@@ -76,8 +78,10 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """(all, active): tied embeddings count once; active leaves out the experts that a token is not sent to."""
-    sizes = {path: leaf.size for path, leaf in flatten_dict(plain_shapes(config)).items()}
+    """Returns the numbers of all parameters and of the active ones, those of the experts that a token is not sent to
+    left out. Tied embeddings count once."""
+    shapes: dict[tuple[str, ...], Any] = flatten_dict(plain_shapes(config))
+    sizes = {path: leaf.size for path, leaf in shapes.items()}
     total = sum(sizes.values())
     routed = sum(size for path, size in sizes.items() if "experts" in path and "router" not in path)
     idle = routed // max(config.n_experts, 1) * (config.n_experts - config.experts_per_token)
@@ -85,14 +89,15 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
 
 
 def kv_cache_bytes(config: ModelConfig, tokens: int, dtype: str = "bfloat16") -> int:
-    """Keys and values of one row of so many tokens; a sliding layer needs no more of them than its window."""
+    """Returns the bytes of keys and values of a row of so many tokens; a sliding layer stores those in its window
+    only."""
     kinds = itertools.islice(itertools.cycle(config.layer_pattern), config.n_layers)
-    kept = sum(min(tokens, config.window) if kind == "sliding" else tokens for kind in kinds)
+    kept = sum(min(tokens, config.window or tokens) if kind == "sliding" else tokens for kind in kinds)
     return 2 * kept * config.n_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
 
 
 def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The facts of `describe` as lines of a table: (name, text)."""
+    """Returns the facts of `describe` as lines of a table, (name, text)."""
     windowed = "sliding" in facts["layer_pattern"]
     caps = {"scores": facts["attention_softcap"], "logits": facts["logit_softcap"]}
     return [
@@ -126,8 +131,8 @@ def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 _NORMS = {
     "pre": "RMS, before attention and MLP",
-    "post": "RMS, behind attention and MLP",
-    "both": "RMS, before and behind attention and MLP",
+    "post": "RMS, after attention and MLP",
+    "both": "RMS, before and after attention and MLP",
 }
 _QK_NORMS = {None: "none", "head": "RMS, over each head", "projection": "RMS, over all heads at once"}
 
@@ -136,7 +141,7 @@ _STOPS_SHOWN = "any of these ends an answer (who names it)"
 
 
 def _ends(folder: Path, config: ModelConfig) -> dict[str, Any]:
-    """What ends the model's answers, and what ends those that it is trained on."""
+    """What ends the model's answers, and what ends the answers that it is trained on."""
     tokenizer = _readable_tokenizer(folder)
     named = {"config.json": config.eos_ids} | end_tokens.named_stops(folder, tokenizer)
     ids = end_tokens.union(*named.values())
@@ -153,10 +158,10 @@ def _ends(folder: Path, config: ModelConfig) -> dict[str, Any]:
 
 
 def _readable_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, None where there is none or it cannot be read: a model can be inspected without."""
+    """The folder's tokenizer, None if there is none or it cannot be read: a model can be inspected without it."""
     try:
         return load_tokenizer(folder)
-    except Exception as error:  # what the tokenizers' own readers raise has no base in common
+    except Exception as error:  # errors of the tokenizers' readers have no base class in common
         log.warning("the tokenizer of %s cannot be read: %s", folder, " ".join(str(error).split())[:200])
         return None
 
@@ -172,7 +177,8 @@ def _row_end(stop: Mapping[str, Any] | None) -> str:
 
 
 def _rope(config: ModelConfig, kind: str) -> dict[str, Any]:
-    """Type and wavelengths of a layer kind; a set for short texts and one for the longest where they depend on that."""
+    """Type and wavelengths of a kind of layer; wavelengths for short and for the longest texts if they depend on the
+    length."""
     rope = config.ropes[kind]
     texts = (rope.original_length, config.max_length) if rope.depends_on_length else (config.max_length,)
     spans = {text: 2 * math.pi / np.asarray(inverse_frequencies(config, kind, text), np.float64) for text in texts}
@@ -219,7 +225,7 @@ def _head_width(facts: Mapping[str, Any]) -> str:
 
 
 def _rope_rows(ropes: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """One entry per layer kind, or a single one where all are alike."""
+    """Lines for each kind of layer, or a single entry if all have the same RoPE."""
     if all(rope == next(iter(ropes.values())) for rope in ropes.values()):
         return _one_rope("RoPE", next(iter(ropes.values())))
     return [row for kind, rope in ropes.items() for row in _one_rope(f"RoPE, {kind} layers", rope)]

@@ -1,15 +1,19 @@
-"""The tokenizer of a checkpoint folder, by transformers; none runs code of its own."""
+"""The tokenizer of a checkpoint folder, read by transformers. Code that comes with a checkpoint is never run."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 from retmask_jax.hf.checkpoint_files import TOKENIZER_FILES, texts
 from retmask_jax.utils.files import read_object
 
 
-def load_tokenizer(folder: Path):
-    """The folder's tokenizer, or None if it has none; ValueError in one line for one that is damaged or needs code of its
-    own, which is never run."""
+def load_tokenizer(folder: Path) -> Any:
+    """Returns the tokenizer of a folder, None if it has none.
+
+    Raises:
+        ValueError: The tokenizer is damaged, or needs code that comes with the checkpoint.
+    """
     there = {path.name for path in texts(folder)}
     if not there & set(TOKENIZER_FILES):
         return None
@@ -17,7 +21,7 @@ def load_tokenizer(folder: Path):
     needs_code = settings.name in there and "auto_map" in read_object(settings)
     try:
         return _auto_tokenizer().from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of transformers and of tokenizers: they have no base in common
+    except Exception as error:  # errors of transformers and tokenizers have no base class in common
         if needs_code:
             raise ValueError(
                 f"the tokenizer of {folder} needs code of its own (auto_map in {settings.name}), which is never run: "

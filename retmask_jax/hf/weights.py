@@ -1,4 +1,7 @@
-"""Hugging Face safetensors <-> parameters, both ways, by each family's table of names; closed-world, streamed."""
+"""Parameters read from Hugging Face safetensors and written to them, by each family's table of names.
+
+Weights are streamed, and every stored tensor must be known.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -6,7 +9,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Bool, PyTree
 
 from retmask_jax.hf.checkpoint_files import Shards, Tensor, open_tensors, read_config
 from retmask_jax.hf.families import family, from_hf, to_hf
@@ -36,9 +41,9 @@ _READERS = 4  # threads
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a model came from: its HF config, the dtype of each stored tensor, and the folder.
+    """Where a model was read from: its HF config, the dtype of each stored tensor, and the folder.
 
-    Of a model made here there is none of these.
+    For a model made here all of these are None or empty.
     """
 
     hf_config: dict[str, Any] | None
@@ -46,20 +51,32 @@ class Source:
     folder: Path | None = None
 
 
-def read(folder: Path, dtype: str, mesh=None) -> tuple[ModelConfig, Any, Source]:
-    """(config, params, source) of an HF checkpoint folder, cast to dtype, placed by the mesh's shardings if given.
+def read(
+    folder: Path, dtype: str, mesh: Mesh | Callable[[ModelConfig], Mesh] | None = None
+) -> tuple[ModelConfig, PyTree, Source]:
+    """Reads an HF checkpoint folder.
 
-    mesh: a Mesh, or what gives one for the model's config.
+    Of each tensor only the part that a device holds is read, so that host memory, beyond the parameters, stays near one
+    device's shard of one parameter.
 
-    Tensors are read lazily, only the part each device holds, so host memory beyond the parameters stays near one
-    device's shard of one parameter. Raises ValueError naming the file, attribute or tensor that is missing, extra,
-    misshapen or unreadable before any weight is read.
+    Args:
+        dtype: Dtype of the parameters.
+        mesh: Devices over which the parameters are split, or a function that gives them for the model's config; None
+            for the first device.
+
+    Returns:
+        Config, parameters, and where they were read from.
+
+    Raises:
+        ValueError: A file, attribute or tensor, which is named, is missing, extra, of the wrong shape or unreadable.
+            Nothing has been loaded then.
     """
     tensors = open_tensors(folder)
-    source = _source(folder, tensors)
-    config = from_hf(source.hf_config)
-    shapes = flatten_dict(plain_shapes(config), sep="/")
-    table = _table(config, source.hf_config, shapes)
+    hf_config = read_config(folder)
+    source = _source(folder, tensors, hf_config)
+    config = from_hf(hf_config)
+    shapes: dict[str, Any] = flatten_dict(plain_shapes(config), sep="/")
+    table = _table(config, hf_config, shapes)
     _drop_known_extras(config, tensors)
     _check_names(set(table), set(tensors), folder)
     for name, pieces in table.items():
@@ -85,20 +102,31 @@ def read(folder: Path, dtype: str, mesh=None) -> tuple[ModelConfig, Any, Source]
 
 
 def source_of(folder: Path) -> Source:
-    """Where a checkpoint comes from, of whose files only the beginnings are read; errors as of `read`."""
-    return _source(folder, open_tensors(folder))
+    """Returns the Source of a checkpoint without loading its weights; errors are those of `read`."""
+    return _source(folder, open_tensors(folder), read_config(folder))
 
 
-def write(folder: Path, config: ModelConfig, params, source: Source, head_mask=None, dtype: str | None = None) -> None:
-    """Write config.json and safetensors (with an index when there are several files) in HF names.
+def write(
+    folder: Path,
+    config: ModelConfig,
+    params: PyTree,
+    source: Source,
+    head_mask: Bool[ArrayLike, "L H"] | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Writes config.json and safetensors, with an index if there are several files, under HF names.
 
-    Each tensor gets the dtype it was read in unless `dtype` is given. A weight that is still what was read from the
-    source's folder is written as it is stored there, though the parameters may be narrower; adapters are added to it in
-    float32. head_mask bool[L,H] zeroes the columns of o_proj that read the masked heads. One file's tensors are in host
-    memory at a time; of several hosts all take part and the first one writes.
+    A weight that has not changed since it was read is written as it is stored in the source's folder, even where the
+    parameters are narrower; adapters are added to it in float32. The tensors of one file are in host memory at a time.
+    All hosts take part, and the first one writes.
+
+    Args:
+        params: Its parameters, with adapters or without.
+        head_mask: Heads whose columns of o_proj are written as zeros.
+        dtype: Dtype of all tensors; None for the dtype each was read in.
     """
     hf_config = dict(source.hf_config or to_hf(dataclasses.replace(config, lora=None)))
-    leaves = flatten_dict(params, sep="/")
+    leaves: dict[str, Any] = flatten_dict(params, sep="/")
     table = _table(config, hf_config, leaves)
     stored = _wider(source, table, leaves) if primary() else {}
     shards = Shards(folder)
@@ -113,18 +141,18 @@ def write(folder: Path, config: ModelConfig, params, source: Source, head_mask=N
     write_atomically(folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
 
 
-def _source(folder: Path, tensors) -> Source:
+def _source(folder: Path, tensors: dict[str, Tensor], hf_config: dict[str, Any]) -> Source:
     dtypes = {name: tensor.dtype for name, tensor in tensors.items() if not name.endswith(_INV_FREQ)}
-    return Source(read_config(folder), dtypes, folder)
+    return Source(hf_config, dtypes, folder)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """The part of a parameter that one stored tensor holds: leaf[lead], in HF's axes the rows from `row` on."""
+    """The part of a parameter that a stored tensor holds: leaf[lead], which in HF's axes are the rows from `row` on."""
 
     name: str
     path: str
-    lead: tuple[int, ...]  # repeat of the layer pattern, expert; none where the parameter is not stacked
+    lead: tuple[int, ...]  # repeat of the layer pattern and expert; empty if the parameter is not stacked
     shape: tuple[int, ...]  # of leaf[lead], in HF's order of axes
     row: int
     layer: int | None
@@ -135,7 +163,7 @@ class _Piece:
 
 
 def _table(config: ModelConfig, hf_config, leaves) -> dict[str, list[_Piece]]:
-    """Stored tensor -> its pieces, for every tensor a model with these parameters has."""
+    """{stored tensor: its pieces} for every tensor of a model with these parameters."""
     table = {}
     for name, paths in family(hf_config).names.items():
         paths = (paths,) if isinstance(paths, str) else paths
@@ -151,7 +179,7 @@ def _table(config: ModelConfig, hf_config, leaves) -> dict[str, list[_Piece]]:
 
 
 def _blocks(config: ModelConfig):
-    """(absolute layer, prefix of its parameters, index into their stack) of each layer."""
+    """(absolute layer, prefix of its parameters, index in their stack) of each layer."""
     period = len(config.layer_pattern)
     for layer in range(config.n_layers):
         repeat, place = divmod(layer, period)
@@ -160,7 +188,7 @@ def _blocks(config: ModelConfig):
 
 
 def _below_each_other(name: str, paths, lead, leaves, layer) -> list[_Piece]:
-    """The pieces of one stored tensor, in the order of its rows."""
+    """The pieces of a stored tensor, in the order of its rows."""
     pieces, row = [], 0
     for path in paths:
         shape = leaves[path].shape[len(lead) :]
@@ -175,7 +203,7 @@ def _stored_shape(pieces: list[_Piece]) -> tuple[int, ...]:
 
 
 def _place(shape, dtype, sharding, fill) -> jax.Array:
-    """A parameter on its devices; fill(host array, index) reads one device's part of it. One part at a time."""
+    """A parameter on its devices, one part at a time; fill(host array, bounds) reads the part of one device."""
     devices: dict[tuple, list] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))
@@ -190,7 +218,7 @@ def _place(shape, dtype, sharding, fill) -> jax.Array:
 
 
 def _fill(pieces: list[_Piece], tensors, host: np.ndarray, bounds) -> None:
-    """Read what lies within bounds, (begin, end) along each axis of the parameter, stripe by stripe."""
+    """Reads the part of a parameter within bounds, (begin, end) along each axis, stripe by stripe."""
 
     def fill(piece: _Piece) -> None:
         stacked = list(zip(piece.lead, bounds, strict=False))
@@ -209,16 +237,16 @@ def _fill(pieces: list[_Piece], tensors, host: np.ndarray, bounds) -> None:
 
 
 def _stripes(first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Rows first to last in parts (begin, end) of a few at a time."""
+    """Yields (begin, end) of stripes of a few rows that cover the rows from first to last."""
     for begin in range(first, last, _STRIPE):
         yield begin, min(begin + _STRIPE, last)
 
 
 def _wider(source: Source, table, leaves) -> dict[str, Tensor]:
-    """The stored tensors, open, that hold more than the parameters read from them can; a log line where the source is
-    gone or of other shapes."""
+    """The stored tensors that are more precise than the parameters read from them; none, with a warning, if the source
+    is gone or has other shapes."""
     names = [name for name, dtype in source.dtypes.items() if name in table and _narrows(dtype, leaves, table[name])]
-    if not names:
+    if not names or source.folder is None:
         return {}
     try:
         tensors = open_tensors(source.folder)
@@ -233,7 +261,7 @@ def _wider(source: Source, table, leaves) -> dict[str, Tensor]:
 
 
 def _narrows(dtype: str, leaves, pieces: list[_Piece]) -> bool:
-    """Whether a value of this dtype may change when it becomes one of these parameters."""
+    """Whether a value of this dtype may change when it is cast to the dtype of these parameters."""
     return any(jnp.promote_types(dtype, leaves[piece.path].dtype) != leaves[piece.path].dtype for piece in pieces)
 
 
@@ -242,8 +270,9 @@ def _export(piece: _Piece, leaves, config: ModelConfig, head_mask, stored: dict[
     tensor, *low_rank = to_host([leaves[name][piece.lead] for name in names])
     if piece.name in stored:
         tensor = _as_stored(tensor, piece, stored[piece.name])
-    if low_rank:
-        tensor = lora.add(tensor, *low_rank, config.lora)
+    if low_rank and config.lora is not None:
+        a, b = low_rank
+        tensor = lora.add(tensor, a, b, config.lora)
     if head_mask is not None and piece.path.endswith("attn/o/kernel"):
         columns = np.repeat(np.asarray(head_mask)[piece.layer], config.head_dim)
         tensor = np.where(columns[:, None], np.zeros((), tensor.dtype), tensor)
@@ -251,7 +280,8 @@ def _export(piece: _Piece, leaves, config: ModelConfig, head_mask, stored: dict[
 
 
 def _as_stored(tensor: np.ndarray, piece: _Piece, stored: Tensor) -> np.ndarray:
-    """A piece of a parameter in the stored dtype: where it is what the stored value was read as, that value."""
+    """A piece of a parameter in the stored dtype: the stored value wherever the parameter has not changed since it
+    was read."""
     rows = (piece.row, piece.row + piece.shape[0])
     block = stored.read(rows, *((0, n) for n in piece.shape[1:]))
     block = block.T if piece.transposed else block
@@ -261,7 +291,7 @@ def _as_stored(tensor: np.ndarray, piece: _Piece, stored: Tensor) -> np.ndarray:
 
 
 def _drop_known_extras(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
-    """Two extras are known: stored rotary frequencies, and an output matrix beside tied embeddings."""
+    """Drops the two known extras: rotary frequencies, and an output matrix where embeddings are tied."""
     for name in [name for name in tensors if name.endswith(_INV_FREQ)]:
         log.info("dropped %s: frequencies are computed", name)
         del tensors[name]

@@ -1,8 +1,9 @@
-"""Attention with the best kernel at hand, and probes: what chosen query rows look at, whichever kernel did the rest."""
+"""Attention with the best kernel available, and probes: what chosen query rows attend to, whichever kernel did the rest."""
 
 import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -19,15 +20,16 @@ log = logging.getLogger(__name__)
 
 EVERYWHERE = (0, 2**31 - 1)  # a span of all positions
 _PROBED_AT_ONCE = 8
-_SMALL = 2**19  # bytes of a row's keys and values that a core's cache holds beside the rest
+_SMALL = 2**19  # bytes of a row's keys and values that a core's cache holds together with the rest
 
 
-@flax.struct.dataclass
-class Keys:
-    """Keys [R,B,K,D,S] and values [R,B,K,S,D] of R layers, of which one, `layer`, is meant; and the absolute position
-    of each slot, i32[B,S]; a negative one is empty.
+class Keys(flax.struct.PyTreeNode):
+    """The keys [R,B,K,D,S] and values [R,B,K,S,D] of R layers, and which layer to read.
 
-    contiguous: positions of a row follow each other.
+    Attributes:
+        positions_BS: i32, the absolute position of each slot; a negative one marks an empty slot.
+        layer: The index, among the R, of the layer to read.
+        contiguous: Whether the positions of a row follow each other.
     """
 
     k_RBKDS: jax.Array
@@ -37,17 +39,17 @@ class Keys:
     contiguous: bool = flax.struct.field(pytree_node=False, default=True)
 
     @classmethod
-    def of(cls, k_BSKD, v_BSKD) -> "Keys":
+    def of(cls, k_BSKD: jax.Array, v_BSKD: jax.Array) -> "Keys":
         """Keys at positions 0, 1, ..."""
         positions_BS = jnp.broadcast_to(jnp.arange(k_BSKD.shape[1]), k_BSKD.shape[:2])
         return cls(k_BSKD.transpose(0, 2, 3, 1)[None], v_BSKD.swapaxes(1, 2)[None], positions_BS)
 
     @property
-    def k_BKDS(self):
+    def k_BKDS(self) -> jax.Array:
         return self.k_RBKDS[self.layer]
 
     @property
-    def v_BKSD(self):
+    def v_BKSD(self) -> jax.Array:
         return self.v_RBKSD[self.layer]
 
     @property
@@ -55,13 +57,17 @@ class Keys:
         return self.k_RBKDS.shape[2]
 
 
-@flax.struct.dataclass
-class Probe:
-    """What to ask of attention: for the query rows rows_BP i32[B,P] of a call, per layer and head, the `top` keys with
-    the largest weights and the mass of the weights in token spans [start, end), spans_BN2 i32[B,N,2] (None: none).
+class Probe(flax.struct.PyTreeNode):
+    """What to report about attention, per layer and head, for some query rows of a call.
 
-    values: also the part of the head's output that is read in each span. pairs: the number of rotary pairs, where it is
-    also asked how what each of them adds to q.k varies over the keys (0: not).
+    Reported are the `top` keys with the largest weights, and the sum of the weights in token spans.
+
+    Attributes:
+        rows_BP: i32, the query rows.
+        spans_BN2: i32, token spans [start, end), or None.
+        top: How many keys to report.
+        values: Also report the part of the head's output that it reads in each span.
+        pairs: The number of rotary pairs, to also report the covariance over the keys of what they add to q.k; 0: do not.
     """
 
     rows_BP: Any
@@ -71,13 +77,15 @@ class Probe:
     pairs: int = flax.struct.field(pytree_node=False, default=0)
 
 
-@flax.struct.dataclass
-class Probed:
-    """keys: i32[B,P,...,H,top], absolute positions, the largest weight first, -1 where fewer keys are seen.
+class Probed(flax.struct.PyTreeNode):
+    """The answers to a `Probe`.
 
-    mass: f32[B,P,...,H,N], or None. values: f32[B,P,...,H,N,D], weighted sums of the values in the spans, or None.
-    pairs: f32[B,1,...,H,R,R], or None: covariance over the keys of what two rotary pairs add to q.k, mean over the rows;
-    what is not rotated counts as one pair more.
+    Attributes:
+        keys: i32[B,P,...,H,top], absolute positions, the largest weight first; -1 where fewer keys are seen.
+        mass: f32[B,P,...,H,N], the sums of weights in the spans, or None.
+        values: f32[B,P,...,H,N,D], weighted sums of the values in the spans, or None.
+        pairs: f32[B,1,...,H,R,R], covariance over the keys of what two rotary pairs add to q.k, mean over the rows, or
+            None. The dimensions that are not rotated count as one more pair.
     """
 
     keys: jax.Array
@@ -86,12 +94,21 @@ class Probed:
     pairs: jax.Array | None = None
 
 
-def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto", positions_BT=None):
-    """Causal attention with softmax in float32; returns the heads' outputs, [B,T,H,D]. Head h reads kv head h // G.
+def attend(
+    q_BTHD: jax.Array,
+    keys: Keys,
+    scores: Scores,
+    start_B: jax.Array | None = None,
+    kernel: str = "auto",
+    positions_BT: jax.Array | None = None,
+) -> jax.Array:
+    """Causal attention with softmax in float32; returns the heads' outputs [B,T,H,D]. Head h reads kv head h // G.
 
-    start_B None: queries and keys are the same T positions from 0 on. Else query t of row b stands at start_B[b] + t
-    among keys at any positions. positions_BT: where a few queries stand that do not follow each other. kernel: one of
-    KERNELS; "auto" takes the fastest that the call and the device allow.
+    Args:
+        start_B: The position of the first query of each row, where the keys are at any positions; None: queries and keys
+            are the same T positions, from 0 on.
+        kernel: One of KERNELS; "auto" takes the fastest that the call and the device allow.
+        positions_BT: Positions of a few queries that do not follow each other.
     """
     batch, length, heads, width = q_BTHD.shape
     shards = _context_shards(length) if start_B is None and positions_BT is None else 1
@@ -112,7 +129,7 @@ def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto
     if chosen == "cudnn" and start_B is None:
         return cudnn.alone(q_BTHD, keys.k_BKDS.transpose(0, 3, 1, 2), keys.v_BKSD.swapaxes(1, 2), scores)
     if chosen == "cudnn":
-        return cudnn.behind(q_BTHD, keys.k_BKDS, keys.v_BKSD, start_B, keys.positions_BS[:, 0], scores)
+        return cudnn.after_cache(q_BTHD, keys.k_BKDS, keys.v_BKSD, start_B, keys.positions_BS[:, 0], scores)
     q_BKGTD = q_BTHD.reshape(batch, length, keys.kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
     first_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
     positions_BT = first_B[:, None] + jnp.arange(length) if positions_BT is None else positions_BT
@@ -129,14 +146,16 @@ def attend(q_BTHD, keys: Keys, scores: Scores, start_B=None, kernel: str = "auto
 
 
 def _context_shards(length: int) -> int:
-    """Over how many devices the positions of a row are split, by the mesh that is set; 1 where they do not divide."""
+    """Over how many devices of the mesh that is set the positions of a row are split; 1 where they do not divide."""
     shards = jax.sharding.get_abstract_mesh().shape.get("context", 1)
     return shards if length % shards == 0 else 1
 
 
-def _over_context(q_BTHD, keys: Keys, scores: Scores, shards: int):
-    """Each device takes its own queries, behind one another along the context axis, against the keys of all; in blocks,
-    the only kernel but splash that begins in the middle."""
+def _over_context(q_BTHD: jax.Array, keys: Keys, scores: Scores, shards: int) -> jax.Array:
+    """Attention with the queries split along the context axis of the mesh: each device has all keys.
+
+    In blocks: besides splash, no other kernel can begin in the middle of a row.
+    """
     length = q_BTHD.shape[1] // shards
     first_C = length * jnp.arange(shards)  # where the queries of each device begin
 
@@ -155,8 +174,8 @@ def _over_context(q_BTHD, keys: Keys, scores: Scores, shards: int):
     return mapped(first_C, q_BTHD, keys)
 
 
-def probe(q_BPHD, positions_BP, keys: Keys, request: Probe, scores: Scores) -> Probed:
-    """Probed of query rows at these positions, each [B,P,H,...]; the weights of a few rows exist at a time."""
+def probe(q_BPHD: jax.Array, positions_BP: jax.Array, keys: Keys, request: Probe, scores: Scores) -> Probed:
+    """The answers for query rows at these positions, each [B,P,H,...]; the weights of only a few rows exist at a time."""
     batch, _, heads, width = q_BPHD.shape
 
     def one(args):
@@ -186,7 +205,7 @@ def probe(q_BPHD, positions_BP, keys: Keys, request: Probe, scores: Scores) -> P
     return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 
-def _values(weights_BHS, inside_BNS, keys: Keys):
+def _values(weights_BHS: jax.Array, inside_BNS: jax.Array, keys: Keys) -> jax.Array:
     """f32[B,H,N,D]: the values in each span, summed with a head's weights."""
     batch, heads, slots = weights_BHS.shape
     weights_BKGS = weights_BHS.reshape(batch, keys.kv_heads, -1, slots)
@@ -196,7 +215,7 @@ def _values(weights_BHS, inside_BNS, keys: Keys):
     return found_BKGND.reshape(batch, heads, *found_BKGND.shape[3:])
 
 
-def _covariance(q_BKGD, seen_B1S, keys: Keys, n_pairs: int):
+def _covariance(q_BKGD: jax.Array, seen_B1S: jax.Array, keys: Keys, n_pairs: int) -> jax.Array:
     """f32[B,H,R,R]: covariance, over the keys seen, of what each two rotary pairs add to q.k."""
     products_BKGDS = (q_BKGD[..., None] * keys.k_BKDS[:, :, None]).astype(jnp.float32)
     first, second, rest = jnp.split(products_BKGDS, (n_pairs, 2 * n_pairs), axis=3)
@@ -210,7 +229,7 @@ def _covariance(q_BKGD, seen_B1S, keys: Keys, n_pairs: int):
     return jnp.einsum("bhrs,bhqs->bhrq", around_BHRS, around_BHRS, precision=exact) / n_B111
 
 
-def _top(products_BHS, positions_BS, n: int):
+def _top(products_BHS: jax.Array, positions_BS: jax.Array, n: int) -> jax.Array:
     """i32[B,H,n]: positions of the n largest, the earlier slot first among equals; -1 for hidden ones."""
     if n == 1:
         slots_BHN = jnp.argmax(products_BHS, axis=-1)[..., None]
@@ -225,7 +244,7 @@ def _top(products_BHS, positions_BS, n: int):
     return jnp.where(hidden, -1, found_BHN)
 
 
-def _over_heads(function, q_BKGTD, keys: Keys):
+def _over_heads(function: Callable[..., jax.Array], q_BKGTD: jax.Array, keys: Keys) -> jax.Array:
     """[B,K,...]: function(row, q_GTD, k_DS, v_SD) of each row and kv head.
 
     One at a time on a CPU, where its blocks then stay in the cache, or all of a row where they are small; all at once
@@ -258,26 +277,31 @@ def _over_heads(function, q_BKGTD, keys: Keys):
 
 
 def kernel_for(dtype: str, length: int, width: int) -> tuple[str, str | None]:
-    """The kernel that is chosen on these devices for a prompt of `length` tokens by itself, heads of `width`, no window
-    and no cap; and why it is not cuDNN's where GPUs do not suit that, else None."""
+    """The kernel that "auto" chooses here for a prompt without a cache, and why it is not cuDNN's.
+
+    Without a window and a soft cap. The reason is None, except on GPUs that cuDNN's kernel does not suit.
+    """
     backend, unsuited = _target()
     chosen = _choose("auto", backend, unsuited, dtype, length, width, True, Scores(width**-0.5))
     return chosen, unsuited if backend == "gpu" else None
 
 
 def _target() -> tuple[str, str | None]:
-    """(platform of the devices that a program is traced for, why cuDNN's kernel does not run on them or None).
+    """(the platform that a program is traced for, why cuDNN's kernel does not run there or None).
 
-    They are those of the mesh that is set, which may be a topology that is not here, else the default ones. Of a mesh
-    only the kind of its devices is known while a program is traced; what they can do is asked of those that are here.
+    The devices are those of the mesh that is set, which may be a topology that is not attached, else the default devices.
+    While a program is traced only the kind of a mesh's devices is known; attached devices of that kind are asked what they
+    can do.
     """
-    meant = jax.sharding.get_abstract_mesh().abstract_device
+    target = jax.sharding.get_abstract_mesh().abstract_device
     devices = jax.devices()
-    if meant is not None:
+    if target is not None:
         same = [
-            device for device in devices if (device.platform, device.device_kind) == (meant.platform, meant.device_kind)
+            device
+            for device in devices
+            if (device.platform, device.device_kind) == (target.platform, target.device_kind)
         ]
-        devices = same or [meant]
+        devices = same or [target]
     return platform(), cudnn.unsuited(devices)
 
 
@@ -285,9 +309,11 @@ def _target() -> tuple[str, str | None]:
 def _choose(
     kernel: str, backend: str, unsuited: str | None, dtype: str, length: int, width: int, alone: bool, scores: Scores
 ) -> str:
-    """The kernel of `length` queries, alone with their own keys or behind others; logged once per kind of call.
+    """The kernel for `length` queries; logged once per kind of call.
 
-    unsuited: of `cudnn.unsuited` for the devices.
+    Args:
+        unsuited: From `cudnn.unsuited`, for the devices.
+        alone: Whether the keys are those of the queries alone, without a cache before them.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel is {kernel!r}; it must be one of {', '.join(KERNELS)}")
@@ -303,6 +329,6 @@ def _choose(
         chosen = "splash"
     elif backend == "gpu" and length > 1 and reason is None:
         chosen = "cudnn"
-    where = "alone" if alone else "behind a cache"
+    where = "alone" if alone else "after a cache"
     log.info("attention of %d positions %s, %s on %s: %s kernel", length, where, dtype, backend, chosen)
     return chosen

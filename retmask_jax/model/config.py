@@ -30,7 +30,7 @@ class Rope:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
             raise ValueError(f"RoPE type {self.kind!r} is not supported (supported: {', '.join(ROPE_KINDS)})")
         if self.kind == "longrope" and not (self.short_factors and self.long_factors):
@@ -51,7 +51,7 @@ class Lora:
     alpha: float
     targets: tuple[str, ...] = DENSE_LAYERS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1 or not self.alpha > 0:
             raise ValueError(
                 f"LoRA rank {self.rank} must be a whole number of at least 1 and alpha {self.alpha} positive"
@@ -97,7 +97,7 @@ class ModelConfig:
     attention_softcap: float | None = None  # cap * tanh(scores / cap)
     logit_softcap: float | None = None
     layer_pattern: tuple[str, ...] = ("full",)  # "full" or "sliding"
-    window: int | None = None  # keys a query of a sliding layer sees, its own included
+    window: int | None = None  # keys a query of a sliding layer sees, that of its position included
     rope: Rope = Rope()
     sliding_rope: Rope | None = None  # of sliding layers; None: the same
     rotary_dim: int | None = None  # rotated dimensions at the front of a head; None: all
@@ -109,10 +109,10 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
-    lora: Lora | None = None  # adapters beside the dense layers, while they are trained
+    lora: Lora | None = None  # adapters of the dense layers, while they are trained
     kernel: str = "auto"  # of attention, see `attend`: how it is computed, not what comes out
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_sizes()
         self._check_choices()
         self._check_layers()
@@ -134,7 +134,7 @@ class ModelConfig:
 
     @property
     def tail(self) -> tuple[str, ...]:
-        """Layer kinds behind the last whole repeat of the pattern."""
+        """Layer kinds after the last whole repeat of the pattern."""
         return self.layer_pattern[: self.n_layers - self.repeats * len(self.layer_pattern)]
 
     @property
@@ -152,7 +152,7 @@ class ModelConfig:
         """Whether the layers at this place of the pattern have experts instead of one MLP."""
         return self.expert_pattern[place % len(self.expert_pattern)]
 
-    def _check_sizes(self):
+    def _check_sizes(self) -> None:
         names = ["vocab_size", "hidden_size", "mlp_size", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_length"]
         names += ["n_experts", "experts_per_token", "expert_size"] if any(self.expert_pattern) else []
         names += ["window"] if "sliding" in self.layer_pattern else []
@@ -172,7 +172,7 @@ class ModelConfig:
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise ValueError(f"{name} is {value!r}; it must be a positive number")
 
-    def _check_choices(self):
+    def _check_choices(self) -> None:
         choices = {
             "norm_placement": ("pre", "post", "both"),
             "qk_norm": (None, "head", "projection"),
@@ -186,7 +186,7 @@ class ModelConfig:
             if not any(value is one or (type(value) is str and value == one) for one in allowed):
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
 
-    def _check_layers(self):
+    def _check_layers(self) -> None:
         if not 1 <= len(self.layer_pattern) <= self.n_layers:
             raise ValueError(f"layer_pattern has {len(self.layer_pattern)} layers, the model {self.n_layers}")
         unknown = set(self.layer_pattern) - set(LAYER_KINDS)

@@ -1,4 +1,4 @@
-"""Operations that a model needs at least, and what a device can do at most."""
+"""How many operations a model needs at least, and how many a device can do at most."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.sharding import plain_shapes
 
-# Dense bfloat16 products, operations a second, by JAX's name of the device; from the vendors' data sheets.
+# Operations per second of dense bfloat16 products, by JAX's name of the device; from the vendors' data sheets.
 _PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -25,23 +25,27 @@ _PEAKS = {
 
 
 def forward_flops(config: ModelConfig, tokens: int, counted: int) -> float:
-    """Operations a row of `tokens` needs, with logits of `counted` of them: two per weight and token that meet, and four
-    per dimension of a head for each pair of a query and a key that it sees."""
+    """Operations of a forward pass over a row of `tokens`, with logits of `counted` of them.
+
+    Two per weight and token that meet, and four per dimension of a head for each pair of a query and a key that it sees.
+    """
     pairs = sum(_seen(tokens, config.window if kind == "sliding" else None) for kind in layer_kinds(config))
     attention = 4 * config.n_heads * config.head_dim * pairs
     return 2.0 * block_weights(config) * tokens + attention + 2.0 * counted * config.hidden_size * config.vocab_size
 
 
 def training_flops(config: ModelConfig, tokens: int, counted: int) -> float:
-    """Operations of a row's forward and backward pass, recomputation not counted: three times the forward pass, or
-    twice where only adapters are trained and no weight has a gradient."""
+    """Operations of a row's forward and backward pass, recomputation not counted.
+
+    Three times the forward pass, or twice where only adapters are trained and no weight has a gradient.
+    """
     return (3 if config.lora is None else 2) * forward_flops(config, tokens, counted)
 
 
 def executed_flops(config: ModelConfig, tokens: int, *, remat: bool) -> float:
-    """Operations that a row of `tokens` costs forward and backward, all of them counted.
+    """Operations of a row's forward and backward pass, recomputation counted.
 
-    Logits are always computed again in the backward pass, blocks with remat.
+    Logits are always recomputed in the backward pass, and blocks with `remat`.
     """
     blocks = forward_flops(config, tokens, counted=0)
     logits = forward_flops(config, tokens, counted=tokens) - blocks
@@ -50,7 +54,7 @@ def executed_flops(config: ModelConfig, tokens: int, *, remat: bool) -> float:
 
 
 def peak_flops() -> float | None:
-    """Operations a second of all devices together, in bfloat16; None for devices that are not known."""
+    """Operations per second of all devices together, in bfloat16; None for unknown devices."""
     kind = jax.devices()[0].device_kind
     known = [name for name in _PEAKS if kind.startswith(name)]
     return jax.device_count() * _PEAKS[max(known, key=len)] if known else None
@@ -58,7 +62,7 @@ def peak_flops() -> float | None:
 
 @functools.cache
 def block_weights(config: ModelConfig) -> int:
-    """Weights that a token meets in all matrices but the embedding and the output's."""
+    """The number of weights that a token is multiplied with, except those of the embedding and the output matrix."""
     leaves = jax.tree.leaves_with_path(plain_shapes(config))
     kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel" and path[0].key != "lm_head")
     experts = sum(leaf.size for path, leaf in leaves if path[-1].key in ("gate", "up", "down"))

@@ -1,22 +1,26 @@
-"""The forward pass group by group, for work that starts late, wants few rows of the last layer or goes on by one token.
-Inference only: the loop over groups has no gradient."""
+"""The forward pass group by group: for work that begins at a late layer, needs few positions of the last layer, or adds
+one token. For inference only: the loop over groups has no gradient.
+"""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
-from retmask_jax.model.attention import Probe
+from retmask_jax.model.attention import Probe, Probed
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.layers import norm
-from retmask_jax.model.transformer import Call, Embedding, Group, Hidden, make_call, merge_probed, split_masks
+from retmask_jax.model.kv_cache import NO_CACHE, Cache
+from retmask_jax.model.layers import Embedding, norm
+from retmask_jax.model.masks import ByLayer, LayerMasks, Masks
+from retmask_jax.model.transformer import Call, Carry, Group, Hidden, make_call, merge_probed
 
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """The groups of a model in one call. A carry is (x_BTE, the cache's "blocks" or None); masks are split."""
+    """The groups of a model in one call. A carry is (x_BTE, the caches of the group or None)."""
 
     config: ModelConfig
     params: Any
@@ -28,19 +32,21 @@ class Layers:
         """Repeats of the pattern before the last group, which is the tail where there is one."""
         return self.config.repeats if self.config.tail else self.config.repeats - 1
 
-    def embed(self, tokens_BT):
-        return Embedding(self.config).apply({"params": self.params["embed"]}, tokens_BT)
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        return cast(jax.Array, Embedding(self.config).apply({"params": self.params["embed"]}, tokens_BT))
 
-    def through(self, r, carry, masks, call: Call | None = None):
-        """(carry behind repeat r, what it probed); call: another one for this repeat."""
+    def through(
+        self, r: jax.Array | int, carry: Carry, masks: ByLayer, call: Call | None = None
+    ) -> tuple[Carry, PyTree]:
+        """(carry after repeat r, what it probed). call: used for this repeat instead of the usual one."""
         weights, masks = jax.tree.map(lambda leaf: leaf[r], (self.params["blocks"], masks["blocks"]))
         return self._apply(self.config.layer_pattern, weights, carry, (r, masks), call or self.call)
 
-    def through_first(self, carry, masks, n: int):
-        """(carry behind the first n repeats, what they probed [n, ...]).
+    def through_first(self, carry: Carry, masks: ByLayer, n: int) -> tuple[Carry, PyTree]:
+        """(carry after the first n repeats, what they probed [n, ...]).
 
-        A loop that counts the repeats itself: XLA then knows where each one's weights lie, and on a GPU reads them there
-        instead of copying them first.
+        The loop counts the repeats itself: XLA then knows where the weights of each lie, and on a GPU reads them in place instead
+        of copying them first.
         """
         if self.call.probe is None:
             probed = dict.fromkeys(map(str, range(len(self.config.layer_pattern))))
@@ -57,8 +63,8 @@ class Layers:
             return carry, probed
         return jax.lax.while_loop(lambda state: state[0] < n, step, (jnp.int32(0), carry, probed))[1:]
 
-    def states(self, x_BTE, masks):
-        """[R,B,T,E]: what each group gets, from the embedded tokens on: where work that starts late begins."""
+    def states(self, x_BTE: jax.Array, masks: ByLayer) -> jax.Array:
+        """[R,B,T,E]: the input of each group, from the embedded tokens on, for work that begins at a later group."""
 
         def step(x_BTE, r):
             return self.through(r, (x_BTE, None), masks)[0][0], x_BTE
@@ -66,8 +72,10 @@ class Layers:
         x_BTE, before_RBTE = jax.lax.scan(step, x_BTE, jnp.arange(self.before_last))
         return jnp.concatenate([before_RBTE, x_BTE[None]])
 
-    def from_group(self, start, x_BTE, masks, rows_BP=None):
-        """Final states x_BPE before their norm, from what group `start` gets on; rows_BP as in `last`."""
+    def from_group(
+        self, start: jax.Array, x_BTE: jax.Array, masks: ByLayer, rows_BP: jax.Array | None = None
+    ) -> jax.Array:
+        """Final states x_BPE before their norm, from the input of group `start`; rows_BP as in `last`."""
 
         def step(r, x_BTE):
             return self.through(r, (x_BTE, None), masks)[0][0]
@@ -75,74 +83,94 @@ class Layers:
         x_BTE = jax.lax.fori_loop(start, self.before_last, step, x_BTE)
         return self.last((x_BTE, None), masks, rows_BP)[0][0]
 
-    def last(self, carry, masks, rows_BP):
+    def last(self, carry: Carry, masks: ByLayer, rows_BP: jax.Array | None) -> tuple[Carry, PyTree]:
         """The last group: ((final states x_BPE of rows_BP before their norm, cache of the group), what it probed).
 
-        Its last layer computes keys and values of all positions and nothing else of those that are not asked for.
+        The last layer computes the keys and values of all positions, but everything else only for the positions asked for.
         """
         call = self.call.replace(rows_BP=rows_BP)
         return self.tail(carry, masks, call) if self.config.tail else self.through(self.before_last, carry, masks, call)
 
-    def tail(self, carry, masks, call: Call | None = None):
+    def tail(self, carry: Carry, masks: ByLayer, call: Call | None = None) -> tuple[Carry, PyTree]:
         return self._apply(self.config.tail, self.params["tail"], carry, (0, masks["tail"]), call or self.call)
 
-    def normed(self, x_BPE):
-        return norm(self.config, None).apply({"params": self.params["norm"]}, x_BPE)
+    def normed(self, x_BPE: jax.Array) -> jax.Array:
+        return cast(jax.Array, norm(self.config, None).apply({"params": self.params["norm"]}, x_BPE))
 
-    def _apply(self, pattern, weights, carry, repeat_and_masks, call: Call):
+    def _apply(
+        self,
+        pattern: tuple[str, ...],
+        weights: PyTree,
+        carry: Carry,
+        repeat_and_masks: tuple[jax.Array | int, dict[str, LayerMasks]],
+        call: Call,
+    ) -> tuple[Carry, PyTree]:
         group = Group(self.config, self.rope_site, len(pattern))
         return group.apply({"params": weights}, carry, repeat_and_masks, call)
 
 
+class HiddenRows(flax.struct.PyTreeNode):
+    """What a pass gives for some positions of each row.
+
+    Attributes:
+        x_BPE: Final normed states.
+        rms_BP: f32, what the final norm divided the states by.
+        cache: The updated cache, or None.
+        probed: Answers [B,P,L,H,...] of a probe, or None.
+    """
+
+    x_BPE: jax.Array
+    rms_BP: jax.Array
+    cache: Cache | None = None
+    probed: Probed | None = None
+
+
 def next_hidden(
     config: ModelConfig,
-    params,
-    token_B,
-    interventions: Interventions,
+    params: PyTree,
+    token_B: jax.Array,
+    masks: Masks,
     *,
-    cache,
-    start_B,
+    cache: Cache,
+    start_B: jax.Array,
     probe: Probe | None = None,
-    longest=None,
+    longest: jax.Array | int | None = None,
 ) -> Hidden:
-    """As `hidden`, of one new token per row, which continues its cache at position start_B[b]; a probe asks about it."""
-    iv = interventions.fill(config, len(token_B))
-    layers = Layers(config, params, make_call(config, 1, start_B, start_B + 1, longest, probe), iv.rope_site)
-    masks, carry = split_masks(config, iv), (layers.embed(token_B[:, None]), cache["blocks"])
-    (x_B1E, blocks), probed = layers.through_first(carry, masks, config.repeats)
+    """As `hidden`, for one new token per row, which continues the cache at position start_B[b]; a probe asks about it."""
+    layers = Layers(config, params, make_call(config, 1, start_B, start_B + 1, longest, probe), masks.rope_site)
+    by_layer, carry = masks.by_layer(config), (layers.embed(token_B[:, None]), cache["blocks"])
+    (x_B1E, blocks), probed = layers.through_first(carry, by_layer, config.repeats)
     tail, tail_probed = cache["tail"], {}
     if config.tail:
-        (x_B1E, tail), tail_probed = layers.tail((x_B1E, tail), masks)
+        (x_B1E, tail), tail_probed = layers.tail((x_B1E, tail), by_layer)
     probed = None if probe is None else merge_probed(config, probed, tail_probed)
     return Hidden(layers.normed(x_B1E), {"blocks": blocks, "tail": tail}, probed)
 
 
 def hidden_rows(
     config: ModelConfig,
-    params,
-    tokens_BT,
-    interventions: Interventions,
-    rows_BP,
+    params: PyTree,
+    tokens_BT: jax.Array,
+    masks: Masks,
+    rows_BP: jax.Array,
     *,
-    cache=None,
-    start_B=None,
-    end_B=None,
+    cache: Cache | None = None,
+    start_B: jax.Array | None = None,
+    end_B: jax.Array | None = None,
     probe: Probe | None = None,
-    longest=None,
-) -> Hidden:
-    """As `hidden`, but final states x_BPE of the rows rows_BP i32[B,P] alone, with their rms; a probe asks about the
-    same rows."""
+    longest: jax.Array | int | None = None,
+) -> HiddenRows:
+    """As `hidden`, but only for the positions rows_BP i32[B,P] among the T; a probe asks about the same positions."""
     if config.lora is not None:
         raise ValueError("a model with adapters cannot generate: merge them first (retmask_jax.model.lora.merged)")
     batch, length = tokens_BT.shape
-    iv = interventions.fill(config, batch)
     end_B = jnp.full(batch, length) if end_B is None else end_B
-    layers = Layers(config, params, make_call(config, length, start_B, end_B, longest, probe), iv.rope_site)
-    masks = split_masks(config, iv)
-    cache = cache or {"blocks": None, "tail": None}
+    layers = Layers(config, params, make_call(config, length, start_B, end_B, longest, probe), masks.rope_site)
+    by_layer = masks.by_layer(config)
+    cache = cache or NO_CACHE
     carry = layers.embed(tokens_BT), cache["blocks"]
-    (x_BTE, blocks), probed = layers.through_first(carry, masks, layers.before_last)
-    (x_BPE, last_cache), last_probed = layers.last((x_BTE, cache["tail"] if config.tail else blocks), masks, rows_BP)
+    (x_BTE, blocks), probed = layers.through_first(carry, by_layer, layers.before_last)
+    (x_BPE, last_cache), last_probed = layers.last((x_BTE, cache["tail"] if config.tail else blocks), by_layer, rows_BP)
     if config.tail:
         tail, tail_probed = last_cache, last_probed
     else:
@@ -151,4 +179,4 @@ def hidden_rows(
     cache = None if blocks is None else {"blocks": blocks, "tail": tail}
     probed = None if probe is None else merge_probed(config, probed, tail_probed)
     rms_BP = jnp.sqrt(jnp.mean(jnp.square(x_BPE.astype(jnp.float32)), axis=-1) + config.norm_eps)
-    return Hidden(layers.normed(x_BPE), cache, probed, rms_BP)
+    return HiddenRows(layers.normed(x_BPE), rms_BP, cache, probed)

@@ -1,11 +1,11 @@
-"""Interventions: what is taken out of a forward pass, as arrays, and their builders.
+"""Interventions: what is ablated in a forward pass, as arrays, and functions that build them.
 
-A mask is an argument like any other: `jax.jit` compiles once for all of its values, `jax.vmap` runs many at a time
-and `jax.grad` differentiates with respect to a float one.
+A mask is an argument like any other: `jax.jit` compiles once for all of its values, `jax.vmap` runs many at once and
+`jax.grad` differentiates with respect to a float mask.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, SupportsInt
 
 import flax.struct
 import jax
@@ -26,19 +26,19 @@ SITES = ("rotary", "projection")
 SHARED_NDIM = {"head_mask": 2, "rope_mask": 3, "head_mean": 3}
 
 
-@flax.struct.dataclass
-class Interventions:
-    """What is taken out of a forward pass.
+class Interventions(flax.struct.PyTreeNode):
+    """The heads and rotary pairs that are ablated in a forward pass.
 
-    head_mask: bool[L, H] or [B, L, H]. True: the head writes nothing (its output before o_proj is 0).
-    rope_mask: bool[L, H, R] or [B, L, H, R]. True: rotary pair r of this query head drops out of q.k.
-    Float masks are gates in [0, 1], 1 = masked. A mask that is None stands for all-False. Layers are in absolute order, pairs in
-    the order of the inverse frequencies (highest first).
-    rope_site: "rotary" takes the pair out of the query after norm and rotation, for that head alone;
-    "projection" zeroes it in the outputs of q_proj and k_proj before any norm, as arXiv 2606.21249 did, which
-    reaches every query head of the group.
-    head_mean: f32[L, H, D] or [B, L, H, D]: what a masked head writes, before o_proj, instead of nothing (None).
-    Shapes are checked where a model is at hand, in `fill`, and by whatever runs the model.
+    Layers are in absolute order, rotary pairs in the order of the inverse frequencies (highest first). A float mask is a
+    gate in [0, 1], where 1 means masked. A part that is None masks nothing. Shapes are checked by whatever runs the model.
+
+    Attributes:
+        head_mask: bool[L, H] or [B, L, H]. True: the head writes nothing (its output before o_proj is 0).
+        rope_mask: bool[L, H, R] or [B, L, H, R]. True: rotary pair r of this query head drops out of q.k.
+        rope_site: "rotary" drops the pair from the query after norm and rotation, for that head alone; "projection"
+            zeroes it in the outputs of q_proj and k_proj before any norm, as arXiv 2606.21249 did, which reaches every
+            query head of the group.
+        head_mean: f32[L, H, D] or [B, L, H, D]: what a masked head writes, before o_proj, instead of nothing (None).
 
     >>> import numpy as np, retmask_jax as rm
     >>> lm = rm.load("bundled")
@@ -64,38 +64,21 @@ class Interventions:
         >>> untouched.head_mask.shape, untouched.rope_mask.shape, bool(untouched.head_mask.any())
         ((4, 8), (4, 8, 16), False)
         """
-        return cls().fill(config)
-
-    def fill(self, config: ModelConfig, batch: int | None = None) -> "Interventions":
-        """Both masks as arrays, missing ones all-False; raises ValueError where a shape or type does not fit."""
-        if self.rope_site not in SITES:
-            raise ValueError(f"rope_site is {self.rope_site!r}; it must be one of {', '.join(SITES)}")
         heads = (config.n_layers, config.n_heads)
-        return self.replace(
-            head_mask=_checked("head_mask", self.head_mask, heads, batch),
-            rope_mask=_checked("rope_mask", self.rope_mask, (*heads, config.n_pairs), batch),
-            head_mean=_checked_mean(self.head_mean, (*heads, config.head_dim), batch),
-        )
+        return cls(jnp.zeros(heads, bool), jnp.zeros((*heads, config.n_pairs), bool))
 
-    def given(self) -> dict[str, Any]:
-        """The arrays by name, without missing ones."""
-        return {name: part for name in SHARED_NDIM if (part := getattr(self, name)) is not None}
-
-    def of_rows(self) -> dict[str, Any]:
-        """Those of the arrays that have a row axis."""
-        return {name: part for name, part in self.given().items() if part.ndim > SHARED_NDIM[name]}
-
-    def per_row(self, batch: int) -> "Interventions":
-        """Filled masks with a row axis, a shared one repeated; NumPy arrays stay such."""
-        return self.replace(
-            **{name: part if name in self.of_rows() else _repeated(part, batch) for name, part in self.given().items()}
-        )
+    @property
+    def has_rows(self) -> bool:
+        """Whether any part has a row axis."""
+        parts = ((name, getattr(self, name)) for name in SHARED_NDIM)
+        return any(part is not None and jnp.ndim(part) > SHARED_NDIM[name] for name, part in parts)
 
     def __or__(self, other: "Interventions") -> "Interventions":
         """Both at once: logical or, or the maximum where either is a float gate.
 
-        Raises ValueError for rotary masks of two sites, for shapes that do not fit each other, and where heads that one
-        side masks would write what only the other gives.
+        Raises:
+            ValueError: The rotary masks are of two sites, the shapes do not fit each other, or heads that one side masks
+                would write a mean that only the other side gives.
 
         >>> import retmask_jax as rm
         >>> config = rm.load("bundled").config
@@ -122,7 +105,8 @@ class Interventions:
 def stack(interventions: Sequence[Interventions]) -> Interventions:
     """Many shared masks as one with a leading axis: one mask per row of a batch, or the input of a `jax.vmap`.
 
-    Raises ValueError for masks of different rotary sites.
+    Raises:
+        ValueError: The rotary sites differ.
 
     >>> import retmask_jax as rm
     >>> lm = rm.load("bundled")
@@ -141,9 +125,13 @@ def stack(interventions: Sequence[Interventions]) -> Interventions:
 def mask_heads(
     config: ModelConfig, heads: Iterable[Head], mean: Float[ArrayLike, "L H D"] | None = None
 ) -> Interventions:
-    """Interventions with these (layer, head) masked; ValueError for an index the model does not have.
+    """Interventions that mask these (layer, head).
 
-    mean: f32[L,H,D], what the masked heads write instead of nothing (mean-ablation, see `head_outputs.head_statistics`).
+    Args:
+        mean: What the masked heads write instead of nothing (mean-ablation, see `head_outputs.head_statistics`).
+
+    Raises:
+        ValueError: The model does not have such a head.
 
     >>> import retmask_jax as rm
     >>> mask = rm.mask_heads(rm.load("bundled").config, [(1, 0), (1, 3)])
@@ -157,11 +145,14 @@ def mask_heads(
 
 
 def mask_queries(config: ModelConfig, heads: Iterable[Head]) -> Interventions:
-    """Interventions that zero the query of these (layer, head): such a head weighs all keys alike and still writes their
-    mean value, as the block list of arXiv 2404.15574's code does.
+    """Interventions that zero the queries of these (layer, head).
 
-    Raises ValueError for an index the model does not have, and for a model of which some dimensions are not rotated:
-    masks of rotary pairs do not reach those.
+    Such a head attends to all keys alike and still writes their mean value, as with the block list of arXiv 2404.15574's
+    code.
+
+    Raises:
+        ValueError: The model does not have such a head, or some dimensions of its heads are not rotated: masks of rotary
+            pairs do not reach those.
 
     >>> import retmask_jax as rm
     >>> mask = rm.mask_queries(rm.load("bundled").config, [(1, 0), (1, 3)])
@@ -176,10 +167,16 @@ def mask_queries(config: ModelConfig, heads: Iterable[Head]) -> Interventions:
     return mask_rope(config, heads, range(config.n_pairs))
 
 
-def mask_rope(config: ModelConfig, heads: Iterable[Head], pairs: Iterable[int], site: str = "rotary") -> Interventions:
-    """Interventions that take these rotary pairs out of these (layer, head); site as in `Interventions`.
+def mask_rope(
+    config: ModelConfig, heads: Iterable[Head], pairs: Iterable[int | np.integer], site: str = "rotary"
+) -> Interventions:
+    """Interventions that ablate these rotary pairs in these (layer, head).
 
-    Raises ValueError for an index the model does not have and for an unknown site.
+    Args:
+        site: As `rope_site` of `Interventions`.
+
+    Raises:
+        ValueError: The model does not have such a head or pair, or the site is unknown.
 
     >>> import retmask_jax as rm
     >>> config = rm.load("bundled").config
@@ -189,13 +186,13 @@ def mask_rope(config: ModelConfig, heads: Iterable[Head], pairs: Iterable[int], 
     """
     if site not in SITES:
         raise ValueError(f"site is {site!r}; it must be one of {', '.join(SITES)}")
-    pairs = [int(pair) for pair in pairs]
-    for pair in pairs:
+    indices = [int(pair) for pair in pairs]
+    for pair in indices:
         if not 0 <= pair < config.n_pairs:
             raise ValueError(f"rotary pair {pair} is out of range: the model has pairs 0 to {config.n_pairs - 1}")
     rope_mask = np.zeros((config.n_layers, config.n_heads, config.n_pairs), bool)
     for layer, head in _valid_heads(config, heads):
-        rope_mask[layer, head, pairs] = True
+        rope_mask[layer, head, indices] = True
     return Interventions(rope_mask=jnp.asarray(rope_mask), rope_site=site)
 
 
@@ -211,9 +208,12 @@ def random_heads(
     like: Iterable[Head] | None = None,
     seed: int = 0,
 ) -> list[Head]:
-    """Control heads: `n` of all heads outside `exclude`, or for each head in `like` one of the same layer.
+    """Control heads: `n` of all heads outside `exclude`, or for each head in `like` another one of the same layer.
 
-    Heads of `like` are themselves excluded. Raises ValueError if a layer (or the model) has too few left.
+    Heads of `like` are excluded as well.
+
+    Raises:
+        ValueError: A layer (or the model) has too few heads left.
 
     >>> import retmask_jax as rm
     >>> rm.random_heads(rm.load("bundled").config, like=[(1, 0), (1, 1), (3, 7)], seed=0)
@@ -221,16 +221,16 @@ def random_heads(
     """
     if (n is None) == (like is None):
         raise ValueError("random_heads takes either n or like, not both and not neither")
-    exclude = set(_valid_heads(config, exclude))
+    taken = set(_valid_heads(config, exclude))
     rng = np.random.default_rng(seed)
-    if like is None:
-        free = [head for head in all_heads(config) if head not in exclude]
+    if n is not None:
+        free = [head for head in all_heads(config) if head not in taken]
         return _draw(rng, free, n, "the model")
-    like = _valid_heads(config, like)
-    exclude |= set(like)
+    like = _valid_heads(config, like or ())
+    taken |= set(like)
     chosen = []
     for layer in sorted({layer for layer, _ in like}):
-        free = [(layer, head) for head in range(config.n_heads) if (layer, head) not in exclude]
+        free = [(layer, head) for head in range(config.n_heads) if (layer, head) not in taken]
         chosen += _draw(rng, free, sum(1 for other, _ in like if other == layer), f"layer {layer}")
     return chosen
 
@@ -238,7 +238,8 @@ def random_heads(
 def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[int]:
     """Indices of k rotary pairs: the "low"est or "high"est by frequency after scaling, or "random" by seed.
 
-    Raises ValueError for more pairs than the model has and for any other word.
+    Raises:
+        ValueError: The model has fewer pairs, or `which` is another word.
 
     >>> import retmask_jax as rm
     >>> config = rm.load("bundled").config
@@ -260,35 +261,8 @@ def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[i
     return sorted(int(pair) for pair in chosen)
 
 
-def _repeated(part, batch: int):
-    broadcast_to = np.broadcast_to if isinstance(part, np.ndarray) else jnp.broadcast_to
-    return broadcast_to(part, (batch, *part.shape))
-
-
-def _checked(name: str, mask, shape: tuple[int, ...], batch: int | None):
-    if mask is None:
-        return jnp.zeros(shape, bool)
-    mask = jnp.asarray(mask)
-    if mask.dtype != jnp.bool_ and not jnp.issubdtype(mask.dtype, jnp.floating):
-        raise ValueError(f"{name} has type {mask.dtype}; it must be bool, or float for a gate in [0, 1]")
-    per_row = ("B" if batch is None else batch, *shape)
-    rows_fit = mask.ndim == len(per_row) and (batch is None or mask.shape[0] == batch)
-    if mask.shape != shape and not (rows_fit and mask.shape[1:] == shape):
-        raise ValueError(f"{name} has shape {mask.shape}; the model and batch need {shape} or {per_row}")
-    return mask
-
-
-def _checked_mean(mean, shape: tuple[int, ...], batch: int | None):
-    if mean is None:
-        return None
-    mean = jnp.asarray(mean)
-    if not jnp.issubdtype(mean.dtype, jnp.floating):
-        raise ValueError(f"head_mean has type {mean.dtype}; it must be float")
-    return _checked("head_mean", mean, shape, batch)
-
-
-def _mean_of(a: Interventions, b: Interventions):
-    """What masked heads of both together write; ValueError where heads of one would write what only the other gives."""
+def _mean_of(a: Interventions, b: Interventions) -> Any:
+    """What masked heads write under both together; ValueError where heads of one would write what only the other gives."""
     given = [(iv, other) for iv, other in ((a, b), (b, a)) if iv.head_mean is not None]
     if not given:
         return None
@@ -297,12 +271,12 @@ def _mean_of(a: Interventions, b: Interventions):
     return next(iv.head_mean for iv, other in given if _is_empty(other.head_mask))
 
 
-def _is_empty(mask) -> bool:
-    """Whether a mask certainly takes nothing out; one that is being traced could."""
+def _is_empty(mask: ArrayLike | None) -> bool:
+    """Whether a mask surely masks nothing. A mask that is being traced might mask something."""
     return mask is None or (not isinstance(mask, jax.core.Tracer) and not np.any(mask))
 
 
-def _stack(masks):
+def _stack(masks: Sequence[Any]) -> Any:
     """Masks with a new leading axis; a missing one among others is all-False. NumPy arrays stay such."""
     given = [mask for mask in masks if mask is not None]
     if not given:
@@ -311,7 +285,7 @@ def _stack(masks):
     return xp.stack([xp.zeros_like(given[0]) if mask is None else mask for mask in masks])
 
 
-def _either(a, b, shared_ndim: int):
+def _either(a: Any, b: Any, shared_ndim: int) -> Any:
     if a is None or b is None:
         return b if a is None else a
     a, b = jnp.asarray(a), jnp.asarray(b)
@@ -328,15 +302,15 @@ def _either(a, b, shared_ndim: int):
     return jnp.maximum(a.astype(dtype), b.astype(dtype))
 
 
-def _valid_heads(config: ModelConfig, heads: Iterable[Head]) -> list[Head]:
-    heads = [(int(layer), int(head)) for layer, head in heads]
-    for layer, head in heads:
+def _valid_heads(config: ModelConfig, heads: Iterable[Sequence[SupportsInt]]) -> list[Head]:
+    valid = [(int(layer), int(head)) for layer, head in heads]
+    for layer, head in valid:
         if not (0 <= layer < config.n_layers and 0 <= head < config.n_heads):
             raise ValueError(
                 f"head ({layer}, {head}) is out of range: the model has "
                 f"{config.n_layers} layers of {config.n_heads} query heads"
             )
-    return heads
+    return valid
 
 
 def _draw(rng: np.random.Generator, free: list[Head], wanted: int, where: str) -> list[Head]:

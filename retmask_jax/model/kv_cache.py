@@ -3,16 +3,16 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from retmask_jax.model.attention import Keys
 from retmask_jax.model.config import ModelConfig
 
 
-@flax.struct.dataclass
-class KV:
-    """Keys (rotated) [repeats, B, K, D, S] and values [repeats, B, K, S, D] of the layers at one place of the pattern.
+class KV(flax.struct.PyTreeNode):
+    """The keys (rotated) [repeats, B, K, D, S] and values [repeats, B, K, S, D] of the layers at one place of the pattern.
 
-    Slot s holds position s; in a ring of S slots, the latest position p with p % S == s.
+    Slot s holds position s. In a ring of S slots it holds the latest position p with p % S == s.
     """
 
     k: jax.Array
@@ -23,11 +23,13 @@ class KV:
     def slots(self) -> int:
         return self.v.shape[3]
 
-    def extend(self, repeat, k_BTKD, v_BTKD, start_B, end_B) -> tuple[Keys, "KV"]:
-        """(the keys that T new queries of layer `repeat` may see, the cache with the new positions in it).
+    def extend(
+        self, repeat: jax.Array | int, k_BTKD: jax.Array, v_BTKD: jax.Array, start_B: jax.Array, end_B: jax.Array
+    ) -> tuple[Keys, "KV"]:
+        """(the keys that T new queries of layer `repeat` may see, the cache with the new positions).
 
-        Row b's new positions are start_B[b] and on; those from end_B[b] on are padding, which a ring does not take.
-        Without a ring all T need slots, or those that have none are written over others.
+        Row b's new positions begin at start_B[b]; those from end_B[b] on are padding, which a ring does not take. Without a
+        ring all T positions need slots: positions without a slot would be written over others.
         """
         k_BKDT, v_BKTD = k_BTKD.transpose(0, 2, 3, 1).astype(self.k.dtype), v_BTKD.swapaxes(1, 2).astype(self.v.dtype)
         length = v_BKTD.shape[2]
@@ -54,24 +56,31 @@ class KV:
         )
         return Keys(k_BKDS[None], v_BKSD[None], positions_BS), new
 
-    def _held(self, end_B):
+    def _held(self, end_B: jax.Array) -> jax.Array:
         """i32[B,S]: position in each slot of a ring once positions up to end_B are in it; negative where empty."""
         last_B1 = end_B[:, None] - 1
         return last_B1 - (last_B1 - jnp.arange(self.slots)) % self.slots
 
 
-def empty_cache(config: ModelConfig, batch: int, length: int, dtype, *, rings: bool = True):
-    """A zeroed cache for `length` positions: {"blocks": {position in the pattern: KV}, "tail": {...}}.
+# {"blocks": {place in the pattern: KV}, "tail": {place: KV}}; None where nothing is cached.
+Cache = dict[str, dict[str, KV] | None]
+NO_CACHE: Cache = {"blocks": None, "tail": None}
 
-    rings: sliding layers store their window only (else all positions, which a row may then continue from any of).
+
+def empty_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike, *, rings: bool = True) -> Cache:
+    """A zeroed cache for `length` positions.
+
+    Args:
+        rings: Sliding layers store only their window; without rings they store all positions, and a row may then continue
+            from any of them.
     """
 
-    def kv(place: int, repeats: int):
-        ring = rings and config.layer_pattern[place] == "sliding" and config.window < length
-        slots = config.window if ring else length
+    def kv(place: int, repeats: int) -> KV:
+        window = config.window if rings and config.layer_pattern[place] == "sliding" else None
+        slots = length if window is None else min(window, length)
         shape = (repeats, batch, config.n_kv_heads)
         keys, values = (*shape, config.head_dim, slots), (*shape, slots, config.head_dim)
-        return KV(jnp.zeros(keys, dtype), jnp.zeros(values, dtype), ring)
+        return KV(jnp.zeros(keys, dtype), jnp.zeros(values, dtype), ring=slots < length)
 
     return {
         "blocks": {str(i): kv(i, config.repeats) for i in range(len(config.layer_pattern))},
@@ -79,11 +88,11 @@ def empty_cache(config: ModelConfig, batch: int, length: int, dtype, *, rings: b
     }
 
 
-def put_rows(cache, new, row_F):
-    """The cache with the rows of another one, of as many slots or fewer, in its rows row_F i32[F].
+def put_rows(cache: Cache, new: Cache, row_F: jax.Array) -> Cache:
+    """The cache with rows row_F i32[F] taken from another cache, which has as many slots or fewer.
 
-    Indices behind the last row come last and leave theirs out. Slots behind the new ones keep what they held: no query
-    sees a slot before its own position is written there.
+    Rows whose index lies beyond the last row must come last, and are left out. Further slots keep what they held: no query
+    sees a slot before its position has been written there.
     """
 
     def put(kv: KV, new: KV) -> KV:
@@ -99,8 +108,10 @@ def put_rows(cache, new, row_F):
     return jax.tree.map(put, cache, new, is_leaf=lambda x: isinstance(x, KV))
 
 
-def _write(cache_RBKXX, new_BKXX, repeat, start_B, axis: int):
-    """new written in place at slot start_B[b] of each row and on; axis: of the slots in [R,B,K,...]."""
+def _write(
+    cache_RBKXX: jax.Array, new_BKXX: jax.Array, repeat: jax.Array | int, start_B: jax.Array, axis: int
+) -> jax.Array:
+    """The cache with `new` written in place from slot start_B[b] of each row on. axis: of the slots in [R,B,K,...]."""
     rows_B = jnp.arange(len(start_B))
     if new_BKXX.shape[axis - 1] == 1:
         new_BKD = jnp.squeeze(new_BKXX, axis - 1)
@@ -115,7 +126,7 @@ def _write(cache_RBKXX, new_BKXX, repeat, start_B, axis: int):
     return jax.lax.fori_loop(0, len(start_B), write_row, cache_RBKXX)
 
 
-def _take(x_BKXX, index_BS, axis: int):
+def _take(x_BKXX: jax.Array, index_BS: jax.Array, axis: int) -> jax.Array:
     """Slots index_BS of each row along `axis`."""
     index = index_BS[:, None, None, :] if axis == 3 else index_BS[:, None, :, None]
     return jnp.take_along_axis(x_BKXX, index, axis=axis)

@@ -2,17 +2,25 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from retmask_jax.model.config import ModelConfig, Rope
 
 
-def inverse_frequencies(config: ModelConfig, kind: str = "full", length=None):
+def inverse_frequencies(
+    config: ModelConfig, kind: str = "full", length: ArrayLike | None = None
+) -> np.ndarray | jax.Array:
     """f32[R]: radians per token of each rotary pair, after scaling, highest frequency first.
 
-    kind: of the layer. length: tokens of the longest row, where frequencies depend on it (dynamic, longrope); it may
-    be traced; None: a text that fits the original context. NumPy unless the length is traced.
+    NumPy, unless the length is traced.
+
+    Args:
+        kind: Of the layer.
+        length: Tokens of the longest row, where frequencies depend on it (dynamic, longrope); None: a text that fits the
+            original context.
     """
     ropes = config.ropes
     rope = ropes.get(kind) or next(iter(ropes.values()))
@@ -25,7 +33,9 @@ def inverse_frequencies(config: ModelConfig, kind: str = "full", length=None):
     return _SCALINGS[rope.kind](rope, freq_R).astype(np.float32)
 
 
-def rotation(config: ModelConfig, kind: str, positions_BT, length=None):
+def rotation(
+    config: ModelConfig, kind: str, positions_BT: jax.Array, length: ArrayLike | None = None
+) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) for a layer kind, each f32[B,T,1,R], of the angle position * frequency."""
     freq_R = inverse_frequencies(config, kind, length)
     angles_BT1R = positions_BT[:, :, None, None].astype(jnp.float32) * freq_R
@@ -33,7 +43,7 @@ def rotation(config: ModelConfig, kind: str, positions_BT, length=None):
     return jnp.cos(angles_BT1R) * scale, jnp.sin(angles_BT1R) * scale
 
 
-def rotate(x_BTHD, cos_BT1R, sin_BT1R):
+def rotate(x_BTHD: jax.Array, cos_BT1R: jax.Array, sin_BT1R: jax.Array) -> jax.Array:
     """Rotate each pair (r, r + R) of the first 2R entries of the last axis by its angle, in float32."""
     pairs = cos_BT1R.shape[-1]
     x32_BTHD = x_BTHD.astype(jnp.float32)
@@ -81,7 +91,7 @@ def _yarn(rope: Rope, freq_R: np.ndarray) -> np.ndarray:
     return slowed_R * freq_R / rope.factor + (1 - slowed_R) * freq_R
 
 
-def _dynamic(rope: Rope, exponent_R: np.ndarray, length):
+def _dynamic(rope: Rope, exponent_R: np.ndarray, length: ArrayLike) -> jax.Array:
     """A larger theta where the text is longer than the original context (NTK-aware scaling)."""
     pairs = len(exponent_R)
     stretch = rope.factor * jnp.maximum(length, rope.original_length) / rope.original_length - (rope.factor - 1)
@@ -89,8 +99,8 @@ def _dynamic(rope: Rope, exponent_R: np.ndarray, length):
     return 1.0 / theta**exponent_R
 
 
-def _longrope(rope: Rope, exponent_R: np.ndarray, length):
-    """Each pair has its own factor, of which there is a set for short and one for long texts (arXiv 2402.13753)."""
+def _longrope(rope: Rope, exponent_R: np.ndarray, length: ArrayLike) -> jax.Array:
+    """A factor for each pair, from one set for short texts and another for long texts (arXiv 2402.13753)."""
     short_R, long_R = (np.array(factors, np.float32) for factors in (rope.short_factors, rope.long_factors))
     factors_R = jnp.where(jnp.asarray(length) > rope.original_length, long_R, short_R)
     return 1.0 / (factors_R * np.power(np.float32(rope.theta), exponent_R))

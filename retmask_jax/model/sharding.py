@@ -2,33 +2,42 @@
 
 import contextlib
 import functools
+import inspect
 import itertools
 import logging
 import math
 import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.transformer import transformer
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 AXES = ("data", "fsdp", "tensor", "context")
 ROW_AXES = ("data", "fsdp")  # what the rows of a batch are split over
-# Of a device's memory weights take at most this share where tokens are decoded, the rest holds caches: a step reads both
-# once, so rows, and tokens, grow with it. Where they do not, they may take nearly all.
+# While tokens are decoded, weights take at most this fraction (one third) of a device's memory and the rest holds caches:
+# a step reads both once, so more room for caches means more rows, and more tokens per second. Where the weights do not
+# fit into that, they may take nearly all of the memory.
 _SHARES_OF_MEMORY, _FULL = 3, 0.9
 
 # Logical axis -> mesh axes. Batches are split over data and fsdp, weights over fsdp, context and tensor, the positions of
 # long rows over context; log-probabilities over the vocabulary instead of the rows.
 RULES = (
     ("batch", ROW_AXES),
-    ("embed", ("fsdp", "context")),  # devices that share a row's positions share its weights, too
+    ("embed", ("fsdp", "context")),  # devices that share a row's positions share the weights as well
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
@@ -42,17 +51,19 @@ RULES = (
 )
 
 
-def make_mesh(sizes, devices=None) -> Mesh:
-    """A mesh of {"data": n, "fsdp": n, "tensor": n, "context": n}; an axis that is not named is 1, and -1 for one axis
-    takes what the others leave.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of {"data": n, "fsdp": n, "tensor": n, "context": n}.
 
-    Raises ValueError where the sizes do not multiply to the number of devices.
+    An axis that is not named is 1; one axis may be -1 and then takes the devices that the others leave.
+
+    Raises:
+        ValueError: The sizes do not multiply to the number of devices, or an axis is unknown.
     """
     devices = jax.devices() if devices is None else devices
     unknown = set(sizes) - set(AXES)
     if unknown:
         raise ValueError(f"a mesh has no axis {unknown.pop()!r}; it has {', '.join(AXES)}")
-    shape = [int(sizes.get(axis, 1)) for axis in AXES]
+    shape = [sizes.get(axis, 1) for axis in AXES]
     if shape.count(-1) == 1:
         known = -int(np.prod(shape))
         shape[shape.index(-1)] = len(devices) // known if known and len(devices) % known == 0 else 0
@@ -63,11 +74,11 @@ def make_mesh(sizes, devices=None) -> Mesh:
 
 
 def decoding_mesh(mesh: Mesh, config: ModelConfig, dtype: str, device_bytes: float) -> Mesh:
-    """The mesh for a model at work: of the same devices, with none on the fsdp axis, so that no token waits for weights.
+    """The mesh for generation: the same devices, with none on the fsdp axis, so that no token waits for weights.
 
-    What training splits over fsdp is whole on each device where a copy takes at most a third of its memory, and each has
-    rows of its own; else heads and MLPs are split over the fewest devices of which that is true. The mesh as it is
-    where it has no fsdp axis, or where weights fit in no other way.
+    Where a copy of the weights takes at most a third of a device's memory, each device has a whole copy and rows of its
+    own. Otherwise heads and MLPs are split over the fewest devices with which it does. The mesh stays as it is where it has
+    no fsdp axis, or where the weights fit in no other way.
     """
     split, devices = mesh.shape["fsdp"], mesh.devices
     if split == 1:
@@ -88,19 +99,19 @@ def decoding_mesh(mesh: Mesh, config: ModelConfig, dtype: str, device_bytes: flo
     return mesh if least is None or least[0] > _FULL * device_bytes else least[1]
 
 
-def held_bytes(tree) -> int:
+def held_bytes(tree: PyTree) -> int:
     """Bytes on one device of all arrays (or their shapes) in a pytree that have a sharding."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def placed(config: ModelConfig, params, mesh: Mesh):
-    """The parameters as `param_shardings` lays them out, each given up where it was."""
+def placed(config: ModelConfig, params: PyTree, mesh: Mesh) -> PyTree:
+    """The parameters as `param_shardings` lays them out; the arrays that were given are given up."""
     shardings = param_shardings(config, mesh)
     return jax.tree.map(lambda x, at: x if x.sharding == at else jax.device_put(x, at, donate=True), params, shardings)
 
 
-def plain_shapes(config: ModelConfig):
+def plain_shapes(config: ModelConfig) -> PyTree:
     """The parameter tree as jax.ShapeDtypeStruct; nothing is computed."""
     return jax.tree.map(
         lambda boxed: boxed.unbox(apply_constraint=False),
@@ -110,14 +121,14 @@ def plain_shapes(config: ModelConfig):
 
 
 @functools.cache  # tracing the model takes a fifth of a second
-def param_shapes(config: ModelConfig):
+def param_shapes(config: ModelConfig) -> PyTree:
     """The parameter tree as jax.ShapeDtypeStruct, boxed with the logical axes; nothing is computed."""
     model, tokens = transformer(config), np.zeros((1, 2), np.int32)
-    shapes = jax.eval_shape(lambda seed: model.init(jax.random.key(seed), tokens, Interventions.none(config)), 0)
+    shapes = jax.eval_shape(lambda seed: model.init(jax.random.key(seed), tokens, normalise(config)), 0)
     return shapes["params"]
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh):
+def param_shardings(config: ModelConfig, mesh: Mesh) -> PyTree:
     """A NamedSharding per parameter; an axis that the mesh does not divide evenly stays whole on every device."""
     boxed = param_shapes(config)
     wanted = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
@@ -128,7 +139,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh):
     )
 
 
-def placed_shapes(config: ModelConfig, mesh: Mesh, dtype):
+def placed_shapes(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> PyTree:
     """The parameter tree in a dtype as jax.ShapeDtypeStruct with the shardings of `param_shardings`."""
     return jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, dtype, sharding=at),
@@ -150,53 +161,75 @@ def divided(sharding: NamedSharding, shape: tuple[int, ...], what: str) -> Named
 
 
 @contextlib.contextmanager
-def using(mesh: Mesh):
-    """Within it the mesh and the rules are set, as kernels and constraints need."""
+def using(mesh: Mesh) -> Generator[None, None, None]:
+    """Within this context the mesh and the rules are set, as kernels and constraints need them."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
 
-def mesh_of(params):
-    """`using` the parameters' mesh; without one, a context that does nothing."""
+def mesh_of(params: PyTree) -> contextlib.AbstractContextManager:
+    """`using` the mesh of the parameters; a context that does nothing where they have no mesh."""
     leaf = jax.tree.leaves(params)[0]
     placed = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
     on_mesh = placed and isinstance(leaf.sharding, NamedSharding)
     return using(leaf.sharding.mesh) if on_mesh else contextlib.nullcontext()
 
 
-ROWS, STACKED_ROWS = PartitionSpec("data"), PartitionSpec(None, "data")  # arrays [B, ...], and [X, B, ...]
+# Where the results of a `row_parallel` function lie: arrays [B, ...]; arrays [X, B, ...]; the sum over all rows.
+ROWS, STACKED_ROWS, SUM_OF_ROWS = PartitionSpec("data"), PartitionSpec(None, "data"), PartitionSpec()
 
 
-def by_rows(function, shared, rows, *, total: bool = False, split=(ROWS, ROWS)):
-    """function(shared, rows), where rows and results are pytrees of arrays [B, ...] and no row needs another.
+def row_parallel(
+    *rows: str, stacked: Sequence[str] = (), results: Any = ROWS
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a function of arrays in which no row depends on another, so that each device computes some of the rows.
 
-    Where the mesh that is set has devices on its data axis alone, and as many divide the rows, each device runs the
-    function on its own rows, and loops end on each as soon as its rows are done. Else the compiler splits the work.
-    total: the sum of the results of all devices (such as gradients of sums), in place of results by row. split: where
-    the rows of `rows` and of the results lie, each a prefix of the pytree; the first array of `rows` is [B, ...] in any
-    case.
+    This happens where the mesh that is set has devices on its data axis alone, and their number divides the rows. Loops then
+    end on each device as soon as the rows of that device are done. Elsewhere the compiler splits the work. Arguments that
+    are not arrays, such as a config, are passed on as they are.
+
+    Args:
+        rows: Names of the arguments whose arrays are [B, ...]. The first must have all B rows; in the others an axis of 1
+            marks an array that all rows share.
+        stacked: Names of the arguments whose arrays are [X, B, ...].
+        results: ROWS, STACKED_ROWS or SUM_OF_ROWS, or a prefix of the results' pytree with the first two.
     """
-    if row_shares(len(jax.tree.leaves(rows)[0])) == 1:
-        return function(shared, rows)
+    row_axes = dict.fromkeys(rows, 0) | dict.fromkeys(stacked, 1)
 
-    def part(shared, rows):
-        with nn.logical_axis_rules(()):
-            out = function(shared, rows)
-        return jax.lax.psum(out, "data") if total else out
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        by_name: Callable[..., R] = function
 
-    whole, (of_rows, of_results) = PartitionSpec(), split
-    results = whole if total else of_results
-    return jax.shard_map(part, in_specs=(whole, of_rows), out_specs=results, check_vma=False)(shared, rows)
+        @functools.wraps(function)
+        def spread(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs).arguments
+            n_rows = len(jax.tree.leaves(given[rows[0]])[0])
+            if row_shares(n_rows) == 1:
+                return function(*args, **kwargs)
+            arrays = {name: value for name, value in given.items() if _holds_arrays(value)}
+            fixed = {name: value for name, value in given.items() if name not in arrays}
+
+            def part(arrays: dict[str, Any]) -> R:
+                with nn.logical_axis_rules(()):
+                    out = by_name(**fixed, **arrays)
+                return jax.lax.psum(out, "data") if results == SUM_OF_ROWS else out
+
+            specs = {name: _row_specs(value, row_axes.get(name), n_rows) for name, value in arrays.items()}
+            return jax.shard_map(part, in_specs=(specs,), out_specs=results, check_vma=False)(arrays)
+
+        return spread
+
+    return decorate
 
 
 def row_shares(rows: int) -> int:
-    """Over how many devices of the mesh that is set `by_rows` splits this many rows; 1 where it does not."""
+    """Over how many devices of the mesh that is set `row_parallel` splits this many rows; 1 where it does not."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = mesh.shape.get("data", 1)
     return 1 if devices != mesh.size or rows % devices else devices
 
 
-def split_vocab(table_EV):
+def split_vocab(table_EV: jax.Array) -> jax.Array:
     """The output matrix with its vocabulary over the tensor and fsdp axes, and whole columns."""
     if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
         # Step by step: in one, the compiler finds no other way than to copy the matrix to all devices.
@@ -204,32 +237,34 @@ def split_vocab(table_EV):
     return nn.with_logical_constraint(table_EV, (None, "unembed_vocab"))
 
 
-def full_share(rows: int, axes=("data",)) -> int:
+def full_share(rows: int, axes: Sequence[str] = ("data",)) -> int:
     """The number of rows, at least `rows`, that divides over these axes of the mesh that is set."""
     sizes = jax.sharding.get_abstract_mesh().shape
     devices = math.prod(sizes.get(axis, 1) for axis in axes)
     return -(-rows // devices) * devices
 
 
-def constrain(tree, logical_axes):
+def constrain(tree: PyTree, logical_axes: tuple[str | None, ...]) -> PyTree:
     """The arrays of a pytree, laid out on the mesh that is set by their first logical axes.
 
-    Results of one program that are arguments of the next then need no second program for the layout the compiler chose.
+    A result of one program that is an argument of the next then always has the same layout, and the next program is compiled
+    once.
     """
     if not nn.get_logical_axis_rules():
         return tree
     mesh = jax.sharding.get_abstract_mesh()
-    wanted = NamedSharding(mesh, nn.logical_to_mesh_axes(logical_axes))
+    wanted = NamedSharding(mesh, nn.logical_to_mesh_axes(logical_axes) or PartitionSpec())
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, divided(wanted, x.shape, "state")), tree)
 
 
 def split_cpu(most: int) -> None:
     """Make devices of a CPU's cores, a power of two and at most `most`, for the data axis of a mesh.
 
-    Cores that each work on rows of their own are twice as fast as cores that share every operation. A number chosen by
-    JAX_NUM_CPU_DEVICES or XLA_FLAGS stays, and so does that of a JAX that is in use already.
+    Cores that each work on different rows are twice as fast as cores that share every operation. A number that
+    JAX_NUM_CPU_DEVICES or XLA_FLAGS sets is kept, and so is that of a JAX that is already in use.
     """
-    chosen = jax.config.jax_num_cpu_devices != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    devices = jax.config.jax_num_cpu_devices  # pyrefly: ignore[missing-attribute]  JAX adds its options when it is imported
+    chosen = devices != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     cores = min(most, len(os.sched_getaffinity(0)))
     if chosen or cores < 2:
         return
@@ -249,11 +284,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
-def place_rows(mesh: Mesh, n: int, make):
-    """A batch of n rows over the mesh: make(slice of the rows) gives the part that this host's devices hold, arrays
-    [rows, ...]. Rows that do not divide are whole on every device.
+def place_rows(mesh: Mesh, n: int, make: Callable[[slice], PyTree]) -> PyTree:
+    """A batch of n rows on the mesh; rows that do not divide are whole on every device.
+
+    Args:
+        make: Gives the arrays [rows, ...] for a slice of the rows: the part that this host's devices hold.
     """
     split = divided(batch_sharding(mesh), (n,), "rows of a batch")
-    held = [index[0].indices(n)[:2] for index in split.addressable_devices_indices_map((n,)).values()]
+    held = [index[0].indices(n)[:2] for index in split.addressable_devices_indices_map((n,)).values() if index]
     part = make(slice(min(begin for begin, _ in held), max(end for _, end in held)))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x, (n, *x.shape[1:])), part)
+
+
+def _holds_arrays(value: Any) -> bool:
+    """Whether a value is a pytree of arrays, and not something static such as a config or a Python number."""
+    return all(isinstance(leaf, (jax.Array, np.ndarray, np.generic)) for leaf in jax.tree.leaves(value))
+
+
+def _row_specs(value: Any, axis: int | None, n_rows: int) -> Any:
+    """The specs that split a pytree of arrays along their row axis; None: all devices have them whole."""
+
+    def spec(array: jax.Array) -> PartitionSpec:
+        whole = axis is None or (array.shape[axis] == 1 and n_rows > 1)
+        return PartitionSpec() if whole else (ROWS, STACKED_ROWS)[axis]
+
+    return jax.tree.map(spec, value)

@@ -1,6 +1,7 @@
 """The transformer: blocks scanned over the repeats of the layer pattern, interventions as scanned inputs."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -12,25 +13,21 @@ from jaxtyping import Float32, Int, PyTree
 
 from retmask_jax.model.attention import Keys, Probe, Probed, Scores, attend, probe
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.experts import Experts
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.layers import GatedMLP, dense, norm, precision, softcap
+from retmask_jax.model.kv_cache import KV, NO_CACHE, Cache
+from retmask_jax.model.layers import Embedding, Experts, GatedMLP, Unembedding, dense, merge_layers, norm, unembed
 from retmask_jax.model.lora import with_adapters
+from retmask_jax.model.masks import LayerMasks, Masks, normalise
 from retmask_jax.model.rope import rotate, rotation
 from retmask_jax.utils.array_types import Lengths, Tokens
 
 
-@flax.struct.dataclass
-class Hidden:
-    """x_BTE: final normed states; cache: the updated cache or None; probed: answers [B,P,L,H,...] or None.
-
-    rms_BT: f32, what the final norm divided the states by, where the pass tells it.
-    """
+class Hidden(flax.struct.PyTreeNode):
+    """x_BTE: final normed states; cache: the updated cache or None; probed: answers [B,P,L,H,...] or None."""
 
     x_BTE: jax.Array
-    cache: Any = None
+    cache: Cache | None = None
     probed: Probed | None = None
-    rms_BT: jax.Array | None = None
 
 
 def forward(
@@ -43,11 +40,19 @@ def forward(
 ) -> Float32[jax.Array, "B T V"] | Float32[jax.Array, "B P V"]:
     """Next-token logits, a pure function of arrays: jit it with `config` static, vmap or differentiate it at will.
 
-    tokens: i32[B,T], right-padded. lengths: i32[B]; under causal attention padding on the right cannot reach a real
-    position, so they matter only to models whose rotary frequencies depend on the longest row (None: T).
-    interventions: `Interventions` or None.
-    Returns f32[B,T,V], or f32[B,P,V] for the rows positions: i32[B,P]. Raises ValueError for a wrong shape, a length
-    beyond the model's context or a mask that does not fit, before anything is compiled.
+    Args:
+        tokens: i32[B,T], right-padded.
+        lengths: i32[B]. Under causal attention padding on the right cannot reach a real position, so they matter only to
+            models whose rotary frequencies depend on the longest row (None: T).
+        interventions: What is ablated; None: nothing.
+        positions: i32[B,P], the positions to return logits of; None: all.
+
+    Returns:
+        f32[B,T,V], or f32[B,P,V] for the positions asked for.
+
+    Raises:
+        ValueError: A wrong shape, a length beyond the model's context or a mask that does not fit, before anything is
+            compiled.
 
     >>> import jax, jax.numpy as jnp, retmask_jax as rm
     >>> lm = rm.load("bundled")
@@ -60,70 +65,64 @@ def forward(
     ((4, 8), 1)
     """
     tokens = check_tokens(config, tokens, lengths)
-    x_BTE = hidden(config, params, tokens, interventions, longest=longest_row(tokens, lengths)).x_BTE
-    if positions is not None:
-        positions = jnp.asarray(positions)
-        if positions.ndim != 2 or positions.shape[0] != tokens.shape[0]:
-            raise ValueError(f"positions has shape {positions.shape}; {tokens.shape[0]} rows of tokens need (B, P)")
-        _check_range("positions", positions, tokens.shape[1])
-        x_BTE = jnp.take_along_axis(x_BTE, positions[:, :, None], axis=1)
-    return unembed(config, params, x_BTE)
+    positions = check_positions(positions, tokens)
+    masks = normalise(config, interventions, len(tokens))
+    return next_logits(config, params, tokens, masks, longest_row(tokens, lengths), positions)
+
+
+def next_logits(
+    config: ModelConfig,
+    params: PyTree,
+    tokens_BT: jax.Array,
+    masks: Masks,
+    longest: jax.Array | int | None,
+    positions_BP: jax.Array | None = None,
+) -> jax.Array:
+    """The logits that `forward` returns, from arguments that have been checked."""
+    x_BTE = hidden(config, params, tokens_BT, masks, longest=longest).x_BTE
+    return unembed(config, params, at_positions(x_BTE, positions_BP))
 
 
 def hidden(
     config: ModelConfig,
-    params,
-    tokens_BT,
-    interventions=None,
+    params: PyTree,
+    tokens_BT: jax.Array,
+    masks: Masks,
     *,
-    cache=None,
-    start_B=None,
-    end_B=None,
+    cache: Cache | None = None,
+    start_B: jax.Array | None = None,
+    end_B: jax.Array | None = None,
     probe: Probe | None = None,
-    longest=None,
+    longest: jax.Array | int | None = None,
     remat: bool = False,
 ) -> Hidden:
     """Final hidden states of T new positions per row.
 
-    Without start_B the rows begin at position 0 (with a cache: it is filled); with it, row b continues its cache at
-    position start_B[b]. end_B: where the real tokens of each row end (None: at T). probe: what to ask of attention, by
-    rows among the T. longest: tokens of the longest row, for models whose rotary frequencies depend on it (None: T).
-    remat recomputes each block in the backward pass.
+    Args:
+        cache: Filled with the new positions; None: nothing is cached.
+        start_B: The position at which each row continues its cache; None: the rows begin at position 0.
+        end_B: The position at which the tokens of each row end; None: at T.
+        probe: What to report about attention, for rows among the T.
+        longest: Tokens of the longest row, for models whose rotary frequencies depend on it; None: T.
+        remat: Recompute each block in the backward pass.
     """
-    iv = (interventions or Interventions()).fill(config, tokens_BT.shape[0])
-    model = transformer(config, remat=remat, rope_site=iv.rope_site)
-    return model.apply({"params": params}, tokens_BT, iv, start_B, end_B, cache, probe, longest)
+    model = transformer(config, remat=remat, rope_site=masks.rope_site)
+    return cast(Hidden, model.apply({"params": params}, tokens_BT, masks, start_B, end_B, cache, probe, longest))
 
 
-def transformer(config: ModelConfig, **options) -> nn.Module:
-    """The module, with adapters where the config has them."""
+def transformer(config: ModelConfig, **options: Any) -> nn.Module:
+    """The module, with adapters where the config has them. options: further fields of `Transformer`."""
     model = Transformer(config, **options)
     return model if config.lora is None else with_adapters(model, config.lora)
 
 
-def longest_row(tokens_BT, lengths):
+def longest_row(tokens_BT: jax.Array, lengths: Lengths | None) -> jax.Array | int:
     """The largest of lengths, or T where they are None; an array if they are traced."""
     return tokens_BT.shape[1] if lengths is None else jnp.max(jnp.asarray(lengths))
 
 
-def unembed(config: ModelConfig, params, x_BTE):
-    """Logits in float32, f32[..., V]."""
-    return logits(config, unembedding(config, params), x_BTE)
-
-
-def unembedding(config: ModelConfig, params):
-    """The output matrix [E, V]."""
-    return params["embed"]["embedding"].T if config.tied_embeddings else params["lm_head"]["kernel"]
-
-
-def logits(config: ModelConfig, table_EV, x_BTE):
-    """f32[..., V] of states and the output matrix."""
-    product = jnp.dot(x_BTE, table_EV, precision=precision(x_BTE.dtype), preferred_element_type=jnp.float32)
-    return softcap(product, config.logit_softcap)
-
-
-def check_tokens(config: ModelConfig, tokens, lengths=None, new_tokens: int = 0):
-    """tokens as an array, or ValueError if their shape, type, length or ids do not suit the model."""
+def check_tokens(config: ModelConfig, tokens: Tokens, lengths: Lengths | None = None, new_tokens: int = 0) -> jax.Array:
+    """The tokens as an array; ValueError if their shape, type, length or ids do not suit the model."""
     tokens = jnp.asarray(tokens)
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers of shape (B, T), got {tokens.dtype}{tokens.shape}")
@@ -142,33 +141,27 @@ def check_tokens(config: ModelConfig, tokens, lengths=None, new_tokens: int = 0)
     return tokens
 
 
-def split_layers(config: ModelConfig, per_layer):
-    """Arrays in absolute layer order [L, ...] as {"blocks": {i: [repeats, ...]}, "tail": {j: [...]}}."""
-    period = len(config.layer_pattern)
-    scanned = period * config.repeats
-    return {
-        "blocks": {str(i): jax.tree.map(lambda x: x[i:scanned:period], per_layer) for i in range(period)},
-        "tail": {str(j): jax.tree.map(lambda x: x[scanned + j], per_layer) for j in range(len(config.tail))},
-    }
+def check_positions(positions: Int[ArrayLike, "B P"] | None, tokens_BT: jax.Array) -> jax.Array | None:
+    """The positions as an array; ValueError if they do not lie within the tokens."""
+    if positions is None:
+        return None
+    positions = jnp.asarray(positions)
+    if positions.ndim != 2 or positions.shape[0] != tokens_BT.shape[0]:
+        raise ValueError(f"positions has shape {positions.shape}; {tokens_BT.shape[0]} rows of tokens need (B, P)")
+    _check_range("positions", positions, tokens_BT.shape[1])
+    return positions
 
 
-def merge_layers(config: ModelConfig, grouped):
-    """The inverse of `split_layers`: arrays [L, ...] in absolute layer order."""
+class Call(flax.struct.PyTreeNode):
+    """What all blocks of one call share.
 
-    def merge(*arrays):
-        blocks, tail = jnp.stack(arrays[:period], axis=1), [x[None] for x in arrays[period:]]
-        return jnp.concatenate([blocks.reshape(-1, *blocks.shape[2:]), *tail], axis=0)
-
-    period = len(config.layer_pattern)
-    blocks = [grouped["blocks"][str(i)] for i in range(period)]
-    return jax.tree.map(merge, *blocks, *(grouped["tail"][str(j)] for j in range(len(config.tail))))
-
-
-@flax.struct.dataclass
-class Call:
-    """What all blocks of one call share. rotations: (cos, sin) by layer kind; start_B None: rows begin at 0.
-
-    rows_BP: among the T, what is wanted from the last block of a group (None: all); a probe then asks about the same.
+    Attributes:
+        rotations: (cos, sin) by layer kind.
+        start_B: As in `hidden`.
+        end_B: As in `hidden`.
+        probe: As in `hidden`.
+        rows_BP: The positions, among the T, that are needed from the last block of a group (None: all); a probe then asks
+            about the same positions.
     """
 
     rotations: dict[str, Any]
@@ -182,7 +175,14 @@ class Call:
         return jnp.zeros_like(self.end_B) if self.start_B is None else self.start_B
 
 
-def make_call(config: ModelConfig, length: int, start_B, end_B, longest=None, probe: Probe | None = None) -> Call:
+def make_call(
+    config: ModelConfig,
+    length: int,
+    start_B: jax.Array | None,
+    end_B: jax.Array,
+    longest: jax.Array | int | None = None,
+    probe: Probe | None = None,
+) -> Call:
     """The Call of `length` positions per row."""
     call = Call({}, start_B, end_B, probe)
     positions_BT = call.first_B[:, None] + jnp.arange(length)
@@ -190,26 +190,20 @@ def make_call(config: ModelConfig, length: int, start_B, end_B, longest=None, pr
     return call.replace(rotations={kind: rotation(config, kind, positions_BT, longest) for kind in config.ropes})
 
 
-def split_masks(config: ModelConfig, interventions: Interventions):
-    """Filled masks as `split_layers` arranges them, with a row axis."""
-    iv = interventions
-    mean = None if iv.head_mean is None else _layers_first(iv.head_mean, 3)
-    return split_layers(
-        config, {"head": _layers_first(iv.head_mask, 2), "rope": _layers_first(iv.rope_mask, 3), "mean": mean}
-    )
-
-
-def merge_probed(config: ModelConfig, blocks, tail):
-    """[B,P,L,H,...] of what groups probed, as the blocks' scan and the tail give it."""
+def merge_probed(config: ModelConfig, blocks: PyTree, tail: PyTree) -> PyTree:
+    """[B,P,L,H,...]: the answers of all layers, from those of the scanned blocks and of the tail."""
     probed = merge_layers(config, {"blocks": blocks, "tail": tail})
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), probed)
 
 
-def only(x_BTX, rows_BP):
+def at_positions(x_BTX: jax.Array, rows_BP: jax.Array | None) -> jax.Array:
     """[B,P,...]: some positions of each row; all of them where rows_BP is None."""
     if rows_BP is None:
         return x_BTX
     return jnp.take_along_axis(x_BTX, rows_BP.reshape(*rows_BP.shape, *(1,) * (x_BTX.ndim - 2)), axis=1)
+
+
+Carry = tuple[jax.Array, dict[str, KV] | None]  # the states x_BTE, and the caches of a group of layers
 
 
 class Attention(nn.Module):
@@ -220,21 +214,22 @@ class Attention(nn.Module):
     rope_site: str
 
     @nn.compact
-    def __call__(self, x_BTE, masks, cache, repeat, call: Call):
+    def __call__(
+        self, x_BTE: jax.Array, masks: LayerMasks, cache: KV | None, repeat: jax.Array | int, call: Call
+    ) -> tuple[jax.Array, KV | None, Probed | None]:
         cfg = self.config
-        wanted_BTE = only(x_BTE, call.rows_BP)
+        wanted_BTE = at_positions(x_BTE, call.rows_BP)
         q_BTHD = self._project(wanted_BTE, cfg.n_heads, "q")
         k_BTKD = self._project(x_BTE, cfg.n_kv_heads, "k")
         v_BTKD = self._project(x_BTE, cfg.n_kv_heads, "v")
         if self.rope_site == "projection":
-            q_BTHD = _drop(q_BTHD, _dims(cfg, masks["rope"]))
-            k_BTKD = _drop(k_BTKD, _dims(cfg, _any_of_group(masks["rope"], cfg.n_kv_heads)))
+            q_BTHD, k_BTKD = masks.mask_query_pairs(q_BTHD), masks.mask_key_pairs(k_BTKD)
         q_BTHD, k_BTKD = self._normed(q_BTHD, "q_norm"), self._normed(k_BTKD, "k_norm")
         rotations = call.rotations[self.kind]
-        q_BTHD = rotate(q_BTHD, *(only(x, call.rows_BP) for x in rotations))
+        q_BTHD = rotate(q_BTHD, *(at_positions(x, call.rows_BP) for x in rotations))
         k_BTKD = rotate(k_BTKD, *rotations)
         if self.rope_site == "rotary":
-            q_BTHD = _drop(q_BTHD, _dims(cfg, masks["rope"]))
+            q_BTHD = masks.mask_query_pairs(q_BTHD)
 
         keys = Keys.of(k_BTKD, v_BTKD)
         if cache is not None:
@@ -243,20 +238,20 @@ class Attention(nn.Module):
         scores = Scores(cfg.attention_scale, cfg.window if self.kind == "sliding" else None, cfg.attention_softcap)
         positions_BT = None if call.rows_BP is None else call.first_B[:, None] + call.rows_BP
         out_BTHD = attend(q_BTHD, keys, scores, call.start_B, cfg.kernel, positions_BT)
-        out_BTHD = _drop(out_BTHD, masks["head"][:, :, None], masks["mean"])
+        out_BTHD = masks.mask_heads(out_BTHD)
         out_BTE = dense(out_BTHD.reshape(*wanted_BTE.shape[:2], -1), cfg.hidden_size, ("heads", "embed"), "o")
         probed = None
         if call.probe is not None:
             asked_BP = call.probe.rows_BP
-            q_BPHD = q_BTHD if call.rows_BP is not None else only(q_BTHD, asked_BP)
+            q_BPHD = q_BTHD if call.rows_BP is not None else at_positions(q_BTHD, asked_BP)
             probed = probe(q_BPHD, call.first_B[:, None] + asked_BP, keys, call.probe, scores)
         return out_BTE, cache, probed
 
-    def _project(self, x_BTE, heads: int, name: str):
+    def _project(self, x_BTE: jax.Array, heads: int, name: str) -> jax.Array:
         flat = dense(x_BTE, heads * self.config.head_dim, ("embed", "heads"), name, bias=self.config.qkv_bias)
         return flat.reshape(*x_BTE.shape[:2], heads, self.config.head_dim)
 
-    def _normed(self, x_BTHD, name: str):
+    def _normed(self, x_BTHD: jax.Array, name: str) -> jax.Array:
         match self.config.qk_norm:
             case "head":
                 return norm(self.config, name)(x_BTHD)
@@ -266,9 +261,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP or experts, each added to the residual stream, with norms before, behind or both.
+    """Attention, then an MLP or experts, each added to the residual stream, with norms before, after or both.
 
-    place: of the block in the layer pattern.
+    Attributes:
+        place: Of the block in the layer pattern.
     """
 
     config: ModelConfig
@@ -276,22 +272,24 @@ class Block(nn.Module):
     rope_site: str
 
     @nn.compact
-    def __call__(self, x_BTE, masks, cache, repeat, call: Call):
+    def __call__(
+        self, x_BTE: jax.Array, masks: LayerMasks, cache: KV | None, repeat: jax.Array | int, call: Call
+    ) -> tuple[jax.Array, KV | None, Probed | None]:
         cfg = self.config
         # A single row would be padded to be split, and the padding copied away wherever states are picked from it.
         rows = "batch" if x_BTE.shape[0] > 1 else None
         x_BTE = nn.with_logical_constraint(x_BTE, (rows, "length", "embed_act"))
         attention = Attention(cfg, cfg.layer_pattern[self.place], self.rope_site, name="attn")
         out_BTE, cache, probed = attention(self._before("attn_norm", x_BTE), masks, cache, repeat, call)
-        x_BTE = only(x_BTE, call.rows_BP) + self._behind("attn_post_norm", out_BTE)
+        x_BTE = at_positions(x_BTE, call.rows_BP) + self._after("attn_post_norm", out_BTE)
         mlp = Experts(cfg, name="experts") if cfg.has_experts(self.place) else GatedMLP(cfg, name="mlp")
-        x_BTE += self._behind("mlp_post_norm", mlp(self._before("mlp_norm", x_BTE)))
+        x_BTE += self._after("mlp_post_norm", mlp(self._before("mlp_norm", x_BTE)))
         return x_BTE, cache, probed
 
-    def _before(self, name: str, x_BTE):
+    def _before(self, name: str, x_BTE: jax.Array) -> jax.Array:
         return x_BTE if self.config.norm_placement == "post" else norm(self.config, name)(x_BTE)
 
-    def _behind(self, name: str, x_BTE):
+    def _after(self, name: str, x_BTE: jax.Array) -> jax.Array:
         return x_BTE if self.config.norm_placement == "pre" else norm(self.config, name)(x_BTE)
 
 
@@ -303,7 +301,9 @@ class Group(nn.Module):
     n_blocks: int
 
     @nn.compact
-    def __call__(self, carry, per_repeat, call: Call):
+    def __call__(
+        self, carry: Carry, per_repeat: tuple[jax.Array | int, dict[str, LayerMasks]], call: Call
+    ) -> tuple[Carry, dict[str, Probed | None]]:
         x_BTE, caches = carry
         repeat, masks = per_repeat
         probed = {}
@@ -312,8 +312,8 @@ class Group(nn.Module):
             block = Block(self.config, place, self.rope_site, name=i)
             last = place == self.n_blocks - 1
             block_call = call if last else call.replace(rows_BP=None)
-            x_BTE, cache, probed[i] = block(x_BTE, masks[i], caches and caches[i], repeat, block_call)
-            caches = caches and caches | {i: cache}
+            x_BTE, cache, probed[i] = block(x_BTE, masks[i], None if caches is None else caches[i], repeat, block_call)
+            caches = None if caches is None else caches | {i: cast(KV, cache)}
         return (x_BTE, caches), probed
 
 
@@ -325,13 +325,22 @@ class Transformer(nn.Module):
     rope_site: str = "rotary"
 
     @nn.compact
-    def __call__(self, tokens_BT, interventions, start_B=None, end_B=None, cache=None, probe=None, longest=None):
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        masks: Masks,
+        start_B: jax.Array | None = None,
+        end_B: jax.Array | None = None,
+        cache: Cache | None = None,
+        probe: Probe | None = None,
+        longest: jax.Array | int | None = None,
+    ) -> Hidden:
         cfg, (batch, length) = self.config, tokens_BT.shape
         x_BTE = Embedding(cfg, name="embed")(tokens_BT)
         end_B = jnp.full(batch, length) if end_B is None else end_B
         call = make_call(cfg, length, start_B, end_B, longest, probe)
-        masks = split_masks(cfg, interventions)
-        cache = cache or {"blocks": None, "tail": None}
+        by_layer = masks.by_layer(cfg)
+        cache = cache or NO_CACHE
 
         body = nn.remat(Group, prevent_cse=False) if self.remat else Group
         scanned = nn.scan(
@@ -344,12 +353,12 @@ class Transformer(nn.Module):
         )
         blocks = scanned(cfg, self.rope_site, len(cfg.layer_pattern), name="blocks")
         (x_BTE, block_cache), probed = blocks(
-            (x_BTE, cache["blocks"]), (jnp.arange(cfg.repeats), masks["blocks"]), call
+            (x_BTE, cache["blocks"]), (jnp.arange(cfg.repeats), by_layer["blocks"]), call
         )
         tail_cache, tail_probed = cache["tail"], {}
         if cfg.tail:
             tail = body(cfg, self.rope_site, len(cfg.tail), name="tail")
-            (x_BTE, tail_cache), tail_probed = tail((x_BTE, tail_cache), (0, masks["tail"]), call)
+            (x_BTE, tail_cache), tail_probed = tail((x_BTE, tail_cache), (0, by_layer["tail"]), call)
 
         x_BTE = norm(cfg, "norm")(x_BTE)
         if not cfg.tied_embeddings:
@@ -358,61 +367,11 @@ class Transformer(nn.Module):
         return Hidden(x_BTE, cache, None if probe is None else merge_probed(cfg, probed, tail_probed))
 
 
-class Embedding(nn.Module):
-    """Rows of the table [V, E], times the model's embedding scale."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, tokens_BT):
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        x_BTE = self.param("embedding", init, (self.config.vocab_size, self.config.hidden_size))[tokens_BT]
-        scale = self.config.embed_scale
-        return x_BTE if scale is None else x_BTE * jnp.asarray(scale, x_BTE.dtype)
-
-
-class Unembedding(nn.Module):
-    """Declares the output matrix [E, V], which `unembed` applies to the rows that are wanted."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self):
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
-        return self.param("kernel", init, (self.config.hidden_size, self.config.vocab_size))
-
-
-def _check_range(name: str, values, end: int) -> None:
-    """ValueError unless 0 <= values < end; values that are being traced cannot be looked at."""
+def _check_range(name: str, values: ArrayLike | Sequence[int], end: int) -> None:
+    """ValueError unless 0 <= values < end. Values that are being traced cannot be checked."""
     if isinstance(values, jax.core.Tracer) or np.size(values) == 0:
         return
     values = np.asarray(values)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= end:
         raise ValueError(f"{name} run from {low} to {high}; they must lie in 0 to {end - 1}")
-
-
-def _layers_first(mask, shared_ndim: int):
-    """[L, ...] -> [L, 1, ...] and [B, L, ...] -> [L, B, ...]: what a block sees has a row axis to broadcast."""
-    return mask[:, None] if mask.ndim == shared_ndim else jnp.swapaxes(mask, 0, 1)
-
-
-def _drop(x_BTHD, mask_BHD, instead_BHD=None):
-    """x with masked entries zero, or what is `instead`; a float mask is a gate. All broadcast over rows and widths."""
-    mask_BTHD = mask_BHD[:, None]
-    instead = jnp.zeros((), x_BTHD.dtype) if instead_BHD is None else instead_BHD[:, None].astype(x_BTHD.dtype)
-    if mask_BHD.dtype == jnp.bool_:
-        return jnp.where(mask_BTHD, instead, x_BTHD)
-    kept_BTHD = x_BTHD * (1 - mask_BTHD).astype(x_BTHD.dtype)
-    return kept_BTHD if instead_BHD is None else kept_BTHD + instead * mask_BTHD.astype(x_BTHD.dtype)
-
-
-def _dims(config: ModelConfig, mask_BHR):
-    """Rotary pair r is the dimensions r and r + R; those behind 2R are never rotated nor masked."""
-    unrotated = jnp.zeros((*mask_BHR.shape[:-1], config.head_dim - 2 * config.n_pairs), mask_BHR.dtype)
-    return jnp.concatenate([mask_BHR, mask_BHR, unrotated], axis=-1)
-
-
-def _any_of_group(mask_BHR, kv_heads: int):
-    """The mask of a KV head: the union (for gates, the maximum) over the query heads that share it."""
-    return mask_BHR.reshape(mask_BHR.shape[0], kv_heads, -1, mask_BHR.shape[-1]).max(axis=2)

@@ -1,1 +1,1 @@
-"""Results to pictures and pages. Nothing here touches a model."""
+"""Results of stages to pictures and pages, which are stages themselves; never touches a model."""

@@ -1,12 +1,32 @@
-"""Models side by side as lines of a table, for a terminal."""
+"""Any models side by side: the page of `eval --compare`, and lines of a table for a terminal."""
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from retmask_jax.evals.compare import START
+from retmask_jax.reports import figures, html
+from retmask_jax.reports.evaluation import evaluation_section
 from retmask_jax.reports.html import change, interval, p_value
+from retmask_jax.reports.page import PageResult, write_page
+from retmask_jax.reports.report import all_numbers, provenance
 from retmask_jax.reports.wording import TEXT_LOSS, axis
+from retmask_jax.runs.context import Context
+from retmask_jax.runs.stage import Stage
+from retmask_jax.stages.eval import COMPARE
+from retmask_jax.utils.files import write_atomically
+
+
+def write_comparison(path: Path, results: Mapping[str, Mapping], model: str) -> None:
+    """Write the page of `retmask eval --compare`. results: {"compare": what its stage returned}."""
+    with figures.style():
+        sections = [
+            html.lines(*provenance(results)),
+            evaluation_section(results["compare"], trained=False),
+            all_numbers(results),
+        ]
+    write_atomically(path, html.document(f"{model} against other models", sections))
 
 
 def table(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
@@ -41,3 +61,10 @@ def perplexities(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     p = "–" if row["mcnemar"] is None else p_value(row["mcnemar"]["p_value"])
     return [interval(row), change(row["change"]), p]
+
+
+def _comparison_stage(context: Context, folder: Path) -> PageResult:
+    return write_page(context, COMPARISON, write_comparison)
+
+
+COMPARISON = Stage(name="comparison", work=_comparison_stage, result=PageResult, upstream=(COMPARE,), needs_model=False)

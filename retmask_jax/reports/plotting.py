@@ -1,57 +1,214 @@
-"""What every picture is made of: a panel as wide as a phone, rows with names, numbers with their intervals."""
+"""What every picture is made of: style and colours, a panel as wide as a phone, rows, numbers with their intervals.
 
+A function that draws a panel returns a Figure; `drawn` puts figures on a page. `numbers` are `Number`s; where low
+and high are None no interval is drawn.
+"""
+
+import base64
+import contextlib
+import io
+import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import ArrayLike
+
+from retmask_jax.model.interventions import Head
+from retmask_jax.reports import html
+from retmask_jax.utils.numbers import Number, _typed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
 
 WIDTH = 3.6  # inches
 
-# Of series without a colour of their own: Okabe-Ito, with grey in place of its yellow, too pale for a line, and of its
-# black, which is for marks. Dashes and markers tell apart what shares a shade.
+# For series that have no colour in _COLOURS: Okabe-Ito, with grey in place of its yellow (too pale for a line) and without
+# its black (which is for marks). Dashes and markers tell apart series that share a shade.
 SHADES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "os^DvPX*"
+LARGE = 60_000  # characters of SVG above which a PNG is tried
+
+# Okabe-Ito: a kind of mask and the arm whose rejected answers come from it share a colour.
+_COLOURS = {
+    "none": "#666666",
+    "start": "#666666",
+    "retrieval": "#D55E00",
+    "retmask": "#D55E00",
+    "any layer": "#56B4E9",
+    "layer matched": "#0072B2",
+    "activity matched": "#009E73",
+    "no fact": "#CC79A7",
+    "sft filtered": "#E69F00",
+    "sft unfiltered": "#000000",
+    "lowest": "#E69F00",
+    "highest": "#CC79A7",
+    "random": "#56B4E9",
+    "control heads, lowest": "#0072B2",
+    "matched": "#009E73",
+    "low utility": "#999999",
+    "high utility": "#000000",
+    "lowest scoring": "#CC79A7",
+}
+_STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9,
+    "figure.titlesize": 9.5,
+    "figure.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+}
 
 
-def panel(title: str, height: float = 2.6, width: float = WIDTH):
+def colour(name: str, other: int | None = None) -> str:
+    """The colour of a kind of mask or an arm, the same in every figure; the models of a user are coloured by their
+    number `other`."""
+    name = re.sub("[-_]", " ", name)
+    unknown = "#000000" if other is None else SHADES[other % len(SHADES)]
+    return _COLOURS.get(name) or _COLOURS.get(name.split(", ")[0], unknown)
+
+
+@contextlib.contextmanager
+def style() -> Generator[None]:
+    """Fonts and line widths of the report, for the figures made and written inside."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def use_style() -> None:
+    """Fonts and line widths of the report for all figures from here on, as in a notebook."""
+    import matplotlib
+
+    matplotlib.rcParams.update(_STYLE)
+
+
+def inline(figure: "Figure", alt: str) -> Markup:
+    """A figure as HTML without links: <svg>, or <img> with a PNG where an SVG would be both large and larger than that."""
+    import matplotlib
+
+    stream, png = io.StringIO(), io.BytesIO()
+    # The salt keeps the ids of one figure apart from those of the others on a page.
+    with matplotlib.rc_context({"svg.hashsalt": alt}):
+        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = stream.getvalue()
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :], count=2)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg).removeprefix("<svg")
+    drawing = Markup('<svg role="img" aria-label="{}"').format(alt) + Markup(svg)
+    if len(drawing) < LARGE:
+        return drawing
+    figure.savefig(png, format="png", dpi=200)
+    data = base64.b64encode(png.getvalue()).decode()
+    width = round(96 * figure.get_figwidth())
+    image = Markup('<img width="{}" alt="{}" src="data:image/png;base64,{}">').format(width, alt, data)
+    return min(drawing, image, key=len)
+
+
+def drawn(panels: Mapping[str, "Figure"], caption: str) -> Markup:
+    """Figures side by side over a caption; nothing where there are none.
+
+    panels: figures by name; the name is read out to those who cannot see the figure.
+    """
+    return html.figure([inline(figure, name) for name, figure in panels.items()], caption) if panels else Markup()
+
+
+# --- parts of a panel ---
+
+
+def panel(title: str, height: float = 2.6, width: float = WIDTH) -> "tuple[Figure, Axes]":
     """(figure, axes) under a title; sizes in inches."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure((width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08)  # inches; a row's name may be a little wider than measured
+    engine = ConstrainedLayoutEngine(w_pad=0.08)  # inches; a row's name may be a little wider than measured
+    figure = Figure((width, height), layout=engine)
     ax = figure.subplots()
     figure.suptitle(textwrap.fill(title, round(11 * width)), x=0.02, ha="left")
     return figure, ax
 
 
-def colormap():
-    """Perceptually uniform, and read alike with any colour vision."""
+def colormap() -> "Colormap":
+    """A perceptually uniform map that reads the same with any colour vision."""
     import matplotlib
 
     return matplotlib.colormaps["cividis"]
 
 
-def interval(ax, number: Mapping, at: float, shade: str, marker: str = "o", vertical: bool = False) -> None:
-    """A number at a place of the other axis, with a whisker from low to high where it has one."""
-    (point,) = ax.plot(*_xy([number["value"]], [at], vertical), marker, color=shade)
+def interval(ax: "Axes", number: Number, at: float, shade: str, marker: str = "o", vertical: bool = False) -> None:
+    """Mark a number at a place of the other axis, with a whisker from low to high where it has an interval."""
+    number = _typed(number)
+    (point,) = ax.plot(*_xy([number.value], [at], vertical), marker, color=shade)
     point.set_zorder(3)
-    if number["low"] is not None:
-        ax.plot(*_xy([number["low"], number["high"]], [at, at], vertical), color=shade, linewidth=1.2)
+    if number.low is not None:
+        ax.plot(*_xy([number.low, number.high], [at, at], vertical), color=shade, linewidth=1.2)
 
 
-def _xy(values, places, vertical: bool):
-    return (places, values) if vertical else (values, places)
-
-
-def note(ax, y: float, text: str) -> None:
-    """A value in the right margin."""
+def note(ax: "Axes", y: float, text: str) -> None:
+    """Write a value in the right margin."""
     ax.annotate(
         text, (1, y), (4, 0), ax.get_yaxis_transform(), "offset points", va="center", fontsize=8, annotation_clip=False
     )
 
 
-def rows(ax, labels: Sequence[str], xlabel: str) -> None:
-    """Names of the rows, first on top."""
+def rows(ax: "Axes", labels: Sequence[str], xlabel: str) -> None:
+    """Write the names of the rows, the first on top."""
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel(xlabel)
+
+
+def whole_numbers(axis: "Axis") -> None:
+    """Mark an axis at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+
+
+# --- heads ---
+
+
+def head_map(title: str, values_LH: ArrayLike, heads: Iterable[Head], label: str, log: bool = False) -> "Figure":
+    """Heat map of a number per head, layer by head, the chosen heads outlined."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
+
+    values_LH = np.asarray(values_LH, float)
+    n_layers, n_heads = values_LH.shape
+    cell = min(0.3, 2.6 / n_heads)
+    figure, ax = panel(title, float(np.clip(cell * n_layers, 1.0, 4.2)) + 0.9)
+    top = values_LH.max()
+    norm = LogNorm(max(values_LH[values_LH > 0].min(), 1e-4 * top), top) if log and top > 0 else None
+    colours = colormap().with_extremes(bad=colormap()(0.0))
+    image = ax.imshow(values_LH, cmap=colours, norm=norm, vmin=None if norm else 0, aspect="auto", interpolation="none")
+    for layer, head in heads:
+        ax.add_patch(
+            Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=colour("retrieval"), linewidth=1.3)
+        )
+    ax.spines[:].set_visible(False)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(9, integer=True, min_n_ticks=1))
+    ax.set(xlabel="head", ylabel="layer")
+    bar = figure.colorbar(image, ax=ax, label=label, pad=0.02, fraction=0.06)
+    if norm:
+        bar.set_ticks(LogLocator(subs=(1, 2, 5)), minor=False)
+        bar.formatter = StrMethodFormatter("{x:g}")
+        bar.minorticks_off()
+    return figure
+
+
+def _xy(values, places, vertical: bool):
+    return (places, values) if vertical else (values, places)

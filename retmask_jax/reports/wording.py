@@ -1,29 +1,15 @@
-"""How results are read and put into words, alike on every page."""
+"""How changes and tasks are put into words, alike on every page."""
 
 from collections.abc import Mapping
 
 from retmask_jax.reports.html import change, count
+from retmask_jax.stages.outcomes import FROM_MEMORY
+from retmask_jax.utils.numbers import Number, _typed
 
-FROM_MEMORY = ": from memory"
 TEXT_LOSS = "text loss"
 
 
-def tree_of(numbers: Mapping[str, Mapping]) -> dict[str, dict]:
-    """{"stage/task/name": number} -> {task: {name: number}}; numbers of no task are left out.
-
-    Of the stages `knockout` and `rope`, whose names are kinds of masks and hold no "/"; a task may. Numbers of an
-    evaluation are named after models: `evals.compare.numbers_by_task`.
-    """
-    tree: dict[str, dict] = {}
-    for path, number in numbers.items():
-        rest = path.split("/", 1)[1]
-        if "/" in rest:
-            task, name = rest.rsplit("/", 1)
-            tree.setdefault(task, {})[name] = number
-    return tree
-
-
-def directions(subject: str, changes: Mapping[str, Mapping]) -> str:
+def directions(subject: str, changes: Mapping[str, Number]) -> str:
     """What a treatment does to each task, judged by the interval of the change alone."""
     groups: dict[str, list[str]] = {"raises": [], "lowers": [], "": []}
     for task, number in changes.items():
@@ -36,16 +22,12 @@ def directions(subject: str, changes: Mapping[str, Mapping]) -> str:
     return f"{subject} {' and '.join(clear)}{rest}."
 
 
-def mask_name(kind: str, how: str) -> str:
-    """A kind of mask; with how its heads were taken out, where they do not write zero."""
-    return kind if how == "zero" else f"{kind}, {how}"
-
-
-def direction(number: Mapping) -> str:
+def direction(number: Number) -> str:
     """ "raises" or "lowers" where the interval of a change lies on one side of 0, else ""."""
-    if number["low"] is not None and number["low"] > 0:
+    number = _typed(number)
+    if number.low is not None and number.low > 0:
         return "raises"
-    return "lowers" if number["high"] is not None and number["high"] < 0 else ""
+    return "lowers" if number.high is not None and number.high < 0 else ""
 
 
 def measure(task: str) -> str:

@@ -1,1 +1,2 @@
-"""What a run is in a config and on disk: recipes, limits, the work directory, results of finished runs."""
+"""What a run is on disk and in a config: recipes, limits, the work directory, context, and what a stage is; not what
+any stage does."""

@@ -112,9 +112,6 @@ class Context:
         section = SimpleNamespace(**self.config.tasks[task].to_dict() | changes)
         return task_cases(self.prompter, section, self.resolve)
 
-    def heads(self) -> list[tuple[int, int]]:
-        return [tuple(head) for head in self.workdir.result("detect")["heads"]]
-
     def windows(self) -> np.ndarray:
         text = self.config.text
         if not text.file:

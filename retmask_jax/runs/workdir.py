@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import fcntl
 import fnmatch
-import importlib.metadata
 import logging
 import os
 import socket
@@ -17,11 +16,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from retmask_jax.runs.recipes import as_json
 from retmask_jax.utils.files import digest, read_json, wait_until_listed, wait_until_seen, write_json
 from retmask_jax.utils.hosts import first_alone, primary, wait_for_all
+from retmask_jax.utils.numbers import Number, _Keyed
+from retmask_jax.utils.versions import installed_versions
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +53,6 @@ class Basis:
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     upstream: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> "Basis":
-        """The basis that a result's provenance, or the record of a started stage, tells."""
-        return cls(*(record[field.name] for field in dataclasses.fields(cls)))
-
     def changes(self, wanted: "Basis") -> list[str]:
         """Each difference of what is wanted from this, such as "key: value there, value here".
 
@@ -67,6 +65,54 @@ class Basis:
         )
         again = [f"{change.split(':')[0]} was made again" for change in upstream]
         return differing(self.settings, wanted.settings) + inputs + again
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a stage's result comes from.
+
+    settings, inputs, upstream: what it rests on (`Basis`); settings is None in files of versions before 0.2. versions: of
+    the packages. config: hash of all settings. created: UTC.
+    """
+
+    stage: str = ""
+    model: str = ""
+    revision: str | None = None
+    seed: int | None = None
+    settings: dict[str, Any] | None = None
+    inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    upstream: dict[str, str] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    config: str = ""
+    run_id: str = ""
+    created: str = ""
+
+    def changes(self, wanted: Basis) -> list[str]:
+        """Each difference of what is wanted from what this result was made from, as of `Basis.changes`."""
+        if self.settings is None:
+            return ["it is of an older version"]
+        return Basis(self.settings, self.inputs, self.upstream).changes(wanted)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Result(_Keyed):
+    """What every stage's result has: its headline numbers by name, and where they come from."""
+
+    numbers: dict[str, Number]
+    seconds: float = 0.0
+    provenance: Provenance = dataclasses.field(default_factory=Provenance)
+
+
+R = TypeVar("R", bound=Result)
+
+
+class _Plain(dict):
+    """A result whose type is not written yet."""
+
+    def __getattr__(self, name):
+        if name == "provenance":
+            return msgspec.convert(self.get(name, {}), Provenance)
+        return self.get("seconds", 0.0) if name == "seconds" else self[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +143,26 @@ class Workdir:
         """Where a stage keeps its files."""
         return self.root / stage
 
-    def result(self, stage: str) -> dict[str, Any]:
-        """A finished stage's result; ValueError if it has not run."""
+    def result(self, stage: str, kind: type[R]) -> R:
+        """A finished stage's result; ValueError if it has not run, or was written by a version whose results differ."""
+        self._check_finished(stage)
         path = self.folder(stage) / _RESULT
-        if not self.is_finished(stage):
+        record = read_json(path)
+        if kind is dict:
+            return _Plain(record)
+        try:
+            return msgspec.convert(record, kind)
+        except msgspec.ValidationError as error:
+            written = record.get("provenance", {}).get("versions", {}).get("retmask_jax", "an older version")
             raise ValueError(
-                f"stage {stage} has no result in {self.root}: run `retmask {stage}` or `retmask run` first"
-            )
-        return read_json(path)
+                f"{path} was written by retmask_jax {written} and is not read by this version ({error}): run "
+                f"`retmask {stage}` again, with --set-aside to keep what is there"
+            ) from error
+
+    def provenance(self, stage: str) -> Provenance:
+        """Where a finished stage's result comes from."""
+        self._check_finished(stage)
+        return msgspec.convert(read_json(self.folder(stage) / _RESULT).get("provenance", {}), Provenance)
 
     def is_finished(self, stage: str) -> bool:
         """Whether a stage has a result, up to date or not."""
@@ -112,40 +170,37 @@ class Workdir:
 
     def run_id(self, stage: str) -> str:
         """The id of a finished stage's run; a rerun has another one."""
-        return self.result(stage)["provenance"]["run_id"]
+        return self.provenance(stage).run_id
 
     def run(
-        self,
-        stage: str,
-        basis: Basis,
-        function: Callable[[Path], dict[str, Any]],
-        about: Mapping[str, Any] | None = None,
-    ) -> tuple[dict[str, Any], bool]:
-        """(result, skipped): run a stage unless it has finished on the same basis. about: more for its provenance.
+        self, stage: str, basis: Basis, work: Callable[[Path], Result], about: Mapping[str, Any] | None = None
+    ) -> bool:
+        """Run a stage unless it has finished on the same basis; returns whether it ran.
 
         What an interrupted run on the same basis left is kept, so that the stage can resume; what another one left is
         set aside. Versions of packages are recorded, and a change is reported. A rerun has a new id, which makes the
-        stages that depend on it run again. Raises ValueError while another process runs a stage here.
+        stages that depend on it run again. about: more for its provenance. Raises ValueError while another process runs a
+        stage here.
         """
         with locked(self.root) if primary() else contextlib.nullcontext():
-            return self._run(stage, basis, function, dict(about or {}))
+            return self._run(stage, basis, work, dict(about or {}))
 
-    def _run(self, stage: str, basis: Basis, function, about: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    def _run(self, stage: str, basis: Basis, work: Callable[[Path], Result], about: dict[str, Any]) -> bool:
         folder = self.folder(stage)
         write_json(self.root / "config.json", self.config)
         wait_for_all(f"{stage} begins")
         wait_until_seen(self.root / "config.json")
         if first_alone(lambda: self._prepare(stage, basis)) == "finished":
-            return self.result(stage), True
+            return False
         begin = time.time()
-        result = function(folder)
+        result = work(folder)
         seconds = round(time.time() - begin, 1)
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         record = about | _record(stage, basis) | {"config": digest(settings_of(self.config))}
         record |= {"run_id": uuid.uuid4().hex, "created": created}
-        write_json(folder / _RESULT, {"provenance": record, "seconds": seconds, **result})
+        write_json(folder / _RESULT, dict(result) | {"provenance": record, "seconds": seconds})
         wait_for_all(f"{stage} ends")
-        return self.result(stage), False
+        return True
 
     def _prepare(self, stage: str, basis: Basis) -> str:
         """ "finished", "resumed" or "new": the first of what a stage's folder is, which now fits the basis."""
@@ -154,10 +209,9 @@ class Workdir:
             if not (folder / name).exists():
                 continue
             stored = read_json(folder / name)
-            stored = stored["provenance"] if name == _RESULT else stored
-            changes = Basis.of(stored).changes(basis) if "settings" in stored else ["it is of an older version"]
-            if not changes:
-                _report_versions(stage, stored["versions"])
+            made = msgspec.convert(stored["provenance"] if name == _RESULT else stored, Provenance)
+            if not (changes := made.changes(basis)):
+                _report_versions(stage, made.versions)
                 return state
         if target := set_aside(folder, self.root / _ASIDE):
             more = f" and {len(changes) - 2} more changes" if len(changes) > 2 else ""
@@ -165,6 +219,12 @@ class Workdir:
             log.warning("%s is made again (%s%s); what was there is kept in %s", stage, why, more, target)
         write_json(folder / _STARTED, _record(stage, basis))
         return "new"
+
+    def _check_finished(self, stage: str) -> None:
+        if not self.is_finished(stage):
+            raise ValueError(
+                f"stage {stage} has no result in {self.root}: run `retmask {stage}` or `retmask run` first"
+            )
 
     def _check_settings(self) -> None:
         """ValueError where stages there were made with other settings than the config has."""
@@ -252,13 +312,7 @@ def check_free(root: str | Path) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return installed_versions(_PACKAGES)
 
 
 def changed_versions(stored: Mapping[str, str]) -> str:

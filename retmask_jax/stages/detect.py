@@ -1,25 +1,60 @@
 """The stage `detect`: head scores, the head set, its stability, and why cases did not count."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from retmask_jax.heads.copy_score import detect, stability
+from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.heads.copy_score import detect
+from retmask_jax.heads.detection import stability
 from retmask_jax.heads.profile import profile
 from retmask_jax.heads.scores import HeadScores
-from retmask_jax.model.interventions import mask_heads
+from retmask_jax.model.interventions import Head, mask_heads
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.stage import PROMPTS, Stage
+from retmask_jax.runs.workdir import Result
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import digest, write_jsonl
 
 
-def detect_stage(context: Context, folder: Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """The head set found on the first cases: how many cases, how many heads, and its Jaccard index with the final set."""
+
+    cases: int
+    heads: int
+    jaccard: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class DetectResult(Result):
+    """heads: the retrieval heads, best first, with their `scores`. mean: [L][H] scores of all heads. threshold: None where
+    heads were chosen by their number. outcomes: cases by outcome, empty where scores were given. profile: as of
+    `heads.profile`, None where undefined. n_kv_heads: None in results of older versions."""
+
+    heads: list[Head]
+    scores: list[float]
+    mean: list[list[float]]
+    threshold: float | None
+    outcomes: dict[str, int]
+    n_kv_heads: int | None = None
+    profile: dict[str, float | None]
+    stability: list[Settled]
+    mask_hash: str
+
+    @property
+    def reached(self) -> float:
+        """The score that every retrieval head reaches."""
+        return min(self.scores) if self.threshold is None else self.threshold
+
+
+def detect_stage(context: Context, folder: Path) -> DetectResult:
     """Head scores, the head set, its stability, and why cases did not count."""
     lm, section = context.lm, context.config.detect
     if section.scores is not None:
-        return _detected(context, folder, given_scores(context), [])
+        return _detected(context, folder, _given_scores(context), [])
     cases = context.cases(section.task)
     found = detect(
         lm,
@@ -36,7 +71,27 @@ def detect_stage(context: Context, folder: Path) -> dict[str, Any]:
     return _detected(context, folder, found.scores, found.outcomes)
 
 
-def _detected(context: Context, folder: Path, scores: HeadScores, outcomes: list[str]) -> dict[str, Any]:
+def retrieval_heads(context: Context) -> list[Head]:
+    """The heads that detection found in this work directory, best first."""
+    return DETECT.of(context).heads
+
+
+def head_scores(context: Context) -> HeadScores:
+    """The scores of all heads that detection found in this work directory."""
+    return HeadScores.load(context.workdir.folder(DETECT.name) / "scores.json")
+
+
+def _check(config) -> None:
+    if (config.detect.threshold is None) == (config.detect.top_k is None):
+        raise ValueError("set one of detect.threshold and detect.top_k, and the other to None")
+
+
+def _check_model(context: Context) -> None:
+    if context.config.detect.scores is not None:
+        _given_scores(context)
+
+
+def _detected(context: Context, folder: Path, scores: HeadScores, outcomes: list[str]) -> DetectResult:
     """The result of detection from scores, found (with an outcome per case) or given."""
     lm, section = context.lm, context.config.detect
     selection = {"top_k": section.top_k} if section.threshold is None else {"threshold": section.threshold}
@@ -49,26 +104,26 @@ def _detected(context: Context, folder: Path, scores: HeadScores, outcomes: list
     shape = profile(scores, lm.config.n_kv_heads, section.threshold or float(scores.mean[heads[-1]]))
     cases = int(scores.counts.max())
     numbers = {"detect/cases counted": stats.wilson(cases, len(outcomes))} if outcomes else {}
-    return {
-        "heads": heads,
-        "scores": [float(scores.mean[head]) for head in heads],
-        "mean": scores.mean.tolist(),
-        "threshold": section.threshold,
-        "outcomes": dict(Counter(outcomes)),
-        "n_kv_heads": lm.config.n_kv_heads,
-        "profile": {name: stats.defined(value) for name, value in shape.items()},
-        "stability": stability(scores, **selection),
-        "mask_hash": _mask_hash(lm, heads),
-        "numbers": numbers
+    return DetectResult(
+        heads=heads,
+        scores=[float(scores.mean[head]) for head in heads],
+        mean=scores.mean.tolist(),
+        threshold=section.threshold,
+        outcomes=dict(Counter(outcomes)),
+        n_kv_heads=lm.config.n_kv_heads,
+        profile={name: stats.defined(value) for name, value in shape.items()},
+        stability=[Settled(**row) for row in stability(scores, **selection)],
+        mask_hash=_mask_hash(lm, heads),
+        numbers=numbers
         | {
             "detect/heads": stats.exact(len(heads), cases),
             "detect/top score": stats.bootstrap_mean(scores.per_case[heads[0]]),
             "detect/gini": stats.exact(shape["gini"], cases),
         },
-    }
+    )
 
 
-def given_scores(context: Context) -> HeadScores:
+def _given_scores(context: Context) -> HeadScores:
     scores, config = HeadScores.load(context.config.detect.scores), context.outline.config
     if scores.mean.shape != (config.n_layers, config.n_heads):
         raise ValueError(
@@ -78,5 +133,18 @@ def given_scores(context: Context) -> HeadScores:
     return scores
 
 
-def _mask_hash(lm, heads) -> str:
+def _mask_hash(lm: LanguageModel, heads: list[Head]) -> str:
     return digest(np.asarray(mask_heads(lm.config, heads).head_mask).tobytes())
+
+
+DETECT = Stage(
+    name="detect",
+    work=detect_stage,
+    result=DetectResult,
+    settings=(*PROMPTS, "detect.*"),
+    tasks=lambda config: (config.detect.task,),
+    check=_check,
+    check_model=_check_model,
+)
+# Settings of other stages that run detection on the same cases.
+DETECTION = ("detect.task", "detect.scores", "detect.max_new_tokens", "detect.released")

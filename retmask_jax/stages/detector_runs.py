@@ -1,32 +1,39 @@
-"""One detector on the cases of a study: run and kept on disk, so that what is cut off goes on, or taken from `detect`."""
+"""One detector on the cases of a study: run, with its results kept on disk to be resumed, or taken from `detect`."""
 
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from retmask_jax.data.needles import Case
-from retmask_jax.heads import conditions as causal
-from retmask_jax.heads.copy_score import COUNTED, NoCaseCounts
-from retmask_jax.heads.detectors import DETECTORS, over_seeds
+from retmask_jax.heads.conditions import Condition
+from retmask_jax.heads.detection import COUNTED, NoCaseCounts
+from retmask_jax.heads.detectors import DETECTORS, Repeats, over_seeds
 from retmask_jax.heads.profile import profile
 from retmask_jax.heads.scores import HeadScores
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.interventions import Head, Interventions
 from retmask_jax.runs.context import Context
+from retmask_jax.stages.detect import DETECT
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import read_json, read_jsonl, write_json
 
-OF_ALL_HEADS = ("gini", "zero_fraction", "top5_share")
+UNTOUCHED = Condition("none", 0, Interventions())
 
 
 @dataclasses.dataclass(frozen=True)
 class DetectorRun:
-    """scores: of the counted cases, None where none counts. outcomes: per case. seconds: of all `timed` cases, compiling
-    included. reused: taken from the stage `detect`, whose seconds are the whole stage's."""
+    """A detector's scores on some cases, and what they cost.
+
+    Attributes:
+        scores: Of the cases that count; None where none counts.
+        outcomes: Of each case.
+        seconds: Of all `timed` cases, compiling included.
+        reused: The scores are those of the stage `detect`; the seconds are then those of the whole stage.
+    """
 
     scores: HeadScores | None
     outcomes: list[str]
@@ -35,21 +42,56 @@ class DetectorRun:
     reused: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Concentration:
+    """How concentrated the scores of all heads are, as in `heads.profile`; None where scores are signed or undefined."""
+
+    gini: float | None
+    zero_fraction: float | None
+    top5_share: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """The retrieval heads that a detector finds at a threshold.
+
+    Attributes:
+        cases: How many the detector ran on; counted of them count.
+        outcomes: Number of cases by outcome.
+        heads: At the threshold, best first.
+        top: The best head's score; None where no case counts.
+    """
+
+    cases: int
+    outcomes: dict[str, int]
+    heads: list[Head]
+    top: float | None
+    counted: int
+
+
+def check_detector_names(key: str, names: Sequence[str]) -> None:
+    """Raises ValueError for a name, under this key of the config, that is not a detector's."""
+    for name in names:
+        if name not in DETECTORS:
+            raise ValueError(f"{key} has {name!r}; known detectors are {', '.join(DETECTORS)}")
+
+
 def spread(total: int, n: int | None) -> list[int]:
-    """n of `total` places, as even as can be and in order; all where n is None or not smaller."""
+    """Picks n of `total` places, evenly spread and in order; all of them where n is None or not smaller."""
     if n is None or n >= total:
         return list(range(total))
     return [int(i) for i in np.linspace(0, total - 1, n).round()]
 
 
 def run_detector(context: Context, name: str, cases: Sequence[Case], target: Path) -> DetectorRun:
-    """Run a detector of DETECTORS; the scores go to `target` (RetMask's JSON), the rest beside them.
+    """Runs a detector of DETECTORS, or reads back what an earlier call wrote.
 
-    Where both are there already, they are read back.
+    Args:
+        target: For the scores, in RetMask's JSON format; outcomes and times go to a second file next to it.
     """
-    beside = target.with_suffix(".run.json")
-    if beside.exists():
-        return DetectorRun(HeadScores.load(target) if target.exists() else None, **read_json(beside))
+    record = target.with_suffix(".run.json")
+    if record.exists():
+        return DetectorRun(HeadScores.load(target) if target.exists() else None, **read_json(record))
     begin = time.time()
     try:
         found = DETECTORS[name](context.lm, cases, batch_size=context.config.batch_size, **_options(context, name))
@@ -58,12 +100,18 @@ def run_detector(context: Context, name: str, cases: Sequence[Case], target: Pat
     except NoCaseCounts as error:
         scores, outcomes = None, error.outcomes
     run = DetectorRun(scores, outcomes, round(time.time() - begin, 2), len(cases))
-    write_json(beside, {"outcomes": run.outcomes, "seconds": run.seconds, "timed": run.timed})
+    write_json(record, {"outcomes": run.outcomes, "seconds": run.seconds, "timed": run.timed})
     return run
 
 
+def scored(context: Context, detector: str, n: int | None, target: Path) -> DetectorRun:
+    """Runs a detector on n cases of the detection task, evenly spread."""
+    cases = context.cases(context.config.detect.task)
+    return run_detector(context, detector, [cases[i] for i in spread(len(cases), n)], target)
+
+
 def reused_copy(context: Context, places: Sequence[int]) -> DetectorRun | None:
-    """What the stage `detect` found on the cases at these places of its task; None where its settings are others."""
+    """Returns what `detect` found on the cases at these places of its task; None if it ran with other settings."""
     section, folder = context.config.detect, context.workdir.folder("detect")
     if section.scores is not None or section.released:
         return None
@@ -71,20 +119,19 @@ def reused_copy(context: Context, places: Sequence[int]) -> DetectorRun | None:
     counted = [i for i, outcome in enumerate(outcomes) if outcome == COUNTED]
     kept = [n for n, i in enumerate(counted) if i in set(places)]
     scores = HeadScores(HeadScores.load(folder / "scores.json").per_case[..., kept]) if kept else None
-    seconds = context.workdir.result("detect")["seconds"]
+    seconds = DETECT.of(context).seconds
     return DetectorRun(scores, [outcomes[i] for i in places], seconds, len(outcomes), reused=True)
 
 
-def shape_of(scores: HeadScores, n_kv_heads: int) -> dict[str, float | None]:
-    """Gini, share of exact zeros and share of the best five over all heads; None where scores are signed."""
-    if scores.mean.min() < 0:
-        return dict.fromkeys(OF_ALL_HEADS)
-    found = profile(scores, n_kv_heads)
-    return {name: stats.defined(found[name]) for name in OF_ALL_HEADS}
+def repeated(context: Context, name: str, own: DetectorRun, folder: Path, top_k: int) -> Repeats | None:
+    """Runs a detector on cases of the config's seeds and compares these runs, and the one with the task's seed.
 
+    Args:
+        own: The run with the task's seed.
 
-def repeated(context: Context, name: str, own: DetectorRun, folder: Path, top_k: int) -> dict[str, Any] | None:
-    """`over_seeds` of a detector on the cases of the config's seeds, the task's own first; None for less than two runs."""
+    Returns:
+        None where fewer than two runs have scores.
+    """
     section, task, runs = context.config.detectors, context.config.detect.task, [own]
     for seed in section.seeds:
         cases = context.cases(task, seed=seed)
@@ -94,36 +141,26 @@ def repeated(context: Context, name: str, own: DetectorRun, folder: Path, top_k:
     return over_seeds(scores, top_k) if len(scores) > 1 else None
 
 
+def concentration(scores: HeadScores, n_kv_heads: int) -> Concentration:
+    """Measures how concentrated the scores are over all heads."""
+    if scores.mean.min() < 0:
+        return Concentration(None, None, None)
+    found = profile(scores, n_kv_heads)
+    fields = dataclasses.fields(Concentration)
+    return Concentration(*(stats.defined(found[field.name]) for field in fields))
+
+
+def heads_found(run: DetectorRun, threshold: float) -> Found:
+    """Returns the heads at the threshold, the best score, and how many cases counted."""
+    heads, top, counted = [], None, 0
+    if run.scores is not None:
+        heads = run.scores.heads(threshold=threshold)
+        top, counted = float(run.scores.mean.max()), int(run.scores.counts.max())
+    cases, outcomes = len(run.outcomes), dict(Counter(run.outcomes))
+    return Found(cases=cases, outcomes=outcomes, heads=heads, top=top, counted=counted)
+
+
 def _options(context: Context, name: str) -> dict[str, Any]:
     if name in ("copy", "copy_forced"):
         return {"max_new_tokens": context.config.detect.max_new_tokens}
     return {"null_query": context.config.detectors.null_query} if name == "query_focused" else {}
-
-
-UNTOUCHED = causal.Condition("none", 0, Interventions())
-
-
-def check_detector_names(key: str, names: Sequence[str]) -> None:
-    """Raise ValueError for a name of a detector that there is not."""
-    for name in names:
-        if name not in DETECTORS:
-            raise ValueError(f"{key} has {name!r}; known detectors are {', '.join(DETECTORS)}")
-
-
-def scored(context: Context, detector: str, n: int | None, target: Path) -> DetectorRun:
-    """A detector on so many of the detection task's cases."""
-    cases = context.cases(context.config.detect.task)
-    return run_detector(context, detector, [cases[i] for i in spread(len(cases), n)], target)
-
-
-def heads_found(run: DetectorRun, threshold: float) -> dict[str, Any]:
-    """Heads at the threshold, the best score, and how many cases counted."""
-    counts = {"cases": len(run.outcomes), "outcomes": dict(Counter(run.outcomes))}
-    if run.scores is None:
-        return counts | {"heads": [], "top": None, "counted": 0}
-    heads = run.scores.heads(threshold=threshold)
-    return counts | {"heads": heads, "top": float(run.scores.mean.max()), "counted": int(run.scores.counts.max())}
-
-
-def number_of(row: Mapping) -> dict[str, Any]:
-    return {name: row[name] for name in ("value", "low", "high", "n")}

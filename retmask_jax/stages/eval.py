@@ -25,11 +25,14 @@ from retmask_jax.heads.conditions import Condition
 from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.runs.context import Context, checkpoint_fingerprint
 from retmask_jax.runs.recipes import as_json as config_json
+from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import changed_versions, versions
+from retmask_jax.stages.detect import retrieval_heads
 from retmask_jax.stages.outcomes import task_outcomes
+from retmask_jax.stages.train import TRAIN
 from retmask_jax.utils.files import digest, read_json, write_json
 from retmask_jax.utils.hosts import wait_for_all
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ class Contender:
     interventions: Interventions = Interventions()
 
 
-def check_eval(config) -> None:
+def _check(config) -> None:
     """Raise ValueError for settings of suites, or models to compare, that could only fail later."""
     check_suites(config.suites)
     for name, source in config.eval.models.items():
@@ -57,7 +60,7 @@ def check_eval(config) -> None:
             )
 
 
-def check_eval_model(context: Context) -> None:
+def _check_model(context: Context) -> None:
     """Raise ValueError where a suite is longer than the model's context, or its files are not there."""
     for name in suite_files(context.config.suites):
         context.data_file(name)
@@ -82,7 +85,7 @@ def eval_stage(context: Context, folder: Path) -> dict[str, Any]:
     train, trained = context.config.train, context.workdir.folder("train")
     contenders = {START: Contender(START, 0, lambda: context.lm)}
     if context.config.eval.masked:
-        heads = mask_heads(context.lm.config, context.heads())
+        heads = mask_heads(context.lm.config, retrieval_heads(context))
         contenders[MASKED] = Contender(MASKED, 0, lambda: context.lm, heads)
     for arm in train.arms:
         for seed in train.seeds:
@@ -193,7 +196,7 @@ def suite_parts(suites) -> Iterator[tuple[str, ConfigDict]]:
             yield name, part
 
 
-def _run(there: Context, contender: Contender, name: str, suites, kept: Kept) -> list[Measured]:
+def _run(there: Context, contender: Contender, name: str, suites, kept: Store) -> list[Measured]:
     match name:
         case "lm_eval":
             return _lm_eval(there, contender, suites.lm_eval, kept)
@@ -211,7 +214,7 @@ def _run(there: Context, contender: Contender, name: str, suites, kept: Kept) ->
     )
 
 
-def _lm_eval(there: Context, contender: Contender, section, kept: Kept) -> list[Measured]:
+def _lm_eval(there: Context, contender: Contender, section, kept: Store) -> list[Measured]:
     return run_lm_eval(
         there.lm,
         section.tasks,
@@ -246,12 +249,12 @@ def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measu
     """What a part of a suite gave this model before, or its run, written down; one that is cut off goes on, sample by
     sample."""
     files = list(there.fingerprints(suite_files(suites)).values())
-    mask = mask_hash(shared_mask(there.lm.config, contender.interventions))
+    mask = mask_hash(there.lm.config, shared_mask(there.lm.config, contender.interventions))
     settings = config_json(suites[name]), config_json(there.config.prompt)
-    key = digest([there.model_fingerprint, mask, *settings, files])
-    path = _store(there) / f"{name}-{key}.json"
+    identity = digest([there.model_fingerprint, mask, *settings, files])
+    path = _store(there) / f"{name}-{identity}.json"
     if not path.exists():
-        with Kept(path.with_suffix("")) as kept:
+        with Store(path.with_suffix("")) as kept:
             measured = _run(there, contender, name, suites, kept)
         write_json(path, {"versions": versions(), "measured": [as_json(one) for one in measured]})
         wait_for_all(f"{name} is measured")
@@ -264,3 +267,24 @@ def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measu
 def _store(there: Context) -> Path:
     """Next to the stages, whose folders are set aside when their settings change."""
     return there.workdir.folder("measured")
+
+
+def _tasks(config) -> tuple[str, ...]:
+    return (*config.eval.tasks, *config.eval.grids)
+
+
+_SETTINGS = (*PROMPTS, "eval.tasks", "eval.grids", "text.*")
+EVAL = Stage(
+    name="eval",
+    work=eval_stage,
+    result=dict,
+    upstream=(TRAIN,),
+    settings=(*_SETTINGS, "eval.masked", "train.arms", "train.seeds"),
+    tasks=_tasks,
+    inputs=suite_prints,
+    check=_check,
+    check_model=_check_model,
+)
+COMPARE = Stage(
+    name="compare", work=compare_stage, result=dict, settings=_SETTINGS, tasks=_tasks, inputs=compare_prints
+)

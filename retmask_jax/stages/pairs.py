@@ -11,13 +11,16 @@ from retmask_jax.data.prompts import read_prompts, source_files
 from retmask_jax.heads.knockout import activity_matched
 from retmask_jax.model.interventions import mask_heads, random_heads
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.stage import PROMPTS, Stage
+from retmask_jax.stages.detect import DETECT, retrieval_heads
+from retmask_jax.stages.knockout import KNOCKOUT
 from retmask_jax.training import endpoints, pairs
 from retmask_jax.training.pairs import Question, Variant
 from retmask_jax.utils import memory, stats
 from retmask_jax.utils.files import write_jsonl
 from retmask_jax.utils.fingerprints import fingerprint
-from retmask_jax.utils.hosts import primary, wait_for_all
-from retmask_jax.utils.store import Records
+from retmask_jax.utils.hosts import primary
+from retmask_jax.utils.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ def pairs_stage(context: Context, folder: Path) -> dict[str, Any]:
     prompts = [prompt for prompt in read.records if prompt["id"] in asked]
     left_out = {why: n for why, n in read.counts.items() if why != pairs.KEPT} | {"too long": too_long}
     _collect(context, folder / "answers", heads, questions)
-    with Records(folder / "answers") as answers:
+    with Store(folder / "answers") as answers:
         counts = {
             f"{arm}-{seed}": _write_arm(folder, prompts, answers, seed, arm)
             for seed in config.train.seeds
@@ -86,9 +89,9 @@ def variants_of(config, seed: int) -> list[Variant]:
 
 def _arm_heads(context: Context, seed: int) -> dict[str, list]:
     """The heads masked to answer for each arm."""
-    config, arms, heads = context.outline.config, context.config.train.arms, context.heads()
+    config, arms, heads = context.outline.config, context.config.train.arms, retrieval_heads(context)
     wanted = set(arms) | ({"retmask"} if "sft_filtered" in arms else set())
-    activity_LH = np.array(context.workdir.result("knockout")["activity"])
+    activity_LH = np.array(KNOCKOUT.of(context).activity)
     choices = {
         "retmask": lambda: heads,
         "random": lambda: random_heads(config, n=len(heads), seed=seed),
@@ -120,15 +123,12 @@ def _questions(context: Context, prompts, heads) -> tuple[list[Question], int]:
 
 def _collect(context: Context, folder: Path, heads, questions: list[Question]) -> None:
     """Store the answers to those questions that have none; all hosts answer, the first one stores."""
-    with Records(folder) as answers:
+    with Store(folder) as answers:
         missing = [question for question in questions if question.key not in answers]
-        if answers:
-            log.info("pairs: %d of %d answers are stored; asking for the others", len(answers), len(questions))
-        wait_for_all("what is missing is known")
-        for answer in _answers(context, heads, missing):
-            if primary():
-                answers.add(answer)
-    wait_for_all("the answers are stored")
+        if stored := len(questions) - len(missing):
+            log.info("pairs: %d of %d answers are stored; asking for the others", stored, len(questions))
+        for key, answer in _answers(context, heads, missing):
+            answers.add(key, answer)
 
 
 def _answers(context: Context, heads, questions: list[Question]):
@@ -173,7 +173,7 @@ def _url(urls, variant: Variant, heads) -> str:
     return urls[server]
 
 
-def _write_arm(folder: Path, prompts, answers: Records, seed: int, arm: str) -> dict[str, int]:
+def _write_arm(folder: Path, prompts, answers: Store, seed: int, arm: str) -> dict[str, int]:
     """Write an arm's records in the order of the prompts; returns how many prompts had which outcome."""
     counts = collections.Counter({name: 0 for name in pairs.OUTCOMES})
 
@@ -189,7 +189,7 @@ def _write_arm(folder: Path, prompts, answers: Records, seed: int, arm: str) -> 
     return dict(counts)
 
 
-def _cut_short(answers: Records) -> dict[str, int]:
+def _cut_short(answers: Store) -> dict[str, int]:
     """How many answers of each variant max_new_tokens has cut."""
     cut = collections.Counter()
     for seed, name, prompt in answers:
@@ -207,3 +207,21 @@ def _check_prompts(prompts, config) -> None:
         for prompt in prompts:
             if "messages_without" not in prompt:
                 raise ValueError(f"{config.pairs.prompts}, prompt {prompt['id']}: arm no_fact needs messages_without")
+
+
+def _check(config) -> None:
+    unknown = [arm for arm in config.train.arms if arm not in ARMS]
+    if unknown:
+        raise ValueError(f"train.arms has {', '.join(unknown)}; known arms are {', '.join(ARMS)}")
+
+
+PAIRS = Stage(
+    name="pairs",
+    work=pairs_stage,
+    result=dict,
+    upstream=(DETECT, KNOCKOUT),
+    settings=(*PROMPTS, "pairs.*", "train.arms", "train.seeds"),
+    inputs=prompt_prints,
+    batch_key="pairs.batch_size",
+    check=_check,
+)

@@ -1,33 +1,140 @@
-"""The stage `rope`: recall with rotary pairs taken out of the retrieval heads."""
+"""The stage `rope`: recall with rotary pairs of the retrieval heads ablated."""
 
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from retmask_jax.evals.perplexity import text_loss
-from retmask_jax.heads import conditions as causal
 from retmask_jax.heads import rotary
-from retmask_jax.heads.conditions import Condition, mean_over_draws
+from retmask_jax.heads.conditions import Condition, ConditionRow, Contrast, contrast, mean_over_draws, summarise
 from retmask_jax.heads.head_outputs import HeadStatistics, head_statistics
 from retmask_jax.heads.query_norms import query_norms
-from retmask_jax.model.interventions import SITES, Interventions
+from retmask_jax.model.interventions import SITES, Head, Interventions
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.stage import PROMPTS, Stage
+from retmask_jax.runs.workdir import Result
+from retmask_jax.stages.detect import DETECT, retrieval_heads
 from retmask_jax.stages.outcomes import check_choices, task_outcomes
 from retmask_jax.utils import stats
+from retmask_jax.utils.numbers import Number
 
 
-def check_rope(config) -> None:
-    """Raise ValueError for settings of rope that could only fail later."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeRow(ConditionRow):
+    """A task under one condition. variance: the share of the variance of q.k that it removes (`condition_variance`)."""
+
+    variance: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoseMean(Number):
+    """Recall on a task without k pairs of a kind, mean over the draws; kind "none" is the untouched model."""
+
+    value: float
+    task: str
+    experiment: str
+    kind: str
+    k: int
+    site: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoseContrast(Contrast):
+    """How many more cases are right without k pairs of a kind than without the k lowest pairs."""
+
+    task: str
+    site: str
+    k: int
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """Where in the spectrum the harm to recall lies (`rotary.spectrum_centre`); None where no window lowers recall."""
+
+    task: str
+    centre: Number | None
+    width: Number | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CostRow(rotary.Costs):
+    """What ablating k pairs of a kind costs plain text, and what it costs recall on a task."""
+
+    task: str
+    kind: str
+    k: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RopeResult(Result):
+    """rows: every condition on every task. means: of the doses, over their draws. spectra: of the tasks with windows.
+    pairs: the numbers of pairs ablated, of `n_pairs`. patch_pairs: how many for coverage and single heads. wavelengths: of
+    each pair, in tokens. context: the model's longest, in tokens."""
+
+    rows: list[RopeRow]
+    means: list[DoseMean]
+    contrasts: list[DoseContrast]
+    spectra: list[Spectrum]
+    costs: list[CostRow]
+    pairs: list[int]
+    n_pairs: int
+    patch_pairs: int
+    wavelengths: list[float]
+    context: int
+
+    def quarter(self, task: str) -> Number | None:
+        """Recall on a task without the highest quarter of the pairs minus recall without the lowest; None if not measured."""
+        wanted = task, "rotary", self.n_pairs // 4, "highest"
+        return next((row.change for row in self.contrasts if (row.task, row.site, row.k, row.kind) == wanted), None)
+
+
+def rope_stage(context: Context, folder: Path) -> RopeResult:
+    """Recall with rotary pairs of the retrieval heads ablated, and the share of the variance of q.k that goes with them.
+
+    It varies how many pairs, which part of the spectrum, of which heads and at which site.
+    """
+    lm, section, heads = context.lm, context.config.rope, retrieval_heads(context)
+    ks = section.pairs or tuple(
+        k for k in (lm.config.n_pairs // 8, lm.config.n_pairs // 4, lm.config.n_pairs // 2) if k
+    )
+    text = context.config.text.file
+    statistics = head_statistics(lm, context.windows()[: context.config.knockout.activity_windows]) if text else None
+    conditions = [Condition("none", 0, Interventions()), *_conditions(context, heads, ks, statistics)]
+    outcomes, _ = task_outcomes(context, section.tasks, conditions)
+    variances = [
+        None if statistics is None else rotary.condition_variance(condition, statistics) for condition in conditions
+    ]
+    result = RopeResult(
+        rows=[
+            RopeRow(**vars(row), variance=variance)
+            for row, variance in zip(summarise(conditions, outcomes), variances * len(outcomes), strict=True)
+        ],
+        means=[mean for task, outcome_CN in outcomes.items() for mean in _means(task, conditions, outcome_CN, ks)],
+        contrasts=_low_against_high(conditions, outcomes, ks),
+        spectra=[found for task, outcome_CN in outcomes.items() for found in _spectrum(task, conditions, outcome_CN)],
+        costs=_costs(context, conditions, outcomes, ks) if section.text else [],
+        pairs=list(ks),
+        n_pairs=lm.config.n_pairs,
+        patch_pairs=_patch_pairs(context),
+        wavelengths=(2 * np.pi / inverse_frequencies(lm.config)).tolist(),
+        context=lm.config.max_length,
+        numbers={},
+    )
+    return dataclasses.replace(result, numbers=_numbers(result))
+
+
+def _check(config) -> None:
     check_choices("rope.sites", config.rope.sites, SITES)
     for name in ("matched", "text"):
         if config.rope[name] and not config.text.file:
             raise ValueError(f"rope.{name} is measured on plain text: set text.file")
 
 
-def check_rope_model(context: Context) -> None:
-    """Raise ValueError where the settings of rope ask for more than the model has."""
+def _check_model(context: Context) -> None:
     config, section = context.outline.config, context.config.rope
     for name, wanted in (
         ("windows", section.windows),
@@ -38,43 +145,9 @@ def check_rope_model(context: Context) -> None:
             raise ValueError(f"rope.{name} has {wanted}, the model has {config.n_pairs} rotary pairs: lower it")
 
 
-def rope_stage(context: Context, folder: Path) -> dict[str, Any]:
-    """Recall with rotary pairs taken out of the retrieval heads: how many, which part of the spectrum, of which heads, at
-    which site; beside each condition the share of the variance of q.k that goes with the pairs."""
-    lm, section, heads = context.lm, context.config.rope, context.heads()
-    ks = section.pairs or tuple(
-        k for k in (lm.config.n_pairs // 8, lm.config.n_pairs // 4, lm.config.n_pairs // 2) if k
-    )
-    text = context.config.text.file
-    statistics = head_statistics(lm, context.windows()[: context.config.knockout.activity_windows]) if text else None
-    conditions = [Condition("none", 0, Interventions()), *_rope_conditions(context, heads, ks, statistics)]
-    outcomes, _ = task_outcomes(context, section.tasks, conditions)
-    variances = [statistics and rotary.condition_variance(condition, statistics) for condition in conditions]
-    rows = causal.summarise(conditions, outcomes)
-    contrasts = _low_against_high(conditions, outcomes, ks)
-    numbers = _dose_numbers(conditions, outcomes, ks) | _quarter_numbers(lm.config, contrasts)
-    for task, outcome_CN in outcomes.items():
-        numbers |= _window_numbers(task, conditions, outcome_CN)
-    costs = _costs(context, conditions, outcomes, ks) if section.text else []
-    numbers |= {
-        f"rope/{row['task']}/{row['kind']} {row['k']} pairs, perplexity increase over recall drop": row["ratio"]
-        for row in costs
-        if row["ratio"] is not None
-    }
-    return {
-        "rows": [row | {"variance": variance} for row, variance in zip(rows, variances * len(outcomes), strict=True)],
-        "contrasts": contrasts,
-        "pairs": list(ks),
-        "n_pairs": lm.config.n_pairs,
-        "patch_pairs": _patch_pairs(context),
-        "costs": costs,
-        "wavelengths": (2 * np.pi / inverse_frequencies(lm.config)).tolist(),
-        "context": lm.config.max_length,
-        "numbers": numbers,
-    }
-
-
-def _rope_conditions(context: Context, heads, ks, statistics: HeadStatistics | None):
+def _conditions(
+    context: Context, heads: Sequence[Head], ks: Sequence[int], statistics: HeadStatistics | None
+) -> Iterator[Condition]:
     config, section = context.lm.config, context.config.rope
     norms = query_norms(config, context.lm.params) if section.utility else None
     for site in section.sites:
@@ -86,80 +159,109 @@ def _rope_conditions(context: Context, heads, ks, statistics: HeadStatistics | N
     yield from rotary.coverage_conditions(config, heads, section.coverage, _patch_pairs(context))
     if section.patches:
         yield from rotary.patch_conditions(config, heads, _patch_pairs(context))
-    if section.matched:
+    if section.matched and statistics is not None:  # which `_check` makes sure of
         yield from rotary.matched_conditions(config, heads, ks, statistics, draws=section.matched, seed=section.seed)
 
 
 def _patch_pairs(context: Context) -> int:
-    """Pairs that are taken out where their number is not what varies."""
+    """How many pairs are ablated in the experiments that do not vary their number."""
     return context.config.rope.patch_pairs or max(1, context.lm.config.n_pairs // 8)
 
 
-def _dose_numbers(conditions, outcomes, ks) -> dict[str, Any]:
-    numbers = {}
-    for task, outcome_CN in outcomes.items():
-        numbers[f"rope/{task}/none"] = mean_over_draws(conditions, outcome_CN, "none")
-        found = dict.fromkeys((c.experiment, c.kind, c.site) for c in conditions if c.experiment in ("dose", "matched"))
-        for experiment, kind, site in found:
-            for k in ks:
-                if any(c.kind == kind and c.site == site and c.n_pairs == k for c in conditions):
-                    where = "" if site == "rotary" else f", {site} site"
-                    numbers[f"rope/{task}/{kind} {k} pairs{where}"] = mean_over_draws(
-                        conditions, outcome_CN, kind, k, experiment=experiment, site=site
-                    )
-    return numbers
+def _means(task: str, conditions: Sequence[Condition], outcome_CN, ks: Sequence[int]) -> Iterator[DoseMean]:
+    """The untouched model, and each dose."""
+    doses = dict.fromkeys((c.experiment, c.kind, c.site) for c in conditions if c.experiment in ("dose", "matched"))
+    measured = {(c.experiment, c.kind, c.site, c.n_pairs) for c in conditions}
+    chosen = [("", "none", "rotary", 0)]
+    chosen += [(*dose, k) for dose in doses for k in ks if (*dose, k) in measured]
+    for experiment, kind, site, k in chosen:
+        wanted = {"experiment": experiment, "kind": kind, "site": site}
+        mean = mean_over_draws(conditions, outcome_CN, n_pairs=k, **wanted)
+        yield DoseMean.of(mean, task=task, k=k, **wanted)
 
 
-def _quarter_numbers(config, contrasts) -> dict[str, Any]:
-    wanted = config.n_pairs // 4, "highest", "rotary"
-    return {
-        f"rope/{row['task']}/highest minus lowest quarter": row["change"]
-        for row in contrasts
-        if (row["k"], row["kind"], row["site"]) == wanted
-    }
-
-
-def _low_against_high(conditions, outcomes, ks) -> list[dict[str, Any]]:
-    """What taking the highest, or random, pairs out leaves more than taking the lowest out does, at each site."""
+def _low_against_high(conditions: Sequence[Condition], outcomes, ks: Sequence[int]) -> list[DoseContrast]:
+    """The highest, and random, pairs against the lowest, at each site."""
     rows = []
     for task, outcome_CN in outcomes.items():
         for site in dict.fromkeys(c.site for c in conditions if c.experiment == "dose"):
             for k, kind in ((k, kind) for k in ks for kind in ("highest", "random")):
                 dose = {"experiment": "dose", "site": site, "n_pairs": k}
                 if any(c.kind == kind for c in conditions):
-                    found = causal.contrast(conditions, outcome_CN, dose | {"kind": "lowest"}, dose | {"kind": kind})
-                    rows.append({"task": task, "site": site, "k": k, "kind": kind, **found})
+                    measured = contrast(conditions, outcome_CN, dose | {"kind": "lowest"}, dose | {"kind": kind})
+                    rows.append(
+                        DoseContrast(
+                            task=task, site=site, k=k, kind=kind, change=measured.change, p_value=measured.p_value
+                        )
+                    )
     return rows
 
 
-def _window_numbers(task: str, conditions, outcome_CN) -> dict[str, Any]:
-    """Recall without each window, and where in the spectrum the harm lies."""
-    numbers = {}
-    chosen = [i for i, c in enumerate(conditions) if c.experiment == "windows" and c.kind == "window"]
-    for i in chosen:
-        numbers[f"rope/{task}/window {conditions[i].draw + 1} of {len(chosen)}"] = stats.proportion(outcome_CN[i])
+def _spectrum(task: str, conditions: Sequence[Condition], outcome_CN) -> Iterator[Spectrum]:
+    """Where in the spectrum the harm lies, if windows of it were ablated."""
+    chosen = [i for i, c in enumerate(conditions) if _is_window(c)]
     if chosen:
         drops_VN = outcome_CN[:1].astype(float) - outcome_CN[chosen]
-        for place, name in enumerate(("centre of mass", "width")):
-            found = stats.bootstrap_of_means(drops_VN, lambda means: rotary.spectrum_centre(means)[place])  # noqa: B023
-            if found["value"] is not None:
-                numbers[f"rope/{task}/{name} of the windows"] = found
-    return numbers
+        centre, width = (
+            stats.bootstrap_of_means(drops_VN, lambda means, place=place: rotary.spectrum_centre(means)[place])
+            for place in range(2)
+        )
+        yield Spectrum(
+            task=task, centre=None if centre.value is None else centre, width=None if width.value is None else width
+        )
 
 
-def _costs(context: Context, conditions, outcomes, ks) -> list[dict[str, Any]]:
-    """What the lowest and the highest pairs cost plain text, against what they cost recall."""
+def _costs(context: Context, conditions: Sequence[Condition], outcomes, ks: Sequence[int]) -> list[CostRow]:
+    """The costs of the lowest and of the highest pairs."""
     windows, size = context.windows(), context.config.batch_size
     untouched = text_loss(context.lm, windows, batch_size=size)
     rows = []
     for kind, k in ((kind, k) for k in ks for kind in ("lowest", "highest")):
-        i = next(i for i, c in enumerate(conditions) if _is_dose(c, kind, k))
+        dose = "dose", kind, "rotary", k
+        i = next(i for i, c in enumerate(conditions) if (c.experiment, c.kind, c.site, c.n_pairs) == dose)
         change = text_loss(context.lm, windows, conditions[i].interventions, batch_size=size) - untouched
         for task, outcome_CN in outcomes.items():
-            found = rotary.cost_intervals(change, outcome_CN[0], outcome_CN[i])
-            rows.append({"task": task, "kind": kind, "k": k, **found})
+            costs = rotary.cost_intervals(change, outcome_CN[0], outcome_CN[i])
+            rows.append(CostRow(**vars(costs), task=task, kind=kind, k=k))
     return rows
 
 
-def _is_dose(condition: Condition, kind: str, k: int) -> bool:
-    return (condition.experiment, condition.kind, condition.site, condition.n_pairs) == ("dose", kind, "rotary", k)
+def _is_window(row: Condition | ConditionRow) -> bool:
+    return row.experiment == "windows" and row.kind == "window"
+
+
+def _numbers(result: RopeResult) -> dict[str, Number]:
+    """The headline numbers."""
+    numbers = {f"rope/{mean.task}/{_dose_name(mean)}": mean.number for mean in result.means}
+    for task in dict.fromkeys(mean.task for mean in result.means):
+        if (quarter := result.quarter(task)) is not None:
+            numbers[f"rope/{task}/highest minus lowest quarter"] = quarter
+    for found in result.spectra:
+        windows = [row for row in result.rows if row.task == found.task and _is_window(row)]
+        for row in windows:
+            numbers[f"rope/{row.task}/window {row.draw + 1} of {len(windows)}"] = row.number
+        if found.centre is not None:
+            numbers[f"rope/{found.task}/centre of mass of the windows"] = found.centre
+        if found.width is not None:
+            numbers[f"rope/{found.task}/width of the windows"] = found.width
+    for row in result.costs:
+        if row.ratio is not None:
+            numbers[f"rope/{row.task}/{row.kind} {row.k} pairs, perplexity increase over recall drop"] = row.ratio
+    return numbers
+
+
+def _dose_name(mean: DoseMean) -> str:
+    where = "" if mean.site == "rotary" else f", {mean.site} site"
+    return "none" if mean.kind == "none" else f"{mean.kind} {mean.k} pairs{where}"
+
+
+ROPE = Stage(
+    name="rope",
+    work=rope_stage,
+    result=RopeResult,
+    upstream=(DETECT,),
+    settings=(*PROMPTS, "rope.*", "text.*", "knockout.activity_windows"),
+    tasks=lambda config: config.rope.tasks,
+    check=_check,
+    check_model=_check_model,
+)

@@ -1,75 +1,133 @@
 """The stage `theta`: recall and retrieval heads under other RoPE bases."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from retmask_jax.heads.variants import with_base
 from retmask_jax.runs.context import Context
-from retmask_jax.stages.detector_runs import UNTOUCHED, check_detector_names, heads_found, number_of, scored
+from retmask_jax.runs.stage import PROMPTS, Stage
+from retmask_jax.runs.workdir import Result
+from retmask_jax.stages.detect import DETECT, DETECTION
+from retmask_jax.stages.detector_runs import UNTOUCHED, Found, check_detector_names, heads_found, scored
 from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.utils import stats
+from retmask_jax.utils.numbers import McNemar, Number
 
 
-def check_theta(config) -> None:
-    """Raise ValueError for settings of this stage that could only fail later."""
-    check_detector_names("theta.detector", [config.theta.detector])
-    _check_factors(config.theta.factors)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseRow(Number):
+    """Recall on a task under one RoPE base.
+
+    Attributes:
+        factor: Of the model's base; theta is their product.
+        change: Against factor 1.
+        mcnemar: Test of factor 1 (a) against this factor (b).
+    """
+
+    task: str
+    factor: float
+    theta: float
+    change: Number
+    mcnemar: McNemar
 
 
-def theta_stage(context: Context, folder: Path) -> dict[str, Any]:
-    """Recall and the number of retrieval heads with the RoPE base changed at inference, the weights as they are."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseHeads(Found):
+    """The retrieval heads under one RoPE base; jaccard: with those of factor 1."""
+
+    factor: float
+    theta: float
+    jaccard: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ThetaResult(Result):
+    """Recall and retrieval heads under several RoPE bases.
+
+    Attributes:
+        theta: The model's base, which `factors` multiply.
+        detector: Which finds the heads, those with a score of at least `threshold`.
+        rows: Recall by task and factor.
+        heads: By factor.
+    """
+
+    theta: float
+    factors: list[float]
+    detector: str
+    threshold: float
+    rows: list[BaseRow]
+    heads: list[BaseHeads]
+
+
+def theta_stage(context: Context, folder: Path) -> ThetaResult:
+    """Measures recall and the retrieval heads with the RoPE base changed at inference; the weights stay the same."""
     section, base = context.config.theta, context.lm.config.rope.theta
     tasks = section.tasks or context.config.knockout.tasks[:1]
-    threshold = _theta_threshold(context)
+    threshold = DETECT.of(context).reached
     outcomes: dict[str, list] = {}
-    counts = []
+    found = []
     for factor in section.factors:
         changed = context.of(with_base(context.lm, factor))
         for task, outcome_CN in task_outcomes(changed, tasks, [UNTOUCHED])[0].items():
             outcomes.setdefault(task, []).append(outcome_CN[0])
         run = scored(changed, section.detector, section.cases, folder / f"factor_{factor:g}.json")
-        counts.append({"factor": factor, "theta": factor * base} | heads_found(run, threshold))
+        found.append(heads_found(run, threshold))
     own = section.factors.index(1)
-    for count in counts:
-        count["jaccard"] = stats.jaccard(count["heads"], counts[own]["heads"])
+    heads = [
+        BaseHeads(
+            factor=factor, theta=factor * base, jaccard=stats.jaccard(at_base.heads, found[own].heads), **vars(at_base)
+        )
+        for factor, at_base in zip(section.factors, found, strict=True)
+    ]
     rows = [
-        {
-            "task": task,
-            "factor": factor,
-            "theta": factor * base,
-            **stats.proportion(outcome),
-            "change": stats.paired_bootstrap(outcome, of_task[own]),
-            "mcnemar": stats.mcnemar(of_task[own], outcome),
-        }
+        BaseRow.of(
+            stats.proportion(outcome),
+            task=task,
+            factor=factor,
+            theta=factor * base,
+            change=stats.paired_bootstrap(outcome, of_task[own]),
+            mcnemar=stats.mcnemar(of_task[own], outcome),
+        )
         for task, of_task in outcomes.items()
         for factor, outcome in zip(section.factors, of_task, strict=True)
     ]
-    numbers = {f"theta/{row['task']}/factor {row['factor']:g}": number_of(row) for row in rows}
-    for count in counts:
-        numbers[f"theta/heads/factor {count['factor']:g}"] = stats.exact(len(count["heads"]), count["counted"])
-    return {
-        "theta": base,
-        "factors": list(section.factors),
-        "detector": section.detector,
-        "threshold": threshold,
-        "rows": rows,
-        "heads": counts,
-        "numbers": numbers,
-    }
+    return ThetaResult(
+        theta=base,
+        factors=list(section.factors),
+        detector=section.detector,
+        threshold=threshold,
+        rows=rows,
+        heads=heads,
+        numbers=_numbers(rows, heads),
+    )
 
 
-def _theta_threshold(context: Context) -> float:
-    """Heads that were chosen by their number reach the score of the last of them."""
-    result = context.workdir.result("detect")
-    return min(result["scores"]) if result["threshold"] is None else result["threshold"]
+def _numbers(rows: Sequence[BaseRow], heads: Sequence[BaseHeads]) -> dict[str, Number]:
+    numbers = {f"theta/{row.task}/factor {row.factor:g}": row.number for row in rows}
+    counts = {f"theta/heads/factor {at.factor:g}": stats.exact(len(at.heads), at.counted) for at in heads}
+    return numbers | counts
+
+
+def _check(config) -> None:
+    check_detector_names("theta.detector", [config.theta.detector])
+    _check_factors(config.theta.factors)
 
 
 def _check_factors(factors: Sequence[float]) -> None:
     if 1 not in factors:
-        raise ValueError(
-            f"theta.factors {tuple(factors)} lack 1, the model as it is, which the others are compared with"
-        )
+        raise ValueError(f"theta.factors {tuple(factors)} lack 1, the unchanged base, which others are compared with")
     if len(set(factors)) < len(factors) or not all(0 < factor < math.inf for factor in factors):
-        raise ValueError(f"theta.factors {tuple(factors)} must be positive and each one there once")
+        raise ValueError(f"theta.factors {tuple(factors)} must be positive, finite and without repeats")
+
+
+THETA = Stage(
+    name="theta",
+    work=theta_stage,
+    result=ThetaResult,
+    upstream=(DETECT,),
+    settings=(*PROMPTS, "theta.*", "knockout.tasks", *DETECTION),
+    tasks=lambda config: (config.detect.task, *(config.theta.tasks or config.knockout.tasks[:1])),
+    check=_check,
+)

@@ -13,10 +13,13 @@ from retmask_jax.hf.end_tokens import Ends
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.stage import PROMPTS, Stage
+from retmask_jax.stages.detect import retrieval_heads
+from retmask_jax.stages.pairs import PAIRS
 from retmask_jax.training.loop import train
 from retmask_jax.training.settings import Settings
 from retmask_jax.utils import stats
-from retmask_jax.utils.files import digest, is_whole, mark_whole, read_jsonl
+from retmask_jax.utils.files import is_whole, mark_whole, read_jsonl
 from retmask_jax.utils.fingerprints import fingerprint
 from retmask_jax.utils.progress import track
 
@@ -25,7 +28,7 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
     """Every arm and seed trained from the same start, exported as an HF checkpoint."""
     config = context.config
     names = {f"{arm}-{seed}": (arm, seed) for arm in config.train.arms for seed in config.train.seeds}
-    model, heads = context.outline.replace(params=None, source=context.source()), context.heads()
+    model, heads = context.outline.replace(params=None, source=context.source()), retrieval_heads(context)
     start = {"model": context.model_fingerprint, "dtype": config.train.compute_dtype}
     runs = {}
     for name, (arm, seed) in names.items():
@@ -41,9 +44,9 @@ def train_stage(context: Context, folder: Path) -> dict[str, Any]:
                 settings,
                 target,
                 context.mesh,
-                fingerprint=digest(identity | start),
+                identity=identity | start,
                 what=f"train {name}",
-                ablated=mask_heads(model.config, heads).fill(model.config) if arm == "contrast" else None,
+                ablated=mask_heads(model.config, heads) if arm == "contrast" else None,
             )
             trained = dataclasses.replace(model.config, lora=settings.lora)
             save(model.replace(config=trained, params=params), target / "model")
@@ -90,3 +93,23 @@ def train_settings(config, arm: str, seed: int) -> Settings:
     fields = {field.name for field in dataclasses.fields(Settings)} - {"objective", "seed"}
     objective = {"sft_filtered": "sft", "sft_unfiltered": "sft", "contrast": "contrast"}.get(arm, "dpo")
     return Settings(objective=objective, seed=seed, **{name: section[name] for name in fields})
+
+
+def _check(config) -> None:
+    if config.train.max_prompt_tokens >= config.train.max_tokens:
+        raise ValueError(
+            f"train.max_prompt_tokens {config.train.max_prompt_tokens} must be less than train.max_tokens "
+            f"{config.train.max_tokens}, which also holds the answer"
+        )
+    train_settings(config, "retmask", 0)
+
+
+TRAIN = Stage(
+    name="train",
+    work=train_stage,
+    result=dict,
+    upstream=(PAIRS,),
+    settings=(*PROMPTS, "pairs.template_kwargs", "train.*"),
+    batch_key="train.microbatch_size",
+    check=_check,
+)

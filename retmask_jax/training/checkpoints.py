@@ -1,60 +1,72 @@
-"""Checkpoints of a training run: written in the background, the newest few and the best kept, read onto any mesh."""
+"""Checkpoints of a training run: written in the background, read onto any mesh; the newest few and the best one are
+kept."""
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 
-from retmask_jax.utils.files import read_json, wait_until_listed, write_json
+from retmask_jax.utils.files import digest, read_json, wait_until_listed, write_json
+from retmask_jax.utils.store import check_identity
 
 log = logging.getLogger(__name__)
 
 
-_LAST = "commit_success.txt"  # what Orbax writes last
+_LAST = "commit_success.txt"  # the file of a checkpoint that Orbax writes last
 
 
 class Checkpoints:
-    """The checkpoints in a folder; a context manager, at whose end all of them are whole."""
+    """The checkpoints in a folder, to be used in a `with` statement: at its end all of them are complete."""
 
-    def __init__(self, folder: str | os.PathLike, keep: int, fingerprint: str):
-        """folder: a path, or the address of a bucket (gs://...), which is handed on as it is. keep: how many of the newest
-        stay, and the one with the lowest loss. fingerprint: of what is trained on.
+    def __init__(self, folder: str | os.PathLike[str], keep: int, identity: Mapping[str, Any]):
+        """Opens the checkpoints of a folder.
 
-        A checkpoint is whole once its folder holds the file that is written last: no folder is renamed, which object
+        A checkpoint is complete once its folder holds the file that is written last: no folder is renamed, which object
         stores and their mounts cannot do. Since mounts may list new folders late, the steps are also noted by name.
+
+        Args:
+            folder: A path, or the address of a bucket (gs://...), which is handed on as it is.
+            keep: How many of the newest checkpoints stay, besides the one with the lowest loss.
+            identity: What the run is made from, {name: JSON value}.
         """
         import orbax.checkpoint as ocp
         from etils import epath
         from orbax.checkpoint import checkpoint_managers as kept
 
         logging.getLogger("absl").setLevel(logging.WARNING)
-        self._fingerprint = fingerprint
+        self._identity = dict(identity)
         best = kept.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1)
         policy = kept.AnyPreservationPolicy([kept.LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(
             create=True, preservation_policy=policy, temporary_path_class=ocp.path.atomicity.CommitFileTemporaryPath
         )
-        address = str(folder) if "://" in str(folder) else Path(folder).absolute()
-        self._note = None if isinstance(address, str) else address.with_name(f"{address.name}.steps")
-        if self._note and self._note.exists():
-            begun = [address / str(step) for step in read_json(self._note)]
+        local = None if "://" in str(folder) else Path(folder).absolute()
+        self._note = None if local is None else local.with_name(f"{local.name}.steps")
+        if local is not None and self._note is not None and self._note.exists():
+            begun = [local / str(step) for step in read_json(self._note)]
             wait_until_listed(path for path in begun if (path / _LAST).exists())
-        self._manager = ocp.CheckpointManager(epath.Path(address), options=options)
+        self._manager = ocp.CheckpointManager(epath.Path(local or str(folder)), options=options)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
 
     def save(self, step: int, state: Any, data: dict, loss: float) -> None:
-        """Begin to write: the state, the state of the data's iterator, and the mean loss since the last checkpoint."""
+        """Starts to write a checkpoint.
+
+        Args:
+            data: The state of the iterator over the data.
+            loss: Mean loss since the last checkpoint, by which the best one is chosen.
+        """
         import orbax.checkpoint as ocp
 
-        about = {"data": data, "fingerprint": self._fingerprint, "loss": loss}
+        about = {"data": data, "identity": self._identity, "loss": loss}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
         if self._note:
             write_json(self._note, [*self._manager.all_steps(), step])
@@ -62,31 +74,28 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint; None: there is none."""
+        """Step of the newest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
 
-    @property
-    def best(self) -> int | None:
-        """The step of the checkpoint with the lowest loss; None: there is none."""
-        self._manager.wait_until_finished()
-        steps = self._manager.all_steps()
-        return min(steps, key=lambda step: self._about(step)["loss"]) if steps else None
-
     def restore(self, shapes: Any) -> tuple[Any, dict]:
-        """(state, state of the data's iterator) of the newest checkpoint, placed as `shapes` say, whatever mesh it was
-        written on.
+        """Returns the state of training and the state of the data's iterator from the newest checkpoint.
 
-        Raises ValueError where it is of a run on other data or another start.
+        Args:
+            shapes: Shapes and shardings of the state, which need not be those it was written with.
+
+        Raises:
+            ValueError: There is no checkpoint, or its run has another identity.
         """
         import orbax.checkpoint as ocp
 
         step = self.latest
+        if step is None:
+            raise ValueError(f"{self._manager.directory} holds no checkpoint")
         about = self._about(step)
-        if about["fingerprint"] != self._fingerprint:
-            raise ValueError(
-                f"{self._manager.directory} holds checkpoints of another run (fingerprint {about['fingerprint']}, now "
-                f"{self._fingerprint}): delete it to start again"
-            )
+        wanted = self._identity
+        if "fingerprint" in about:  # earlier versions stored a hash of the identity under this name
+            about, wanted = about | {"identity": {"input": about["fingerprint"]}}, {"input": digest(wanted)}
+        check_identity(self._manager.directory, about["identity"], wanted)
         log.info("resuming at step %d", step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(_abstract, shapes)))
         return self._manager.restore(step, args=args)["state"], about["data"]

@@ -1,7 +1,7 @@
-"""The same answers from OpenAI-compatible servers, such as vLLM: one with the model, others with masked checkpoints.
+"""Answers from OpenAI-compatible servers such as vLLM: one serves the model, others serve masked checkpoints.
 
-Known limit: draws are the server's. It is given the seed of each question, but what it makes of it depends on the
-server, its version and, with many, on what else it is answering; so answers differ from those of this package.
+Known limit: the server draws the answers. It receives the seed of each question, but how it uses the seed depends on
+the server, its version and often on what else it is answering. So answers differ from those sampled by this package.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from retmask_jax.training.pairs import Question, Variant
+from retmask_jax.training.pairs import Question, StoredAnswer, Variant, answer
 from retmask_jax.utils.keys import clean_key, has_password, without_secrets
 from retmask_jax.utils.progress import with_rate
 
@@ -29,18 +29,23 @@ _PASSING = (408, 409, 425, 429)  # statuses below 500 that go away
 _LONGEST_WAIT, _LONGEST_ASKED = 60.0, 600.0  # seconds between two tries: ours, and what Retry-After may ask for
 _KEY = "OPENAI_API_KEY"
 _PATH = "/v1/chat/completions"
-_GONE = 2  # so many failed questions in a row, per thread, and nobody is there
+_GONE = 2  # a server with so many failed questions in a row, per thread, is taken to be down
 
 
 @dataclasses.dataclass(frozen=True)
 class Endpoints:
-    """Where each variant is answered, and how.
+    """The server of each variant, and how it is asked.
 
-    urls: base addresses, with or without /v1. model: the name it is served under. concurrency: questions under way at
-    once, for each server. timeout: seconds for one answer.
-    retries: how often a failed call is repeated, after 1, 2, 4, ... up to 60 seconds, or what Retry-After says.
-    template_kwargs: handed to the server's chat template. thoughts_begin: what the model writes before its thoughts,
-    where the server has split them off. first_wait: seconds before the first retry.
+    Attributes:
+        urls: {variant: base address of its server, with or without /v1}.
+        model: Name under which the servers serve the model.
+        concurrency: Questions under way at once, for each server.
+        timeout: Seconds for one answer.
+        retries: How often a failed call is repeated, after 1, 2, 4, ... up to 60 seconds, or after what Retry-After
+            says.
+        template_kwargs: Arguments for the server's chat template.
+        thoughts_begin: What the model writes before its thoughts, put back where the server has split them off.
+        first_wait: Seconds before the first retry.
     """
 
     urls: Mapping[Variant, str]
@@ -71,32 +76,41 @@ class Endpoints:
 
 def sample(
     endpoints: Endpoints, questions: Sequence[Question], *, temperature: float, top_p: float, max_new_tokens: int
-) -> Iterator[dict]:
-    """The servers' answers as records in the order in which they come.
+) -> Iterator[StoredAnswer]:
+    """Yields (key, answer) for each question, in the order in which the servers answer.
 
-    A question whose every try failed has none; where many in a row fail, that server is not asked again. Raises
-    ValueError with the server's words at once for what no retry can mend (status 401, 404, a redirect, ...), and at the
-    end where answers are missing. The key is read from the environment, OPENAI_API_KEY, without blanks around it; it goes
-    to no address but the endpoint's and stands in no message. ValueError for a key that cannot be sent.
+    A question all of whose tries failed is left out, and a server that fails many times in a row is not asked again.
+    The servers' key is read from the environment variable OPENAI_API_KEY, without blanks around it; it is sent to no
+    address but the endpoint's and stands in no message.
+
+    Raises:
+        ValueError: The key cannot be sent; a server refuses in a way that no retry changes (status 401, 404, a
+            redirect), with the server's words; or, at the end, answers are missing.
     """
     _key()
-    options = {"model": endpoints.model, "temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens}
+    options: dict[str, Any] = {
+        "model": endpoints.model,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_tokens": max_new_tokens,
+    }
     if endpoints.template_kwargs:
         options["chat_template_kwargs"] = dict(endpoints.template_kwargs)
     answers = _in_threads(endpoints, questions, options)
-    return with_rate(answers, lambda answer: answer["tokens"], len(questions), "ask the endpoints")
+    return with_rate(answers, lambda stored: stored[1]["tokens"], len(questions), "ask the endpoints")
 
 
 class _Failed(Exception):
-    """A call that may go well another time; wait: seconds the server asks for."""
+    """A call that may succeed if it is repeated; wait: the seconds that the server asks for."""
 
     def __init__(self, reason: str, wait: float = 0.0):
         super().__init__(reason)
         self.wait = wait
 
 
-def _in_threads(endpoints: Endpoints, questions: Sequence[Question], options) -> Iterator[dict]:
-    """Every server has threads of its own, so that a slow one holds up no other; each ends with None."""
+def _in_threads(endpoints: Endpoints, questions: Sequence[Question], options) -> Iterator[StoredAnswer]:
+    """Asks each server in separate threads, so that a slow one holds up no other. Each thread ends with the result
+    None."""
     results, stops = queue.SimpleQueue(), {}
     for url in set(endpoints.urls.values()):
         todo, stops[url] = queue.SimpleQueue(), threading.Event()
@@ -104,7 +118,7 @@ def _in_threads(endpoints: Endpoints, questions: Sequence[Question], options) ->
             if endpoints.urls[question.variant] == url:
                 todo.put(question)
         for _ in range(endpoints.concurrency):
-            # Daemons: an interrupted run does not wait for answers under way.
+            # Daemon threads, so that an interrupted run does not wait for answers under way.
             threading.Thread(
                 target=_work, args=(endpoints, url, todo, options, stops[url], results), daemon=True
             ).start()
@@ -126,8 +140,8 @@ def _work(endpoints: Endpoints, url: str, todo, options, stop: threading.Event, 
     results.put((url, None))
 
 
-def _collect(results, stops: Mapping[str, threading.Event], concurrency: int, total: int) -> Iterator[dict]:
-    """The answers as they come; ValueError where some are missing, after all others."""
+def _collect(results, stops: Mapping[str, threading.Event], concurrency: int, total: int) -> Iterator[StoredAnswer]:
+    """The answers as they come; ValueError after the last of them if some are missing."""
     answered, in_a_row, failure, running = 0, dict.fromkeys(stops, 0), None, concurrency * len(stops)
     while running:
         url, result = results.get()
@@ -149,20 +163,21 @@ def _collect(results, stops: Mapping[str, threading.Event], concurrency: int, to
         )
 
 
-def _patiently(endpoints: Endpoints, question: Question, options, stop: threading.Event) -> dict | _Failed:
+def _patiently(endpoints: Endpoints, question: Question, options, stop: threading.Event) -> StoredAnswer | _Failed:
     """The answer, or the last failure."""
-    for retry in range(endpoints.retries + 1):
+    retry = 0
+    while True:
         try:
             return _ask(endpoints, question, options)
         except _Failed as error:
             failure = error
         wait = min(endpoints.first_wait * 2**retry, _LONGEST_WAIT) * random.uniform(0.5, 1)
         if retry == endpoints.retries or stop.wait(max(wait, failure.wait)):
-            break
-    return failure
+            return failure
+        retry += 1
 
 
-def _ask(endpoints: Endpoints, question: Question, options) -> dict:
+def _ask(endpoints: Endpoints, question: Question, options) -> StoredAnswer:
     url, key = f"{endpoints.urls[question.variant].rstrip('/').removesuffix('/v1')}{_PATH}", _key()
     body = options | {"messages": list(question.messages), "seed": question.draw}
     headers = {"Content-Type": "application/json"}
@@ -175,22 +190,22 @@ def _ask(endpoints: Endpoints, question: Question, options) -> dict:
             content = _read(response, deadline)
     except urllib.error.HTTPError as error:
         raise _refused(url, question, error, key) from error
-    except (OSError, http.client.HTTPException) as error:  # no connection, reset, timeout, cut short
+    except (OSError, http.client.HTTPException) as error:  # no connection, reset, timeout, body cut short
         raise _Failed(f"{url}: {without_secrets(repr(error), key)}") from error
-    except ValueError as error:  # such as an address of a proxy, from the environment, that is none
+    except ValueError as error:  # such as an invalid address of a proxy in the environment
         raise ValueError(f"{url} cannot be asked: {without_secrets(str(error), key)}") from error
     try:
-        return _parse(question, json.loads(content), endpoints.thoughts_begin)
+        return question.key, _parse(json.loads(content), endpoints.thoughts_begin)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         said = without_secrets(content[: 2**16].decode(errors="replace"), key)
         raise _Failed(f"{url}: no whole answer but {said[:200]!r}") from error
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """urllib would take the key to wherever a redirect points, and what is found there for an answer."""
+    """Follows no redirect: urllib would send the key to wherever it points, and take what is there for an answer."""
 
-    def http_error_302(self, *_):
-        return None  # then it is raised as an HTTPError
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> None:
+        return None  # urllib then raises an HTTPError
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
@@ -206,7 +221,7 @@ def _key() -> str:
 
 
 def _read(response, deadline: float) -> bytes:
-    """The body; a server that sends a byte now and then is not waited for for ever."""
+    """The body of an answer, read until the deadline: a server may send a byte now and then for ever."""
     parts = []
     while part := response.read1(2**16):
         parts.append(part)
@@ -232,7 +247,7 @@ def _refused(url: str, question: Question, error: urllib.error.HTTPError, key: s
 
 def _redirected(url: str, error: urllib.error.HTTPError, key: str) -> ValueError:
     target = "".join((error.headers.get("Location") or "").split())
-    with contextlib.suppress(ValueError):  # an address that is none is shown as it is
+    with contextlib.suppress(ValueError):  # an invalid address is shown as it is
         target = urllib.parse.urljoin(url, target)
     if target == url:
         return ValueError(
@@ -259,8 +274,9 @@ def _asked_wait(header: str | None) -> float:
     return min(max(seconds, 0.0), _LONGEST_ASKED)
 
 
-def _parse(question: Question, body: Any, thoughts_begin: str) -> dict:
-    """The record of a server's answer; thoughts that it has split off stand before the answer, as the model wrote."""
+def _parse(body: Any, thoughts_begin: str) -> dict[str, Any]:
+    """The answer to be stored. Thoughts that the server has split off are put back before the text, as the model
+    wrote them."""
     choice = body["choices"][0]
     message, reason = choice["message"], choice["finish_reason"]
     thoughts, text = message.get("reasoning_content") or message.get("reasoning"), message.get("content")
@@ -269,4 +285,4 @@ def _parse(question: Question, body: Any, thoughts_begin: str) -> dict:
     if thoughts:
         text = f"{thoughts_begin}{thoughts}" + (f"</think>{text}" if text else "")
     tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
-    return question.answer(text, finished=reason == "stop", tokens=tokens)
+    return answer(text, finished=reason == "stop", tokens=tokens)

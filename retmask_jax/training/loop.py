@@ -1,4 +1,4 @@
-"""Training: the loop, its checkpoints, exact resume, and what it says on the way."""
+"""The training loop: checkpoints, exact resume, and the numbers that are reported on the way."""
 
 import contextlib
 import dataclasses
@@ -8,17 +8,22 @@ import statistics
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float32, PyTree
 
-from retmask_jax.data.pair_rows import SIDES, PairRows, Part, batches, parts, widths
+from retmask_jax.data.pair_formats import SIDES
+from retmask_jax.data.pair_rows import PairRows, Part, batches, parts, widths
 from retmask_jax.model import lora, sharding
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import peak_flops, training_flops
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import Masks, normalise
 from retmask_jax.training.checkpoints import Checkpoints
 from retmask_jax.training.metrics import Metrics, memory_in_use
 from retmask_jax.training.reference import reference_logprobs
@@ -29,37 +34,47 @@ from retmask_jax.utils.hosts import several, wait_for_all
 from retmask_jax.utils.progress import track
 
 _FINITE = ("loss", "gradient_norm", "parameter_norm")
-_NAMED = 8  # pairs that a message names
+_NAMED = 8  # how many pairs a message names
 
 
 class Stopped(InterruptedError):
-    """A run was told to stop (SIGTERM) and wrote a checkpoint; the same call goes on from there."""
+    """A run was told to stop by SIGTERM and has written a checkpoint; the same call resumes from it."""
 
 
 def train(
     config: ModelConfig,
-    load_params: Callable[[], Any],
+    load_params: Callable[[], PyTree],
     rows: PairRows,
     settings: Settings,
     folder: Path,
-    mesh,
+    mesh: Mesh,
     *,
-    fingerprint: str,
+    identity: Mapping[str, Any],
     what: str = "train",
-    ablated=None,
-):
-    """Train from load_params() on preference rows; returns the final params: all of them, float32; or adapters beside
-    the frozen model, parameters of a config with settings.lora, which `language_model.save` merges into the weights as stored.
+    ablated: Interventions | None = None,
+) -> PyTree:
+    """Trains on preference rows from load_params() on, and resumes from the newest checkpoint in `folder`.
 
-    load_params gives the start model, read in settings.start_dtype; it is called once at most, and none but the trained
-    parameters are held while training. fingerprint: of the start model, the data and how they were made into rows. ablated: the
-    Interventions of the objective "contrast".
+    The outcome equals an uninterrupted run. Into `folder` go reference/ (a store), metrics.jsonl, tensorboard/ and
+    checkpoints/, or a note of where the checkpoints are if settings.checkpoint_folder names another place.
 
-    Writes reference.npz, metrics.jsonl, tensorboard/ and checkpoints/ (or, where settings.checkpoint_folder names another
-    place, a note of where they are) into folder and resumes from the newest
-    checkpoint there: the outcome equals an uninterrupted run. Raises ValueError for settings, rows or a mesh that do not
-    fit, for files in folder of another fingerprint, and for a loss that is not finite, naming the step and the pairs;
-    Stopped after SIGTERM.
+    Args:
+        load_params: Gives the start model's parameters in settings.start_dtype; called once at most. Only the trained
+            parameters are held while training.
+        folder: Where the run keeps its files.
+        identity: What the run is made from, {name: JSON value}: the start model, the data and how they were made into
+            rows.
+        what: Name of the run in its progress bar, messages and metrics.
+        ablated: The interventions of the objective "contrast".
+
+    Returns:
+        The final parameters: all of them in float32, or adapters next to the frozen model, which are parameters of a
+        config with settings.lora; `language_model.save` merges them into the weights as stored.
+
+    Raises:
+        ValueError: Settings, rows or mesh do not fit, files in `folder` have another identity, or a loss is not finite;
+            the message then names the step and the pairs.
+        Stopped: After SIGTERM.
     """
     check_mesh(settings, mesh)
     allowed = widths(rows, 1 if config.depends_on_length else settings.widths, config.max_length)
@@ -71,18 +86,19 @@ def train(
             config,
             start,
             rows,
-            folder / "reference.npz",
+            folder / "reference",
             mesh,
             batch_size=settings.reference_batch_size,
             compute_dtype=settings.compute_dtype,
             allowed_widths=allowed,
-            fingerprint=fingerprint,
+            identity=identity,
         )
     # One set of programs for all seeds: the seed orders the data and is no part of an update.
     programs = make_programs(config, dataclasses.replace(settings, seed=0), mesh)
-    run = _Run(config, settings, rows, reference_ND, mesh, programs, allowed, ablated)
+    masks = None if ablated is None else normalise(config, ablated)
+    run = _Run(config, settings, rows, reference_ND, mesh, programs, allowed, masks)
     place = _checkpoint_folder(folder, settings.checkpoint_folder)
-    with sharding.using(mesh), Checkpoints(place, settings.keep, fingerprint) as checkpoints:
+    with sharding.using(mesh), Checkpoints(place, settings.keep, identity) as checkpoints:
         resumed = checkpoints.latest is not None
         frozen = {} if settings.lora is None else programs.freeze(start())
         if resumed:
@@ -95,8 +111,8 @@ def train(
         return lora.join(state.params, frozen)
 
 
-def check_mesh(settings: Settings, mesh) -> None:
-    """Raise ValueError where a part of a batch cannot be split over the mesh."""
+def check_mesh(settings: Settings, mesh: Mesh) -> None:
+    """Raises ValueError where a part of a batch cannot be split over the mesh."""
     shards = sharding.row_shards(mesh)
     if settings.microbatch_size % shards:
         raise ValueError(
@@ -106,7 +122,8 @@ def check_mesh(settings: Settings, mesh) -> None:
 
 
 def _checkpoint_folder(folder: Path, elsewhere: str) -> str | Path:
-    """Where the run in `folder` keeps its checkpoints: in it, or in a folder of its own elsewhere, which it notes down."""
+    """Where the run in `folder` keeps its checkpoints: in `folder`, or in a new folder elsewhere, which is noted in
+    `folder`."""
     if not elsewhere:
         return folder / "checkpoints"
     note = folder / "checkpoints.json"
@@ -118,16 +135,16 @@ def _checkpoint_folder(folder: Path, elsewhere: str) -> str | Path:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What stays the same over the steps. reference_ND: f32[N,2], or None; allowed: the widths of rows."""
+    """What stays the same over the steps; `allowed` are the widths that rows are padded to."""
 
     config: ModelConfig
     settings: Settings
     rows: PairRows
-    reference_ND: np.ndarray | None
-    mesh: Any
+    reference_ND: Float32[np.ndarray, "N 2"] | None
+    mesh: Mesh
     programs: Programs
     allowed: list[int]
-    ablated: Any
+    ablated: Masks | None
 
 
 def _loop(run: _Run, state: State, frozen, loader, checkpoints: Checkpoints, folder: Path, what: str) -> State:
@@ -135,7 +152,7 @@ def _loop(run: _Run, state: State, frozen, loader, checkpoints: Checkpoints, fol
     losses = []
     with (
         Metrics(folder, first, settings.wandb, what) as metrics,
-        _told_to_stop() as told_to_stop,
+        _stop_signal() as stop_requested,
         _profile(folder, settings.profile) as profile,
         track(None, settings.steps, what, "step", first) as bar,
     ):
@@ -149,7 +166,7 @@ def _loop(run: _Run, state: State, frozen, loader, checkpoints: Checkpoints, fol
             losses.append(values["loss"])
             bar.set_postfix_str(_shown(values), refresh=False)
             bar.update()
-            stopping = told_to_stop(step)
+            stopping = stop_requested(step)
             if stopping or (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
                 checkpoints.save(step + 1, state, loader.get_state(), statistics.fmean(losses))
                 losses = []
@@ -172,7 +189,8 @@ def _update(run: _Run, state: State, frozen, pairs: np.ndarray) -> tuple[State, 
 
 
 def _weight(run: _Run, pairs: np.ndarray) -> float:
-    """What a pair counts in the batch's loss: pairs alike, or answer tokens alike where the loss is a sum over them."""
+    """Weight of a pair in the batch's loss. In DPO all pairs weigh the same; other losses are sums over the answers'
+    tokens, all of which weigh the same."""
     if run.settings.objective == "dpo":
         return 1 / len(pairs)
     _, chosen, rejected, _ = run.rows.bounds[pairs].T
@@ -201,7 +219,7 @@ def _check_finite(values: dict[str, float], step: int, ids: list[str], what: str
 
 
 def _speed(run: _Run, pairs: np.ndarray, seconds: float) -> dict[str, float]:
-    """Tokens a second, padding not counted; the share of the devices' peak where that is known; the memory in use."""
+    """Tokens per second without padding, the share of the devices' peak where that is known, and the memory in use."""
     start, chosen, rejected, end = run.rows.bounds[pairs].T
     answers = (rejected - chosen, end - rejected)[: 2 if run.settings.objective == "dpo" else 1]
     values = {"tokens_per_second": float(sum((chosen - start + answer).sum() for answer in answers) / seconds)}
@@ -224,30 +242,30 @@ def _shown(values: dict[str, float]) -> str:
 
 
 @contextlib.contextmanager
-def _told_to_stop():
-    """Within it SIGTERM no longer kills: the function it gives says, behind a step, whether the signal came.
+def _stop_signal():
+    """Gives a function that says after a step whether SIGTERM has come; within this context the signal does not kill.
 
-    Hosts of one program agree on the step, by JAX's own service.
+    Hosts of one program agree on the step through JAX's service for preemption.
     """
     if several():
         from jax.experimental import multihost_utils
 
         yield multihost_utils.reached_preemption_sync_point
         return
-    told = threading.Event()
+    signalled = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # the only one that may catch signals
         yield lambda step: False
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: signalled.set())
     try:
-        yield lambda step: told.is_set()
+        yield lambda step: signalled.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
 def _profile(folder: Path, steps: tuple[int, ...]):
-    """A function to call before each step: it writes a trace of the steps from steps[0] to before steps[1]."""
+    """Gives a function to call before each step, which writes a profile of the steps steps[0], ..., steps[1] - 1."""
     running = False
 
     def before(step: int) -> None:

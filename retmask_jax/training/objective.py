@@ -1,5 +1,7 @@
 """What is minimised: the loss of a part of a batch, and the metrics that go with it."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -7,7 +9,7 @@ from jaxtyping import Float32, PyTree, Shaped
 
 from retmask_jax.generation.logprobs import over_chunks, sequence_logprobs
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import Masks, normalise
 from retmask_jax.model.transformer import check_tokens, hidden
 from retmask_jax.training.losses import contrast_loss, dpo_loss
 from retmask_jax.training.settings import Settings
@@ -16,11 +18,23 @@ from retmask_jax.utils.array_types import Tokens
 _OF_PAIRS = ("reward_chosen", "reward_rejected", "margin", "accuracy")
 
 
-def part_loss(config: ModelConfig, settings: Settings, params, batch, ablated=None):
-    """(loss, metrics) of pairs, each a sum over pairs of their value times batch["weight"] f32[n].
+def part_loss(
+    config: ModelConfig,
+    settings: Settings,
+    params: PyTree,
+    batch: Mapping[str, jax.Array],
+    ablated: Masks | None = None,
+) -> tuple[Float32[jax.Array, ""], dict[str, Float32[jax.Array, ""]]]:
+    """Returns (loss, metrics) of some pairs, computed in settings.compute_dtype.
 
-    batch: `PairRows.padded`, weight and, with a reference, ref_chosen and ref_rejected f32[n]. Chosen and rejected rows
-    share one forward pass. ablated: the Interventions of the objective "contrast". Computed in settings.compute_dtype.
+    Args:
+        config: Config of the model, with adapters if they are trained.
+        batch: The rows of n pairs as `PairRows.padded` gives them, weight f32[n] and, if the loss has a reference,
+            ref_chosen and ref_rejected f32[n].
+        ablated: The masks of the objective "contrast".
+
+    Returns:
+        The loss and each metric as sums over the pairs, each pair's value times its weight.
     """
     params = jax.tree.map(lambda x: x.astype(settings.compute_dtype), params)
     weight = batch["weight"]
@@ -31,6 +45,7 @@ def part_loss(config: ModelConfig, settings: Settings, params, batch, ablated=No
     if settings.objective == "sft":
         losses = -sequence_logprobs(config, params, *rows, remat=settings.remat)
     else:
+        assert ablated is not None, "the objective contrast needs masks"
         losses = sequence_contrast(config, params, *rows, ablated, settings.contrast_strength, remat=settings.remat)
     return jnp.sum(weight * losses), {}
 
@@ -40,20 +55,21 @@ def sequence_contrast(
     params: PyTree,
     tokens: Tokens,
     loss_mask: Shaped[ArrayLike, "B T"],
-    interventions: Interventions,
+    masks: Masks,
     strength: float,
     *,
     remat: bool = False,
 ) -> Float32[jax.Array, " B"]:
-    """f32[B]: sum over the counted positions of `losses.contrast_loss` between the model and itself under interventions.
+    """Returns for each row the sum of `losses.contrast_loss` between the model and itself under masks.
 
-    Arguments and errors as in `sequence_logprobs`. Differentiable; the masked pass takes no gradient.
+    Arguments and errors are those of `sequence_logprobs`; the sum runs over the counted positions. It is differentiable
+    with respect to params, and the masked pass takes no gradient.
     """
     tokens = check_tokens(config, tokens)
     counted_BT = jnp.asarray(loss_mask)[:, 1:] != 0
-    normal_BTE = hidden(config, params, tokens, remat=remat).x_BTE[:, :-1]
+    normal_BTE = hidden(config, params, tokens, normalise(config), remat=remat).x_BTE[:, :-1]
     fixed = jax.lax.stop_gradient(params)
-    ablated_BTE = hidden(config, fixed, tokens, interventions).x_BTE[:, :-1]
+    ablated_BTE = hidden(config, fixed, tokens, masks).x_BTE[:, :-1]
 
     def contrast(logits_of, normal_BTE, ablated_BTE):
         return contrast_loss(logits_of(normal_BTE), logits_of(ablated_BTE), strength)
@@ -62,15 +78,18 @@ def sequence_contrast(
 
 
 def metric_names(settings: Settings) -> tuple[str, ...]:
-    """The metrics of `part_loss`, the loss first."""
+    """Returns the names of the metrics of `part_loss`, the loss first."""
     return ("loss", *(_OF_PAIRS if settings.objective == "dpo" else ()))
 
 
-def pair_logprobs(config: ModelConfig, params, batch, *, remat: bool = False):
-    """(chosen, rejected): f32[n], log-probabilities of the answers, both sides in one forward pass."""
+def pair_logprobs(
+    config: ModelConfig, params: PyTree, batch: Mapping[str, jax.Array], *, remat: bool = False
+) -> tuple[Float32[jax.Array, " n"], Float32[jax.Array, " n"]]:
+    """Returns log-probabilities of chosen and rejected answers in nats, from one forward pass over both sides."""
     tokens = jnp.concatenate([batch["chosen"], batch["rejected"]])
     mask = jnp.concatenate([batch["chosen_mask"], batch["rejected_mask"]])
-    return jnp.split(sequence_logprobs(config, params, tokens, mask, remat=remat), 2)
+    chosen, rejected = jnp.split(sequence_logprobs(config, params, tokens, mask, remat=remat), 2)
+    return chosen, rejected
 
 
 def _preference(config, settings, params, batch):

@@ -8,7 +8,8 @@ from retmask_jax.training.settings import Settings
 
 
 def make_optimizer(settings: Settings) -> optax.GradientTransformation:
-    """AdamW with clipping, linear warm-up and cosine decay; norm scales are not decayed."""
+    """Returns AdamW with clipping by the global norm and the learning rate of `schedule`; weights of norms are not
+    decayed."""
     return optax.chain(
         optax.clip_by_global_norm(settings.clip),
         optax.adamw(
@@ -24,7 +25,8 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
 
 
 def schedule(settings: Settings) -> optax.Schedule:
-    """Learning rate by update: up over the share `warmup` of the steps, then a cosine to final_learning_rate."""
+    """Returns the learning rate by step: linear up over the share `warmup` of the steps, then a cosine down to
+    final_learning_rate."""
     warmup = min(max(1, round(settings.warmup * settings.steps)), settings.steps - 1)
     return optax.warmup_cosine_decay_schedule(
         0.0, settings.learning_rate, warmup, settings.steps, settings.final_learning_rate

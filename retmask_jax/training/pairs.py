@@ -12,18 +12,20 @@ from retmask_jax.data.prompter import Prompter
 from retmask_jax.generation.continuous import Request, generate_stream
 from retmask_jax.generation.decode import NO_STOP
 from retmask_jax.generation.language_model import LanguageModel
-from retmask_jax.model.interventions import Interventions, stack
+from retmask_jax.model.interventions import Interventions
+from retmask_jax.utils.store import Key
 
 KEPT = "kept"
 OUTCOMES = (KEPT, "empty", "identical")
-_AT_ONCE = 1024  # prompts a tokenizer is given: it returns far more than their tokens
+_AT_ONCE = 1024  # prompts per call of a tokenizer, which returns far more than their tokens
 
 Variant = tuple[int, str]  # training seed and name of who answers
+StoredAnswer = tuple[Key, dict[str, Any]]  # key and value of an answer in the store
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Question:
-    """A conversation that one variant is to answer; the draws of its answer follow from `draw` alone."""
+    """A conversation for one variant to answer. `draw` is the seed of the answer's random draws."""
 
     variant: Variant
     id: str | int
@@ -33,35 +35,51 @@ class Question:
 
     @property
     def key(self) -> tuple[int, str, str | int]:
-        """What the answer is stored under."""
+        """Key of the answer in the store."""
         return (*self.variant, self.id)
 
-    def answer(self, text: str, finished: bool, tokens: int, stop: int | None = None) -> dict[str, Any]:
-        """The record of an answer of so many tokens; finished: it was not cut off; stop: the id that ended it, where one
-        did and is known."""
-        record = {"key": list(self.key), "text": text, "finished": finished, "tokens": tokens}
-        return record if stop is None else record | {"stop": stop}
+
+def answer(text: str, finished: bool, tokens: int, stop: int | None = None) -> dict[str, Any]:
+    """Returns an answer as it is stored.
+
+    Args:
+        text: What was answered.
+        finished: Whether the answer ended by itself instead of being cut off.
+        tokens: The number of its tokens.
+        stop: The id that ended it, where one did and is known.
+    """
+    record = {"text": text, "finished": finished, "tokens": tokens}
+    return record if stop is None else record | {"stop": stop}
 
 
 def usable(
     prompter: Prompter, prompts: Sequence[dict], messages_keys: Sequence[str], max_tokens: int
 ) -> tuple[list[int], dict[str, list[list[int]]]]:
-    """(numbers of the prompts that can be asked, {messages key: tokens of each of them}).
+    """Selects the prompts that fit into the model's context.
 
-    A prompt of which a conversation is longer than max_tokens is left out; ValueError where nothing is left.
+    Args:
+        messages_keys: Fields of a record that hold the conversations to be asked.
+        max_tokens: Longest conversation; a prompt with a longer one is left out.
+
+    Returns:
+        The indices of the prompts that fit, and {field: tokens of each of these prompts}.
+
+    Raises:
+        ValueError: No prompt fits.
     """
     tokens = {key: _encode(prompter, [prompt[key] for prompt in prompts]) for key in messages_keys}
     numbers = [i for i in range(len(prompts)) if max(len(rows[i]) for rows in tokens.values()) <= max_tokens]
     if not numbers:
         raise ValueError(
             f"each of {len(prompts)} prompts has more than {max(max_tokens, 0)} tokens, which the model's context leaves "
-            "beside pairs.max_new_tokens: take shorter prompts or fewer new tokens"
+            "besides pairs.max_new_tokens: take shorter prompts or fewer new tokens"
         )
     return numbers, {key: [rows[i] for i in numbers] for key, rows in tokens.items()}
 
 
 def draws(seed: int, stream: int, n: int) -> np.ndarray:
-    """u32[n]: the seeds of n prompts' draws in a stream of their own; those of the first do not depend on n."""
+    """Returns the seeds u32[n] of the draws for n prompts. Each stream has other seeds; the first ones do not depend
+    on n."""
     return np.random.SeedSequence([seed, stream]).generate_state(n)
 
 
@@ -74,15 +92,18 @@ def sample(
     top_p: float,
     max_new_tokens: int,
     batch_size: int | None,
-) -> Iterator[dict]:
-    """The answers of the model, each under its variant's mask, as records in the order in which they finish.
+) -> Iterator[StoredAnswer]:
+    """Yields (key, answer) for each question, in the order in which the answers finish.
 
     All variants share batches. An answer depends on its question alone, not on what else is asked (up to rounding,
     where another batch is padded to another length).
+
+    Args:
+        masks: {variant: interventions under which it answers}.
+        batch_size: Rows of a batch; None for as many as fit into the memory.
     """
     places = {variant: place for place, variant in enumerate(masks)}
     requests = [Request(q.tokens, places[q.variant], q.draw) for q in questions]
-    filled = stack([iv.fill(lm.config) for iv in masks.values()])
     stream = generate_stream(
         lm.config,
         lm.params,
@@ -91,19 +112,26 @@ def sample(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        masks=filled,
+        masks=list(masks.values()),
         what="sample",
     )
     for i, result in stream:
-        text = lm.tokenizer.decode(result.tokens, skip_special_tokens=True)
-        n, stop = len(result.tokens), int(result.stops)
-        yield questions[i].answer(text, finished=n < max_new_tokens, tokens=n, stop=None if stop == NO_STOP else stop)
+        tokens, stop = np.asarray(result.tokens), int(np.asarray(result.stops))
+        text, n = lm.tokenizer.decode(tokens, skip_special_tokens=True), len(tokens)
+        finished, stop = n < max_new_tokens, None if stop == NO_STOP else stop
+        yield questions[i].key, answer(text, finished, n, stop)
 
 
 def make_pairs(
     prompts: Iterable[dict], chosen: Iterable[dict], rejected: Iterable[dict], counts: collections.Counter
 ) -> Iterator[dict]:
-    """Records {id, messages, chosen, ...} of pairs that differ and are not empty; all are counted by OUTCOMES."""
+    """Yields a record {id, messages, chosen, ...} for each pair of answers that differ and are not empty.
+
+    Args:
+        chosen: For each prompt its chosen answer, as stored.
+        rejected: For each prompt its rejected answer.
+        counts: Counts all pairs by OUTCOMES.
+    """
     for prompt, good, bad in zip(prompts, chosen, rejected, strict=True):
         outcome = _outcome(good["text"], bad["text"])
         counts[outcome] += 1
@@ -112,7 +140,8 @@ def make_pairs(
 
 
 def make_demonstrations(prompts: Iterable[dict], chosen: Iterable[dict], counts: collections.Counter) -> Iterator[dict]:
-    """The model's own answers as records for supervised training (rejected repeats chosen and is not used)."""
+    """Yields the model's answers as records for supervised training, in which rejected repeats chosen and is not
+    used."""
     for prompt, good in zip(prompts, chosen, strict=True):
         counts[KEPT if good["text"].strip() else "empty"] += 1
         if good["text"].strip():

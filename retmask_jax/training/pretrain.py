@@ -1,20 +1,27 @@
-"""The tiny model's own training: its stages, the models kept along the way, and the files of the package's assets."""
+"""How the bundled tiny model is trained: stages, models saved along the way, and the data files in the package's
+assets."""
 
 import functools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jaxtyping import Float, Float32, Int, PyTree
+from ml_collections import ConfigDict
 
 from retmask_jax.data import tiny_language
 from retmask_jax.generation.language_model import LanguageModel, from_params, load, save
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.transformer import Transformer, hidden, unembed
+from retmask_jax.model.layers import unembed
+from retmask_jax.model.masks import Masks, normalise
+from retmask_jax.model.transformer import Transformer, hidden
 from retmask_jax.utils.files import is_whole, mark_whole, read_json, write_atomically, write_json, write_jsonl
 from retmask_jax.utils.progress import track
 
@@ -23,13 +30,17 @@ log = logging.getLogger(__name__)
 _LIST = "checkpoints.json"
 
 
-def pretrain(recipe, folder: Path) -> LanguageModel:
-    """Train the recipe's stages in order and return the last one's model.
+def pretrain(recipe: ConfigDict, folder: Path) -> LanguageModel:
+    """Trains the stages of a recipe in order and returns the model of the last one.
 
-    recipe: the `pretrain` section of a config. Each stage has its own depth, active heads, optimiser and random
-    stream; added layers write nothing yet, so that growing does not change the function. A finished stage is kept as
-    an HF checkpoint folder/stages/stageN and not trained again. Every `recipe.keep_every` steps, counted over all
-    stages (0: never), the model is kept as folder/checkpoints/step_NNNNNN, beside a list of all (`kept`).
+    Each stage has a depth, a number of active heads, a new optimiser and a new random stream. Added layers write
+    nothing at first, so growing the model does not change its function. A finished stage is saved as the HF checkpoint
+    folder/stages/stageN and not trained again. Every `recipe.keep_every` steps, counted over all stages (0: never), the
+    model is saved as folder/checkpoints/step_NNNNNN; `kept` lists these.
+
+    Args:
+        recipe: The `pretrain` section of a config.
+        folder: Where the checkpoints go.
     """
     tokenizer = tiny_language.build_tokenizer()
     lm = None
@@ -46,55 +57,73 @@ def pretrain(recipe, folder: Path) -> LanguageModel:
             save(from_params(config, params, tokenizer), target)
             mark_whole(target)
         lm = load(target)
+    if lm is None:
+        raise ValueError("pretrain.stages is empty: name at least one stage")
     return lm
 
 
 def kept(folder: Path) -> list[dict]:
-    """What `pretrain` kept in folder/checkpoints, a record {folder, stage, step, tokens, loss} each, in order.
+    """Returns a record {folder, stage, step, tokens, loss} for each checkpoint of `pretrain` in folder/checkpoints, in
+    order.
 
-    tokens: positions trained on so far, padding included. loss: of the batch of that step.
+    tokens counts the positions trained on so far, including padding; loss is that of the step's batch.
     """
     path = folder / "checkpoints" / _LIST
     return read_json(path) if path.exists() else []
 
 
-def model_config(model, layers: int) -> ModelConfig:
-    """The tiny model's architecture with so many layers.
+def model_config(model: Mapping[str, Any], layers: int) -> ModelConfig:
+    """Returns the tiny model's config.
 
-    model: fields of ModelConfig, of which `rope_theta` stands for the whole of `rope`; what it leaves out is the
-    default. Embeddings are tied unless it says otherwise. ValueError if the layer pattern does not divide the layers.
+    Args:
+        model: Fields of ModelConfig, with `rope_theta` in place of `rope`. Fields that are left out have their
+            defaults, except that embeddings are tied.
+        layers: Number of layers.
+
+    Raises:
+        ValueError: The number of layers is no multiple of the layer pattern's length.
     """
     fields = dict(model)
-    config = ModelConfig(
-        **{
-            "vocab_size": len(tiny_language.VOCABULARY),
-            "n_layers": layers,
-            "tied_embeddings": True,
-            "rope": Rope(theta=fields.pop("rope_theta")),
-            "bos_id": tiny_language.BOS,
-            "eos_ids": (tiny_language.EOS,),
-            "pad_id": tiny_language.PAD,
-        }
-        | fields
-    )
+    defaults: dict[str, Any] = {
+        "vocab_size": len(tiny_language.VOCABULARY),
+        "n_layers": layers,
+        "tied_embeddings": True,
+        "rope": Rope(theta=fields.pop("rope_theta")),
+        "bos_id": tiny_language.BOS,
+        "eos_ids": (tiny_language.EOS,),
+        "pad_id": tiny_language.PAD,
+    }
+    config = ModelConfig(**defaults | fields)
     if config.tail:
         raise ValueError(f"{layers} layers are no whole number of repeats of {config.layer_pattern}")
     return config
 
 
-def weighted_loss(config: ModelConfig, params, tokens_BT, weights_BT, interventions=None):
-    """Mean negative log-probability per unit of weight; weights_BT[b, t] is that of predicting tokens_BT[b, t]."""
-    logits_BTV = unembed(config, params, hidden(config, params, tokens_BT[:, :-1], interventions).x_BTE)
+def weighted_loss(
+    config: ModelConfig,
+    params: PyTree,
+    tokens_BT: Int[jax.Array, "B T"],
+    weights_BT: Float[jax.Array, "B T"],
+    masks: Masks,
+) -> Float32[jax.Array, ""]:
+    """Returns the mean of the negative log-probabilities; weights_BT[b, t] is the weight of predicting tokens_BT[b,
+    t]."""
+    logits_BTV = unembed(config, params, hidden(config, params, tokens_BT[:, :-1], masks).x_BTE)
     loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT[:, 1:])
     return jnp.sum(loss_BT * weights_BT[:, 1:]) / jnp.sum(weights_BT[:, 1:])
 
 
-def grow(config: ModelConfig, params, fresh):
-    """The trained layers with those of `fresh`, parameters of the deeper `config`, behind them, where they write
-    nothing into the residual stream yet.
+def grow(config: ModelConfig, params: PyTree, fresh: PyTree) -> PyTree:
+    """Returns the trained layers followed by the added layers of `fresh`, which write nothing into the residual stream
+    yet.
 
-    Without a norm behind them their output projections are zero. Where there is one, its weight is: a projection of
-    zeros would meet the norm's division, and a gradient of 1 / sqrt(eps).
+    Without a norm after attention and MLP, the output projections of the added layers are zero. With such norms, the
+    norms' weights are zero instead: a norm of zeros has a gradient of 1 / sqrt(eps).
+
+    Args:
+        config: The deeper config.
+        params: Trained parameters of a shallower model.
+        fresh: New parameters for `config`.
     """
     silent = {"o", "down"} if config.norm_placement == "pre" else {"attn_post_norm", "mlp_post_norm"}
     nothing = 0.0 if config.norm_placement == "pre" else -config.norm_offset
@@ -110,22 +139,17 @@ def grow(config: ModelConfig, params, fresh):
 
 
 class _Keeper:
-    """Writes the model every few steps of one stage, and the list of what is kept."""
+    """Saves the model every few steps of one stage, and the list of all saved models."""
 
     def __init__(self, folder: Path, recipe, stage: int, config: ModelConfig, tokenizer):
-        self.folder, self.every, self.stage, self.config, self.tokenizer = (
-            folder,
-            recipe.keep_every,
-            stage,
-            config,
-            tokenizer,
-        )
+        self.folder, self.every, self.stage = folder, recipe.keep_every, stage
+        self.config, self.tokenizer = config, tokenizer
         before = [phase for earlier in recipe.stages[: stage - 1] for phase in earlier.phases]
         self.step = sum(phase.steps for phase in before)
         self.tokens = sum(phase.steps * phase.batch * phase.length for phase in before)
 
     def count(self, tokens_BT, params, loss) -> None:
-        """One step more."""
+        """Counts a step, and saves the model if its turn has come."""
         self.step += 1
         self.tokens += tokens_BT.size
         if not self.every or self.step % self.every:
@@ -133,7 +157,7 @@ class _Keeper:
         name = f"step_{self.step:06d}"
         save(from_params(self.config, params, self.tokenizer), self.folder / name)
         record = {"folder": name, "stage": self.stage, "step": self.step, "tokens": self.tokens, "loss": float(loss)}
-        # A stage that was cut off begins anew, and its records replace the earlier ones.
+        # A stage that was interrupted starts again, and its records replace the earlier ones.
         records = [other for other in kept(self.folder.parent) if other["step"] < self.step]
         write_json(self.folder / _LIST, [*records, record])
 
@@ -159,7 +183,7 @@ def _run_stage(config, params, stage, rng, key, keeper, name):
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _step(config, optimizer, state, tokens_BT, weights_BT, gate_BLH):
     params, opt_state = state
-    masked = Interventions(head_mask=gate_BLH)
+    masked = normalise(config, Interventions(head_mask=gate_BLH))
     loss, grads = jax.value_and_grad(lambda p: weighted_loss(config, p, tokens_BT, weights_BT, masked))(params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), loss
@@ -172,7 +196,8 @@ def _batches(rng, phase):
 
 
 def _head_gate(config, key, phase, active_heads: int):
-    """f32[B,L,H]: 1 for heads that do not take part yet; the others are dropped at random and rescaled if kept."""
+    """Gates f32[B,L,H]: 1 for heads that are not active yet; active heads are dropped at random, and rescaled
+    otherwise."""
     shape = (phase.batch, config.n_layers, config.n_heads)
     kept = jax.random.bernoulli(key, 1 - phase.head_drop, shape) / (1 - phase.head_drop)
     return 1.0 - kept * (jnp.arange(config.n_heads) < active_heads)
@@ -180,23 +205,27 @@ def _head_gate(config, key, phase, active_heads: int):
 
 def _init(config, key):
     tokens = jnp.zeros((1, 8), jnp.int32)
-    variables = jax.jit(lambda k: Transformer(config).init(k, tokens, Interventions.none(config)))(key)
+    variables = jax.jit(lambda k: Transformer(config).init(k, tokens, normalise(config)))(key)
     return nn.unbox(variables)["params"]
 
 
-def build(recipe, root: Path) -> None:
-    """Write root/tiny (an HF checkpoint), root/data (needles, facts, prompts, text), root/stages and root/checkpoints (HF
-    checkpoints, see `pretrain`).
+def build(recipe: ConfigDict, root: Path) -> None:
+    """Writes the model and its data: root/tiny (an HF checkpoint), root/data (needles, facts, prompts, text), and the
+    checkpoints of `pretrain`.
 
-    recipe: the `pretrain` section of a config. The data are drawn from seeds of their own, so no text of theirs was
-    seen in training.
+    The data are drawn from other seeds than the training batches, so none of their texts was seen in training.
+
+    Args:
+        recipe: The `pretrain` section of a config.
+        root: Where the folders go.
     """
     write_data(recipe.data, root / "data")
     save(pretrain(recipe, root), root / "tiny")
 
 
-def write_data(recipe, folder: Path) -> None:
-    """The data files of the tiny language: for detection, for measuring and for training prompts, drawn apart."""
+def write_data(recipe: ConfigDict, folder: Path) -> None:
+    """Writes the data files of the tiny language, for detection, for evaluation and for training prompts, from
+    separate seeds."""
     for split, seed in recipe.seeds.items():
         rng = np.random.default_rng(seed)
         write_jsonl(folder / f"{split}_needles.jsonl", tiny_language.needle_records(rng, recipe.needles))

@@ -10,10 +10,11 @@ OBJECTIVES = ("dpo", "sft", "contrast")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The `train` section of a config, where every key has its reason; objective and seed are of one run.
+    """The `train` section of a config, plus the objective and the seed of one run. configs/default.py explains every
+    key.
 
-    objective: "dpo", preference of chosen over rejected by `loss`; "sft", the chosen answers' likelihood; "contrast",
-    `losses.contrast_loss` on the chosen answers.
+    objective is "dpo", the preference of chosen over rejected answers by `loss`; "sft", the likelihood of the chosen
+    answers; or "contrast", `losses.contrast_loss` on the chosen answers.
     """
 
     objective: str
@@ -66,17 +67,17 @@ class Settings:
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise ValueError(f"train.{name} is {getattr(self, name)!r}; it must be float32 or bfloat16")
         if self.profile and (len(self.profile) != 2 or not 0 <= self.profile[0] < self.profile[1]):
-            raise ValueError(f"train.profile is {self.profile}; it must be the first step and the one behind the last")
+            raise ValueError(f"train.profile is {self.profile}; it must be the first step and the one after the last")
         self.lora  # noqa: B018  (raises for settings that do not fit)
 
     @property
     def lora(self) -> Lora | None:
-        """The adapters that are trained; None: all parameters are."""
+        """The adapters that are trained; None if all parameters are."""
         return Lora(self.lora_rank, self.lora_alpha, self.lora_targets) if self.lora_rank else None
 
     @property
     def start_dtype(self) -> str:
-        """What the start model is read in: float32 where all weights are trained; adapters stand beside frozen weights."""
+        """Dtype the start model is read in: float32 if all weights are trained, compute_dtype if they are frozen."""
         return "float32" if self.lora is None else self.compute_dtype
 
     @property

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retmask_jax.model import lora, sharding
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.transformer import transformer
 from retmask_jax.training.objective import metric_names, part_loss
 from retmask_jax.training.optimizer import make_optimizer, schedule
@@ -23,7 +23,8 @@ from retmask_jax.training.settings import Settings
 
 @flax.struct.dataclass
 class State:
-    """params: what is trained (all parameters, or the adapters) and opt_state, float32; step: updates done."""
+    """What an update changes, in float32: the parameters that are trained (all, or the adapters), the optimiser's
+    state, and the number of updates done."""
 
     params: Any
     opt_state: Any
@@ -32,14 +33,17 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The jitted functions of a run. `frozen` is what is not trained: the model under adapters, else {}.
+    """The jitted functions of a run. `frozen` are the parameters that are not trained: the model's under adapters, else
+    {}.
 
-    begin(start params, seed) -> State of copies; seed: of new adapters.
-    freeze(start params) -> frozen.
-    gradients(params, frozen, batch, ablated) -> sums over a part of a batch: (gradients, metrics).
-    accumulate(params, frozen, sums, batch, ablated) -> sums with those of another part; consumes the old ones.
-    apply(state, sums) -> (State, metrics); consumes the old state.
-    state: the State's shapes and shardings.
+    Attributes:
+        begin: begin(start params, seed) gives a State that holds copies; the seed draws new adapters.
+        freeze: freeze(start params) gives frozen.
+        gradients: gradients(params, frozen, batch, ablated) gives (gradients, metrics), sums over a part of a batch.
+        accumulate: accumulate(params, frozen, sums, batch, ablated) adds the sums of another part; the old sums are
+            donated.
+        apply: apply(state, sums) gives (State, metrics); the old state is donated.
+        state: Shapes and shardings of the State.
     """
 
     begin: Callable
@@ -52,9 +56,11 @@ class Programs:
 
 @functools.cache
 def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Programs:
-    """The programs of a run on a mesh: state and gradients are placed as the parameters they belong to.
+    """Returns the programs of a run on a mesh. State and gradients are placed as the parameters they belong to.
 
-    config: of the start model; settings.lora adds adapters to it.
+    Args:
+        config: Config of the start model, without adapters.
+        settings: How to train; settings.lora says whether adapters are added.
     """
     config = dataclasses.replace(config, lora=settings.lora)
     optimizer = make_optimizer(settings)
@@ -67,13 +73,10 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
         trained = _cast(params if config.lora is None else _new_adapters(config, seed), jnp.float32)
         return State(trained, optimizer.init(trained), jnp.int32(0))
 
+    @sharding.row_parallel("batch", results=sharding.SUM_OF_ROWS)
     def gradients(params, frozen, batch, ablated):
-        def one_part(shared, batch):
-            params, frozen, ablated = shared
-            loss = functools.partial(_loss, config, settings, frozen, batch, ablated)
-            return jax.grad(loss, has_aux=True)(params)
-
-        return sharding.by_rows(one_part, (params, frozen, ablated), batch, total=True)
+        loss = functools.partial(_loss, config, settings, frozen, batch, ablated)
+        return jax.grad(loss, has_aux=True)(params)
 
     def accumulate(params, frozen, sums, batch, ablated):
         return jax.tree.map(jnp.add, sums, gradients(params, frozen, batch, ablated))
@@ -112,14 +115,14 @@ def _loss(config, settings, frozen, batch, ablated, params):
 
 
 def _new_adapters(config: ModelConfig, seed):
-    """Adapters that change nothing yet: A at random, B zero."""
+    """New adapters, A random and B zero, so that they change nothing yet."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    boxed = transformer(config).init(jax.random.key(seed), tokens, Interventions.none(config))["params"]
+    boxed = transformer(config).init(jax.random.key(seed), tokens, normalise(config))["params"]
     return lora.split(nn.unbox(boxed))[0]
 
 
 def _like_params(optimizer, opt_state, shardings, otherwise):
-    """Shardings of an optimiser's state: moments as the parameters they belong to."""
+    """Shardings of an optimiser's state: moments are placed as their parameters, the rest as `otherwise`."""
     return optax.tree_map_params(
         optimizer, lambda _, at: at, opt_state, shardings, transform_non_params=lambda _: otherwise
     )

@@ -1,1 +1,2 @@
-"""What knows nothing of models: files, stores, progress, memory, hosts, statistics. Nothing here imports another package."""
+"""Helpers that know nothing of models: files, stores, progress, memory, hosts, versions, statistics. They import no other
+package of ours."""

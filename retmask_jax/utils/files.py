@@ -1,5 +1,4 @@
-"""Files that are either whole or not there: written under a temporary name, then renamed; by the first of several
-hosts."""
+"""Files that are either complete or absent: written under a temporary name, then renamed, by the first of several hosts."""
 
 import contextlib
 import glob
@@ -9,9 +8,11 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import msgspec
 
 from retmask_jax.utils.hosts import primary, wait_for_all
 
@@ -25,12 +26,19 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """One JSON document; NaN and infinity are refused."""
-    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    """One JSON document of plain values and dataclasses; NaN and infinity are refused."""
+    write_atomically(path, json.dumps(value, indent=1, allow_nan=False, default=msgspec.to_builtins) + "\n")
 
 
 def read_text(path: Path, what: str = "file") -> str:
-    """The text of a file; ValueError if it is missing, a folder, not readable or not UTF-8. what: it is, in messages."""
+    """The text of a file.
+
+    Args:
+        what: What the file is, for messages.
+
+    Raises:
+        ValueError: It is missing, a folder, not readable or not UTF-8.
+    """
     path = check_file(path, what)
     try:
         return path.read_text(encoding="utf-8")
@@ -41,7 +49,7 @@ def read_text(path: Path, what: str = "file") -> str:
 
 
 def check_file(path: Path, what: str = "file") -> Path:
-    """The path; ValueError if there is nothing or no file."""
+    """The path; ValueError unless it is a file."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{what} {path} does not exist")
@@ -56,7 +64,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """As `read_json`, and ValueError for any value but an object."""
+    """The object of a JSON file; ValueError as for `read_json`, and for any other value."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
@@ -64,7 +72,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, problem: str) -> Any:
-    """The value of a JSON text; else ValueError: the problem, in words that name the place, and the reason."""
+    """The value of a JSON text. The ValueError for anything else begins with `problem`, which names the place."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -72,8 +80,8 @@ def parse_json(text: str, problem: str) -> Any:
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
-    """One JSON value a line, written as they come; compressed where the name ends in .gz."""
-    lines = (json.dumps(record).encode() + b"\n" for record in records)
+    """One JSON value per line, written as they come; compressed where the name ends in .gz."""
+    lines = (json.dumps(record, default=msgspec.to_builtins).encode() + b"\n" for record in records)
     with _whole(path) as file:
         for block in _packed(lines) if Path(path).suffix == ".gz" else lines:
             file.write(block)
@@ -85,14 +93,14 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def iter_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, record) of a JSONL file, read as they are asked for; errors as `read_jsonl`."""
+    """(line number, record) of a JSONL file, read as they are asked for; errors as for `read_jsonl`."""
     for number, line in iter_lines(path):
         if line.strip():
             yield number, parse_json(line, f"{path}, line {number}: not JSON")
 
 
 def iter_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """As `iter_jsonl`, and ValueError naming file and line for a value that is no object."""
+    """As `iter_jsonl`; also ValueError naming file and line for a value that is no object."""
     for number, record in iter_jsonl(path):
         if not isinstance(record, dict):
             raise ValueError(
@@ -125,20 +133,24 @@ def matching(pattern: Path) -> list[Path]:
 
 
 def mark_whole(folder: Path) -> None:
-    """Say that all of a folder is written, by a file next to it: folders are not renamed, since object stores cannot."""
+    """Record that a folder is completely written, by a file next to it.
+
+    Folders are not renamed, because object stores cannot do that.
+    """
     write_json(_mark(folder), {"whole": True})
     wait_for_all(f"{folder.name} is whole")
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether `mark_whole` has said so."""
+    """Whether `mark_whole` was called for this folder."""
     return _mark(folder).exists()
 
 
 def wait_until_listed(paths: Iterable[Path]) -> None:
-    """Go on once each of these paths that exists is listed in its folder: the mount of a bucket may list new ones late.
+    """Wait until each of these paths that exists is listed in its folder: the mount of a bucket may list new files late.
 
-    Raises ValueError for one that is not listed within a minute.
+    Raises:
+        ValueError: A path is not listed within a minute.
     """
     for path in filter(Path.exists, paths):
         if not _comes_true(lambda path=path: path.name in os.listdir(path.parent)):
@@ -146,22 +158,25 @@ def wait_until_listed(paths: Iterable[Path]) -> None:
 
 
 def wait_until_seen(path: Path) -> None:
-    """Go on once this host sees a file that the first one wrote; ValueError where it does not within a minute.
+    """Wait until this host sees a file that the first host wrote.
 
-    A mount remembers for some seconds that a file was not there.
+    A mount remembers for some seconds that a file was absent.
+
+    Raises:
+        ValueError: The file is not seen within a minute.
     """
     if not _comes_true(path.exists):
         raise ValueError(f"this host does not see {path}, which the first one wrote: use storage that all share")
 
 
 def digest(value: Any) -> str:
-    """Hash of a JSON value or of bytes, 16 hex digits."""
+    """The hash of a JSON value or of bytes, 16 hex digits."""
     data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _comes_true(condition: Callable[[], bool]) -> bool:
-    """Whether a condition holds, now or within a minute."""
+    """Whether a condition holds now, or begins to hold within a minute."""
     end = time.monotonic() + _WITHIN
     while not (holds := condition()) and time.monotonic() < end:
         time.sleep(_LOOK_AGAIN)
@@ -173,17 +188,17 @@ def _mark(folder: Path) -> Path:
 
 
 def _packed(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """A gzip archive, without a name or a time stamp: equal records give equal bytes."""
+    """A gzip archive without name and time stamp, so that equal records give equal bytes."""
     packer = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
     yield from map(packer.compress, blocks)
     yield packer.flush()
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into that takes its name, and the place of an older one, once all is written.
+def _whole(path: Path) -> Generator[BinaryIO, None, None]:
+    """A file to write into, which takes its name, and the place of an older file, once it is completely written.
 
-    Of several hosts only the first writes.
+    Of several hosts only the first one writes.
     """
     if not primary():
         with open(os.devnull, "wb") as nothing:

@@ -1,4 +1,4 @@
-"""Hashes of files and checkpoints, of every byte; what a file hashed to is remembered while the file is the same."""
+"""Hashes of files and checkpoints, over every byte. The hash of a large file is cached until the file changes."""
 
 import concurrent.futures
 import contextlib
@@ -6,24 +6,24 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from retmask_jax.utils.files import digest
 from retmask_jax.utils.progress import track
 
-_REMEMBERED = 2**24  # bytes from which on a file's hash is remembered; a smaller one is read faster than looked up
+_REMEMBERED = 2**24  # bytes; smaller files are hashed again each time, which is faster than looking up their hashes
 _SETTLED = 2 * 10**9  # ns: a file changed within this time of its hashing could change again under the same time stamp
 _BLOCK = 2**22
-_READERS = 4  # threads: hashing leaves the interpreter free
+_READERS = 4  # threads; hashing does not hold the interpreter's lock
 
 
 def fingerprint(*files: Path) -> str:
-    """Hash of some files, with their names: every byte counts.
+    """Returns a hash of the names, sizes and contents of some files.
 
-    A sample of each tensor would be quicker, but weights can differ in one expert or one adapter alone, and a wrong
-    match costs results. One core hashes 1 to 2 GB/s, so that 16 GB take some 10 s in four files, and nothing when they
-    are hashed again: the hash of a large file is kept in the user's cache folder under its path, size, modification
-    time and inode.
+    Hashing a sample of each tensor would be faster, but models may differ in a single expert or adapter, and taking one
+    for another costs results. A core hashes 1 to 2 GB/s, so 16 GB in four files take some 10 s the first time. The hash
+    of a large file is then cached in the user's cache folder under the file's path, size, modification time and inode.
     """
     sizes = [file.stat().st_size for file in files]
     with (
@@ -34,26 +34,26 @@ def fingerprint(*files: Path) -> str:
         return digest([[file.name, size, found] for file, size, found in zip(files, sizes, hashes, strict=True)])
 
 
-def _hash(file: Path, progress) -> str:
-    """SHA-256 of a file's content, remembered where it is large. progress: is given the bytes of each block."""
+def _hash(file: Path, progress: Callable[[int], object]) -> str:
+    """SHA-256 of a file's content, from the cache if it is there; progress(n) is called for each n bytes."""
     before = file.stat()
     identity = [str(file.resolve()), before.st_size, before.st_mtime_ns, before.st_ino]
     if before.st_size < _REMEMBERED:
         return _read(file, progress)
     known = _cache() / f"{digest(identity)}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or damaged: the file is read
+    with contextlib.suppress(OSError, ValueError, KeyError):  # missing or damaged: the file is read
         stored = json.loads(known.read_text())
         if stored["identity"] == identity:
             progress(before.st_size)
             return stored["sha256"]
     found = _read(file, progress)
     if time.time_ns() - before.st_mtime_ns > _SETTLED:
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             _remember(known, {"identity": identity, "sha256": found})
     return found
 
 
-def _read(file: Path, progress) -> str:
+def _read(file: Path, progress: Callable[[int], object]) -> str:
     hashed = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(_BLOCK):

@@ -1,9 +1,10 @@
-"""Several hosts, one program: joining them, who writes files, and values that all of them need."""
+"""Several hosts that run one program: joining them, who writes files, and values that all of them need."""
 
 import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -15,10 +16,16 @@ _MOST_WORDS = 2000  # bytes of an error that all hosts raise
 
 
 def join(wanted: bool | None) -> None:
-    """Make one program of all hosts: wanted True; None: where the environment says that there are several.
+    """Make all hosts run one program. Call it before JAX is used.
 
-    Found are JAX's own variables (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), Slurm and Open MPI
-    tasks, and hosts of a TPU slice. Call it before JAX is used. Raises ValueError where the hosts do not find each other.
+    The environment says that there are several hosts by JAX's variables (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
+    JAX_PROCESS_ID), by Slurm or Open MPI tasks, or by the hosts of a TPU slice.
+
+    Args:
+        wanted: True: join; False: do not; None: join where the environment says that there are several hosts.
+
+    Raises:
+        ValueError: The hosts do not find each other.
     """
     import jax
 
@@ -27,8 +34,8 @@ def join(wanted: bool | None) -> None:
         return
     try:
         if found == _JAX:
-            numbers = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-            jax.distributed.initialize(os.environ[_JAX], *numbers)
+            processes, process = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+            jax.distributed.initialize(os.environ[_JAX], processes, process)
         else:
             jax.distributed.initialize()
     except (KeyError, ValueError, RuntimeError, jax.errors.JaxRuntimeError) as error:
@@ -47,19 +54,19 @@ def join(wanted: bool | None) -> None:
 
 
 def primary() -> bool:
-    """Whether this host is the one that writes files and shows progress. Starts no backend."""
+    """Whether this host is the one that writes files and shows progress. Starts no JAX backend."""
     jax = sys.modules.get("jax")
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def several() -> bool:
-    """Whether this program runs on several hosts. Starts no backend."""
+    """Whether this program runs on several hosts. Starts no JAX backend."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def wait_for_all(name: str) -> None:
-    """Go on when all hosts are here, under the same name."""
+    """Wait until all hosts have called this with the same name."""
     if several():
         from jax.experimental import multihost_utils
 
@@ -67,8 +74,17 @@ def wait_for_all(name: str) -> None:
 
 
 def first_alone(work: Callable[[], str | None]) -> str:
-    """work() on the first host, while the others wait for it. The short text that it returns ("" for None) is returned on
-    every host, and a ValueError there is raised on every host."""
+    """Do some work on the first host alone, while the others wait.
+
+    Args:
+        work: Returns a short text, or None.
+
+    Returns:
+        The text, on every host; "" for None.
+
+    Raises:
+        ValueError: The work raised one on the first host; it is raised on every host.
+    """
     failure, text = None, ""
     if primary():
         try:
@@ -84,7 +100,7 @@ def first_alone(work: Callable[[], str | None]) -> str:
 
 
 def _from_first(text: str) -> str:
-    """The first host's text, on every host; of a long one the beginning."""
+    """The first host's text, on every host; of a long text, only the beginning."""
     if not several():
         return text
     import numpy as np
@@ -96,7 +112,7 @@ def _from_first(text: str) -> str:
 
 
 def least(value: int) -> int:
-    """The smallest of what the hosts have, so that all go on with the same."""
+    """The smallest value among the hosts, so that all continue with the same."""
     if not several():
         return value
     import numpy as np
@@ -107,7 +123,7 @@ def least(value: int) -> int:
     return int(values_N2.view(np.int64).min())
 
 
-def to_host(tree):
+def to_host(tree: Any) -> Any:
     """Arrays as NumPy arrays, whole on every host, wherever their parts lie."""
     import jax
     import numpy as np
@@ -123,7 +139,7 @@ def to_host(tree):
 
 
 def _found() -> str | None:
-    """What says that there are several hosts: a variable of the environment, or "TPU"."""
+    """The variable of the environment that shows several hosts, or "TPU"; None where nothing does."""
     if os.environ.get(_JAX):
         return _JAX
     for variable in _LAUNCHERS:

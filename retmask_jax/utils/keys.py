@@ -1,4 +1,4 @@
-"""Keys of servers, and what stays out of messages: passwords in addresses, and keys that a server repeats."""
+"""API keys of servers, and what is kept out of messages: passwords in addresses, and keys that a server repeats."""
 
 import re
 
@@ -6,32 +6,31 @@ _LEAST = 4  # characters of a key; what is shorter is no secret, and would be ma
 
 
 def clean_key(text: str, name: str) -> str:
-    """A key without the blanks and line ends around it, "" where nothing is left.
-
-    Raises ValueError, which does not show the key, for one that no header can carry.
+    """A key without the blanks and line ends around it; "" where nothing is left.
 
     Args:
         text: As it was given.
         name: Where it was given, such as "OPENAI_API_KEY".
+
+    Raises:
+        ValueError: No HTTP header can carry the key. The message does not show it.
     """
     key = text.strip()
     for place, char in enumerate(key, 1):
-        if not (" " <= char <= "~" or "\xa0" <= char <= "\xff"):
-            what = (
-                "a line end"
-                if char in "\r\n"
-                else "a control character"
-                if char < "\xa0"
-                else "a character beyond Latin-1"
-            )
+        if not is_key(char):
             raise ValueError(
-                f"{name} has {what} at place {place} of {len(key)}, which no key has: copy it again, from one line"
+                f"{name} has {_kind(char)} at place {place} of {len(key)}, which no key has: copy it again, from one line"
             )
     return key
 
 
+def is_key(text: str) -> bool:
+    """Returns whether a text can be sent as a key: visible ASCII characters only, and at least one."""
+    return re.fullmatch("[!-~]+", text) is not None
+
+
 def without_secrets(text: str, *keys: str | None) -> str:
-    """A text for a message: users and passwords in its addresses, and these keys, as ***.
+    """A text for a message, with users and passwords in addresses, and these keys, shown as ***.
 
     >>> without_secrets("http://me:secret@host/v1 says: no key abcd1234", "abcd1234")
     'http://***@host/v1 says: no key ***'
@@ -43,6 +42,15 @@ def without_secrets(text: str, *keys: str | None) -> str:
 
 
 def has_password(url: str) -> bool:
-    """Whether a user or a password stands in an address, before its host."""
+    """Whether an address has a user or a password before the host."""
     host, _, _ = url.partition("//")[2].replace("?", "/").replace("#", "/").partition("/")
     return "@" in host
+
+
+def _kind(char: str) -> str:
+    """What a character that no key has is called in a message."""
+    if char in "\r\n":
+        return "a line end"
+    if char.isspace():
+        return "a blank"
+    return "a control character" if char < "\xa0" else "a character beyond ASCII"

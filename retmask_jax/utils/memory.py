@@ -1,4 +1,4 @@
-"""Memory: what a compiled program needs, what the device has, and what to say when it is not enough."""
+"""Memory: what a compiled program needs, what the device has, and what to report when that is not enough."""
 
 import logging
 import re
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import psutil
+import psutil  # pyrefly: ignore[untyped-import]  psutil has no types
 
 from retmask_jax.utils.progress import track
 
@@ -16,11 +16,11 @@ _SIZE = re.compile(r"allocat\w* (\d+) bytes|allocat\w* ([\d.]+ ?[KMGT]i?B)", re.
 
 
 class OutOfMemory(ValueError):
-    """The device ran out of memory; the message says where, how much was wanted and what to change."""
+    """The device ran out of memory; the message says where, how much was requested and what to change."""
 
 
 def limit() -> int:
-    """Bytes free on the first device; on a CPU, its share of the machine's."""
+    """Free bytes of this host's first device; for a CPU, one device's share of what is free on the machine."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -28,26 +28,30 @@ def limit() -> int:
 
 
 def known() -> bool:
-    """Whether the first device of this host says how much memory it has; a CPU's is that of everyone on the machine."""
+    """Whether this host's first device reports its memory. A CPU does not: all programs of the machine share its memory."""
     return "bytes_limit" in (jax.local_devices()[0].memory_stats() or {})
 
 
 def capacity() -> int:
-    """Bytes of the first device of this host; on a CPU, its share of the machine's."""
+    """Bytes of this host's first device; for a CPU, one device's share of the machine's memory."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") or psutil.virtual_memory().total // jax.local_device_count()
 
 
-def needed(compiled) -> int:
-    """Bytes a compiled program takes beside its arguments, by the compiler's report."""
+def needed(compiled: Any) -> int:
+    """Bytes that a compiled program takes in addition to its arguments, by the compiler's report."""
     report = compiled.memory_analysis()
     return report.temp_size_in_bytes + report.output_size_in_bytes
 
 
 def largest_batch(compile_for: Callable[[int], Any], wanted: int, what: str) -> tuple[int, Any]:
-    """(batch size, compiled program): `wanted`, or the first of its halves that fits the device's free memory.
+    """(batch size, compiled program): `wanted`, or the first of its halves that fits into the device's free memory.
 
-    compile_for(batch size) compiles ahead of time. Raises OutOfMemory if a batch of one does not fit.
+    Args:
+        compile_for: Compiles the program for a batch size, ahead of time.
+
+    Raises:
+        OutOfMemory: A batch of one does not fit.
     """
     batch_size = wanted
     while True:
@@ -65,23 +69,27 @@ def largest_batch(compile_for: Callable[[int], Any], wanted: int, what: str) -> 
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that a device, or the host, has no memory left."""
+    """Whether an exception means that a device, or the host, has no memory left."""
     of_device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     return of_device or isinstance(error, MemoryError)
 
 
 def explain(error: Exception, what: str, advice: str) -> OutOfMemory:
-    """The error in one line: the stage, the bytes wanted where the error names them, and the setting to change."""
+    """The error in one line: the work, the bytes that were requested if the error names them, and the setting to change."""
     found = _SIZE.search(str(error))
     wanted = "" if found is None else f" when {_gib(int(found[1])) if found[1] else found[2]} more were wanted"
     return OutOfMemory(f"{what} ran out of memory{wanted}: {advice}")
 
 
 def in_batches(n: int, batch_size: int, what: str, unit: str, work: Callable[[list[int], int], Iterator]) -> list:
-    """The results of n items, in their order, under a progress bar; when memory runs out, the rest in half the batch.
+    """The results of n items, in order, under a progress bar. When memory runs out, the rest is done in half the batch.
 
-    work(indices that have no result yet, batch size) yields (indices of a batch, their results); a batch may repeat an
-    index to be full. Raises OutOfMemory where one row is too many.
+    Args:
+        work: Takes the indices that have no result yet and the batch size; yields (indices of a batch, their results). A
+            batch may repeat an index to be full.
+
+    Raises:
+        OutOfMemory: A single row is too much.
     """
     results: list[Any] = [None] * n
 
@@ -96,10 +104,11 @@ def in_batches(n: int, batch_size: int, what: str, unit: str, work: Callable[[li
     return results
 
 
-def in_smaller_batches(run: Callable[[int], Any], batch_size: int, what: str, setting: str = "batch_size"):
+def in_smaller_batches(run: Callable[[int], Any], batch_size: int, what: str, setting: str = "batch_size") -> Any:
     """run(batch size); when memory runs out, again with half the batch, down to one row.
 
-    Raises OutOfMemory where one row is too many.
+    Raises:
+        OutOfMemory: A single row is too much.
     """
     while True:
         try:
@@ -109,9 +118,11 @@ def in_smaller_batches(run: Callable[[int], Any], batch_size: int, what: str, se
 
 
 def halved(error: Exception, batch_size: int, what: str, setting: str = "batch_size") -> int:
-    """The batch size to go on with after an error of JAX.
+    """The batch size to continue with after an error of JAX.
 
-    Raises the error if it is not about memory, and OutOfMemory where one row is too many.
+    Raises:
+        JaxRuntimeError: The error, if it is not about memory.
+        OutOfMemory: A single row is too much.
     """
     if not is_out_of_memory(error):
         raise error

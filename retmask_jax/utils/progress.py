@@ -1,14 +1,15 @@
-"""Progress of long work: a bar with the rate and the time left, and no minute without a line, however long an item takes
-and however many bars follow each other."""
+"""Progress of long work: a bar with the rate and the time left, with at least a line each minute, however long an
+item takes and however many bars follow each other.
+"""
 
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
-from tqdm import tqdm
+from tqdm import tqdm  # pyrefly: ignore[untyped-import]  tqdm has no types
 
 from retmask_jax.utils.hosts import primary
 
@@ -20,12 +21,15 @@ _TICK = 1.0  # seconds between two looks at how long the silence lasts
 _LINE = "{desc}: {percentage:.0f}% ({n_fmt} of {total_fmt}), {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
 
 
-def track(items: Iterable, total: int, what: str, unit: str, done: int = 0):
-    """Iterate over items under a progress bar; where the output is a file or a pipe, a line every ten seconds and at the end.
+def track(items: Iterable | None, total: int, what: str, unit: str, done: int = 0) -> "_Bar":
+    """Iterate over items under a progress bar. In a file or a pipe it is a line every ten seconds and one at the end.
 
-    Work of less than a second shows nothing, nor do hosts but the first; a long item, and many short bars one after the
-    other, show where they are all the same, so that whatever runs under bars is never silent for long. done: items of
-    an earlier run, which count in the total but not in the rate.
+    Work of less than a second shows nothing, and only the first host shows anything. A long item, or many short bars one
+    after the other, are shown as well, so that whatever runs under bars is never silent for long.
+
+    Args:
+        items: None: the caller updates the bar.
+        done: Items of an earlier run, which count in the total but not in the rate.
     """
     if _redraws(sys.stderr):
         drawn = {"mininterval": _REDRAW, "dynamic_ncols": True, "leave": False}
@@ -44,16 +48,16 @@ def track(items: Iterable, total: int, what: str, unit: str, done: int = 0):
     )
 
 
-def _redraws(stream) -> bool:
-    """Whether a line can be drawn over on it: a terminal, or a notebook."""
+def _redraws(stream: TextIO) -> bool:
+    """Whether a line can be overwritten in this stream: a terminal, or a notebook."""
     notebook = getattr(sys.modules.get("ipykernel.iostream"), "OutStream", ())
     return stream.isatty() or isinstance(stream, notebook)
 
 
 class _Silence:
-    """How many seconds of work under bars nothing was drawn; a thread draws the latest bar where that gets long."""
+    """How many seconds of work under bars passed without a drawing; a thread draws the latest bar when it is long."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._open: list[weakref.ref] = []
         self._before = 0.0  # seconds under bars that ended without a line
         self._since = 0.0  # when the first of the open bars began, or something was drawn
@@ -93,16 +97,16 @@ _silence = _Silence()
 
 
 class _Bar(tqdm):
-    """A bar of which the last state is drawn, too, where the silence before it was long."""
+    """A bar whose last state is drawn as well, where the silence before it was long."""
 
     shown = False
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         if not self.disable:
             _silence.begin(self)
 
-    def display(self, *args, **options):
+    def display(self, *args: Any, **options: Any) -> Any:
         _silence.broken()
         self.shown = True
         return super().display(*args, **options)
@@ -117,9 +121,9 @@ class _Bar(tqdm):
 
 
 class _Lines:
-    """A stream on which each drawing of a bar becomes a line of its own."""
+    """A stream in which each drawing of a bar becomes a separate line."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> None:
@@ -131,7 +135,7 @@ class _Lines:
 
 
 def with_rate(items: Iterable, tokens: Callable[[Any], int], total: int, what: str, unit: str = "answer") -> Iterator:
-    """The items, passed on under a progress bar that also shows how many tokens a second they bring."""
+    """The items, passed on under a progress bar that also shows how many tokens per second they bring."""
     begin, done = time.monotonic(), 0
     with track(None, total, what, unit) as bar:
         for item in items:

@@ -1,22 +1,27 @@
 """Statistics of paired outcomes, score distributions and head sets (as in arXiv 2606.21249).
 
-NumPy and SciPy only. Intervals are plain dicts {"value", "low", "high", "n"} of Python numbers,
-ready for JSON, with `n` the number of independent samples. Everything random takes a seed and
-repeats exactly. No input, numbers that are not finite and shapes that do not fit raise ValueError.
+Everything random takes a seed and repeats exactly. Empty input, numbers that are not finite and shapes that do not fit
+raise ValueError. SciPy is imported where it is used, because that takes most of a second.
 """
 
 import math
 import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
+from numpy.typing import ArrayLike
+
+from retmask_jax.utils.numbers import Correlation, McNemar, Number, Permutation
 
 _BLOCK = 1 << 20  # numbers drawn at once: bounds memory whatever the number of resamples
 
 
-def gini(x):
-    """Gini coefficient of scores >= 0, any shape: 0 where all are equal, 1 - 1/n where one has all.
+def gini(x: ArrayLike) -> float:
+    """Gini coefficient of scores of any shape: 0 if all are equal, 1 - 1/n if a single score is not 0.
 
-    All zero counts as all equal. Negative scores raise.
+    Scores that are all 0 count as equal. Negative scores raise ValueError.
     """
     x = np.sort(_numbers(x, "gini"), axis=None)
     if x[0] < 0:
@@ -27,24 +32,27 @@ def gini(x):
     return float((2 * np.arange(1, n + 1) - n - 1) @ (x / total) / n)
 
 
-def mcnemar(a, b):
+def mcnemar(a: ArrayLike, b: ArrayLike) -> McNemar:
     """Exact two-sided McNemar test of two conditions on the same samples.
 
-    a, b: bool[samples] outcomes, in the same order. Returns {"b": samples only `a` gets right,
-    "c": samples only `b` gets right, "n_discordant": b + c, "p_value": 1.0 where that is 0}.
+    Args:
+        a, b: bool[samples], outcomes of the same samples in the same order.
     """
-    from scipy.stats import binomtest  # takes most of a second to import
+    from scipy.stats import binomtest
 
     a, b = _outcomes(a, "mcnemar"), _outcomes(b, "mcnemar")
     _same_length(a.size, b.size)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     n = only_a + only_b
     p_value = float(binomtest(only_a, n, 0.5).pvalue) if n else 1.0
-    return {"b": only_a, "c": only_b, "n_discordant": n, "p_value": p_value}
+    return McNemar(only_a, only_b, n, p_value)
 
 
-def wilson(successes, n, level=0.95):
-    """Share of successes with its Wilson score interval: inside [0, 1], of width > 0 at 0 of n."""
+def wilson(successes: int, n: int, level: float = 0.95) -> Number:
+    """Share of successes with its Wilson score interval, which lies in [0, 1] and has a width > 0 even at 0 of n.
+
+    SciPy's (`binomtest(...).proportion_ci`) differs in the last bits and takes sixty times as long.
+    """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"wilson needs 0 <= successes <= n and n >= 1, got {successes} of {n}")
     _check_level(level)
@@ -57,46 +65,58 @@ def wilson(successes, n, level=0.95):
     return _interval(share, low, high, n)
 
 
-def proportion(outcomes, level=0.95):
+def proportion(outcomes: ArrayLike, level: float = 0.95) -> Number:
     """Share of true outcomes, bool[samples], with its Wilson interval."""
-    outcomes = _outcomes(outcomes, "proportion")
-    return wilson(int(outcomes.sum()), outcomes.size, level)
+    right = _outcomes(outcomes, "proportion")
+    return wilson(int(right.sum()), right.size, level)
 
 
-def exact(value, n):
-    """A number that is counted, not estimated, from n things: an interval without bounds."""
-    return {"value": float(value), "low": None, "high": None, "n": int(n)}
+def exact(value: float, n: int) -> Number:
+    """A number that is counted from n things and not estimated, so it has no interval."""
+    return Number(float(value), None, None, int(n))
 
 
-def defined(value):
-    """The number, or None where it is nan or infinite."""
-    return value if math.isfinite(value) else None
+def defined(value: float | None) -> float | None:
+    """The value, or None if it is nan, infinite or None."""
+    return value if value is not None and math.isfinite(value) else None
 
 
-def bootstrap_mean(x, n_resamples=10000, seed=0, level=0.95):
+def bootstrap_mean(x: ArrayLike, n_resamples: int = 10000, seed: int = 0, level: float = 0.95) -> Number:
     """Mean with its percentile bootstrap interval.
 
-    x: [samples], or [runs, samples] where several runs share the samples: the runs are averaged
-    first and the samples resampled, so more runs of the same samples are not more samples.
+    SciPy's `bootstrap` with the same seed differs in the last bits and takes half as long again.
+
+    Args:
+        x: [samples], or [runs, samples] where several runs share the samples: the runs are averaged first and the samples
+            resampled, so more runs of the same samples are not more samples.
     """
     return _bootstrap(_per_sample(x, "bootstrap_mean"), n_resamples, seed, level)
 
 
-def paired_bootstrap(a, b, n_resamples=10000, seed=0, level=0.95):
+def paired_bootstrap(
+    a: ArrayLike, b: ArrayLike, n_resamples: int = 10000, seed: int = 0, level: float = 0.95
+) -> Number:
     """mean(a) - mean(b) with its percentile bootstrap interval, both sides resampled together.
 
-    a, b: [samples] or [runs, samples], the same samples in the same order; the numbers of runs may
-    differ (one retrieval mask against five random ones). Runs are averaged first, and held fixed.
+    Args:
+        a, b: [samples] or [runs, samples], the same samples in the same order. The numbers of runs may differ (one
+            retrieval mask against five random masks); runs are averaged first and held fixed.
     """
     a, b = _per_sample(a, "paired_bootstrap"), _per_sample(b, "paired_bootstrap")
     _same_length(a.size, b.size)
     return _bootstrap(a - b, n_resamples, seed, level)
 
 
-def bootstrap_of_means(x_VN, function, n_resamples=2000, seed=0, level=0.95):
-    """function(means over samples [V]) of variables that share their samples, with its percentile bootstrap interval.
+def bootstrap_of_means(
+    x_VN: ArrayLike,
+    function: Callable[[np.ndarray], float],
+    n_resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Number:
+    """A function of the means [V] of variables that share their N samples, with its percentile bootstrap interval.
 
-    Draws of which it is nan do not count; value, low and high are None where it is undefined, or of every draw.
+    Draws for which it is not finite do not count; value, low and high are None if its value or all draws are not finite.
     """
     _check_level(level)
     _check_draws(n_resamples, "n_resamples")
@@ -105,51 +125,59 @@ def bootstrap_of_means(x_VN, function, n_resamples=2000, seed=0, level=0.95):
     drawn = np.array([function(x_VN[:, rng.integers(n, size=n)].mean(axis=1)) for _ in range(n_resamples)])
     value, drawn = function(x_VN.mean(axis=1)), drawn[np.isfinite(drawn)]
     if not np.isfinite(value) or not drawn.size:
-        return {"value": None, "low": None, "high": None, "n": n}
-    return _interval(value, *np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]), n)
+        return Number(None, None, None, n)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return _interval(value, low, high, n)
 
 
-def jaccard(set_a, set_b):
-    """Shared over all members of two head sets, iterables of (layer, head); two empty sets: 1.0."""
+def jaccard(set_a: Iterable[Any], set_b: Iterable[Any]) -> float:
+    """Shared members over all members of two sets of heads (layer, head); 1.0 if both are empty."""
     set_a, set_b = _members(set_a), _members(set_b)
     union = set_a | set_b
     return len(set_a & set_b) / len(union) if union else 1.0
 
 
-def benjamini_hochberg(p):
-    """p-values adjusted for the false discovery rate over all of them: f64, in the shape given."""
+def benjamini_hochberg(p: ArrayLike) -> Float64[np.ndarray, "..."]:
+    """p-values adjusted for the false discovery rate over all of them, in their shape.
+
+    SciPy's `false_discovery_control` differs in the last bits and takes four times as long.
+    """
     p = _numbers(p, "benjamini_hochberg")
     if p.min() < 0 or p.max() > 1:
         raise ValueError(f"p-values lie in [0, 1], got {p.min():g} to {p.max():g}")
     order = np.argsort(p, axis=None)
     stepped = p.ravel()[order] * p.size / np.arange(1, p.size + 1)
     adjusted = np.empty(p.size)
-    # Each takes the smallest of its own and all later steps, which keeps the order of the p-values.
+    # Each p-value takes the smallest of its step and all later steps, which keeps the order of the p-values.
     adjusted[order] = np.minimum.accumulate(stepped[::-1])[::-1]
     return adjusted.reshape(p.shape)
 
 
-def layer_clustered_permutation(values_LH, labels_LH, n_permutations=10000, seed=0):
+def layer_clustered_permutation(
+    values_LH: ArrayLike, labels_LH: ArrayLike, n_permutations: int = 10000, seed: int = 0
+) -> Permutation:
     """Two-sided test of labelled against other heads, the labels permuted within each layer.
 
-    values_LH: [L, H] numbers; labels_LH: bool[L, H]. Returns {"value": mean of labelled - mean of
-    other heads, "expected": its mean under the permutations (what the layers alone explain),
-    "p_value": share of permutations at least as far from `expected`, "n": labelled heads}.
-    Raises where no layer has both kinds of heads.
+    Raises ValueError if no layer has both kinds of heads.
+
+    Args:
+        labels_LH: bool[L, H].
     """
     values_LH, labels_LH = _numbers(values_LH, "values_LH"), np.asarray(labels_LH)
     _check_labels(values_LH, labels_LH)
     layer_means_LH = np.broadcast_to(values_LH.mean(axis=1, keepdims=True), values_LH.shape)
-    return {
-        "value": _mean_difference(values_LH, labels_LH),
-        "expected": _mean_difference(layer_means_LH, labels_LH),
-        "p_value": float(layer_clustered_p_values(values_LH[..., None], labels_LH, n_permutations, seed)[0]),
-        "n": int(labels_LH.sum()),
-    }
+    return Permutation(
+        _mean_difference(values_LH, labels_LH),
+        _mean_difference(layer_means_LH, labels_LH),
+        float(layer_clustered_p_values(values_LH[..., None], labels_LH, n_permutations, seed)[0]),
+        int(labels_LH.sum()),
+    )
 
 
-def layer_clustered_p_values(values_LHV, labels_LH, n_permutations=10000, seed=0):
-    """The p-value of `layer_clustered_permutation` for each of V numbers per head, by the same permutations: f64[V]."""
+def layer_clustered_p_values(
+    values_LHV: ArrayLike, labels_LH: ArrayLike, n_permutations: int = 10000, seed: int = 0
+) -> Float64[np.ndarray, " V"]:
+    """The p-value of `layer_clustered_permutation` for each of V numbers per head, by the same permutations."""
     values_LHV, labels_LH = _numbers(values_LHV, "values_LHV"), np.asarray(labels_LH)
     _check_labels(values_LHV[..., 0], labels_LH)
     _check_draws(n_permutations, "n_permutations")
@@ -164,8 +192,8 @@ def layer_clustered_p_values(values_LHV, labels_LH, n_permutations=10000, seed=0
     return (1 + n_extreme_V) / (1 + n_permutations)  # the observed labels are one of them
 
 
-def cohens_d(a, b):
-    """(mean(a) - mean(b)) / pooled standard deviation (ddof 1); nan where both are constant."""
+def cohens_d(a: ArrayLike, b: ArrayLike) -> float:
+    """(mean(a) - mean(b)) / pooled standard deviation (ddof 1); nan if both are constant."""
     a, b = _numbers(a, "cohens_d").ravel(), _numbers(b, "cohens_d").ravel()
     if min(a.size, b.size) < 2:
         raise ValueError(f"cohens_d needs two values per side, got {a.size}, {b.size}")
@@ -175,27 +203,27 @@ def cohens_d(a, b):
     return float((a.mean() - b.mean()) / math.sqrt(squares / (a.size + b.size - 2)))
 
 
-def spearman(x, y):
-    """Rank correlation over all entries: {"value", "p_value", "n"}, nan where one is constant."""
+def spearman(x: ArrayLike, y: ArrayLike) -> Correlation:
+    """Rank correlation over all entries; nan if one side is constant."""
     from scipy.stats import spearmanr
 
     x, y = _numbers(x, "spearman").ravel(), _numbers(y, "spearman").ravel()
     _same_length(x.size, y.size)
     if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return {"value": math.nan, "p_value": math.nan, "n": x.size}
+        return Correlation(math.nan, math.nan, x.size)
     result = spearmanr(x, y)
-    return {"value": float(result.statistic), "p_value": float(result.pvalue), "n": x.size}
+    return Correlation(float(result.statistic), float(result.pvalue), x.size)
 
 
-def spearman_interval(x, y, level=0.95):
-    """Rank correlation of independent samples: {"value", "low", "high", "n"}.
+def spearman_interval(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Number:
+    """Rank correlation of at least 4 independent samples, with its interval.
 
-    x, y: [samples], at least 4. The interval is normal in the inverse hyperbolic tangent, with the variance
-    (1 + value^2 / 2) / (n - 3) of Bonett and Wright (2000). Heads of one model are not independent samples.
+    The interval is normal in the inverse hyperbolic tangent, with the variance (1 + value^2 / 2) / (n - 3) of Bonett and
+    Wright (2000). Heads of the same model are not independent samples.
     """
     _check_level(level)
     result = spearman(x, y)
-    rho, n = result["value"], result["n"]
+    rho, n = result.value, result.n
     if n < 4:
         raise ValueError(f"spearman_interval needs at least 4 samples, got {n}")
     half = statistics.NormalDist().inv_cdf((1 + level) / 2) * math.sqrt((1 + rho * rho / 2) / (n - 3))
@@ -203,20 +231,27 @@ def spearman_interval(x, y, level=0.95):
     return _interval(rho, math.tanh(centre - half), math.tanh(centre + half), n)
 
 
-def partial_spearman(x_LH, y_LH, given=(), n_resamples=10000, seed=0, level=0.95):
+def partial_spearman(
+    x_LH: ArrayLike,
+    y_LH: ArrayLike,
+    given: Sequence[ArrayLike] = (),
+    n_resamples: int = 10000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Number:
     """Rank correlation of two numbers per head within layers, with a bootstrap interval over layers.
 
-    x_LH, y_LH and each of `given`: [L, H]. Heads are ranked within their layer and each layer's mean rank is taken
-    away, so differences between layers count for nothing; the ranks of `given` are then held fixed (partial
-    correlation). Layers are resampled whole, since heads of a layer are not independent: n is their number. nan where a
-    side is constant in every layer; resamples in which one is are left out.
+    Heads are ranked within their layer and the mean rank of the layer is subtracted, so differences between layers do not
+    count; the ranks of the numbers `given`, each [L, H], are then held fixed (partial correlation). Whole layers are
+    resampled, because heads of a layer are not independent; n is the number of layers. nan if a side is constant in every
+    layer; resamples in which that is so are left out.
     """
     _check_level(level)
     _check_draws(n_resamples, "n_resamples")
     products_LVV = _rank_products([_numbers(side, "partial_spearman") for side in (x_LH, y_LH, *given)])
     n_layers = len(products_LVV)
     rng = np.random.default_rng(seed)
-    # How often each layer is drawn is all that a resample tells.
+    # A resample is how often each layer is drawn.
     drawn = rng.multinomial(n_layers, np.full(n_layers, 1 / n_layers), size=n_resamples)
     resampled = _partial_correlation(np.einsum("rl,lvw->rvw", drawn, products_LVV))
     value = float(_partial_correlation(products_LVV.sum(axis=0)))
@@ -239,10 +274,10 @@ def _rank_products(sides):
 
 
 def _partial_correlation(products_VV):
-    """Correlation of the first two of V variables, the rest held fixed, from sums of products [..., V, V]."""
+    """Correlation of the first two of V variables with the rest held fixed, from sums of products [..., V, V]."""
     ours, shared, rest = products_VV[..., :2, :2], products_VV[..., :2, 2:], products_VV[..., 2:, 2:]
     left_22 = ours - shared @ np.linalg.pinv(rest, hermitian=True) @ shared.swapaxes(-1, -2)
-    # What the rest explains wholly leaves rounding only.
+    # Of a variable that the rest explains fully, only rounding is left.
     spread_2 = np.diagonal(left_22, axis1=-2, axis2=-1)
     whole_2 = np.diagonal(ours, axis1=-2, axis2=-1)
     defined = (spread_2 > 1e-9 * whole_2).all(axis=-1)
@@ -278,7 +313,7 @@ def _mean_difference(values_LH, labels_LH):
 
 
 def _interval(value, low, high, n):
-    return {"value": float(value), "low": float(low), "high": float(high), "n": int(n)}
+    return Number(float(value), float(low), float(high), int(n))
 
 
 def _numbers(x, name):

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from retmask_jax.aot import decoding as aot_decoding
+from retmask_jax.aot import program as aot_program
 from retmask_jax.aot import step as aot
 from retmask_jax.aot import table
 from retmask_jax.aot.advice import Step, advise
@@ -173,7 +174,7 @@ def test_work_adds_up():
     assert work == Work({"all-gather": 6}, {"all-gather": 14}, 13, 1)
 
 
-# Weights of 6 layers split over 8 devices are gathered in each turn of a scan, a sum over devices is taken behind it; and
+# Weights of 6 layers split over 8 devices are gathered in each turn of a scan, a sum over devices is taken after it; and
 # one row of 256 tokens on a mesh that splits rows.
 ON_EIGHT_DEVICES = """
 import json, jax, jax.numpy as jnp, numpy as np
@@ -358,7 +359,7 @@ def test_a_training_step_that_fits(command, capsys):
 
 
 def test_a_training_step_that_the_compiler_refuses(command, monkeypatch, capsys):
-    refused = aot.Compiled(None, "Used 30.77G of 15.75G hbm", Work({}, {}, 0), 1.0)
+    refused = aot_program.Compiled(None, "Used 30.77G of 15.75G hbm", Work({}, {}, 0), 1.0)
     monkeypatch.setattr(aot, "compile_program", lambda program, mesh: refused)
     assert main(command) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -369,9 +370,9 @@ def test_a_training_step_that_the_compiler_refuses(command, monkeypatch, capsys)
     ]
 
 
-def test_what_lies_beside_a_program_counts(command, monkeypatch, capsys):
+def test_arrays_that_a_program_does_not_use_count(command, monkeypatch, capsys):
     almost = {"peak": 15.75 * GIB - 10_000, "arguments": 0, "temporary": 0}
-    compiled = aot.Compiled(almost, None, Work({}, {}, 0), 1.0)
+    compiled = aot_program.Compiled(almost, None, Work({}, {}, 0), 1.0)
     monkeypatch.setattr(aot, "compile_program", lambda program, mesh: compiled)
     assert main(command) == 1  # the moments have no room
     assert capsys.readouterr().out.splitlines()[-1].startswith("does not fit: set train.")
@@ -385,13 +386,13 @@ def test_what_lies_beside_a_program_counts(command, monkeypatch, capsys):
     ],
 )
 def test_a_refusal_of_the_compiler_says_what_was_needed(words, gib):
-    refused = aot._refused(RuntimeError(f"RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. {words}"))
-    assert aot.Compiled(None, refused, Work({}, {}, 0), 1.0).needed == gib * GIB
+    refused = aot_program._refused(RuntimeError(f"RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. {words}"))
+    assert aot_program.Compiled(None, refused, Work({}, {}, 0), 1.0).needed == gib * GIB
 
 
 def test_other_errors_of_the_compiler_are_raised():
     with pytest.raises(RuntimeError, match="something else"):
-        aot._refused(RuntimeError("something else"))
+        aot_program._refused(RuntimeError("something else"))
 
 
 @pytest.mark.parametrize(
@@ -426,7 +427,7 @@ def test_a_mesh_that_does_not_fit_the_topology(capsys, monkeypatch):
 
 @pytest.fixture
 def decoding(command, monkeypatch):
-    """What comes behind the stage, for few short answers."""
+    """The arguments after the name of the stage, for a few short answers."""
     monkeypatch.setattr(aot_decoding, "devices_of", lambda topology: jax.devices()[:1])
     monkeypatch.setattr(aot_decoding, "stamp", lambda compiled: {"compile_seconds": 1})
     more = {
@@ -451,7 +452,7 @@ def test_sampling_says_what_rows_take_and_how_long_all_answers_would(decoding, c
 
 
 def test_sampling_without_a_batch_size_fills_the_chips_memory(decoding, capsys, monkeypatch):
-    small = dataclasses.replace(CHIPS["v5e"], memory=2_000_000)
+    small = dataclasses.replace(CHIPS["v5e"], memory=5_000_000)
     monkeypatch.setattr(aot_decoding, "chip_of", lambda topology: small)
     assert main(["pairs", *decoding]) == 0
     row = capsys.readouterr().out.splitlines()[0]

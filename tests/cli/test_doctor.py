@@ -1,4 +1,5 @@
-"""`retmask doctor` says what is there and what to do, and ends with 1 where nothing would work; help for slips of the pen."""
+"""`retmask doctor` reports what is installed and what to do, with exit status 1 where nothing would work; help for typing
+mistakes."""
 
 import json
 import re
@@ -31,7 +32,7 @@ def test_what_is_needed_and_missing_ends_with_1(monkeypatch, capsys, tmp_path):
     assert "the bundled model answers 'fig'; jax and jaxlib" in said.err and "not installed" in said.out
 
 
-def test_an_accelerator_that_jax_does_not_see_is_told(monkeypatch, tmp_path):
+def test_an_accelerator_that_jax_does_not_use_is_reported(monkeypatch, tmp_path):
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(doctor, "_SIGNS", {"gpu": (str(tmp_path / "nvidia[0-9]*"),)})
     assert "pip install 'retmask_jax[gpu]'" in doctor._unused()
@@ -60,7 +61,7 @@ def test_a_hub_that_does_not_answer_is_no_failure(monkeypatch):
         (["detect", "--workdr=x"], "did you mean --workdir?"),
     ],
 )
-def test_slips_of_the_pen_are_understood(arguments, meant, capsys):
+def test_typing_mistakes_are_understood(arguments, meant, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert meant in error and error.count("\n") == 1

@@ -141,13 +141,13 @@ def test_settings_of_the_study_that_cannot_be_used(refused):
     assert "theta.detector has 'x'" in refused(*run, "--config.theta.detector=x")
     assert "there is no task 'needel' under tasks" in refused(*run, "--config.theta.tasks=('needel',)")
     assert "there is no task 'x' under tasks" in refused(*run, "--config.dynamics.task=x")
-    assert "repeat a seed or 1, the task's own" in refused(*run, "--config.detectors.seeds=(2, 1)")
+    assert "repeat a seed or 1, the task's seed" in refused(*run, "--config.detectors.seeds=(2, 1)")
     assert "detectors.cases is 0; it must be a whole number of at least 1" in refused(
         *run, "--config.detectors.cases=0"
     )
     assert "theta.factors (0.5, 2.0) lack 1" in refused(*run, "--config.theta.factors=(0.5, 2.0)")
     assert "theta.factors has -1.0; it must be a number above 0" in refused(*run, "--config.theta.factors=(1.0, -1.0)")
-    assert "must be positive and each one there once" in refused(*run, "--config.theta.factors=(1.0, 1.0)")
+    assert "must be positive, finite and without repeats" in refused(*run, "--config.theta.factors=(1.0, 1.0)")
     assert "detectors.top_k is 33, the model has 32 heads" in refused(*run, "--config.detectors.top_k=33")
     assert "null_query '' has no tokens" in refused(*run, "--config.detectors.null_query=")
 

@@ -1,16 +1,22 @@
 """`retmask profile`: several models in one table and pictures, and gains against sparsity."""
 
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
 import scipy.stats
+from helpers_results import detected, number
 
 from retmask_jax.cli.main import main
-from retmask_jax.heads.profile import Scored, gain_against_sparsity, profile, profile_table
+from retmask_jax.heads.profile import Scored, profile, profile_table
 from retmask_jax.heads.scores import HeadScores
-from retmask_jax.reports import figures, model_figures
+from retmask_jax.reports import plotting
+from retmask_jax.reports.panels.gains import GainRun, gain_against_sparsity, sparsity
+from retmask_jax.reports.panels.profiles import profiles
+from retmask_jax.runs.workdir import Provenance
+from retmask_jax.utils.files import write_json
 
 GAIN = "eval/needle long/retmask minus start"
 
@@ -22,21 +28,21 @@ def scores_of(seed, n_layers=6, n_heads=8, cases=5):
     return HeadScores(np.clip(mean_LH1 + rng.normal(scale=0.01, size=(n_layers, n_heads, cases)), 0, 1))
 
 
-def run_of(root, seed, weights=None, threshold=0.1, gain=0.02, **detect):
+def run_of(root, seed, weights=None, threshold=0.1, gain=0.02):
     """What `retmask profile` reads of a work directory."""
     scores = scores_of(seed)
     heads = scores.heads(**({"top_k": 5} if threshold is None else {"threshold": threshold}))
-    result = {
-        "provenance": {"inputs": {"weights": weights or str(seed)}},
-        "threshold": threshold,
-        "n_kv_heads": 4,
-        "scores": [float(scores.mean[head]) for head in heads],
-        "numbers": {"detect/gini": {"value": profile(scores, 4)["gini"], "low": None, "high": None, "n": 5}},
-    } | detect
-    number = {"value": gain, "low": gain - 0.05, "high": gain + 0.04, "n": 120}
-    for stage, content in (("detect", result), ("eval", {"numbers": {GAIN: number, "eval/needle long/start": number}})):
-        (root / stage).mkdir(parents=True)
-        (root / stage / "result.json").write_text(json.dumps(content))
+    result = detected(
+        heads,
+        [float(scores.mean[head]) for head in heads],
+        threshold,
+        n_kv_heads=4,
+        numbers={"detect/gini": number(profile(scores, 4)["gini"], n=5)},
+        provenance=Provenance(inputs={"weights": weights or str(seed)}),
+    )
+    gained = number(gain, gain - 0.05, gain + 0.04, 120)
+    write_json(root / "detect" / "result.json", result)
+    write_json(root / "eval" / "result.json", {"numbers": {GAIN: gained, "eval/needle long/start": gained}})
     scores.save(root / "detect" / "scores.json")
     return scores
 
@@ -55,7 +61,7 @@ def refused(capsys):
 def test_a_table_holds_each_model_with_its_profile_and_none_for_what_is_undefined():
     low = HeadScores.from_array(np.full((2, 4), 0.01))
     first, second = profile_table([Scored("a", scores_of(0), 4, 0.3), Scored("b", low, 2)])
-    assert first == {
+    assert vars(first) == {
         "model": "a",
         "cases": 5,
         "n_layers": 6,
@@ -63,7 +69,7 @@ def test_a_table_holds_each_model_with_its_profile_and_none_for_what_is_undefine
         "n_kv_heads": 4,
         "threshold": 0.3,
     } | profile(scores_of(0), 4, 0.3)
-    assert (second["n_heads"], second["threshold"], second["layer_com"]) == (0, 0.1, None)
+    assert (second.n_heads, second.threshold, second.layer_com) == (0, 0.1, None)
     with pytest.raises(ValueError, match="b: n_kv_heads=3 does not divide"):
         profile_table([Scored("b", low, 3)])
 
@@ -123,7 +129,7 @@ def test_mistakes_are_one_line(refused, tmp_path):
     assert "stage detect has no result" in refused(tmp_path)
     assert "profile reads no config" in refused(run, "--config.seed=1")
     assert "is no work directory" in refused(file, "--kv_heads=4", f"--gain={GAIN}")
-    assert f"'loss'; its changes are {GAIN}\n" in refused(run, "--gain=loss")
+    assert f"the most similar names are {GAIN}, eval/" in refused(run, f"--gain={GAIN[5:]}")
     (run / "eval" / "result.json").unlink()
     assert "stage eval has no result" in refused(run, f"--gain={GAIN}")
 
@@ -154,48 +160,48 @@ def made_runs(n, repeats=1):
     rng = np.random.default_rng(5)
     ginis = rng.uniform(0.5, 1, n)
     return [
-        {
-            "name": f"{i}-{j}",
-            "weights": str(i),
-            "gini": float(gini),
-            "gain": {"value": float(gini + rng.normal(0, 0.1)), "low": 0.0, "high": 1.0, "n": 9},
-        }
+        GainRun(
+            name=f"{i}-{j}",
+            weights=str(i),
+            gini=float(gini),
+            gain=number(float(gini + rng.normal(0, 0.1)), 0.0, 1.0, 9),
+        )
         for i, gini in enumerate(ginis)
         for j in range(repeats)
     ]
 
 
 def test_a_correlation_is_given_from_ten_models_on():
-    assert gain_against_sparsity(made_runs(9))["spearman"] is None
+    assert gain_against_sparsity(made_runs(9)).spearman is None
     runs = made_runs(10)
     result = gain_against_sparsity(runs)
-    reference = scipy.stats.spearmanr([run["gini"] for run in runs], [run["gain"]["value"] for run in runs])
-    assert result["spearman"]["value"] == pytest.approx(reference.statistic)
-    assert result["spearman"]["low"] < result["spearman"]["value"] < result["spearman"]["high"]
-    assert f"over 10 models: {reference.statistic:.2f}, 95% interval [" in result["finding"]
+    reference = scipy.stats.spearmanr([run.gini for run in runs], [run.gain.value for run in runs])
+    assert result.spearman.value == pytest.approx(reference.statistic)
+    assert result.spearman.low < result.spearman.value < result.spearman.high
+    assert f"over 10 models: {reference.statistic:.2f}, 95% interval [" in result.finding
 
 
 def test_runs_of_one_model_are_not_more_models():
     few, runs = made_runs(5, repeats=4), made_runs(10, repeats=3)
-    assert gain_against_sparsity(few)["spearman"] is None and "5 models" in gain_against_sparsity(few)["finding"]
+    assert gain_against_sparsity(few).spearman is None and "5 models" in gain_against_sparsity(few).finding
     result = gain_against_sparsity(runs)
-    assert (result["n_models"], result["spearman"]["n"], len(result["rows"])) == (10, 10, 30)
-    means = [np.mean([run["gain"]["value"] for run in runs if run["weights"] == str(i)]) for i in range(10)]
-    assert result["spearman"]["value"] == pytest.approx(
-        scipy.stats.spearmanr([runs[3 * i]["gini"] for i in range(10)], means).statistic
+    assert (result.n_models, result.spearman.n, len(result.rows)) == (10, 10, 30)
+    means = [np.mean([run.gain.value for run in runs if run.weights == str(i)]) for i in range(10)]
+    assert result.spearman.value == pytest.approx(
+        scipy.stats.spearmanr([runs[3 * i].gini for i in range(10)], means).statistic
     )
 
 
 def test_gains_that_are_all_alike_have_no_correlation():
-    runs = [run | {"gain": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}} for run in made_runs(12)]
+    runs = [dataclasses.replace(run, gain=number(0.5, 0.4, 0.6, 9)) for run in made_runs(12)]
     result = gain_against_sparsity(runs)
-    assert result["spearman"] is None and "no correlation" in result["finding"]
+    assert result.spearman is None and "no correlation" in result.finding
 
 
 def test_pictures_show_the_heads_of_each_model_where_they_are():
     models = [Scored("first", scores_of(1), 4), Scored("none", HeadScores.from_array(np.zeros((3, 2)) + 0.01), 1)]
-    with figures.style():
-        curves, *layers = model_figures.profiles(models, profile_table(models)).axes
+    with plotting.style():
+        curves, *layers = profiles(models, profile_table(models)).axes
     ranked = np.sort(models[0].scores.mean, axis=None)[::-1]
     np.testing.assert_allclose(curves.lines[0].get_ydata(), ranked)
     assert curves.lines[0].get_xdata()[[0, -1]] == pytest.approx([1 / 48, 1])
@@ -209,11 +215,11 @@ def test_pictures_show_the_heads_of_each_model_where_they_are():
 
 def test_every_run_has_its_own_mark_and_whisker():
     gains = gain_against_sparsity(made_runs(12))
-    with figures.style():
-        (ax,) = model_figures.sparsity(gains, GAIN).axes
-    whiskers, points = ax.lines[1::2], ax.lines[2::2]
-    for row, whisker, point in zip(gains["rows"], whiskers, points, strict=True):
-        assert (point.get_xdata()[0], point.get_ydata()[0]) == (row["gini"], row["gain"]["value"])
-        assert list(whisker.get_ydata()) == [row["gain"]["low"], row["gain"]["high"]]
+    with plotting.style():
+        (ax,) = sparsity(gains, GAIN).axes
+    points, whiskers = ax.lines[1::3], ax.lines[2::3]  # the third is for the legend
+    for row, whisker, point in zip(gains.rows, whiskers, points, strict=True):
+        assert (point.get_xdata()[0], point.get_ydata()[0]) == (row.gini, row.gain.value)
+        assert list(whisker.get_ydata()) == [row.gain.low, row.gain.high]
     assert len({(point.get_color(), point.get_marker()) for point in points}) == 12
-    assert ax.get_ylabel() == "retmask minus start" and math.isclose(ax.lines[0].get_ydata()[0], 0)
+    assert ax.figure.get_suptitle().endswith(GAIN) and math.isclose(ax.lines[0].get_ydata()[0], 0)

@@ -9,21 +9,12 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from retmask_jax.data.answers import holds, rouge1_recall, rouge_tokens, words
-from retmask_jax.data.needles import (
-    Case,
-    Needle,
-    Spec,
-    build_cases,
-    draw_specs,
-    paired_cases,
-    question_case,
-    read_sentences,
-)
+from retmask_jax.data.needles import Case, Needle, Spec, build_cases, draw_specs, question_case, read_sentences
 from retmask_jax.data.needles import read_needles as read
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.data.tasks import task_cases
 from retmask_jax.generation.language_model import load
-from retmask_jax.heads import conditions, copy_score
+from retmask_jax.heads import conditions, copy_score, detection
 
 # language -> (answer, a sentence with it, a sentence with a longer or another word that only begins like it)
 SCRIPTS = {
@@ -146,11 +137,7 @@ def test_an_answer_without_words_is_refused_by_name(answer, prompter, tmp_path):
     )
     needle = Needle(line["needle"], line["question"], answer)
     specs = draw_specs([needle], [64], [0.5], per_length=1)
-    for build in (
-        lambda: build_cases(prompter, ["a b ."], [needle], specs),
-        lambda: paired_cases({"one": prompter}, ["a b ."], [needle], specs),
-        lambda: question_case(prompter, needle),
-    ):
+    for build in (lambda: build_cases(prompter, ["a b ."], [needle], specs), lambda: question_case(prompter, needle)):
         with pytest.raises(ValueError, match="^needle 'the sign is .*: the answer .* has no letter or digit"):
             build()
     with pytest.raises(ValueError, match="the memory '!' has no letter"):
@@ -175,7 +162,7 @@ def test_cases_of_another_script_count_and_are_right(prompter, tmp_path):
     path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in needles), encoding="utf-8")
     assert len(read(path)) == 3
     for one in needles:
-        assert copy_score._outcome(one["needle"], one["answer"], cut=False) == copy_score.COUNTED
+        assert copy_score._outcome(one["needle"], one["answer"], cut=False) == detection.COUNTED
         assert copy_score._outcome("другое нечто 大阪 हरा", one["answer"], cut=False) == "wrong answer"
     section = type("task", (), {"needles": "n", "lengths": ()})
     cases = task_cases(prompter, section, lambda _: path)

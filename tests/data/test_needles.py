@@ -18,7 +18,6 @@ from retmask_jax.data.needles import (
     answer_span,
     build_cases,
     draw_specs,
-    paired_cases,
     question_case,
     read_needles,
     read_sentences,
@@ -339,20 +338,6 @@ def test_models_with_other_tokenizers_get_the_same_cases(large, small):
     assert [words.decode(c.tokens) for c in ours] == [renumbered.decode(c.tokens) for c in theirs]
     assert [c.tokens for c in ours] != [c.tokens for c in theirs]
     assert [c.span for c in ours] == [c.span for c in theirs]
-
-
-def test_a_case_that_one_model_cannot_have_is_dropped_for_all(large, small):
-    """The small vocabulary needs more tokens for needle and question than the shorter length has."""
-    specs = _grid([60, 700], [0.5, 1.0])
-    both, dropped = paired_cases({"large": large, "small": small}, SENTENCES, NEEDLES, specs)
-    short = [i for i, spec in enumerate(specs) if spec.length == 60]
-    assert [line.split(":")[0] for line in dropped] == [f"spec {i}, small" for i in short]
-    left = [spec for spec in specs if spec.length == 700]
-    assert [case.spec for case in both["large"]] == [case.spec for case in both["small"]] == left
-    for name, prompter in (("large", large), ("small", small)):
-        assert both[name] == build_cases(prompter, SENTENCES, NEEDLES, left)
-    with pytest.raises(ValueError, match=r"none of \d+ cases can be built for all of large, small \(spec 0, small"):
-        paired_cases({"large": large, "small": small}, SENTENCES, NEEDLES, [specs[i] for i in short])
 
 
 # --- prompts ---

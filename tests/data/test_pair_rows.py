@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_rows import OPTIONS, PROMPTER, many_records, record_of
+from helpers_rows import OPTIONS, PROMPTER, encode_pairs, many_records, record_of
 from helpers_tiny import copying_lm
 
 from retmask_jax.data import pair_rows
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.data.pair_rows import PairRows, batches, encode_blocks, encode_pairs, kept_rows, parts, widths
+from retmask_jax.data.pair_rows import PairRows, batches, encode_blocks, kept_rows, parts, widths
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.hf.end_tokens import Ends
 from retmask_jax.utils import hosts

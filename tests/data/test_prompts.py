@@ -241,7 +241,7 @@ def test_what_tfds_cannot_give_is_said_in_one_line(tfds_folder, tmp_path):
         (f"tfds:{tfds_folder}", "valid", "Unknown split 'valid'"),
         (f"tfds:{tmp_path}", "train", "dataset_info.json"),
     ):
-        with pytest.raises(ValueError, match=f"split {split}: not to be had .*{words}.* check name, split") as error:
+        with pytest.raises(ValueError, match=f"split {split}: cannot be read .*{words}.* check name, split") as error:
             read_prompts(source, split=split)
         assert str(error.value).startswith(source) and "\n" not in str(error.value)
     with pytest.raises(ValueError, match="split train, record 0: no field 'text'; the record has conversation"):

@@ -10,8 +10,7 @@ from helpers_tiny import copying_lm
 
 from retmask_jax.cli.main import main
 from retmask_jax.evals import perplexity, scoring
-from retmask_jax.utils import store as kept_module
-from retmask_jax.utils.store import Kept, Records, request_key
+from retmask_jax.utils.store import Store, request_key
 
 RNG = np.random.default_rng(0)
 ROWS = [RNG.integers(4, 60, n).tolist() for n in (20, 9, 33, 14, 27, 20)]
@@ -34,16 +33,18 @@ class _Cut(Exception):
 
 
 def _stop_after(monkeypatch, n: int) -> list:
-    """Records are written n times more, then the process is stopped."""
-    added, add = [], kept_module.Records.add
+    """Values are stored n times more, then the process is stopped."""
+    added, add = [], Store.add
 
-    def stopping(self, record):
+    def stopping(self, key, value):
+        if key in self:  # rows that fill up a batch
+            return
         if len(added) == n:
             raise _Cut
-        added.append(record["key"])
-        add(self, record)
+        added.append(key)
+        add(self, key, value)
 
-    monkeypatch.setattr(kept_module.Records, "add", stopping)
+    monkeypatch.setattr(Store, "add", stopping)
     return added
 
 
@@ -51,11 +52,11 @@ def _stop_after(monkeypatch, n: int) -> list:
 def test_what_was_cut_off_goes_on_with_what_is_missing(name, tmp_path, monkeypatch):
     lm, measure = copying_lm(), MEASURES[name]
     whole = measure(lm, None)
-    with monkeypatch.context() as patch, pytest.raises(_Cut), Kept(tmp_path) as kept:
+    with monkeypatch.context() as patch, pytest.raises(_Cut), Store(tmp_path) as kept:
         _stop_after(patch, 3)
         measure(lm, kept)
     added = _stop_after(monkeypatch, 99)
-    with Kept(tmp_path) as kept:
+    with Store(tmp_path) as kept:
         np.testing.assert_array_equal(measure(lm, kept), whole)
         n = 7 if name == "draws" else 6
         assert len(added) == n - 3  # draws of equal prompts differ: each has its own seed
@@ -73,7 +74,7 @@ def test_keys_tell_requests_apart():
         request_key("a", [1, 2], n=3),
     ]
     assert len(set(keys)) == 4 and request_key("a", np.array([1, 2])) == keys[0]
-    kept = Kept()
+    kept = Store()
     kept.add(keys[2], 5)
     assert kept.missing([keys[1], keys[2], keys[1], keys[0]]) == [0, 3]
     kept.add(keys[2], 6)
@@ -110,6 +111,6 @@ def test_an_evaluation_that_was_stopped_asks_only_for_the_rest(tmp_path, monkeyp
     added = _stop_after(monkeypatch, 99)
     assert main(arguments) == 0 and len(added) == 2
     (file,), (answers,) = (sorted((root / "measured").glob(pattern)) for pattern in ("*.json", "*[!n]"))
-    assert len(Records(answers)) == 6  # what was answered stays, also when it has been scored
+    assert len(list(Store(answers))) == 6  # what was answered stays, also when it has been scored
     assert {len(one["ids"]) for one in json.loads(file.read_text())["measured"]} == {3}
     assert os.path.isfile(file)

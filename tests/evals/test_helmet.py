@@ -14,8 +14,8 @@ from retmask_jax.evals import scoring
 from retmask_jax.evals.external import helmet
 from retmask_jax.evals.external.helmet_means import CATEGORIES, MEANS, helmet_means
 from retmask_jax.evals.measured import Measured
-from retmask_jax.model.interventions import Interventions, all_heads, mask_heads
-from retmask_jax.utils.store import Kept, Records
+from retmask_jax.model.interventions import Interventions, all_heads, mask_heads, stack
+from retmask_jax.utils.store import Store
 
 LENGTH, NEW = 64, 6
 SETS = {  # category -> (data sets, stop_new_line, chat)
@@ -80,8 +80,8 @@ def _prompts(lm, records, chat=False):
     """The tokens of the prompts, written out: of a long one the end of the context is missing."""
     rows = []
     for record in records:
-        behind = f"{record['question']}" + ("" if chat else f" {record['question']} :")
-        ids = [lm.tokenizer.encode(text) for text in (record["context"], behind)]
+        question = f"{record['question']}" + ("" if chat else f" {record['question']} :")
+        ids = [lm.tokenizer.encode(text) for text in (record["context"], question)]
         around = [tl.BOS] if chat else []
         end = [*ids[1], *(lm.tokenizer.encode(":") if chat else [])]
         rows.append((*around, *ids[0][: LENGTH - NEW - len(around) - len(end)], *end))
@@ -93,7 +93,7 @@ def _answers(lm, prompts, **options):
     return [lm.tokenizer.decode(one.tokens[0, : one.lengths[0]], skip_special_tokens=True) for one in out]
 
 
-def test_exact_prompts_go_to_the_model_and_answers_are_scored_behind_their_prefix(tmp_path, monkeypatch):
+def test_exact_prompts_go_to_the_model_and_answers_are_scored_after_their_prefix(tmp_path, monkeypatch):
     lm, records, spy = copying_lm(), _records(4, 30), _Spy(monkeypatch)
     checkout = _write(tmp_path / "helmet", records)
     run = helmet.run_helmet(lm, checkout, [LENGTH], ["recall"], folder=tmp_path / "out", batch_size=4)
@@ -114,7 +114,7 @@ def test_exact_prompts_go_to_the_model_and_answers_are_scored_behind_their_prefi
     # What was answered is not generated again; under a mask all is.
     spy.prompts.clear()
     none = Interventions.none(lm.config)
-    with Kept(tmp_path / "out/answers" / scoring.mask_hash(none)) as answers:
+    with Store(tmp_path / "out/answers" / scoring.mask_hash(lm.config, none)) as answers:
         job = helmet._Job(lm, none, 4, answers, None)
         rows = [np.array(row, np.int32) for row in prompts]
         options = {"max_new_tokens": NEW, "until": [], "temperature": 0.0, "top_p": 1.0}
@@ -157,8 +157,8 @@ def test_a_chat_template_leaves_the_prefix_out_and_what_is_missing_is_said(tmp_p
     assert len(tasks["infbench_qa"].values) == 4
     (path,) = (tmp_path / "out").rglob("narrativeqa*.json")
     (folder,) = (tmp_path / "out/scores").iterdir()
-    part, scores = CATEGORIES["longqa"][0], Records(folder)
-    (kept,) = (scores[key]["value"] for key in scores if "narrativeqa" in key[0])
+    part, scores = CATEGORIES["longqa"][0], Store(folder)
+    (kept,) = (scores[key] for key in scores if "narrativeqa" in key[0])
 
     judged = json.loads(path.read_text())
     for row, given in zip(judged["data"], (2, 3, 0, None), strict=True):
@@ -191,7 +191,7 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, options, why):
         "checkout": Path(__file__).parents[1] / "helmet_miniature",
     } | options
     if "interventions" in options:
-        arguments["interventions"] = mask_heads(lm.config, []).fill(lm.config).per_row(2)
+        arguments["interventions"] = stack([mask_heads(lm.config, [])] * 2)
     with pytest.raises(ValueError, match=why):
         helmet.run_helmet(lm, folder=tmp_path / "out", batch_size=2, **arguments)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: ours against its own `hf` model (torch) on the bundled model, all offline."""
+"""Tasks of lm-evaluation-harness: ours against the harness's `hf` model (torch) on the bundled model, all offline."""
 
 import json
 import textwrap

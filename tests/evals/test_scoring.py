@@ -11,7 +11,7 @@ from retmask_jax.data import tiny_language as tl
 from retmask_jax.evals import scoring
 from retmask_jax.evals.external import lm_eval
 from retmask_jax.evals.scoring import GenerationOptions
-from retmask_jax.model.interventions import all_heads, mask_heads
+from retmask_jax.model.interventions import all_heads, mask_heads, stack
 from retmask_jax.utils import memory
 
 LENGTHS = (1, 3, 9, 20, 33, 47, 58)
@@ -113,7 +113,7 @@ def test_answers_end_at_the_first_stop_and_at_special_tokens():
     shared = mask_heads(lm.config, all_heads(lm.config))
     assert scoring.answers(lm, prompts, shared, max_new_tokens=NEW, batch_size=BATCH) != texts
     with pytest.raises(ValueError, match="a suite runs under one mask"):
-        scoring.answers(lm, prompts, shared.fill(lm.config).per_row(5), max_new_tokens=NEW, batch_size=BATCH)
+        scoring.answers(lm, prompts, stack([shared] * 5), max_new_tokens=NEW, batch_size=BATCH)
 
 
 @pytest.mark.parametrize(
@@ -129,14 +129,14 @@ def test_answers_end_at_the_first_stop_and_at_special_tokens():
     ],
 )
 def test_options_of_tasks(kwargs, expected):
-    options = GenerationOptions.of(kwargs, 512)
+    options = GenerationOptions.from_kwargs(kwargs, 512)
     assert (options.until, options.max_new_tokens, options.temperature, options.top_p) == expected
 
 
 @pytest.mark.parametrize(
     ("kwargs", "why"),
     [
-        ({"num_beams": 4, "repetition_penalty": 1.1}, "has num_beams, repetition_penalty, which cannot be followed"),
+        ({"num_beams": 4, "repetition_penalty": 1.1}, "has num_beams, repetition_penalty, which is not supported"),
         ({"temperature": 0.5, "top_k": 5}, "has top_k"),
         ({"do_sample": True}, "wants do_sample at temperature 0"),
         ({"max_gen_toks": 512}, "512 new tokens; the model's context of 512 leaves no room"),
@@ -144,7 +144,7 @@ def test_options_of_tasks(kwargs, expected):
 )
 def test_options_that_cannot_be_followed_are_named(kwargs, why):
     with pytest.raises(ValueError, match=why):
-        GenerationOptions.of(kwargs, 512)
+        GenerationOptions.from_kwargs(kwargs, 512)
 
 
 def test_without_the_harness_one_line_says_what_to_install(monkeypatch):

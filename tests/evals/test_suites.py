@@ -1,4 +1,4 @@
-"""Suites beside RULER: needle heat maps, key-value recall, re-ranking, loss by position, and their config section."""
+"""Suites other than RULER: needle heat maps, key-value recall, re-ranking, loss by position, and their config section."""
 
 import json
 import math
@@ -156,7 +156,7 @@ def test_ndcg_equals_a_worked_example():
     assert rerank.ndcg(["x", "31"], labels) == pytest.approx(3 / math.log2(3) / best)
     assert rerank.ndcg([], labels) == 0
     many = {str(i): int(i == 11) for i in range(12)}
-    assert rerank.ndcg(list(many), many) == 0  # rank 12 is behind the tenth
+    assert rerank.ndcg(list(many), many) == 0  # rank 12 is after the tenth
 
 
 def test_prompts_show_passages_in_random_order_and_only_as_many_as_fit(queries):
@@ -257,7 +257,7 @@ def test_questions_of_all_three_forms(tmp_path):
 
 
 def _naive_losses(row, head_mask=None):
-    """Loss of each token behind the first, in float64, one row at a time."""
+    """Loss of each token after the first, in float64, one row at a time."""
     logits, _ = reference(in_float64(copying_params()), row, head_mask)
     return [math.log(np.exp(logits[t]).sum()) - logits[t, row[t + 1]] for t in range(len(row) - 1)]
 
@@ -289,7 +289,7 @@ def test_loss_by_position_equals_a_naive_loop():
 
 
 def test_sliding_loss_equals_a_naive_loop():
-    """Every token behind the first window's context is predicted once, from at least 14 tokens of text."""
+    """Every token after the first window's context is predicted once, from at least 14 tokens of text."""
     lm = copying_lm()
     windows = perplexity.sliding_windows(lm.tokenizer, TEXT, 24, 9)
     one = perplexity.run_sliding(lm, windows, 9, batch_size=BATCH)

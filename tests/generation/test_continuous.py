@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from retmask_jax.generation import continuous
-from retmask_jax.generation.batching import take_rows
 from retmask_jax.generation.continuous import Request, generate_stream
+from retmask_jax.generation.continuous_programs import Shared
 from retmask_jax.generation.decode import generate_many
 from retmask_jax.model.config import ModelConfig, Rope
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.interventions import Interventions, stack
+from retmask_jax.model.masks import normalise_each
 
 BATCH, NEW, VOCAB = 3, 24, 31
 STOPS = (3, 4, 5)
@@ -56,9 +57,12 @@ def single(random_model):
 
 def _masks(seed=0):
     rng = np.random.default_rng(seed)
-    return lambda config: Interventions(
-        rng.random((3, config.n_layers, 4)) < 0.4, rng.random((3, config.n_layers, 4, 2)) < 0.3
-    )
+
+    def draw(config):
+        heads, pairs = rng.random((3, config.n_layers, 4)) < 0.4, rng.random((3, config.n_layers, 4, 2)) < 0.3
+        return [Interventions(*parts) for parts in zip(heads, pairs, strict=True)]
+
+    return draw
 
 
 def _requests(seed=0):
@@ -85,7 +89,7 @@ def _simply(lm, requests, masks, **options):
         [request.tokens for request in requests],
         batch_size=len(requests),
         max_new_tokens=NEW,
-        interventions=take_rows(masks, np.array([request.mask for request in requests])),
+        interventions=stack([masks[request.mask] for request in requests]),
         seeds=[request.seed for request in requests],
         stop_ids=STOPS,
         **options,
@@ -125,32 +129,22 @@ def test_results_come_as_rows_finish_and_prompts_begin_as_rows_are_free(plain, m
 
 def test_no_value_compiles_anything(plain, compiles):
     list(_stream(plain, _requests(), _masks()(plain.config)))
-    masks = _masks(5)(plain.config)
-    masks.fill(plain.config)
     compiles.clear()
-    list(_stream(plain, _requests(3), masks, temperature=0.7, top_p=0.5, stop_ids=(9,)))
+    list(_stream(plain, _requests(3), _masks(5)(plain.config), temperature=0.7, top_p=0.5, stop_ids=(9,)))
     assert not compiles
-
-
-def test_without_masks_there_is_one_that_masks_nothing(plain):
-    masks = continuous._per_mask(plain.config, None)
-    assert masks.head_mask.shape == (1, 3, 4) and masks.rope_mask.shape == (1, 3, 4, 2)
-    assert not masks.head_mask.any() and not masks.rope_mask.any()
-    heads = continuous._per_mask(plain.config, Interventions(_masks()(plain.config).head_mask))
-    assert heads.head_mask.any() and heads.rope_mask.shape == (3, 3, 4, 2)
 
 
 def test_a_cache_is_changed_in_place(plain):
     job = continuous._Job(plain.config, NEW, _shared(plain), _requests())
-    state = continuous._empty(plain.config, plain.params, np.zeros(BATCH, np.int32), slots=128, max_new_tokens=NEW)
+    state = continuous.empty_state(plain.config, plain.params, np.zeros(BATCH, np.int32), slots=128, max_new_tokens=NEW)
     placed = continuous._admit(job, state, np.array([3]), np.array([1], np.int32))
-    continuous._decode(job.config, job.shared, np.int32(2), np.int32(BATCH), *placed)
+    continuous.decode_rows(job.config, job.shared, np.int32(2), np.int32(BATCH), *placed)
     assert all(x.is_deleted() for x in jax.tree.leaves([state[1], placed[1]]))
 
 
 def _shared(lm):
     draws = continuous.Draws.of(lm.config, STOPS, 0.0, 1.0)
-    return lm.params, continuous._per_mask(lm.config, _masks()(lm.config)), draws, np.int32(90)
+    return Shared(lm.params, normalise_each(lm.config, _masks()(lm.config)), draws, np.int32(90))
 
 
 # --- what runs when ---
@@ -166,7 +160,7 @@ def _shared(lm):
     ],
 )
 def test_requests_are_cut_where_a_narrower_cache_saves_more_than_the_wait(plain, lengths, cuts):
-    job = continuous._Job(plain.config, NEW, (), [Request([7] * n) for n in lengths])
+    job = continuous._Job(plain.config, NEW, Shared({}, None, None, None), [Request([7] * n) for n in lengths])
     groups = continuous._groups(job, list(range(len(lengths))), 4, "sample")
     assert [len(group) for group in groups] == cuts and sum(groups, []) == list(range(len(lengths)))
 
@@ -174,7 +168,7 @@ def test_requests_are_cut_where_a_narrower_cache_saves_more_than_the_wait(plain,
 def test_results_of_several_groups(plain, monkeypatch):
     monkeypatch.setattr(continuous, "_WORTH_WAITING", 0.5)
     requests, masks = _requests(), _masks()(plain.config)
-    job = continuous._Job(plain.config, NEW, (), requests)
+    job = continuous._Job(plain.config, NEW, Shared({}, None, None, None), requests)
     longest_first = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
     assert len(continuous._groups(job, longest_first, BATCH, "sample")) == 2
     _assert_same(list(_stream(plain, requests, masks)), _simply(plain, requests, masks))
@@ -192,7 +186,7 @@ def test_each_device_takes_prompts_into_its_own_free_rows():
 
 
 def test_where_memory_runs_out_the_batch_is_halved_and_nothing_is_lost(plain, monkeypatch, caplog):
-    decode, sizes = continuous._decode, []
+    decode, sizes = continuous.decode_rows, []
 
     def exhausted(config, shared, steps, enough, rows, cache):
         sizes.append(len(rows.done_B))
@@ -201,7 +195,7 @@ def test_where_memory_runs_out_the_batch_is_halved_and_nothing_is_lost(plain, mo
         return decode(config, shared, steps, enough, rows, cache)
 
     requests, masks = _requests(), _masks()(plain.config)
-    monkeypatch.setattr(continuous, "_decode", exhausted)
+    monkeypatch.setattr(continuous, "decode_rows", exhausted)
     results = list(_stream(plain, requests, masks, what="pairs"))
     assert set(sizes) == {BATCH, 1} and "pairs ran out of memory" in caplog.text
     _assert_same(results, _simply(plain, requests, masks))
@@ -228,8 +222,8 @@ def test_without_a_batch_size_rows_fill_the_free_memory_by_the_compilers_report(
     (few,), results = _rows_that_fill(monkeypatch, single, 250_000, requests)
     _assert_same(results, _simply(single, requests, _masks()(single.config)))
 
-    masks = continuous._per_mask(single.config, _masks()(single.config))
-    shared = (single.params, masks, continuous.Draws.of(single.config, STOPS, 0.0, 1.0), np.int32(84))
+    masks = normalise_each(single.config, _masks()(single.config))
+    shared = Shared(single.params, masks, continuous.Draws.of(single.config, STOPS, 0.0, 1.0), np.int32(84))
     longest, programs = max(len(request.tokens) for request in requests), continuous.programs
     needed = functools.cache(lambda rows: programs(single.config, shared, rows, longest, NEW).needed())
     monkeypatch.setattr(continuous, "programs", lambda _, shared, n, *__: SimpleNamespace(needed=lambda: needed(n)))
@@ -285,9 +279,9 @@ def test_unfit_requests_raise_before_anything_runs(plain, change, options, messa
 _MESHES = textwrap.dedent("""
     import json, logging, sys
     import jax, numpy as np
-    from retmask_jax.generation import continuous as stream
+    from retmask_jax.generation import continuous
     from retmask_jax.model import sharding
-    from retmask_jax.generation.decode import generate_many, take_rows
+    from retmask_jax.generation.decode import generate_many
     from retmask_jax.hf.hub import BUNDLED
     from retmask_jax.generation.language_model import load
 
@@ -302,7 +296,10 @@ _MESHES = textwrap.dedent("""
     print(json.dumps({
         "same": all(np.array_equal(found[i].tokens, expected[i].tokens) for i in range(9)),
         "lengths": [len(result.tokens) for result in expected],
-        "programs": [getattr(continuous, name)._cache_size() for name in ("_empty", "_start", "_place", "_decode")],
+        "programs": [
+            getattr(continuous, name)._cache_size()
+            for name in ("empty_state", "start_rows", "replace_rows", "decode_rows")
+        ],
     }))
 """)
 

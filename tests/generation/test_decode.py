@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from retmask_jax.generation import decode as generation
-from retmask_jax.generation.batching import batches_by_length, bucket, pad_rows, take_rows
+from retmask_jax.generation.batching import batches_by_length, bucket, pad_rows
 from retmask_jax.generation.decode import generate, generate_many, sample
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.transformer import hidden
 
 NEW = 8
@@ -56,7 +57,6 @@ def test_within_a_bucket_no_value_compiles_anything(tiny, run, compiles):
     run(interventions=_masks(1), temperature=0.7, top_p=0.9, seed=3)
     narrow = TOKENS[:, :5], np.minimum(LENGTHS, 5)
     jnp.asarray(narrow[0])  # moving an array to the device may itself compile a copy
-    Interventions().fill(tiny.config)
     programs = generation.generate_batch._cache_size()
     compiles.clear()
     for seed in range(3):
@@ -92,7 +92,7 @@ def test_rows_have_their_own_masks(run):
     iv = _masks(3, rows=(3,))
     out = run(interventions=iv)
     for row in range(3):
-        alone = run(interventions=take_rows(iv, row))
+        alone = run(interventions=jax.tree.map(lambda x, n=row: x[n], iv))
         np.testing.assert_array_equal(out.tokens[row], alone.tokens[row])
     assert (out.tokens != run().tokens).any(axis=1).all()
 
@@ -115,7 +115,7 @@ def test_probes_see_what_full_forward_passes_see(five_layers):
 
     @jax.jit
     def full_pass(params):
-        full = hidden(flat.config, params, tokens, probe=Probe(rows_BN))
+        full = hidden(flat.config, params, tokens, normalise(flat.config), probe=Probe(rows_BN))
         return full.probed.keys[..., 0], full.x_BTE @ params["lm_head"]["kernel"]
 
     argmax_BNLH, logits_BTV = full_pass(flat.params)
@@ -293,7 +293,7 @@ def test_many_prompts_have_their_own_seeds_and_masks(tiny, run, prompts):
     results = _many(tiny, prompts, seeds=seeds, interventions=iv, **options)
     for i, prompt in enumerate(prompts):
         tokens, lengths = pad_rows([prompt] * 3, pad_id=0)
-        mask = take_rows(iv, i)
+        mask = jax.tree.map(lambda x, n=i: x[n], iv)
         alone = run(tokens, lengths, temperature=0.8, seed=seeds[[i] * 3], interventions=mask)
         np.testing.assert_array_equal(results[i].tokens, alone.tokens[0])
     again = _many(tiny, prompts, interventions=iv, **options)

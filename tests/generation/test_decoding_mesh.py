@@ -21,24 +21,24 @@ _DECODE = textwrap.dedent("""
     from retmask_jax.runs.context import Context
     from retmask_jax.aot.hlo import read_work
     from retmask_jax.generation.language_model import load
-    from retmask_jax.model.interventions import mask_heads, stack
+    from retmask_jax.model.interventions import mask_heads
     from retmask_jax.model.kernels.blocked import compiled_for
     from retmask_jax.runs.workdir import Workdir
 
     config = _papers.retmask_method("bundled", threshold=0.1)
     config.dtype, config.kernel = "float32", "plain"
-    compiled, run, capacity = [], stream._decode, memory.capacity
+    compiled, run, capacity = [], stream.decode_rows, memory.capacity
 
     def decode(*arguments):
         if not compiled:
             compiled.append(run.lower(*arguments).compile().as_text())
         return run(*arguments)
 
-    stream._decode = decode
+    stream.decode_rows = decode
     rng = np.random.default_rng(0)
     lengths = (60, 3, 41, 7, 12, 50, 9, 33, 1, 20)
     whole = load("bundled")
-    masks = stack([mask_heads(whole.config, some).fill(whole.config) for some in ([], [(1, 0), (1, 3)])])
+    masks = [mask_heads(whole.config, some) for some in ([], [(1, 0), (1, 3)])]
     requests = [stream.Request(rng.integers(16, 256, n).tolist(), mask=i % 2) for i, n in enumerate(lengths)]
 
     def answers(lm):

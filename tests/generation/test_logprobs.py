@@ -36,7 +36,7 @@ def summed(tiny):
     jitted = jax.jit(lambda *args: sequence_logprobs(tiny.config, tiny.params, *args))
 
     def call(length=LENGTH, loss_mask=LOSS_MASK, interventions=None):
-        filled = (interventions or Interventions()).fill(tiny.config)
+        filled = interventions or Interventions.none(tiny.config)
         return jitted(TOKENS[:, :length], loss_mask[:, :length], None, filled)
 
     return call

@@ -17,6 +17,7 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import hidden_rows
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.transformer import hidden
 
 CHUNK = 8
@@ -49,22 +50,22 @@ def test_chunks_and_rings_equal_one_pass(windowed, close, start):
     tokens_BT = rng.integers(0, 41, (4, 45)).astype(np.int32)
     end_B = np.array([45, 9, 30, 17])
     rows_BP = np.array([[44, 7], [8, 5], [29, 12], [16, 15]]) - start
-    iv = Interventions().fill(config)
-    full = jax.jit(lambda params: hidden(config, params, tokens_BT, iv, probe=Probe(rows_BP + start)))(params)
+    masks = normalise(config)
+    full = jax.jit(lambda params: hidden(config, params, tokens_BT, masks, probe=Probe(rows_BP + start)))(params)
 
     @jax.jit
     def chunked(params, head_BT, tail_BT):
         cache = empty_cache(config, 4, start + slots_for(tail_BT.shape[1], CHUNK) + 1, jnp.float32)
         if start:
             ends_B = jnp.full(4, start)
-            cache = prefill(config, params, head_BT, ends_B, iv, cache, jnp.zeros((4, 1), int), chunk=CHUNK).cache
+            cache = prefill(config, params, head_BT, ends_B, masks, cache, jnp.zeros((4, 1), int), chunk=CHUNK).cache
         first_B = jnp.full(4, start) if start else None
         out = prefill(
             config,
             params,
             tail_BT,
             jnp.asarray(end_B),
-            iv,
+            masks,
             cache,
             jnp.asarray(rows_BP),
             start_B=first_B,
@@ -75,7 +76,7 @@ def test_chunks_and_rings_equal_one_pass(windowed, close, start):
             config,
             params,
             tokens_BT[:, :1],
-            iv,
+            masks,
             cache=out.cache,
             start_B=jnp.asarray(end_B),
             end_B=jnp.asarray(end_B) + 1,
@@ -86,11 +87,11 @@ def test_chunks_and_rings_equal_one_pass(windowed, close, start):
     assert out.cache["blocks"]["0"].slots == config.window and out.cache["blocks"]["1"].slots > 45
     close(out.x_BPE, np.take_along_axis(np.asarray(full.x_BTE), (rows_BP + start)[..., None], axis=1), 1e-5)
     np.testing.assert_array_equal(out.probed.keys, full.probed.keys)
-    rows = jax.jit(lambda params: hidden_rows(config, params, tokens_BT, iv, jnp.asarray(rows_BP + start)))(params)
-    close(out.rms_BP, rows.rms_BT, 1e-5)
+    rows = jax.jit(lambda params: hidden_rows(config, params, tokens_BT, masks, jnp.asarray(rows_BP + start)))(params)
+    close(out.rms_BP, rows.rms_BP, 1e-5)
     longer_BT = np.pad(tokens_BT, ((0, 0), (0, 1)))
     np.put_along_axis(longer_BT, end_B[:, None], tokens_BT[:, :1], axis=1)
-    longer = jax.jit(lambda params: hidden(config, params, longer_BT, iv).x_BTE)(params)
+    longer = jax.jit(lambda params: hidden(config, params, longer_BT, masks).x_BTE)(params)
     close(next_BE, longer[np.arange(4), end_B], 1e-5)
 
 
@@ -100,11 +101,11 @@ def test_rows_of_the_last_layer_equal_those_of_a_whole_pass(five_layers, groupin
     rng = np.random.default_rng(3)
     tokens_BT = rng.integers(0, 31, (3, 20)).astype(np.int32)
     rows_BP = jnp.asarray([[19, 4, 0], [7, 8, 9], [2, 2, 18]])
-    iv = Interventions(head_mask=rng.random((3, 5, 4)) < 0.3)
+    masks = normalise(lm.config, Interventions(head_mask=rng.random((3, 5, 4)) < 0.3))
     probe = Probe(rows_BP, spans_BN2=jnp.asarray([[[0, 4], [2, 9]]] * 3), top=2)
-    full = jax.jit(lambda params: hidden(lm.config, params, tokens_BT, iv, probe=probe))(lm.params)
-    rows = jax.jit(lambda params: hidden_rows(lm.config, params, tokens_BT, iv, rows_BP, probe=probe))(lm.params)
-    close(rows.x_BTE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)
+    full = jax.jit(lambda params: hidden(lm.config, params, tokens_BT, masks, probe=probe))(lm.params)
+    rows = jax.jit(lambda params: hidden_rows(lm.config, params, tokens_BT, masks, rows_BP, probe=probe))(lm.params)
+    close(rows.x_BPE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)
     np.testing.assert_array_equal(rows.probed.keys, full.probed.keys)
     close(rows.probed.mass, full.probed.mass, 1e-5)
 
@@ -114,10 +115,10 @@ def test_a_model_of_one_group_has_nothing_before_it(windowed, close):
     config = dataclasses.replace(windowed.config, n_layers=2)
     params = windowed.params | {"blocks": jax.tree.map(lambda leaf: leaf[:1], windowed.params["blocks"])}
     tokens_BT, rows_BP = np.arange(24, dtype=np.int32).reshape(2, 12), jnp.array([[11, 3], [7, 8]])
-    iv = Interventions().fill(config)
-    full = hidden(config, params, tokens_BT, iv, probe=Probe(rows_BP))
-    rows = jax.jit(lambda params: hidden_rows(config, params, tokens_BT, iv, rows_BP, probe=Probe(rows_BP)))(params)
-    close(rows.x_BTE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)
+    masks = normalise(config)
+    full = hidden(config, params, tokens_BT, masks, probe=Probe(rows_BP))
+    rows = jax.jit(lambda params: hidden_rows(config, params, tokens_BT, masks, rows_BP, probe=Probe(rows_BP)))(params)
+    close(rows.x_BPE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)
     np.testing.assert_array_equal(rows.probed.keys, full.probed.keys)
 
 

@@ -1,5 +1,6 @@
 """Mask sweeps equal one pass per mask, in one program; and what happens when memory runs out."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -156,15 +157,15 @@ except memory.OutOfMemory as error:
     assert "train ran out of memory" in done.stdout and "GiB more were wanted" in done.stdout, done.stderr
 
 
-def test_a_stage_that_runs_out_of_memory_says_what_to_lower(monkeypatch, tmp_path):
+def test_a_stage_that_runs_out_of_memory_says_what_to_lower(tmp_path):
     from retmask_jax.configs import tiny
 
+    from retmask_jax.pipeline import registry
     from retmask_jax.runs.context import Context
     from retmask_jax.runs.workdir import Workdir
-    from retmask_jax.stages import registry
 
-    monkeypatch.setitem(registry.STAGES, "detect", registry.Stage((), lambda context, folder: _exhausted(3 * 2**30)))
+    exhausted = dataclasses.replace(registry.DETECT, work=lambda context, folder: _exhausted(3 * 2**30))
     config = tiny.get_config()
     context = Context(config, Workdir.open(tmp_path / "work", config))
     with pytest.raises(memory.OutOfMemory, match="^detect ran out of memory when 3.00 GiB .*: lower batch_size"):
-        registry.run_stage(context, "detect")
+        registry.run_stage(context, exhausted)

@@ -92,15 +92,7 @@ def test_sweeps_write_means_too(close):
 def test_streams_write_means_too():
     requests = [Request(TOKENS[0].tolist(), mask=i) for i in range(3)]
     streamed = dict(
-        generate_stream(
-            CONFIG,
-            LM.params,
-            requests,
-            batch_size=3,
-            max_new_tokens=6,
-            stop_ids=(),
-            masks=stack([mask.fill(CONFIG) for mask in MASKS]),
-        )
+        generate_stream(CONFIG, LM.params, requests, batch_size=3, max_new_tokens=6, stop_ids=(), masks=MASKS)
     )
     for i, mask in enumerate(MASKS):
         alone = LM.generate(TOKENS[:1], [24], max_new_tokens=6, stop_ids=(), interventions=mask)

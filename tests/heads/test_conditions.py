@@ -1,4 +1,4 @@
-"""Causal experiments: answers under masks against a slow reference, and their summaries by their rules."""
+"""Causal experiments: answers under masks against a slow reference, and the statistics of their outcomes."""
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from retmask_jax.generation.decode import generate_batch
 from retmask_jax.heads import conditions as causal
 from retmask_jax.heads.conditions import Condition, answers, hits, mean_over_draws, summarise
 from retmask_jax.model.interventions import Interventions, all_heads, mask_heads, mask_queries, mask_rope
+from retmask_jax.model.masks import normalise
 from retmask_jax.utils import stats
 
 LM = copying_lm()
@@ -45,9 +46,9 @@ def test_answers_under_many_masks_equal_runs_with_one():
     assert generate_batch._cache_size() - before <= 1  # one program served them all
     for mask, texts in zip(MASKS.values(), together, strict=True):
         assert answers(LM, cases, [mask], max_new_tokens=NEW, batch_size=BATCH) == [texts]
-        filled = mask.fill(CONFIG)
-        masks = {"head_mask": np.asarray(filled.head_mask), "rope_mask": np.asarray(filled.rope_mask)}
-        masks |= {} if filled.head_mean is None else {"head_mean": np.asarray(filled.head_mean)}
+        dense = normalise(CONFIG, mask)
+        masks = {"head_mask": dense.head_BLH[0], "rope_mask": dense.rope_BLHR[0]}
+        masks |= {} if mask.head_mean is None else {"head_mean": dense.mean_BLHD[0]}
         slow = [reference_answer(params, case.tokens, NEW, (tl.EOS,), **masks)[0] for case in cases]
         assert texts == [" ".join(tl.VOCABULARY[i] for i in tokens if i > tl.UNK) for tokens in slow]
     assert len({tuple(texts) for texts in together}) == len(MASKS)  # every mask made a difference
@@ -98,9 +99,9 @@ def test_a_contrast_is_paired_over_cases_and_pools_draws():
     rng = np.random.default_rng(11)
     outcome_CN = rng.random((5, 50)) < np.array([0.9, 0.3, 0.8, 0.7, 0.9])[:, None]
     found = causal.contrast(conditions, outcome_CN, {"kind": "retrieval"}, {"kind": "random"})
-    assert found["change"] == stats.paired_bootstrap(outcome_CN[2:].astype(float), outcome_CN[1:2].astype(float))
-    assert found["change"]["value"] == pytest.approx(outcome_CN[2:].mean() - outcome_CN[1].mean())
-    assert found["p_value"] == np.median([stats.mcnemar(outcome_CN[i], outcome_CN[1])["p_value"] for i in (2, 3, 4)])
+    assert found.change == stats.paired_bootstrap(outcome_CN[2:].astype(float), outcome_CN[1:2].astype(float))
+    assert found.change.value == pytest.approx(outcome_CN[2:].mean() - outcome_CN[1].mean())
+    assert found.p_value == np.median([stats.mcnemar(outcome_CN[i], outcome_CN[1]).p_value for i in (2, 3, 4)])
 
 
 @pytest.fixture(scope="module")
@@ -119,29 +120,31 @@ def outcomes():
 def test_summary_rows_hold_the_statistics_of_their_outcomes(outcomes):
     conditions, by_task = outcomes
     rows = summarise(conditions, by_task)
-    assert [(row["task"], row["kind"], row["draw"], row["k"]) for row in rows] == [
+    assert [(row.task, row.kind, row.draw, row.k) for row in rows] == [
         (task, c.kind, c.draw, len(c.pairs)) for task in by_task for c in conditions
     ]
     for row, (task, i) in zip(rows, [(task, i) for task in by_task for i in range(5)], strict=True):
         outcome, untouched = by_task[task][i], by_task[task][0]
         interval = stats.wilson(int(outcome.sum()), len(outcome))
-        assert {name: row[name] for name in interval} == interval
-        assert row["change"] == stats.paired_bootstrap(outcome, untouched)
-        assert row["change"]["value"] == pytest.approx(outcome.mean() - untouched.mean())
-        assert row["mcnemar"] == stats.mcnemar(untouched, outcome)
-        assert row["mcnemar"]["b"] == sum(bool(u and not o) for u, o in zip(untouched, outcome, strict=True))
-    assert rows[1]["heads"] == [[1, 2], [0, 3]] and rows[2]["pairs"] == [4, 5]
+        assert row.number == interval
+        assert row.change == stats.paired_bootstrap(outcome, untouched)
+        assert row.change.value == pytest.approx(outcome.mean() - untouched.mean())
+        assert row.mcnemar == stats.mcnemar(untouched, outcome)
+        assert row.mcnemar.b == sum(bool(u and not o) for u, o in zip(untouched, outcome, strict=True))
+    assert rows[1].heads == [(1, 2), (0, 3)] and rows[2].pairs == [4, 5]
     for task in by_task:
-        of_task = [row for row in rows if row["task"] == task]
-        adjusted = stats.benjamini_hochberg([row["mcnemar"]["p_value"] for row in of_task[1:]])
-        assert [row["q"] for row in of_task] == [1.0, *adjusted]
+        of_task = [row for row in rows if row.task == task]
+        adjusted = stats.benjamini_hochberg([row.mcnemar.p_value for row in of_task[1:]])
+        assert [row.q for row in of_task] == [1.0, *adjusted]
 
 
 def test_mean_over_draws_averages_the_draws_of_one_kind_and_size(outcomes):
     conditions, by_task = outcomes
     outcome_CN = by_task["needle"]
-    pooled = mean_over_draws(conditions, outcome_CN, "random", k=2)
+    pooled = mean_over_draws(conditions, outcome_CN, kind="random", n_pairs=2)
     assert pooled == stats.bootstrap_mean(outcome_CN[2:4].mean(axis=0))
-    assert pooled["n"] == 40  # cases, not cases times draws
-    assert mean_over_draws(conditions, outcome_CN, "random")["value"] == pytest.approx(outcome_CN[2:].mean())
-    assert mean_over_draws(conditions, outcome_CN, "retrieval") == stats.proportion(outcome_CN[1])  # one draw: a share
+    assert pooled.n == 40  # cases, not cases times draws
+    assert mean_over_draws(conditions, outcome_CN, kind="random").value == pytest.approx(outcome_CN[2:].mean())
+    assert mean_over_draws(conditions, outcome_CN, kind="retrieval") == stats.proportion(
+        outcome_CN[1]
+    )  # one draw: a share

@@ -12,11 +12,14 @@ import tokenizers
 import transformers
 from helpers_tiny import BATCH, CONFIG, NEW, copying_lm, in_float64, reference_answer
 
+from retmask_jax.benchmarks.detect import bundled_cases
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.data.answers import rouge1_recall
 from retmask_jax.data.needles import Case, Needle, Spec, build_cases, draw_specs
 from retmask_jax.data.prompter import Prompter
-from retmask_jax.heads.copy_score import COUNTED, copy_score, detect, stability
+from retmask_jax.generation.language_model import load
+from retmask_jax.heads.copy_score import copy_score, detect, detect_plain
+from retmask_jax.heads.detection import COUNTED, stability
 from retmask_jax.heads.scores import HeadScores
 
 LM = copying_lm()
@@ -115,6 +118,25 @@ def test_only_the_released_form_counts_a_repeated_copy_again(slow):
     assert scores[False][layer, head] == scores[False].max() == 1
 
 
+def test_plain_detection_and_the_fast_one_are_equal(slow):
+    """On cases that count and cases that do not; with answers that the fast one reads, and others that it decodes."""
+    cases = _cases([_text(tokens) or "x" for tokens, _ in slow[False]])
+    cases[3] = dataclasses.replace(cases[3], needle=Needle("", "", "nothing of it"))
+    plain, fast = detect_plain(LM, cases, max_new_tokens=NEW), _detect(cases)
+    assert plain == fast
+    assert {COUNTED, "wrong answer, cut at the token limit"} <= set(plain.outcomes)
+    assert (plain.scores.mean > 0).sum() >= 4
+
+
+@pytest.mark.slow
+def test_plain_detection_and_the_fast_one_are_equal_on_the_bundled_model():
+    """Its answers are the needle's words and a full stop, so that most of them are read in one pass."""
+    lm, cases = load("bundled"), bundled_cases(96, depths=3, needles=1)
+    plain, fast = detect_plain(lm, cases, max_new_tokens=NEW), detect(lm, cases, max_new_tokens=NEW, batch_size=1)
+    assert plain == fast and plain.outcomes == [COUNTED] * 3
+    assert sorted(plain.scores.heads(top_k=4)) == [(1, 0), (1, 1), (1, 2), (1, 3)]
+
+
 # --- which cases count ---
 
 
@@ -155,7 +177,7 @@ def test_why_cases_do_not_count(slow):
     assert reason == COUNTED
 
 
-def test_copies_behind_a_newline_do_not_score(slow):
+def test_copies_after_a_newline_do_not_score(slow):
     tokens, strongest = slow[False][0]
     newline = tokens[2]
     lm = LM.replace(tokenizer=_renamed({newline: "end\n"}))
@@ -223,7 +245,7 @@ def _score(prompt, span, tokens, keys, released=False):
         ([7, 8, 9, 7], [2, 3, 4, 2], 1, 4 / 3),
         ([8, 7], [2, 3], 0, 0),  # looks into the needle, at another token
         ([7, 8], [0, 5], 0, 0),  # equal tokens outside the span
-        ([7, 8, 9], [2, 9, 10], 1 / 3, 1 / 3),  # keys behind the prompt are generated tokens
+        ([7, 8, 9], [2, 9, 10], 1 / 3, 1 / 3),  # keys after the prompt are generated tokens
         ([7], [5], 0, 0),  # the end of the span is outside
         ([], np.zeros(0, int), 0, 0),
     ],

@@ -13,7 +13,8 @@ from retmask_jax.data.needles import Needle, build_cases, draw_specs
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.generation.language_model import from_params
 from retmask_jax.heads import detectors
-from retmask_jax.heads.copy_score import COUNTED, detect, words_of
+from retmask_jax.heads.copy_score import detect, words_of
+from retmask_jax.heads.detection import COUNTED
 from retmask_jax.heads.detectors import DETECTORS, agreement, copy_forced, over_seeds, query_focused
 from retmask_jax.heads.reading import measure_answers
 from retmask_jax.heads.scores import HeadScores
@@ -48,7 +49,7 @@ def _copied_cases():
 
 
 def _forced(case):
-    """The gold answer behind its prompt, and the positions that predict it."""
+    """The gold answer after its prompt, and the positions that predict it."""
     row = np.array([*case.tokens, *words_of(case)])
     return row, np.arange(len(case.tokens) - 1, len(row) - 1)
 
@@ -166,7 +167,7 @@ def test_elsewhere_counts_as_many_tokens_as_the_needle_has():
 
 
 def test_contributions_add_up_to_the_logit():
-    """Layers of two kinds and a tail, norms before and behind, with an offset. The embeddings lie in one half of the
+    """Layers of two kinds and a tail, norms before and after, with an offset. The embeddings lie in one half of the
     width and the unembedding in the other, and the MLPs write nothing: heads alone make the logits."""
     config = ModelConfig(
         vocab_size=31,
@@ -249,16 +250,16 @@ def test_agreement_of_head_sets_and_ranks():
         "c": HeadScores.from_array([[1.0, 2.0, 3.0, 4.0]]),
     }
     found = agreement(scores, top_k=3)
-    assert list(found) == [("a", "b"), ("a", "c"), ("b", "c")]
-    assert found["a", "b"] == {"jaccard": 1.0, "spearman": pytest.approx(1)}
-    assert found["a", "c"] == {"jaccard": 0.5, "spearman": pytest.approx(-1)}
+    assert [(pair.a, pair.b) for pair in found] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert (found[0].jaccard, found[0].spearman) == (1.0, pytest.approx(1))
+    assert (found[1].jaccard, found[1].spearman) == (0.5, pytest.approx(-1))
 
 
 def test_seeds_are_compared_in_pairs():
     runs = [HeadScores.from_array([row]) for row in ([4.0, 3, 2, 1], [4.0, 3, 2, 1], [4.0, 1, 2, 3])]
     found = over_seeds(runs, top_k=2)
-    assert found["n"] == 3 and found["common"] == [(0, 0)]
-    assert found["jaccard"] == pytest.approx((1 + 1 / 3 + 1 / 3) / 3)
-    assert found["spearman"] == pytest.approx((1 + 0.2 + 0.2) / 3)
-    with pytest.raises(ValueError, match="1 runs have nothing to be compared with"):
+    assert found.n == 3 and found.common == [(0, 0)]
+    assert found.jaccard == pytest.approx((1 + 1 / 3 + 1 / 3) / 3)
+    assert found.spearman == pytest.approx((1 + 0.2 + 0.2) / 3)
+    with pytest.raises(ValueError, match="1 runs cannot be compared"):
         over_seeds(runs[:1], top_k=2)

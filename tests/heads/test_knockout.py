@@ -1,4 +1,4 @@
-"""Which heads are taken out, how, and their controls, by their rules; activity against a slow reference."""
+"""Which heads are ablated, how, and their controls; activity against a slow reference."""
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from retmask_jax.generation.logprobs import token_logprobs
 from retmask_jax.heads import knockout as knockout_module
 from retmask_jax.heads.knockout import (
     MODES,
+    ablate,
     activity,
     activity_matched,
     curve_conditions,
@@ -17,10 +18,10 @@ from retmask_jax.heads.knockout import (
     knockout_conditions,
     lowest_scoring,
     minimal_set,
-    take_out,
 )
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import all_heads, mask_heads
+from retmask_jax.model.masks import normalise
 from retmask_jax.utils import progress
 
 LM = copying_lm()
@@ -39,7 +40,7 @@ def test_knockout_kinds_and_draws(knockout):
     for kind in ("any layer", "layer-matched", "activity-matched"):
         expected += [(kind, draw) for draw in range(5)]
     assert [(c.kind, c.draw) for c in knockout] == expected
-    assert knockout[0].heads == () and not np.asarray(knockout[0].interventions.fill(WIDE).head_mask).any()
+    assert knockout[0].heads == () and not normalise(WIDE, knockout[0].interventions).head_BLH.any()
     assert set(knockout[1].heads) == set(HEADS)
     for kind in ("any layer", "layer-matched", "activity-matched"):
         assert len({c.heads for c in knockout if c.kind == kind}) > 1
@@ -47,9 +48,9 @@ def test_knockout_kinds_and_draws(knockout):
 
 def test_knockout_masks_are_those_of_their_heads(knockout):
     for condition in knockout:
-        filled = condition.interventions.fill(WIDE)
-        assert true_at(filled.head_mask) == set(condition.heads)
-        assert not np.asarray(filled.rope_mask).any()
+        masks = normalise(WIDE, condition.interventions)
+        assert true_at(masks.head_BLH[0]) == set(condition.heads)
+        assert not masks.rope_BLHR.any()
 
 
 def test_controls_are_as_many_heads_and_never_retrieval_heads(knockout):
@@ -107,13 +108,13 @@ def test_lowest_scoring_heads_are_a_control_where_scores_are_known():
 
 def test_modes_take_the_same_heads_out_in_their_own_way():
     mean_LHD = np.random.default_rng(0).random((3, 12, 16)).astype(np.float32)
-    zero, mean, query = (take_out(WIDE, HEADS, mode, mean_LHD) for mode in MODES)
+    zero, mean, query = (ablate(WIDE, HEADS, mode, mean_LHD) for mode in MODES)
     assert true_at(zero.head_mask) == true_at(mean.head_mask) == set(HEADS)
     assert zero.head_mean is None and zero.rope_mask is None
     np.testing.assert_array_equal(mean.head_mean, mean_LHD)
     assert query.head_mask is None and true_at(query.rope_mask) == {(*head, r) for head in HEADS for r in range(8)}
     with pytest.raises(ValueError, match="knock-out mode is 'median'; it must be one of zero, mean, query"):
-        take_out(WIDE, HEADS, "median")
+        ablate(WIDE, HEADS, "median")
 
 
 # --- curves and the smallest set ---
@@ -151,8 +152,8 @@ def test_the_smallest_set_is_what_recall_cannot_do_without():
 
     kept, steps = minimal_set([a, helper, b, *idle], recall_of, limit=0.2)
     assert kept == [a, b]
-    assert [tuple(step["head"]) for step in steps] == [*idle[::-1], helper]  # the last of equal ones first
-    assert [step["recall"] for step in steps] == pytest.approx([0.05] * 3 + [0.1])
+    assert [step.head for step in steps] == [*idle[::-1], helper]  # the last of equal ones first
+    assert [step.recall for step in steps] == pytest.approx([0.05] * 3 + [0.1])
     assert asked == [6, 5, 4, 3, 2]
     assert minimal_set([a, b], lambda sets: [1.0] * len(sets), limit=0.2) == ([a, b], [])
 

@@ -69,13 +69,13 @@ def made_norms(shift, seed=0):
 def test_a_difference_in_one_pair_is_found_within_layers_and_in_that_pair():
     norms, scores, labels_LH = made_norms(9.0)
     result = norm_utility(norms, scores, scores.heads(threshold=0.1), n_permutations=999, n_resamples=999)
-    assert (result["n"], result["n_other"]) == (12, 84)
-    assert result["permutation"]["p_value"] == 1 / 1000
-    assert result["partial_spearman"]["low"] > 0
+    assert (result.n, result.n_other) == (12, 84)
+    assert result.permutation.p_value == 1 / 1000
+    assert result.partial_spearman.low > 0
     t = scipy.stats.ttest_ind(norms.head_LH[labels_LH], norms.head_LH[~labels_LH]).statistic
-    assert result["cohens_d"] == pytest.approx(t * np.sqrt(1 / 12 + 1 / 84))
-    assert np.argmax(result["pair_cohens_d"]) == 1
-    gaps = np.subtract(result["pair_retrieval"], result["pair_other"])
+    assert result.cohens_d == pytest.approx(t * np.sqrt(1 / 12 + 1 / 84))
+    assert np.argmax(result.pair_cohens_d) == 1
+    gaps = np.subtract(result.pair_retrieval, result.pair_other)
     assert gaps == pytest.approx(norms.pair_LHR[labels_LH].mean(axis=0) - norms.pair_LHR[~labels_LH].mean(axis=0))
 
 
@@ -83,22 +83,22 @@ def test_every_pair_has_the_p_value_it_would_have_alone_adjusted_over_all():
     norms, scores, labels_LH = made_norms(1.0)
     result = norm_utility(norms, scores, scores.heads(threshold=0.1), n_permutations=499, n_resamples=99, seed=3)
     alone = [
-        stats.layer_clustered_permutation(norms.pair_LHR[..., r], labels_LH, 499, seed=3)["p_value"] for r in range(3)
+        stats.layer_clustered_permutation(norms.pair_LHR[..., r], labels_LH, 499, seed=3).p_value for r in range(3)
     ]
-    assert result["pair_p_value"] == alone and len(set(alone)) > 1
+    assert result.pair_p_value == alone and len(set(alone)) > 1
     ranks = np.argsort(np.argsort(alone))
     stepped = [p * 3 / (rank + 1) for p, rank in zip(alone, ranks, strict=True)]
     expected = [min(s for s, other in zip(stepped, ranks, strict=True) if other >= rank) for rank in ranks]
-    assert result["pair_adjusted_p"] == pytest.approx(expected)
+    assert result.pair_adjusted_p == pytest.approx(expected)
 
 
 def test_a_difference_between_layers_alone_is_no_finding():
     norms, scores, _ = made_norms(0.0)
     result = norm_utility(norms, scores, scores.heads(threshold=0.1), n_permutations=999, n_resamples=999)
-    assert result["permutation"]["value"] == pytest.approx(result["permutation"]["expected"], abs=1)
-    assert result["permutation"]["value"] > 3
-    assert result["permutation"]["p_value"] > 0.05
-    assert result["partial_spearman"]["low"] < 0 < result["partial_spearman"]["high"]
+    assert result.permutation.value == pytest.approx(result.permutation.expected, abs=1)
+    assert result.permutation.value > 3
+    assert result.permutation.p_value > 0.05
+    assert result.partial_spearman.low < 0 < result.partial_spearman.high
 
 
 def test_scores_and_heads_of_another_model_are_refused():

@@ -1,4 +1,4 @@
-"""Rotary pairs that are taken out, by their rules; what they carry, against a slow reference and published figures."""
+"""Which rotary pairs are ablated; what they carry, against a slow reference and published figures."""
 
 import dataclasses
 import json
@@ -29,6 +29,7 @@ from retmask_jax.heads.rotary import (
 )
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions, mask_rope
+from retmask_jax.model.masks import normalise
 
 LM = copying_lm()
 TEXTS = np.random.default_rng(8).integers(4, CONFIG.vocab_size, (3, 40)).astype(np.int32)
@@ -62,9 +63,9 @@ def test_doses_name_pairs_and_heads():
         assert sorted(layer for layer, _ in control.heads) == [0, 2, 2, 2]
         assert not set(control.heads) & set(HEADS)
     for condition in conditions:
-        filled = condition.interventions.fill(WIDE)
-        assert true_at(filled.rope_mask) == {(*head, pair) for head in condition.heads for pair in condition.pairs}
-        assert not np.asarray(filled.head_mask).any()
+        masks = normalise(WIDE, condition.interventions)
+        assert true_at(masks.rope_BLHR[0]) == {(*head, pair) for head in condition.heads for pair in condition.pairs}
+        assert not masks.head_BLH.any()
 
 
 def test_utility_takes_each_heads_own_pairs():
@@ -112,7 +113,7 @@ def test_the_site_reaches_every_condition():
 
 def test_statistics_of_heads_equal_the_reference(statistics):
     """With texts of fewer tokens than are looked at, every position counts. The logarithm of an attention weight is q.k
-    but for a constant of its row, so its variance over keys is that of q.k, with pairs taken out or not."""
+    but for a constant of its row, so its variance over keys is that of q.k, with pairs ablated or not."""
     params = in_float64(LM.params)
     means, values = [], []
     for row in TEXTS:
@@ -169,7 +170,7 @@ def test_matched_pairs_are_others_that_carry_as_much():
     assert {c.n_pairs for c in drawn} == {2} and [list(c.pairs) for c in drawn] == sets
     assert [condition_variance(c, statistics) for c in drawn] == [pytest.approx(7 / 20)] * 6
     assert list(matched_conditions(WIDE, HEADS, [8], statistics, draws=2)) == []
-    with pytest.raises(ValueError, match="all 8 rotary pairs are taken out"):
+    with pytest.raises(ValueError, match="all 8 rotary pairs are ablated"):
         matched_pairs(WIDE, HEADS, range(8), statistics, 1)
 
 
@@ -196,12 +197,12 @@ def test_centre_of_the_spectrum():
 def test_costs_are_relative_and_undefined_without_a_drop():
     untouched, patched = np.ones(200, bool), np.arange(200) < 50
     found = cost_intervals(np.full(30, math.log(1.2)), untouched, patched)
-    assert found["perplexity_increase"]["value"] == pytest.approx(0.2)
-    assert found["recall_drop"]["value"] == pytest.approx(0.75)
-    assert found["ratio"]["value"] == pytest.approx(0.2 / 0.75) == specificity(math.log(1.2), 1.0, 0.25)
-    assert found["ratio"]["low"] < found["ratio"]["value"] < found["ratio"]["high"]
-    assert (found["perplexity_increase"]["n"], found["recall_drop"]["n"]) == (30, 200)
-    assert cost_intervals(np.zeros(3), untouched, untouched)["ratio"] is None
+    assert found.perplexity_increase.value == pytest.approx(0.2)
+    assert found.recall_drop.value == pytest.approx(0.75)
+    assert found.ratio.value == pytest.approx(0.2 / 0.75) == specificity(math.log(1.2), 1.0, 0.25)
+    assert found.ratio.low < found.ratio.value < found.ratio.high
+    assert (found.perplexity_increase.n, found.recall_drop.n) == (30, 200)
+    assert cost_intervals(np.zeros(3), untouched, untouched).ratio is None
     assert math.isnan(specificity(0.1, 0.0, 0.0))
 
 

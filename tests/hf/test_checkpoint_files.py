@@ -26,7 +26,7 @@ def model(tmp_path):
 def test_an_index_that_leads_out_of_its_folder_is_refused(model, name):
     (model / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     for call in (weight_names, load, checkpoint_files):
-        with pytest.raises(ValueError, match="index.json names .*, which is no file beside it") as caught:
+        with pytest.raises(ValueError, match="index.json names .*, which is no file next to it") as caught:
             call(model)
         assert "\n" not in str(caught.value)
 

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 from chat_families import CHATS, RETMASK
-from helpers_rows import record_of
+from helpers_rows import encode_pairs, record_of
 
 from retmask_jax.cli.main import main
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.data.pair_formats import read_pairs
-from retmask_jax.data.pair_rows import encode_pairs
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.data.tasks import task_cases
 from retmask_jax.evals.scoring import answers
@@ -229,13 +228,14 @@ def test_the_stop_id_that_was_sampled_is_what_training_appends(changed):
     tokens = lm.tokenizer(PROMPT)["input_ids"]
     mask = Interventions()
     questions = [Question((0, name), "p", [], tokens, draw=0) for name in ("long", "short")]
-    found = {}
+    stored = {}
     for n, question in zip((4, 1), questions, strict=True):
-        (found[n],) = sample(
+        (stored[n],) = sample(
             lm, [question], {question.variant: mask}, temperature=0.0, top_p=1.0, max_new_tokens=n, batch_size=1
         )
-    assert found[4] == {"key": [0, "long", "p"], "text": "rome", "finished": True, "tokens": 1, "stop": DOT}
-    assert found[1] == {"key": [0, "short", "p"], "text": "rome", "finished": False, "tokens": 1}
+    found = {n: answer for n, (_, answer) in stored.items()}
+    assert stored[4] == ((0, "long", "p"), {"text": "rome", "finished": True, "tokens": 1, "stop": DOT})
+    assert stored[1] == ((0, "short", "p"), {"text": "rome", "finished": False, "tokens": 1})
 
     prompts = [{"id": "p", "messages": [{"role": "user", "content": "the home of emma"}]}]
     bad = found[1] | {"text": "oslo"}

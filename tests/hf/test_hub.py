@@ -301,7 +301,7 @@ def test_what_can_be_no_model_raises_without_asking_the_hub(hub, tmp_path, monke
         (TINY | {INDEX: b'{"metadata": {}}'}, f"has a {INDEX} without a readable weight_map"),
         (
             TINY | {INDEX: b'{"weight_map": {"a": "../config.json"}}'},
-            ".*names '../config.json', which is no file beside it",
+            ".*names '../config.json', which is no file next to it",
         ),
         (TINY | {INDEX: b'{"weight_map": {"a": "lost.safetensors"}}'}, "has no lost.safetensors: pass a model whose"),
         ({file: TINY[file] for file in TEXTS} | {"model.gguf": b""}, "has no model.safetensors: pass a model whose"),

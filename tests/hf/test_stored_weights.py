@@ -6,6 +6,7 @@ import weakref
 import jax
 import numpy as np
 import pytest
+from helpers_results import detected
 from helpers_tiny import CONFIG, copying_lm
 from helpers_training import ROWS, SETTINGS, one_device
 from safetensors.numpy import load_file
@@ -49,7 +50,7 @@ def _stored(folder):
 def test_small_updates_of_adapters_move_every_weight_of_a_float32_checkpoint(start, tmp_path):
     """Computed in bfloat16, where a change of 1e-5 of a weight is lost in half of them."""
     lm = load(start, ADAPTERS.start_dtype)
-    params = train(CONFIG, lambda: lm.params, ROWS, ADAPTERS, tmp_path / "run", one_device(), fingerprint="f")
+    params = train(CONFIG, lambda: lm.params, ROWS, ADAPTERS, tmp_path / "run", one_device(), identity={"data": "f"})
     save(lm.replace(config=dataclasses.replace(lm.config, lora=ADAPTERS.lora), params=params), tmp_path / "trained")
     before, after = _stored(start), _stored(tmp_path / "trained")
     assert before.keys() == after.keys()
@@ -95,7 +96,7 @@ def test_the_stage_trains_from_the_weights_as_stored_and_exports_what_did_not_ch
     }
     overrides |= {"train.arms": '("retmask",)'} | settings
     context = Context(recipes.load_recipe("tiny", [(k, str(v)) for k, v in overrides.items()]), Workdir(tmp_path, {}))
-    write_json(tmp_path / "detect" / "result.json", {"heads": [[1, 0]]})
+    write_json(tmp_path / "detect" / "result.json", dict(detected([(1, 0)])))
     question = [{"role": "user", "content": "the home of emma : rome . the home of emma :"}]
     sides = {"chosen": "rome", "chosen_finished": True, "rejected": "oslo", "rejected_finished": True}
     pairs = [{"id": str(i), "messages": question} | sides for i in range(2)]

@@ -75,7 +75,7 @@ def test_a_sliding_layer_counts_at_most_its_window(folder_of, shown):
     assert table["RoPE, sliding layers"] == "default, theta 10,000"
     waves = {kind: facts["rope"][kind]["wavelengths"][0]["longest"] for kind in ("full", "sliding")}
     assert waves == pytest.approx({k: 2 * math.pi * t ** (254 / 256) for k, t in (("full", 1e6), ("sliding", 1e4))})
-    assert table["q/k norm"] == "RMS, over each head" and table["norms"].startswith("RMS, before and behind")
+    assert table["q/k norm"] == "RMS, over each head" and table["norms"].startswith("RMS, before and after")
 
 
 @pytest.mark.parametrize(

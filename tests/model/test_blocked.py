@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from retmask_jax.model.attention import Keys, Probe, attend, probe
 from retmask_jax.model.kernels.blocked import Scores, blocked, plain
-from retmask_jax.model.transformer import only
+from retmask_jax.model.transformer import at_positions
 
 WIDTH = 8
 RULES = [Scores(0.4), Scores(0.4, cap=1.5), Scores(0.4, window=37), Scores(0.4, window=300, cap=2.0)]
@@ -96,7 +96,7 @@ def test_probes_are_read_off_the_weights(scores):
     q_BTHD, k_BSKD, v_BSKD = _draw(5, (2, 50, 4, WIDTH), (2, 60, 2, WIDTH), (2, 60, 2, WIDTH))
     start_B, rows_BP = np.array([3, 10]), np.array([[0, 49, 7], [20, 1, 33]])
     spans_BN2 = np.array([[[0, 5], [4, 40]], [[9, 9], [0, 60]]])
-    q_BPHD, positions_BP = only(q_BTHD, jnp.asarray(rows_BP)), jnp.asarray(start_B[:, None] + rows_BP)
+    q_BPHD, positions_BP = at_positions(q_BTHD, jnp.asarray(rows_BP)), jnp.asarray(start_B[:, None] + rows_BP)
     request = Probe(jnp.asarray(rows_BP), jnp.asarray(spans_BN2), top=4, values=True)
     found = probe(q_BPHD, positions_BP, Keys.of(k_BSKD, v_BSKD), request, scores)
     k_BSHD, v_BSHD = (np.repeat(np.asarray(x, np.float64), 2, axis=2) for x in (k_BSKD, v_BSKD))

@@ -57,7 +57,7 @@ def _ring(seed, length, starts, window):
 
 
 def _behind(q_BTHD, keys, start_B, scores):
-    return cudnn.behind(q_BTHD, keys.k_BKDS, keys.v_BKSD, start_B, keys.positions_BS[:, 0], scores)
+    return cudnn.after_cache(q_BTHD, keys.k_BKDS, keys.v_BKSD, start_B, keys.positions_BS[:, 0], scores)
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 9, 20])

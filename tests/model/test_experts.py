@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.experts import rows_times
 from retmask_jax.model.interventions import Interventions
+from retmask_jax.model.layers import rows_times
 from retmask_jax.model.transformer import forward
 
 RNG = np.random.default_rng(0)

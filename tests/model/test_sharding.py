@@ -18,10 +18,11 @@ SPLIT = textwrap.dedent("""
     from retmask_jax.model import sharding
     from retmask_jax.benchmarks.programs import dpo_settings, random_pairs
     from retmask_jax.heads.reading import read_answers
-    from retmask_jax.generation.decode import generate, generate_batch, _padded_stop_ids
+    from retmask_jax.generation.decode import generate, Draws, generate_batch
     from retmask_jax.hf.hub import BUNDLED
     from retmask_jax.generation.language_model import load
-    from retmask_jax.model.interventions import Interventions, mask_heads, stack
+    from retmask_jax.model.interventions import mask_heads, stack
+    from retmask_jax.model.masks import normalise
     from retmask_jax.generation.logprobs import token_logprobs
     from retmask_jax.generation.sweep import sweep
     from retmask_jax.training.step import make_programs
@@ -71,8 +72,8 @@ SPLIT = textwrap.dedent("""
         lm = load(BUNDLED, mesh=mesh)
         four = np.zeros(4, np.uint32)
         with sharding.using(mesh):
-            lowered = generate_batch.lower(lm.config, lm.params, tokens, lengths, Interventions.none(lm.config),
-                                      _padded_stop_ids(()), np.float32(0), np.float32(1), four, four,
+            lowered = generate_batch.lower(lm.config, lm.params, tokens, lengths, normalise(lm.config),
+                                      Draws.of(lm.config, (), 0, 1), four, four,
                                       max_new_tokens=4, probe=False)
         return lowered.compile().as_text()
 

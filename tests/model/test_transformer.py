@@ -11,7 +11,8 @@ from retmask_jax.hf.families import from_hf, to_hf
 from retmask_jax.model.attention import Keys, Probe, Scores, attend, probe
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.transformer import forward, merge_layers, only, split_layers
+from retmask_jax.model.layers import merge_layers, split_layers
+from retmask_jax.model.transformer import at_positions, forward
 
 TOKENS = np.random.default_rng(0).integers(3, 61, (2, 24)).astype(np.int32)
 
@@ -179,7 +180,7 @@ def test_probe_finds_the_largest_attention_weight_by_absolute_position(window):
     scores = Scores(0.3, window, cap=2.0)
     best_BTH = _weights(q, k, scores, start_B)[0].argmax(-1).swapaxes(1, 2)
     expected = np.take_along_axis(best_BTH, rows_BP[:, :, None], axis=1)
-    q_BPHD, positions_BP = only(jnp.asarray(q), jnp.asarray(rows_BP)), jnp.asarray(start_B[:, None] + rows_BP)
+    q_BPHD, positions_BP = at_positions(jnp.asarray(q), jnp.asarray(rows_BP)), jnp.asarray(start_B[:, None] + rows_BP)
     actual = probe(q_BPHD, positions_BP, _keys(k, v), Probe(jnp.asarray(rows_BP)), scores).keys[..., 0]
     np.testing.assert_array_equal(actual, expected)
     unmasked = np.einsum("bthd,bhsd->bths", q, np.repeat(k, 2, axis=1)).argmax(-1)

@@ -1,35 +1,36 @@
 """The HTML report on made-up results: what it says follows the numbers, and it is one closed page."""
 
+import dataclasses
 import html.parser
-import json
 import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from helpers_results import ACROSS, ALL_ARMS, DOWN, UP, Page, eval_result, make_results, number, train_results
+from helpers_results import ACROSS, ALL_ARMS, DOWN, UP, Page, eval_result, make_results, number, stored, train_results
+from markupsafe import Markup
 
 from retmask_jax.evals.compare import numbers_by_task
-from retmask_jax.reports import evaluation, figures, pages
+from retmask_jax.reports import evaluation, figures, plotting, report
 from retmask_jax.reports import html as page
-from retmask_jax.reports.pages import write_report
+from retmask_jax.reports.report import write_report
 
 
 @pytest.fixture
 def render(tmp_path, monkeypatch):
     """Text of a page; drawings whose name does not start with `draw` are empty images, which is quicker."""
-    inline = figures.inline
+    inline = plotting.inline
 
     def write(model="some/model", draw="nothing", **options):
         path = tmp_path / "report.html"
-        empty = '<img alt="{}">'
+        empty = Markup('<img alt="{}">')
         monkeypatch.setattr(
-            figures,
+            plotting,
             "inline",
-            lambda figure, name: inline(figure, name) if name.startswith(draw) else empty.format(html.escape(name)),
+            lambda figure, name: inline(figure, name) if name.startswith(draw) else empty.format(name),
         )
-        write_report(path, json.loads(json.dumps(make_results(**options))), model)
+        write_report(path, stored(make_results(**options)), model)
         return path.read_text()
 
     return write
@@ -133,7 +134,11 @@ def test_clear_and_unclear_changes_are_told_apart(small):
     assert "Masking the 3 retrieval heads lowers recall on needle (−0.700 [" in said
     assert "Without the highest quarter of the pairs it is higher than without the lowest: +0.100" in said
     assert "The set still changed between 10 and 20 cases (Jaccard 0.75)." in said
-    assert "3 of 32 heads are idle: masking one of them alone moves the text by less than 10% of what" in said
+    assert (
+        "heads are idle: masking one of them alone changes the text's log-probabilities by less than 10% of what"
+        in said
+    )
+    assert "3 of 32 heads are idle" in said
     assert "prove little" not in said
 
 
@@ -168,10 +173,10 @@ def test_one_counted_case_no_threshold_and_mostly_idle_heads(render):
 
 
 def test_given_scores_have_no_detection_cases(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "inline", lambda figure, name: f'<img alt="{name}">')
+    monkeypatch.setattr(plotting, "inline", lambda figure, name: Markup('<img alt="{}">').format(name))
     results = make_results()
-    results["detect"]["outcomes"] = {}
-    del results["detect"]["numbers"]["detect/cases counted"]
+    numbers = {name: n for name, n in results["detect"].numbers.items() if name != "detect/cases counted"}
+    results["detect"] = dataclasses.replace(results["detect"], outcomes={}, numbers=numbers)
     write_report(tmp_path / "report.html", results, "some/model")
     found = Page((tmp_path / "report.html").read_text())
     assert "The scores were given, of 20 cases; none was measured here." in found.text
@@ -187,8 +192,8 @@ def test_nothing_trained_and_no_tasks(render):
 
 def test_large_results_fit(tmp_path, monkeypatch):
     """Every arm, several seeds, 32 x 32 heads, long names: nothing is cut off or crowded, and the page stays small."""
-    drawn, inline = {}, figures.inline
-    monkeypatch.setattr(figures, "inline", lambda figure, name: inline(drawn.setdefault(name, figure), name))
+    drawn, inline = {}, plotting.inline
+    monkeypatch.setattr(plotting, "inline", lambda figure, name: inline(drawn.setdefault(name, figure), name))
     long = "multi_key needle in a haystack of essays, eight times as long"
     changes = {long: UP} | {"b": ACROSS, "c": ACROSS, "d": ACROSS, "text loss": DOWN}
     results = make_results(shape=(32, 32), tasks=(long,), arms=ALL_ARMS, seeds=(0, 1), n_steps=200, changes=changes)
@@ -203,16 +208,16 @@ def test_large_results_fit(tmp_path, monkeypatch):
 
 
 def test_a_kind_and_its_arm_share_a_colour_and_others_differ():
-    assert figures.colour("any layer") == figures.colour("any_layer")
-    assert figures.colour("layer-matched") == figures.colour("layer_matched")
-    assert figures.colour("retrieval") == figures.colour("retmask")
-    assert len({figures.colour(arm) for arm in ("start", *ALL_ARMS)}) == 8
+    assert plotting.colour("any layer") == plotting.colour("any_layer")
+    assert plotting.colour("layer-matched") == plotting.colour("layer_matched")
+    assert plotting.colour("retrieval") == plotting.colour("retmask")
+    assert len({plotting.colour(arm) for arm in ("start", *ALL_ARMS)}) == 8
 
 
 def test_a_large_drawing_becomes_an_image():
-    with figures.style():
+    with plotting.style():
         steps = [{"step": i, "loss": float(x)} for i, x in enumerate(np.random.default_rng(0).normal(size=5000))]
-        text = figures.inline(figures.curves("Loss", [{"arm": "retmask", "steps": steps}], "loss", "nats"), "a <b>")
+        text = plotting.inline(figures.curves("Loss", [{"arm": "retmask", "steps": steps}], "loss", "nats"), "a <b>")
     assert re.match(r'<img width="\d+" alt="a &lt;b&gt;" src="data:image/png;base64,', text) and len(text) < 300_000
 
 
@@ -231,18 +236,18 @@ def test_how_numbers_are_written():
 
 def test_importing_the_report_loads_no_plotting():
     code = (
-        "import sys, retmask_jax.reports.pages; assert 'matplotlib' not in sys.modules and 'scipy' not in sys.modules"
+        "import sys, retmask_jax.reports.report; assert 'matplotlib' not in sys.modules and 'scipy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_pairs_say_what_was_left_out_and_cut():
     pairs, _ = train_results(("retmask",), (0,), 4)
-    section = pages._pairs(pairs)
+    section = report._pairs(pairs)
     assert "some were left out: 3 redacted." in section
     assert re.search(r"normal-0</td>\s*<td[^>]*>7</td>\s*<td[^>]*>40", section)
     none_left = pairs | {"left_out": {"redacted": 0}}
-    assert "left out" not in pages._pairs(none_left)
+    assert "left out" not in report._pairs(none_left)
 
 
 def test_suites_have_their_own_units_and_what_is_missing_is_told(tmp_path):

@@ -1,115 +1,100 @@
 """Findings over several studies, on made-up results: where they hold, what they rest on, and the page."""
 
+import dataclasses
 import json
 
 import pytest
-from helpers_results import around, detect_result, number
+from helpers_results import around, detect_result, make_results, number
+from helpers_study import detectors_result, dynamics_result, theta_result
 
-from retmask_jax.cli import commands
 from retmask_jax.cli.main import main
-from retmask_jax.runs import findings as panels
-from retmask_jax.runs.findings import Finding, Member, agreement, evaluate, groups
+from retmask_jax.heads.conditions import Contrast
+from retmask_jax.heads.detectors import Agreement
+from retmask_jax.reports.panels import findings as panels
+from retmask_jax.reports.panels import sources
+from retmask_jax.reports.panels.findings import Finding, Member, agreement, evaluate, groups
+from retmask_jax.stages.knockout import ControlContrast
+from retmask_jax.stages.rope import DoseContrast, Spectrum
 from retmask_jax.utils import stats
+from retmask_jax.utils.files import write_json
 
 UP, ACROSS = (0.4, 0.3, 0.5), (0.01, -0.02, 0.04)
 
 
-def _contrast(ends, p, **names):
-    return {"change": number(*ends), "p_value": p, **names}
-
-
-def _study(effect=UP, p=1e-6):
-    """Results of one study; effect and p of what masking the retrieval heads and the lowest pairs does."""
-    masked = number(-effect[0], -effect[2], -effect[1])
-    rows = [
-        {"task": "needle", "kind": "retrieval", "experiment": "zero", "change": masked, "mcnemar": {"p_value": p}},
-        {
-            "task": "closed",
-            "kind": "retrieval",
-            "experiment": "zero",
-            "change": number(*ACROSS),
-            "mcnemar": {"p_value": 0.5},
-        },
+def _study(name, effect=UP, p=1e-6):
+    """A study; effect and p of what masking the retrieval heads and ablating the lowest pairs does."""
+    made, (value, low, high) = make_results(tasks=("needle", "closed")), effect
+    changes = {"needle": (number(-value, -high, -low), p), "closed": (number(*ACROSS), 0.5)}
+    rows = [row for row in made["knockout"].rows if row.kind in ("none", "retrieval", "any layer")]
+    for i, row in enumerate(rows):
+        if row.kind == "retrieval":
+            change, p_value = changes[row.task]
+            rows[i] = dataclasses.replace(row, change=change, mcnemar=dataclasses.replace(row.mcnemar, p_value=p_value))
+    controls = [
+        ControlContrast(change=number(*effect), p_value=p, task="needle", kind=kind, experiment="zero")
+        for kind in ("none", "any layer", "layer-matched")
     ]
-    kinds = ("none", "any layer", "layer-matched")
-    knockout = {
-        "rows": rows,
-        "contrasts": [_contrast(effect, p, task="needle", kind=kind, experiment="zero") for kind in kinds],
-        "numbers": {
-            f"knockout/{task}/{kind}": around(0.9) for task in ("needle", "closed") for kind in (*kinds, "retrieval")
-        },
-    }
-    names = ("none", "centre of mass of the windows")
-    rope = {
-        "n_pairs": 16,
-        "numbers": {f"rope/needle/{name}": around(0.2) for name in names},
-        "contrasts": [
-            _contrast(effect, p, task="needle", site=site, k=k, kind=kind)
-            for site in ("rotary", "projection")
-            for k in (2, 4)
-            for kind in ("highest", "random")
-        ],
-    }
-    pairs = [
-        {"a": "copy", "b": "mass", "jaccard": 0.5 + effect[0], "spearman": 0.9},
-        {"a": "copy", "b": "gradient", "jaccard": 0.2, "spearman": None},
+    doses = [
+        DoseContrast(change=number(*effect), p_value=p, task="needle", site=site, k=k, kind=kind)
+        for site in ("rotary", "projection")
+        for k in (2, 4)
+        for kind in ("highest", "random")
     ]
-    dynamics = [
-        {"step": step, "top": step / 300, "emergence": None if step == 100 else 0.5} for step in (100, 200, 300)
-    ]
-    return {
-        "detect": detect_result((4, 8), 20, 0.1) | {"n_kv_heads": 4},
-        "detectors": {"agreement": pairs},
-        "knockout": knockout,
-        "rope": rope,
-        "theta": {"theta": 1e4},
-        "dynamics": {"rows": dynamics},
-    }
+    pairs = [Agreement("copy", "mass", 0.5 + value, 0.9), Agreement("copy", "gradient", 0.2, None)]
+    dynamics = dynamics_result("needle", (100, 200, 300))
+    first = dataclasses.replace(dynamics.rows[0], emergence=None)
+    return Member(
+        name=name,
+        detect=dataclasses.replace(detect_result((4, 8), 20, 0.1), n_kv_heads=4),
+        detectors=dataclasses.replace(detectors_result(("copy", "mass"), "needle"), agreement=pairs),
+        knockout=dataclasses.replace(made["knockout"], rows=rows, contrasts=controls),
+        rope=dataclasses.replace(
+            made["rope"],
+            n_pairs=16,
+            contrasts=doses,
+            spectra=[Spectrum(task="needle", centre=around(0.2), width=around(0.1))],
+        ),
+        theta=dataclasses.replace(theta_result("needle", ACROSS), theta=1e4),
+        dynamics=dataclasses.replace(dynamics, rows=[first, *dynamics.rows[1:]]),
+    )
 
 
 @pytest.fixture
 def members():
-    return [
-        Member("llama-0", _study()),
-        Member("llama-1", _study((0.3, 0.2, 0.4))),
-        Member("qwen-0", _study(ACROSS, 0.4)),
-    ]
+    return [_study("llama-0"), _study("llama-1", (0.3, 0.2, 0.4)), _study("qwen-0", ACROSS, 0.4)]
 
 
 def test_a_finding_holds_where_the_interval_and_the_adjusted_p_say_so(members):
     found = panels.panel(members, "needle", "closed")
-    by_name = {row["name"]: row for row in found["findings"]}
+    by_name = {row.name: row for row in found.findings}
     assert len(by_name) == 6  # no study has the other controls
     necessary = by_name["masking the retrieval heads lowers recall"]
-    assert [row["holds"] for row in necessary["rows"]] == [True, True, False] and (
-        necessary["holds"],
-        necessary["of"],
-    ) == (2, 3)
-    # a drop of recall is told as positive
-    assert necessary["rows"][0] | {"low": 0.3, "high": 0.5} == necessary["rows"][0]
-    assert [row["q"] for row in necessary["rows"]] == stats.benjamini_hochberg([1e-6, 1e-6, 0.4]).tolist()
+    assert [row.holds for row in necessary.rows] == [True, True, False] and (necessary.holds, necessary.of) == (2, 3)
+    # a drop of recall is reported as positive
+    assert (necessary.rows[0].value, necessary.rows[0].low, necessary.rows[0].high) == UP
+    assert [row.q for row in necessary.rows] == stats.benjamini_hochberg([1e-6, 1e-6, 0.4]).tolist()
     stays = by_name["closed-book recall stays"]
-    assert stays["holds"] == 3 and stays["expected"] == "on"
-    assert found["centres"]["qwen-0"]["value"] == 0.2 and found["models"][0]["theta"] == 1e4
+    assert stays.holds == 3 and stays.expected == "on"
+    assert found.centres["qwen-0"].value == 0.2 and found.models[0].theta == 1e4
 
 
 def test_an_interval_above_0_is_not_enough_after_adjustment(members):
     def measure(member):
-        return _contrast((0.05, 0.01, 0.1), 0.04 if member.name == "llama-0" else 0.9)
+        return Contrast(change=number(0.05, 0.01, 0.1), p_value=0.04 if member.name == "llama-0" else 0.9)
 
-    rows = evaluate(Finding("small", measure), members)["rows"]
-    assert [row["holds"] for row in rows] == [False] * 3 and rows[0]["q"] == pytest.approx(0.12)
-    below = Finding("below", lambda m: _contrast((-0.4, -0.5, -0.3), 1e-9), "below")
-    assert evaluate(below, members)["holds"] == 3
+    rows = evaluate(Finding("small", measure), members).rows
+    assert [row.holds for row in rows] == [False] * 3 and rows[0].q == pytest.approx(0.12)
+    below = Finding("below", lambda m: Contrast(change=number(-0.4, -0.5, -0.3), p_value=1e-9), "below")
+    assert evaluate(below, members).holds == 3
     absent = Finding("absent", lambda m: measure(m) if m.name == "qwen-0" else None)
-    assert evaluate(absent, members)["of"] == 1
+    assert evaluate(absent, members).of == 1
 
 
 def test_agreement_is_over_the_models_that_have_both(members):
     copy_mass, copy_gradient = agreement(members)
-    assert (copy_mass["n_models"], copy_mass["jaccard"]["mean"]) == (3, pytest.approx((0.9 + 0.8 + 0.51) / 3))
-    assert (copy_mass["jaccard"]["low"], copy_mass["jaccard"]["high"]) == (0.51, 0.9)
-    assert copy_gradient["spearman"] is None
+    assert (copy_mass.n_models, copy_mass.jaccard.mean) == (3, pytest.approx((0.9 + 0.8 + 0.51) / 3))
+    assert (copy_mass.jaccard.low, copy_mass.jaccard.high) == (0.51, 0.9)
+    assert copy_gradient.spearman is None
 
 
 def test_seeds_of_an_architecture_are_a_group():
@@ -120,23 +105,27 @@ def test_seeds_of_an_architecture_are_a_group():
     }
 
 
-def test_studies_without_a_stage_or_task_are_named(members):
+def _write(member, root):
+    """The work directory of a study."""
+    for stage, result in vars(member).items():
+        if stage != "name":
+            write_json(root / stage / "result.json", result)
+    scores = {f"{i}-{j}": [float(v)] for i, row in enumerate(member.detect.mean) for j, v in enumerate(row)}
+    write_json(root / "detect" / "scores.json", scores)
+
+
+def test_studies_without_a_stage_or_task_are_named(members, tmp_path):
     with pytest.raises(ValueError, match="llama-0: knockout has no task 'other'; it has needle, closed"):
         panels.panel(members, "other", None)
+    _write(members[0], tmp_path / "x")
+    (tmp_path / "x/rope/result.json").unlink()
     with pytest.raises(ValueError, match="x has no result of rope: run `retmask study` there first"):
-        panels.panel([Member("x", {k: v for k, v in _study().items() if k != "rope"})], "needle", None)
+        sources.read_studies([tmp_path / "x"])
 
 
-def test_the_command_tells_each_finding_and_writes_the_page(members, tmp_path, capsys):
+def test_the_command_reports_each_finding_and_writes_the_page(members, tmp_path, capsys):
     for member in members:
-        for stage, result in member.results.items():
-            folder = tmp_path / member.name / stage
-            folder.mkdir(parents=True)
-            (folder / "result.json").write_text(json.dumps(result))
-        scores = {
-            f"{i}-{j}": [float(v)] for i, row in enumerate(member.results["detect"]["mean"]) for j, v in enumerate(row)
-        }
-        (tmp_path / member.name / "detect" / "scores.json").write_text(json.dumps(scores))
+        _write(member, tmp_path / member.name)
     roots = [str(tmp_path / member.name) for member in members]
     assert main(["panel", *roots, "--task=needle", "--closed_book=closed", f"--out={tmp_path / 'out'}"]) == 0
     said = capsys.readouterr().out
@@ -151,4 +140,4 @@ def test_the_command_tells_each_finding_and_writes_the_page(members, tmp_path, c
     assert json.loads((tmp_path / "out" / "panel.json").read_text())["task"] == "needle"
     assert main(["panel", str(tmp_path / "out")]) == 2
     assert "is no work directory with results" in capsys.readouterr().err
-    assert commands.results.read_studies([tmp_path / "llama-0"])[0].results.keys() == members[0].results.keys()
+    assert sources.read_studies([tmp_path / "llama-0", tmp_path / "qwen-0"]) == [members[0], members[2]]

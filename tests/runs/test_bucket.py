@@ -14,13 +14,13 @@ from helpers_bucket import mount
 from retmask_jax.generation.language_model import load, save
 from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.model.interventions import mask_heads
+from retmask_jax.pipeline.registry import RUN
 from retmask_jax.runs.context import checkpoint_fingerprint
 from retmask_jax.runs.workdir import Basis, Workdir
-from retmask_jax.stages.registry import RUN
 from retmask_jax.training.checkpoints import Checkpoints
 from retmask_jax.training.loop import _checkpoint_folder
 from retmask_jax.utils.files import is_whole, mark_whole
-from retmask_jax.utils.store import Records
+from retmask_jax.utils.store import Store
 
 HERE = Path(__file__).parents[1]
 LATE = 2.0  # seconds
@@ -48,25 +48,27 @@ def test_the_bucket_renames_no_folder_and_lists_late(bucket):
 
 def test_checkpoints_are_written_read_and_thinned_out(bucket):
     state = {"a": jnp.arange(4.0)}
-    with Checkpoints(bucket / "checkpoints", 1, "f") as checkpoints:
+    with Checkpoints(bucket / "checkpoints", 1, {"data": "f"}) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, {"a": state["a"] + step}, {"step": step}, loss=float(step))
-    with Checkpoints(bucket / "checkpoints", 1, "f") as checkpoints:
-        assert checkpoints.latest == 3 and checkpoints.best == 1
+    with Checkpoints(bucket / "checkpoints", 1, {"data": "f"}) as checkpoints:
+        assert checkpoints.latest == 3
         restored, data = checkpoints.restore(state)
         assert restored["a"].tolist() == [3, 4, 5, 6] and data == {"step": 3}
+    kept = {step for step in "123" if (bucket / "checkpoints" / step / "commit_success.txt").exists()}
+    assert kept == {"1", "3"}  # the best and the newest
 
 
 def test_a_checkpoint_whose_last_file_is_missing_is_none(bucket):
     state = {"a": jnp.arange(4.0)}
-    with Checkpoints(bucket / "checkpoints", 3, "f") as checkpoints:
+    with Checkpoints(bucket / "checkpoints", 3, {"data": "f"}) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state, {}, loss=1.0)
     (bucket / "checkpoints" / "2" / "commit_success.txt").unlink()
-    with Checkpoints(bucket / "checkpoints", 3, "f") as checkpoints:
+    with Checkpoints(bucket / "checkpoints", 3, {"data": "f"}) as checkpoints:
         assert checkpoints.latest == 1
         checkpoints.save(2, state, {}, loss=1.0)
-    with Checkpoints(bucket / "checkpoints", 3, "f") as checkpoints:
+    with Checkpoints(bucket / "checkpoints", 3, {"data": "f"}) as checkpoints:
         assert checkpoints.latest == 2
 
 
@@ -79,9 +81,9 @@ def test_a_model_is_written_marked_and_recognised_at_once(bucket):
 
 def test_answers_that_were_stored_a_moment_ago_are_seen_by_the_next_run(bucket):
     for key in range(3):
-        with Records(bucket / "answers") as answers:
-            assert len(answers) == key
-            answers.add({"key": [key]})
+        with Store(bucket / "answers") as answers:
+            assert len(list(answers)) == key
+            answers.add((key,), "text")
 
 
 def test_what_no_longer_fits_is_set_aside_without_renaming_a_folder(bucket):
@@ -101,8 +103,8 @@ def test_the_address_of_a_bucket_reaches_orbax_as_it_is(monkeypatch, tmp_path):
 
     given = []
     monkeypatch.setattr(ocp, "CheckpointManager", lambda folder, options: given.append(str(folder)))
-    Checkpoints("gs://bucket/runs/a", 1, "f")
-    Checkpoints(tmp_path / "a", 1, "f")
+    Checkpoints("gs://bucket/runs/a", 1, {"data": "f"})
+    Checkpoints(tmp_path / "a", 1, {"data": "f"})
     assert given == ["gs://bucket/runs/a", str(tmp_path / "a")]
 
 

@@ -17,9 +17,9 @@ from retmask_jax.hf.families import from_hf
 from retmask_jax.hf.summary import count_parameters
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.model.sharding import param_shapes
+from retmask_jax.pipeline.registry import check_config
 from retmask_jax.runs import limits
 from retmask_jax.runs.recipes import find_recipe, flat, load_recipe
-from retmask_jax.stages.registry import check_config
 
 # Recipe -> (model, context, threshold).
 METHOD = {

@@ -13,7 +13,7 @@ import pytest
 from retmask_jax.cli.main import main
 from retmask_jax.runs import workdir
 from retmask_jax.runs.recipes import load_recipe
-from retmask_jax.runs.workdir import Basis, Workdir, check_free, locked, settings_of
+from retmask_jax.runs.workdir import Basis, Result, Workdir, check_free, locked, settings_of
 
 HOLDER = """
 import sys, time
@@ -48,8 +48,9 @@ def test_a_folder_that_another_process_writes_is_refused_until_it_dies(holder, t
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     check_free(root)
-    result, _ = Workdir(root, {}).run("detect", Basis(), lambda folder: {"held": _is_held(root)})
-    assert result["held"] and not _is_held(root)
+    held = []
+    Workdir(root, {}).run("detect", Basis(), lambda folder: held.append(_is_held(root)) or Result(numbers={}))
+    assert held == [True] and not _is_held(root)
 
 
 def test_looking_for_a_writer_leaves_no_folder(tmp_path):
@@ -74,10 +75,10 @@ def test_servers_may_move_between_runs(tmp_path):
 
     ran = []
     work = open_with({"normal": "http://a", "retmask": "http://b"})
-    assert work.run("pairs", of_pairs(work), lambda folder: ran.append(1) or {})[1] is False
+    assert work.run("pairs", of_pairs(work), lambda folder: ran.append(1) or Result(numbers={}))
     assert json.loads((tmp_path / "config.json").read_text())["pairs"]["endpoints"]["normal"] == "http://a"
     again = open_with({"retmask": "http://c", "normal": "http://d"}, concurrency=8)
-    assert again.run("pairs", of_pairs(again), lambda folder: ran.append(2) or {})[1] is True
+    assert again.run("pairs", of_pairs(again), lambda folder: ran.append(2) or Result(numbers={})) is False
     assert ran == [1]
     with pytest.raises(ValueError, match="pairs.endpoints: .*there, .* here"):
         open_with({})
@@ -101,9 +102,9 @@ def _run(work, ran, settings=("train.*",), inputs=None, stage="train", files=("a
         for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(f"{name} of run {len(ran)}")
-        return {"run": len(ran)}
+        return Result(numbers={})
 
-    return work.run(stage, Basis(settings_of(work.config, settings), inputs or {}), function)[1]
+    return not work.run(stage, Basis(settings_of(work.config, settings), inputs or {}), function)
 
 
 def _files(root):
@@ -169,8 +170,9 @@ def test_another_version_of_a_package_keeps_results_and_what_a_cut_run_left(tmp_
     monkeypatch.setattr(workdir, "versions", lambda: before | {"jax": "99.0", "retmask_jax": "98.0"})
     assert _run(_opened(tmp_path), ran) and ran == ["train"]
     assert f"train: what is kept was made with retmask_jax {before['retmask_jax']}, now 98.0, jax" in caplog.text
-    found = _opened(tmp_path).run("pairs", basis, lambda folder: {"kept": answers.read_text()})[0]
-    assert found["kept"] == "an answer\n" and found["provenance"]["versions"]["jax"] == "99.0"
+    kept = []
+    assert _opened(tmp_path).run("pairs", basis, lambda folder: kept.append(answers.read_text()) or Result(numbers={}))
+    assert kept == ["an answer\n"] and _opened(tmp_path).provenance("pairs").versions["jax"] == "99.0"
     assert "pairs: what is kept was made with" in caplog.text
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.runs import recipes
-from retmask_jax.stages.knockout import check_knockout, check_knockout_model
-from retmask_jax.stages.rope import check_rope, check_rope_model
+from retmask_jax.stages.knockout import KNOCKOUT
+from retmask_jax.stages.rope import ROPE
 
 MODEL = ModelConfig(
     vocab_size=8, hidden_size=8, mlp_size=8, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=32, max_length=640
@@ -33,8 +33,8 @@ def _config(*overrides):
 )
 def test_settings_that_no_model_can_have_are_refused(override, message):
     def check(*overrides):
-        check_knockout(_config(*overrides))
-        check_rope(_config(*overrides))
+        KNOCKOUT.check(_config(*overrides))
+        ROPE.check(_config(*overrides))
 
     check()
     with pytest.raises(ValueError, match=message):
@@ -53,8 +53,8 @@ def test_settings_that_no_model_can_have_are_refused(override, message):
 def test_settings_beyond_the_model_are_refused(override, message):
     def check(*overrides, model=MODEL):
         context = SimpleNamespace(config=_config(*overrides), outline=SimpleNamespace(config=model))
-        check_knockout_model(context)
-        check_rope_model(context)
+        KNOCKOUT.check_model(context)
+        ROPE.check_model(context)
 
     check()
     with pytest.raises(ValueError, match=message):

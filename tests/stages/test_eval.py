@@ -15,7 +15,7 @@ from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.reports import evaluation, figures
 from retmask_jax.reports.comparison import table
-from retmask_jax.reports.pages import write_comparison
+from retmask_jax.reports.report import write_comparison
 from retmask_jax.runs import recipes
 from retmask_jax.stages import eval
 from retmask_jax.stages.eval import _common

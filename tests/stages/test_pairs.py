@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers_results import detected, knocked_out
 from helpers_servers import plan
 from helpers_tiny import BATCH, CONFIG, NEW, copying_lm
 from ml_collections import ConfigDict
@@ -22,7 +23,7 @@ from retmask_jax.runs.context import Context
 from retmask_jax.runs.workdir import Workdir
 from retmask_jax.stages.pairs import ARMS, pairs_stage
 from retmask_jax.utils.files import read_jsonl, write_json, write_jsonl
-from retmask_jax.utils.store import Records
+from retmask_jax.utils.store import Store
 
 HEADS = [[1, 0], [1, 2]]
 SEEDS = (0, 1)
@@ -50,8 +51,8 @@ def prepare(tmp_path):
         config.pairs.update({"prompts": str(tmp_path / "prompts.jsonl"), "max_new_tokens": NEW, "temperature": 1.5})
         config.pairs.update(section)
         root = tmp_path / name
-        write_json(root / "detect/result.json", {"heads": HEADS})
-        write_json(root / "knockout/result.json", {"activity": [[1.0, 2.0, 3.0, 4.0]] * 2})
+        write_json(root / "detect/result.json", dict(detected(HEADS)))
+        write_json(root / "knockout/result.json", vars(knocked_out(activity=[[1.0, 2.0, 3.0, 4.0]] * 2)))
         context = Context(config.lock(), Workdir(root, {}))
         context.__dict__["lm"] = copying_lm()
         return context, root / "pairs"
@@ -65,16 +66,16 @@ def _files(folder):
 
 def _killed_once(context, folder, monkeypatch, after):
     """Run until so many answers were added."""
-    left, add = [after], Records.add
+    left, add = [after], Store.add
 
-    def count(records, record):
+    def count(answers, key, answer):
         if left[0] == 0:
             raise KeyboardInterrupt
         left[0] -= 1
-        add(records, record)
+        add(answers, key, answer)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Records, "add", count)
+        patch.setattr(Store, "add", count)
         pairs_stage(context, folder)
     assert not _files(folder)
 
@@ -113,7 +114,7 @@ def test_files_follow_the_prompts_and_counts_add_up(prepare):
     result = pairs_stage(context, folder)
     asked = [prompt["id"] for i, prompt in enumerate(prompts) if i not in (2, 5)]
     assert result["prompts"] == 7 and result["left_out"] == {"redacted": 1, "empty": 0, "duplicate": 0, "too long": 1}
-    answers = Records(folder / "answers")
+    answers = Store(folder / "answers")
     for arm, rejected in (("retmask", "retmask"), ("no_fact", "no_fact"), ("sft_filtered", "retmask")):
         for seed in SEEDS:
             records = read_jsonl(folder / f"{arm}-{seed}.jsonl.gz")

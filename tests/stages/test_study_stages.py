@@ -1,10 +1,11 @@
 """The stages of the causal study on a small model whose heads copy, against the parts they are made of."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
+from helpers_results import detected as detected_heads
+from helpers_results import stored
 from helpers_tiny import BATCH, CONFIG, NEW, copying_lm, copying_params, in_float64, reference_answer
 from retmask_jax.configs import default
 
@@ -20,9 +21,8 @@ from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.workdir import Workdir
-from retmask_jax.stages import detector_runs
 from retmask_jax.stages.detect import detect_stage
-from retmask_jax.stages.detector_runs import reused_copy, run_detector, spread
+from retmask_jax.stages.detector_runs import Concentration, reused_copy, run_detector, spread
 from retmask_jax.stages.detectors import detectors_stage
 from retmask_jax.stages.dynamics import checkpoint_prints, dynamics_stage
 from retmask_jax.stages.theta import theta_stage
@@ -68,9 +68,7 @@ def study(tmp_path, monkeypatch):
         context = Context(config.lock(), Workdir(tmp_path, {}))
         context.__dict__["lm"] = LM
         if detected:
-            write_json(
-                tmp_path / "detect/result.json", {"heads": [[1, 0], [1, 2]], "scores": [0.4, 0.2], "threshold": 0.1}
-            )
+            write_json(tmp_path / "detect/result.json", detected_heads([(1, 0), (1, 2)], (0.4, 0.2)))
         return context
 
     return make
@@ -84,7 +82,8 @@ def test_a_spread_of_cases_is_even_and_in_order():
 
 def test_copies_taken_from_detect_are_those_of_decoding_the_same_cases(study, tmp_path):
     context = study(detected=False)
-    write_json(tmp_path / "detect/result.json", detect_stage(context, tmp_path / "detect") | {"seconds": 3.5})
+    found = dataclasses.replace(detect_stage(context, tmp_path / "detect"), seconds=3.5)
+    write_json(tmp_path / "detect/result.json", found)
     for places in ([0, 1, 2, 3], [0, 2]):
         taken = reused_copy(context, places)
         target = tmp_path / f"copy-{len(places)}.json"
@@ -102,28 +101,27 @@ def test_detectors_are_kept_compared_and_their_heads_masked(study, tmp_path, cap
     scores = {name: HeadScores.load(folder / f"{name}.json") for name in context.config.detectors.names}
     assert scores["mass"] == DETECTORS["mass"](LM, CASES, batch_size=BATCH).scores
     assert scores["mass"].per_case.shape == (CONFIG.n_layers, CONFIG.n_heads, len(CASES))
-    rows = {row["name"]: row for row in result["rows"]}
-    assert result["top_k"] == 2 and result["cases"] == len(CASES)
+    assert stored({"detectors": result})["detectors"] == result
+    rows = {row.name: row for row in result.rows}
+    assert result.top_k == 2 and result.cases == len(CASES)
     for name, found in scores.items():
-        assert rows[name]["heads"] == found.heads(top_k=2)
-        assert rows[name]["shared"] == stats.jaccard(found.heads(top_k=2), [(1, 0), (1, 2)])
-        masked = next(row for row in result["masked"] if row["kind"] == name)
+        assert rows[name].heads == found.heads(top_k=2)
+        assert rows[name].shared == stats.jaccard(found.heads(top_k=2), [(1, 0), (1, 2)])
+        masked = next(row for row in result.masked if row.kind == name)
         (texts,) = conditions.answers(
             LM, CASES, [mask_heads(CONFIG, found.heads(top_k=2))], max_new_tokens=NEW, batch_size=BATCH
         )
-        assert masked["value"] == conditions.hits(texts, CASES).mean()
-        assert result["numbers"][f"detectors/detect/{name} masked"]["value"] == masked["value"]
-    assert result["numbers"]["detectors/detect/none"]["value"] == 1.0  # the answers are the model's own
-    assert rows["mass"]["profile"]["gini"] == profile(scores["mass"], CONFIG.n_kv_heads)["gini"]
-    assert scores["gradient"].mean.min() < 0 and rows["gradient"]["profile"] == dict.fromkeys(
-        detector_runs.OF_ALL_HEADS
-    )
-    (pair,) = [pair for pair in result["agreement"] if (pair["a"], pair["b"]) == ("copy_position", "mass")]
-    assert pair["jaccard"] == stats.jaccard(rows["copy_position"]["heads"], rows["mass"]["heads"])
-    assert {name: steps[-1]["jaccard"] for name, steps in result["stability"].items()} == dict.fromkeys(scores, 1.0)
+        assert masked.value == conditions.hits(texts, CASES).mean()
+        assert result.numbers[f"detectors/detect/{name} masked"].value == masked.value
+    assert result.numbers["detectors/detect/none"].value == 1.0  # the answers are the model's own
+    assert rows["mass"].gini == profile(scores["mass"], CONFIG.n_kv_heads)["gini"]
+    assert scores["gradient"].mean.min() < 0 and rows["gradient"].profile == Concentration(None, None, None)
+    (pair,) = [pair for pair in result.agreement if (pair.a, pair.b) == ("copy_position", "mass")]
+    assert pair.jaccard == stats.jaccard(rows["copy_position"].heads, rows["mass"].heads)
+    assert {name: steps[-1].jaccard for name, steps in result.stability.items()} == dict.fromkeys(scores, 1.0)
     # The same cases for every seed here: they agree wholly.
-    assert result["over_seeds"]["mass"]["n"] == 2 and result["over_seeds"]["mass"]["spearman"] == pytest.approx(1)
-    json.dumps(result, allow_nan=False)
+    assert result.over_seeds["mass"].n == 2 and result.over_seeds["mass"].spearman == pytest.approx(1)
+    write_json(folder / "result.json", result)  # which refuses NaN
     assert main(["profile", str(folder / "mass.json"), f"--kv_heads={CONFIG.n_kv_heads}"]) == 0
     assert "mass" in capsys.readouterr().out
     # What was cut off goes on: nothing is run again.
@@ -135,8 +133,8 @@ def test_a_detector_that_counts_no_case_is_left_out(study, tmp_path, monkeypatch
     wrong = [dataclasses.replace(case, needle=dataclasses.replace(case.needle, answer="zebra")) for case in CASES]
     monkeypatch.setattr(Context, "cases", lambda self, task, **changes: wrong)
     result = detectors_stage(study(detectors_names=("copy_forced", "mass")), tmp_path / "detectors")
-    assert [(row["name"], row["counted"]) for row in result["rows"]] == [("copy_forced", 0), ("mass", len(wrong))]
-    assert {row["kind"] for row in result["masked"]} == {"none", "mass"} and result["agreement"] == []
+    assert [(row.name, row.counted) for row in result.rows] == [("copy_forced", 0), ("mass", len(wrong))]
+    assert {row.kind for row in result.masked} == {"none", "mass"} and result.agreement == []
     assert run_detector(None, "copy_forced", wrong, tmp_path / "detectors/copy_forced.json").scores is None
 
 
@@ -144,19 +142,20 @@ def test_pairs_of_query_norms_have_their_wavelengths(study, tmp_path):
     scores = HeadScores.from_array(np.array([[0.0, 0.1, 0.0, 0.0], [0.9, 0.0, 0.8, 0.1]]))
     scores.save(tmp_path / "detect/scores.json")
     result = utility_stage(study(utility_permutations=99, utility_resamples=99), tmp_path / "utility")
-    waves = result["wavelengths"]["full"]
+    assert stored({"utility": result})["utility"] == result
+    waves = result.wavelengths["full"]
     np.testing.assert_allclose(waves, 2 * np.pi * 100.0 ** (np.arange(16) / 16), rtol=1e-5)
-    assert len(result["comparison"]["pair_adjusted_p"]) == len(waves) == CONFIG.n_pairs
-    assert np.shape(result["norms"]) == (CONFIG.n_layers, CONFIG.n_heads)
-    assert result["numbers"]["utility/Cohen's d"]["value"] == result["comparison"]["cohens_d"]
+    assert len(result.comparison.pair_adjusted_p) == len(waves) == CONFIG.n_pairs
+    assert np.shape(result.norms) == (CONFIG.n_layers, CONFIG.n_heads)
+    assert result.numbers["utility/Cohen's d"].value == result.comparison.cohens_d
 
 
 def test_one_retrieval_head_is_nothing_to_compare_and_no_error(study, tmp_path):
     context = study()
     HeadScores.from_array(np.eye(2, 4)).save(tmp_path / "detect/scores.json")
-    write_json(tmp_path / "detect/result.json", {"heads": [[1, 0]]})
+    write_json(tmp_path / "detect/result.json", detected_heads([(1, 0)]))
     result = utility_stage(context, tmp_path / "utility")
-    assert result["comparison"] is None and "two values per side, got 1" in result["undefined"]
+    assert result.comparison is None and "two values per side, got 1" in result.undefined
 
 
 def test_factor_one_is_the_model_as_it_is_and_another_base_is_not(study, tmp_path):
@@ -166,13 +165,14 @@ def test_factor_one_is_the_model_as_it_is_and_another_base_is_not(study, tmp_pat
     own, other = (HeadScores.load(tmp_path / f"theta/factor_{name}.json") for name in ("1", "1000"))
     assert own == untouched and other != untouched
     (texts,) = conditions.answers(LM, CASES, [Interventions()], max_new_tokens=NEW, batch_size=BATCH)
-    first, second = result["rows"]
-    assert first["value"] == conditions.hits(texts, CASES).mean() == 1.0
-    assert (first["change"]["low"], first["change"]["high"], first["mcnemar"]["p_value"]) == (0, 0, 1.0)
-    assert (second["theta"], second["change"]["value"]) == (1e5, second["value"] - 1.0)
-    assert [count["heads"] for count in result["heads"]] == [own.heads(threshold=0.1), other.heads(threshold=0.1)]
-    assert result["heads"][0]["jaccard"] == 1.0
-    assert result["numbers"]["theta/heads/factor 1000"]["value"] == len(other.heads(threshold=0.1))
+    assert stored({"theta": result})["theta"] == result
+    first, second = result.rows
+    assert first.value == conditions.hits(texts, CASES).mean() == 1.0
+    assert (first.change.low, first.change.high, first.mcnemar.p_value) == (0, 0, 1.0)
+    assert (second.theta, second.change.value) == (1e5, second.value - 1.0)
+    assert [found.heads for found in result.heads] == [own.heads(threshold=0.1), other.heads(threshold=0.1)]
+    assert result.heads[0].jaccard == 1.0
+    assert result.numbers["theta/heads/factor 1000"].value == len(other.heads(threshold=0.1))
 
 
 def _save_checkpoints(root):
@@ -194,18 +194,19 @@ def test_checkpoints_are_compared_with_the_last_one_head_by_head(study, tmp_path
         dynamics_checkpoints=(str(tmp_path / "training/step_*"),), dynamics_detector="mass", knockout_tasks=()
     )
     result = dynamics_stage(context, tmp_path / "dynamics")
-    rows = result["rows"]
-    assert [(row["step"], row["layers"]) for row in rows] == [(1, 1), (2, 2), (10, 2)]
+    assert stored({"dynamics": result})["dynamics"] == result
+    rows = result.rows
+    assert [(row.step, row.layers) for row in rows] == [(1, 1), (2, 2), (10, 2)]
     scores = [HeadScores.load(tmp_path / f"dynamics/step_{step}.json") for step in (1, 2, 10)]
     assert scores[2] == DETECTORS["mass"](LM, CASES, batch_size=BATCH).scores
     final = scores[2].heads(threshold=0.1)
-    assert result["final"] == rows[2]["heads"] == final and {layer for layer, _ in final} == {0, 1}
-    assert rows[2]["jaccard"] == 1.0 and rows[0]["jaccard"] < 1.0
+    assert result.final == rows[2].heads == final and {layer for layer, _ in final} == {0, 1}
+    assert rows[2].jaccard == 1.0 and rows[0].jaccard < 1.0
     for row, found in zip(rows, scores, strict=True):
         there = [found.mean[head] if head[0] < len(found.mean) else 0.0 for head in final]
-        assert row["emergence"] == pytest.approx(np.mean(there)) and row["top"] == found.mean.max()
-        assert row["jaccard"] == stats.jaccard(found.heads(threshold=0.1), final)
-        assert row["recall"] is row["text_loss"] is None
+        assert row.emergence == pytest.approx(np.mean(there)) and row.top == found.mean.max()
+        assert row.jaccard == stats.jaccard(found.heads(threshold=0.1), final)
+        assert row.recall is row.text_loss is None
     prints = checkpoint_prints(context)
     assert len(prints) == len(set(prints.values())) == 3
 
@@ -214,18 +215,19 @@ def test_checkpoints_are_compared_with_the_last_one_head_by_head(study, tmp_path
 def test_recall_of_a_checkpoint_is_that_of_the_model_in_it(study, tmp_path):
     _save_checkpoints(tmp_path / "training")
     context = study(dynamics_checkpoints=(str(tmp_path / "training/step_*"),), dynamics_detector="copy")
-    first, second, third = dynamics_stage(context, tmp_path / "dynamics")["rows"]
-    assert third["recall"]["none"]["value"] == 1.0  # the answers are its own
-    n = third["recall"]["n_masked"]
-    assert n == len(third["heads"]) > 0 and first["recall"]["n_masked"] in (0, n)
+    first, second, third = dynamics_stage(context, tmp_path / "dynamics").rows
+    assert third.recall.none.value == 1.0  # the answers are its own
+    n = third.recall.n_masked
+    assert n == len(third.heads) > 0 and first.recall.n_masked in (0, n)
     best = HeadScores.load(tmp_path / "dynamics/step_10.json").heads(top_k=n)
     (texts,) = conditions.answers(LM, CASES, [mask_heads(CONFIG, best)], max_new_tokens=NEW, batch_size=BATCH)
-    assert third["recall"]["masked"]["value"] == conditions.hits(texts, CASES).mean()
-    assert (second["top"] is None) == (second["counted"] == 0)
+    assert third.recall.masked.value == conditions.hits(texts, CASES).mean()
+    assert (second.top is None) == (second.counted == 0)
 
 
 def test_no_checkpoints_no_work(study, tmp_path):
     context = study(detected=False)
     del context.__dict__["lm"]
-    assert dynamics_stage(context, tmp_path / "dynamics") == {"rows": [], "numbers": {}}
+    result = dynamics_stage(context, tmp_path / "dynamics")
+    assert result.rows == [] and result.numbers == {}
     assert checkpoint_prints(context) == {}

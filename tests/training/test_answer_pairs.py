@@ -9,6 +9,7 @@ from helpers_tiny import BATCH, CONFIG, NEW, copying_lm, in_float64, reference_a
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.model.interventions import Interventions, mask_heads
+from retmask_jax.model.masks import normalise
 from retmask_jax.training.pairs import Question, draws, make_demonstrations, make_pairs, sample, usable
 
 LM = copying_lm()
@@ -46,7 +47,7 @@ def _sample(variants, temperature=1.5, questions=None, **options):
     questions = _questions(variants, **options) if questions is None else questions
     masks = {(seed, name): mask for name, mask in variants.items() for seed in (7, 8)}
     records = sample(LM, questions, masks, temperature=temperature, top_p=1.0, max_new_tokens=NEW, batch_size=BATCH)
-    return {tuple(record["key"]): record for record in records}
+    return dict(records)
 
 
 def _texts(records, name):
@@ -84,7 +85,7 @@ def test_cold_responses_equal_the_slow_reference(key):
     found = _sample({"normal": NORMAL, "ablated": ABLATED}, temperature=0.0, key=key)
     finished = set()
     for name, mask in (("normal", NORMAL), ("ablated", ABLATED)):
-        head_mask = np.asarray(mask.fill(CONFIG).head_mask)
+        head_mask = normalise(CONFIG, mask).head_BLH[0]
         for prompt in PROMPTS:
             response = found[7, name, prompt["id"]]
             row = [tl.BOS, *map(tl.VOCABULARY.index, prompt[key][0]["content"].split()), tl.VOCABULARY.index(":")]

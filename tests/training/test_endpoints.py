@@ -7,6 +7,7 @@ import pytest
 from helpers_servers import FAILURES, MASKED, NORMAL, QUESTIONS, Server, plan
 
 from retmask_jax.training.endpoints import Endpoints, sample
+from retmask_jax.training.pairs import answer
 
 
 def _endpoints(normal, masked=None, **options):
@@ -21,7 +22,7 @@ def _ask(endpoints, questions=QUESTIONS):
 
 def _healthy(serve):
     records = list(_ask(_endpoints(serve(), serve("masked"))))
-    return {tuple(record["key"]): record for record in records}
+    return dict(records)
 
 
 def test_a_healthy_server_is_asked_what_was_meant(serve):
@@ -38,7 +39,7 @@ def test_a_healthy_server_is_asked_what_was_meant(serve):
         }
         name = {NORMAL: "normal", MASKED: "masked"}[question.variant]
         choice = Server.answer(collections.namedtuple("Named", "name")(name), body)["choices"][0]
-        wanted = question.answer(choice["message"]["content"], choice["finish_reason"] == "stop", 7)
+        wanted = answer(choice["message"]["content"], choice["finish_reason"] == "stop", 7)
         assert found[question.key] == wanted
     assert {record["finished"] for record in found.values()} == {True, False}
 
@@ -49,7 +50,7 @@ def test_a_fifth_of_calls_failing_changes_nothing(serve):
     servers = serve("normal", [*FAILURES, *plan(200, 0.2)]), serve("masked", plan(200, 0.2, seed=1))
     records = list(_ask(_endpoints(*servers)))
     assert len(records) == len(wanted)
-    assert {tuple(record["key"]): record for record in records} == wanted
+    assert dict(records) == wanted
     assert sum(len(server.seen) for server in servers) > len(wanted) + len(FAILURES)
 
 
@@ -61,9 +62,9 @@ def test_what_is_missing_is_left_for_the_next_run(serve):
         todo = [question for question in QUESTIONS if question.key not in stored]
         before, runs = len(stored), runs + 1
         try:
-            for record in _ask(_endpoints(*servers, retries=0), todo):
-                assert tuple(record["key"]) not in stored
-                stored[tuple(record["key"])] = record
+            for key, record in _ask(_endpoints(*servers, retries=0), todo):
+                assert key not in stored
+                stored[key] = record
         except ValueError as error:
             missing = len(todo) - (len(stored) - before)
             assert f"{missing} of {len(todo)} answers are missing (the last one because of http://127" in str(error)
@@ -78,7 +79,7 @@ def test_a_server_that_is_gone_is_not_asked_for_ever_and_holds_up_no_other(serve
     with pytest.raises(ValueError, match="40 of 80 answers are missing .*500 Internal Server Error: too much"):
         records.extend(_ask(_endpoints(good, gone, concurrency=2, retries=1)))
     # `extend` keeps what came before the error.
-    assert sorted(record["key"][2] for record in records) == sorted(f"p{i}" for i in range(40))
+    assert sorted(key[2] for key, _ in records) == sorted(f"p{i}" for i in range(40))
     assert 8 <= len(gone.seen) <= 16  # two failures a thread, of two tries each, and what was under way
 
 
@@ -129,8 +130,8 @@ def test_the_key_and_the_templates_arguments_are_sent(serve, monkeypatch):
 )
 def test_thoughts_stand_before_the_answer(serve, message, begin, text):
     server = serve("normal", [{"choices": [{"message": message, "finish_reason": "length"}]}])
-    (record,) = _ask(_endpoints(server, thoughts_begin=begin), QUESTIONS[:1])
-    assert record == {"key": [0, "normal", "p0"], "text": text, "finished": False, "tokens": 0}
+    (found,) = _ask(_endpoints(server, thoughts_begin=begin), QUESTIONS[:1])
+    assert found == ((0, "normal", "p0"), {"text": text, "finished": False, "tokens": 0})
 
 
 # --- keys ---
@@ -197,7 +198,9 @@ def test_blanks_and_line_ends_around_a_key_are_left_out(serve, monkeypatch, arou
         ("\r\n ", "a line end at place 21 of 43"),
         ("\x01", "a control character at place 21"),
         ("\x7f", "a control character"),
-        ("\u2026", "a character beyond Latin-1"),
+        ("\u2026", "a character beyond ASCII"),
+        ("\u00e9", "a character beyond ASCII"),
+        (" ", "a blank at place 21 of 41"),
     ],
 )
 def test_a_key_that_cannot_be_sent_is_refused_unseen_before_anything_is_asked(serve, monkeypatch, damage, what):

@@ -16,7 +16,8 @@ import pytest
 from helpers_tiny import CONFIG, copying_params, in_float64, reference_logprob
 from helpers_training import ROWS, SETTINGS, one_device
 
-from retmask_jax.data.pair_rows import SIDES, batches
+from retmask_jax.data.pair_formats import SIDES
+from retmask_jax.data.pair_rows import batches
 from retmask_jax.generation.decode import generate
 from retmask_jax.generation.language_model import from_params, load, save
 from retmask_jax.model import lora as adapters
@@ -25,19 +26,24 @@ from retmask_jax.model.interventions import mask_heads
 from retmask_jax.model.sharding import AXES, make_mesh
 from retmask_jax.model.transformer import forward
 from retmask_jax.training import loop as training
+from retmask_jax.training import reference
 from retmask_jax.training.checkpoints import Checkpoints
 from retmask_jax.training.loop import Stopped, train
 from retmask_jax.training.metrics import Metrics
 from retmask_jax.training.objective import part_loss
 from retmask_jax.training.optimizer import make_optimizer, schedule
 from retmask_jax.training.step import make_programs
+from retmask_jax.utils.files import digest
 from retmask_jax.utils.progress import track
+from retmask_jax.utils.store import Store
+
+IDENTITY = {"data": "f"}
 
 
-def run(folder, settings=SETTINGS, params=None, fingerprint="f", **options):
+def run(folder, settings=SETTINGS, params=None, identity=IDENTITY, **options):
     """(final params, metrics.jsonl less the times)."""
     params = copying_params() if params is None else params
-    params = train(CONFIG, lambda: params, ROWS, settings, folder, one_device(), fingerprint=fingerprint, **options)
+    params = train(CONFIG, lambda: params, ROWS, settings, folder, one_device(), identity=identity, **options)
     return params, _metrics(folder)
 
 
@@ -179,21 +185,21 @@ def test_supervised_training_lowers_the_loss_of_its_rows(tmp_path):
     assert metrics[0]["loss"] == pytest.approx(loss(start, first), rel=1e-4)
     assert loss(params, range(len(ROWS))) < 0.7 * loss(start, range(len(ROWS)))
     assert len(metrics) == 20
-    assert not (tmp_path / "reference.npz").exists()
+    assert not (tmp_path / "reference").exists()
 
 
 def test_training_against_the_ablated_model_needs_no_rejected_answers(tmp_path):
     """Their tokens do not count, and the answers of the normal model become more likely against the masked one's."""
-    masked = mask_heads(CONFIG, [(1, 0), (1, 2)]).fill(CONFIG)
+    masked = mask_heads(CONFIG, [(1, 0), (1, 2)])
     settings = dataclasses.replace(SETTINGS, objective="contrast", steps=8, checkpoint_every=8)
     params, metrics = run(tmp_path / "one", settings, ablated=masked)
     other = dataclasses.replace(ROWS, flat=ROWS.flat.copy())
     for _, _, rejected, end in ROWS.bounds:
         other.flat[rejected:end] = 5
     mesh = one_device()
-    again = train(CONFIG, copying_params, other, settings, tmp_path / "two", mesh, fingerprint="f", ablated=masked)
+    again = train(CONFIG, copying_params, other, settings, tmp_path / "two", mesh, identity=IDENTITY, ablated=masked)
     _assert_same_bits(params, again)
-    assert not (tmp_path / "one" / "reference.npz").exists() and metrics[0]["loss"] > 0
+    assert not (tmp_path / "one" / "reference").exists() and metrics[0]["loss"] > 0
 
     def separation(params):
         """Mean of log p/q of the chosen tokens: p of the model, q of the same with heads masked."""
@@ -231,48 +237,76 @@ def test_weights_enter_products_in_the_compute_dtype_and_gradients_leave_in_floa
 
 
 def _reference(folder):
-    with np.load(folder / "reference.npz") as stored:
-        return dict(stored)
+    """f32[N,2]: what is stored; NaN where nothing is."""
+    values_ND = np.full((len(ROWS), 2), np.nan, np.float32)
+    with Store(folder / "reference") as store:
+        for (pair,) in store:
+            values_ND[pair] = store[pair,]
+    return values_ND
 
 
 def test_reference_holds_the_start_models_log_probabilities(whole):
-    stored, params, padded = (
-        _reference(whole[2])["logprobs"],
-        in_float64(copying_params()),
-        ROWS.padded(range(11), 64, 0),
-    )
+    stored, params = _reference(whole[2]), in_float64(copying_params())
+    padded = ROWS.padded(range(11), 64, 0)
     for i, side in enumerate(SIDES):
         rows = zip(padded[side], padded[f"{side}_mask"], strict=True)
         np.testing.assert_allclose(stored[:, i], [reference_logprob(params, *row) for row in rows], rtol=1e-4)
 
 
-def _plant(folder, whole, fingerprint="f", **changes):
-    folder.mkdir(exist_ok=True)
-    stored = _reference(whole[2]) | {"fingerprint": fingerprint}
-    np.savez(folder / "reference.npz", **stored | changes)
+def _plant(folder, values_ND, identity=IDENTITY):
+    """Stores log-probabilities, less those that are NaN."""
+    with Store(folder / "reference", identity) as store:
+        for pair, values in enumerate(values_ND.tolist()):
+            if not np.isnan(values).any():
+                store.add((pair,), values)
 
 
-def test_reference_is_read_where_the_fingerprint_matches_and_refused_where_it_does_not(tmp_path, whole):
-    shifted = _reference(whole[2])["logprobs"] - np.float32([3, 0])
-    _plant(tmp_path / "same", whole, logprobs=shifted)
+def test_reference_is_read_where_the_identity_matches_and_refused_where_it_does_not(tmp_path, whole):
+    shifted = _reference(whole[2]) - np.float32([3, 0])
+    _plant(tmp_path / "same", shifted)
     _, metrics = run(tmp_path / "same")
     assert metrics[0]["reward_chosen"] == pytest.approx(3 * SETTINGS.beta, rel=1e-3)
-    _plant(tmp_path / "other", whole, fingerprint="another model", logprobs=shifted)
-    message = "another model, data, template or masks .fingerprint another model, now f.: delete it"
+    _plant(tmp_path / "other", shifted, {"data": "f", "model": "another"})
+    message = "other/reference was made with another model another, now m: delete it or move it away to make it again"
     with pytest.raises(ValueError, match=message):
-        run(tmp_path / "other")
+        run(tmp_path / "other", identity={"data": "f", "model": "m"})
 
 
-def test_reference_goes_on_where_it_was_cut_off(tmp_path, whole, monkeypatch):
+def test_reference_goes_on_where_it_was_cut_off(tmp_path, whole):
     """Rows that are there are not computed again: of a changed one the change stays."""
-    values = _reference(whole[2])["logprobs"].copy()
+    values = _reference(whole[2])
     values[[2, 5, 6]] = np.nan
     values[4] -= 3
-    _plant(tmp_path, whole, logprobs=values)
+    _plant(tmp_path, values)
     run(tmp_path)
-    expected = _reference(whole[2])["logprobs"].copy()
+    expected = _reference(whole[2])
     expected[4] -= 3
-    np.testing.assert_allclose(_reference(tmp_path)["logprobs"], expected, rtol=1e-5)
+    np.testing.assert_allclose(_reference(tmp_path), expected, rtol=1e-5)
+
+
+def test_a_reference_that_is_stopped_keeps_every_part_that_was_computed(tmp_path, whole, monkeypatch):
+    compute, calls = reference.batch_logprobs, []
+
+    def stopping(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compute(*args)
+
+    settings = dataclasses.replace(SETTINGS, reference_batch_size=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reference, "batch_logprobs", stopping)
+        run(tmp_path, settings)
+    stored = _reference(tmp_path)
+    assert np.isnan(stored).any(axis=1).sum() == len(ROWS) - 4
+    np.testing.assert_allclose(stored, np.where(np.isnan(stored), np.nan, _reference(whole[2])), rtol=1e-5)
+
+
+def test_a_reference_of_an_earlier_version_stays_and_is_reported(tmp_path, whole, caplog):
+    np.savez(tmp_path / "reference.npz", fingerprint="f", logprobs=np.zeros((len(ROWS), 2), np.float32))
+    _, metrics = run(tmp_path)
+    assert f"{tmp_path / 'reference.npz'} was written by an earlier version and is not read" in caplog.text
+    assert (tmp_path / "reference.npz").exists() and metrics == whole[1]
 
 
 def test_a_loss_that_is_not_finite_raises_naming_the_step_and_the_pairs(tmp_path, whole, monkeypatch):
@@ -454,13 +488,31 @@ def test_a_run_that_is_told_to_stop_writes_a_checkpoint_and_goes_on_to_the_same_
 
 
 def test_the_newest_and_the_best_checkpoints_stay(tmp_path):
-    with Checkpoints(tmp_path, keep=2, fingerprint="f") as checkpoints:
+    with Checkpoints(tmp_path, keep=2, identity=IDENTITY) as checkpoints:
         for step, loss in enumerate([3.0, 1.0, 2.0, 4.0, 5.0]):
             checkpoints.save(step, {"x": jnp.full(3, step)}, {"next_index": step}, loss)
-        assert (checkpoints.latest, checkpoints.best) == (4, 1)
+        assert checkpoints.latest == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "4"]
-    with Checkpoints(tmp_path, keep=2, fingerprint="g") as other, pytest.raises(ValueError, match="another run"):
+    with (
+        Checkpoints(tmp_path, keep=2, identity={"data": "g"}) as other,
+        pytest.raises(ValueError, match="another data f, now g"),
+    ):
         other.restore({"x": jax.device_put(jnp.zeros(3), one_device().devices.flat[0])})
+
+
+def test_checkpoints_of_an_earlier_version_are_read_where_their_hash_is_that_of_the_identity(tmp_path):
+    with Checkpoints(tmp_path, keep=1, identity=IDENTITY) as checkpoints:
+        checkpoints.save(3, {"x": jnp.full(3, 7.0)}, {"next_index": 5}, 1.0)
+    (about,) = (path for path in (tmp_path / "3" / "about").iterdir() if b"identity" in path.read_bytes())
+    stored = json.loads(about.read_text())
+    about.write_text(json.dumps({name: stored[name] for name in ("data", "loss")} | {"fingerprint": digest(IDENTITY)}))
+    shapes = {"x": jax.device_put(jnp.zeros(3), one_device().devices.flat[0])}
+    with Checkpoints(tmp_path, keep=1, identity=IDENTITY) as checkpoints:
+        state, data = checkpoints.restore(shapes)
+        assert state["x"].tolist() == [7.0] * 3 and data == {"next_index": 5}
+    message = f"was made with another input {digest(IDENTITY)}, now {digest({'data': 'g'})}: delete it"
+    with Checkpoints(tmp_path, keep=1, identity={"data": "g"}) as other, pytest.raises(ValueError, match=message):
+        other.restore(shapes)
 
 
 def test_metrics_go_to_tensorboard_too(whole):

@@ -7,6 +7,7 @@ import pytest
 from helpers_tiny import CONFIG, copying_params, in_float64, reference_logprob
 
 from retmask_jax.model.interventions import mask_heads
+from retmask_jax.model.masks import normalise
 from retmask_jax.model.transformer import forward
 from retmask_jax.training.losses import contrast_loss, dpo_loss
 from retmask_jax.training.objective import part_loss
@@ -211,7 +212,9 @@ def test_contrast_through_the_model_is_that_of_its_logits_at_the_answers(batch):
         pair = forward(CONFIG, params, batch["chosen"]), forward(CONFIG, fixed, batch["chosen"], interventions=masked)
         return 0.5 * (contrast_loss(*pair, 0.8)[:, :-1] * counted).sum()
 
-    ours = jax.jit(jax.value_and_grad(lambda p: part_loss(CONFIG, settings, p, batch, masked)[0]))(copying_params())
+    ours = jax.jit(jax.value_and_grad(lambda p: part_loss(CONFIG, settings, p, batch, normalise(CONFIG, masked))[0]))(
+        copying_params()
+    )
     expected = jax.jit(jax.value_and_grad(by_logits))(copying_params())
     assert ours[0] > 0.01
     np.testing.assert_allclose(ours[0], expected[0], rtol=1e-4)

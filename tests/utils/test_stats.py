@@ -1,5 +1,6 @@
 """Statistics against closed forms, brute force, SciPy's own and the published profiles."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -51,8 +52,8 @@ def test_mcnemar_is_a_fair_coin_over_the_discordant_pairs(pairs):
     wins, losses = pairs.count((True, False)), pairs.count((False, True))
     n = wins + losses
     tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
-    assert (result["b"], result["c"], result["n_discordant"]) == (wins, losses, n)
-    assert result["p_value"] == pytest.approx(min(1, 2 * tail))
+    assert (result.b, result.c, result.n_discordant) == (wins, losses, n)
+    assert result.p_value == pytest.approx(min(1, 2 * tail))
 
 
 def test_mcnemar_refuses_what_is_not_paired_outcomes():
@@ -70,15 +71,15 @@ def test_wilson_agrees_with_scipy(n, share, level):
     successes = round(share * n)
     reference = scipy.stats.binomtest(successes, n).proportion_ci(level, "wilson")
     result = stats.wilson(successes, n, level)
-    assert (result["value"], result["n"]) == (successes / n, n)
-    assert (result["low"], result["high"]) == pytest.approx(tuple(reference), abs=1e-12)
-    assert 0 <= result["low"] <= result["value"] <= result["high"] <= 1
+    assert (result.value, result.n) == (successes / n, n)
+    assert (result.low, result.high) == pytest.approx(tuple(reference), abs=1e-12)
+    assert 0 <= result.low <= result.value <= result.high <= 1
 
 
 def test_wilson_of_none_and_of_all_ends_exactly_at_the_edge():
     for n in range(1, 200):
-        assert stats.wilson(0, n)["low"] == 0
-        assert stats.wilson(n, n)["high"] == 1
+        assert stats.wilson(0, n).low == 0
+        assert stats.wilson(n, n).high == 1
 
 
 def test_wilson_refuses_impossible_counts_and_levels():
@@ -100,15 +101,15 @@ def test_bootstrap_reaches_the_distribution_of_all_resamples():
     means = [np.mean(draw) for draw in itertools.product(x, repeat=4)]
     expected = np.quantile(means, [0.1, 0.9], method="inverted_cdf")
     result = stats.bootstrap_mean(x, level=0.8, seed=3)
-    assert (result["low"], result["high"]) == pytest.approx(expected)
-    assert (result["value"], result["n"]) == (np.mean(x), 4)
+    assert (result.low, result.high) == pytest.approx(expected)
+    assert (result.value, result.n) == (np.mean(x), 4)
 
 
 def test_bootstrap_of_many_samples_has_the_width_of_the_normal_interval():
     x = np.random.default_rng(0).exponential(size=2000)
     result = stats.bootstrap_mean(x, n_resamples=4000)
     half = scipy.stats.norm.ppf(0.975) * x.std() / math.sqrt(x.size)
-    assert result["high"] - result["low"] == pytest.approx(2 * half, rel=0.05)
+    assert result.high - result.low == pytest.approx(2 * half, rel=0.05)
 
 
 def test_bootstrap_does_not_depend_on_how_many_numbers_are_drawn_at_once(monkeypatch):
@@ -137,9 +138,9 @@ def test_bootstrap_repeats_by_seed_and_differs_between_seeds():
 def test_paired_bootstrap_sees_the_pairing():
     b = np.random.default_rng(3).normal(size=60)
     constant = stats.paired_bootstrap(b + 0.25, b, n_resamples=500)
-    assert [constant[key] for key in ("value", "low", "high")] == pytest.approx([0.25] * 3)
+    assert [getattr(constant, key) for key in ("value", "low", "high")] == pytest.approx([0.25] * 3)
     shuffled = stats.paired_bootstrap(b[::-1] + 0.25, b, n_resamples=500)
-    assert shuffled["high"] - shuffled["low"] > 0.3
+    assert shuffled.high - shuffled.low > 0.3
 
 
 def test_paired_bootstrap_is_the_bootstrap_of_the_differences():
@@ -151,14 +152,15 @@ def test_paired_bootstrap_is_the_bootstrap_of_the_differences():
 def test_runs_over_the_same_samples_are_not_more_samples():
     a, b = np.random.default_rng(5).normal(size=(2, 30))
     once = stats.paired_bootstrap(a, b)
-    assert stats.paired_bootstrap(np.tile(a, (7, 1)), b) == pytest.approx(once)
-    assert once["n"] == 30
+    tiled = stats.paired_bootstrap(np.tile(a, (7, 1)), b)
+    assert dataclasses.astuple(tiled) == pytest.approx(dataclasses.astuple(once))
+    assert once.n == 30
 
 
 def test_runs_are_averaged_and_not_resampled():
     noise = np.random.default_rng(6).normal(size=30)
     result = stats.bootstrap_mean([noise, -noise])
-    assert [result[key] for key in ("value", "low", "high")] == pytest.approx([0, 0, 0])
+    assert [getattr(result, key) for key in ("value", "low", "high")] == pytest.approx([0, 0, 0])
 
 
 def test_bootstraps_refuse_unpaired_samples_and_bad_settings():
@@ -178,8 +180,7 @@ def test_intervals_are_plain_numbers():
         stats.bootstrap_mean(np.array([1.0, 2.0]), n_resamples=10),
         stats.paired_bootstrap(np.array([1.0, 2.0]), np.zeros(2), n_resamples=10),
     ):
-        assert list(result) == ["value", "low", "high", "n"]
-        assert [type(number) for number in result.values()] == [float, float, float, int]
+        assert [type(number) for number in dataclasses.astuple(result)] == [float, float, float, int]
 
 
 def test_jaccard_of_head_sets_in_any_container():
@@ -224,10 +225,10 @@ def test_permutation_test_reaches_the_exact_p_value(seed):
     labels_LH = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]], dtype=bool)
     value, expected, p_value = brute_force_permutation(values_LH, labels_LH)
     result = stats.layer_clustered_permutation(values_LH, labels_LH, n_permutations=20000)
-    assert result["value"] == pytest.approx(value)
-    assert result["expected"] == pytest.approx(expected)
-    assert result["p_value"] == pytest.approx(p_value, abs=0.015)
-    assert result["n"] == 6
+    assert result.value == pytest.approx(value)
+    assert result.expected == pytest.approx(expected)
+    assert result.p_value == pytest.approx(p_value, abs=0.015)
+    assert result.n == 6
 
 
 def test_permutation_test_repeats_by_seed_and_differs_between_seeds():
@@ -237,7 +238,7 @@ def test_permutation_test_repeats_by_seed_and_differs_between_seeds():
         stats.layer_clustered_permutation(values_LH, labels_LH, n_permutations=999, seed=seed) for seed in (1, 1, 2)
     )
     assert first == again
-    assert first["p_value"] != other["p_value"]
+    assert first.p_value != other.p_value
 
 
 def test_permutation_test_is_blind_to_differences_between_layers():
@@ -246,9 +247,9 @@ def test_permutation_test_is_blind_to_differences_between_layers():
     labels_LH = np.zeros((2, 8), dtype=bool)
     labels_LH[0, :1] = labels_LH[1, :7] = True
     result = stats.layer_clustered_permutation(values_LH, labels_LH)
-    assert result["value"] == pytest.approx(result["expected"], abs=1e-3)
-    assert result["value"] > 0.7
-    assert result["p_value"] > 0.05
+    assert result.value == pytest.approx(result.expected, abs=1e-3)
+    assert result.value > 0.7
+    assert result.p_value > 0.05
 
 
 def test_permutation_test_finds_a_difference_within_layers(monkeypatch):
@@ -257,7 +258,7 @@ def test_permutation_test_finds_a_difference_within_layers(monkeypatch):
     labels_LH[:, :3] = True
     values_LH[labels_LH] += 3
     result = stats.layer_clustered_permutation(values_LH, labels_LH, n_permutations=999, seed=1)
-    assert result["p_value"] == 1 / 1000
+    assert result.p_value == 1 / 1000
     monkeypatch.setattr(stats, "_BLOCK", 500)
     small = stats.layer_clustered_permutation(values_LH, labels_LH, n_permutations=999, seed=1)
     assert small == result
@@ -267,7 +268,7 @@ def test_many_numbers_per_head_are_tested_by_the_same_permutations_as_each_alone
     values_LHV = np.random.default_rng(4).integers(0, 5, (5, 6, 4)).astype(float)  # whole numbers make ties
     labels_LH = np.arange(30).reshape(5, 6) % 4 == 1
     together = stats.layer_clustered_p_values(values_LHV, labels_LH, 300, seed=2)
-    alone = [stats.layer_clustered_permutation(values_LHV[..., v], labels_LH, 300, seed=2)["p_value"] for v in range(4)]
+    alone = [stats.layer_clustered_permutation(values_LHV[..., v], labels_LH, 300, seed=2).p_value for v in range(4)]
     assert together.tolist() == alone and len(set(alone)) > 1
 
 
@@ -301,15 +302,15 @@ def test_spearman_is_pearson_of_the_ranks_over_all_entries():
     x, y = np.random.default_rng(10).integers(0, 5, size=(2, 4, 6))
     ranks = [scipy.stats.rankdata(side) for side in (x, y)]
     result = stats.spearman(x, y)
-    assert result["value"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
-    assert result["n"] == 24
-    assert stats.spearman([1, 2, 3], [1, 8, 27])["value"] == pytest.approx(1)
+    assert result.value == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert result.n == 24
+    assert stats.spearman([1, 2, 3], [1, 8, 27]).value == pytest.approx(1)
 
 
 def test_spearman_of_a_constant_and_of_unpaired_values():
     result = stats.spearman([1.0, 1.0], [1.0, 2.0])
-    assert math.isnan(result["value"])
-    assert math.isnan(result["p_value"])
+    assert math.isnan(result.value)
+    assert math.isnan(result.p_value)
     with pytest.raises(ValueError, match="2 and 3"):
         stats.spearman([1, 2], [1, 2, 3])
 
@@ -319,17 +320,17 @@ def test_spearman_interval_covers_the_correlation_of_the_population():
     draws = rng.multivariate_normal([0, 0], [[1, rho], [rho, 1]], size=(1000, 12))
     expected = 6 / math.pi * math.asin(rho / 2)  # rank correlation of a bivariate normal
     results = [stats.spearman_interval(*draw.T) for draw in draws]
-    covered = np.mean([result["low"] <= expected <= result["high"] for result in results])
+    covered = np.mean([result.low <= expected <= result.high for result in results])
     assert covered == pytest.approx(0.95, abs=0.025)
-    assert all(result["low"] < result["value"] < result["high"] for result in results)
-    assert results[0]["value"] == stats.spearman(*draws[0].T)["value"]
-    assert results[0]["n"] == 12
+    assert all(result.low < result.value < result.high for result in results)
+    assert results[0].value == stats.spearman(*draws[0].T).value
+    assert results[0].n == 12
 
 
 def test_spearman_interval_of_perfect_order_of_a_constant_and_of_too_few():
     perfect = stats.spearman_interval(range(10), range(10, 0, -1))
-    assert [perfect[key] for key in ("value", "low", "high")] == pytest.approx([-1] * 3)
-    assert math.isnan(stats.spearman_interval([1.0] * 5, range(5))["low"])
+    assert [getattr(perfect, key) for key in ("value", "low", "high")] == pytest.approx([-1] * 3)
+    assert math.isnan(stats.spearman_interval([1.0] * 5, range(5)).low)
     with pytest.raises(ValueError, match="at least 4 samples, got 3"):
         stats.spearman_interval([1, 2, 3], [1, 2, 3])
 
@@ -347,8 +348,8 @@ def residual_correlation(x_LH, y_LH, fixed=()):
 def test_partial_spearman_is_the_correlation_of_the_residuals_of_a_regression(n_given):
     x, y, *fixed = np.random.default_rng(12).integers(0, 9, size=(2 + n_given, 4, 7)).astype(float)
     result = stats.partial_spearman(x, y, fixed, n_resamples=50)
-    assert result["value"] == pytest.approx(residual_correlation(x, y, fixed))
-    assert result["n"] == 4
+    assert result.value == pytest.approx(residual_correlation(x, y, fixed))
+    assert result.n == 4
 
 
 def test_partial_spearman_reaches_the_distribution_of_all_resamples_of_layers():
@@ -356,7 +357,7 @@ def test_partial_spearman_reaches_the_distribution_of_all_resamples_of_layers():
     every = [residual_correlation(x[list(i)], y[list(i)], [z[list(i)]]) for i in itertools.product(range(4), repeat=4)]
     result = stats.partial_spearman(x, y, [z], n_resamples=20000, level=0.8)
     expected = np.quantile(every, [0.1, 0.9], method="inverted_cdf")
-    assert (result["low"], result["high"]) == pytest.approx(expected, abs=0.02)
+    assert (result.low, result.high) == pytest.approx(expected, abs=0.02)
     first, again, other = (stats.partial_spearman(x, y, n_resamples=20, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
 
@@ -367,22 +368,22 @@ def test_partial_spearman_sees_order_within_layers_only():
     scale, shift = rng.uniform(1, 9, size=(6, 1)), rng.normal(scale=99, size=(6, 1))
     moved = stats.partial_spearman(scale * np.exp(x) + shift, y + shift, n_resamples=100)
     assert moved == stats.partial_spearman(x, y, n_resamples=100)
-    assert stats.spearman(np.exp(x) + shift, y + shift)["value"] > 0.9 > 0.3 > abs(moved["value"])
+    assert stats.spearman(np.exp(x) + shift, y + shift).value > 0.9 > 0.3 > abs(moved.value)
 
 
 def test_what_a_third_quantity_explains_is_no_partial_correlation():
     z, x, y = np.random.default_rng(15).normal(size=(3, 12, 30))
     plain = stats.partial_spearman(z + 0.5 * x, z + 0.5 * y, n_resamples=500)
     partial = stats.partial_spearman(z + 0.5 * x, z + 0.5 * y, [z], n_resamples=500)
-    assert plain["low"] > 0.6
-    assert partial["low"] < 0.1 and abs(partial["value"]) < 0.2
+    assert plain.low > 0.6
+    assert partial.low < 0.1 and abs(partial.value) < 0.2
 
 
 def test_partial_spearman_of_what_does_not_vary_is_undefined():
     x = np.random.default_rng(16).normal(size=(3, 4))
     for other, fixed in ((np.repeat([[0.0], [1.0], [2.0]], 4, axis=1), ()), (-x, [np.exp(x)])):
         result = stats.partial_spearman(x, other, fixed, n_resamples=20)
-        assert all(math.isnan(result[key]) for key in ("value", "low", "high")) and result["n"] == 3
+        assert all(math.isnan(getattr(result, key)) for key in ("value", "low", "high")) and result.n == 3
     for shape in ((1, 4), (4,)):
         with pytest.raises(ValueError, match="2 or more layers"):
             stats.partial_spearman(np.ones(shape), np.ones(shape))
@@ -405,8 +406,8 @@ def test_published_mcnemar_counts_give_the_published_p_values():
         b, c = (published[key] for key in published if key[:2] in ("b_", "c_"))
         samples = np.arange(n)
         result = stats.mcnemar(samples < b, (samples >= b) & (samples < b + c))
-        assert (result["b"], result["c"], result["n_discordant"]) == (b, c, b + c)
-        assert result["p_value"] == pytest.approx(published["p_value"], rel=1e-9)
+        assert (result.b, result.c, result.n_discordant) == (b, c, b + c)
+        assert result.p_value == pytest.approx(published["p_value"], rel=1e-9)
 
 
 @needs_published
@@ -420,8 +421,8 @@ def test_published_frequency_effects_have_the_published_intervals():
         result = stats.paired_bootstrap(low_frequency, high_frequency)
         # The bounds are steps of 1/n, which another stream of random numbers may pass by one.
         expected = block["frequency_effect_ci95"]
-        assert (result["low"], result["high"]) == pytest.approx(expected, abs=1.01 / n)
-        assert result["value"] == pytest.approx(block["frequency_effect"])
+        assert (result.low, result.high) == pytest.approx(expected, abs=1.01 / n)
+        assert result.value == pytest.approx(block["frequency_effect"])
 
 
 @needs_published
@@ -433,5 +434,5 @@ def test_published_detectors_agree_as_published():
         assert stats.jaccard(*heads) == pytest.approx(agreement["jaccard"])
         result = stats.spearman(published["argmax_scores"], published["copy_scores"])
         spearman = published["profile"]["detector_score_spearman"]
-        assert result["value"] == pytest.approx(spearman["spearman_rho"])
-        assert result["p_value"] == pytest.approx(spearman["spearman_p"], rel=1e-6)
+        assert result.value == pytest.approx(spearman["spearman_rho"])
+        assert result.p_value == pytest.approx(spearman["spearman_p"], rel=1e-6)

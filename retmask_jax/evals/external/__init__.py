@@ -1,1 +1,1 @@
-"""Suites of others, run on our models: lm-evaluation-harness and HELMET."""
+"""Suites of other projects, run on models of this package: lm-evaluation-harness and HELMET."""

@@ -1,7 +1,7 @@
-"""HELMET (arXiv 2410.02694) on a model of ours, by the user's own unmodified checkout: its data, prompts and scores.
+"""HELMET (arXiv 2410.02694) on a model of this package, with data, prompts and scores of the user's checkout of HELMET.
 
-HELMET runs in a process of its own (`helmet_worker`), which hands over the exact token ids of its prompts and scores
-our answers; the model stays in this one. A killed run goes on: answers are kept one by one, scores by data set.
+HELMET runs unmodified in another process (`helmet_worker`), which sends the exact token ids of its prompts and scores
+the answers. The model stays in this process. A killed run is resumed: answers are kept one by one, scores by data set.
 """
 
 import contextlib
@@ -21,21 +21,26 @@ from retmask_jax.evals.measured import Measured
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils.files import digest
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 log = logging.getLogger(__name__)
 
-LONGEST = 131072  # HELMET keeps this length in files of its own
+LONGEST = 131072  # HELMET has this length in separate files
 TOO_LONG = "prompt and answer longer than the model's context"
 _NO_SCORE = "no score from HELMET"
-_JUDGED = "-gpt4eval_o.json"  # how the judge's scripts call their files
+_JUDGED = "-gpt4eval_o.json"  # end of the names of the files that the judge's scripts write
 _BEST_JUDGED = {"gpt-4-score": 3.0, "gpt-4-f1": 1.0}  # fluency (0, 1) x correctness (0 to 3); an F1
 
 
 @dataclasses.dataclass(frozen=True)
 class HelmetRun:
-    """measured: per number of a category's mean and length, without values where it could not be had (missing says
-    why). notes: what of the run a reader must know, such as keys of HELMET's configs that its code does not read."""
+    """The result of a run of HELMET.
+
+    Attributes:
+        measured: For each part of a category's mean and each length. A part that could not be measured has no values,
+            and its `missing` says why.
+        notes: What a reader must know of the run, such as keys of HELMET's configs that HELMET's code does not read.
+    """
 
     measured: list[Measured]
     notes: list[str]
@@ -43,11 +48,13 @@ class HelmetRun:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
+    """What stays the same in a run."""
+
     lm: LanguageModel
     mask: Interventions
     batch_size: int
-    answers: Kept
-    scores: Kept
+    answers: Store
+    scores: Store
 
 
 def run_helmet(
@@ -64,16 +71,26 @@ def run_helmet(
     stop_new_line: bool = False,
     citations: bool = False,
 ) -> HelmetRun:
-    """The data sets of some categories (None: all seven) at some lengths in tokens, under interventions.
+    """Runs the data sets of some categories of HELMET.
 
-    checkout: the folder of HELMET with its data. folder: where answers, scores and HELMET's own result files are kept,
-    of one model. limit: samples per data set (None: HELMET's). chat: put prompts in the chat template, or not (None: as
-    HELMET's config of the category has it); without it the answer's prefix ends the prompt and stands before the answer
-    that is scored. stop_new_line: end answers at a new line where a config says so; HELMET's code does not read that
-    key, so its published numbers are without. citations: score citations, too, by HELMET's 11B entailment model.
-    Raises ValueError in one line for a folder that is no checkout, a length or category it does not have, a length
-    beyond the model's context, a missing chat template, and where HELMET cannot be imported. A data set that HELMET
-    fails on, such as one whose data are not there, is missing from the result with its reason.
+    A data set on which HELMET fails, for example because its data are missing, has no values in the result, and the
+    reason.
+
+    Args:
+        checkout: The folder of HELMET with its data.
+        lengths: In tokens.
+        categories: None for all seven.
+        folder: Where answers, scores and HELMET's result files of this model are kept.
+        limit: Samples of each data set; None as in HELMET.
+        chat: Whether prompts are put in the chat template; None as in HELMET's config of the category. Without the
+            template the answer's prefix ends the prompt and precedes the answer that is scored.
+        stop_new_line: Whether answers end at a new line if a config says so. HELMET's code does not read that key, so
+            its published numbers are without.
+        citations: Whether citations are scored, with HELMET's 11B entailment model.
+
+    Raises:
+        ValueError: The folder is no checkout or HELMET cannot be imported, HELMET does not have a length or category, a
+            length exceeds the model's context, or a chat template is missing. The message has one line.
     """
     checkout, folder = _checked_checkout(checkout), Path(folder)
     categories = list(CATEGORIES if categories is None else categories)
@@ -82,11 +99,11 @@ def run_helmet(
     arguments = ["--model_name_or_path", str(lm.source.folder or "model"), "--no_cuda", "--overwrite"]
     arguments += [] if limit is None else ["--max_test_samples", str(limit)]
     arguments += [] if chat is None else ["--use_chat_template", str(chat)]
-    mask_hash = scoring.mask_hash(mask)
+    mask_hash = scoring.mask_hash(lm.config, mask)
     request = {"arguments": arguments, "stop_new_line": stop_new_line, "output": str((folder / mask_hash).resolve())}
     measured, notes = [], []
     with contextlib.ExitStack() as opened:
-        answers, scores = (opened.enter_context(Kept(folder / name / mask_hash)) for name in ("answers", "scores"))
+        answers, scores = (opened.enter_context(Store(folder / name / mask_hash)) for name in ("answers", "scores"))
         job = _Job(lm, mask, batch_size, answers, scores)
         process = opened.enter_context(HelmetProcess(checkout, folder, lm.tokenizer, gpu=citations))
         for category, config in _configs(categories, lengths):
@@ -99,7 +116,7 @@ def run_helmet(
 
 
 def _configs(categories: Sequence[str], lengths: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """(category, file) of each config that is needed."""
+    """Yields (category, file) of each config that is needed."""
     for category in categories:
         if any(length < LONGEST for length in lengths):
             yield category, f"configs/{category}_short.yaml"
@@ -107,7 +124,10 @@ def _configs(categories: Sequence[str], lengths: Sequence[int]) -> Iterator[tupl
             yield category, f"configs/{category}.yaml"
 
 
-def _run_config(job: _Job, process: HelmetProcess, category: str, lengths, citations: bool) -> list[Measured]:
+def _run_config(
+    job: _Job, process: HelmetProcess, category: str, lengths: Sequence[int], citations: bool
+) -> list[Measured]:
+    """Runs the data sets of the config that the process has been given."""
     if process.settings["use_chat_template"] and not job.lm.tokenizer.chat_template:
         raise ValueError(
             f"HELMET puts {category} in a chat template, and the tokenizer has none: add one or set chat to False"
@@ -124,7 +144,7 @@ def _run_config(job: _Job, process: HelmetProcess, category: str, lengths, citat
 
 
 def _check_lengths(process: HelmetProcess, category: str, lengths: Sequence[int]) -> None:
-    """ValueError for a length that neither this config of the category has nor, by HELMET's naming, its other one."""
+    """Raises ValueError if this config should have a length, by HELMET's naming of files, and does not."""
     has = {entry["input_max_length"] for entry in process.entries}
     wanted = {length for length in lengths if (length < LONGEST) == (min(has) < LONGEST)}
     if wanted - has:
@@ -132,7 +152,7 @@ def _check_lengths(process: HelmetProcess, category: str, lengths: Sequence[int]
 
 
 def _scored(job: _Job, process: HelmetProcess, number: int, citations: bool) -> dict[str, Any]:
-    """HELMET's scores of a data set: {"scored": {metric: values}, "ids", "n", "output"}, or {"failed", "n"}."""
+    """Returns HELMET's scores of a data set: {"scored": {metric: values}, "ids", "n", "output"}, or {"failed", "n"}."""
     entry = process.entries[number]
     key = (entry["datasets"], entry["input_max_length"], digest([process.identity, entry, citations]))
     if key in job.scores:
@@ -153,7 +173,7 @@ def _scored(job: _Job, process: HelmetProcess, number: int, citations: bool) -> 
 def _answers(
     job: _Job, prompts: Sequence[np.ndarray], options: dict[str, Any], what: str
 ) -> list[dict[str, Any] | None]:
-    """{"output", "output_len"} of each prompt, None where it does not fit; only what is not kept yet is generated."""
+    """Returns {"output", "output_len"} of each prompt, None if the prompt does not fit in the model's context."""
     room = job.lm.config.max_length - options["max_new_tokens"]
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
     made = scoring.answered(
@@ -172,7 +192,7 @@ def _answers(
 
 
 def _measured(part: Part, length: int, found: dict[str, Any]) -> Measured:
-    """The values of one part; none, and why, where there are none."""
+    """Returns the values of one part, or no values and the reason."""
     if "failed" in found:
         return _without(part, length, {found["failed"]: found["n"]})
     values = found["scored"].get(part.metric) or _judged(found["output"], part.metric)
@@ -198,7 +218,7 @@ def _without(part: Part, length: int, missing: dict[str, int]) -> Measured:
 
 
 def _judged(output: str, metric: str) -> list[float | None] | None:
-    """A judge's scores as shares, of the same answers, where its script has left a file beside HELMET's."""
+    """Returns a judge's scores of the same answers as shares, if its script has written a file next to HELMET's."""
     path = Path(output.removesuffix(".json") + _JUDGED)
     if metric not in _BEST_JUDGED or not path.is_file():
         return None
@@ -207,7 +227,7 @@ def _judged(output: str, metric: str) -> list[float | None] | None:
         log.warning("HELMET: %s judges other answers than those of now: judge them again", path)
         return None
     scores = [row.get("gpt-4-scores") for row in judged]
-    return [one and _judge_score(one, metric) / _BEST_JUDGED[metric] for one in scores]
+    return [of_answer and _judge_score(of_answer, metric) / _BEST_JUDGED[metric] for of_answer in scores]
 
 
 def _judge_score(scores: dict[str, float], metric: str) -> float:

@@ -1,4 +1,4 @@
-"""HELMET's categories and the means it reports (arXiv 2410.02694), with what is missing said, never averaged over."""
+"""HELMET's categories and the means it reports (arXiv 2410.02694). A mean with a missing part has no value."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,12 @@ CITATIONS = "needs an 11B entailment model: ask for citations"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A number that enters a category's mean. dataset: a part of HELMET's name of the data set. needs: what more than
-    the answers it takes."""
+    """A number that is part of a category's mean.
+
+    Attributes:
+        dataset: Part of HELMET's name of the data set.
+        needs: What the number needs besides the answers; empty for nothing.
+    """
 
     dataset: str
     metric: str
@@ -35,7 +39,7 @@ def _cited(dataset: str, *metrics: str) -> tuple[Part, ...]:
     )
 
 
-# Named as the files of HELMET's configs are.
+# Names are those of HELMET's config files.
 CATEGORIES: dict[str, tuple[Part, ...]] = {
     "recall": _parts("ruler_recall", "ruler_niah_mk_2", "ruler_niah_mk_3", "ruler_niah_mv")
     + _parts("substring_exact_match", "json_kv"),
@@ -49,7 +53,7 @@ CATEGORIES: dict[str, tuple[Part, ...]] = {
     "summ": _parts("gpt-4-f1", "infbench_sum", "multi_lexsum", needs=JUDGE.format("summ")),
     "icl": _parts("exact_match", "trec_coarse", "trec_fine", "banking77", "clinic150", "nlu"),
 }
-# Which categories a mean is of. The paper of RetMask gives the first two; the last needs no model but the studied one.
+# The categories of each mean. RetMask's paper gives the first two; the last needs no other model than the one measured.
 MEANS = {
     "all seven": tuple(CATEGORIES),
     "judge-free": ("recall", "rag", "cite", "rerank", "icl"),
@@ -58,21 +62,22 @@ MEANS = {
 
 
 def helmet_means(measured: Sequence[Measured]) -> dict[int, dict[str, Any]]:
-    """{length: {"categories": {name: mean}, "means": {name: mean}}}, in per cent.
+    """Computes the means of categories, over tasks of equal weight, and the means over categories, in per cent.
 
-    A mean is {"value", "n", "parts": {task or category: value}, "missing": [line, ...], "left out": [line, ...]}: of
-    tasks, each of the same weight, for a category, and of categories for the rest. Where any part is missing the value
-    is None and "missing" says which and why. left out: samples that some part was computed without.
+    Returns:
+        {length: {"categories": {name: mean}, "means": {name: mean}}}. A mean is {"value", "n", "parts": {task or
+        category: value}, "missing": [line, ...], "left out": [line, ...]}. If a part is missing, the value is None, and
+        "missing" says which part and why. "left out" says which samples some part was computed without.
     """
-    lengths = sorted({one.length for one in measured if one.suite == SUITE})
-    return {
-        length: _of_length([one for one in measured if (one.suite, one.length) == (SUITE, length)])
-        for length in lengths
-    }
+    by_length: dict[int, list[Measured]] = {}
+    for part in measured:
+        if part.suite == SUITE and part.length is not None:
+            by_length.setdefault(part.length, []).append(part)
+    return {length: _at_length(parts) for length, parts in sorted(by_length.items())}
 
 
-def _of_length(measured: Sequence[Measured]) -> dict[str, Any]:
-    tasks = {one.task: one for one in measured}
+def _at_length(measured: Sequence[Measured]) -> dict[str, Any]:
+    tasks = {part.task: part for part in measured}
     categories = {name: _category(tasks, parts) for name, parts in CATEGORIES.items()}
     return {"categories": categories, "means": {name: _mean(categories, names) for name, names in MEANS.items()}}
 
@@ -84,9 +89,9 @@ def _category(tasks: Mapping[str, Measured], parts: Sequence[Part]) -> dict[str,
         for part in parts
         if part.task not in done
     ]
-    left_out = [f"{name}: {n} samples, {why}" for name, one in done.items() for why, n in one.missing.items()]
-    values = {name: 100 * float(np.mean(one.values)) for name, one in done.items()}
-    return _entry(values, sum(len(one.values) for one in done.values()), missing, left_out)
+    left_out = [f"{name}: {n} samples, {why}" for name, part in done.items() for why, n in part.missing.items()]
+    values = {name: 100 * float(np.mean(part.values)) for name, part in done.items()}
+    return _entry(values, sum(len(part.values) for part in done.values()), missing, left_out)
 
 
 def _mean(categories: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The process in which HELMET runs, as seen from the one that holds the model; `helmet_worker` is its program."""
+"""The process in which HELMET runs, seen from the process that has the model. Its program is `helmet_worker`."""
 
 import base64
 import json
@@ -6,32 +6,37 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
+from jaxtyping import Int32
 
 import retmask_jax
 from retmask_jax.utils.files import digest
 
-# What HELMET does depends on these files, and on its arguments but for where things lie.
+# HELMET's results depend on these files, and on its arguments other than paths.
 CODE = ("arguments.py", "data.py", "model_utils.py", "eval.py", "utils.py")
-_PLACES = ("output_dir", "model_name_or_path")
+_PATHS = ("output_dir", "model_name_or_path")
 _WORKER = "retmask_jax.evals.external.helmet_worker"
 
 
 class HelmetProcess:
-    """HELMET, as a context manager; `use` sets it to one of its configs.
+    """HELMET's process, as a context manager. `use` starts one of HELMET's configs.
 
-    settings: its arguments; entries: its data sets, each with datasets, test_files, demo_files, input_max_length and
-    generation_max_length; prompts: i32[n] each, those that came with the last reply. What it prints is in
-    folder/helmet.log. gpu: let it see GPUs. Raises ValueError with the last line of the log where it ends early.
+    What HELMET prints is in folder/helmet.log. If the process ends early, a ValueError gives the last line of that log.
+
+    Attributes:
+        settings: HELMET's arguments.
+        entries: The data sets of the config, each with datasets, test_files, demo_files, input_max_length and
+            generation_max_length.
+        prompts: Tokens of the prompts that came with the last reply.
     """
 
-    def __init__(self, checkout: Path, folder: Path, tokenizer, *, gpu: bool = False):
+    def __init__(self, checkout: Path, folder: Path, tokenizer: Any, *, gpu: bool = False) -> None:
         self._checkout, self._gpu = checkout, gpu
         self._tokenizer, self._log = tokenizer, folder / "helmet.log"
         self._kept = folder / "tokenizer"
-        self.prompts: list[np.ndarray] = []
+        self.prompts: list[Int32[np.ndarray, " T"]] = []
         self.settings: dict[str, Any] = {}
         self.entries: list[dict[str, Any]] = []
 
@@ -39,7 +44,7 @@ class HelmetProcess:
     def identity(self) -> str:
         """Hash of HELMET's code and arguments."""
         code = [digest((self._checkout / name).read_bytes()) for name in CODE]
-        return digest([code, {name: value for name, value in self.settings.items() if name not in _PLACES}])
+        return digest([code, {name: value for name, value in self.settings.items() if name not in _PATHS}])
 
     def __enter__(self) -> "HelmetProcess":
         self._kept.mkdir(parents=True, exist_ok=True)
@@ -54,41 +59,44 @@ class HelmetProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
             )
+        assert self._process.stdin is not None and self._process.stdout is not None  # both are pipes
+        self._to: IO[str] = self._process.stdin
+        self._from: IO[str] = self._process.stdout
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.terminate()
         self._process.communicate()
 
     def use(self, config: str, request: dict[str, Any]) -> None:
-        """Go on with a config, by its path in the checkout; request: arguments, stop_new_line and the output folder."""
+        """Starts a config, by its path in the checkout; request: "arguments", "stop_new_line" and the "output" folder."""
         Path(request["output"]).mkdir(parents=True, exist_ok=True)
         begun = self.ask(request | {"config": config, "tokenizer": str(self._kept.resolve())})
         self.settings, self.entries = begun["settings"], begun["entries"]
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The reply to a message; prompts that come before it are put into `prompts`."""
+        """Sends a message and returns the reply; the prompts that come before the reply are then in `prompts`."""
         try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
+            self._to.write(json.dumps(message) + "\n")
+            self._to.flush()
         except BrokenPipeError:
             self._ended()
         self.prompts = []
-        for line in self._process.stdout:
+        for line in self._from:
             reply = json.loads(line)
             if "prompt" not in reply:
                 return reply
             self.prompts.append(np.frombuffer(base64.b64decode(reply["prompt"]), np.int32))
-        return self._ended()
+        self._ended()
 
     def _environment(self) -> dict[str, str]:
-        """That of this process; the package is found by the other one wherever it was started from."""
+        """Returns this process's environment, changed so that the other process finds this package from any folder."""
         package = str(Path(retmask_jax.__file__).parent.parent)
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         own = {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
         return os.environ | own | ({} if self._gpu else {"CUDA_VISIBLE_DEVICES": ""})
 
-    def _ended(self):
+    def _ended(self) -> NoReturn:
         self._process.wait()
         lines = [line for line in self._log.read_text(encoding="utf-8").splitlines() if line.strip()]
         raise ValueError(

@@ -1,8 +1,8 @@
-"""The side of the HELMET bridge that imports HELMET: a process of its own, started in the checkout by `helmet`.
+"""The program that runs HELMET's code, in a process that `helmet` starts in HELMET's checkout.
 
-HELMET's modules have names such as `data` and `utils`, need torch and fork, none of which belongs into a process that
-holds a JAX model. HELMET's own, unmodified code loads the data, writes and tokenizes the prompts and scores the
-answers; this process hands the token ids to its parent and takes answers back. Lines of JSON on stdin and stdout:
+HELMET's modules have names such as `data` and `utils`, need torch, and fork, so they run apart from the JAX model.
+HELMET's unmodified code loads the data, writes and tokenizes the prompts and scores the answers. This process sends the
+token ids to its parent, the process with the model, and receives the answers. Both send lines of JSON:
 
     parent: {"config", "arguments", "stop_new_line", "tokenizer", "output"}     child: {"settings", "entries"}
     parent: {"entry": number, "citations": bool}    child: {"prompt": ids in base64} ..., {"generate": settings}
@@ -20,33 +20,34 @@ from typing import Any
 
 import numpy as np
 
-# Lists of the configs, one item per data set; an item that stands alone holds for all.
+# Lists in HELMET's configs with an item for each data set; a single item is for all data sets.
 _LISTS = ("datasets", "test_files", "demo_files", "input_max_length", "generation_max_length")
 
 
 class _Parent:
-    """The process that holds the model. Whatever HELMET prints goes to stderr."""
+    """The process that has the model. What HELMET prints to stdout goes to stderr."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._in = sys.stdin
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any] | None:
-        """Its answer, None where it has gone."""
-        self.tell(message)
+        """Sends a message and returns the answer; None if the process has ended."""
+        self.send(message)
         return self.read()
 
     def read(self) -> dict[str, Any] | None:
         line = self._in.readline()
         return json.loads(line) if line else None
 
-    def tell(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         self._out.write(json.dumps(message) + "\n")
         self._out.flush()
 
 
 def main() -> None:
+    """Runs HELMET's configs and data sets as the parent asks, until it ends."""
     parent = _Parent()
     sys.path.insert(0, os.getcwd())
     request, args, entries, model = parent.read(), None, [], None
@@ -65,12 +66,12 @@ def _plain(args) -> dict[str, Any]:
 
 
 def _plan(request: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
-    """(HELMET's arguments, the data sets of the config) as its own parser reads them."""
+    """Returns HELMET's arguments and the data sets of the config, as HELMET's parser reads them."""
     from arguments import parse_arguments
 
     sys.argv = ["eval.py", "--config", request["config"], "--output_dir", request["output"], *request["arguments"]]
     args = parse_arguments()
-    # Its configs have a key stop_new_line, which nothing there reads.
+    # HELMET's configs have a key stop_new_line, which its code does not read.
     args.stop_newline = args.stop_newline or (request["stop_new_line"] and bool(getattr(args, "stop_new_line", False)))
     columns = [str(getattr(args, name)).split(",") for name in _LISTS]
     n = len(columns[0])
@@ -82,7 +83,7 @@ def _plan(request: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
 
 
 def _bridge(parent: _Parent, args, tokenizer: str):
-    """A model in HELMET's sense whose answers come from the parent."""
+    """Returns a model as HELMET wants it, whose answers come from the parent."""
     import model_utils
     import transformers
 
@@ -97,7 +98,7 @@ def _bridge(parent: _Parent, args, tokenizer: str):
                 use_chat_template=args.use_chat_template,
                 system_message=args.system_message,
             )
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
                 tokenizer, local_files_only=True, trust_remote_code=False
             )
             self.answered: list[int] = []
@@ -118,10 +119,10 @@ def _bridge(parent: _Parent, args, tokenizer: str):
 
         def generate_batch(self, inputs=None, prompt=None, **kwargs):
             if inputs is None:
-                inputs = [self.tokenizer([text]) for text in prompt]
-            rows = [np.asarray(one["input_ids"][0], np.int32) for one in inputs]
+                inputs = [self.tokenizer([text]) for text in prompt or []]
+            rows = [np.asarray(encoded["input_ids"][0], np.int32) for encoded in inputs]
             for row in rows:
-                parent.tell({"prompt": base64.b64encode(row.tobytes()).decode()})
+                parent.send({"prompt": base64.b64encode(row.tobytes()).decode()})
             reply = parent.ask(
                 {
                     "generate": {
@@ -150,7 +151,7 @@ def _bridge(parent: _Parent, args, tokenizer: str):
 
 
 def _run(args, model, entry: dict[str, Any], citations: bool) -> dict[str, Any]:
-    """Generate and score one data set; what goes wrong in HELMET is told, not raised."""
+    """Generates and scores one data set; an error in HELMET is returned, not raised."""
     import eval as helmet_eval
 
     for name in _LISTS:
@@ -161,7 +162,7 @@ def _run(args, model, entry: dict[str, Any], citations: bool) -> dict[str, Any]:
         samples = json.loads(Path(path).read_text())["data"]
         if "alce" in entry["datasets"]:
             samples = [sample | _alce(entry["datasets"], sample, citations) for sample in samples]
-    # Its code reads files of any form and uses hosts' clients: what they raise has no base in common.
+    # HELMET reads files of many kinds and uses clients of servers; their errors have no common base class.
     except Exception as error:
         logging.getLogger(__name__).exception("HELMET failed on %s", entry["datasets"])
         return {"failed": _why(error)}
@@ -169,7 +170,7 @@ def _run(args, model, entry: dict[str, Any], citations: bool) -> dict[str, Any]:
 
 
 def _alce(dataset: str, sample: dict[str, Any], citations: bool) -> dict[str, float]:
-    """The scores of one answer by HELMET's program for these, as shares; its scores of a set are means of these."""
+    """Scores one answer with HELMET's program for ALCE, as shares; its scores of a data set are means of these."""
     import eval_alce
 
     kind = "qampari" if "qampari" in dataset else "asqa"
@@ -182,8 +183,8 @@ def _alce(dataset: str, sample: dict[str, Any], citations: bool) -> dict[str, fl
 
 
 def _numbers(samples: list[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """{metric: a value for each sample}: every field that is a number or truth value somewhere."""
-    names = dict.fromkeys(k for one in samples for k, v in one.items() if isinstance(v, (bool, int, float)))
+    """Returns {metric: a value for each sample} of every field that is a number or a boolean in some sample."""
+    names = dict.fromkeys(k for sample in samples for k, v in sample.items() if isinstance(v, (bool, int, float)))
     return {name: [_number(sample.get(name)) for sample in samples] for name in names}
 
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a model of ours, in this process, with or without a mask."""
+"""Tasks of lm-evaluation-harness on a model of this package, with or without a mask."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ import numpy as np
 from retmask_jax.evals.measured import Measured
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 SUITE = "lm_eval"
 _NO_FILTER = "none"
@@ -19,10 +19,13 @@ _NO_FILTER = "none"
 
 @dataclasses.dataclass(frozen=True)
 class HarnessRun:
-    """measured: values per sample of every metric that has a number for each sample, in the harness's order.
+    """The result of a run of lm-evaluation-harness.
 
-    reported: {task or group: {"metric,filter": value}}, whole tables as the harness computed them, groups and metrics
-    of whole corpora included. shortened: how many requests of each kind lost their beginning to the context's length.
+    Attributes:
+        measured: Every metric that is a number for each sample, in the harness's order.
+        reported: {task or group: {"metric,filter": value}}, the harness's tables, including those of groups and metrics
+            of a whole corpus.
+        shortened: For each kind of request, how many lost their beginning because they exceed the context.
     """
 
     measured: list[Measured]
@@ -41,13 +44,20 @@ def run_lm_eval(
     batch_size: int,
     apply_chat_template: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
 ) -> HarnessRun:
-    """Run tasks or groups by name under interventions.
+    """Runs tasks or groups by name.
 
-    limit: samples of each task (None: all). num_fewshot None: as each task has it. include_path: a folder of own tasks
-    (YAML), beside the harness's. kept: of this model under these interventions; only what it lacks is computed. Raises
-    ValueError in one line where lm-eval is missing, a task is not known, or a task wants what the model cannot do.
+    Args:
+        limit: Samples of each task; None for all.
+        num_fewshot: None as each task has it.
+        include_path: A folder of further tasks (YAML).
+        template_kwargs: For the chat template, such as enable_thinking=False.
+        kept: Results of this model under these interventions; only missing ones are computed, and added.
+
+    Raises:
+        ValueError: lm-eval is not installed, a task is not known, or a task wants something the model cannot do. The
+            message has one line.
     """
     _require_lm_eval()
     from lm_eval import simple_evaluate
@@ -70,7 +80,7 @@ def run_lm_eval(
         fewshot_as_multiturn=apply_chat_template,
         torch_random_seed=None,
     )
-    measured = [one for task, samples in found["samples"].items() for one in _measured(task, samples)]
+    measured = [metric for task, samples in found["samples"].items() for metric in _measured(task, samples)]
     tables = found["results"] | found.get("groups", {})
     return HarnessRun(measured, {name: _numbers(table) for name, table in tables.items()}, model.shortened)
 
@@ -83,7 +93,7 @@ def _require_lm_eval() -> None:
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | None):
-    """The harness's index of tasks, with those of a folder; ValueError for tasks that neither has."""
+    """Returns the harness's index of tasks, with those of a folder; raises ValueError for tasks that are in neither."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():
@@ -91,12 +101,12 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None):
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
-        raise ValueError(f"lm_eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists what there is")
+        raise ValueError(f"lm_eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them all")
     return manager
 
 
 def _measured(task: str, samples: Iterable[Mapping[str, Any]]) -> list[Measured]:
-    """One for each metric and filter; the metric is part of the task's name where there are several."""
+    """Returns a Measured for each metric and filter; if there are several, the metric is part of the task's name."""
     columns: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for sample in samples:
         for metric in sample["metrics"]:

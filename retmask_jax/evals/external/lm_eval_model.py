@@ -1,7 +1,7 @@
-"""A model of ours as one of lm-evaluation-harness, which this module needs; `harness` runs its tasks.
+"""A model of this package as a model of lm-evaluation-harness, which this module imports; `lm_eval` runs the tasks.
 
-What the harness leaves to a model is done as its own `hf` model does it: which special tokens are put before a text,
-what stands before an empty context, and that long texts lose their beginning.
+What the harness leaves to a model is done as by the harness's `hf` model: which special tokens precede a text, which
+token replaces an empty context, and that long texts lose their beginning.
 """
 
 import json
@@ -17,17 +17,23 @@ from retmask_jax.evals import scoring
 from retmask_jax.evals.scoring import GenerationOptions
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 log = logging.getLogger(__name__)
 
 
 class HarnessModel(TemplateLM):
-    """An `lm_eval` model around a LanguageModel under a mask (None: untouched).
+    """A LanguageModel under interventions, as the harness calls a model.
 
-    template_kwargs: handed to the chat template, such as enable_thinking=False. kept: of this model under this mask, where
-    what the tasks ask for is kept. shortened: how many requests of each
-    kind lost their beginning. Raises ValueError for a model without a tokenizer and for masks with a row axis.
+    Args:
+        template_kwargs: For the chat template, such as enable_thinking=False.
+        kept: Results of this model under these interventions; only missing ones are computed, and added.
+
+    Attributes:
+        shortened: For each kind of request, how many lost their beginning because they exceed the context.
+
+    Raises:
+        ValueError: The model has no tokenizer, or a mask has a row axis.
     """
 
     def __init__(
@@ -37,8 +43,8 @@ class HarnessModel(TemplateLM):
         *,
         batch_size: int,
         template_kwargs: Mapping[str, Any] | None = None,
-        kept: Kept | None = None,
-    ):
+        kept: Store | None = None,
+    ) -> None:
         super().__init__()
         if lm.tokenizer is None:
             raise ValueError("the model folder has no tokenizer, which the tasks of lm_eval need")
@@ -53,7 +59,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before an empty context: BOS, or EOS where the tokenizer has none."""
+        """The token in place of an empty context: BOS, or EOS if the tokenizer has no BOS."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -66,7 +72,7 @@ class HarnessModel(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation; without its system turns where the template takes none."""
+        """Returns the text of a conversation, without its system turns if the template does not allow them."""
         options = {
             "tokenize": False,
             "add_generation_prompt": add_generation_prompt,
@@ -80,14 +86,14 @@ class HarnessModel(TemplateLM):
             rest = [turn for turn in chat_history if turn["role"] != "system"]
             return self.tokenizer.apply_chat_template(rest, **options)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Token ids with the tokenizer's own special tokens, but no second BOS before a text that begins with one."""
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Returns token ids with the tokenizer's special tokens, but no second BOS before a text that begins with one."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of whole texts, in windows of the context as the harness cuts them."""
+        """Returns the log-probabilities of whole texts, in windows of the context's length as the harness cuts them."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -101,13 +107,13 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers; requests with equal options run together."""
+        """Returns answers; requests with equal options run together."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
         results = [""] * len(requests)
         for places in groups.values():
-            options = GenerationOptions.of(requests[places[0]].args[1], self.max_length)
+            options = GenerationOptions.from_kwargs(requests[places[0]].args[1], self.max_length)
             for i, text in zip(places, self._answers([requests[i].args[0] for i in places], options), strict=True):
                 results[i] = text
         return results

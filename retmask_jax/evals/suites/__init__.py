@@ -1,1 +1,1 @@
-"""Suites written here, one file each, and the table of them."""
+"""The suites that are part of this package, one file each, and the table of them."""

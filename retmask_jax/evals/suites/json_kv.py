@@ -1,4 +1,4 @@
-"""Key-value recall (arXiv 2307.03172): a JSON object of random UUIDs, one key of which is asked for."""
+"""Key-value recall (arXiv 2307.03172): a JSON object of random UUIDs, and the question for the value of one key."""
 
 import json
 import uuid
@@ -8,27 +8,27 @@ import numpy as np
 
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.evals.measured import Measured
-from retmask_jax.evals.suites.samples import Draft, Sample, check_lengths, fill, measure
+from retmask_jax.evals.suites.samples import Draft, Sample, check_lengths, contained_share, fill, measure
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
-_SEED = 0x6A736F6E  # so that equal seeds of other suites draw other numbers
+_SEED = 0x6A736F6E  # makes other numbers of a seed than other suites do
 _PAIR_TOKENS = 16  # two UUIDs have more in any tokenizer
 
 
 def json_kv_samples(
     prompter: Prompter, length: int, n: int, seed: int = 0, *, max_new_tokens: int = 100
 ) -> list[Sample]:
-    """n samples, each within one line of the object below `length` tokens, new ones included; the asked pair stands
-    anywhere with equal probability. Raises ValueError for a length without room."""
+    """Makes n samples of at most `length` tokens, the answer's max_new_tokens included, and less than one line shorter.
+
+    The pair that is asked for is at any place with equal probability.
+
+    Raises:
+        ValueError: The length has no room.
+    """
     drafts = [_draft(np.random.default_rng([seed, _SEED, i]), length, f"{seed}-{i}") for i in range(n)]
     return fill(prompter, drafts, length, max_new_tokens, "json_kv")
-
-
-def score(answer: str, references: Sequence[str]) -> float:
-    """1 if the value occurs in the answer, in any case of letters, else 0."""
-    return float(any(reference.lower() in answer.lower() for reference in references))
 
 
 def run_json_kv(
@@ -41,16 +41,19 @@ def run_json_kv(
     max_new_tokens: int = 100,
     batch_size: int = 1,
     interventions: Interventions | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
 ) -> list[Measured]:
-    """Substring exact match of greedy answers, a Measured for each length. Errors as `json_kv_samples`, and ValueError
-    where a length exceeds the model's context."""
-    check_lengths(lm, lengths, "json_kv")
+    """Measures the substring exact match of greedy answers, at each length; options as of `scoring.answered`.
+
+    Raises:
+        ValueError: A length has no room, or exceeds the model's context.
+    """
+    check_lengths(lm.config.max_length, lengths, "json_kv")
     return [
         measure(
             lm,
             json_kv_samples(prompter, length, n, seed, max_new_tokens=max_new_tokens),
-            score,
+            contained_share,
             suite="json_kv",
             task="one key",
             metric="substring exact match",

@@ -1,7 +1,8 @@
-"""Needle in a haystack over length and depth: the numbers of the usual heat map."""
+"""Needle in a haystack by length and depth: the numbers of the usual heat map."""
 
 import collections
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,13 +15,14 @@ from retmask_jax.evals.suites.samples import check_lengths
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.heads.conditions import hits
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 
 def even_grid(shortest: int, longest: int, n_lengths: int = 40, n_depths: int = 10) -> tuple[list[int], list[float]]:
-    """(lengths in tokens, depths from 0 to 1), evenly spaced; 40 x 10 is usual.
+    """Returns evenly spaced lengths in tokens and depths from 0 to 1; 40 x 10 is usual.
 
-    Raises ValueError where they would not all differ.
+    Raises:
+        ValueError: The lengths would not all differ, or there is no depth.
     """
     if not 1 <= n_lengths <= longest - shortest + 1 or n_depths < 1:
         raise ValueError(
@@ -42,7 +44,7 @@ def niah_cases(
     distractors: int = 0,
     seed: int = 0,
 ) -> list[Case]:
-    """per_cell cases for each length and depth, with needles in turn. Errors as in `needles.build_cases`."""
+    """Builds per_cell cases for each length and depth, with needles in turn; errors as of `needles.build_cases`."""
     specs: list[Spec] = []
     for length in lengths:
         specs += draw_specs(
@@ -58,14 +60,17 @@ def run_niah(
     max_new_tokens: int = 50,
     batch_size: int = 1,
     interventions: Interventions | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
 ) -> list[Measured]:
-    """Two Measured for each length: "rouge", ROUGE-1 recall (0 to 1) of the answer against the needle's answer part, and
-    "exact", whether its words occur in the answer as they stand. `heat_map` sorts them by depth.
+    """Measures two tasks at each length; options as of `scoring.answered`.
 
-    Raises ValueError where a case exceeds the model's context.
+    "rouge" is the ROUGE-1 recall (0 to 1) of the answer against the needle's answer part. "exact" is whether the words
+    of the answer part are in the answer, one after another. `heat_map` sorts either by depth.
+
+    Raises:
+        ValueError: A case exceeds the model's context.
     """
-    check_lengths(lm, [case.spec.length + max_new_tokens for case in cases], "needle in a haystack")
+    check_lengths(lm.config.max_length, [case.spec.length + max_new_tokens for case in cases], "needle in a haystack")
     said = answers(
         lm,
         [case.tokens for case in cases],
@@ -86,22 +91,22 @@ def run_niah(
     return measured
 
 
-def heat_map(measured: Sequence[Measured], task: str = "rouge") -> list[dict]:
-    """The mean of each cell of `run_niah`: [{"length", "depth", "value", "n"}, ...], by length, then depth."""
+def heat_map(measured: Sequence[Measured], task: str = "rouge") -> list[dict[str, Any]]:
+    """Returns the mean of each cell of `run_niah`, {"length", "depth", "value", "n"}, by length, then depth."""
     cells = []
-    for one in sorted((one for one in measured if one.task == task), key=lambda one: one.length):
+    for at_length in sorted((each for each in measured if each.task == task), key=lambda each: each.length or 0):
         by_depth = collections.defaultdict(list)
-        for name, value in zip(one.ids, one.values, strict=True):
+        for name, value in zip(at_length.ids, at_length.values, strict=True):
             by_depth[float(name.split("/")[0])].append(float(value))
         cells += [
-            {"length": one.length, "depth": depth, "value": float(np.mean(values)), "n": len(values)}
+            {"length": at_length.length, "depth": depth, "value": float(np.mean(values)), "n": len(values)}
             for depth, values in sorted(by_depth.items())
         ]
     return cells
 
 
 def _ids(cases: Sequence[Case]) -> list[str]:
-    """ "depth/number of the case in its cell" for each case."""
+    """Returns "depth/number of the case in its cell" for each case."""
     seen: collections.Counter = collections.Counter()
     ids = []
     for case in cases:

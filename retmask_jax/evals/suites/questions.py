@@ -1,4 +1,4 @@
-"""Questions on documents: a simple form, and those of SQuAD and HotpotQA as they are distributed."""
+"""Questions about documents, read from a simple form or from the published files of SQuAD and HotpotQA."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -7,10 +7,17 @@ from typing import Any
 
 from retmask_jax.utils.files import iter_records, parse_json, read_text
 
+_Row = tuple[str, list[str], list[str], list[str]]  # question, answers, its documents, others of the same article
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """answers: any is right. documents: indices of those that come with it; near: of others from the same article."""
+    """A question, any of whose answers is right.
+
+    Attributes:
+        documents: Indices of the documents that come with the question.
+        near: Indices of other documents from the same article.
+    """
 
     question: str
     answers: tuple[str, ...]
@@ -20,19 +27,22 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """Questions, and all documents of a file, each once."""
+    """The questions of a file, and all its documents, each once."""
 
     items: tuple[Question, ...]
     documents: tuple[str, ...]
 
 
 def read_questions(path: str | Path) -> Questions:
-    """The questions of a JSON or JSONL file (or .gz of the latter) in one of three forms.
+    """Reads the questions of a JSON, JSONL or JSONL.gz file in one of three forms.
 
-    Simple: records {"question", "answers" (or "answer"): text or list, "context": text or list of documents}.
-    SQuAD: {"data": [{"paragraphs": [{"context", "qas": [...]}]}]}, or its rows with answers {"text": [...]}; questions
-    that are impossible are left out. HotpotQA: records whose context is [[title, [sentences]], ...] or {"title",
-    "sentences"}. Raises ValueError naming the record that is of no such form, or for a file without questions.
+    - Simple: records {"question", "answers" (or "answer"): text or list, "context": text or list of documents}.
+    - SQuAD: {"data": [{"paragraphs": [{"context", "qas": [...]}]}]}, or its rows with answers {"text": [...]}.
+      Impossible questions are left out.
+    - HotpotQA: records whose context is [[title, [sentences]], ...] or {"title", "sentences"}.
+
+    Raises:
+        ValueError: A record, which the message names, has none of these forms, or the file has no questions.
     """
     records = _records(Path(path))
     try:
@@ -66,13 +76,13 @@ def read_questions(path: str | Path) -> Questions:
 
 
 def _records(path: Path) -> Any:
-    """A JSON document, or the records of JSON lines."""
+    """Returns a JSON document, or the records of JSON lines."""
     if path.suffixes[-1:] != [".json"]:
         return [record for _, record in iter_records(path)]
     return parse_json(read_text(path), f"{path} is not JSON, as which its name ends: name a file of JSON lines .jsonl")
 
 
-def _squad(document: dict, path) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
+def _squad(document: dict[str, Any], path: str | Path) -> Iterator[_Row]:
     if "data" not in document:
         raise ValueError(
             f"{path} is neither a list of records nor SQuAD's {{'data': [...]}}; it has {sorted(document)}"
@@ -86,7 +96,7 @@ def _squad(document: dict, path) -> Iterator[tuple[str, list[str], list[str], li
                     yield asked["question"], list(dict.fromkeys(answers)), [paragraph["context"]], paragraphs
 
 
-def _rows(records: list[dict], path) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
+def _rows(records: list[dict[str, Any]], path: str | Path) -> Iterator[_Row]:
     for number, record in enumerate(records, 1):
         answers = record.get("answers", record.get("answer"))
         answers = answers.get("text") if isinstance(answers, dict) else answers

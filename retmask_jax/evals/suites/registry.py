@@ -1,9 +1,11 @@
-"""The suites of a config (`config.suites`): which are on, whether their settings can work, and their run on one model."""
+"""The suites of a config (`config.suites`): which are on, the checks of their settings, and their run on a model."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from retmask_jax.data.needles import read_needles, read_sentences
 from retmask_jax.data.prompter import Prompter
@@ -14,74 +16,83 @@ from retmask_jax.evals.suites.niah import even_grid, niah_cases, run_niah
 from retmask_jax.evals.suites.questions import read_questions
 from retmask_jax.evals.suites.rerank import ndcg, read_queries, run_rerank
 from retmask_jax.evals.suites.ruler import TASKS, run_ruler
+from retmask_jax.evals.suites.samples import check_lengths
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
     """A suite, whose settings are the section of its name under `suites`.
 
-    run(lm, prompter, section, resolve, shared): its Measured; shared: batch_size, interventions and what was kept of a run
-    that was cut off. on: the key that turns it on. longest(section): tokens that the model must hold. check(section)
-    raises ValueError for what cannot work. files: keys that name files.
+    Attributes:
+        run: run(lm, prompter, section, resolve, shared) measures a model. `resolve` turns a file's name in the config
+            into its path; `shared` has batch_size, interventions and kept, as of `scoring.answered`.
+        on: The key that turns the suite on.
+        longest: longest(section) is the number of tokens that the model's context must have.
+        check: check(section) raises ValueError for settings that cannot work.
+        files: The keys that name files.
     """
 
-    run: Callable[..., list[Measured]]
+    run: Callable[[LanguageModel, Prompter, ConfigDict, Callable[[str], Path], dict[str, Any]], list[Measured]]
     on: str
-    longest: Callable[[Any], int]
-    check: Callable[[Any], None]
+    longest: Callable[[ConfigDict], int]
+    check: Callable[[ConfigDict], None]
     files: tuple[str, ...] = ()
 
 
-def suites_on(suites) -> list[str]:
-    """Names of the suites that a section asks for: those with tasks, lengths or a file."""
+def suites_on(suites: ConfigDict) -> list[str]:
+    """Returns the names of the suites that are on: those with tasks, lengths or a file."""
     return [name for name, suite in SUITES.items() if suites[name][suite.on]]
 
 
-def suite_files(suites) -> list[str]:
-    """Names of the files that the suites which are on read."""
+def suite_files(suites: ConfigDict) -> list[str]:
+    """Returns the names of the files that the suites which are on read."""
     names = {suites[name][key] for name in suites_on(suites) for key in SUITES[name].files}
     return sorted(names - {""})
 
 
-def check_suites(suites) -> None:
-    """Raise ValueError for a setting that could only fail later."""
+def check_suites(suites: ConfigDict) -> None:
+    """Raises ValueError for a setting that would fail later."""
     for name in suites_on(suites):
         SUITES[name].check(suites[name])
 
 
-def check_context(suites, max_length: int) -> None:
-    """Raise ValueError where a suite's samples exceed a model's context of max_length tokens."""
+def check_context(suites: ConfigDict, max_length: int) -> None:
+    """Raises ValueError if a suite's samples exceed a model's context of max_length tokens."""
     for name in suites_on(suites):
-        longest = SUITES[name].longest(suites[name])
-        if longest > max_length:
-            raise ValueError(
-                f"suites.{name} needs {longest} tokens, the model's context is {max_length}: shorten its lengths"
-            )
+        check_lengths(max_length, [SUITES[name].longest(suites[name])], f"suites.{name}")
 
 
 def run_suites(
     lm: LanguageModel,
     prompter: Prompter,
-    suites,
+    suites: ConfigDict,
     resolve: Callable[[str], Path],
     *,
     batch_size: int,
     interventions: Interventions | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     only: str | None = None,
 ) -> list[Measured]:
-    """All suites that are on, or one of them. resolve: turns a file name of the config into a path. Errors as of the
-    checks and of each suite."""
+    """Runs all suites that are on, or one of them.
+
+    Args:
+        resolve: Turns a file's name in the config into its path.
+        kept: Results of this model under these interventions; only missing ones are computed, and added.
+        only: The name of the suite to run; None for all.
+
+    Raises:
+        ValueError: As of `check_suites`, `check_context` and the suites.
+    """
     on = [name for name in suites_on(suites) if only in (None, name)]
     if not on:
         return []
     check_suites(suites)
     check_context(suites, lm.config.max_length)
     shared = {"batch_size": batch_size, "interventions": interventions, "kept": kept}
-    return [one for name in on for one in SUITES[name].run(lm, prompter, suites[name], resolve, shared)]
+    return [measured for name in on for measured in SUITES[name].run(lm, prompter, suites[name], resolve, shared)]
 
 
 def _ruler(lm, prompter, section, resolve, shared: dict[str, Any]) -> list[Measured]:
@@ -172,7 +183,7 @@ def _check_rerank(section) -> None:
     _check_positive("rerank", section, "n", "max_new_tokens")
     if section.length is not None:
         _check_positive("rerank", section, "length")
-    ndcg(["a"], {"a": 1})  # is the library there?
+    ndcg(["a"], {"a": 1})  # raises if the library is not installed
 
 
 def _check_perplexity(section) -> None:
@@ -186,7 +197,7 @@ def _check_perplexity(section) -> None:
         )
 
 
-def _check_lengths(suite: str, lengths) -> None:
+def _check_lengths(suite: str, lengths: Sequence[int]) -> None:
     if not lengths or len(set(lengths)) < len(lengths) or not all(type(n) is int and n > 0 for n in lengths):
         raise ValueError(f"suites.{suite}.lengths is {lengths}; it must hold different whole numbers of tokens above 0")
 

@@ -1,4 +1,4 @@
-"""Re-ranking: the model orders labelled passages by how well they answer a query, scored by NDCG@10."""
+"""Re-ranking: the model orders passages by how well they answer a query; NDCG@10 by their labels is the score."""
 
 import dataclasses
 import re
@@ -13,26 +13,27 @@ from retmask_jax.evals.suites.samples import Draft, Sample, answer, check_length
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils.files import iter_records
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 METRIC = "ndcg_cut.10"
-_NUMBERING = re.compile(r"\s*\d+[.)]\s+(?=\S)")  # of a list, with something behind it
+_NUMBERING = re.compile(r"\s*\d+[.)]\s+(?=\S)")  # at the start of a line that is not empty
 _SEED = 0x72616E6B
 
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """A query and its passages: {id: (text, relevance)}, relevance 0 or more."""
+    """A query and its passages, {id: (text, relevance)}; relevance is 0 or more."""
 
     query: str
     passages: Mapping[str, tuple[str, int]]
 
 
 def read_queries(path: str | Path) -> list[Query]:
-    """Queries of a JSONL file of {"query", "passages": [{"id", "text", "relevance"}, ...]}.
+    """Reads the queries of a JSONL file of {"query", "passages": [{"id", "text", "relevance"}, ...]}.
 
-    Raises ValueError naming the line of a record that lacks any, repeats an id or has a relevance that is no whole number
-    from 0 on, or for an empty file.
+    Raises:
+        ValueError: The file is empty, or a record, whose line the message names, lacks a field, repeats an id or has a
+            relevance that is not a whole number of at least 0.
     """
     queries = []
     for number, record in iter_records(Path(path)):
@@ -59,10 +60,14 @@ def read_queries(path: str | Path) -> list[Query]:
 def rerank_samples(
     prompter: Prompter, queries: Sequence[Query], length: int | None = None, *, seed: int = 0, max_new_tokens: int = 200
 ) -> list[Sample]:
-    """A sample for each query, its passages in random order; references are the ids shown.
+    """Makes a sample for each query, with its passages in random order; `references` are the ids of these.
 
-    length: the most tokens, new ones included; of more passages the last in the file are left out. None: all. Raises
-    ValueError where not even one fits.
+    Args:
+        length: The most tokens, the answer's max_new_tokens included. If not all passages fit, the last ones of the file
+            are left out. None for all passages.
+
+    Raises:
+        ValueError: Not even one passage of a query fits.
     """
     samples = []
     for i, query in enumerate(queries):
@@ -74,14 +79,14 @@ def rerank_samples(
 
 
 def parse_order(answer: str, ids: Sequence[str]) -> list[str]:
-    """The ids that an answer names, each where it is named first, whatever stands between them: "3 > 1", "[3], [1]",
-    "ID3 > ID1", or a numbered list with one a line.
+    """Returns the ids in an answer, in the order in which they are first named.
 
-    An id counts as a whole word only; other words, and ids that were not shown, are passed over.
+    Ids may be separated in any way: "3 > 1", "[3], [1]", "ID3 > ID1", or a numbered list with an id on each line. They
+    count only as whole words. Other words, and ids that are not among `ids`, are ignored.
     """
     lines = answer.split("\n")
     numbered = [bool(_NUMBERING.match(line)) for line in lines]
-    if sum(numbered) > 1:  # else "1. 3" would name 1, too
+    if sum(numbered) > 1:  # otherwise the number in "1. 3" would count as an id
         lines = [_NUMBERING.sub("", line) for line in lines]
     names = "|".join(re.escape(name) for name in sorted(ids, key=len, reverse=True))
     found = re.findall(rf"(?<![\w-])(?:({names})|ID({names}))(?![\w-])", "\n".join(lines))
@@ -89,9 +94,10 @@ def parse_order(answer: str, ids: Sequence[str]) -> list[str]:
 
 
 def ndcg(order: Sequence[str], relevance: Mapping[str, int]) -> float:
-    """NDCG@10 of an order by trec_eval (gain = relevance): passages that are not named count as not found.
+    """Computes NDCG@10 of an order as trec_eval does (gain = relevance); passages not in the order count as not found.
 
-    Raises ValueError where pytrec-eval is not installed.
+    Raises:
+        ValueError: pytrec-eval is not installed.
     """
     try:
         import pytrec_eval
@@ -112,13 +118,19 @@ def run_rerank(
     max_new_tokens: int = 200,
     batch_size: int = 1,
     interventions: Interventions | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
 ) -> list[Measured]:
-    """NDCG@10 of the order in each greedy answer. Queries of whose shown passages none is relevant are counted as
-    missing. Errors as `rerank_samples` and `ndcg`, and ValueError where a prompt exceeds the model's context."""
+    """Measures NDCG@10 of the order in each greedy answer; options as of `scoring.answered`.
+
+    Queries without a relevant passage among those shown are counted as missing.
+
+    Raises:
+        ValueError: As of `rerank_samples` and `ndcg`, or if a prompt exceeds the model's context or no query has a
+            relevant passage.
+    """
     ndcg(["a"], {"a": 1})  # before anything is generated
     samples = rerank_samples(prompter, queries, length, seed=seed, max_new_tokens=max_new_tokens)
-    check_lengths(lm, [len(sample.tokens) + max_new_tokens for sample in samples], "rerank")
+    check_lengths(lm.config.max_length, [len(sample.tokens) + max_new_tokens for sample in samples], "rerank")
     labels = [
         {name: query.passages[name][1] for name in sample.references}
         for query, sample in zip(queries, samples, strict=True)

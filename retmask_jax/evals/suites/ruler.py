@@ -1,42 +1,60 @@
-"""The 13 tasks of RULER (arXiv 2404.06654), made here from words and numbers of our own and the user's texts.
+"""The 13 tasks of RULER (arXiv 2404.06654), generated from the words of `words` and the user's texts.
 
-Structure, sizes, answer prefixes and metrics are the paper's; prompts and word lists are not, so figures are close to
-published ones, not equal. Needles in an essay stand anywhere, not at one of 40 depths, and a prompt comes as near to its
-length as one unit of haystack allows. What a sample is made of depends on seed and number alone, its size on the tokenizer.
+Structure, sizes, answer prefixes and metrics are the paper's. Prompts and word lists are not, so scores are close to the
+published ones, not equal. Needles in an essay are at any place, not at one of 40 depths, and a prompt is less than one
+unit of haystack shorter than its length. The contents of a sample depend only on its seed and number, its size on the
+tokenizer.
 """
 
 import dataclasses
 import functools
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.evals.measured import Measured
 from retmask_jax.evals.suites.questions import Questions
-from retmask_jax.evals.suites.samples import Draft, Sample, check_lengths, fill, in_words, measure, places, planted
+from retmask_jax.evals.suites.samples import (
+    Draft,
+    Sample,
+    check_lengths,
+    contained_share,
+    fill,
+    in_words,
+    measure,
+    places,
+    planted,
+)
 from retmask_jax.evals.suites.words import COMPOUNDS, NOISE, compound, word_order
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """What a task is made of beside its random numbers: the wanted length, sentences of an essay, questions (None where
-    the task has none)."""
+    """What a task is made of besides random numbers: the wanted length in tokens, the sentences of an essay, and
+    questions; the latter are empty or None for tasks that do not need them."""
 
     length: int
-    essay: Sequence[str] | None = None
+    essay: Sequence[str] = ()
     questions: Questions | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task. draft(rng, number of the sample, material): its Draft, still without a name. max_new_tokens: RULER's.
-    any_reference: one is enough; else the share of those found counts. needs: the field of Material it reads."""
+    """A task of RULER.
+
+    Attributes:
+        draft: draft(rng, number of the sample, material) makes a Draft, whose id is set later.
+        max_new_tokens: RULER's.
+        any_reference: Whether one reference in the answer is enough. Otherwise the share of references in it counts.
+        needs: The field of Material that the task needs.
+    """
 
     draft: Callable[[np.random.Generator, int, Material], Draft]
     max_new_tokens: int
@@ -55,25 +73,29 @@ def ruler_samples(
     qa: Questions | None = None,
     first: int = 0,
 ) -> list[Sample]:
-    """Samples first..first + n - 1 of a task, each within one unit of haystack below `length` tokens, new ones included.
+    """Makes samples first..first + n - 1 of a task, of `length` tokens as of `samples.fill`.
 
-    haystack: sentences of an essay, which starts anew where it ends. qa: questions of qa_1 or qa_2. Raises ValueError
-    for an unknown task, a text that is not given or a length without room.
+    Args:
+        haystack: Sentences of an essay, which is repeated as needed.
+        qa: Questions of qa_1 or qa_2.
+
+    Raises:
+        ValueError: The task is unknown, a text that it needs is not given, or the length has no room.
     """
-    found, material = _task(task), Material(length, haystack, qa)
-    if found.needs and not getattr(material, found.needs):
-        raise ValueError(f"RULER's {task} needs {_SOURCE[found.needs]}")
+    entry, material = _task(task), Material(length, haystack or (), qa)
+    if entry.needs and not getattr(material, entry.needs):
+        raise ValueError(f"RULER's {task} needs {_SOURCE[entry.needs]}")
     drafts = []
     for number in range(first, first + n):
         rng = np.random.default_rng([seed, zlib.crc32(task.encode()), number])
-        drafts.append(dataclasses.replace(found.draft(rng, number, material), id=f"{seed}-{number}"))
-    return fill(prompter, drafts, length, found.max_new_tokens, f"RULER {task}")
+        drafts.append(dataclasses.replace(entry.draft(rng, number, material), id=f"{seed}-{number}"))
+    return fill(prompter, drafts, length, entry.max_new_tokens, f"RULER {task}")
 
 
 def score(task: str, answer: str, references: Sequence[str]) -> float:
-    """Share of the references that occur in the answer, in any case of letters; of qa: 1 if any does, else 0."""
-    found = [reference.lower() in answer.lower() for reference in references]
-    return float(any(found)) if _task(task).any_reference else sum(found) / len(found)
+    """Returns the share of references that are in the answer, in upper or lower case; for qa 1 if any is, else 0."""
+    entry, share = _task(task), contained_share(answer, references)
+    return float(share > 0) if entry.any_reference else share
 
 
 def run_ruler(
@@ -85,18 +107,22 @@ def run_ruler(
     n: int = 500,
     seed: int = 0,
     haystack: Sequence[str] | None = None,
-    questions: dict[str, Questions] | None = None,
+    questions: Mapping[str, Questions] | None = None,
     batch_size: int = 1,
     interventions: Interventions | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
 ) -> list[Measured]:
-    """String match of greedy answers, a Measured for each task and length.
+    """Measures the string match of greedy answers, for each task and length; further options as of `scoring.answered`.
 
-    questions: of qa_1 and qa_2. interventions: shared by all samples. kept: of this
-    model under them; only what it lacks is generated. Errors as `ruler_samples`, and ValueError where a
-    length exceeds the model's context, before anything is generated.
+    Args:
+        n: Samples of each task and length.
+        haystack: Sentences of an essay.
+        questions: Of qa_1 and qa_2, by task.
+
+    Raises:
+        ValueError: As of `ruler_samples`, or if a length exceeds the model's context; before anything is generated.
     """
-    check_lengths(lm, lengths, "RULER")
+    check_lengths(lm.config.max_length, lengths, "RULER")
     measured = []
     for task in tasks:
         for length in lengths:
@@ -131,7 +157,10 @@ def _task(name: str) -> Task:
 
 @dataclasses.dataclass(frozen=True)
 class _Niah:
-    """hay: noise, essay, or needles of other keys. keys and values of the stated needles; how many are asked for."""
+    """The tasks with needles in a haystack (hay: "noise", "essay" or "needles", which are needles with other keys).
+
+    key and value are kinds of `_distinct`. There are `keys` keys with `values` values each; `asked` keys are asked for.
+    """
 
     hay: str
     key: str = "word"
@@ -145,7 +174,7 @@ class _Niah:
         answers = _distinct(rng, self.value, self.keys * self.values)
         needles = [_needle(self.value, names[i // self.values], value) for i, value in enumerate(answers)]
         order, places_N = rng.permutation(len(needles)), places(rng, len(needles))
-        asked = needles[: self.asked * self.values]  # needles stand in random order
+        asked = needles[: self.asked * self.values]  # their order in the text is random
         hay = self._hay(rng, material, names)
         kind, plural = f"{self.value}s", len(asked) > 1
         query = in_words(names[: self.asked])
@@ -160,16 +189,16 @@ class _Niah:
             )
 
         prefix = f"The secret {kind if plural else self.value} for {query} stated in the text above {'are' if plural else 'is'}"
-        most = material.length  # a unit has a token at least
+        most = material.length  # a unit has at least one token
         return Draft("", text, tuple(answers[: len(asked)]), most, prefix=prefix, needles=tuple(asked))
 
     def _hay(self, rng: np.random.Generator, material: Material, names: Sequence[str]) -> Callable[[int], list[str]]:
-        """The first n units of the haystack, by n."""
+        """Returns a function that gives the first n units of the haystack."""
         if self.hay == "noise":
             return lambda n: [NOISE] * n
         if self.hay == "essay":
             return lambda n: [material.essay[i % len(material.essay)] for i in range(n)]
-        most = max(1, material.length // 8)  # such a needle has more tokens
+        most = max(1, material.length // 8)  # a needle has more than 8 tokens
         others = [name for name in _distinct(rng, self.key, most) if name not in names]
         needles = [
             _needle(self.value, *pair) for pair in zip(others, _distinct(rng, self.value, len(others)), strict=True)
@@ -182,7 +211,7 @@ def _needle(kind: str, key: str, value: str) -> str:
 
 
 def _distinct(rng: np.random.Generator, kind: str, n: int) -> list[str]:
-    """n different words ("adjective-noun"), seven-digit numbers or uuids; at most as many words as there are."""
+    """Draws n different words ("adjective-noun"), seven-digit numbers or UUIDs; of words at most all `COMPOUNDS`."""
     if kind == "word":
         return [compound(int(i)) for i in rng.permutation(COMPOUNDS)[:n]]
     if kind == "uuid":
@@ -194,7 +223,7 @@ def _distinct(rng: np.random.Generator, kind: str, n: int) -> list[str]:
 
 
 def _variable_tracking(rng: np.random.Generator, number: int, material: Material, hops: int = 4) -> Draft:
-    """A chain of hops among noise, behind a short example that is answered."""
+    """Drafts a chain of hops among noise, after a short example with its answer."""
     names = [_variables(rng, hops + 1, 5), _variables(rng, hops + 1, 3)]  # the example's are shorter, as in RULER
     values = [str(value) for value in rng.choice(90_000, 2, replace=False) + 10_000]
     chains = [_chain(*pair) for pair in zip(names, values, strict=True)]
@@ -223,20 +252,22 @@ def _variable_tracking(rng: np.random.Generator, number: int, material: Material
 
 
 def _variables(rng: np.random.Generator, n: int, letters: int) -> list[str]:
-    """n different names."""
+    """Draws n different names of variables."""
     names = dict.fromkeys("".join(row) for row in rng.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), (2 * n + 8, letters)))
     return list(names)[:n]
 
 
 def _chain(names: Sequence[str], value: str) -> list[str]:
-    """Statements that give the first name a value and every other name the one before it."""
+    """Returns statements that assign a value to the first name, and to each other name the name before it."""
     sources = [value, *(f"VAR {name}" for name in names[:-1])]
     return [f"VAR {name} = {source}" for name, source in zip(names, sources, strict=True)]
 
 
 def _common_words(rng: np.random.Generator, number: int, material: Material, n_common: int = 10) -> Draft:
-    """Ten words that occur more often than the others, behind a short example that is answered; a unit is a word with all
-    its occurrences. RULER's counts, which are smaller below 4096 tokens."""
+    """Drafts a list in which ten words occur more often than the others, after a short example with its answer.
+
+    A unit is a word with all its occurrences. Counts are RULER's, which are smaller below 4096 tokens.
+    """
     short = material.length < 4096
     often, rare = (6, 1) if short else (30, 3)
     shown_often, shown_rare, shown = (3, 1, 20) if short else (10, 3, 40)
@@ -263,19 +294,22 @@ def _common_words(rng: np.random.Generator, number: int, material: Material, n_c
 
 
 def _numbered(words: tuple[list[str], list[str]], often: int, rare: int, keys: np.ndarray) -> str:
-    """ "1. this 2. that ...": (common, other) words with their repeats, in the order of the keys."""
+    """Returns "1. this 2. that ...": the (common, other) words with their repeats, in the order of the keys."""
     entries = words[0] * often + [word for word in words[1] for _ in range(rare)]
     order = np.argsort(keys[: len(entries)], kind="stable")
     return " ".join(f"{place}. {entries[i]}" for place, i in enumerate(order, 1))
 
 
 def _frequent_words(rng: np.random.Generator, number: int, material: Material, alpha: float = 2.0) -> Draft:
-    """Made-up words whose frequencies follow a zeta distribution; the most frequent is noise, the next three are asked."""
+    """Drafts a text of random words whose frequencies follow a zeta distribution.
+
+    The most frequent word is noise; the next three are asked for.
+    """
     ranks = _zeta_order(material.length, alpha)
     letters = rng.choice(list("abcdefghijklmnopqrstuvwxyz"), (2 * ranks.max() + 16, 6))
     words = np.array(["...", *dict.fromkeys("".join(word) for word in letters)])
     keys = rng.random(len(ranks))
-    least = int(np.flatnonzero(ranks == 5)[0])  # all three occur, and oftener than the next
+    least = int(np.flatnonzero(ranks == 5)[0])  # all three occur, and more often than the next
 
     def text(units: int) -> str:
         context = " ".join(words[ranks[:units]][np.argsort(keys[:units], kind="stable")])
@@ -290,12 +324,14 @@ def _frequent_words(rng: np.random.Generator, number: int, material: Material, a
 
 
 @functools.lru_cache(maxsize=16)
-def _zeta_order(n: int, alpha: float) -> np.ndarray:
-    """i64[n]: ranks (from 0) so that among the first m, rank r occurs about m (r + 1) ** -alpha / zeta(alpha) times,
-    rounded down: a text grows word by word."""
+def _zeta_order(n: int, alpha: float) -> Int[np.ndarray, " n"]:
+    """Returns ranks (from 0) of the words of a text in the order in which it grows.
+
+    Among the first m, rank r occurs about m (r + 1) ** -alpha / zeta(alpha) times, rounded down.
+    """
     from scipy.special import zeta
 
-    total = n + 8 * n**0.5 + 64  # what rounding down leaves out grows with the root
+    total = n + 8 * n**0.5 + 64  # the number lost by rounding down grows with the square root
     share_R = np.arange(1, int(total) + 1) ** -float(alpha) / zeta(alpha)
     count_R = (total * share_R).astype(int)
     ranks = np.repeat(np.arange(len(count_R)), count_R)
@@ -307,22 +343,23 @@ def _zeta_order(n: int, alpha: float) -> np.ndarray:
 
 
 def _questions(rng: np.random.Generator, number: int, material: Material) -> Draft:
-    """A question, its documents and others in random order. Questions are taken in turn, as RULER does."""
-    source = material.questions
-    asked = source.items[number % len(source.items)]
+    """Drafts a question, with its documents and others in random order. Questions are taken in turn, as in RULER."""
+    assert material.questions is not None  # the task's `needs` says so
+    asks, documents = material.questions.items, material.questions.documents
+    asked = asks[number % len(asks)]
     own = list(asked.documents)
     near = [i for i in rng.permutation(np.array(asked.near, int)) if i not in own]
-    far = rng.permutation(len(source.documents))
+    far = rng.permutation(len(documents))
     order = list(dict.fromkeys([*own, *near, *far]))
     keys = rng.random(len(order))
 
     def text(units: int) -> str:
         shown = [order[i] for i in np.argsort(keys[: len(own) + units], kind="stable")]
-        documents = "\n\n".join(f"Document {i}:\n{source.documents[j]}" for i, j in enumerate(shown, 1))
+        texts = "\n\n".join(f"Document {i}:\n{documents[j]}" for i, j in enumerate(shown, 1))
         task = "Answer the question from the documents. Give the answer alone, without any other words."
-        return f"{task}\n\nThe documents:\n\n{documents}\n\n{task}\n\nQuestion: {asked.question}"
+        return f"{task}\n\nThe documents:\n\n{texts}\n\n{task}\n\nQuestion: {asked.question}"
 
-    needles = tuple(source.documents[i] for i in own)
+    needles = tuple(documents[i] for i in own)
     return Draft("", text, asked.answers, len(order) - len(own), prefix="Answer:", needles=needles)
 
 

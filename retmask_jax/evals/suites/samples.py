@@ -1,9 +1,11 @@
-"""Samples that fill a length in the tokens of the model at hand, its greedy answers to them, and their scores."""
+"""Samples that fill a length in the tokens of any model, the model's greedy answers to them, and their scores."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float64, Int, Int32
 
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.evals import scoring
@@ -11,18 +13,21 @@ from retmask_jax.evals.measured import Measured
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils.progress import track
-from retmask_jax.utils.store import Kept
+from retmask_jax.utils.store import Store
 
-_FIRST_GUESS = 32  # units: a prompt that is cheap to tokenize, and enough to tell how long the others are
+_FIRST_GUESS = 32  # units; such a prompt is cheap to tokenize, and its length lets those of others be estimated
 
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """A sample before its length is known.
+    """A sample whose length is not fixed yet.
 
-    text(n): the user's message with n units of haystack (a sentence, a line, a word, ...); from `least` on, at which
-    all references are in it, to `most` units. prefix: how the answer begins, behind the chat template. needles: parts of
-    the message, each there once, whose places are wanted.
+    Attributes:
+        text: text(n) is the user's message with n units of haystack: a sentence, a line, a word, ...
+        most: The most units.
+        least: The fewest units; with these all references are in the text.
+        prefix: The beginning of the answer, which follows the chat template.
+        needles: Parts of the message, each in it once, whose token spans are wanted.
     """
 
     id: str
@@ -36,14 +41,16 @@ class Draft:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """A prompt, what a right answer holds, and room for it.
+    """A prompt, the references that a right answer has in its text, and the room for an answer.
 
-    tokens: i32[prompt], the answer's prefix included. spans: token span [start, end) of each needle. units: of haystack
-    in the prompt.
+    Attributes:
+        tokens: The prompt, including the answer's prefix.
+        spans: Token span [start, end) of each needle.
+        units: Units of haystack in the prompt.
     """
 
     id: str
-    tokens: np.ndarray
+    tokens: Int32[np.ndarray, " T"]
     references: tuple[str, ...]
     max_new_tokens: int
     spans: tuple[tuple[int, int], ...] = ()
@@ -53,11 +60,16 @@ class Sample:
 def fill(
     prompter: Prompter, drafts: Sequence[Draft], length: int, max_new_tokens: int, what: str, *, whole: bool = False
 ) -> list[Sample]:
-    """Each draft with as many units of haystack as leave room for max_new_tokens in `length` tokens, all that the model
-    sees counted.
+    """Gives each draft as much haystack as leaves room for max_new_tokens in `length` tokens.
 
-    whole: a draft may end before the length does. Raises ValueError where one has no room or, unless whole, too little
-    haystack to be within a unit of the length.
+    Args:
+        length: The most tokens of a prompt with its answer, the chat template included.
+        max_new_tokens: The longest answer.
+        what: The suite and task, for messages and the progress bar.
+        whole: Whether a sample with all units of its draft may be shorter than `length` by more than one unit.
+
+    Raises:
+        ValueError: A draft has no room or, unless `whole`, too little haystack.
     """
     samples, guess = [], _FIRST_GUESS
     for draft in track(drafts, len(drafts), f"{what}: prompts of {length} tokens", "prompt"):
@@ -72,16 +84,16 @@ def fill(
 
 
 def prompt_text(prompter: Prompter, draft: Draft, units: int) -> str:
-    """The whole prompt with so many units, as the model sees it, before tokenization."""
+    """Returns the whole prompt with `units` units of haystack, before tokenization."""
     text = prompter.render_messages([{"role": "user", "content": draft.text(units)}])
     return text + (draft.prefix if text[-1:].isspace() or not draft.prefix else f" {draft.prefix}")
 
 
 def most_units(size: Callable[[int], int], room: int, least: int, most: int, guess: int) -> int:
-    """The most units in least..most with size(units) <= room, given size(least) <= room and a first guess.
+    """Finds the most units in least..most with size(units) <= room, given size(least) <= room and a first guess.
 
-    Each size is a tokenization of a whole prompt: nearly proportional, it is found by interpolation in a few steps, and
-    every sixth one halves what is left.
+    A size is the tokenization of a whole prompt. Sizes are nearly proportional to units, so a few steps of
+    interpolation find the number; every sixth step bisects instead.
     """
     low, high, sizes = least, most + 1, {least: size(least)}
     while high - low > 1:
@@ -99,10 +111,14 @@ def answer(
     *,
     batch_size: int,
     interventions: Interventions | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
     what: str = "answer",
 ) -> list[str]:
-    """Greedy answers, without their prefix. Raises ValueError for samples of different max_new_tokens."""
+    """Returns the greedy answers, without their prefixes; options as of `scoring.answered`.
+
+    Raises:
+        ValueError: Samples have different max_new_tokens.
+    """
     limits = {sample.max_new_tokens for sample in samples}
     if len(limits) != 1:
         raise ValueError(f"{what}: samples allow {sorted(limits)} new tokens; answer those of one limit at a time")
@@ -127,31 +143,34 @@ def measure(
     metric: str,
     binary: bool,
     length: int,
-    **options,
+    **options: Any,
 ) -> Measured:
-    """score(answer, references) of each sample's answer; options of `answer`, further arguments as in `Measured`."""
+    """Measures score(answer, references) of each sample; options as of `answer`, other arguments as of `Measured`."""
     answers = answer(lm, samples, what=f"{suite} {task} {length}", **options)
     values = [score(said, sample.references) for said, sample in zip(answers, samples, strict=True)]
     ids = tuple(sample.id for sample in samples)
     return Measured(suite, task, metric, ids, np.array(values, float), binary, length)
 
 
-def check_lengths(lm: LanguageModel, lengths: Sequence[int], what: str) -> None:
-    """Raise ValueError where a length exceeds the model's context."""
+def contained_share(answer: str, references: Sequence[str]) -> float:
+    """Returns the share of the references that are in the answer, in upper or lower case."""
+    return sum(reference.lower() in answer.lower() for reference in references) / len(references)
+
+
+def check_lengths(max_length: int, lengths: Sequence[int], what: str) -> None:
+    """Raises ValueError if a length exceeds the model's context of max_length tokens."""
     longest = max(lengths, default=0)
-    if longest > lm.config.max_length:
-        raise ValueError(
-            f"{what} needs {longest} tokens, the model's context is {lm.config.max_length}: shorten its lengths"
-        )
+    if longest > max_length:
+        raise ValueError(f"{what} needs {longest} tokens, the model's context is {max_length}: shorten its lengths")
 
 
-def places(rng: np.random.Generator, n: int) -> np.ndarray:
-    """f64[n], ascending, uniform in [0, 1): where n needles stand in a haystack of any size."""
+def places(rng: np.random.Generator, n: int) -> Float64[np.ndarray, " N"]:
+    """Draws places of n needles in a haystack of any size: uniform in [0, 1), in ascending order."""
     return np.sort(rng.random(n))
 
 
-def planted(hay: list[str], needles: Sequence[str], places_N: np.ndarray) -> list[str]:
-    """The haystack with each needle behind the share places_N of its units."""
+def planted(hay: list[str], needles: Sequence[str], places_N: Float64[np.ndarray, " N"]) -> list[str]:
+    """Returns the haystack with each needle after the share places_N of its units."""
     hay, units = list(hay), len(hay)
     for place, needle in reversed(list(zip(places_N, needles, strict=True))):
         hay.insert(int(place * (units + 1)), needle)
@@ -159,12 +178,12 @@ def planted(hay: list[str], needles: Sequence[str], places_N: np.ndarray) -> lis
 
 
 def in_words(items: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Returns "a", "a and b" or "a, b and c"."""
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
 
 def _units(prompter: Prompter, draft: Draft, length: int, max_new_tokens: int, what: str, guess: int) -> int:
-    """Units of haystack that fit; the number that fits a draft is a good guess for the next."""
+    """Returns how many units of haystack fit. The number that fits the previous draft is a good guess."""
     room = length - max_new_tokens
 
     def tokens(units: int) -> int:
@@ -180,8 +199,8 @@ def _units(prompter: Prompter, draft: Draft, length: int, max_new_tokens: int, w
 
 
 def _interpolated(sizes: dict[int, int], low: int, high: int, room: int) -> int:
-    """Units that should fill the room, on the line from the most that fit to the fewest that do not, or where those are
-    not known to the next fewer ones."""
+    """Returns the units that should fill the room, on the line through the most that fit (low) and the fewest that do
+    not (high); while no size above low is known, through low and the next fewer units."""
     other = high if high in sizes else max(units for units in sizes if units < low)
     slope = (sizes[other] - sizes[low]) / (other - low)
     return low + int((room - sizes[low]) / max(slope, 1e-3))
@@ -195,8 +214,8 @@ def _sample(prompter: Prompter, draft: Draft, units: int, max_new_tokens: int) -
     return Sample(draft.id, np.array(tokens, np.int32), draft.references, max_new_tokens, spans, units)
 
 
-def _span(text: str, offsets_T2: np.ndarray, needle: str) -> tuple[int, int]:
-    """Token span of a needle; ValueError where a template has changed its text."""
+def _span(text: str, offsets_T2: Int[np.ndarray, "T 2"], needle: str) -> tuple[int, int]:
+    """Returns the token span of a needle; raises ValueError if the chat template changed its text."""
     first = text.find(needle)
     if first < 0:
         raise ValueError(

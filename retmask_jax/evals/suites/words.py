@@ -1,5 +1,5 @@
-"""Words that made-up texts are made of: adjectives, nouns, noise. None is a part of another, so that a word found in an
-answer is that word."""
+"""The words of generated texts: adjectives, nouns and sentences of noise. No word is part of another, so a word that is
+found in an answer is not a part of another word."""
 
 import numpy as np
 
@@ -40,12 +40,12 @@ _NOUNS = """
     village vineyard violin volcano waffle wagon walnut walrus waterfall whale whistle widget wigwam willow windmill wizard
     wombat xylophone yacht yogurt zebra zeppelin zipper"""
 ADJECTIVES, NOUNS = (tuple(words.split()) for words in (_ADJECTIVES, _NOUNS))
-# A line of noise is these sentences, over and over: nothing in it is worth looking at.
+# Noise repeats these sentences, which have no information that a task asks for.
 NOISE = "The river is wide. The stone is grey. The bread is warm. On we walk. Out and home again."
 
 
 def compound(number: int) -> str:
-    """One of `COMPOUNDS` different "adjective-noun"s."""
+    """Returns the "adjective-noun" of a number below `COMPOUNDS`."""
     return f"{ADJECTIVES[number // len(NOUNS)]}-{NOUNS[number % len(NOUNS)]}"
 
 
@@ -53,8 +53,10 @@ COMPOUNDS = len(ADJECTIVES) * len(NOUNS)
 
 
 def word_order(rng: np.random.Generator, common: int, others: int) -> tuple[list[str], list[str]]:
-    """(`common` words, at most `others` words), all different: single words first, then pairs of nouns written as one,
-    none of them with a common word for a part."""
+    """Draws `common` words and at most `others` other words, all different.
+
+    Single words come first, then pairs of nouns written as one word, in which no common word is a part.
+    """
     words = ADJECTIVES + NOUNS
     order = [words[i] for i in rng.permutation(len(words))]
     nouns = [noun for noun in NOUNS if noun not in order[:common]]

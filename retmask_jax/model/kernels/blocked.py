@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+from collections.abc import Generator
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +22,17 @@ _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 
 def platform() -> str:
-    """What the programs that are traced now will run on, "cpu", "gpu" or "tpu": of the mesh that is set, which may be of
-    devices that are not here, else JAX's own."""
-    meant = jax.sharding.get_abstract_mesh().abstract_device
-    return _PLATFORM.get() or (meant or jax.devices()[0]).platform
+    """The platform of the programs that are traced now: "cpu", "gpu" or "tpu".
+
+    It is that of the mesh that is set, whose devices need not be attached, else JAX's default.
+    """
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    return _PLATFORM.get() or (target or jax.devices()[0]).platform
 
 
 @contextlib.contextmanager
-def compiled_for(name: str):
-    """Within it programs are traced for another platform than JAX's own."""
+def compiled_for(name: str) -> Generator[None, None, None]:
+    """Within this context programs are traced for another platform than that of the attached devices."""
     before = _PLATFORM.set(name)
     try:
         yield
@@ -45,17 +48,24 @@ class Scores:
     window: int | None = None
     cap: float | None = None
 
-    def seen(self, query_positions, key_positions):
+    def seen(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
         """Whether a query sees a key, by their absolute positions (broadcast against each other)."""
         seen = (key_positions <= query_positions) & (key_positions >= 0)
         return seen if self.window is None else seen & (key_positions > query_positions - self.window)
 
-    def of(self, products):
+    def of(self, products: jax.Array) -> jax.Array:
         """What the softmax is taken of, from products q.k."""
         return softcap(products * self.scale, self.cap)
 
 
-def plain(q_GTD, k_DS, v_SD, query_positions_T, key_positions_S, scores: Scores):
+def plain(
+    q_GTD: jax.Array,
+    k_DS: jax.Array,
+    v_SD: jax.Array,
+    query_positions_T: jax.Array,
+    key_positions_S: jax.Array,
+    scores: Scores,
+) -> jax.Array:
     """Attention in one softmax over all S keys; stores G*T*S weights, differentiable to any order."""
     groups, length, width = q_GTD.shape
     raw_GTS = scores.of(dot(q_GTD.reshape(-1, width), k_DS, (1, 0))).reshape(groups, length, -1)
@@ -65,17 +75,31 @@ def plain(q_GTD, k_DS, v_SD, query_positions_T, key_positions_S, scores: Scores)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def blocked(q_GTD, k_DS, v_SD, first_query, first_key, scores: Scores):
+def blocked(
+    q_GTD: jax.Array,
+    k_DS: jax.Array,
+    v_SD: jax.Array,
+    first_query: jax.Array | int,
+    first_key: jax.Array | int,
+    scores: Scores,
+) -> jax.Array:
     """Attention block by block, for queries at first_query, first_query + 1, ... and keys at first_key, ...
 
-    Keys at negative positions do not exist. Only blocks that some query sees are computed, so a window costs what its
+    Keys at negative positions do not exist. Only blocks that some query sees are computed, so a window costs only what its
     keys cost. The gradient recomputes the weights block by block from their normalisers (arXiv 2205.14135); it can be
     taken once, and not in forward mode.
     """
     return _forward(q_GTD, k_DS, v_SD, first_query, first_key, scores)[0]
 
 
-def _forward(q_GTD, k_DS, v_SD, first_query, first_key, scores):
+def _forward(
+    q_GTD: jax.Array,
+    k_DS: jax.Array,
+    v_SD: jax.Array,
+    first_query: jax.Array | int,
+    first_key: jax.Array | int,
+    scores: Scores,
+) -> tuple[jax.Array, jax.Array]:
     """(output, log of the normaliser f32[C,N] per block of queries)."""
     tiles = _Tiles(q_GTD.shape, k_DS.shape[1], first_query, first_key, scores)
     q_CND, k_DS, v_SD = tiles.queries(q_GTD), tiles.keys(k_DS, 1), tiles.keys(v_SD, 0)
@@ -100,12 +124,19 @@ def _forward(q_GTD, k_DS, v_SD, first_query, first_key, scores):
     return tiles.unblocked(out_CND), normaliser_CN
 
 
-def _forward_saving(q_GTD, k_DS, v_SD, first_query, first_key, scores):
+def _forward_saving(
+    q_GTD: jax.Array,
+    k_DS: jax.Array,
+    v_SD: jax.Array,
+    first_query: jax.Array | int,
+    first_key: jax.Array | int,
+    scores: Scores,
+) -> tuple[jax.Array, tuple]:
     out_GTD, normaliser_CN = _forward(q_GTD, k_DS, v_SD, first_query, first_key, scores)
     return out_GTD, (q_GTD, k_DS, v_SD, first_query, first_key, out_GTD, normaliser_CN)
 
 
-def _backward(scores, saved, d_out_GTD):
+def _backward(scores: Scores, saved: tuple, d_out_GTD: jax.Array) -> tuple:
     q_GTD, k_DS, v_SD, first_query, first_key, out_GTD, normaliser_CN = saved
     tiles = _Tiles(q_GTD.shape, k_DS.shape[1], first_query, first_key, scores)
     q_CND, d_out_CND = tiles.queries(q_GTD), tiles.queries(d_out_GTD)
@@ -145,7 +176,14 @@ blocked.defvjp(_forward_saving, _backward)
 class _Tiles:
     """How queries and keys are cut into blocks, and which blocks meet."""
 
-    def __init__(self, query_shape, n_keys: int, first_query, first_key, scores: Scores):
+    def __init__(
+        self,
+        query_shape: tuple[int, ...],
+        n_keys: int,
+        first_query: jax.Array | int,
+        first_key: jax.Array | int,
+        scores: Scores,
+    ) -> None:
         self.groups, self.length, self.width = query_shape
         query_block, key_block = _ON_GPU if platform() == "gpu" else (QUERY_BLOCK, KEY_BLOCK)
         self.query_block = even_size(self.length, query_block)
@@ -153,28 +191,28 @@ class _Tiles:
         self.n_key_blocks = -(-n_keys // self.key_block)
         self.first_query, self.first_key, self.n_keys, self.rule = first_query, first_key, n_keys, scores
 
-    def queries(self, x_GTD):
+    def queries(self, x_GTD: jax.Array) -> jax.Array:
         """[blocks, groups * queries of a block, D], padded."""
         x_GTD = _padded(x_GTD, 1, self.query_block)
         x_GCTD = x_GTD.reshape(self.groups, -1, self.query_block, x_GTD.shape[-1])
         return x_GCTD.swapaxes(0, 1).reshape(-1, self.groups * self.query_block, x_GTD.shape[-1])
 
-    def unblocked(self, x_CND):
+    def unblocked(self, x_CND: jax.Array) -> jax.Array:
         """The inverse of `queries`."""
         x_CGTD = x_CND.reshape(len(x_CND), self.groups, self.query_block, -1)
         return x_CGTD.swapaxes(0, 1).reshape(self.groups, -1, x_CND.shape[-1])[:, : self.length]
 
-    def keys(self, x, axis: int):
+    def keys(self, x: jax.Array, axis: int) -> jax.Array:
         return _padded(x, axis, self.key_block)
 
-    def block(self, x, s, axis: int):
+    def block(self, x: jax.Array, s: jax.Array, axis: int) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, s * self.key_block, self.key_block, axis)
 
-    def add(self, sum_DS, s, term_DS):
+    def add(self, sum_DS: jax.Array, s: jax.Array, term_DS: jax.Array) -> jax.Array:
         sum_block_DS = self.block(sum_DS, s, 1) + term_DS
         return jax.lax.dynamic_update_slice_in_dim(sum_DS, sum_block_DS, s * self.key_block, axis=1)
 
-    def seen_by(self, c):
+    def seen_by(self, c: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The range [begin, end) of key blocks that hold a key some query of block c sees."""
         first = self.first_query + c * self.query_block - self.first_key  # as an index of keys
         end = jnp.clip((first + self.query_block - 1) // self.key_block + 1, 0, self.n_key_blocks)
@@ -183,7 +221,7 @@ class _Tiles:
         )
         return jnp.clip(begin // self.key_block, 0, end), end
 
-    def scores(self, q_ND, k_DS, c, s):
+    def scores(self, q_ND: jax.Array, k_DS: jax.Array, c: jax.Array, s: jax.Array) -> jax.Array:
         """f32[N,S] of query block c and key block s, HIDDEN where a query does not see a key."""
         query_T = self.first_query + c * self.query_block + jnp.arange(self.query_block)
         index_S = s * self.key_block + jnp.arange(self.key_block)
@@ -198,13 +236,13 @@ def even_size(length: int, most: int, aligned: int = _ALIGNED) -> int:
     return min(most, aligned * -(-length // (aligned * -(-length // most))))
 
 
-def _padded(x, axis: int, multiple_of: int):
+def _padded(x: jax.Array, axis: int, multiple_of: int) -> jax.Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % multiple_of)
     return jnp.pad(x, widths)
 
 
-def dot(a, b, axes: tuple[int, int]):
+def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     """f32: a and b contracted over one axis each."""
     return jax.lax.dot_general(
         a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision(a.dtype), preferred_element_type=jnp.float32

@@ -1,14 +1,14 @@
-"""Attention by cuDNN's fused kernel: NVIDIA GPUs from Ampere on, half precision, no soft cap; of rows alone and behind a
-cache.
+"""Attention by cuDNN's fused kernel: NVIDIA GPUs from Ampere on, half precision, no soft cap; with and without a cache.
 
-cuDNN's causal mask shows query t the first t + 1 keys, whatever stands before the queries. What continues a cache is
-therefore two calls, of the queries among themselves and of the queries with the keys before them, whose results are
-weighed by the normalisers of their softmaxes.
+cuDNN's causal mask shows query t the first t + 1 keys, whichever keys come before the queries. Queries that continue a
+cache therefore take two calls, of the queries among themselves and of the queries with the keys before them, whose
+results are weighted by the normalisers of their softmaxes.
 """
 
 import functools
 import re
 from collections.abc import Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +44,11 @@ def unsuited(devices: Sequence) -> str | None:
     return None
 
 
-def alone(q_BTHD, k_BTKD, v_BTKD, scores: Scores):
+def alone(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, scores: Scores) -> jax.Array:
     """Causal attention of T positions among themselves, [B,T,H,D]."""
     window = None if scores.window is None else (scores.window - 1, 0)
     length = q_BTHD.shape[1]
-    # JAX refuses the gradient of an odd length; no query sees what stands behind it.
+    # JAX refuses the gradient of an odd length; no query sees the padding.
     qkv = (jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (q_BTHD, k_BTKD, v_BTKD))
     return jax.nn.dot_product_attention(
         *qkv, scale=scores.scale, is_causal=True, local_window_size=window, implementation="cudnn"
@@ -56,11 +56,17 @@ def alone(q_BTHD, k_BTKD, v_BTKD, scores: Scores):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def behind(q_BTHD, k_BKDS, v_BKSD, start_B, first_B, scores: Scores):
-    """Causal attention of T queries, of row b at start_B[b] and on, among keys at first_B[b] and on; [B,T,H,D].
+def after_cache(
+    q_BTHD: jax.Array, k_BKDS: jax.Array, v_BKSD: jax.Array, start_B: jax.Array, first_B: jax.Array, scores: Scores
+) -> jax.Array:
+    """Causal attention of T queries that continue a cache, [B,T,H,D].
 
-    The queries' own keys are among the S; keys at negative positions do not exist, and only a window may have such. The
-    gradient is that of the blocked kernel: cuDNN gives none of a normaliser.
+    The queries' own keys are among the S. The gradient is that of the blocked kernel: cuDNN gives none of a normaliser.
+
+    Args:
+        start_B: The position of the first query of each row.
+        first_B: The position of the first key of each row. Keys at negative positions do not exist; only a window may have
+            such.
     """
     length, n_keys = q_BTHD.shape[1], k_BKDS.shape[3]
     window = None if scores.window is None or scores.window >= n_keys else scores.window
@@ -80,15 +86,16 @@ def behind(q_BTHD, k_BKDS, v_BKSD, start_B, first_B, scores: Scores):
     keys = _slots(k_BKDS, v_BKSD, before_B[:, None] - 1 - jnp.arange(n))
     seen_B = jnp.minimum(start_B, before_B)
     early = fused(q_BNHD, *keys, scores.scale, causal=True, seen_B=jnp.clip(seen_B, 1, n))
-    first, early = (x[:, :n] for x in found), (x[:, ::-1][:, :length] for x in early)
+    first = found[0][:, :n], found[1][:, :n]
+    early = early[0][:, ::-1][:, :length], early[1][:, ::-1][:, :length]
     return jnp.concatenate([_joined(first, early, seen_B > 0), found[0][:, n:]], axis=1)
 
 
-def _behind_saving(*arguments):
-    return behind(*arguments), arguments[:5]
+def _after_cache_saving(*arguments: Any) -> tuple[jax.Array, tuple]:
+    return after_cache(*arguments), arguments[:5]
 
 
-def _behind_backward(scores, saved, d_out_BTHD):
+def _after_cache_backward(scores: Scores, saved: tuple, d_out_BTHD: jax.Array) -> tuple:
     *qkv, start_B, first_B = saved
 
     def in_blocks(q_BTHD, k_BKDS, v_BKSD):
@@ -101,17 +108,30 @@ def _behind_backward(scores, saved, d_out_BTHD):
     return *jax.vjp(in_blocks, *qkv)[1](d_out_BTHD), None, None
 
 
-behind.defvjp(_behind_saving, _behind_backward)
+after_cache.defvjp(_after_cache_saving, _after_cache_backward)
 
 
-def fused(q_BTHD, k_BSKD, v_BSKD, scale: float, *, causal: bool = False, window: int | None = None, seen_B=None):
-    """(output [B,T,H,D], log of the softmax's normaliser f32[B,T,H]); seen_B: how many keys of each row exist."""
+def fused(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    scale: float,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    seen_B: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(output [B,T,H,D], log of the softmax's normaliser f32[B,T,H]).
+
+    Args:
+        seen_B: How many keys of each row exist; None: all.
+    """
     # The public function rounds the normaliser to the dtype of the queries.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     masks = (MaskType.NO_MASK, MaskType.CAUSAL) if seen_B is None else (MaskType.PADDING, MaskType.PADDING_CAUSAL)
     queries_B = None if seen_B is None else jnp.full(len(q_BTHD), q_BTHD.shape[1], jnp.int32)
-    out_BTHD, normaliser_BHT = dot_product_attention(
+    found = dot_product_attention(
         q_BTHD,
         k_BSKD,
         v_BSKD,
@@ -122,17 +142,18 @@ def fused(q_BTHD, k_BSKD, v_BSKD, scale: float, *, causal: bool = False, window:
         sliding_window_length=window,
         return_residual=True,
     )
+    out_BTHD, normaliser_BHT = cast(tuple[jax.Array, jax.Array], found)
     return out_BTHD, normaliser_BHT.swapaxes(1, 2)
 
 
-def _slots(k_BKDS, v_BKSD, index_BN):
-    """Keys and values [B,N,K,D] in these slots, the nearest there is for an index outside."""
+def _slots(k_BKDS: jax.Array, v_BKSD: jax.Array, index_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [B,N,K,D] in these slots; an index outside gives the nearest slot."""
     k_BKDN = jax.vmap(lambda x, index: jnp.take(x, index, axis=2, mode="clip"))(k_BKDS, index_BN)
     v_BKND = jax.vmap(lambda x, index: jnp.take(x, index, axis=1, mode="clip"))(v_BKSD, index_BN)
     return k_BKDN.transpose(0, 3, 1, 2), v_BKND.swapaxes(1, 2)
 
 
-def _joined(own, early, has_early_B):
+def _joined(own: tuple[jax.Array, jax.Array], early: tuple[jax.Array, jax.Array], has_early_B: jax.Array) -> jax.Array:
     """The softmax over two sets of keys, from (output, normaliser) over each."""
     (own_BTHD, own_BTH), (early_BTHD, early_BTH) = own, early
     share_BTH1 = jax.nn.sigmoid(early_BTH - own_BTH)[..., None]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from retmask_jax.model.kernels.blocked import Scores
 
 log = logging.getLogger(__name__)
 
@@ -19,12 +22,19 @@ _BLOCKS = (512, 384, 256, 128)
 _WIDTHS = {jnp.dtype(jnp.float32): 256, jnp.dtype(jnp.bfloat16): 512}  # widest heads whose blocks fit on the chip
 
 
-def splash_attend(q_BTHD, k_BKSD, v_BKSD, scores, *, interpret: bool = False):
+def splash_attend(
+    q_BTHD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, scores: Scores, *, interpret: bool = False
+) -> jax.Array:
     """Causal self-attention of T positions, [B,T,H,D]; head h reads kv head h // G. Differentiable, linear memory.
 
-    scores: a `Scores` of model/attention.py. Under `jax.set_mesh`, shard_map splits rows, heads and queries as the rules
-    of the logical axes "batch", "heads" and "length" say; every share of the queries sees all keys. interpret runs the
-    kernel on any backend, for tests. Raises ValueError for a call that `unsupported` names.
+    Under `jax.set_mesh`, shard_map splits rows, heads and queries by the rules of the logical axes "batch", "heads" and
+    "length"; every share of the queries sees all keys.
+
+    Args:
+        interpret: Run the kernel on any backend, for tests.
+
+    Raises:
+        ValueError: `unsupported` gives a reason why the kernel cannot compute this call.
     """
     reason = unsupported(q_BTHD, k_BKSD, v_BKSD)
     if reason is not None:
@@ -37,8 +47,8 @@ def splash_attend(q_BTHD, k_BKSD, v_BKSD, scores, *, interpret: bool = False):
     return attend(q_BHTD, k_BKSD, v_BKSD).swapaxes(1, 2)
 
 
-def unsupported(q_BTHD, k_BKSD, v_BKSD) -> str | None:
-    """Why splash attention cannot do a call with arrays (or shapes) like these, or None where it can."""
+def unsupported(q_BTHD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array) -> str | None:
+    """Why splash attention cannot compute a call with arrays (or shapes) like these; None where it can."""
     (_, length, heads, width), (_, kv_heads, slots, _) = q_BTHD.shape, k_BKSD.shape
     dtypes = {jnp.dtype(x.dtype) for x in (q_BTHD, k_BKSD, v_BKSD)}
     if len(dtypes) > 1 or not dtypes <= _WIDTHS.keys():
@@ -52,7 +62,7 @@ def unsupported(q_BTHD, k_BKSD, v_BKSD) -> str | None:
     return f"heads are {width} wide; it takes up to {widest} in this type" if width > widest else None
 
 
-def _attend(q_BHTD, k_BKSD, v_BKSD, *, scores, interpret):
+def _attend(q_BHTD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, *, scores: Scores, interpret: bool) -> jax.Array:
     """Padded to whole blocks of positions for each share of the queries, and cut back."""
     length = q_BHTD.shape[2]
     shares = _Shares.of_call(q_BHTD.shape[0], q_BHTD.shape[1], k_BKSD.shape[1])
@@ -79,38 +89,47 @@ def _blocks(length: int, shares: int = 1) -> tuple[int, int]:
 
 def _block_sizes(block: int) -> splash.BlockSizes:
     # The fused backward kernel would store one copy of the queries' gradient for every block of keys.
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    return splash.BlockSizes(**dict.fromkeys(names, block))
+    return splash.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
 
 
 class _Band(splash.LocalMask):
-    """A query sees the last `window` keys, its own included (None: all up to its own).
+    """A query sees the last `window` keys, the key at its position included (None: all keys up to there).
 
-    The kernel's host code asks a mask for every block of [T, T]. Nearly all are seen as a whole or not at all, and one
-    entry says so: a mask of 128K positions takes seconds instead of a minute.
+    The kernel's host code asks a mask for every block of [T, T]. Nearly all blocks are seen whole or not at all, which an
+    array of one entry can express: a mask of 128K positions then takes seconds instead of a minute.
     """
 
-    def __init__(self, length: int, window: int | None):
+    def __init__(self, length: int, window: int | None) -> None:
         left = None if window is None or window >= length else window - 1
         super().__init__((length, length), (left, 0), offset=0)
 
-    def __getitem__(self, block) -> np.ndarray:
-        q, k = block
-        nearest, farthest = q.start - (k.stop - 1), q.stop - 1 - k.start  # how far behind the query keys lie
+    def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
+        q, k = idx
+        nearest, farthest = (
+            q.start - (k.stop - 1),
+            q.stop - 1 - k.start,
+        )  # how many positions the keys come before the query
         left = math.inf if self.window_size[0] is None else self.window_size[0]
         if farthest < 0 or nearest > left:
             return np.zeros((1, 1), bool)
         if nearest >= 0 and farthest <= left:
             return np.ones((1, 1), bool)
-        return super().__getitem__(block)
+        return super().__getitem__(idx)
 
     __hash__ = splash.LocalMask.__hash__
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shares:
-    """How a call is split over the mesh that is set: mesh axes of the rows, heads and queries; repeats: of kv heads,
-    where their number alone keeps heads together."""
+    """How a call is split over the mesh that is set.
+
+    Attributes:
+        free: The axes that no surrounding shard_map has split already.
+        row_axes, head_axes, query_axes: The axes that rows, heads and queries are split over.
+        repeats: How often kv heads are repeated, where there are too few of them to split the heads.
+    """
 
     mesh: Any
     free: frozenset[str]
@@ -137,7 +156,7 @@ class _Shares:
     def queries(self) -> int:
         return math.prod(self.mesh.shape[axis] for axis in self.query_axes)
 
-    def run(self, kernel, q_BHTD, k_BKSD, v_BKSD):
+    def run(self, kernel: Any, q_BHTD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array) -> jax.Array:
         """The kernel on each device's rows, heads and queries."""
         if not self.free:
             return jax.vmap(kernel)(q_BHTD, k_BKSD, v_BKSD)
@@ -163,10 +182,13 @@ def _rule(logical: str) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
-def _axes(mesh, free, batch: int, heads: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Mesh axes (of the rows, of the heads), by the rules of "batch" and "heads"; axes left by the rows go to the heads.
+def _axes(
+    mesh: AbstractMesh, free: frozenset[str], batch: int, heads: int, kv_heads: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes of the rows and of the heads, by the rules of "batch" and "heads".
 
-    So one long row is still split over the whole mesh. An axis that divides neither computes the same on each device.
+    Axes that the rows leave free go to the heads, so that one long row is still split over the whole mesh. On an axis that
+    divides neither, all devices compute the same.
     """
     for_rows, for_heads = (tuple(axis for axis in _rule(name) if axis in free) for name in ("batch", "heads"))
     rows = _fitting(mesh, for_rows, lambda shards: batch % shards == 0)
@@ -178,8 +200,8 @@ def _axes(mesh, free, batch: int, heads: int, kv_heads: int) -> tuple[tuple[str,
     return rows, split
 
 
-def _fitting(mesh, axes, fits) -> tuple[str, ...]:
-    """The axes in order, less those with which the number of shards no longer fits."""
+def _fitting(mesh: AbstractMesh, axes: Iterable[str], fits: Callable[[int], bool]) -> tuple[str, ...]:
+    """The axes in order, without those with which the number of shards no longer fits."""
     chosen, shards = (), 1
     for axis in axes:
         if fits(shards * mesh.shape[axis]):
@@ -187,20 +209,20 @@ def _fitting(mesh, axes, fits) -> tuple[str, ...]:
     return chosen
 
 
-# A kernel multiplies float32 matrices in bfloat16 unless told otherwise, and has no argument for it, while the setting
+# A kernel multiplies float32 matrices in bfloat16 by default, and has no argument for it, while the setting
 # around the call is gone when the backward pass is traced.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _exactly(function, *arrays):
+def _exactly(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     with jax.default_matmul_precision("highest"):
         return function(*arrays)
 
 
-def _exactly_forward(function, *arrays):
+def _exactly_forward(function: Callable[..., jax.Array], *arrays: jax.Array) -> tuple[jax.Array, Callable]:
     with jax.default_matmul_precision("highest"):
         return jax.vjp(function, *arrays)
 
 
-def _exactly_backward(_, pullback, out):
+def _exactly_backward(_: Any, pullback: Callable, out: jax.Array) -> tuple:
     with jax.default_matmul_precision("highest"):
         return pullback(out)
 

@@ -8,29 +8,26 @@ import numpy as np
 
 from retmask_jax.evals.compare import numbers_by_task
 from retmask_jax.reports import figures, html
-from retmask_jax.reports.causal_report import knockout_section, only_zero, rope_section
 from retmask_jax.reports.evaluation import evaluation_section
 from retmask_jax.reports.figures import drawn as _figure
-from retmask_jax.reports.html import change, fixed, interval, table
+from retmask_jax.reports.heads import heads_section
+from retmask_jax.reports.html import change, interval, table
 from retmask_jax.reports.html import count as _n
 from retmask_jax.reports.html import section as _section
-from retmask_jax.reports.wording import measure, tree_of
+from retmask_jax.reports.knockout import knockout_section, only_zero
+from retmask_jax.reports.page import PageResult, write_page
+from retmask_jax.reports.rope import rope_section
+from retmask_jax.reports.wording import measure
+from retmask_jax.runs.context import Context
+from retmask_jax.runs.stage import Stage
+from retmask_jax.runs.workdir import Result, _Plain
+from retmask_jax.stages.detect import DETECT
+from retmask_jax.stages.eval import EVAL
+from retmask_jax.stages.knockout import KNOCKOUT
+from retmask_jax.stages.pairs import PAIRS
+from retmask_jax.stages.rope import ROPE
+from retmask_jax.stages.train import TRAIN
 from retmask_jax.utils.files import write_atomically
-
-_PROFILE = {
-    "n_heads": "heads at or above the threshold",
-    "frac": "their share of all heads",
-    "gini": "Gini coefficient of all scores",
-    "zero_fraction": "share of heads that score exactly 0",
-    "top5_share": "share of the summed score in the best five heads",
-    "layer_com": "mean layer, weighted by score (0 first, 1 last)",
-    "layer_com_count": "mean layer, unweighted",
-    "early_frac": "share in the first third of the layers",
-    "mid_frac": "share in the middle third",
-    "late_frac": "share in the last third",
-    "heads_per_active_group": "heads per KV group that has one",
-    "full_group_fraction": "share of those groups that are complete",
-}
 
 
 def write_report(path: Path, results: Mapping[str, Mapping], model: str) -> None:
@@ -39,7 +36,7 @@ def write_report(path: Path, results: Mapping[str, Mapping], model: str) -> None
         sections = [
             _header(results),
             heads_section(results["detect"]),
-            knockout_section(results["knockout"], results["detect"]["heads"]),
+            knockout_section(results["knockout"], results["detect"].heads),
             rope_section(results["rope"]),
             _pairs(results["pairs"]),
             _training(results["train"]["runs"]),
@@ -49,40 +46,28 @@ def write_report(path: Path, results: Mapping[str, Mapping], model: str) -> None
     write_atomically(path, html.document(f"Retrieval heads of {model}", sections))
 
 
-def write_comparison(path: Path, results: Mapping[str, Mapping], model: str) -> None:
-    """Write the page of `retmask eval --compare`. results: {"compare": what its stage returned}."""
-    with figures.style():
-        sections = [
-            html.lines(*provenance(results)),
-            evaluation_section(results["compare"], trained=False),
-            all_numbers(results),
-        ]
-    write_atomically(path, html.document(f"{model} against other models", sections))
-
-
 # --- sections ---
 
 
 def _header(results) -> str:
-    detect, knockout, rope = (results[stage]["numbers"] for stage in ("detect", "knockout", "rope"))
+    detect, knockout, rope = (results[stage] for stage in ("detect", "knockout", "rope"))
     rows = [
-        (label, interval, detect[name])
+        (label, interval, detect.numbers[name])
         for label, name in (
             ("Detection cases counted", "detect/cases counted"),
             ("Retrieval heads", "detect/heads"),
             ("Gini coefficient of the head scores", "detect/gini"),
         )
-        if name in detect
+        if name in detect.numbers
     ]
-    for task, by_kind in list(tree_of(knockout).items())[:1]:
-        by_kind = only_zero(by_kind, results["knockout"]["rows"])
-        rows += [(f"Masked heads, {kind}: {measure(task)}", interval, number) for kind, number in by_kind.items()]
-    for task, by_name in tree_of(rope).items():
-        rows += [
-            (f"Rotary pairs, {name}: {measure(task)}", change, number)
-            for name, number in by_name.items()
-            if name == "highest minus lowest quarter"
-        ]
+    rows += [
+        (f"Masked heads, {mean.kind}: {measure(mean.task)}", interval, mean)
+        for mean in only_zero(knockout.means)
+        if mean.task == knockout.means[0].task
+    ]
+    for task in dict.fromkeys(mean.task for mean in rope.means):
+        if (quarter := rope.quarter(task)) is not None:
+            rows.append((f"Rotary pairs, highest minus lowest quarter: {measure(task)}", change, quarter))
     _, by_arm = numbers_by_task(results["eval"])
     for arm, changes in list(by_arm.items())[:1]:
         rows += [(f"Training, {arm}: change of {measure(task)}", change, number) for task, number in changes.items()]
@@ -91,55 +76,6 @@ def _header(results) -> str:
         [[label, write(number), number["n"]] for label, write, number in rows],
         note="n: independent cases (heads and Gini: the cases behind the scores; text loss: windows of text). Every other "
         "number is at the end of the page.",
-    )
-
-
-def heads_section(result) -> str:
-    """The detected heads, from the result of `detect`."""
-    heads, mean_LH, outcomes, threshold = (
-        result["heads"],
-        np.array(result["mean"]),
-        result["outcomes"],
-        result["threshold"],
-    )
-    chosen = (
-        f"their mean score is at least {threshold:g}"
-        if threshold is not None
-        else f"they have the highest scores, the last of them {min(result['scores']):.3f}"
-    )
-    counted, total = result["numbers"]["detect/heads"]["n"], sum(outcomes.values())
-    source = (
-        f"{counted} of {_n(total, 'case')} count, those that the model answers right."
-        if outcomes
-        else f"The scores were given, of {_n(counted, 'case')}; none was measured here."
-    )
-    panels = {
-        "Head scores": figures.head_map("Head scores", mean_LH, heads, "mean score"),
-        "Sorted head scores": figures.score_ranks("Scores, best first", mean_LH, len(heads), threshold),
-        "Lorenz curve": figures.lorenz(f"Concentration: Gini {fixed(result['profile']['gini'])}", mean_LH),
-        "Stability": figures.stability("Stability (size of each set below)", result["stability"]),
-    }
-    if outcomes:
-        panels["Detection cases"] = figures.outcome_bars(f"Detection cases (n = {total})", outcomes)
-    caption = (
-        "A head's score in a case is the share of the needle's tokens that it looks at while the model writes them; shown "
-        f"is the mean over {_n(counted, 'counted case')}. Retrieval heads are outlined. The Lorenz curve bends further "
-        "from the dotted line the fewer heads hold the score (Gini 0: all equal, 1: one has all). Stability compares the "
-        "set found on the first cases with the final one (Jaccard: shared over all members)."
-    )
-    return _section(
-        "Retrieval heads",
-        [
-            f"{_n(len(heads), 'head')} of {mean_LH.size} ({mean_LH.shape[0]} layers of {mean_LH.shape[1]}) copy from the "
-            f"needle: {chosen}.",
-            source,
-            _settled(result["stability"]),
-        ],
-        _figure(panels, caption),
-        table(
-            ["profile", "value"],
-            [[_PROFILE.get(name, name), fixed(value)] for name, value in result["profile"].items()],
-        ),
     )
 
 
@@ -226,33 +162,36 @@ def all_numbers(results) -> str:
 # --- sentences and cells ---
 
 
-def provenance(results) -> list[str]:
+def provenance(results: Mapping[str, Result]) -> list[str]:
     """When, with which versions and on which weights the results were made."""
-    known = [result["provenance"] for result in results.values() if result.get("provenance")]
+    results = {name: result if isinstance(result, Result) else _Plain(result) for name, result in results.items()}
+    known = [result.provenance for result in results.values() if result.provenance.created]
     if not known:
         return []
-    first, last = (choose(known, key=lambda entry: entry["created"]) for choose in (min, max))
-    begin, end = (entry["created"][:16].replace("T", " ") for entry in (first, last))
-    minutes = sum(result.get("seconds", 0) for result in results.values()) / 60
+    first, last = (choose(known, key=lambda made: made.created) for choose in (min, max))
+    begin, end = (made.created[:16].replace("T", " ") for made in (first, last))
+    minutes = sum(result.seconds for result in results.values()) / 60
     return [
         f"Results of {begin} to {end} UTC, {minutes:.1f} minutes of work.",
-        "Versions: " + ", ".join(f"{name} {version}" for name, version in last["versions"].items()) + ".",
-        f"Config {last['config']}, weights {last['inputs']['weights']}, seed {last['seed']}.",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in last.versions.items()) + ".",
+        f"Config {last.config}, weights {last.inputs['weights']}, seed {last.seed}.",
     ]
-
-
-def _settled(rows: Sequence[Mapping]) -> str:
-    """From how many cases on the head set stays the final one."""
-    if len(rows) < 2:
-        return f"With {_n(rows[-1]['cases'], 'counted case')} nothing tells how stable this set is."
-    changed = [i for i, row in enumerate(rows) if row["jaccard"] < 1]
-    if not changed:
-        return f"The set is the same from {_n(rows[0]['cases'], 'case')} on."
-    start, end = rows[changed[-1]], rows[changed[-1] + 1]
-    return f"The set still changed between {start['cases']} and {end['cases']} cases (Jaccard {start['jaccard']:.2f})."
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:
     """Means of the first and the last tenth."""
     n = math.ceil(len(values) / 10)
     return float(np.mean(values[:n])), float(np.mean(values[-n:]))
+
+
+def _report_stage(context: Context, folder: Path) -> PageResult:
+    return write_page(context, REPORT, write_report)
+
+
+REPORT = Stage(
+    name="report",
+    work=_report_stage,
+    result=PageResult,
+    upstream=(DETECT, KNOCKOUT, ROPE, PAIRS, TRAIN, EVAL),
+    needs_model=False,
+)

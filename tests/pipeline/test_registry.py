@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from retmask_jax.pipeline import registry
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.recipes import load_recipe
 from retmask_jax.runs.workdir import Workdir, settings_of
-from retmask_jax.stages import registry
 
 CONFIG = str(Path(__file__).parents[1] / "tiny_small.py")
 # Keys whose values reach a stage's result by another way: which files are read is told by their fingerprints, and a
@@ -68,9 +68,10 @@ def _undeclared(root, names, *overrides):
     config, seen, found = load_recipe(CONFIG, overrides), set(), {}
     context = Context(Watched(config, seen), Workdir.open(root, config))
     for name in names:
-        basis = registry.basis(context, name)
+        stage = registry.STAGES[name]
+        basis = registry.basis(context, stage)
         seen.clear()
-        context.workdir.run(name, basis, functools.partial(registry.STAGES[name].function, context), {"seed": 0})
+        context.workdir.run(name, basis, functools.partial(stage.work, context), {"seed": 0})
         counted = settings_of(context.workdir.config)
         found[name] = {
             key
@@ -87,7 +88,7 @@ def test_detection_is_judged_by_all_it_reads(tmp_path):
 
 @pytest.mark.slow
 def test_every_stage_is_judged_by_all_it_reads(tmp_path):
-    names = list(dict.fromkeys([*registry.RUN, *registry.STUDY]))
+    names = list(dict.fromkeys(stage.name for stage in (*registry.RUN, *registry.STUDIED)))
     settings = (
         ("dynamics.checkpoints", "('bundled',)"),
         ("rope.text", "True"),

@@ -1,0 +1,23 @@
+"""A stage that makes a page: NAME.html in the work directory, from the results of other stages."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from retmask_jax.runs.context import Context
+from retmask_jax.runs.stage import Stage
+from retmask_jax.runs.workdir import Result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PageResult(Result):
+    """path: of the page, within the work directory."""
+
+    path: str
+
+
+def write_page(context: Context, stage: Stage, write: Callable[[Path, Mapping[str, Result], str], None]) -> PageResult:
+    """Write the page of a stage from the results of those it reads."""
+    path = context.workdir.root / f"{stage.name}.html"
+    write(path, {needed.name: needed.of(context) for needed in stage.upstream}, str(context.config.model))
+    return PageResult(path=path.name, numbers={})

@@ -1,0 +1,127 @@
+"""Results of other runs, to be compared: files of head scores, and work directories."""
+
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from retmask_jax.heads.profile import Scored
+from retmask_jax.heads.scores import HeadScores
+from retmask_jax.reports.panels.findings import Member
+from retmask_jax.reports.panels.gains import GainRun
+from retmask_jax.runs.stage import Stage
+from retmask_jax.runs.workdir import R, Result, Workdir
+from retmask_jax.stages.detect import DETECT
+from retmask_jax.stages.detectors import DETECTORS_STAGE
+from retmask_jax.stages.dynamics import DYNAMICS
+from retmask_jax.stages.eval import EVAL
+from retmask_jax.stages.knockout import KNOCKOUT
+from retmask_jax.stages.rope import ROPE
+from retmask_jax.stages.theta import THETA
+
+_THRESHOLD = 0.1
+
+
+def read_models(sources: Sequence[Path], kv_heads: Sequence[int] = (), threshold: float | None = None) -> list[Scored]:
+    """Reads the head scores of each source: a file in RetMask's format, or a work directory in which `detect` has run.
+
+    Args:
+        sources: Files and work directories.
+        kv_heads: Key/value heads of the files' models, one for all or one each; work directories say theirs.
+        threshold: None: 0.1 for a file, for a work directory the threshold of its heads.
+
+    Raises:
+        ValueError: A source is missing or broken, or the number of kv_heads does not fit.
+    """
+    files = [source for source in sources if not source.is_dir()]
+    if files and len(kv_heads) not in (1, len(files)):
+        raise ValueError(
+            f"--kv_heads has {len(kv_heads)} numbers for {len(files)} files of scores: give num_key_value_heads of their "
+            "models, one for all or one each (8,4)"
+        )
+    if kv_heads and not files:
+        raise ValueError(f"--kv_heads={kv_heads[0]} does not apply: work directories say their key/value heads")
+    of_file = dict(zip(files, list(kv_heads) * len(files) if len(kv_heads) == 1 else kv_heads, strict=False))
+    models = []
+    for name, source in zip(_names(sources), sources, strict=True):
+        if source.is_dir():
+            models.append(_of_run(name, source, threshold))
+        else:
+            reached = _THRESHOLD if threshold is None else threshold
+            models.append(Scored(name, HeadScores.load(source), of_file[source], reached))
+    return models
+
+
+def read_studies(roots: Sequence[Path]) -> list[Member]:
+    """Reads what findings rest on from each work directory.
+
+    Raises:
+        ValueError: A work directory lacks the result of a stage that every study needs.
+    """
+    return [_of_study(name, root) for name, root in zip(_names(roots), roots, strict=True)]
+
+
+def read_gains(roots: Sequence[Path], number: str) -> list[GainRun]:
+    """Reads the Gini coefficient of detection and one number of evaluation from each work directory.
+
+    Args:
+        roots: Work directories.
+        number: Such as "eval/needle long/retmask minus start".
+
+    Raises:
+        ValueError: A source has no number of that name.
+    """
+    return [_of_evaluation(name, root, number) for name, root in zip(_names(roots), roots, strict=True)]
+
+
+def _of_run(name: str, root: Path, threshold: float | None) -> Scored:
+    result = _read(root, DETECT)
+    scores = root / DETECT.name / "scores.json"
+    if result.n_kv_heads is None:
+        raise ValueError(
+            f"{root} does not say its key/value heads (it is of an older version): give {scores} and --kv_heads"
+        )
+    reached = result.reached if threshold is None else threshold
+    return Scored(name, HeadScores.load(scores), result.n_kv_heads, reached)
+
+
+def _of_study(name: str, root: Path) -> Member:
+    work = Workdir(root, {})
+    if not any(root.glob("*/result.json")):
+        raise ValueError(f"{root} is no work directory with results: run `retmask study --workdir={root}` first")
+    for stage in (DETECT, DETECTORS_STAGE, KNOCKOUT, ROPE):
+        if not work.is_finished(stage.name):
+            raise ValueError(f"{name} has no result of {stage.name}: run `retmask study` there first")
+    return Member(
+        name=name,
+        detect=_read(root, DETECT),
+        detectors=_read(root, DETECTORS_STAGE),
+        knockout=_read(root, KNOCKOUT),
+        rope=_read(root, ROPE),
+        theta=_read(root, THETA) if work.is_finished(THETA.name) else None,
+        dynamics=_read(root, DYNAMICS) if work.is_finished(DYNAMICS.name) else None,
+    )
+
+
+def _of_evaluation(name: str, root: Path, number: str) -> GainRun:
+    if not root.is_dir():
+        raise ValueError(f"{root} is no work directory: only those have an evaluation")
+    detect, numbers = _read(root, DETECT), Workdir(root, {}).result(EVAL.name, Result).numbers
+    if number not in numbers:
+        nearest = ", ".join(difflib.get_close_matches(number, numbers, cutoff=0))
+        raise ValueError(f"eval in {root} has no number {number!r}; the most similar names are {nearest}")
+    weights, gini = detect.provenance.inputs["weights"], detect.numbers["detect/gini"].estimate
+    return GainRun(name=name, weights=weights, gini=gini, gain=numbers[number])
+
+
+def _read(root: Path, stage: Stage[R]) -> R:
+    return Workdir(root, {}).result(stage.name, stage.result)
+
+
+def _names(sources: Sequence[Path]) -> list[str]:
+    """Names paths by their last part that is not the same in all, or in full where two would have the same name."""
+    parts = [(source.resolve() if source.is_dir() else source.with_suffix("")).parts for source in sources]
+    while len(parts) > 1 and len({path[-1] for path in parts}) == 1 and all(len(path) > 1 for path in parts):
+        parts = [path[:-1] for path in parts]
+    count = Counter(path[-1] for path in parts)
+    return [path[-1] if count[path[-1]] == 1 else str(source) for path, source in zip(parts, sources, strict=True)]

@@ -1,0 +1,53 @@
+"""A stage of the pipeline as one object: what it reads, its checks, its work and the type of its result."""
+
+import dataclasses
+import glob
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Generic
+
+from retmask_jax.runs.context import Context
+from retmask_jax.runs.workdir import R, settings_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage(Generic[R]):
+    """A stage: its name is the command, the section of the config and the folder in the work directory.
+
+    Attributes:
+        work: Computes the result; its second argument is the folder for the files of the stage.
+        result: The type of what `work` returns, which `of` reads back.
+        upstream: The stages whose results it reads.
+        settings: Patterns of the config's keys that decide its result.
+        tasks: Names of the tasks it answers, whose sections decide its result, too.
+        inputs: Fingerprints of files that it alone reads.
+        needs_model: Whether it needs the model, or works on results alone.
+        batch_key: The config's key that lowers the memory it takes.
+        check: Raises ValueError for a config that could only fail later, before anything runs.
+        check_model: Raises ValueError where the settings do not suit the model or its files.
+    """
+
+    name: str
+    work: Callable[[Context, Path], R]
+    result: type[R]
+    upstream: "tuple[Stage, ...]" = ()
+    settings: tuple[str, ...] = ()
+    tasks: Callable[[Any], Iterable[str]] = lambda config: ()
+    inputs: Callable[[Context], dict[str, Any]] = lambda context: {}
+    needs_model: bool = True
+    batch_key: str = "batch_size"
+    check: Callable[[Any], None] = lambda config: None
+    check_model: Callable[[Context], None] = lambda context: None
+
+    def of(self, context: Context) -> R:
+        """The result of this stage in the work directory; ValueError if it has not run."""
+        return context.workdir.result(self.name, self.result)
+
+
+def settings_read(context: Context, stage: Stage) -> dict[str, Any]:
+    """{key: value} of the config that decide a stage's result."""
+    of_tasks = [f"tasks.{glob.escape(task)}.*" for task in stage.tasks(context.config)]
+    return settings_of(context.workdir.config, (*stage.settings, *of_tasks))
+
+
+PROMPTS = ("dtype", "prompt.*")  # settings of every stage that asks a model

@@ -22,14 +22,14 @@ from retmask_jax.model.sharding import param_shapes
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Most time goes into compiling programs that run once on little data: compile those quickly. What a test starts as a
-# process of its own is compiled as users have it. XLA ends the process on a flag that it does not know, so the flag of
-# the fused loops, which halves the time, is given only to releases that have been tried.
+# Most time goes into compiling programs that run once on little data: compile those quickly. XLA ends the process on a
+# flag that it does not know, so the one about fused loops, which halves the time, is given only to releases that were
+# tried.
+QUICK_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if jax.__version_info__ < (0, 11):
+    QUICK_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 with pytest.MonkeyPatch.context() as quick:
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    if jax.__version_info__ < (0, 11):
-        flags += " --xla_cpu_use_fusion_emitters=false"
-    quick.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {flags}")
+    quick.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}")
     jax.devices()  # reads them, once
 
 VARIANTS = tuple(sorted(path.name for path in GOLDEN.iterdir() if path.name != "example"))
@@ -44,13 +44,18 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_programs(tmp_path_factory):
-    """Processes started by the tests of any worker share what they compile; this one has read its settings already."""
+def shared_programs(request, tmp_path_factory):
+    """Processes started by the tests of any worker share what they compile; this one has read its settings already.
+
+    Where only quick tests run, processes compile quickly as well; among slow tests, as users have it.
+    """
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(base / "programs"))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        if not any(item.get_closest_marker("slow") for item in request.session.items):
+            patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}")
         yield
 
 

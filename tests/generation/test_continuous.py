@@ -1,10 +1,12 @@
 """Generation in a batch that is refilled: the results of the simple path, rows used again, programs, memory, meshes."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -45,6 +47,12 @@ def lm(request, random_model):
 @pytest.fixture(scope="module")
 def plain(random_model):
     return random_model(MODELS["short window"])
+
+
+@pytest.fixture(scope="module")
+def single(random_model):
+    """Of one layer: for tests that compile many sizes of a batch."""
+    return random_model(ModelConfig(**_SMALL, n_layers=1))
 
 
 def _masks(seed=0):
@@ -199,39 +207,38 @@ def test_where_memory_runs_out_the_batch_is_halved_and_nothing_is_lost(plain, mo
 FILLED = []  # rows of each batch
 
 
-def _rows_that_fill(monkeypatch, plain, free: int, requests):
+def _rows_that_fill(monkeypatch, lm, free: int, requests):
     FILLED.clear()
     filling = continuous._filling
     monkeypatch.setattr(continuous.memory, "limit", lambda: free)
     monkeypatch.setattr(continuous, "_filling", lambda *args: FILLED.append(filling(*args)) or FILLED[-1])
-    results = list(_stream(plain, requests, batch_size=None, masks=_masks()(plain.config)))
+    results = list(_stream(lm, requests, batch_size=None, masks=_masks()(lm.config)))
     monkeypatch.undo()
     return FILLED[:], results
 
 
-def test_without_a_batch_size_rows_fill_the_free_memory_by_the_compilers_report(plain, monkeypatch):
-    requests = _requests() * 20
-    few, results = _rows_that_fill(monkeypatch, plain, 400_000, requests)
-    more, _ = _rows_that_fill(monkeypatch, plain, 1_600_000, requests)
-    assert few[0] < more[0] < len(requests)
-    _assert_same(results, _simply(plain, requests, _masks()(plain.config)))
-    lengths = [len(request.tokens) for request in requests]
-    masks = normalise_each(plain.config, _masks()(plain.config))
-    shared = Shared(plain.params, masks, continuous.Draws.of(plain.config, STOPS, 0.0, 1.0), np.int32(84))
-    for rows, free in ((few[0], 400_000), (more[0], 1_600_000)):
-        needed = [
-            sum(continuous.programs(plain.config, shared, n, max(lengths), NEW).needed())
-            for n in (rows, rows + rows // 2)
-        ]
-        assert needed[0] <= free < needed[1]
+def test_without_a_batch_size_rows_fill_the_free_memory_by_the_compilers_report(single, monkeypatch):
+    requests = _requests() * 4
+    (few,), results = _rows_that_fill(monkeypatch, single, 250_000, requests)
+    _assert_same(results, _simply(single, requests, _masks()(single.config)))
+
+    masks = normalise_each(single.config, _masks()(single.config))
+    shared = Shared(single.params, masks, continuous.Draws.of(single.config, STOPS, 0.0, 1.0), np.int32(84))
+    longest, programs = max(len(request.tokens) for request in requests), continuous.programs
+    needed = functools.cache(lambda rows: programs(single.config, shared, rows, longest, NEW).needed())
+    monkeypatch.setattr(continuous, "programs", lambda _, shared, n, *__: SimpleNamespace(needed=lambda: needed(n)))
+    more = continuous.rows_that_fill(single.config, shared, longest, NEW, 500_000, most=len(requests))
+    assert few < more < len(requests)
+    for rows, free in ((few, 250_000), (more, 500_000)):
+        assert sum(needed(rows)) <= free < sum(needed(rows + rows // 2))
 
 
-def test_rows_that_fill_the_memory_are_no_more_than_requests_and_at_least_one(plain, monkeypatch):
-    assert _rows_that_fill(monkeypatch, plain, 10**9, _requests())[0] == [11]
-    assert _rows_that_fill(monkeypatch, plain, 1000, _requests()[:2])[0][0] == 1
+def test_rows_that_fill_the_memory_are_no_more_than_requests_and_at_least_one(single, monkeypatch):
+    assert _rows_that_fill(monkeypatch, single, 10**9, _requests())[0] == [11]
+    assert _rows_that_fill(monkeypatch, single, 1000, _requests()[:2])[0][0] == 1
 
 
-def test_where_rows_that_were_to_fill_the_memory_do_not_fit_they_are_halved(plain, monkeypatch):
+def test_where_rows_that_were_to_fill_the_memory_do_not_fit_they_are_halved(single, monkeypatch):
     admit, failed = continuous._admit, []
 
     def scarce(job, state, *taken):
@@ -242,9 +249,9 @@ def test_where_rows_that_were_to_fill_the_memory_do_not_fit_they_are_halved(plai
 
     monkeypatch.setattr(continuous, "_admit", scarce)
     requests = _requests()
-    results = list(_stream(plain, requests, batch_size=None, masks=_masks()(plain.config)))
+    results = list(_stream(single, requests, batch_size=None, masks=_masks()(single.config)))
     assert failed == [11]
-    _assert_same(results, _simply(plain, requests, _masks()(plain.config)))
+    _assert_same(results, _simply(single, requests, _masks()(single.config)))
 
 
 @pytest.mark.parametrize(

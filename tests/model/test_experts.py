@@ -36,12 +36,16 @@ def test_batches_and_gradients_in_either_order(axes, close):
     def loss(product):
         return lambda *args: jnp.sum(jnp.sin(product(*args)))
 
-    ours, plain = jax.vmap(rows_times, axes), jax.vmap(_plain, axes)
-    close(jax.jit(ours)(*args), plain(*args), 1e-6)
-    for argnums in (0, 1):
-        close(jax.jit(jax.grad(loss(ours), argnums))(*args), jax.grad(loss(plain), argnums)(*args), 1e-5)
-        each, plain_each = (jax.vmap(jax.grad(loss(product), argnums), axes) for product in (rows_times, _plain))
-        close(jax.jit(each)(*args), plain_each(*args), 1e-5)
+    def everything(product):
+        batch = jax.vmap(product, axes)
+        of_all = [jax.grad(loss(batch), argnums) for argnums in (0, 1)]
+        of_each = [jax.vmap(jax.grad(loss(product), argnums), axes) for argnums in (0, 1)]
+        return jax.jit(lambda *args: [function(*args) for function in (batch, *of_all, *of_each)])(*args)
+
+    (ours, *gradients), (plain, *plain_gradients) = everything(rows_times), everything(_plain)
+    close(ours, plain, 1e-6)
+    for gradient, plain_gradient in zip(gradients, plain_gradients, strict=True):
+        close(gradient, plain_gradient, 1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import textwrap
 
 import jax
 import pytest
+from conftest import QUICK_FLAGS
 
 from retmask_jax.model import sharding
 
@@ -87,7 +88,7 @@ SPLIT = textwrap.dedent("""
 def _run(script: str, *arguments: str, **environment) -> str:
     # Only what this test sets may choose the number of devices.
     inherited = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
-    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    quick = {"XLA_FLAGS": QUICK_FLAGS, "JAX_PLATFORMS": "cpu"}
     command, settings = [sys.executable, "-c", script, *arguments], inherited | quick | environment
     done = subprocess.run(command, env=settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -29,6 +29,7 @@ notebooks: .venv/.tested
 lint: .venv/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -1,6 +1,7 @@
 """Recall tasks, as the section `tasks` of a config lists them: questions about needles or facts, by length and
 depth."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,15 @@ import numpy as np
 from retmask_jax.data.needles import Case, build_cases, draw_specs, question_case, read_needles, read_sentences
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.utils import stats
+from retmask_jax.utils.numbers import Number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridCell(Number):
+    """What is recalled of the cases of one length (tokens) and depth (0 to 1) of a grid; low and high may be None."""
+
+    length: int
+    depth: float
 
 
 def task_cases(prompter: Prompter, task: Any, resolve: Callable[[str], Path]) -> list[Case]:
@@ -36,12 +46,12 @@ def check_fits(name: str, task: Any, max_length: int, context: str = "the model'
         raise ValueError(f"task {name!r} needs {longest} tokens, {context} is {max_length}: shorten its lengths")
 
 
-def by_cell(cases: Sequence[Case], outcomes: np.ndarray) -> list[dict]:
-    """Returns recall by length and depth: [{"length", "depth", "value", "low", "high", "n"}, ...]."""
-    cells: dict[tuple, list[bool]] = {}
+def by_cell(cases: Sequence[Case], outcomes: np.ndarray) -> list[GridCell]:
+    """Returns recall by length, then depth."""
+    cells: dict[tuple[int, float], list[bool]] = {}
     for case, outcome in zip(cases, outcomes, strict=True):
         cells.setdefault((case.spec.length, case.spec.depth), []).append(bool(outcome))
     return [
-        {"length": length, "depth": depth, **stats.proportion(np.array(hits))}
+        GridCell.of(stats.proportion(np.array(hits)), length=length, depth=depth)
         for (length, depth), hits in sorted(cells.items())
     ]

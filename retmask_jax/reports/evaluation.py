@@ -203,7 +203,7 @@ def _before_after(
         if len(runs[arm]) > 1:
             ax.plot(_values(runs[arm]), np.full(len(runs[arm]), y + 0.25), ".", color=colour(arm, y), alpha=0.6)
         plotting.interval(ax, number, y, colour(arm, y), marker=MARKERS[y % 5])
-        plotting.note(ax, y, f"{number['value']:.3f}")
+        plotting.note(ax, y, f"{number.value:.3f}")
     ax.axvline(_values([pooled[START]])[0], color=colour(START), linestyle=":", linewidth=0.9, zorder=0)
     plotting.rows(ax, list(pooled), xlabel)
     if share:

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from ml_collections import ConfigDict
 
-from retmask_jax.data.tasks import by_cell
+from retmask_jax.data.tasks import GridCell, by_cell
 from retmask_jax.evals.compare import START, ArmRow, ModelRow, arm_rows, headlines, model_rows
 from retmask_jax.evals.external.helmet import run_helmet
 from retmask_jax.evals.external.helmet_means import helmet_means
@@ -42,15 +42,13 @@ MASKED = "masked"  # the start model with its retrieval heads masked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell(Number):
-    """What a model recalls of the cases of one length (tokens) and depth (0 to 1) of a grid; low and high may be None."""
+class Cell(GridCell):
+    """A cell of a grid, of one model on one task."""
 
     model: str
     arm: str
     seed: int
     task: str
-    length: int
-    depth: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +133,7 @@ class Measurement:
     """What one model did: values of the recipe's own cases by task, cells of grids by task, and the tasks of suites."""
 
     samples: dict[str, np.ndarray]
-    grids: dict[str, list[dict[str, Any]]]
+    grids: dict[str, list[GridCell]]
     suites: list[Measured]
 
 
@@ -223,10 +221,9 @@ def _measured(context: Context, name: str, contender: Contender) -> Measurement:
 def _cells(name: str, contender: Contender, measured: Measurement) -> list[Cell]:
     """The cells of the recipe's own grids and, with shares from 0 to 1, too, of the needle suite."""
     needles = [task for task in measured.suites if task.suite == "niah"]
-    bounds = {"low": None, "high": None}  # the cells of that suite have none
-    grids = measured.grids | {"niah, ROUGE-1 recall": [bounds | cell for cell in heat_map(needles)]}
+    grids = measured.grids | {"niah, ROUGE-1 recall": heat_map(needles)}
     return [
-        Cell(model=name, arm=contender.arm, seed=contender.seed, task=task, **cell)
+        Cell(model=name, arm=contender.arm, seed=contender.seed, task=task, **vars(cell))
         for task, cells in grids.items()
         for cell in cells
     ]

@@ -73,7 +73,7 @@ def proportion(outcomes: ArrayLike, level: float = 0.95) -> Number:
 
 def exact(value: float, n: int) -> Number:
     """A number that is counted from n things and not estimated, so it has no interval."""
-    return Number(float(value), None, None, int(n))
+    return Number(float(value), None, None, n)
 
 
 def defined(value: float | None) -> float | None:

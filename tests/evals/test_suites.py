@@ -49,11 +49,11 @@ def test_heat_map_holds_the_mean_recall_of_each_cell(monkeypatch):
     monkeypatch.setattr(niah, "answers", lambda lm, prompts, interventions, **options: said)
     measured = niah.run_niah(copying_lm(), cases, max_new_tokens=8)
     assert [one.name for one in measured] == ["niah/rouge 96", "niah/exact 96", "niah/rouge 160", "niah/exact 160"]
-    cells = {(cell["length"], cell["depth"]): cell for cell in niah.heat_map(measured)}
-    exact = {(cell["length"], cell["depth"]): cell["value"] for cell in niah.heat_map(measured, "exact")}
+    cells = {(cell.length, cell.depth): cell for cell in niah.heat_map(measured)}
+    exact = {(cell.length, cell.depth): cell.value for cell in niah.heat_map(measured, "exact")}
     for cell in cells:
         here = [i for i, case in enumerate(cases) if (case.spec.length, case.spec.depth) == cell]
-        assert cells[cell]["value"] == pytest.approx(np.mean([share[i] / 5 for i in here])) and cells[cell]["n"] == 2
+        assert cells[cell].value == pytest.approx(np.mean([share[i] / 5 for i in here])) and cells[cell].n == 2
         assert exact[cell] == np.mean([share[i] == 5 for i in here])
     with pytest.raises(
         ValueError, match=f"needle in a haystack needs 560 tokens, the model's context is {CONFIG.max_length}"

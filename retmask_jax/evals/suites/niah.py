@@ -2,19 +2,20 @@
 
 import collections
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from retmask_jax.data.answers import rouge1_recall
 from retmask_jax.data.needles import Case, Needle, Spec, build_cases, draw_specs
 from retmask_jax.data.prompter import Prompter
+from retmask_jax.data.tasks import GridCell
 from retmask_jax.evals.measured import Measured
 from retmask_jax.evals.scoring import answers
 from retmask_jax.evals.suites.samples import check_lengths
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.heads.conditions import hits
 from retmask_jax.model.interventions import Interventions
+from retmask_jax.utils import stats
 from retmask_jax.utils.store import Store
 
 
@@ -91,15 +92,15 @@ def run_niah(
     return measured
 
 
-def heat_map(measured: Sequence[Measured], task: str = "rouge") -> list[dict[str, Any]]:
-    """Returns the mean of each cell of `run_niah`, {"length", "depth", "value", "n"}, by length, then depth."""
+def heat_map(measured: Sequence[Measured], task: str = "rouge") -> list[GridCell]:
+    """Returns the mean of each cell of `run_niah`, without an interval, by length, then depth."""
     cells = []
     for at_length in sorted((each for each in measured if each.task == task), key=lambda each: each.length or 0):
         by_depth = collections.defaultdict(list)
         for name, value in zip(at_length.ids, at_length.values, strict=True):
             by_depth[float(name.split("/")[0])].append(float(value))
         cells += [
-            {"length": at_length.length, "depth": depth, "value": float(np.mean(values)), "n": len(values)}
+            GridCell.of(stats.exact(float(np.mean(values)), len(values)), length=at_length.length or 0, depth=depth)
             for depth, values in sorted(by_depth.items())
         ]
     return cells

@@ -7,11 +7,11 @@ from retmask_jax.heads.conditions import ConditionRow
 from retmask_jax.heads.detectors import DETECTORS, Agreement, Repeats
 from retmask_jax.heads.query_norms import NormComparison
 from retmask_jax.stages.detect import Settled
-from retmask_jax.stages.detector_runs import Concentration
-from retmask_jax.stages.detectors import DetectorRow, DetectorsResult
-from retmask_jax.stages.dynamics import CheckpointRecall, CheckpointRow, DynamicsResult
-from retmask_jax.stages.theta import BaseHeads, BaseRow, ThetaResult
-from retmask_jax.stages.utility import UtilityResult
+from retmask_jax.stages.study.detector_runs import Concentration
+from retmask_jax.stages.study.detectors import DetectorRow, DetectorsResult
+from retmask_jax.stages.study.dynamics import CheckpointRecall, CheckpointRow, DynamicsResult
+from retmask_jax.stages.study.theta import BaseHeads, BaseRow, ThetaResult
+from retmask_jax.stages.study.utility import UtilityResult
 from retmask_jax.utils.numbers import McNemar, Permutation
 
 TEST = McNemar(b=3, c=1, n_discordant=4, p_value=0.03)

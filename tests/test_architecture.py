@@ -1,6 +1,7 @@
 """The package's shape: imports go one way, nothing heavy is imported for --help, family names stay in the tables."""
 
 import ast
+import collections
 import re
 import subprocess
 import sys
@@ -87,9 +88,32 @@ def test_families_are_named_in_the_tables_only():
         assert not [w for w in words if family.search(w) and w not in docs and w not in ("llama3", "_llama3")], name
 
 
-def test_files_stay_short():
-    too_long = {name: n for name, path in _modules() if (n := len(path.read_text().splitlines())) > 430}
-    assert not too_long
+def test_files_and_folders_stay_short():
+    assert not {name: n for name, path in _modules() if (n := len(path.read_text().splitlines())) > 400}
+    folders = collections.Counter(path.parent for _, path in _modules())
+    assert not {folder: n for folder, n in folders.items() if n > 12}
+
+
+def test_public_functions_are_annotated():
+    assert not [
+        (name, function.name, bare)
+        for name, path in _modules()
+        for function in _public_functions(ast.parse(path.read_text()).body)
+        if (bare := _bare(function))
+    ]
+
+
+def _public_functions(body):
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            yield from [node] if isinstance(node, ast.FunctionDef) else _public_functions(node.body)
+
+
+def _bare(function):
+    """Names of the parameters without an annotation, and "return" where the result has none."""
+    given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    bare = [argument.arg for argument in given if argument.annotation is None and argument.arg not in ("self", "cls")]
+    return bare + (["return"] if function.returns is None else [])
 
 
 def test_help_needs_no_heavy_import():

@@ -31,8 +31,8 @@ from retmask_jax.runs import recipes
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.workdir import Workdir
 from retmask_jax.stages import arms
-from retmask_jax.stages.detector_runs import run_detector
 from retmask_jax.stages.pairs import pairs_stage
+from retmask_jax.stages.study.detector_runs import run_detector
 from retmask_jax.stages.train import train_settings
 from retmask_jax.training import losses
 from retmask_jax.training.objective import part_loss

@@ -11,7 +11,7 @@ from retmask_jax.data.prompts import read_prompts
 from retmask_jax.evals.suites.questions import read_questions
 from retmask_jax.evals.suites.rerank import read_queries
 from retmask_jax.heads.scores import HeadScores
-from retmask_jax.reports.panels.sources import read_models
+from retmask_jax.reports.panel.sources import read_models
 from retmask_jax.runs.recipes import load_recipe
 from retmask_jax.utils.files import read_json
 

@@ -23,7 +23,7 @@ from retmask_jax.model.sharding import split_cpu
 from retmask_jax.pipeline.registry import RUN, STAGES, STUDIED, check_config, check_model, check_upstream, run_stage
 from retmask_jax.reports import comparison, html, plotting
 from retmask_jax.reports.comparison import COMPARISON
-from retmask_jax.reports.panels import findings, gains, page, profiles, sources
+from retmask_jax.reports.panel import findings, gains, page, profiles, sources
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import Stage
 from retmask_jax.runs.workdir import Result, Workdir, check_free, differing, locked, settings_of, versions

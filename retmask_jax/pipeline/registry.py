@@ -11,7 +11,7 @@ from retmask_jax.data.tasks import check_fits
 from retmask_jax.model.sharding import make_mesh
 from retmask_jax.reports.comparison import COMPARISON
 from retmask_jax.reports.report import REPORT
-from retmask_jax.reports.studies.page import STUDY
+from retmask_jax.reports.study.page import STUDY
 from retmask_jax.runs.context import Context, named_files
 from retmask_jax.runs.limits import check_limits
 from retmask_jax.runs.recipes import flat
@@ -19,15 +19,15 @@ from retmask_jax.runs.stage import Stage, settings_read
 from retmask_jax.runs.workdir import Basis, Result
 from retmask_jax.stages.compare import COMPARE
 from retmask_jax.stages.detect import DETECT
-from retmask_jax.stages.detectors import DETECTORS_STAGE
-from retmask_jax.stages.dynamics import DYNAMICS
 from retmask_jax.stages.eval import EVAL
 from retmask_jax.stages.knockout import KNOCKOUT
 from retmask_jax.stages.pairs import PAIRS
 from retmask_jax.stages.rope import ROPE
-from retmask_jax.stages.theta import THETA
+from retmask_jax.stages.study.detectors import DETECTORS_STAGE
+from retmask_jax.stages.study.dynamics import DYNAMICS
+from retmask_jax.stages.study.theta import THETA
+from retmask_jax.stages.study.utility import UTILITY
 from retmask_jax.stages.train import TRAIN
-from retmask_jax.stages.utility import UTILITY
 from retmask_jax.utils import memory
 
 _ALL = (

@@ -13,8 +13,8 @@ from retmask_jax.cli.main import main
 from retmask_jax.heads.profile import Scored, profile, profile_table
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.reports import plotting
-from retmask_jax.reports.panels.gains import GainRun, gain_against_sparsity, sparsity
-from retmask_jax.reports.panels.profiles import profiles
+from retmask_jax.reports.panel.gains import GainRun, gain_against_sparsity, sparsity
+from retmask_jax.reports.panel.profiles import profiles
 from retmask_jax.runs.workdir import Provenance
 from retmask_jax.utils.files import write_json
 

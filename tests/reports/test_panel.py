@@ -10,9 +10,9 @@ from helpers_study import detectors_result, dynamics_result, theta_result
 from retmask_jax.cli.main import main
 from retmask_jax.heads.conditions import Contrast
 from retmask_jax.heads.detectors import Agreement
-from retmask_jax.reports.panels import findings as panels
-from retmask_jax.reports.panels import sources
-from retmask_jax.reports.panels.findings import Finding, Member, agreement, evaluate, groups
+from retmask_jax.reports.panel import findings as panels
+from retmask_jax.reports.panel import sources
+from retmask_jax.reports.panel.findings import Finding, Member, agreement, evaluate, groups
 from retmask_jax.stages.knockout import ControlContrast
 from retmask_jax.stages.rope import DoseContrast, Spectrum
 from retmask_jax.utils import stats

@@ -8,7 +8,7 @@ from helpers_study import dynamics_result, study_results, theta_result
 from markupsafe import Markup
 
 from retmask_jax.reports import plotting
-from retmask_jax.reports.studies.page import StudyResults, write_study
+from retmask_jax.reports.study.page import StudyResults, write_study
 
 
 @pytest.fixture

@@ -22,11 +22,11 @@ from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.workdir import Workdir
 from retmask_jax.stages.detect import detect_stage
-from retmask_jax.stages.detector_runs import Concentration, reused_copy, run_detector, spread
-from retmask_jax.stages.detectors import detectors_stage
-from retmask_jax.stages.dynamics import checkpoint_prints, dynamics_stage
-from retmask_jax.stages.theta import theta_stage
-from retmask_jax.stages.utility import utility_stage
+from retmask_jax.stages.study.detector_runs import Concentration, reused_copy, run_detector, spread
+from retmask_jax.stages.study.detectors import detectors_stage
+from retmask_jax.stages.study.dynamics import checkpoint_prints, dynamics_stage
+from retmask_jax.stages.study.theta import theta_stage
+from retmask_jax.stages.study.utility import utility_stage
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import write_json
 

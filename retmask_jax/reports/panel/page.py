@@ -10,11 +10,11 @@ from retmask_jax.heads.detectors import Agreement
 from retmask_jax.heads.profile import ProfileRow, Scored
 from retmask_jax.reports import html, plotting
 from retmask_jax.reports.html import change, count, fixed, interval, p_value, section, signed, table
-from retmask_jax.reports.panels.findings import ALPHA, Member, Panel, Spread, Verdict, groups
-from retmask_jax.reports.panels.gains import Gains, sparsity
-from retmask_jax.reports.panels.profiles import profiles
+from retmask_jax.reports.panel.findings import ALPHA, Member, Panel, Spread, Verdict, groups
+from retmask_jax.reports.panel.gains import Gains, sparsity
+from retmask_jax.reports.panel.profiles import profiles
 from retmask_jax.reports.plotting import DASHES, MARKERS, SHADES, drawn
-from retmask_jax.reports.studies.detectors import agreement_matrix
+from retmask_jax.reports.study.detectors import agreement_matrix
 from retmask_jax.utils.files import write_atomically
 from retmask_jax.utils.numbers import Number
 

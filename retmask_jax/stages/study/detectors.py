@@ -13,7 +13,8 @@ from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, DETECTION, Settled, retrieval_heads
-from retmask_jax.stages.detector_runs import (
+from retmask_jax.stages.outcomes import task_outcomes
+from retmask_jax.stages.study.detector_runs import (
     UNTOUCHED,
     Concentration,
     DetectorRun,
@@ -24,7 +25,6 @@ from retmask_jax.stages.detector_runs import (
     run_detector,
     spread,
 )
-from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import write_jsonl
 from retmask_jax.utils.numbers import Number

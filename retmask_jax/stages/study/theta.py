@@ -10,8 +10,8 @@ from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, DETECTION
-from retmask_jax.stages.detector_runs import UNTOUCHED, Found, check_detector_names, heads_found, scored
 from retmask_jax.stages.outcomes import task_outcomes
+from retmask_jax.stages.study.detector_runs import UNTOUCHED, Found, check_detector_names, heads_found, scored
 from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import McNemar, Number
 

@@ -12,19 +12,19 @@ from retmask_jax.reports.knockout import knockout_section
 from retmask_jax.reports.page import PageResult
 from retmask_jax.reports.report import all_numbers, provenance
 from retmask_jax.reports.rope import rope_section
-from retmask_jax.reports.studies.detectors import detectors_section
-from retmask_jax.reports.studies.dynamics import dynamics_section
-from retmask_jax.reports.studies.query_norms import norms_section
-from retmask_jax.reports.studies.rope_base import base_section
+from retmask_jax.reports.study.detectors import detectors_section
+from retmask_jax.reports.study.dynamics import dynamics_section
+from retmask_jax.reports.study.theta import base_section
+from retmask_jax.reports.study.utility import norms_section
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import Stage
 from retmask_jax.stages.detect import DETECT, DetectResult
-from retmask_jax.stages.detectors import DETECTORS_STAGE, DetectorsResult
-from retmask_jax.stages.dynamics import DYNAMICS, DynamicsResult
 from retmask_jax.stages.knockout import KNOCKOUT, KnockoutResult
 from retmask_jax.stages.rope import ROPE, RopeResult
-from retmask_jax.stages.theta import THETA, ThetaResult
-from retmask_jax.stages.utility import UTILITY, UtilityResult
+from retmask_jax.stages.study.detectors import DETECTORS_STAGE, DetectorsResult
+from retmask_jax.stages.study.dynamics import DYNAMICS, DynamicsResult
+from retmask_jax.stages.study.theta import THETA, ThetaResult
+from retmask_jax.stages.study.utility import UTILITY, UtilityResult
 from retmask_jax.utils.files import write_atomically
 
 

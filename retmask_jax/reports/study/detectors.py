@@ -11,8 +11,8 @@ from retmask_jax.heads.detectors import Agreement
 from retmask_jax.reports import html, plotting
 from retmask_jax.reports.html import change, count, fixed, interval, p_value, signed, table
 from retmask_jax.stages.detect import Settled
-from retmask_jax.stages.detector_runs import UNTOUCHED
-from retmask_jax.stages.detectors import DetectorRow, DetectorsResult
+from retmask_jax.stages.study.detector_runs import UNTOUCHED
+from retmask_jax.stages.study.detectors import DetectorRow, DetectorsResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

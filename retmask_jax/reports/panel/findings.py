@@ -11,11 +11,11 @@ from retmask_jax.heads.conditions import Contrast
 from retmask_jax.heads.detectors import Agreement
 from retmask_jax.reports.wording import direction
 from retmask_jax.stages.detect import DetectResult
-from retmask_jax.stages.detectors import DetectorsResult
-from retmask_jax.stages.dynamics import DynamicsResult
 from retmask_jax.stages.knockout import KnockoutResult
 from retmask_jax.stages.rope import RopeResult
-from retmask_jax.stages.theta import ThetaResult
+from retmask_jax.stages.study.detectors import DetectorsResult
+from retmask_jax.stages.study.dynamics import DynamicsResult
+from retmask_jax.stages.study.theta import ThetaResult
 from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import Number
 

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from retmask_jax.reports import html, plotting
 from retmask_jax.reports.html import change, count, fixed, interval, p_value, table
 from retmask_jax.reports.wording import direction
-from retmask_jax.stages.theta import BaseHeads, BaseRow, ThetaResult
+from retmask_jax.stages.study.theta import BaseHeads, BaseRow, ThetaResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

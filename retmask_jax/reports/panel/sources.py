@@ -7,17 +7,17 @@ from pathlib import Path
 
 from retmask_jax.heads.profile import Scored
 from retmask_jax.heads.scores import HeadScores
-from retmask_jax.reports.panels.findings import Member
-from retmask_jax.reports.panels.gains import GainRun
+from retmask_jax.reports.panel.findings import Member
+from retmask_jax.reports.panel.gains import GainRun
 from retmask_jax.runs.stage import Stage
 from retmask_jax.runs.workdir import R, Result, Workdir
 from retmask_jax.stages.detect import DETECT
-from retmask_jax.stages.detectors import DETECTORS_STAGE
-from retmask_jax.stages.dynamics import DYNAMICS
 from retmask_jax.stages.eval import EVAL
 from retmask_jax.stages.knockout import KNOCKOUT
 from retmask_jax.stages.rope import ROPE
-from retmask_jax.stages.theta import THETA
+from retmask_jax.stages.study.detectors import DETECTORS_STAGE
+from retmask_jax.stages.study.dynamics import DYNAMICS
+from retmask_jax.stages.study.theta import THETA
 
 _THRESHOLD = 0.1
 

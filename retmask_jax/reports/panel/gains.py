@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from retmask_jax.reports import plotting
-from retmask_jax.reports.panels.profiles import captioned, wide_figure
+from retmask_jax.reports.panel.profiles import captioned, wide_figure
 from retmask_jax.reports.plotting import MARKERS, SHADES
 from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import Number

@@ -21,7 +21,8 @@ from retmask_jax.runs.context import Context, checkpoint_fingerprint
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECTION
-from retmask_jax.stages.detector_runs import (
+from retmask_jax.stages.outcomes import task_outcomes
+from retmask_jax.stages.study.detector_runs import (
     UNTOUCHED,
     DetectorRun,
     Found,
@@ -30,7 +31,6 @@ from retmask_jax.stages.detector_runs import (
     heads_found,
     scored,
 )
-from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import McNemar, Number
 

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from retmask_jax.reports import html, plotting
 from retmask_jax.reports.html import count, fixed, interval, table
-from retmask_jax.stages.dynamics import CheckpointRow, DynamicsResult
+from retmask_jax.stages.study.dynamics import CheckpointRow, DynamicsResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

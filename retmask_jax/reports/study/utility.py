@@ -11,7 +11,7 @@ from retmask_jax.heads.query_norms import NormComparison
 from retmask_jax.model.interventions import Head
 from retmask_jax.reports import html, plotting
 from retmask_jax.reports.html import change, count, p_value, signed, table
-from retmask_jax.stages.utility import UtilityResult
+from retmask_jax.stages.study.utility import UtilityResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -96,7 +96,7 @@ def test_the_stage_trains_from_the_weights_as_stored_and_exports_what_did_not_ch
     }
     overrides |= {"train.arms": '("retmask",)'} | settings
     context = Context(recipes.load_recipe("tiny", [(k, str(v)) for k, v in overrides.items()]), Workdir(tmp_path, {}))
-    write_json(tmp_path / "detect" / "result.json", dict(detected([(1, 0)])))
+    write_json(tmp_path / "detect" / "result.json", vars(detected([(1, 0)])))
     question = [{"role": "user", "content": "the home of emma : rome . the home of emma :"}]
     sides = {"chosen": "rome", "chosen_finished": True, "rejected": "oslo", "rejected_finished": True}
     pairs = [{"id": str(i), "messages": question} | sides for i in range(2)]

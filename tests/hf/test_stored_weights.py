@@ -6,7 +6,7 @@ import weakref
 import jax
 import numpy as np
 import pytest
-from helpers_results import detected
+from helpers_results import detected, training_step
 from helpers_tiny import CONFIG, copying_lm
 from helpers_training import ROWS, SETTINGS, one_device
 from safetensors.numpy import load_file
@@ -96,7 +96,7 @@ def test_the_stage_trains_from_the_weights_as_stored_and_exports_what_did_not_ch
     }
     overrides |= {"train.arms": '("retmask",)'} | settings
     context = Context(recipes.load_recipe("tiny", [(k, str(v)) for k, v in overrides.items()]), Workdir(tmp_path, {}))
-    write_json(tmp_path / "detect" / "result.json", dict(detected([(1, 0)])))
+    write_json(tmp_path / "detect" / "result.json", vars(detected([(1, 0)])))
     question = [{"role": "user", "content": "the home of emma : rome . the home of emma :"}]
     sides = {"chosen": "rome", "chosen_finished": True, "rejected": "oslo", "rejected_finished": True}
     pairs = [{"id": str(i), "messages": question} | sides for i in range(2)]
@@ -104,7 +104,7 @@ def test_the_stage_trains_from_the_weights_as_stored_and_exports_what_did_not_ch
     starts = []
 
     def untrained(config, load_params, rows, settings, folder, mesh, **_):
-        write_jsonl(folder / "metrics.jsonl", [{"step": 1, "loss": 0.5}])
+        write_jsonl(folder / "metrics.jsonl", [vars(training_step(1, 0.5))])
         starts.append(load_params())
         return starts[-1]
 

@@ -52,7 +52,7 @@ def prepare(tmp_path):
         config.pairs.update({"prompts": str(tmp_path / "prompts.jsonl"), "max_new_tokens": NEW, "temperature": 1.5})
         config.pairs.update(section)
         root = tmp_path / name
-        write_json(root / "detect/result.json", dict(detected(HEADS)))
+        write_json(root / "detect/result.json", vars(detected(HEADS)))
         write_json(root / "knockout/result.json", vars(knocked_out(activity=[[1.0, 2.0, 3.0, 4.0]] * 2)))
         context = Context(config.lock(), Workdir(root, {}))
         context.__dict__["lm"] = copying_lm()

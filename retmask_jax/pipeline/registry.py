@@ -1,6 +1,7 @@
 """All stages in one table, what `run` and `study` do in order, and what must hold before and while a stage runs."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -58,7 +59,8 @@ def run_stage(context: Context, stage: Stage) -> tuple[Result, bool]:
     config = context.config
     about = {"model": str(config.model), "revision": config.revision, "seed": config.seed}
     try:
-        ran = context.workdir.run(stage.name, basis(context, stage), lambda folder: stage.work(context, folder), about)
+        work = functools.partial(stage.work, context)
+        ran = context.workdir.run(stage.name, basis(context, stage), work, about, stage.result)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
             raise

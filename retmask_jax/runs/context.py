@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
-from retmask_jax.data.needles import read_sentences
+from retmask_jax.data.needles import Case, read_sentences
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.data.prompts import source_files
 from retmask_jax.data.tasks import task_cases
@@ -40,7 +41,7 @@ class Context:
     workdir: Workdir
 
     @functools.cached_property
-    def mesh(self):
+    def mesh(self) -> Mesh:
         return make_mesh(self.config.mesh)
 
     @property
@@ -61,7 +62,7 @@ class Context:
     def lm(self) -> LanguageModel:
         return self.load(self.folder)
 
-    def load(self, path, **options) -> LanguageModel:
+    def load(self, path: str | Path, **options: Any) -> LanguageModel:
         """A model as the config wants it: dtype, mesh, kernel; on the mesh for work without gradients."""
         return load(path, self.config.dtype, self.inference_mesh, **options).with_kernel(self.config.kernel)
 
@@ -79,7 +80,7 @@ class Context:
         """Hold the model's parameters no longer; they are loaded again when asked for."""
         self.__dict__.pop("lm", None)
 
-    def start_params(self, dtype: str):
+    def start_params(self, dtype: str) -> PyTree:
         """The model's parameters in a dtype, on the mesh of training, for a caller that gives them up; this context no longer
         holds any then."""
         lm = self.__dict__.pop("lm", None)
@@ -107,7 +108,7 @@ class Context:
         """A data file of the config; "bundled/..." is in the package."""
         return BUNDLED.parent / "data" / name.removeprefix("bundled/") if name.startswith("bundled/") else Path(name)
 
-    def cases(self, task: str, **changes):
+    def cases(self, task: str, **changes: Any) -> list[Case]:
         """The cases of a task, other settings of which may be changed, such as its seed."""
         section = SimpleNamespace(**self.config.tasks[task].to_dict() | changes)
         return task_cases(self.prompter, section, self.resolve)

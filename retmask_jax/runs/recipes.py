@@ -28,7 +28,7 @@ def find_recipe(name: str) -> Path:
     return path
 
 
-def load_recipe(name: str, overrides: Sequence[tuple[str, str]] = ()):
+def load_recipe(name: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
     """The locked ConfigDict of a recipe with overrides (("train.steps", "10"), ...) applied.
 
     Raises ValueError for an unknown recipe or key, a value of another type than the key has, and a file that does not run
@@ -42,7 +42,7 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, str]] = ()):
     return config.lock()
 
 
-def as_json(config) -> dict[str, Any]:
+def as_json(config: ConfigDict) -> dict[str, Any]:
     """The config as plain JSON values."""
     return json.loads(json.dumps(config.to_dict(), default=lambda value: value.to_dict()))
 
@@ -147,7 +147,7 @@ def _parse(key: str, text: str, current: Any) -> Any:
     return value
 
 
-def flat(config, prefix: str = "") -> dict[str, Any]:
+def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """Every value of a config by its key, such as "train.steps"; ValueError for a name that is no text."""
     values = {}
     for name, value in config.items():

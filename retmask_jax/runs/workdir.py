@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from ml_collections import ConfigDict
 
 from retmask_jax.runs.recipes import as_json
 from retmask_jax.utils.files import digest, read_json, wait_until_listed, wait_until_seen, write_json
@@ -115,7 +116,7 @@ class Workdir:
     aside: bool = False
 
     @classmethod
-    def open(cls, root: str | Path, config, aside: bool = False) -> "Workdir":
+    def open(cls, root: str | Path, config: ConfigDict, aside: bool = False) -> "Workdir":
         """Open; ValueError where a stage there was made with other settings, naming the first differences.
 
         Only what decides a stage's result counts; how it is computed (batch sizes, mesh, kernel, servers, versions) may
@@ -142,10 +143,9 @@ class Workdir:
         try:
             return msgspec.convert(record, kind)
         except msgspec.ValidationError as error:
-            written = record.get("provenance", {}).get("versions", {}).get("retmask_jax", "an older version")
             raise ValueError(
-                f"{path} was written by retmask_jax {written} and is not read by this version ({error}): run "
-                f"`retmask {stage}` again, with --set-aside to keep what is there"
+                f"{path} was written by another version and is not read by this one ({error}): run `retmask {stage}` again, "
+                "which keeps that file"
             ) from error
 
     def provenance(self, stage: str) -> Provenance:
@@ -162,24 +162,32 @@ class Workdir:
         return self.provenance(stage).run_id
 
     def run(
-        self, stage: str, basis: Basis, work: Callable[[Path], Result], about: Mapping[str, Any] | None = None
+        self,
+        stage: str,
+        basis: Basis,
+        work: Callable[[Path], Result],
+        about: Mapping[str, Any] | None = None,
+        kind: type[Result] = Result,
     ) -> bool:
         """Run a stage unless it has finished on the same basis; returns whether it ran.
 
         What an interrupted run on the same basis left is kept, so that the stage can resume; what another one left is
         set aside. Versions of packages are recorded, and a change is reported. A rerun has a new id, which makes the
-        stages that depend on it run again. about: more for its provenance. Raises ValueError while another process runs a
-        stage here.
+        stages that depend on it run again. about: more for its provenance. kind: of the result; one that another version
+        wrote in a form that is not read is kept, and the stage goes on from its other files. Raises ValueError while
+        another process runs a stage here.
         """
         with locked(self.root) if primary() else contextlib.nullcontext():
-            return self._run(stage, basis, work, dict(about or {}))
+            return self._run(stage, basis, work, dict(about or {}), kind)
 
-    def _run(self, stage: str, basis: Basis, work: Callable[[Path], Result], about: dict[str, Any]) -> bool:
+    def _run(
+        self, stage: str, basis: Basis, work: Callable[[Path], Result], about: dict[str, Any], kind: type[Result]
+    ) -> bool:
         folder = self.folder(stage)
         write_json(self.root / "config.json", self.config)
         wait_for_all(f"{stage} begins")
         wait_until_seen(self.root / "config.json")
-        if first_alone(lambda: self._prepare(stage, basis)) == "finished":
+        if first_alone(lambda: self._prepare(stage, basis, kind)) == "finished":
             return False
         begin = time.time()
         result = work(folder)
@@ -191,7 +199,7 @@ class Workdir:
         wait_for_all(f"{stage} ends")
         return True
 
-    def _prepare(self, stage: str, basis: Basis) -> str:
+    def _prepare(self, stage: str, basis: Basis, kind: type[Result]) -> str:
         """ "finished", "resumed" or "new": the first of what a stage's folder is, which now fits the basis."""
         folder, changes = self.folder(stage), []
         for name, state in ((_RESULT, "finished"), (_STARTED, "resumed")):
@@ -200,6 +208,8 @@ class Workdir:
             stored = read_json(folder / name)
             made = msgspec.convert(stored["provenance"] if name == _RESULT else stored, Provenance)
             if not (changes := made.changes(basis)):
+                if name == _RESULT and not self._is_read(stage, kind):
+                    continue
                 _report_versions(stage, made.versions)
                 return state
         if target := set_aside(folder, self.root / _ASIDE):
@@ -208,6 +218,20 @@ class Workdir:
             log.warning("%s is made again (%s%s); what was there is kept in %s", stage, why, more, target)
         write_json(folder / _STARTED, _record(stage, basis))
         return "new"
+
+    def _is_read(self, stage: str, kind: type[Result]) -> bool:
+        """Whether this version reads a stage's result; one that it does not read is moved out of the way."""
+        try:
+            self.result(stage, kind)
+            return True
+        except ValueError as error:
+            shelf, number = self.root / _ASIDE, 1
+            while (target := shelf / f"{stage}-result-{number}.json").exists():
+                number += 1
+            shelf.mkdir(exist_ok=True)
+            os.replace(self.folder(stage) / _RESULT, target)
+            log.warning("%s; it is kept in %s", error, target)
+            return False
 
     def _check_finished(self, stage: str) -> None:
         if not self.is_finished(stage):

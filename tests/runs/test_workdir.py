@@ -244,3 +244,27 @@ def test_template_arguments_that_are_added_make_another_config(tmp_path):
     _run(_opened(tmp_path), [], ("prompt.*",))
     with pytest.raises(ValueError, match="prompt.template_kwargs: {} there, {'enable_thinking': False} here"):
         _opened(tmp_path, **{"prompt.template_kwargs": {"enable_thinking": False}})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Newer(Result):
+    more: int
+
+
+def test_a_result_of_another_form_is_kept_and_the_stage_goes_on_from_its_files(tmp_path, caplog):
+    ran = []
+    _run(_opened(tmp_path), ran, files=("answers",))
+    before, work = _files(tmp_path / "train"), _opened(tmp_path)
+    with pytest.raises(
+        ValueError, match="written by another version .* missing required field `more`.*run `retmask train`"
+    ):
+        work.result("train", _Newer)
+    basis = Basis(settings_of(work.config, ("train.*",)))
+    for number in (1, 2):
+        assert work.run("train", basis, lambda folder: Result(numbers={}), kind=_Newer)
+        assert (tmp_path / "set-aside" / f"train-result-{number}.json").exists()
+    assert (tmp_path / "set-aside" / "train-result-1.json").read_bytes() == before["result.json"]
+    assert (tmp_path / "train" / "answers").read_bytes() == before["answers"]
+    assert "it is kept in" in caplog.text
+    assert work.run("train", basis, lambda folder: _Newer(numbers={}, more=1), kind=_Newer)
+    assert not work.run("train", basis, lambda folder: pytest.fail("ran"), kind=_Newer)

@@ -17,7 +17,7 @@ from jaxtyping import jaxtyped
 import retmask_jax as rm
 from retmask_jax.generation import logprobs
 from retmask_jax.generation.decode import generate
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.training import losses
 
 PUBLIC = [name for name in rm.__all__ if name != "__version__"]

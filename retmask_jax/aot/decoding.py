@@ -34,7 +34,7 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import forward_flops
 from retmask_jax.model.kernels.blocked import compiled_for
 from retmask_jax.model.kv_cache import empty_cache
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.model.sharding import ROW_AXES, decoding_mesh, full_share, held_bytes, make_mesh, placed_shapes, using
 from retmask_jax.pipeline.registry import check_config
 from retmask_jax.stages.arms import answering

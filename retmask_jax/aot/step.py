@@ -28,7 +28,7 @@ from retmask_jax.aot.topology import GIB, Chip, chip_of, devices_of, estimate
 from retmask_jax.data.pair_formats import SIDES
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import executed_flops
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.model.sharding import held_bytes, make_mesh, placed_shapes
 from retmask_jax.pipeline.registry import check_config
 from retmask_jax.stages.arms import ARMS

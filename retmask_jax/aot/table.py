@@ -30,7 +30,7 @@ from retmask_jax.generation.prefill import prefill
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.kv_cache import empty_cache
 from retmask_jax.model.layers import unembed
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.model.sharding import AXES, make_mesh, placed_shapes
 from retmask_jax.runs.recipes import load_recipe
 from retmask_jax.utils.files import write_json

@@ -18,7 +18,7 @@ from retmask_jax.generation.language_model import load
 from retmask_jax.heads.reading import own_choices, read_batch
 from retmask_jax.model import sharding
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.model.transformer import forward
 from retmask_jax.training.reference import batch_logprobs
 from retmask_jax.training.settings import Settings

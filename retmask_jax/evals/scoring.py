@@ -13,7 +13,7 @@ from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.generation.logprobs import next_logprobs
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.utils import memory
 from retmask_jax.utils.files import digest
 from retmask_jax.utils.hosts import to_host

@@ -27,7 +27,7 @@ from retmask_jax.generation.decode import Draws, Generated, check_options
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
-from retmask_jax.model.masks import normalise_each
+from retmask_jax.model.masking import normalise_each
 from retmask_jax.model.sharding import ROW_AXES, full_share, mesh_of, row_shares
 from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory

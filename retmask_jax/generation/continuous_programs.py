@@ -20,7 +20,7 @@ from retmask_jax.generation.prefill import prefill, slots_for
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import next_hidden
 from retmask_jax.model.kv_cache import Cache, empty_cache, put_rows
-from retmask_jax.model.masks import Masks
+from retmask_jax.model.masking import Masks
 from retmask_jax.model.sharding import ROW_AXES, ROWS, STACKED_ROWS, constrain, full_share, row_parallel
 
 # A finished row idles until it is refilled. On one device decoding goes on until an eighth of the rows are free, the

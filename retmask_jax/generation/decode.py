@@ -20,7 +20,7 @@ from retmask_jax.model.inference import next_hidden
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
 from retmask_jax.model.layers import unembed
-from retmask_jax.model.masks import Masks, normalise
+from retmask_jax.model.masking import Masks, normalise
 from retmask_jax.model.sharding import mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory

@@ -21,7 +21,7 @@ from retmask_jax.hf.families import from_hf
 from retmask_jax.hf.tokenizer import load_tokenizer
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.masks import Masks, normalise
+from retmask_jax.model.masking import Masks, normalise
 from retmask_jax.model.sharding import mesh_of
 from retmask_jax.model.transformer import check_positions, check_tokens, longest_row, next_logits
 from retmask_jax.utils.array_types import Lengths, Tokens

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float32, Int, PyTree, Shaped
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.layers import logits, unembedding
-from retmask_jax.model.masks import Masks, normalise
+from retmask_jax.model.masking import Masks, normalise
 from retmask_jax.model.sharding import mesh_of, row_parallel, split_vocab
 from retmask_jax.model.transformer import check_tokens, hidden, longest_row
 from retmask_jax.utils.array_types import Lengths, Tokens

@@ -14,7 +14,7 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import HiddenRows, hidden_rows
 from retmask_jax.model.kernels.blocked import even_size, platform
 from retmask_jax.model.kv_cache import Cache
-from retmask_jax.model.masks import Masks
+from retmask_jax.model.masking import Masks
 
 # Tokens of a row that pass through the model at once: bounds the memory of activations at any length. A GPU reads all
 # weights for each chunk in the time in which it multiplies hundreds of tokens.

@@ -16,7 +16,7 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import Layers
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.layers import unembed
-from retmask_jax.model.masks import Masks, normalise, normalise_each
+from retmask_jax.model.masking import Masks, normalise, normalise_each
 from retmask_jax.model.sharding import STACKED_ROWS, mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens, make_call
 from retmask_jax.utils import memory

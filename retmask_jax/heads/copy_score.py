@@ -21,7 +21,7 @@ from retmask_jax.heads.detection import COUNTED, Detection, collect
 from retmask_jax.heads.reading import read_answers
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.layers import unembed
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.model.sharding import mesh_of
 from retmask_jax.model.transformer import check_tokens, hidden
 

@@ -14,7 +14,7 @@ from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.attention import EVERYWHERE, Probe
 from retmask_jax.model.inference import hidden_rows
 from retmask_jax.model.interventions import Head
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.model.sharding import full_share, mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory

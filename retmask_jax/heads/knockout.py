@@ -19,7 +19,7 @@ from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import Layers
 from retmask_jax.model.interventions import Head, Interventions, all_heads, mask_heads, mask_queries, random_heads
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.model.sharding import STACKED_ROWS, full_share, mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens, make_call
 from retmask_jax.utils import memory

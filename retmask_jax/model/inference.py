@@ -14,7 +14,7 @@ from retmask_jax.model.attention import Probe, Probed
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.kv_cache import NO_CACHE, Cache
 from retmask_jax.model.layers import Embedding, norm
-from retmask_jax.model.masks import ByLayer, LayerMasks, Masks
+from retmask_jax.model.masking import ByLayer, LayerMasks, Masks
 from retmask_jax.model.transformer import Call, Carry, Group, Hidden, make_call, merge_probed
 
 

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.model.transformer import transformer
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import KV, NO_CACHE, Cache
 from retmask_jax.model.layers import Embedding, Experts, GatedMLP, Unembedding, dense, merge_layers, norm, unembed
 from retmask_jax.model.lora import with_adapters
-from retmask_jax.model.masks import LayerMasks, Masks, normalise
+from retmask_jax.model.masking import LayerMasks, Masks, normalise
 from retmask_jax.model.rope import rotate, rotation
 from retmask_jax.utils.array_types import Lengths, Tokens
 

@@ -23,7 +23,7 @@ from retmask_jax.model import lora, sharding
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import peak_flops, training_flops
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.masks import Masks, normalise
+from retmask_jax.model.masking import Masks, normalise
 from retmask_jax.training.checkpoints import Checkpoints
 from retmask_jax.training.metrics import Metrics, memory_in_use
 from retmask_jax.training.reference import reference_logprobs

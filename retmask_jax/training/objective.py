@@ -9,7 +9,7 @@ from jaxtyping import Float32, PyTree, Shaped
 
 from retmask_jax.generation.logprobs import over_chunks, sequence_logprobs
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.masks import Masks, normalise
+from retmask_jax.model.masking import Masks, normalise
 from retmask_jax.model.transformer import check_tokens, hidden
 from retmask_jax.training.losses import contrast_loss, dpo_loss
 from retmask_jax.training.settings import Settings

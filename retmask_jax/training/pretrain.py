@@ -20,7 +20,7 @@ from retmask_jax.generation.language_model import LanguageModel, from_params, lo
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.layers import unembed
-from retmask_jax.model.masks import Masks, normalise
+from retmask_jax.model.masking import Masks, normalise
 from retmask_jax.model.transformer import Transformer, hidden
 from retmask_jax.utils.files import is_whole, mark_whole, read_json, write_atomically, write_json, write_jsonl
 from retmask_jax.utils.progress import track

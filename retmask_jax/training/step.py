@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retmask_jax.model import lora, sharding
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.model.transformer import transformer
 from retmask_jax.training.objective import metric_names, part_loss
 from retmask_jax.training.optimizer import make_optimizer, schedule

@@ -18,7 +18,7 @@ from retmask_jax.generation.continuous_programs import Shared
 from retmask_jax.generation.decode import generate_many
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions, stack
-from retmask_jax.model.masks import normalise_each
+from retmask_jax.model.masking import normalise_each
 
 BATCH, NEW, VOCAB = 3, 24, 31
 STOPS = (3, 4, 5)

@@ -10,7 +10,7 @@ from retmask_jax.generation.batching import batches_by_length, bucket, pad_rows
 from retmask_jax.generation.decode import generate, generate_many, sample
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.model.transformer import hidden
 
 NEW = 8

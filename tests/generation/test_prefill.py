@@ -17,7 +17,7 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import hidden_rows
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.model.transformer import hidden
 
 CHUNK = 8

@@ -10,7 +10,7 @@ from retmask_jax.generation.decode import generate_batch
 from retmask_jax.heads import conditions as causal
 from retmask_jax.heads.conditions import Condition, answers, hits, mean_over_draws, summarise
 from retmask_jax.model.interventions import Interventions, all_heads, mask_heads, mask_queries, mask_rope
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.utils import stats
 
 LM = copying_lm()

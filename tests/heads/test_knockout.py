@@ -21,7 +21,7 @@ from retmask_jax.heads.knockout import (
 )
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import all_heads, mask_heads
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.utils import progress
 
 LM = copying_lm()

@@ -29,7 +29,7 @@ from retmask_jax.heads.rotary import (
 )
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions, mask_rope
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 
 LM = copying_lm()
 TEXTS = np.random.default_rng(8).integers(4, CONFIG.vocab_size, (3, 40)).astype(np.int32)

@@ -22,7 +22,7 @@ SPLIT = textwrap.dedent("""
     from retmask_jax.hf.hub import BUNDLED
     from retmask_jax.generation.language_model import load
     from retmask_jax.model.interventions import mask_heads, stack
-    from retmask_jax.model.masks import normalise
+    from retmask_jax.model.masking import normalise
     from retmask_jax.generation.logprobs import token_logprobs
     from retmask_jax.generation.sweep import sweep
     from retmask_jax.training.step import make_programs

@@ -9,7 +9,7 @@ from helpers_tiny import BATCH, CONFIG, NEW, copying_lm, in_float64, reference_a
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.model.interventions import Interventions, mask_heads
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.training.pairs import Question, draws, make_demonstrations, make_pairs, sample, usable
 
 LM = copying_lm()

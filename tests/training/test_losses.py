@@ -7,7 +7,7 @@ import pytest
 from helpers_tiny import CONFIG, copying_params, in_float64, reference_logprob
 
 from retmask_jax.model.interventions import mask_heads
-from retmask_jax.model.masks import normalise
+from retmask_jax.model.masking import normalise
 from retmask_jax.model.transformer import forward
 from retmask_jax.training.losses import contrast_loss, dpo_loss
 from retmask_jax.training.objective import part_loss

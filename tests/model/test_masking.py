@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from retmask_jax.model.interventions import Interventions, mask_heads, mask_rope, stack
-from retmask_jax.model.masks import normalise, normalise_each
+from retmask_jax.model.masking import normalise, normalise_each
 
 ROWS, L, H, R, D = 2, 3, 4, 4, 8  # of the tiny model
 

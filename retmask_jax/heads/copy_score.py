@@ -24,6 +24,7 @@ from retmask_jax.model.layers import unembed
 from retmask_jax.model.masking import normalise
 from retmask_jax.model.sharding import mesh_of
 from retmask_jax.model.transformer import check_tokens, hidden
+from retmask_jax.utils.progress import track
 
 RIGHT_RECALL = 0.5  # ROUGE-1 recall of the reference above which an answer is right
 
@@ -43,7 +44,7 @@ def detect_plain(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: in
     stops = {*lm.config.eos_ids, *newline_ids(lm.tokenizer).tolist()}
     width = max((len(case.tokens) for case in cases), default=0) + max_new_tokens
     per_case, answers, outcomes = [], [], []
-    for case in cases:
+    for case in track(cases, len(cases), "detect plainly", "case"):
         tokens, copied = _answer_plainly(lm, case, stops, max_new_tokens, width)
         answers.append(lm.tokenizer.decode(tokens, skip_special_tokens=True))
         outcomes.append(_outcome(answers[-1], case.needle.answer, cut=len(tokens) == max_new_tokens))

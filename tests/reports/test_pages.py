@@ -59,10 +59,13 @@ def small(tmp_path_factory):
 
 
 def test_every_number_of_every_stage_is_in_the_last_table(small):
-    numbers = {name: value for result in make_results().values() for name, value in result["numbers"].items()}
+    numbers = {name: value for result in make_results().values() for name, value in result.numbers.items()}
     shown = {row[0]: row[1:] for row in Page(small).rows if row[0] in numbers}
     assert shown == {
-        name: ["–" if value[key] is None else f"{value[key]:.6g}" for key in ("value", "low", "high", "n")]
+        name: [
+            "–" if getattr(value, key) is None else f"{getattr(value, key):.6g}"
+            for key in ("value", "low", "high", "n")
+        ]
         for name, value in numbers.items()
     }
 

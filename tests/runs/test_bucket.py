@@ -16,7 +16,7 @@ from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.pipeline.registry import RUN
 from retmask_jax.runs.context import checkpoint_fingerprint
-from retmask_jax.runs.workdir import Basis, Workdir
+from retmask_jax.runs.workdir import Basis, Result, Workdir
 from retmask_jax.training.checkpoints import Checkpoints
 from retmask_jax.training.loop import _checkpoint_folder
 from retmask_jax.utils.files import is_whole, mark_whole
@@ -90,10 +90,10 @@ def test_what_no_longer_fits_is_set_aside_without_renaming_a_folder(bucket):
     def function(folder):
         (folder / "model").mkdir(parents=True)
         (folder / "model" / "weights").write_text("weights")
-        return {}
+        return Result(numbers={})
 
     Workdir(bucket, {}).run("train", Basis(inputs={"weights": "one"}), function)
-    Workdir(bucket, {}).run("train", Basis(inputs={"weights": "two"}), lambda folder: {})
+    Workdir(bucket, {}).run("train", Basis(inputs={"weights": "two"}), lambda folder: Result(numbers={}))
     assert (bucket / "set-aside" / "train-1" / "model" / "weights").read_text() == "weights"
     assert not (bucket / "train" / "model" / "weights").exists()
 

@@ -7,16 +7,18 @@ def get_config():
     config = tiny.get_config()
     for task in config.tasks.values():
         if task.lengths:
-            task.lengths, task.per_length = (128,), 8
+            task.lengths, task.per_length = (128,), 6
         task.max_new_tokens = 8  # alike: one program for all
     config.batch_size = 16
-    config.text.length, config.text.windows = 64, 8
+    config.text.length, config.text.windows = 64, 4
+    config.knockout.activity_windows = 4
     config.knockout.draws = 1
     config.knockout.tasks = ("needle short", "context short")
     config.rope.pairs, config.rope.draws = (4,), 1
     config.detectors.names = ("copy", "copy_position")
     config.theta.factors, config.theta.detector = (1.0, 8.0), "copy_position"
-    config.pairs.n_prompts = 48
+    config.pairs.n_prompts, config.pairs.max_new_tokens = 16, 8
+    config.train.arms = ("retmask",)
     config.train.steps, config.train.batch_size, config.train.microbatch_size = 6, 4, 4
     config.train.checkpoint_every = 2
     config.eval.tasks = ("context short", "closed-book")

@@ -69,7 +69,10 @@ class Checkpoints:
         about = {"data": data, "identity": self._identity, "loss": loss}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
         if self._note:
-            write_json(self._note, [*self._manager.all_steps(), step])
+            steps = self._manager.all_steps()
+            write_json(self._note, [*steps, step])
+            # Saving deletes earlier checkpoints, for which all of their files must be listed.
+            wait_until_listed(Path(self._manager.directory) / str(earlier) / _LAST for earlier in steps)
         self._manager.save(step, args=args, metrics={"loss": loss}, force=True)
 
     @property

@@ -142,8 +142,8 @@ def mark_whole(folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether `mark_whole` was called for this folder."""
-    return _mark(folder).exists()
+    """Whether this folder is there and `mark_whole` was called for it."""
+    return _mark(folder).exists() and folder.is_dir()
 
 
 def wait_until_listed(paths: Iterable[Path]) -> None:

@@ -136,7 +136,7 @@ def test_the_whole_pipeline_runs_and_goes_on_in_a_bucket(tmp_path):
     save(load("bundled"), model, mask_heads(load("bundled").config, [(3, 7)]))
     last = subprocess.run(command, capture_output=True, text=True)
     assert last.returncode == 0 and last.stdout.count("unchanged") == 0, last.stderr[-2000:]
-    assert sorted(path.name for path in (root / "set-aside").iterdir()) == sorted(f"{stage}-1" for stage in RUN)
+    assert sorted(path.name for path in (root / "set-aside").iterdir()) == sorted(f"{stage.name}-1" for stage in RUN)
     numbers = json.loads((root / "summary.json").read_text())
     assert (
         numbers["knockout/needle short/none"]["value"] > 0.8 > 0.2 > numbers["knockout/needle short/retrieval"]["value"]

@@ -85,9 +85,10 @@ def pairs_stage(context: Context, folder: Path) -> PairsResult:
 
 
 def prompt_prints(context: Context) -> dict[str, Any]:
-    """Fingerprints of the files that the prompts are read from."""
+    """The fingerprint of the files that the prompts are read from, wherever they lie."""
     source = context.config.pairs.prompts
-    return {f"file {file}": fingerprint(file) for file in source_files(source, context.resolve)} if source else {}
+    files = source_files(source, context.resolve) if source else []
+    return {"prompts": fingerprint(*files)} if files else {}
 
 
 def _masked(context: Context) -> Masked:

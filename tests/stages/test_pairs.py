@@ -22,7 +22,7 @@ from retmask_jax.data import tiny_language as tl
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.workdir import Workdir
 from retmask_jax.stages.arms import ARMS
-from retmask_jax.stages.pairs import pairs_stage
+from retmask_jax.stages.pairs import pairs_stage, prompt_prints
 from retmask_jax.utils.files import read_jsonl, write_json, write_jsonl
 from retmask_jax.utils.store import Store
 
@@ -230,3 +230,16 @@ def test_the_command_killed_three_times_gives_the_same_files(tmp_path):
     assert _files(killed / "pairs") == _files(whole / "pairs") != {}
     counts = [json.loads((root / "pairs/result.json").read_text())["counts"] for root in (whole, killed)]
     assert counts[0] == counts[1]
+
+
+def test_prompts_are_known_by_what_they_hold_wherever_they_lie(prepare, tmp_path):
+    """An installation in another folder asks nobody anew."""
+    there, _ = prepare()
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.copy(tmp_path / "prompts.jsonl", tmp_path / "elsewhere")
+    here, _ = prepare("other")
+    with here.config.unlocked():
+        here.config.pairs.prompts = str(moved)
+    assert prompt_prints(here) == prompt_prints(there)
+    write_jsonl(moved, _prompts()[:-1])
+    assert prompt_prints(here) != prompt_prints(there)

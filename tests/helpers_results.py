@@ -8,7 +8,8 @@ import numpy as np
 
 from retmask_jax.evals.compare import ArmRow, ModelRow, headlines
 from retmask_jax.heads.conditions import ConditionRow
-from retmask_jax.stages.detect import DetectResult, Settled
+from retmask_jax.heads.detection import Settled
+from retmask_jax.stages.detect import DetectResult
 from retmask_jax.stages.eval import Cell, EvalResult
 from retmask_jax.stages.knockout import KindNumber, KnockoutResult, LossRow, TaskMean
 from retmask_jax.stages.pairs import PairsResult

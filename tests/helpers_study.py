@@ -4,9 +4,9 @@ import numpy as np
 from helpers_results import DOWN, around, make_results, number
 
 from retmask_jax.heads.conditions import ConditionRow
+from retmask_jax.heads.detection import Settled
 from retmask_jax.heads.detectors import DETECTORS, Agreement, Repeats
 from retmask_jax.heads.query_norms import NormComparison
-from retmask_jax.stages.detect import Settled
 from retmask_jax.stages.study.detector_runs import Concentration
 from retmask_jax.stages.study.detectors import DetectorRow, DetectorsResult
 from retmask_jax.stages.study.dynamics import CheckpointRecall, CheckpointRow, DynamicsResult

@@ -44,6 +44,15 @@ class Detection:
         return dict(collections.Counter(self.outcomes))
 
 
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """The head set found on the first cases: how many cases, how many heads, and its Jaccard index with the final set."""
+
+    cases: int
+    heads: int
+    jaccard: float
+
+
 def collect(per_case: Sequence[Float[np.ndarray, "L H"]], answers: list[str], outcomes: list[str]) -> Detection:
     """Returns the Detection of cases that have been scored.
 
@@ -66,16 +75,13 @@ def collect(per_case: Sequence[Float[np.ndarray, "L H"]], answers: list[str], ou
     return Detection(HeadScores(np.stack(per_case, axis=-1)), answers, outcomes)
 
 
-def stability(scores: HeadScores, steps: int = 10, **selection: Any) -> list[dict[str, Any]]:
+def stability(scores: HeadScores, steps: int = 10, **selection: Any) -> list[Settled]:
     """Compares the heads found in the first cases with those found in all, for growing numbers of cases.
 
     Args:
         scores: Of all cases.
         steps: At how many numbers of cases to look, evenly spread.
         **selection: threshold or top_k, as in `HeadScores.heads`.
-
-    Returns:
-        Rows {"cases", "heads": number of heads, "jaccard": with the heads of all cases}.
     """
     total = int(scores.counts.max())
     final = scores.heads(**selection)
@@ -83,5 +89,5 @@ def stability(scores: HeadScores, steps: int = 10, **selection: Any) -> list[dic
     for n in sorted({max(1, round(total * (i + 1) / steps)) for i in range(steps)}):
         first = HeadScores([[cases[:n] for cases in row] for row in scores.per_case])
         heads = first.heads(**selection)
-        rows.append({"cases": n, "heads": len(heads), "jaccard": stats.jaccard(heads, final)})
+        rows.append(Settled(n, len(heads), stats.jaccard(heads, final)))
     return rows

@@ -75,7 +75,7 @@ def basis(context: Context, stage: Stage) -> Basis:
     settings = settings_read(context, stage)
     inputs = {"weights": context.model_fingerprint} if stage.needs_model else {}
     inputs |= {f"file {file}": of_it for file, of_it in context.fingerprints(named_files(settings)).items()}
-    upstream = {needed.name: context.workdir.provenance(needed.name).run_id for needed in stage.upstream}
+    upstream = {needed.name: context.workdir.run_id(needed.name) for needed in stage.upstream}
     return Basis(settings, inputs | stage.inputs(context), upstream)
 
 
@@ -93,7 +93,7 @@ def _check_up_to_date(context: Context, reader: str, stage: Stage) -> None:
     for above in there:
         _check_up_to_date(context, reader, above)
     made = work.provenance(stage.name)
-    upstream = {above.name: work.provenance(above.name).run_id for above in there}
+    upstream = {above.name: work.run_id(above.name) for above in there}
     known = {above.name: made.upstream.get(above.name, "") for above in there}
     wanted = Basis(settings_read(context, stage), made.inputs, upstream)
     if changes := dataclasses.replace(made, upstream=known).changes(wanted):

@@ -8,10 +8,11 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import ArrayLike
 
+from retmask_jax.heads.detection import Settled
 from retmask_jax.reports import plotting
 from retmask_jax.reports.html import count, fixed, section, table
 from retmask_jax.reports.plotting import colour, drawn
-from retmask_jax.stages.detect import DetectResult, Settled
+from retmask_jax.stages.detect import DetectResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

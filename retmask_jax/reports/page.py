@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import Stage
@@ -16,7 +17,7 @@ class PageResult(Result):
     path: str
 
 
-def write_page(context: Context, stage: Stage, write: Callable[[Path, Mapping[str, Result], str], None]) -> PageResult:
+def write_page(context: Context, stage: Stage, write: Callable[[Path, Mapping[str, Any], str], None]) -> PageResult:
     """Write the page of a stage from the results of those it reads."""
     path = context.workdir.root / f"{stage.name}.html"
     write(path, {needed.name: needed.of(context) for needed in stage.upstream}, str(context.config.model))

@@ -8,7 +8,7 @@ import numpy as np
 
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.heads.copy_score import detect
-from retmask_jax.heads.detection import stability
+from retmask_jax.heads.detection import Settled, stability
 from retmask_jax.heads.profile import profile
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import Head, mask_heads
@@ -17,15 +17,6 @@ from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import digest, write_jsonl
-
-
-@dataclasses.dataclass(frozen=True)
-class Settled:
-    """The head set found on the first cases: how many cases, how many heads, and its Jaccard index with the final set."""
-
-    cases: int
-    heads: int
-    jaccard: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +103,7 @@ def _detected(context: Context, folder: Path, scores: HeadScores, outcomes: list
         outcomes=dict(Counter(outcomes)),
         n_kv_heads=lm.config.n_kv_heads,
         profile={name: stats.defined(value) for name, value in shape.items()},
-        stability=[Settled(**row) for row in stability(scores, **selection)],
+        stability=stability(scores, **selection),
         mask_hash=_mask_hash(lm, heads),
         numbers=numbers
         | {

@@ -96,11 +96,12 @@ def check_batch(config: ConfigDict, devices: Sequence[jax.Device] | None = None)
 
 def _trained(context: Context, model: LanguageModel, arm: str, seed: int, folder: Path) -> Run:
     """Train one arm with one seed, unless its exported model is there and whole. The model has no parameters yet."""
-    target, heads = folder / f"{arm}-{seed}", mask_heads(model.config, retrieval_heads(context))
+    target = folder / f"{arm}-{seed}"
     rows, identity = _rows(context, model.config, target)
     if not is_whole(target / "model"):
         settings = train_settings(context.config, arm, seed)
         start = {"model": context.model_fingerprint, "dtype": settings.compute_dtype}
+        contrast = settings.objective == "contrast"
         params = train(
             model.config,
             functools.partial(context.start_params, settings.start_dtype),
@@ -110,7 +111,7 @@ def _trained(context: Context, model: LanguageModel, arm: str, seed: int, folder
             context.mesh,
             identity=identity | start,
             what=f"train {target.name}",
-            ablated=heads if settings.objective == "contrast" else None,
+            ablated=mask_heads(model.config, retrieval_heads(context)) if contrast else None,
         )
         trained = dataclasses.replace(model.config, lora=settings.lora)
         save(model.replace(config=trained, params=params), target / "model")

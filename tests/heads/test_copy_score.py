@@ -276,17 +276,17 @@ def test_stability_compares_growing_parts_with_the_whole():
     by_threshold = [(1, 2, 0.5), (2, 2, 0.5), (3, 2, 0.5), (4, 1, 1.0)]
     for steps in (4, 10):  # never more rows than cases
         rows = stability(scores, steps, threshold=0.3)
-        assert [(row["cases"], row["heads"], row["jaccard"]) for row in rows] == by_threshold
-    assert [row["jaccard"] for row in stability(scores, 4, top_k=1)] == [0, 1, 1, 1]
-    assert [row["cases"] for row in stability(scores, 2, top_k=1)] == [2, 4]
+        assert [(row.cases, row.heads, row.jaccard) for row in rows] == by_threshold
+    assert [row.jaccard for row in stability(scores, 4, top_k=1)] == [0, 1, 1, 1]
+    assert [row.cases for row in stability(scores, 2, top_k=1)] == [2, 4]
 
 
 def test_stability_of_heads_with_different_numbers_of_cases():
     """Head 1 counted two cases: its second is the last it has."""
     scores = HeadScores([[[0.5, 0.5, 0.5, 0.5], [0.0, 0.8], [0.0, 0.0, 1.0]]])
     rows = stability(scores, 4, threshold=0.33)
-    assert [(row["cases"], row["heads"]) for row in rows] == [(1, 1), (2, 2), (3, 3), (4, 3)]
-    assert [row["jaccard"] for row in rows] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert [(row.cases, row.heads) for row in rows] == [(1, 1), (2, 2), (3, 3), (4, 3)]
+    assert [row.jaccard for row in rows] == pytest.approx([1 / 3, 2 / 3, 1, 1])
 
 
 def test_no_cases_at_all_are_refused_like_cases_that_do_not_count():

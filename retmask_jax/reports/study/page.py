@@ -9,7 +9,7 @@ from retmask_jax.reports import html, plotting
 from retmask_jax.reports.heads import heads_section
 from retmask_jax.reports.html import interval, table
 from retmask_jax.reports.knockout import knockout_section
-from retmask_jax.reports.page import PageResult
+from retmask_jax.reports.page import PageResult, write_page
 from retmask_jax.reports.report import all_numbers, provenance
 from retmask_jax.reports.rope import rope_section
 from retmask_jax.reports.study.detectors import detectors_section
@@ -80,18 +80,7 @@ def _header(results: StudyResults) -> Markup:
 
 
 def _study_stage(context: Context, folder: Path) -> PageResult:
-    results = StudyResults(
-        detect=DETECT.of(context),
-        detectors=DETECTORS_STAGE.of(context),
-        knockout=KNOCKOUT.of(context),
-        rope=ROPE.of(context),
-        utility=UTILITY.of(context),
-        theta=THETA.of(context),
-        dynamics=DYNAMICS.of(context),
-    )
-    path = context.workdir.root / f"{STUDY.name}.html"
-    write_study(path, results, str(context.config.model))
-    return PageResult(path=path.name, numbers={})
+    return write_page(context, STUDY, lambda path, results, model: write_study(path, StudyResults(**results), model))
 
 
 STUDY = Stage(

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from retmask_jax.heads.conditions import Condition, ConditionRow, summarise
-from retmask_jax.heads.detection import stability
+from retmask_jax.heads.detection import Settled, stability
 from retmask_jax.heads.detectors import DETECTORS, Agreement, Repeats, agreement
 from retmask_jax.model.interventions import Head, mask_heads
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result
-from retmask_jax.stages.detect import DETECT, DETECTION, Settled, retrieval_heads
+from retmask_jax.stages.detect import DETECT, DETECTION, retrieval_heads
 from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.stages.study.detector_runs import (
     UNTOUCHED,
@@ -104,7 +104,7 @@ def detectors_stage(context: Context, folder: Path) -> DetectorsResult:
         rows=rows,
         masked=masked,
         agreement=agreement(scores, top_k),
-        stability={name: [Settled(**row) for row in stability(found, top_k=top_k)] for name, found in scores.items()},
+        stability={name: stability(found, top_k=top_k) for name, found in scores.items()},
         over_seeds=over_seeds,
         numbers=_recall_numbers(masked) | _detector_numbers(rows, over_seeds),
     )

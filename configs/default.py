@@ -26,7 +26,8 @@ def get_config() -> ConfigDict:
 
     config.prompt = ConfigDict()
     config.prompt.template = "{context}\n\n{question}"
-    config.prompt.chat = True  # put the prompt into the tokenizer's chat template
+    config.prompt.chat = True  # put the prompt into the tokenizer's chat template; None: if it has one
+    config.prompt.plain_template = "{context}\n\nQuestion: {question}\nAnswer:"  # where chat is None and there is none
     config.prompt.template_kwargs = ConfigDict()  # passed to the chat template, such as enable_thinking=False
 
     config.tasks = ConfigDict()
@@ -130,6 +131,9 @@ def get_config() -> ConfigDict:
     # Where checkpoints go instead of the work directory: a folder, or a bucket (gs://NAME/FOLDER), to which Orbax
     # writes without a mount.
     config.train.checkpoint_folder = ""
+    config.train.examples = (
+        0  # cases of the first of eval.tasks with a context whose answers, before and after, are shown
+    )
     config.train.profile = ()  # (first step, step after the last) of a trace for TensorBoard or Perfetto
     # Project of Weights & Biases, if installed; metrics.jsonl and tensorboard/ are always written.
     config.train.wandb = ""
@@ -269,10 +273,12 @@ def task(
     seed=0,
     shuffle=True,
     at_start=False,
+    prefix=False,
     max_new_tokens=50,
 ) -> ConfigDict:
     """A section under `tasks`.
 
     per_length None: all of lengths x depths x needles. Without lengths the questions are asked without a context.
+    prefix: the reply is begun for the model ("The code of the blue door is"), which makes small models answer.
     """
     return ConfigDict(locals())

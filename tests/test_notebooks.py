@@ -1,5 +1,8 @@
-"""Every notebook runs, at small size among the quick tests, and shows what the code at hand gives."""
+"""Every notebook runs at small size, and shows what the code at hand gives; quick tests look its calls up only."""
 
+import ast
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -31,6 +34,53 @@ def kernel(folder):
 
 
 @every_notebook
+def test_what_a_notebook_calls_is_there_and_takes_its_arguments(path):
+    """Names from the package, as far as they can be known without running: modules, functions, and their arguments."""
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    tree = ast.parse("\n".join(re.sub(r"^[%!].*$", "", cell, flags=re.MULTILINE) for cell in cells))
+    known, checked = _imported(tree), 0
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        function = _looked_up(call.func, known)
+        starred = any(isinstance(argument, ast.Starred) for argument in call.args)
+        if callable(function) and not starred and not any(keyword.arg is None for keyword in call.keywords):
+            inspect.signature(function).bind(*call.args, **{str(keyword.arg): 0 for keyword in call.keywords})
+            checked += 1
+    assert checked >= 2
+
+
+def test_the_look_up_of_calls_finds_what_is_not_there():
+    known = _imported(ast.parse("import retmask_jax as rm"))
+    with pytest.raises(AttributeError, match="mask_tails"):
+        _looked_up(ast.parse("rm.mask_tails", mode="eval").body, known)
+
+
+def _imported(tree: ast.Module) -> dict:
+    """{name in the notebook: what it stands for} of the imports from the package."""
+    known = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            ours = [name for name in node.names if name.name == "retmask_jax"]
+            known |= {name.asname or name.name: importlib.import_module(name.name) for name in ours}
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("retmask_jax"):
+            module = importlib.import_module(str(node.module))
+            for name in node.names:
+                if not hasattr(module, name.name):
+                    importlib.import_module(f"{node.module}.{name.name}")
+                known[name.asname or name.name] = getattr(module, name.name)
+    return known
+
+
+def _looked_up(node: ast.expr, known: dict):
+    """What an expression such as rm.Interventions.none stands for; None where only running it would tell."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    if isinstance(node, ast.Attribute) and (owner := _looked_up(node.value, known)) is not None:
+        return getattr(owner, node.attr)
+    return None
+
+
+@every_notebook
+@pytest.mark.slow
 def test_a_notebook_runs_at_small_size(path, folder, kernel):
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
@@ -45,6 +95,8 @@ def test_a_notebook_is_short_and_shows_what_its_cells_gave(path):
     notebook = nbformat.read(path, as_version=4)
     assert len(notebook.cells) <= 25 and path.stat().st_size < 400_000
     assert notebook.metadata.get("sources") == sources(notebook), f"{path.name} was changed: run `make notebooks`"
+    promised = re.findall(r"<!-- shows: (.*?) -->", "\n".join(cell.source for cell in notebook.cells))
+    assert all(words in "\n".join(texts(notebook)) for words in promised)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert len(outputs) >= 5 and not [output for output in outputs if output.output_type == "error"]
     assert not re.search(r"/(tmp|home|root|work)/|site-packages|\r", "\n".join(texts(notebook)))

@@ -47,7 +47,7 @@ def bundled_cases(length: int, depths: int, needles: int) -> list[Case]:
     grid = tuple(np.linspace(0, 1, depths).tolist())
     overrides = {"lengths": (length,), "depths": grid, "per_length": depths * needles}
     config = recipes.load_recipe("tiny", [(f"tasks.detect.{name}", repr(value)) for name, value in overrides.items()])
-    return task_cases(models.bundled_prompter(), config.tasks.detect, models.bundled_file)
+    return task_cases(models.bundled_prompter(), config.tasks.detect)
 
 
 def fixed_cases(

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int32
 
 from retmask_jax.benchmarks.harness import cores
+from retmask_jax.data.builtin_files import path_of
 from retmask_jax.data.needles import read_sentences
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.generation.language_model import from_params, save
@@ -116,17 +117,12 @@ def bundled_prompter() -> Prompter:
     return Prompter(load_tokenizer(BUNDLED), section.template, section.chat, section.template_kwargs.to_dict())
 
 
-def bundled_file(name: str) -> Path:
-    """The path of a data file of the package from its name in a recipe, "bundled/..."."""
-    return BUNDLED.parent / "data" / name.removeprefix("bundled/")
-
-
 def text_or_random(folder: Path, n: int, length: int) -> Int32[np.ndarray, "n length"]:
     """Windows of the bundled text for the bundled model, else random tokens."""
     if folder != BUNDLED:
         return random_tokens(read_shape(folder).vocab_size, n, length)
     tokenizer: Any = load_tokenizer(folder)
-    ids = tokenizer(" ".join(read_sentences(bundled_file("test_text.txt"))), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(" ".join(read_sentences(path_of("bundled/test_text.txt"))), add_special_tokens=False)["input_ids"]
     starts = np.linspace(0, len(ids) - length, n).astype(int)
     return np.array([ids[start : start + length] for start in starts], np.int32)
 

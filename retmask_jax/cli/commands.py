@@ -20,13 +20,23 @@ from retmask_jax.hf import summary as inspection
 from retmask_jax.hf.hub import config_folder
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.model.sharding import split_cpu
-from retmask_jax.pipeline.registry import RUN, STAGES, STUDIED, check_config, check_model, check_upstream, run_stage
+from retmask_jax.pipeline.registry import (
+    RUN,
+    STAGES,
+    STUDIED,
+    check_config,
+    check_model,
+    check_upstream,
+    is_up_to_date,
+    run_stage,
+)
 from retmask_jax.reports import comparison, html, plotting
 from retmask_jax.reports.comparison import COMPARISON
 from retmask_jax.reports.panel import findings, gains, page, profiles, sources
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.costs import Cost, in_words, measured_speed, seconds
 from retmask_jax.runs.stage import Stage
-from retmask_jax.runs.workdir import Result, Workdir, check_free, differing, locked, settings_of, versions
+from retmask_jax.runs.workdir import Example, Result, Workdir, check_free, differing, locked, settings_of, versions
 from retmask_jax.stages.detect import retrieval_heads
 from retmask_jax.stages.eval import EVAL, EvalResult
 from retmask_jax.stages.knockout import KNOCKOUT
@@ -37,6 +47,8 @@ from retmask_jax.utils.fingerprints import fingerprint
 from retmask_jax.utils.hosts import join, primary
 from retmask_jax.utils.numbers import Number
 
+_WIDE = 160  # characters of a text that is shown
+_WORTH_SAYING = 60.0  # seconds
 _AT_MOST = 6  # models side by side in a table; of more the numbers are listed, pooled over seeds
 
 
@@ -62,6 +74,7 @@ def _in_order(context: Context, stages: Sequence[Stage], summary: Path, report: 
     """Run stages, each skipped where its inputs have not changed, and show their numbers."""
     numbers = {}
     for stage in stages:
+        _say_how_long(context, stage)
         result, ran = run_stage(context, stage)
         numbers |= result.numbers
         if not primary():
@@ -69,7 +82,7 @@ def _in_order(context: Context, stages: Sequence[Stage], summary: Path, report: 
         state = f"done in {result.seconds:.0f} s" if ran else "unchanged"
         print(f"{stage.name:<9} {state}", flush=True)
         if ran:
-            _show(result)
+            _show(stage, result)
     if not primary():
         return
     write_json(summary, numbers)
@@ -77,7 +90,7 @@ def _in_order(context: Context, stages: Sequence[Stage], summary: Path, report: 
     _table({name: numbers[name] for name in context.config.headlines if name in numbers})
     if EVAL in stages:
         print("\nbefore and after training:")
-        _show(EVAL.of(context))
+        _show(EVAL, EVAL.of(context))
     print(f"every number: {summary}\nreport:       {report}")
 
 
@@ -85,11 +98,12 @@ def one_stage(config: ConfigDict, root: Path, name: str, aside: bool = False) ->
     """Run one stage on the results of those before it; returns its result. aside: as of `Workdir.open`."""
     stage = STAGES[name]
     context = _open(config, root, (stage,), aside=aside, model=stage.needs_model)
+    _say_how_long(context, stage)
     result, ran = run_stage(context, stage)
     if primary():
         if not ran:
             print(f"{name}: unchanged since {result.provenance.created}")
-        _show(result)
+        _show(stage, result)
     if name == "compare":
         run_stage(context, COMPARISON)
         if primary():
@@ -300,12 +314,42 @@ def _log() -> None:
     logging.getLogger("retmask_jax").setLevel(os.environ.get("RETMASK_LOG", "WARNING").upper())
 
 
-def _show(result: Result) -> None:
-    """Print a stage's table: of models side by side, or of its numbers."""
-    if not isinstance(result, EvalResult) or len({row.model for row in result.rows}) > _AT_MOST:
-        return _table(result.numbers)
-    _print_table(*comparison.table(result.rows, result.metrics), justify="right")
-    print(comparison.perplexities(result.rows) or "no text loss was measured")
+def _say_how_long(context: Context, stage: Stage) -> None:
+    """Print about how long a stage will take, unless that is less than a minute or it has nothing to do."""
+    if not primary() or is_up_to_date(context, stage) or (cost := stage.cost(context)) == Cost():
+        return
+    config = context.config
+    duration = seconds(cost, context.outline.config, config.dtype, measured_speed(config.dtype)) / context.mesh.size
+    if duration >= _WORTH_SAYING:
+        print(f"{stage.name:<9} {in_words(duration)}", flush=True)
+
+
+def _show(stage: Stage, result: Result) -> None:
+    """Print what a stage found: models side by side, or its numbers; its own tables, and examples of answers."""
+    if isinstance(result, EvalResult) and len({row.model for row in result.rows}) <= _AT_MOST:
+        _print_table(*comparison.table(result.rows, result.metrics), justify="right")
+        print(comparison.perplexities(result.rows) or "no text loss was measured")
+    else:
+        _table(result.numbers)
+    for header, rows in stage.tables(result):
+        print()
+        _print_table(header, rows)
+    for example in result.examples:
+        _print_example(example)
+
+
+def _print_example(example: Example) -> None:
+    expected = "" if example.expected is None else f"  (expected: {example.expected})"
+    print(f"\n{_on_one_line(example.question)}{expected}")
+    width = max(map(len, example.replies))
+    for who, reply in example.replies.items():
+        print(f"  {who:<{width}}  {_on_one_line(reply)}")
+
+
+def _on_one_line(text: str) -> str:
+    """A text in one line, its middle left out where it is long."""
+    words = " ".join(text.split())
+    return words if len(words) <= _WIDE else f"{words[: _WIDE // 2]} ... {words[-_WIDE // 2 :]}"
 
 
 def _table(numbers: Mapping[str, Number]) -> None:

@@ -39,6 +39,17 @@ GROUPS = {
 }
 STAGES = {name: text for stages in GROUPS.values() for name, text in stages.items()}
 TOOLS = ("doctor", "inspect", "profile", "panel", "bench")  # which read no config
+SCALES = ("quick", "paper")  # recipes for any model
+OF_A_MODEL = (
+    "detect",
+    "knockout",
+    "rope",
+    "pairs",
+    "train",
+    "eval",
+    "run",
+    "study",
+)  # take a MODEL instead of a config
 _AHEAD = ("detect", "pairs", "train")  # stages that can be compiled for TPUs that are not here
 # What the help of a stage shows; of one that is not here the general form is enough.
 _EXAMPLES_OF = {
@@ -62,7 +73,11 @@ _EXAMPLES_OF = {
         "retmask eval --config=tiny --compare mine=my_model --workdir=runs/compared",
         "retmask eval --config=llama3_1_8b --lm_eval=gsm8k,mmlu --helmet=../HELMET",
     ),
-    "run": ("retmask run --config=tiny", "retmask run --config=llama3_1_8b --config.mesh.fsdp=8 --workdir=runs/llama"),
+    "run": (
+        "retmask run HuggingFaceTB/SmolLM2-135M-Instruct",
+        "retmask run --config=tiny",
+        "retmask run --config=llama3_1_8b --config.mesh.fsdp=8 --workdir=runs/llama",
+    ),
     "study": ("retmask study --config=tiny_study",),
     "pretrain": ("retmask pretrain --config=panel_qwen3 --config.pretrain.seed=1 --workdir=runs/panel_qwen3-1",),
     "export": (
@@ -183,9 +198,22 @@ def _examples(name: str) -> str:
 
 def _add_config(stage: argparse.ArgumentParser, name: str) -> None:
     """The flags of what reads a config."""
+    if name in OF_A_MODEL:
+        stage.add_argument(
+            "model",
+            nargs="?",
+            metavar="MODEL",
+            help="a hub id, a folder or a .gguf file, instead of --config: needs no recipe and no data",
+        )
+        stage.add_argument(
+            "--scale",
+            choices=SCALES,
+            help="with MODEL: quick takes minutes on a laptop's CPU for 135M parameters, paper has the published "
+            f"settings (default: {SCALES[0]})",
+        )
     stage.epilog = f"Any key of the config can be set: --config.train.steps=10\n\n{_examples(name)}"
-    stage.add_argument("--config", default="tiny", help="name of a recipe or path of a .py file (default: tiny)")
-    stage.add_argument("--workdir", help="folder for all results (default: runs/NAME_OF_CONFIG)")
+    stage.add_argument("--config", help="name of a recipe or path of a .py file (default: tiny)")
+    stage.add_argument("--workdir", help="folder for all results (default: runs/NAME of the config or the model)")
     if name not in ("pretrain", "export"):
         stage.add_argument(
             "--set-aside",

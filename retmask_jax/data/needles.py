@@ -17,6 +17,7 @@ from retmask_jax.data.prompter import Prompter
 from retmask_jax.utils.files import iter_records, read_text
 from retmask_jax.utils.progress import track
 
+_FIELDS = ("needle", "question", "answer", "key", "memory", "prefix")
 _SENTENCE_END = re.compile(r"(?<=[.!?।॥۔؟])\s+|(?<=[。！？])\s*")  # also where no space follows
 
 
@@ -27,6 +28,7 @@ class Needle:
     Attributes:
         key: What the statement is about; sentences of the haystack that mention it are left out.
         memory: The answer the model gives without the context, where that is known.
+        prefix: How a reply may begin before it comes to the answer; None: as the statement does.
     """
 
     needle: str
@@ -34,6 +36,18 @@ class Needle:
     answer: str
     key: str | None = None
     memory: str | None = None
+    prefix: str | None = None
+
+    @property
+    def beginning(self) -> str:
+        """How a reply begins before it comes to the answer, such as "The code of the blue door is".
+
+        >>> Needle("The code of the blue door is 4719.", "What is the code of the blue door?", "4719").beginning
+        'The code of the blue door is'
+        """
+        if self.prefix is not None:
+            return self.prefix.strip()
+        return self.needle[: max(0, self.needle.lower().find(self.answer.lower()))].strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +88,15 @@ def read_sentences(path: str | Path) -> list[str]:
 
 
 def read_needles(path: str | Path) -> list[Needle]:
-    """Returns the needles of a JSONL file with needle, question and answer (or real_needle), and optionally key and
-    memory.
+    """Returns the needles of a JSONL file with needle, question and answer (or real_needle), and optionally key, memory
+    and prefix.
 
     Raises:
         ValueError: A record, named by file and line, lacks question or answer, or a value is not a text.
     """
     needles = []
     for number, record in iter_records(Path(path)):
-        texts: dict[str, Any] = {name: record.get(name) for name in ("needle", "question", "answer", "key", "memory")}
+        texts: dict[str, Any] = {name: record.get(name) for name in _FIELDS}
         texts["answer"] = record.get("answer", record.get("real_needle"))
         if texts["question"] is None or texts["answer"] is None:
             raise ValueError(f"{path}, line {number}: a needle has question and answer, this one {sorted(record)}")
@@ -144,6 +158,7 @@ def build_cases(
     *,
     shuffle: bool = True,
     at_start: bool = False,
+    prefix: bool = False,
 ) -> list[Case]:
     """Returns the cases of specs, each filled with whole sentences up to its length.
 
@@ -152,6 +167,8 @@ def build_cases(
         shuffle: Whether the sentences are in random order, by the spec's seed, instead of the text's order.
         at_start: Whether the needle is put at the very start unless the depth is 1, as in the detector released with
             arXiv 2601.11020.
+        prefix: Whether the prompt ends with the beginning of a reply (`Needle.beginning`), so that the model goes on with
+            the answer.
 
     Raises:
         ValueError: A length has no room for needle and question, the answer is not found in the needle exactly once, or
@@ -160,14 +177,16 @@ def build_cases(
     _check_used(needles, specs)
     sizes = _sizes(prompter, sentences)
     shown = track(specs, len(specs), "needle cases", "case")
-    return [_build(prompter, sentences, sizes, needles, spec, shuffle, at_start) for spec in shown]
+    return [_build(prompter, sentences, sizes, needles, spec, shuffle, at_start, prefix) for spec in shown]
 
 
-def question_case(prompter: Prompter, needle: Needle) -> Case:
-    """Returns a case without context, which asks what the model answers from memory; errors as of `check_words`."""
+def question_case(prompter: Prompter, needle: Needle, *, prefix: bool = False) -> Case:
+    """Returns a case without context, which asks what the model answers from memory; errors as of `check_words`.
+
+    prefix: As of `build_cases`.
+    """
     check_words(needle)
-    text = prompter.render("", needle.question)
-    tokens, offsets = prompter.encode(text)
+    text, tokens, offsets = _prompt(prompter, "", needle, prefix)
     spec = Spec(len(tokens), 0.0, 0, (), 0)
     return Case(tuple(tokens), (0, 0), needle, spec, question=question_span(prompter, text, offsets, needle))
 
@@ -211,7 +230,24 @@ def _sizes(prompter: Prompter, sentences: Sequence[str]) -> np.ndarray:
     return np.array(prompter.counts([f" {sentence}" for sentence in sentences], special=False))
 
 
-def _build(prompter, sentences, sizes, needles, spec, shuffle, at_start) -> Case:
+def _prompt(
+    prompter: Prompter, context: str, needle: Needle, prefix: bool
+) -> tuple[str, list[int], list[tuple[int, int]]]:
+    """Returns (text, tokens, their ranges of characters) of a prompt that asks for a needle.
+
+    With the beginning of a reply, the tokens are those before the answer's first one as the tokenizer splits both
+    together: some tokenizers make the blank before a number a token of its own.
+    """
+    text = prompter.render(context, needle.question)
+    if not prefix or not needle.beginning:
+        return text, *prompter.encode(text)
+    text = prompter.begun(text, needle.beginning)
+    tokens, offsets = prompter.encode(f"{text} {needle.answer}")
+    end = next(i for i, (_, last) in enumerate(offsets) if last > len(text) + 1)
+    return text, tokens[:end], offsets[:end]
+
+
+def _build(prompter, sentences, sizes, needles, spec, shuffle, at_start, prefix) -> Case:
     needle = needles[spec.needle]
     rng = np.random.default_rng(spec.seed)
     planted = [needles[i].needle for i in spec.distractors]
@@ -219,7 +255,7 @@ def _build(prompter, sentences, sizes, needles, spec, shuffle, at_start) -> Case
     order = rng.permutation(len(sentences)) if shuffle else np.arange(len(sentences))
     order = [i for i in order if not any(key in sentences[i] for key in keys)] if keys else order
     places = np.sort(rng.random(len(planted)))
-    fixed, _ = prompter.encode(prompter.render(" ".join([needle.needle, *planted]), needle.question))
+    _, fixed, _ = _prompt(prompter, " ".join([needle.needle, *planted]), needle, prefix)
     room = spec.length - len(fixed)
     if room < 0:
         raise ValueError(f"a case of {spec.length} tokens has no room for its {len(fixed)} of needles and question")
@@ -230,8 +266,7 @@ def _build(prompter, sentences, sizes, needles, spec, shuffle, at_start) -> Case
 
     def build(count):
         context = _plant([sentences[i] for i in order[:count]], planted, places, needle.needle, depth)
-        text = prompter.render(context, needle.question)
-        return text, *prompter.encode(text)
+        return _prompt(prompter, context, needle, prefix)
 
     # Tokens of sentences side by side may be some more or fewer than those of each alone.
     text, tokens, offsets = build(count)

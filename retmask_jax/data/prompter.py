@@ -10,19 +10,16 @@ import jinja2
 from retmask_jax.utils.files import digest
 
 
-def check_template(template: str) -> None:
-    """Raises ValueError for a format string whose fields are not exactly {context} and {question}."""
+def check_template(key: str, template: str) -> None:
+    """Raises ValueError, which names the config key, for a format string whose fields are not exactly {context} and
+    {question}."""
     try:
         names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as error:
-        raise ValueError(
-            f"prompt.template {template!r} is no format string: {error}; a brace itself is written twice"
-        ) from error
+        raise ValueError(f"{key} {template!r} is no format string: {error}; a brace itself is written twice") from error
     if names != {"context", "question"}:
         there = ", ".join(f"{{{name}}}" for name in sorted(names)) or "none"
-        raise ValueError(
-            f"prompt.template {template!r} must have the fields {{context}} and {{question}}, it has {there}"
-        )
+        raise ValueError(f"{key} {template!r} must have the fields {{context}} and {{question}}, it has {there}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Prompter:
     template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        check_template(self.prompt)
+        check_template("prompt.template", self.prompt)
         if self.tokenizer is None:
             raise ValueError("the model folder has no tokenizer, which text prompts need")
         if not self.tokenizer.is_fast:
@@ -66,6 +63,16 @@ class Prompter:
             raise ValueError(
                 f"the tokenizer's chat template refuses a conversation of the roles {roles}: {error}"
             ) from error
+
+    def begun(self, text: str, beginning: str) -> str:
+        """Returns the text of a prompt with the beginning of the answer after it.
+
+        >>> import retmask_jax as rm
+        >>> prompter = Prompter(rm.load("bundled").tokenizer, "{context} Question: {question} Answer:", chat=False)
+        >>> prompter.begun("Question: Who won? Answer:", "The winner is")
+        'Question: Who won? Answer: The winner is'
+        """
+        return text + beginning if text[-1:].isspace() else f"{text} {beginning}"
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Returns token ids and the range of characters of each.

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from retmask_jax.data.needles import Case, build_cases, draw_specs, question_case, read_needles, read_sentences
+from retmask_jax.data.builtin_files import haystack, path_of
+from retmask_jax.data.needles import Case, build_cases, draw_specs, question_case, read_needles
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import Number
@@ -22,7 +23,7 @@ class GridCell(Number):
     depth: float
 
 
-def task_cases(prompter: Prompter, task: Any, resolve: Callable[[str], Path]) -> list[Case]:
+def task_cases(prompter: Prompter, task: Any, resolve: Callable[[str], Path] = path_of) -> list[Case]:
     """Returns the cases of a task.
 
     Args:
@@ -31,12 +32,13 @@ def task_cases(prompter: Prompter, task: Any, resolve: Callable[[str], Path]) ->
     """
     needles = read_needles(resolve(task.needles))
     if not task.lengths:
-        return [question_case(prompter, needle) for needle in needles]
+        return [question_case(prompter, needle, prefix=task.prefix) for needle in needles]
     specs = draw_specs(
         needles, task.lengths, task.depths, per_length=task.per_length, distractors=task.distractors, seed=task.seed
     )
-    sentences = read_sentences(resolve(task.haystack))
-    return build_cases(prompter, sentences, needles, specs, shuffle=task.shuffle, at_start=task.at_start)
+    sentences = haystack(task.haystack, task.lengths, resolve)
+    options = {"shuffle": task.shuffle, "at_start": task.at_start, "prefix": task.prefix}
+    return build_cases(prompter, sentences, needles, specs, **options)
 
 
 def check_fits(name: str, task: Any, max_length: int, context: str = "the model's context") -> None:

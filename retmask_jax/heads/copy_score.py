@@ -41,11 +41,11 @@ def detect_plain(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: in
     A head's score in a case is |needle tokens that it copied| / |needle tokens|, both as sets. A case counts if the
     model's answer is right. The score of a head is its mean over the counted cases.
     """
-    stops = {*lm.config.eos_ids, *newline_ids(lm.tokenizer).tolist()}
+    newlines = set(newline_ids(lm.tokenizer).tolist())
     width = max((len(case.tokens) for case in cases), default=0) + max_new_tokens
     per_case, answers, outcomes = [], [], []
     for case in track(cases, len(cases), "detect plainly", "case"):
-        tokens, copied = _answer_plainly(lm, case, stops, max_new_tokens, width)
+        tokens, copied = _answer_plainly(lm, case, newlines, max_new_tokens, width)
         answers.append(lm.tokenizer.decode(tokens, skip_special_tokens=True))
         outcomes.append(_outcome(answers[-1], case.needle.answer, cut=len(tokens) == max_new_tokens))
         if outcomes[-1] == COUNTED:
@@ -55,7 +55,7 @@ def detect_plain(lm: LanguageModel, cases: Sequence[Case], *, max_new_tokens: in
 
 
 def _answer_plainly(
-    lm: LanguageModel, case: Case, stops: set[int], max_new_tokens: int, width: int
+    lm: LanguageModel, case: Case, newlines: set[int], max_new_tokens: int, width: int
 ) -> tuple[list[int], list[list[set[int]]]]:
     """Returns the tokens of the greedy answer, and for each layer and head the needle tokens that it copied.
 
@@ -67,7 +67,7 @@ def _answer_plainly(
     answer: list[int] = []
     while len(answer) < max_new_tokens:
         token, key_LH = _read_on(lm, [*case.tokens, *answer], width)
-        if token in stops:
+        if token in lm.config.eos_ids or (token in newlines and lm.tokenizer.decode(answer).strip()):
             break
         answer.append(token)
         for (layer, head), key in np.ndenumerate(key_LH):
@@ -110,8 +110,8 @@ def detect(
 ) -> Detection:
     """Computes the copy scores of `detect_plain` in batches; this is the detector `copy` of the command.
 
-    Decoding ends at EOS or a newline. A case counts if the ROUGE-1 recall of the answer against the needle's answer
-    part is above 0.5.
+    An answer ends at EOS, or at a line end after its first word. A case counts if the ROUGE-1 recall of the answer against
+    the needle's answer part is above 0.5.
 
     Args:
         lm: The model.
@@ -138,7 +138,7 @@ def score_answers(
     newline = newline_ids(lm.tokenizer)
     answers, outcomes, per_case = [], [], []
     for case, (tokens_N, key_NLH) in zip(cases, found, strict=True):
-        end = len(tokens_N) if released else _first(tokens_N, newline)
+        end = len(tokens_N) if released else _line_end(lm.tokenizer, tokens_N, newline)
         tokens_N, key_NLH = tokens_N[:end], key_NLH[:end]
         answer = lm.tokenizer.decode(tokens_N, skip_special_tokens=True)
         answers.append(answer)
@@ -274,7 +274,9 @@ def _usual_closing(
     return most_common[0][0]
 
 
-def _first(tokens_N: Int[np.ndarray, " N"], stop_ids: Int[np.ndarray, " ids"]) -> int:
-    """Returns the index of the first stop id, or the number of tokens."""
-    found = np.flatnonzero(np.isin(tokens_N, stop_ids))
-    return int(found[0]) if len(found) else len(tokens_N)
+def _line_end(tokenizer: Any, tokens_N: Int[np.ndarray, " N"], newline: Int[np.ndarray, " ids"]) -> int:
+    """Returns the index of the first newline after a word, or the number of tokens."""
+    for place in np.flatnonzero(np.isin(tokens_N, newline)):
+        if tokenizer.decode(tokens_N[:place], skip_special_tokens=True).strip():
+            return int(place)
+    return len(tokens_N)

@@ -18,7 +18,15 @@ from retmask_jax.heads.conditions import Condition
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import Layers
-from retmask_jax.model.interventions import Head, Interventions, all_heads, mask_heads, mask_queries, random_heads
+from retmask_jax.model.interventions import (
+    Head,
+    Interventions,
+    all_heads,
+    layer_matched,
+    mask_heads,
+    mask_queries,
+    random_heads,
+)
 from retmask_jax.model.masking import normalise
 from retmask_jax.model.sharding import STACKED_ROWS, full_share, mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens, make_call
@@ -61,7 +69,7 @@ def knockout_conditions(
     """
     controls: dict[str, Callable[[int], list[Head]]] = {
         "any layer": lambda s: random_heads(config, n=len(heads), exclude=heads, seed=s),
-        "layer-matched": lambda s: random_heads(config, like=heads, seed=s),
+        "layer-matched": lambda s: layer_matched(config, heads, s),
         "activity-matched": lambda s: activity_matched(heads, activity_LH, seed=s),
     }
     if scores_LH is not None:

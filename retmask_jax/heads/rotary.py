@@ -13,7 +13,7 @@ from retmask_jax.heads.conditions import Condition
 from retmask_jax.heads.head_outputs import HeadStatistics, variance_removed
 from retmask_jax.heads.query_norms import QueryNorms
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Head, Interventions, mask_rope, random_heads, rope_pairs
+from retmask_jax.model.interventions import Head, Interventions, layer_matched, mask_rope, rope_pairs
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.utils.numbers import Number
 
@@ -49,7 +49,7 @@ def dose_conditions(
     As a control, also the k lowest pairs of layer-matched heads. With `norms`, also the k pairs of each head that its query
     projection writes least or most.
     """
-    control = random_heads(config, like=heads, seed=seed)
+    control = layer_matched(config, heads, seed)
     for k in ks:
         low, high = (rope_pairs(config, k, which) for which in ("low", "high"))
         yield _condition(config, "lowest", heads, low, site)
@@ -68,7 +68,7 @@ def window_conditions(
     config: ModelConfig, heads: Sequence[Head], n_windows: int, *, seed: int = 0, site: str = "rotary"
 ) -> Iterator[Condition]:
     """Each window of the spectrum ablated in the retrieval heads, and in layer-matched heads; the lowest frequencies first."""
-    control = random_heads(config, like=heads, seed=seed)
+    control = layer_matched(config, heads, seed)
     for i, pairs in enumerate(windows(config, n_windows)):
         for kind, chosen in (("window", heads), ("control heads, window", control)):
             yield _condition(config, kind, chosen, pairs, site, draw=i, experiment="windows")

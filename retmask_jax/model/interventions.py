@@ -4,6 +4,7 @@ A mask is an argument like any other: `jax.jit` compiles once for all of its val
 `jax.grad` differentiates with respect to a float mask.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, SupportsInt
 
@@ -233,6 +234,38 @@ def random_heads(
         free = [(layer, head) for head in range(config.n_heads) if (layer, head) not in taken]
         chosen += _draw(rng, free, sum(1 for other, _ in like if other == layer), f"layer {layer}")
     return chosen
+
+
+def layer_matched(config: ModelConfig, heads: Iterable[Head], seed: int = 0) -> list[Head]:
+    """Control heads: as many heads outside `heads`, of the same layers as far as these have enough.
+
+    Where a layer has too few others, the rest comes from the nearest layers that have some left. Where each has enough,
+    these are the heads of `random_heads(config, like=heads, seed=seed)`.
+
+    Raises:
+        ValueError: The model has too few heads left.
+
+    >>> import retmask_jax as rm
+    >>> layer_matched(rm.load("bundled").config, [(1, head) for head in range(5)])  # three others are left there
+    [(0, 0), (0, 4), (1, 5), (1, 6), (1, 7)]
+    """
+    taken = set(_valid_heads(config, heads))
+    rng = np.random.default_rng(seed)
+    free = {
+        layer: [(layer, head) for head in range(config.n_heads) if (layer, head) not in taken]
+        for layer in range(config.n_layers)
+    }
+    if sum(map(len, free.values())) < len(taken):
+        raise ValueError(f"{len(taken)} other heads are wanted, the model has {sum(map(len, free.values()))} left")
+    alike = Counter(layer for layer, _ in taken)
+    drawn = {layer: min(n, len(free[layer])) for layer, n in alike.items()}
+    for layer in sorted(alike):
+        for _ in range(alike[layer] - len(free[layer])):
+            nearest = sorted(free, key=lambda other: (abs(other - layer), other))
+            place = next(other for other in nearest if drawn.get(other, 0) < len(free[other]))
+            drawn[place] = drawn.get(place, 0) + 1
+    layers = sorted(layer for layer, n in drawn.items() if n)
+    return [head for layer in layers for head in _draw(rng, free[layer], drawn[layer], f"layer {layer}")]
 
 
 def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[int]:

@@ -70,6 +70,14 @@ def run_stage(context: Context, stage: Stage) -> tuple[Result, bool]:
     return stage.of(context), ran
 
 
+def is_up_to_date(context: Context, stage: Stage) -> bool:
+    """Whether a stage has a result that `run_stage` would leave as it is."""
+    work = context.workdir
+    if not work.is_finished(stage.name) or not all(work.is_finished(needed.name) for needed in stage.upstream):
+        return False
+    return not work.provenance(stage.name).changes(basis(context, stage))
+
+
 def basis(context: Context, stage: Stage) -> Basis:
     """What the result of a stage rests on, as the config and the files are now."""
     settings = settings_read(context, stage)
@@ -106,7 +114,8 @@ def _check_up_to_date(context: Context, reader: str, stage: Stage) -> None:
 def check_config(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
     """Raise ValueError for settings that could only fail later, after expensive work. devices: of the mesh (None: all)."""
     check_limits(flat(config))
-    check_template(config.prompt.template)
+    check_template("prompt.template", config.prompt.template)
+    check_template("prompt.plain_template", config.prompt.plain_template)
     _check_tasks(config)
     for stage in STAGES.values():
         stage.check(config)

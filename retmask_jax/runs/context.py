@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from retmask_jax.data.builtin_files import path_of
 from retmask_jax.data.needles import Case, read_sentences
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.data.prompts import source_files
@@ -19,7 +20,7 @@ from retmask_jax.data.tasks import task_cases
 from retmask_jax.evals.perplexity import text_windows
 from retmask_jax.generation.language_model import LanguageModel, load, outline
 from retmask_jax.hf.checkpoint_files import checkpoint_files
-from retmask_jax.hf.hub import BUNDLED, resolve
+from retmask_jax.hf.hub import resolve
 from retmask_jax.hf.weights import Source, source_of
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.sharding import decoding_mesh, make_mesh, placed
@@ -95,8 +96,11 @@ class Context:
 
     @functools.cached_property
     def prompter(self) -> Prompter:
-        section = self.config.prompt
-        return Prompter(self.outline.tokenizer, section.template, section.chat, section.template_kwargs.to_dict())
+        section, tokenizer = self.config.prompt, self.outline.tokenizer
+        plain = section.chat is None and not getattr(tokenizer, "chat_template", None)
+        template = section.plain_template if plain else section.template
+        chat = not plain if section.chat is None else section.chat
+        return Prompter(tokenizer, template, chat, section.template_kwargs.to_dict())
 
     @functools.cached_property
     def pairs_prompter(self) -> Prompter:
@@ -104,31 +108,27 @@ class Context:
         more = self.config.pairs.template_kwargs.to_dict()
         return dataclasses.replace(self.prompter, template_kwargs=self.prompter.template_kwargs | more)
 
-    def resolve(self, name: str) -> Path:
-        """A data file of the config; "bundled/..." is in the package."""
-        return BUNDLED.parent / "data" / name.removeprefix("bundled/") if name.startswith("bundled/") else Path(name)
-
     def cases(self, task: str, **changes: Any) -> list[Case]:
         """The cases of a task, other settings of which may be changed, such as its seed."""
         section = SimpleNamespace(**self.config.tasks[task].to_dict() | changes)
-        return task_cases(self.prompter, section, self.resolve)
+        return task_cases(self.prompter, section)
 
     def windows(self) -> np.ndarray:
         text = self.config.text
         if not text.file:
             raise ValueError("text.file names no file: activity and losses are measured on plain text")
-        return text_windows(self.outline.tokenizer, read_sentences(self.resolve(text.file)), text.length, text.windows)
+        return text_windows(self.outline.tokenizer, read_sentences(path_of(text.file)), text.length, text.windows)
 
     def check_files(self) -> None:
         """ValueError for the first data file of the config that does not exist."""
         for name in named_files(settings_of(as_json(self.config))):
             self.data_file(name)
         if self.config.pairs.prompts:
-            source_files(self.config.pairs.prompts, self.resolve)
+            source_files(self.config.pairs.prompts, path_of)
 
     def data_file(self, name: str) -> Path:
-        """`resolve`d; ValueError where no such file is there."""
-        path = self.resolve(name)
+        """The path of a data file of the config; ValueError where no such file is there."""
+        path = path_of(name)
         if not path.is_file():
             raise ValueError(f"data file {name} of the config does not exist ({path})")
         return path

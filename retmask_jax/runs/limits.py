@@ -49,7 +49,7 @@ _LIMITS = {
     _whole(2): "text.length",
     _whole(3): "suites.perplexity.length",
     _whole(0): """seed knockout.draws knockout.seed knockout.mode_draws rope.draws rope.seed rope.windows rope.matched
-        pairs.retries train.seeds train.lora_rank train.profile detectors.seeds utility.seed tasks.*.seed
+        pairs.retries train.seeds train.examples train.lora_rank train.profile detectors.seeds utility.seed tasks.*.seed
         tasks.*.distractors suites.*.seed suites.niah.distractors suites.lm_eval.fewshot""",
     _POSITIVE: """pairs.timeout train.beta train.contrast_strength train.learning_rate train.lora_alpha train.eps train.clip
         theta.factors""",
@@ -68,7 +68,7 @@ _LIMITS = {
 _OR_NONE = """detect.threshold detect.top_k detect.scores knockout.minimal rope.patch_pairs pairs.prompts_field pairs.batch_size
     detectors.cases detectors.top_k theta.cases dynamics.threshold dynamics.cases dynamics.task tasks.*.per_length
     suites.rerank.length suites.perplexity.stride suites.*.limit suites.lm_eval.fewshot suites.helmet.chat
-    distributed""".split()
+    distributed prompt.chat""".split()
 
 
 def check_limits(values: dict[str, Any]) -> None:

@@ -4,10 +4,20 @@ import dataclasses
 import glob
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, NamedTuple
 
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.costs import Cost
 from retmask_jax.runs.workdir import R, settings_of
+
+SHOWN = 3  # examples of answers in a result
+
+
+class Table(NamedTuple):
+    """A table to print."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +36,8 @@ class Stage(Generic[R]):
         check: Raises ValueError for a config that could only fail later, before anything runs.
         check_run: Raises ValueError where other stages can run with the config and this one cannot.
         check_model: Raises ValueError where the settings do not suit the model or its files.
+        tables: What is printed at its end besides its numbers and examples.
+        cost: About how many tokens it reads and writes, for the time that is said beforehand.
     """
 
     name: str
@@ -40,6 +52,8 @@ class Stage(Generic[R]):
     check: Callable[[Any], None] = lambda config: None
     check_run: Callable[[Any], None] = lambda config: None
     check_model: Callable[[Context], None] = lambda context: None
+    tables: Callable[[R], list[Table]] = lambda result: []
+    cost: Callable[[Context], Cost] = lambda context: Cost()
 
     def of(self, context: Context) -> R:
         """The result of this stage in the work directory; ValueError if it has not run."""

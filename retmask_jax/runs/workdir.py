@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import msgspec
 from ml_collections import ConfigDict
 
+from retmask_jax.data.needles import Needle
 from retmask_jax.runs.recipes import as_json
 from retmask_jax.utils.files import digest, read_json, wait_until_listed, wait_until_seen, write_json
 from retmask_jax.utils.hosts import first_alone, primary, wait_for_all
@@ -96,10 +97,25 @@ class Provenance:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """A question as it was answered, to be read: replies by who gave them, and the answer expected where one is known."""
+
+    question: str
+    replies: dict[str, str]
+    expected: str | None = None
+
+    @classmethod
+    def of(cls, needle: Needle, replies: Mapping[str, str]) -> "Example":
+        """The question of a needle with the replies to it."""
+        return cls(question=needle.question, expected=needle.answer, replies=dict(replies))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """What every stage's result has: its headline numbers by name, and where they come from."""
+    """What every stage's result has: its headline numbers by name, a few examples, and where they come from."""
 
     numbers: dict[str, Number]
+    examples: list[Example] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     provenance: Provenance = dataclasses.field(default_factory=Provenance)
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from retmask_jax.heads.knockout import activity_matched
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Head, random_heads
+from retmask_jax.model.interventions import Head, layer_matched, random_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _any_layer(given: Given) -> list[Head]:
 
 
 def _layer_matched(given: Given) -> list[Head]:
-    return random_heads(given.config, like=given.heads, seed=given.seed)
+    return layer_matched(given.config, given.heads, given.seed)
 
 
 def _activity_matched(given: Given) -> list[Head]:

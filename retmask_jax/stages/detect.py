@@ -13,17 +13,31 @@ from retmask_jax.heads.profile import profile
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import Head, mask_heads
 from retmask_jax.runs.context import Context
-from retmask_jax.runs.stage import PROMPTS, Stage
-from retmask_jax.runs.workdir import Result
+from retmask_jax.runs.costs import Cost, task_cost
+from retmask_jax.runs.stage import PROMPTS, SHOWN, Stage, Table
+from retmask_jax.runs.workdir import Example, Result
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import digest, write_jsonl
+from retmask_jax.utils.numbers import Number
+
+_LISTED = 20  # best heads in the result, with intervals
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadNumber(Number):
+    """The score of a head, mean over the counted cases. chosen: whether it is a retrieval head."""
+
+    layer: int
+    head: int
+    chosen: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DetectResult(Result):
     """heads: the retrieval heads, best first, with their `scores`. mean: [L][H] scores of all heads. threshold: None where
     heads were chosen by their number. outcomes: cases by outcome, empty where scores were given. profile: as of
-    `heads.profile`, None where undefined. n_kv_heads: None in results of older versions."""
+    `heads.profile`, None where undefined. n_kv_heads: None in results of older versions. best: the best heads, chosen or
+    not, with intervals; empty in results of older versions."""
 
     heads: list[Head]
     scores: list[float]
@@ -34,6 +48,7 @@ class DetectResult(Result):
     profile: dict[str, float | None]
     stability: list[Settled]
     mask_hash: str
+    best: list[HeadNumber] = dataclasses.field(default_factory=list)
 
     @property
     def reached(self) -> float:
@@ -45,7 +60,7 @@ def detect_stage(context: Context, folder: Path) -> DetectResult:
     """Head scores, the head set, its stability, and why cases did not count."""
     lm, section = context.lm, context.config.detect
     if section.scores is not None:
-        return _detected(context, folder, _given_scores(context), [])
+        return _detected(context, folder, _given_scores(context), [], [])
     cases = context.cases(section.task)
     found = detect(
         lm,
@@ -54,12 +69,13 @@ def detect_stage(context: Context, folder: Path) -> DetectResult:
         batch_size=context.config.batch_size,
         released=section.released,
     )
+    examples = [Example.of(case.needle, {"reply": answer}) for case, answer in zip(cases, found.answers, strict=True)]
     rows = [
         {"length": c.spec.length, "depth": c.spec.depth, "expected": c.needle.answer, "answer": a, "outcome": o}
         for c, a, o in zip(cases, found.answers, found.outcomes, strict=True)
     ]
     write_jsonl(folder / "cases.jsonl", rows)
-    return _detected(context, folder, found.scores, found.outcomes)
+    return _detected(context, folder, found.scores, found.outcomes, examples[:SHOWN])
 
 
 def retrieval_heads(context: Context) -> list[Head]:
@@ -82,7 +98,9 @@ def _check_model(context: Context) -> None:
         _given_scores(context)
 
 
-def _detected(context: Context, folder: Path, scores: HeadScores, outcomes: list[str]) -> DetectResult:
+def _detected(
+    context: Context, folder: Path, scores: HeadScores, outcomes: list[str], examples: list[Example]
+) -> DetectResult:
     """The result of detection from scores, found (with an outcome per case) or given."""
     lm, section = context.lm, context.config.detect
     selection = {"top_k": section.top_k} if section.threshold is None else {"threshold": section.threshold}
@@ -105,6 +123,16 @@ def _detected(context: Context, folder: Path, scores: HeadScores, outcomes: list
         profile={name: stats.defined(value) for name, value in shape.items()},
         stability=stability(scores, **selection),
         mask_hash=_mask_hash(lm, heads),
+        best=[
+            HeadNumber.of(
+                stats.bootstrap_mean(scores.per_case[layer, head]),
+                layer=layer,
+                head=head,
+                chosen=(layer, head) in heads,
+            )
+            for layer, head in scores.heads(top_k=min(_LISTED, scores.mean.size))
+        ],
+        examples=examples,
         numbers=numbers
         | {
             "detect/heads": stats.exact(len(heads), cases),
@@ -128,12 +156,35 @@ def _mask_hash(lm: LanguageModel, heads: list[Head]) -> str:
     return digest(np.asarray(mask_heads(lm.config, heads).head_mask).tobytes())
 
 
+def _cost(context: Context) -> Cost:
+    return Cost() if context.config.detect.scores else task_cost(context.config, context.config.detect.task)
+
+
+def _tables(result: DetectResult) -> list[Table]:
+    """The best heads, and why cases did not count."""
+    rows = [
+        (
+            str(number.layer),
+            str(number.head),
+            f"{number.value:.3f}",
+            f"[{number.low:.3f}, {number.high:.3f}]",
+            "retrieval head" if number.chosen else "",
+        )
+        for number in result.best
+        if number.low is not None
+    ]
+    cases = [(outcome, str(n)) for outcome, n in result.outcomes.items()]
+    return [Table(("layer", "head", "score", "95% interval", ""), rows), Table(("cases", "n"), cases)]
+
+
 DETECT = Stage(
     name="detect",
     work=detect_stage,
     result=DetectResult,
     settings=(*PROMPTS, "detect.*"),
     tasks=lambda config: (config.detect.task,),
+    tables=_tables,
+    cost=_cost,
     check=_check,
     check_model=_check_model,
 )

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from ml_collections import ConfigDict
 
+from retmask_jax.data.builtin_files import path_of
 from retmask_jax.data.tasks import GridCell, by_cell
 from retmask_jax.evals.compare import START, ArmRow, ModelRow, arm_rows, headlines, model_rows
 from retmask_jax.evals.external.helmet import run_helmet
@@ -25,6 +26,7 @@ from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.heads.conditions import Condition
 from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.costs import Cost, task_cost
 from retmask_jax.runs.recipes import as_json as config_json
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result, changed_versions, versions
@@ -204,7 +206,7 @@ def tasks_of(config: ConfigDict) -> tuple[str, ...]:
 def _measured(context: Context, name: str, contender: Contender) -> Measurement:
     config, there = context.config, context.of(contender.load())
     conditions = [Condition(name, 0, contender.interventions)]
-    outcomes, _ = task_outcomes(there, config.eval.tasks, conditions)
+    outcomes = task_outcomes(there, config.eval.tasks, conditions).outcomes
     samples = {task: outcome_CN[0] for task, outcome_CN in outcomes.items()}
     if config.text.file:
         samples["text loss"] = text_loss(
@@ -212,9 +214,9 @@ def _measured(context: Context, name: str, contender: Contender) -> Measurement:
         )
     grids = {}
     for task in config.eval.grids:
-        outcomes, cases = task_outcomes(there, [task], conditions)
-        samples[task] = outcomes[task][0]
-        grids[task] = by_cell(cases[task], outcomes[task][0])
+        answered = task_outcomes(there, [task], conditions)
+        samples[task] = answered.outcomes[task][0]
+        grids[task] = by_cell(answered.cases[task], samples[task])
     return Measurement(samples, grids, _suites(there, contender))
 
 
@@ -270,7 +272,7 @@ def _run(there: Context, contender: Contender, name: str, suites, kept: Store) -
         there.lm,
         there.prompter,
         suites,
-        there.resolve,
+        path_of,
         only=name,
         batch_size=there.config.batch_size,
         interventions=contender.interventions,
@@ -344,6 +346,15 @@ def _check_model(context: Context) -> None:
 
 
 SETTINGS = (*PROMPTS, "eval.tasks", "eval.grids", "text.*")
+
+
+def _cost(context: Context) -> Cost:
+    config = context.config
+    models = 1 + config.eval.masked + len(config.train.arms) * len(config.train.seeds)
+    tasks = [task_cost(config, task) for task in tasks_of(config)]
+    return models * sum(tasks, Cost(config.text.windows * config.text.length if config.text.file else 0))
+
+
 EVAL = Stage(
     name="eval",
     work=eval_stage,
@@ -354,4 +365,5 @@ EVAL = Stage(
     inputs=suite_prints,
     check=_check,
     check_model=_check_model,
+    cost=_cost,
 )

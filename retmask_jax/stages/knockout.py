@@ -1,6 +1,7 @@
 """The stage `knockout`: answers and losses with the retrieval heads, or others, ablated."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from retmask_jax.heads.head_outputs import head_statistics
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import Head, Interventions, mask_heads
 from retmask_jax.runs.context import Context
-from retmask_jax.runs.stage import PROMPTS, Stage
+from retmask_jax.runs.costs import Cost, task_cost
+from retmask_jax.runs.stage import PROMPTS, Stage, Table
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, head_scores, retrieval_heads
 from retmask_jax.stages.outcomes import check_choices, mask_name, task_answers, task_outcomes
@@ -87,7 +89,8 @@ class MinimalSet:
 class KnockoutResult(Result):
     """rows: every mask on every task. means: over the draws of a kind. text_loss, text_loss_means: the same for the loss on
     text. activity: [L][H] of `knockout.activity`. idle: how many heads are idle, those below the share `idle_below` of the
-    most active head. curve: more and more heads masked. minimal: None where it was not searched."""
+    most active head. curve: more and more heads masked. minimal: None where it was not searched. moved: how many heads of a
+    layer-matched set are of another layer, because theirs has too few others."""
 
     rows: list[ConditionRow]
     means: list[TaskMean]
@@ -99,6 +102,12 @@ class KnockoutResult(Result):
     curve: list[ConditionRow]
     minimal: MinimalSet | None
     contrasts: list[ControlContrast]
+    moved: int = 0
+
+    @property
+    def masked(self) -> int:
+        """How many heads each set has."""
+        return next((len(row.heads) for row in self.rows if row.kind == "retrieval"), 0)
 
 
 def knockout_stage(context: Context, folder: Path) -> KnockoutResult:
@@ -114,7 +123,8 @@ def knockout_stage(context: Context, folder: Path) -> KnockoutResult:
         lm, windows[: section.activity_windows].tolist(), batch_size=context.config.batch_size
     )
     conditions = _conditions(context, heads, scores, activity_LH, windows)
-    outcomes, _ = task_outcomes(context, section.tasks, conditions)
+    answered = task_outcomes(context, section.tasks, conditions)
+    outcomes = answered.outcomes
     with_loss = [c for c in conditions if c.experiment == "zero" or c.kind == "retrieval"]
     losses = [text_loss(lm, windows, c.interventions, batch_size=context.config.batch_size) for c in with_loss]
     means, loss_means = _task_means(conditions, outcomes), _loss_means(with_loss, losses)
@@ -135,6 +145,8 @@ def knockout_stage(context: Context, folder: Path) -> KnockoutResult:
         curve=curve,
         minimal=minimal,
         contrasts=_against_controls(conditions, outcomes),
+        moved=_moved(heads, conditions),
+        examples=answered.examples({"untouched": 0, "retrieval heads masked": 1}),
         numbers={f"knockout/{row.task}/{_named(row)}": row.number for row in means}
         | {f"knockout/text loss/{_named(row)}": row.number for row in loss_means}
         | {"knockout/idle heads": stats.exact(idle, activity_LH.size)}
@@ -222,7 +234,7 @@ def _curve(context: Context, scores: HeadScores, heads: Sequence[Head]) -> list[
         context.lm.config, scores, heads, section.curve, draws=section.mode_draws, seed=section.seed
     )
     conditions = [Condition("none", 0, Interventions(), experiment="curve"), *masked]
-    return summarise(conditions, task_outcomes(context, section.tasks[:1], conditions)[0])
+    return summarise(conditions, task_outcomes(context, section.tasks[:1], conditions).outcomes)
 
 
 def _minimal(context: Context, heads: Sequence[Head]) -> MinimalSet:
@@ -267,6 +279,30 @@ def _first_draws(conditions: Sequence[Condition]) -> list[Condition]:
     return list({_named(c): c for c in reversed(conditions)}.values())[::-1]
 
 
+def _moved(heads: Sequence[Head], conditions: Sequence[Condition]) -> int:
+    """How many heads of a layer-matched set are not of the layers of these heads."""
+    matched = next((c.heads for c in conditions if c.kind == "layer-matched"), ())
+    return (Counter(layer for layer, _ in matched) - Counter(layer for layer, _ in heads)).total()
+
+
+def _tables(result: KnockoutResult) -> list[Table]:
+    if not result.moved:
+        return []
+    text = f"{result.moved} of {result.masked}, since their layers have too few other heads"
+    return [Table(("layer-matched heads from the nearest other layer",), [(text,)])]
+
+
+def _cost(context: Context) -> Cost:
+    section, model, text = context.config.knockout, context.outline.config, context.config.text
+    kinds, modes = 4, len(section.modes) - 1  # kinds of controls
+    conditions = 2 + kinds * section.draws + modes * (1 + kinds * section.mode_draws)
+    activity = (
+        model.n_layers * model.n_heads * section.activity_windows * text.length // 2
+    )  # half the layers on average
+    cost = Cost(activity + conditions * text.windows * text.length)
+    return sum((conditions * task_cost(context.config, task) for task in section.tasks), cost)
+
+
 KNOCKOUT = Stage(
     name="knockout",
     work=knockout_stage,
@@ -276,4 +312,6 @@ KNOCKOUT = Stage(
     tasks=lambda config: config.knockout.tasks,
     check=_check,
     check_model=_check_model,
+    tables=_tables,
+    cost=_cost,
 )

@@ -1,6 +1,7 @@
 """A task's answers under conditions, counted as right or wrong, for all stages that measure answers."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool
@@ -8,6 +9,8 @@ from jaxtyping import Bool
 from retmask_jax.data.needles import Case
 from retmask_jax.heads.conditions import Condition, answers, hits
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.stage import SHOWN
+from retmask_jax.runs.workdir import Example
 
 FROM_MEMORY = ": from memory"  # what the name of a task ends with where answers from the model's memory are counted
 
@@ -20,19 +23,40 @@ def check_choices(name: str, chosen: Sequence[str], known: Sequence[str]) -> Non
         )
 
 
-def task_outcomes(
-    context: Context, tasks: Sequence[str], conditions: Sequence[Condition]
-) -> tuple[dict[str, Bool[np.ndarray, "conditions cases"]], dict[str, list[Case]]]:
-    """(right or wrong by task, cases by task). Where all needles of a task say what the model remembers instead, answers
-    from memory are counted as another task."""
-    outcomes, all_cases = {}, {}
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """What became of the cases of some tasks under conditions.
+
+    Attributes:
+        outcomes: Right or wrong, by task. Where all needles of a task say what the model remembers instead, answers from
+            memory are counted as another task.
+        cases: By task.
+        texts: The answers [condition][case] by task.
+    """
+
+    outcomes: dict[str, Bool[np.ndarray, "conditions cases"]] = dataclasses.field(default_factory=dict)
+    cases: dict[str, list[Case]] = dataclasses.field(default_factory=dict)
+    texts: dict[str, list[list[str]]] = dataclasses.field(default_factory=dict)
+
+    def examples(self, conditions: Mapping[str, int]) -> list[Example]:
+        """The first cases of the first task with a context, as answered under conditions, {name to show: place}."""
+        task = next((task for task, cases in self.cases.items() if cases[0].statement != (0, 0)), None)
+        return [
+            Example.of(case.needle, {name: self.texts[task][place][i] for name, place in conditions.items()})
+            for i, case in enumerate(self.cases[task][:SHOWN] if task else ())
+        ]
+
+
+def task_outcomes(context: Context, tasks: Sequence[str], conditions: Sequence[Condition]) -> Answered:
+    """Answers the cases of tasks under conditions."""
+    answered = Answered()
     for task in tasks:
-        cases = all_cases[task] = context.cases(task)
-        texts = task_answers(context, task, cases, conditions)
-        outcomes[task] = np.stack([hits(text, cases) for text in texts])
+        cases = answered.cases[task] = context.cases(task)
+        texts = answered.texts[task] = task_answers(context, task, cases, conditions)
+        answered.outcomes[task] = np.stack([hits(text, cases) for text in texts])
         if all(case.needle.memory for case in cases):
-            outcomes[task + FROM_MEMORY] = np.stack([hits(text, cases, "memory") for text in texts])
-    return outcomes, all_cases
+            answered.outcomes[task + FROM_MEMORY] = np.stack([hits(text, cases, "memory") for text in texts])
+    return answered
 
 
 def task_answers(

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Any, cast
 
 import numpy as np
 
+from retmask_jax.data.builtin_files import path_of
+from retmask_jax.data.pair_formats import iter_pairs
 from retmask_jax.data.prompts import read_prompts, source_files
 from retmask_jax.model.interventions import Head, mask_heads
 from retmask_jax.runs.context import Context
-from retmask_jax.runs.stage import PROMPTS, Stage
-from retmask_jax.runs.workdir import Result
+from retmask_jax.runs.costs import Cost
+from retmask_jax.runs.stage import PROMPTS, SHOWN, Stage
+from retmask_jax.runs.workdir import Example, Result
 from retmask_jax.stages.arms import ARMS, NORMAL, Answers, Given, answering
 from retmask_jax.stages.detect import DETECT, retrieval_heads
 from retmask_jax.stages.knockout import KNOCKOUT
@@ -47,6 +51,8 @@ class PairsResult(Result):
     answers_cut: dict[str, int]
 
 
+_PROMPT = 128  # tokens of a prompt, for the time that is said beforehand
+
 Masked = dict[Variant, list[Head]]  # the heads masked in each variant that has some
 
 
@@ -57,11 +63,7 @@ def pairs_stage(context: Context, folder: Path) -> PairsResult:
     """
     config, section = context.config, context.config.pairs
     read = read_prompts(
-        section.prompts,
-        n=section.n_prompts,
-        split=section.prompts_split,
-        field=section.prompts_field,
-        resolve=context.resolve,
+        section.prompts, n=section.n_prompts, split=section.prompts_split, field=section.prompts_field, resolve=path_of
     )
     _check_prompts(read.records, config)
     masked = _masked(context)
@@ -80,6 +82,7 @@ def pairs_stage(context: Context, folder: Path) -> PairsResult:
         prompts=len(prompts),
         left_out={why: n for why, n in read.counts.items() if why != pairs.KEPT} | {"too long": too_long},
         answers_cut=cut,
+        examples=_examples(folder, *runs[0]),
         numbers=numbers | {f"pairs/{name}/answers cut": stats.wilson(n, len(prompts)) for name, n in cut.items()},
     )
 
@@ -87,7 +90,7 @@ def pairs_stage(context: Context, folder: Path) -> PairsResult:
 def prompt_prints(context: Context) -> dict[str, Any]:
     """The fingerprint of the files that the prompts are read from, wherever they lie."""
     source = context.config.pairs.prompts
-    files = source_files(source, context.resolve) if source else []
+    files = source_files(source, path_of) if source else []
     return {"prompts": fingerprint(*files)} if files else {}
 
 
@@ -145,7 +148,7 @@ def _answers(context: Context, masked: Masked, questions: list[Question]) -> Ite
 
 def _endpoints(context: Context, masked: Masked, variants: list[Variant]) -> endpoints.Endpoints:
     config = context.config
-    if not config.prompt.chat:
+    if config.prompt.chat is False:
         raise ValueError("endpoints answer chats, and prompt.chat is False: set it, or leave pairs.endpoints empty")
     prompter = context.pairs_prompter
     opened = prompter.render_messages([{"role": "user", "content": "?"}]).rstrip().endswith("<think>")
@@ -221,6 +224,27 @@ def _check_run(config) -> None:
         raise ValueError("pairs.prompts names no file of prompts: set it, or run detect, knockout and rope one by one")
 
 
+def _examples(folder: Path, arm: str, seed: int) -> list[Example]:
+    """The first pairs of a run, to be read."""
+    first = itertools.islice(iter_pairs(folder / f"{arm}-{seed}.jsonl.gz"), SHOWN)
+    return [
+        Example(
+            question=pair["messages"][-1]["content"],
+            replies={"preferred": pair["chosen"], f"rejected ({arm})": pair["rejected"]},
+        )
+        for pair in first
+    ]
+
+
+def _cost(context: Context) -> Cost:
+    section, seeds = context.config.pairs, len(context.config.train.seeds)
+    if section.endpoints:
+        return Cost()
+    answers = section.n_prompts * seeds * len(answering(context.config.train.arms))
+    rows = section.batch_size or context.config.batch_size
+    return Cost(answers * _PROMPT, answers * section.max_new_tokens // 2, rows=rows)
+
+
 PAIRS = Stage(
     name="pairs",
     work=pairs_stage,
@@ -231,4 +255,5 @@ PAIRS = Stage(
     batch_key="pairs.batch_size",
     check=_check,
     check_run=_check_run,
+    cost=_cost,
 )

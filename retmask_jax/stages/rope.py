@@ -14,6 +14,7 @@ from retmask_jax.heads.query_norms import query_norms
 from retmask_jax.model.interventions import SITES, Head, Interventions
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.costs import Cost, task_cost
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, retrieval_heads
@@ -104,7 +105,7 @@ def rope_stage(context: Context, folder: Path) -> RopeResult:
     text = context.config.text.file
     statistics = head_statistics(lm, context.windows()[: context.config.knockout.activity_windows]) if text else None
     conditions = [Condition("none", 0, Interventions()), *_conditions(context, heads, ks, statistics)]
-    outcomes, _ = task_outcomes(context, section.tasks, conditions)
+    outcomes = task_outcomes(context, section.tasks, conditions).outcomes
     variances = [
         None if statistics is None else rotary.condition_variance(condition, statistics) for condition in conditions
     ]
@@ -255,6 +256,13 @@ def _dose_name(mean: DoseMean) -> str:
     return "none" if mean.kind == "none" else f"{mean.kind} {mean.k} pairs{where}"
 
 
+def _cost(context: Context) -> Cost:
+    section = context.config.rope
+    doses = (len(section.pairs) or 3) * (2 + section.draws + 2 * section.utility + section.matched)
+    conditions = 1 + len(section.sites) * doses + section.windows + 2 * len(section.coverage)
+    return sum((conditions * task_cost(context.config, task) for task in section.tasks), Cost())
+
+
 ROPE = Stage(
     name="rope",
     work=rope_stage,
@@ -264,4 +272,5 @@ ROPE = Stage(
     tasks=lambda config: config.rope.tasks,
     check=_check,
     check_model=_check_model,
+    cost=_cost,
 )

@@ -13,13 +13,15 @@ from ml_collections import ConfigDict
 from retmask_jax.data.pair_formats import iter_pairs
 from retmask_jax.data.pair_rows import PairRows, encode_blocks, kept_rows
 from retmask_jax.generation.language_model import LanguageModel, save
+from retmask_jax.heads.conditions import answers
 from retmask_jax.hf.end_tokens import Ends
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import mask_heads
+from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.model.sharding import make_mesh
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.costs import Cost
 from retmask_jax.runs.stage import PROMPTS, Stage
-from retmask_jax.runs.workdir import Result
+from retmask_jax.runs.workdir import Example, Result
 from retmask_jax.stages.arms import ARMS
 from retmask_jax.stages.detect import retrieval_heads
 from retmask_jax.stages.pairs import PAIRS
@@ -78,8 +80,9 @@ def train_stage(context: Context, folder: Path) -> TrainResult:
     runs = {
         f"{arm}-{seed}": _trained(context, model, arm, seed, folder) for arm in section.arms for seed in section.seeds
     }
+    examples = _examples(context, folder / next(iter(runs))) if section.examples else []
     numbers = {f"train/{name}/final loss": stats.exact(run.steps[-1].loss, run.examples) for name, run in runs.items()}
-    return TrainResult(runs=runs, numbers=numbers)
+    return TrainResult(runs=runs, numbers=numbers, examples=examples)
 
 
 def train_settings(config: ConfigDict, arm: str, seed: int) -> Settings:
@@ -143,6 +146,24 @@ def _rows(context: Context, model: ModelConfig, target: Path) -> tuple[PairRows,
     return kept_rows(target / "rows", identity, blocks), identity
 
 
+def _examples(context: Context, run: Path) -> list[Example]:
+    """The first cases of the first task with a context, as answered before and after a run."""
+    config, task = context.config, _shown_task(context.config)
+    if task is None:
+        return []
+    cases = context.cases(task)[: config.train.examples]
+    options = {"max_new_tokens": config.tasks[task].max_new_tokens, "batch_size": config.batch_size, "what": "examples"}
+    (before,) = answers(context.lm, cases, [Interventions()], **options)
+    context.release()
+    (after,) = answers(context.load(run / "model"), cases, [Interventions()], **options)
+    replies = zip(cases, before, after, strict=True)
+    return [Example.of(case.needle, {"before": first, "after": then}) for case, first, then in replies]
+
+
+def _shown_task(config) -> str | None:
+    return next((task for task in config.eval.tasks if config.tasks[task].lengths), None)
+
+
 def _check(config) -> None:
     if config.train.max_prompt_tokens >= config.train.max_tokens:
         raise ValueError(
@@ -150,6 +171,15 @@ def _check(config) -> None:
             f"{config.train.max_tokens}, which also holds the answer"
         )
     train_settings(config, "retmask", 0)
+
+
+def _cost(context: Context) -> Cost:
+    section = context.config.train
+    updates = len(section.arms) * len(section.seeds) * section.steps
+    tokens = 2 * section.batch_size * section.max_tokens // 2  # two answers a pair; rows are half full on average
+    task = _shown_task(context.config)
+    read = 2 * section.examples * max(context.config.tasks[task].lengths) if task else 0
+    return Cost(read=read, trained=updates * tokens)
 
 
 TRAIN = Stage(
@@ -161,4 +191,5 @@ TRAIN = Stage(
     batch_key="train.microbatch_size",
     check=_check,
     check_run=check_batch,
+    cost=_cost,
 )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,19 @@ from retmask_jax.cli.main import main
 
 CONFIG = str(Path(__file__).parents[1] / "tiny_small.py")
 STAGES = ("detect", "knockout", "rope", "pairs", "train", "eval", "report")
+
+
+@pytest.fixture
+def here(capsys):
+    """The command in this process, which need not start and import again: here(*arguments) gives what `retmask` does."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        status = main(list(arguments))
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=printed.out, stderr=printed.err)
+
+    return call
 
 
 def retmask(*arguments, **options):
@@ -60,19 +74,19 @@ def test_a_finished_run_has_what_its_profile_and_its_gain_need(finished, tmp_pat
     assert run["weights"] == detected["provenance"]["inputs"]["weights"]
 
 
-def test_a_second_run_does_nothing(finished):
+def test_a_second_run_does_nothing(finished, here):
     root, _ = finished
     before = run_ids(root)
-    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}")
+    done = here("run", f"--config={CONFIG}", f"--workdir={root}")
     assert done.stdout.count("unchanged") == len(STAGES)
     assert run_ids(root) == before
 
 
-def test_the_study_goes_on_from_what_run_has_done(finished, tmp_path):
+def test_the_study_goes_on_from_what_run_has_done(finished, tmp_path, here):
     """Both commands share a work directory of one config: three stages are done, five are new."""
     root = tmp_path / "copy"
     shutil.copytree(finished[0], root)
-    done = retmask("study", f"--config={CONFIG}", f"--workdir={root}")
+    done = here("study", f"--config={CONFIG}", f"--workdir={root}")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("unchanged") == 3 and str(root / "study.html") in done.stdout
     page = (root / "study.html").read_text()
@@ -89,27 +103,27 @@ def test_the_study_goes_on_from_what_run_has_done(finished, tmp_path):
     assert run_ids(root) == run_ids(finished[0])
 
 
-def test_a_deleted_stage_runs_again_with_what_depends_on_it(finished, tmp_path):
+def test_a_deleted_stage_runs_again_with_what_depends_on_it(finished, tmp_path, here):
     root = tmp_path / "copy"
     shutil.copytree(finished[0], root)
     before = run_ids(root)
     shutil.rmtree(root / "rope")
-    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}")
+    done = here("run", f"--config={CONFIG}", f"--workdir={root}")
     assert done.returncode == 0, done.stderr[-2000:]
     after = run_ids(root)
     assert {stage for stage in STAGES if before[stage] != after[stage]} == {"rope", "report"}
 
 
-def test_another_config_is_refused_and_nothing_is_lost(finished):
+def test_another_config_is_refused_and_nothing_is_lost(finished, here):
     root, _ = finished
     before = run_ids(root)
-    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}", "--config.train.steps=7")
+    done = here("run", f"--config={CONFIG}", f"--workdir={root}", "--config.train.steps=7")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "train.steps: 6 there, 7 here" in done.stderr
     assert run_ids(root) == before
 
 
-def test_what_only_says_how_to_compute_may_change_as_our_messages_advise(finished):
+def test_what_only_says_how_to_compute_may_change_as_our_messages_advise(finished, here):
     root, _ = finished
     before = run_ids(root)
     how = {
@@ -119,32 +133,32 @@ def test_what_only_says_how_to_compute_may_change_as_our_messages_advise(finishe
         "train.checkpoint_every": 5,
         "cpu_devices": 1,
     }
-    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}", *(f"--config.{key}={how[key]}" for key in how))
+    done = here("run", f"--config={CONFIG}", f"--workdir={root}", *(f"--config.{key}={how[key]}" for key in how))
     assert done.returncode == 0 and done.stdout.count("unchanged") == len(STAGES), done.stderr[-2000:]
     assert run_ids(root) == before
 
 
-def test_pages_need_no_model(finished, tmp_path):
+def test_pages_need_no_model(finished, tmp_path, here):
     """Neither its weights nor its config.json: the page of a run can be made where only the results are."""
     root = tmp_path / "copy"
     shutil.copytree(finished[0], root)
     (root / "report" / "result.json").unlink()
     (root / "report.html").unlink()
     away = "--config.model=./not_here"
-    done = retmask("report", f"--config={CONFIG}", f"--workdir={root}", away, cwd=tmp_path)
+    done = here("report", f"--config={CONFIG}", f"--workdir={root}", away)
     assert done.returncode == 0 and (root / "report.html").exists(), done.stderr[-2000:]
-    done = retmask("detect", f"--config={CONFIG}", f"--workdir={root}", away, cwd=tmp_path)
+    done = here("detect", f"--config={CONFIG}", f"--workdir={root}", away)
     assert done.returncode == 2 and "not_here does not exist" in done.stderr
 
 
-def test_a_stage_refuses_results_that_are_out_of_date(finished, tmp_path):
+def test_a_stage_refuses_results_that_are_out_of_date(finished, tmp_path, here):
     root = tmp_path / "copy"
     shutil.copytree(finished[0], root)
     detected = root / "detect" / "result.json"
     record = json.loads(detected.read_text())
     record["provenance"]["run_id"] = "another"
     detected.write_text(json.dumps(record))
-    done = retmask("report", f"--config={CONFIG}", f"--workdir={root}")
+    done = here("report", f"--config={CONFIG}", f"--workdir={root}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "reads the result of knockout, which is out of date" in done.stderr
 
@@ -202,7 +216,7 @@ def _metrics(root):
     return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
 
 
-def test_export_writes_the_masked_and_the_trained_model(finished, tmp_path):
+def test_export_writes_the_masked_and_the_trained_model(finished, tmp_path, here):
     import numpy as np
 
     import retmask_jax as rm
@@ -220,7 +234,7 @@ def test_export_writes_the_masked_and_the_trained_model(finished, tmp_path):
     assert main([*base, "--what=retmask-0", f"--out={tmp_path / 'trained'}"]) == 0
     trained = rm.load(tmp_path / "trained")
     assert np.abs(trained.logits(tokens) - start.logits(tokens)).max() > 1e-4
-    again = retmask(*base, f"--out={tmp_path / 'masked'}")
+    again = here(*base, f"--out={tmp_path / 'masked'}")
     assert again.returncode == 2 and "not an empty folder" in again.stderr
 
 

@@ -184,7 +184,7 @@ def _masked_recall(context: Context, best: Mapping[str, Sequence[Head]]) -> list
     """Measures recall on the first knock-out task, untouched and with each detector's best heads masked."""
     masks = [Condition(name, 0, mask_heads(context.lm.config, heads), tuple(heads)) for name, heads in best.items()]
     conditions = [UNTOUCHED, *masks]
-    outcomes, _ = task_outcomes(context, context.config.knockout.tasks[:1], conditions)
+    outcomes = task_outcomes(context, context.config.knockout.tasks[:1], conditions).outcomes
     return summarise(conditions, outcomes)
 
 

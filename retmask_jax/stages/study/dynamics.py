@@ -10,7 +10,6 @@ import numpy as np
 from retmask_jax.data.tasks import check_fits
 from retmask_jax.evals.perplexity import text_loss
 from retmask_jax.heads.conditions import Condition
-from retmask_jax.heads.variants import Checkpoint, find_checkpoints
 from retmask_jax.hf.checkpoint_files import read_config
 from retmask_jax.hf.families import from_hf
 from retmask_jax.hf.hub import config_folder
@@ -31,6 +30,7 @@ from retmask_jax.stages.study.detector_runs import (
     heads_found,
     scored,
 )
+from retmask_jax.stages.study.variants import Checkpoint, find_checkpoints
 from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import McNemar, Number
 
@@ -173,7 +173,7 @@ def _recall(there: Context, best: Sequence[Head]) -> CheckpointRecall | None:
     if task is None:
         return None
     conditions = [UNTOUCHED, Condition("masked", 0, mask_heads(there.lm.config, best), tuple(best))]
-    outcomes, _ = task_outcomes(there, [task], conditions)
+    outcomes = task_outcomes(there, [task], conditions).outcomes
     untouched, masked = outcomes[task]
     return CheckpointRecall(
         none=stats.proportion(untouched),

@@ -5,13 +5,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from retmask_jax.heads.variants import with_base
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, DETECTION
 from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.stages.study.detector_runs import UNTOUCHED, Found, check_detector_names, heads_found, scored
+from retmask_jax.stages.study.variants import with_base
 from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import McNemar, Number
 
@@ -70,7 +70,7 @@ def theta_stage(context: Context, folder: Path) -> ThetaResult:
     found = []
     for factor in section.factors:
         changed = context.of(with_base(context.lm, factor))
-        for task, outcome_CN in task_outcomes(changed, tasks, [UNTOUCHED])[0].items():
+        for task, outcome_CN in task_outcomes(changed, tasks, [UNTOUCHED]).outcomes.items():
             outcomes.setdefault(task, []).append(outcome_CN[0])
         run = scored(changed, section.detector, section.cases, folder / f"factor_{factor:g}.json")
         found.append(heads_found(run, threshold))

@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from retmask_jax.heads.variants import find_checkpoints, with_base
 from retmask_jax.model.config import Rope
 from retmask_jax.model.rope import inverse_frequencies
+from retmask_jax.stages.study.variants import find_checkpoints, with_base
 
 
 def test_a_base_is_multiplied_in_every_kind_of_layer_and_nothing_else_changes(tiny):

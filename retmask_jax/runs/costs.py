@@ -1,0 +1,94 @@
+"""About how long a stage will take: the tokens it reads, writes and trains on, and how fast the devices are."""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from retmask_jax.data.builtin_files import path_of
+from retmask_jax.data.needles import read_needles
+from retmask_jax.hf.summary import count_parameters
+from retmask_jax.model.config import ModelConfig
+
+_SHARE = 0.6  # of the speed of one matrix product that a whole model reaches
+_TRAINING = 4.0  # a training token costs about as much as four that are read: forward, backward, forward again
+_STARTING = 15.0  # seconds to compile a stage's programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Tokens of a stage's work: read in whole passes, written one by one in batches of `rows`, and trained on."""
+
+    read: int = 0
+    written: int = 0
+    trained: int = 0
+    rows: int = 1
+
+    def __add__(self, other: "Cost") -> "Cost":
+        sums = (self.read + other.read, self.written + other.written, self.trained + other.trained)
+        return Cost(*sums, rows=max(self.rows, other.rows))
+
+    def __rmul__(self, times: int) -> "Cost":
+        return Cost(times * self.read, times * self.written, times * self.trained, self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What one device does: floating-point operations and bytes read from its memory, each per second."""
+
+    flops: float
+    bandwidth: float
+
+
+def task_cost(config: Any, name: str) -> Cost:
+    """The cost of answering the cases of a task of the config once; an answer takes half of its limit on average."""
+    task = config.tasks[name]
+    needles = len(read_needles(path_of(task.needles)))
+    if not task.lengths:
+        return Cost(32 * needles, needles * task.max_new_tokens // 2, rows=config.batch_size)
+    each = task.per_length or len(task.depths) * needles
+    written = each * len(task.lengths) * task.max_new_tokens // 2
+    return Cost(each * sum(task.lengths), written, rows=config.batch_size)
+
+
+def seconds(cost: Cost, model: ModelConfig, dtype: str, speed: Speed) -> float:
+    """About how long work takes on a device of this speed, compiling included; right within a factor of two or so."""
+    _, active = count_parameters(model)
+    body = active - model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
+    per_token = 2 * body / (_SHARE * speed.flops)
+    step = max(active * jnp.dtype(dtype).itemsize / speed.bandwidth, cost.rows * per_token)
+    return _STARTING + (cost.read + _TRAINING * cost.trained) * per_token + cost.written / cost.rows * step
+
+
+def in_words(duration: float) -> str:
+    """A duration as one says it beforehand.
+
+    >>> in_words(42.0), in_words(200.0), in_words(8000.0)
+    ('about 40 s', 'about 3 min', 'about 2.2 h')
+    """
+    if duration < 60:
+        return f"about {max(10, round(duration, -1)):.0f} s"
+    return f"about {duration / 60:.0f} min" if duration < 5400 else f"about {duration / 3600:.1f} h"
+
+
+@functools.cache
+def measured_speed(dtype: str) -> Speed:
+    """The speed of the first device, measured in a second or less."""
+    n = 1024
+    square, column = jnp.ones((n, n), dtype), jnp.ones((4 * n, 1), dtype)
+    tall = jnp.ones((4 * n, 4 * n), dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    flops = 2 * n**3 / _shortest(product, square, square)
+    return Speed(flops, tall.nbytes / _shortest(product, tall, column))
+
+
+def _shortest(function, *arguments) -> float:
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - begin)
+    return min(times)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retmask_jax.generation.language_model import LanguageModel, from_params, load, save
     from retmask_jax.generation.logprobs import sequence_logprobs
+    from retmask_jax.heads.builtin_cases import find_heads, needle_recall
     from retmask_jax.heads.profile import profile
     from retmask_jax.heads.scores import HeadScores
     from retmask_jax.model.config import ModelConfig
@@ -42,6 +43,8 @@ _HOME = {
     "rope_pairs": "model.interventions",
     "stack": "model.interventions",
     "HeadScores": "heads.scores",
+    "find_heads": "heads.builtin_cases",
+    "needle_recall": "heads.builtin_cases",
     "profile": "heads.profile",
     "sequence_logprobs": "generation.logprobs",
     "dpo_loss": "training.losses",
@@ -63,6 +66,8 @@ __all__ = [
     "rope_pairs",
     "stack",
     "HeadScores",
+    "find_heads",
+    "needle_recall",
     "profile",
     "sequence_logprobs",
     "dpo_loss",

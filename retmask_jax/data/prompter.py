@@ -22,6 +22,11 @@ def check_template(key: str, template: str) -> None:
         raise ValueError(f"{key} {template!r} must have the fields {{context}} and {{question}}, it has {there}")
 
 
+# A prompt's format, in a chat template and without one.
+CHAT = "{context}\n\n{question}"
+PLAIN = "{context}\n\nQuestion: {question}\nAnswer:"
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompter:
     """Turns a context and a question into the tokens of a prompt.
@@ -106,3 +111,26 @@ class Prompter:
 
     def _fill(self, context: str, question: str) -> str:
         return self.prompt.format(context=context, question=question).strip()
+
+
+def make_prompter(
+    tokenizer: Any,
+    template: str | None = None,
+    plain_template: str = PLAIN,
+    *,
+    chat: bool | None,
+    template_kwargs: Mapping[str, Any],
+) -> Prompter:
+    """Returns the prompter that suits a model.
+
+    Args:
+        tokenizer: As of Prompter.
+        template: Format string; None for `CHAT`.
+        plain_template: Format string instead, where chat is None and the tokenizer has no chat template.
+        chat: Whether the chat template is applied; None: if the tokenizer has one.
+        template_kwargs: As of Prompter.
+    """
+    if chat is None:
+        chat = bool(getattr(tokenizer, "chat_template", None))
+        template = template if chat else plain_template
+    return Prompter(tokenizer, template or CHAT, chat, template_kwargs)

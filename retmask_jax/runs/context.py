@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from retmask_jax.data.builtin_files import path_of
 from retmask_jax.data.needles import Case, read_sentences
-from retmask_jax.data.prompter import Prompter
+from retmask_jax.data.prompter import Prompter, make_prompter
 from retmask_jax.data.prompts import source_files
 from retmask_jax.data.tasks import task_cases
 from retmask_jax.evals.perplexity import text_windows
@@ -96,11 +96,10 @@ class Context:
 
     @functools.cached_property
     def prompter(self) -> Prompter:
-        section, tokenizer = self.config.prompt, self.outline.tokenizer
-        plain = section.chat is None and not getattr(tokenizer, "chat_template", None)
-        template = section.plain_template if plain else section.template
-        chat = not plain if section.chat is None else section.chat
-        return Prompter(tokenizer, template, chat, section.template_kwargs.to_dict())
+        section = self.config.prompt
+        kwargs = section.template_kwargs.to_dict()
+        templates = section.template, section.plain_template
+        return make_prompter(self.outline.tokenizer, *templates, chat=section.chat, template_kwargs=kwargs)
 
     @functools.cached_property
     def pairs_prompter(self) -> Prompter:

@@ -21,6 +21,7 @@ setup(
         "retmask_jax": [
             "*/README.md",
             "assets/*/*",
+            "assets/data/*/*",
             "benchmarks/*.json",
             "aot/*.json",
             "reports/templates/*",

@@ -98,6 +98,7 @@ def one_stage(config: ConfigDict, root: Path, name: str, aside: bool = False) ->
     """Run one stage on the results of those before it; returns its result. aside: as of `Workdir.open`."""
     stage = STAGES[name]
     context = _open(config, root, (stage,), aside=aside, model=stage.needs_model)
+    check_upstream(context, stage)
     _say_how_long(context, stage)
     result, ran = run_stage(context, stage)
     if primary():

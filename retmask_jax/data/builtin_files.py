@@ -7,7 +7,7 @@ from retmask_jax.data.needles import read_sentences
 
 DATA = Path(__file__).parent.parent / "assets" / "data"
 
-_BUILTIN, _BUNDLED = "builtin:", "bundled/"
+BUILTIN, _BUNDLED = "builtin:", "bundled/"
 _SENTENCES = "sentences"
 # English texts for any model; assets/data/english/README.md says how each was made.
 _FILES = {
@@ -35,10 +35,10 @@ def path_of(name: str) -> Path:
     >>> path_of("builtin:needles").name, path_of("data/my_needles.jsonl").name
     ('needles.jsonl', 'my_needles.jsonl')
     """
-    if name.startswith(_BUILTIN):
-        chosen = name.removeprefix(_BUILTIN)
+    if name.startswith(BUILTIN):
+        chosen = name.removeprefix(BUILTIN)
         if chosen not in _FILES:
-            known = ", ".join(f"{_BUILTIN}{known}" for known in _FILES)
+            known = ", ".join(f"{BUILTIN}{known}" for known in _FILES)
             raise ValueError(f"there is no built-in text {name!r}; there are {known}")
         return DATA / "english" / _FILES[chosen]
     return DATA / name.removeprefix(_BUNDLED) if name.startswith(_BUNDLED) else Path(name)
@@ -50,7 +50,7 @@ def haystack(name: str, lengths: Sequence[int], resolve: Callable[[str], Path] =
     Raises:
         ValueError: As of `path_of` and `read_sentences`.
     """
-    if name != _BUILTIN + _SENTENCES:
+    if name != BUILTIN + _SENTENCES:
         return read_sentences(resolve(name))
     from retmask_jax.data.builtin import sentences
 

@@ -110,6 +110,12 @@ def read_needles(path: str | Path) -> list[Needle]:
     return needles
 
 
+def can_write(tokenizer: Any, needle: Needle) -> bool:
+    """Returns whether a tokenizer has tokens for all words of a needle and its question."""
+    ids = tokenizer(f"{needle.needle} {needle.question}", add_special_tokens=False)["input_ids"]
+    return tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
+
+
 def check_words(needle: Needle, where: str | None = None) -> None:
     """Raises ValueError for a needle whose answer has no letter or digit; `where` says where it is from, for the
     message."""

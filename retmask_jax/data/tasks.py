@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from retmask_jax.data.builtin_files import haystack, path_of
-from retmask_jax.data.needles import Case, build_cases, draw_specs, question_case, read_needles
+from retmask_jax.data.builtin_files import BUILTIN, haystack, path_of
+from retmask_jax.data.needles import Case, build_cases, can_write, draw_specs, question_case, read_needles
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import Number
@@ -46,6 +46,20 @@ def check_fits(name: str, task: Any, max_length: int, context: str = "the model'
     longest = max(task.lengths, default=0) + task.max_new_tokens
     if longest > max_length:
         raise ValueError(f"task {name!r} needs {longest} tokens, {context} is {max_length}: shorten its lengths")
+
+
+def check_writable(tokenizer: Any, name: str) -> None:
+    """Raises ValueError where a tokenizer has no tokens for the words of a built-in file of needles."""
+    if (
+        not name.startswith(BUILTIN)
+        or tokenizer is None
+        or can_write(tokenizer, needle := read_needles(path_of(name))[0])
+    ):
+        return
+    raise ValueError(
+        f"the model's tokenizer cannot write {name!r}, such as {needle.question!r}: it needs a recipe with other texts "
+        "(--config=tiny for the bundled model)"
+    )
 
 
 def by_cell(cases: Sequence[Case], outcomes: np.ndarray) -> list[GridCell]:

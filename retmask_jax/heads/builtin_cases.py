@@ -9,7 +9,7 @@ from jaxtyping import Bool
 
 from retmask_jax.data.builtin_files import haystack as read_haystack
 from retmask_jax.data.builtin_files import path_of
-from retmask_jax.data.needles import Case, Needle, build_cases, draw_specs, read_needles
+from retmask_jax.data.needles import Case, Needle, build_cases, can_write, draw_specs, read_needles
 from retmask_jax.data.prompter import make_prompter
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.heads.conditions import answers, hits
@@ -145,9 +145,7 @@ def _texts_for(tokenizer, builtin: bool) -> Texts:
     if tokenizer is None:
         raise ValueError("the model has no tokenizer, which text prompts need: load a folder that has one")
     for texts in (ENGLISH, TINY):
-        needle = read_needles(path_of(texts.test))[0]
-        ids = tokenizer(f"{needle.needle} {needle.question}", add_special_tokens=False)["input_ids"]
-        if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids:
+        if can_write(tokenizer, read_needles(path_of(texts.test))[0]):
             return texts
     if builtin:
         raise ValueError("the model's tokenizer cannot write the built-in English texts: give needles and a haystack")

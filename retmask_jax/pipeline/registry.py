@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from retmask_jax.data.prompter import check_template
-from retmask_jax.data.tasks import check_fits
+from retmask_jax.data.tasks import check_fits, check_writable
 from retmask_jax.model.sharding import make_mesh
 from retmask_jax.reports.comparison import COMPARISON
 from retmask_jax.reports.report import REPORT
@@ -140,8 +140,9 @@ def _check_tasks(config) -> None:
 
 def check_model(context: Context) -> None:
     """Raise ValueError where the model's context is too short for a task, or settings do not suit the model."""
+    context.check_files()
     for name, task in context.config.tasks.items():
         check_fits(name, task, context.outline.config.max_length)
-    context.check_files()
+        check_writable(context.outline.tokenizer, task.needles)
     for stage in STAGES.values():
         stage.check_model(context)

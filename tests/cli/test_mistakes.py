@@ -26,9 +26,13 @@ def refused(capsys, tmp_path, monkeypatch):
 
     def run(*arguments, compiles=False):
         counted = []
-        jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: counted.append(event))
+
+        def count(event, *_, **__):
+            counted.append(event)
+
+        jax.monitoring.register_event_duration_secs_listener(count)
         status = main(list(arguments))
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(count)
         error = capsys.readouterr().err
         line = error.strip().splitlines()[-1]
         assert status == 2, error
@@ -44,6 +48,28 @@ def copy_model(folder, **changes):
     shutil.copytree(BUNDLED, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_a_model_that_is_none(refused):
+    for model in ("no/such/folder/at/all", "a name with blanks/x", "./smol.gguf"):
+        line = refused("detect", model)
+        assert model in line and "does not exist" in line or "cannot" in line
+
+
+def test_a_model_and_a_recipe_or_a_scale_without_a_model(refused):
+    line = refused("run", "bundled", "--config=tiny")
+    assert "bundled and --config=tiny both say what to run: leave one of them out" in line
+    assert "--scale=paper goes with a MODEL" in refused("run", "--scale=paper")
+    assert "invalid choice: 'huge'" in refused("run", "bundled", "--scale=huge")
+
+
+def test_a_model_whose_tokenizer_cannot_write_the_built_in_texts(refused):
+    assert "cannot write 'builtin:needles'" in refused("run", "bundled", "--workdir=work")
+
+
+def test_a_built_in_text_that_does_not_exist(refused):
+    line = refused("detect", "--config.tasks.detect.needles=builtin:poems", "--workdir=work")
+    assert "there is no built-in text 'builtin:poems'; there are builtin:essays" in line
 
 
 def test_missing_folder(refused):

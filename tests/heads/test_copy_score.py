@@ -170,11 +170,25 @@ def test_why_cases_do_not_count(slow):
     assert outcome(0, begun) == (begun, COUNTED)
     assert outcome(0, "nothing of it") == (begun, "wrong answer")
     assert outcome(4, "nothing of it") == (right, "wrong answer, cut at the token limit")
-    empty = LM.replace(tokenizer=_renamed({first[0]: "\n"}))
-    assert outcome(0, begun, lm=empty) == ("", "empty answer")
+    blank = LM.replace(tokenizer=_renamed({token: "\n" * (n + 1) for n, token in enumerate(sorted({*first}))}))
+    answer, reason = outcome(0, begun, lm=blank)
+    assert (answer.strip(), reason) == ("", "empty answer")
     longer, reason = outcome(0, begun, released=True)
     assert longer.split()[:3] == [*begun.split(), "end"] and len(longer.split()) == NEW
     assert reason == COUNTED
+
+
+def test_a_line_end_before_the_first_word_ends_no_answer(slow):
+    """As Gemma-3 begins its answers; of the fast detection and of the plain one."""
+    tokens, strongest = slow[False][0]
+    leading = tokens[0]
+    end = next((i for i, token in enumerate(tokens) if i and token == leading), len(tokens))
+    said, lm = _text(tokens[1:end]), LM.replace(tokenizer=_renamed({leading: "\n"}))
+    case = dataclasses.replace(_cases([""] * 10)[0], needle=Needle("", "", said))
+    fast, plain = _detect([case], lm=lm), detect_plain(lm, [case], max_new_tokens=NEW)
+    assert fast == plain and fast.answers[0].split() == said.split() and end > 1
+    wanted = _slow_score(PROMPTS[0], SPANS[0], tokens[:end], strongest[:end], False)
+    np.testing.assert_allclose(fast.scores.mean, wanted, atol=1e-6)
 
 
 def test_copies_after_a_newline_do_not_score(slow):

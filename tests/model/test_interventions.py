@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from retmask_jax.model.config import Rope
 from retmask_jax.model.interventions import (
     Interventions,
     all_heads,
+    layer_matched,
     mask_heads,
     mask_rope,
     random_heads,
@@ -312,6 +314,23 @@ def test_random_heads_like_others_have_their_layers_and_none_of_them(tiny):
         assert not set(draw) & set(like + exclude)
     assert set().union(*draws) == {(0, 2), (0, 3), (2, 1), (2, 2)}
     assert random_heads(tiny.config, like=like, exclude=exclude, seed=3) == draws[3]
+
+
+def test_layer_matched_heads_are_those_of_random_heads_where_each_layer_has_enough(tiny):
+    like = [(0, 1), (2, 0), (2, 3)]
+    for seed in range(20):
+        assert layer_matched(tiny.config, like, seed) == random_heads(tiny.config, like=like, seed=seed)
+
+
+def test_layer_matched_heads_come_from_the_nearest_layer_where_a_layer_has_too_few(tiny):
+    """Layer 0 loses all of its four heads, layer 1 one: layer 1 keeps its own draw, the rest comes from 1, then 2."""
+    like = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 2)]
+    draws = [layer_matched(tiny.config, like, seed) for seed in range(20)]
+    for draw in draws:
+        assert Counter(layer for layer, _ in draw) == {1: 3, 2: 2} and not set(draw) & set(like)
+    assert len({tuple(draw) for draw in draws}) > 3
+    with pytest.raises(ValueError, match="7 other heads are wanted, the model has 5 left"):
+        layer_matched(tiny.config, all_heads(tiny.config)[:7])
 
 
 def test_rope_pairs_are_ordered_by_frequency(tiny):

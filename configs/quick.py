@@ -4,7 +4,7 @@
 
 is this recipe with `config.model` set to MODEL, a hub id, a folder or a .gguf file. Chat models are asked in their chat
 template, with thinking off; others in plain text. Replies are begun for the model ("The code of the blue door is"), which
-makes small models answer. Everything is smaller than in the papers: 42 detection cases instead of 600, 48 cases of a task, 8
+makes small models answer. Everything is smaller than in the papers: 42 detection cases instead of 600, 32 cases of a task, 8
 updates of 8 pairs with adapters. So a change by training is hardly to be expected here; `--scale=paper` has the published
 settings.
 """
@@ -19,9 +19,9 @@ def get_config() -> ConfigDict:
     config.tasks = ConfigDict(
         {
             "detect": _builtin.needles((512, 1024, 2048), per_length=14, seed=1),
-            "needle 512": _builtin.codes((512,), per_length=48, seed=2),
-            "needle 2048": _builtin.codes((2048,), per_length=24, seed=3),
-            "facts 512": _builtin.facts((512,), per_length=48, seed=4),
+            "needle 512": _builtin.codes((512,), per_length=32, seed=2),
+            "needle 1536": _builtin.codes((1536,), per_length=16, seed=3),
+            "facts 256": _builtin.facts((256,), per_length=60, seed=4),
             "closed-book": _builtin.closed_book(),
         }
     )
@@ -33,16 +33,16 @@ def get_config() -> ConfigDict:
     config.rope.draws = 1
     config.text.length, config.text.windows = 128, 16
 
-    config.pairs.n_prompts = 64
+    config.pairs.n_prompts = 48
     config.pairs.max_new_tokens = 64
     config.train.steps, config.train.batch_size, config.train.microbatch_size = 8, 8, 4
     config.train.learning_rate, config.train.final_learning_rate = 5e-5, 5e-6
-    config.train.max_tokens, config.train.max_prompt_tokens = 256, 192
+    config.train.max_tokens, config.train.max_prompt_tokens = 224, 160
     config.train.compute_dtype = "float32"
     config.train.lora_rank = 16
     config.train.widths = 1
     config.train.checkpoint_every = 4
     config.train.examples = 3
-    config.eval.tasks = ("needle 512", "needle 2048", "facts 512", "closed-book")
+    config.eval.tasks = ("needle 512", "needle 1536", "facts 256", "closed-book")
     config.headlines = _builtin.headlines(config)
     return config

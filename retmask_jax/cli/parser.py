@@ -161,9 +161,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
             _add_config(stage, name)
         if name in _FLAGS:
             _FLAGS[name](stage)
-    arguments, rest = parser.parse_known_args(argv)
+    # argparse would take a setting with a blank in its value for a MODEL.
+    settings = [text for text in argv if text.startswith("--config.")]
+    arguments, rest = parser.parse_known_args([text for text in argv if text not in settings])
     flags = [flag for action in stages.choices[arguments.stage]._actions for flag in action.option_strings]
-    return arguments, [_override(text, flags) for text in rest]
+    return arguments, [_override(text, flags) for text in settings + rest]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,6 +13,8 @@ def get_config() -> ConfigDict:
     # The model: folder of a Hugging Face checkpoint, hub id, or "bundled" for the tiny model of the package.
     config.model = "bundled"
     config.revision = ""  # branch, tag or commit of a hub id (empty: its main branch); a commit pins the weights
+    # Attributes of config.json that are not understood, and of which you know that they change nothing; else they raise.
+    config.ignore = ()
     config.dtype = "float32"  # of the parameters in every stage but training; bfloat16 halves the memory
     config.seed = 0
     config.kernel = "auto"  # of attention: auto is the fastest for the device; or plain, blocked, cudnn, splash

@@ -33,6 +33,8 @@ with pytest.MonkeyPatch.context() as quick:
     jax.devices()  # reads them, once
 
 VARIANTS = tuple(sorted(path.name for path in GOLDEN.iterdir() if path.name != "example"))
+PART_ROTATE = ("smollm3", "smollm3_window")  # of which some layers have no RoPE, and no rotary mask is stored
+WITH_IMAGES = ("gemma3_images", "mistral3_images")  # of which the text model is a part
 STORED = slice(2, None, 3)  # positions whose logits are stored, POSITIONS of make_golden.py
 
 

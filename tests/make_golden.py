@@ -5,7 +5,8 @@
 Each folder is a checkpoint as transformers saves it, and golden.npz: tokens i32[B,T], head_mask
 bool[L,H], rope_mask bool[L,H,R], logits f32[B,P,V] at POSITIONS under no mask, each mask alone and
 the rotary mask at both sites (float32, eager attention, no padding), and the greedy continuation
-i32[B,12].
+i32[B,12]. A model with layers that have no RoPE has no rotary mask. Of a model that also reads
+images only the text part is asked.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 FOLDER = Path(__file__).parent / "golden"
 ROWS, LENGTH, NEW_TOKENS = 2, 24, 12
@@ -229,6 +231,76 @@ VARIANTS = {
     ),
     # Not a supported family: CONTRIBUTING.md adds it.
     "example": ("gemma", dict(head_dim=10, tie_word_embeddings=True)),
+    "granite": (
+        "granite",
+        dict(
+            head_dim=None,
+            num_hidden_layers=3,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.4,
+            attention_multiplier=0.7,
+            logits_scaling=2.5,
+        ),
+    ),
+    # Scores and embeddings are scaled as in other families.
+    "granite_mqa": (
+        "granite",
+        dict(
+            num_key_value_heads=1,
+            head_dim=16,
+            tie_word_embeddings=True,
+            rope_parameters=_LLAMA3,
+            residual_multiplier=1.6,
+            attention_multiplier=0.25,
+            logits_scaling=0.3,
+        ),
+    ),
+    # Each third layer has no RoPE; a tail of two that do.
+    "smollm3": (
+        "smollm3",
+        dict(
+            head_dim=None,
+            num_hidden_layers=5,
+            no_rope_layer_interval=3,
+            tie_word_embeddings=True,
+            rope_parameters=dict(rope_type="default", rope_theta=300.0),
+        ),
+    ),
+    # The layers without RoPE slide.
+    "smollm3_window": (
+        "smollm3",
+        dict(
+            num_hidden_layers=4,
+            no_rope_layers=[0, 1, 1, 0],
+            use_sliding_window=True,
+            sliding_window=6,
+            rope_parameters=_YARN,
+        ),
+    ),
+    # Text models inside others; transformers writes the older form of names.
+    "gemma3_images": (
+        "gemma3",
+        dict(
+            num_hidden_layers=3,
+            sliding_window_pattern=2,
+            sliding_window=5,
+            query_pre_attn_scalar=11,
+            tie_word_embeddings=True,
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", rope_theta=3e4, factor=8.0),
+                sliding_attention=dict(rope_type="default", rope_theta=300.0),
+            ),
+        ),
+    ),
+    # With the newer form of names, see `_rename`.
+    "mistral3_images": ("mistral3", dict(sliding_window=None, num_key_value_heads=1)),
+}
+_TOWER = dict(
+    hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1, image_size=4, patch_size=2
+)
+IMAGES = {
+    "gemma3": dict(vision_config=_TOWER, mm_tokens_per_image=4, image_token_index=60),
+    "mistral3": dict(vision_config=_TOWER | dict(head_dim=4), image_token_index=60, tie_word_embeddings=False),
 }
 EAGER = dict(attn_implementation="eager", experts_implementation="eager")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -244,9 +316,11 @@ def build(family: str, changes, seed: int):
     settings = {name: value for name, value in (_SHAPE | changes).items() if value is not None or name in changes}
     if settings.get("head_dim", 0) is None:
         del settings["head_dim"]
+    if family in IMAGES:
+        settings = dict(text_config=settings) | IMAGES[family]
     config = AutoConfig.for_model(family, **settings)
-    model = AutoModelForCausalLM.from_config(config, **EAGER)
-    centred = model.state_dict()["model.norm.weight"].abs().max() == 0  # weights that are added to one
+    model = _auto(config).from_config(config, **EAGER)
+    centred = text_part(model).norm.weight.abs().max() == 0  # weights that are added to one
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, -0.5 if centred else 0.5, 0.5 if centred else 1.5)
@@ -259,11 +333,22 @@ def build(family: str, changes, seed: int):
 
 def load(folder: Path):
     """A checkpoint in float32, with the attention that the masks below know how to reach."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **EAGER).eval()
+    auto = _auto(AutoConfig.from_pretrained(folder, local_files_only=True))
+    return auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **EAGER).eval()
+
+
+def text_part(model):
+    """The embedding, layers and last norm of the language model."""
+    return getattr(model.model, "language_model", model.model)
+
+
+def _auto(config):
+    return AutoModelForImageTextToText if config.model_type in IMAGES else AutoModelForCausalLM
 
 
 def random_masks(config, rng: np.random.Generator):
     """(bool[L,H], bool[L,H,R]): a third of the heads; about half the pairs of half the heads."""
+    config = config.get_text_config()
     shape = (config.num_hidden_layers, config.num_attention_heads)
     order_LH, other_LH = (rng.permutation(np.prod(shape)).reshape(shape) for _ in range(2))
     pairs_LHR = rng.random((*shape, _rotary_pairs(config))) < 1 / 2
@@ -312,7 +397,11 @@ def _rotary_pairs(config) -> int:
 
 
 def _grows(config) -> bool:
-    return config.rope_parameters.get("rope_type") == "dynamic"
+    return config.get_text_config().rope_parameters.get("rope_type") == "dynamic"
+
+
+def _all_rotate(config) -> bool:
+    return all(getattr(config, "no_rope_layers", None) or [1])
 
 
 def _forget_length(model) -> None:
@@ -322,8 +411,8 @@ def _forget_length(model) -> None:
 
 
 def _mask_heads(stack, model, head_mask):
-    for layer, block in enumerate(model.model.layers):
-        kept = (~head_mask[layer]).repeat_interleave(_head_dim(model.config))
+    for layer, block in enumerate(text_part(model).layers):
+        kept = (~head_mask[layer]).repeat_interleave(_head_dim(text_part(model).config))
         o_proj = block.self_attn.o_proj
         hook = o_proj.register_forward_pre_hook(lambda _, args, kept=kept: (args[0] * kept,))
         stack.callback(hook.remove)
@@ -331,11 +420,11 @@ def _mask_heads(stack, model, head_mask):
 
 def _mask_rotated_queries(stack, model, rope_mask):
     """One head's query loses the pair after rotation; its group's key keeps it."""
-    module = sys.modules[type(model).__module__]
-    eager = module.eager_attention_forward
+    module = sys.modules[type(text_part(model)).__module__]
+    eager, config = module.eager_attention_forward, text_part(model).config
 
     def masked(attention, query, *args, **kwargs):
-        kept_HD = ~_dims(model.config, rope_mask[attention.layer_idx])
+        kept_HD = ~_dims(config, rope_mask[attention.layer_idx])
         return eager(attention, query * kept_HD[None, :, None], *args, **kwargs)
 
     stack.enter_context(mock.patch.object(module, "eager_attention_forward", masked))
@@ -343,11 +432,12 @@ def _mask_rotated_queries(stack, model, rope_mask):
 
 def _mask_projections(stack, model, rope_mask):
     """A KV head loses the pair when any query head of its group names it."""
-    for layer, block in enumerate(model.model.layers):
+    config = text_part(model).config
+    for layer, block in enumerate(text_part(model).layers):
         attention = block.self_attn
-        groups = rope_mask[layer].reshape(model.config.num_key_value_heads, -1, rope_mask.shape[-1])
-        kept_q = ~_dims(model.config, rope_mask[layer]).flatten()
-        kept_k = ~_dims(model.config, groups.any(dim=1)).flatten()
+        groups = rope_mask[layer].reshape(config.num_key_value_heads, -1, rope_mask.shape[-1])
+        kept_q = ~_dims(config, rope_mask[layer]).flatten()
+        kept_k = ~_dims(config, groups.any(dim=1)).flatten()
         if hasattr(attention, "qkv_proj"):
             masks = {attention.qkv_proj: torch.cat([kept_q, kept_k, torch.ones_like(kept_k)])}
         else:
@@ -368,22 +458,34 @@ def _write(name: str, seed: int) -> None:
     folder = FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE if name == "sharded" else "1GB")
+    if name == "mistral3_images":
+        _rename(folder / "model.safetensors")
     # Read back: a cast to bfloat16 and back would leave the rotary frequencies rounded too.
     model = load(folder)
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, model.config.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+    tokens = rng.integers(0, model.config.get_text_config().vocab_size, (ROWS, LENGTH)).astype(np.int32)
     head_mask, rope_mask = random_masks(model.config, rng)
     greedy = torch_greedy(model, tokens)
-    masks = {
-        "logits": {},
-        "logits_heads": {"head_mask": head_mask},
-        "logits_rotary": {"rope_mask": rope_mask},
-        "logits_projection": {"rope_mask": rope_mask, "rope_site": "projection"},
-    }
+    stored = {"tokens": tokens, "head_mask": head_mask, "greedy": greedy}
+    masks = {"logits": {}, "logits_heads": {"head_mask": head_mask}}
+    if _all_rotate(model.config):
+        stored["rope_mask"] = rope_mask
+        masks["logits_rotary"] = {"rope_mask": rope_mask}
+        masks["logits_projection"] = {"rope_mask": rope_mask, "rope_site": "projection"}
     logits = {key: torch_logits(model, tokens, **mask)[:, POSITIONS] for key, mask in masks.items()}
-    np.savez_compressed(
-        folder / "golden.npz", tokens=tokens, head_mask=head_mask, rope_mask=rope_mask, greedy=greedy, **logits
-    )
+    np.savez_compressed(folder / "golden.npz", **stored, **logits)
+
+
+def _rename(path: Path) -> None:
+    """Stores the tensors of a model with images under the names that transformers writes since 4.52."""
+
+    def newer(name):
+        name = name.removeprefix("language_model.") if name.startswith("language_model.lm_head") else name
+        for part in ("vision_tower", "multi_modal_projector"):
+            name = f"model.{name}" if name.startswith(part) else name
+        return name.replace("language_model.model.", "model.language_model.")
+
+    save_file({newer(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
 
 
 def _write_clear(name: str, seed: int) -> None:

@@ -83,7 +83,8 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
 
 def model_of(config: ConfigDict) -> ModelConfig:
     """The model of a recipe, from its config.json alone."""
-    return from_hf(read_config(config_folder(config.model, revision=config.revision or None)))
+    folder = config_folder(config.model, revision=config.revision or None, ignore=config.ignore)
+    return from_hf(read_config(folder), config.ignore)
 
 
 def array(mesh: Mesh, shape: Sequence[int], dtype: DTypeLike, *axes: str | None) -> jax.ShapeDtypeStruct:

@@ -142,7 +142,7 @@ def export(config: ConfigDict, root: Path, what: str, heads: Sequence[str] | Non
         if what not in runs:
             known = ", ".join(f"{run}, pairs-{run}" for run in runs)
             raise ValueError(f"--what is {what!r}; it must be masked or one of {known}")
-        save(load(context.workdir.folder("train") / what / "model", config.dtype), out)
+        save(load(context.workdir.folder("train") / what / "model", config.dtype, ignore=config.ignore), out)
     if primary():
         print(f"wrote {out}")
 
@@ -177,9 +177,12 @@ def ahead(config: ConfigDict, name: str, topology: str, stage: str) -> bool:
     return row["fits"]
 
 
-def inspect(model: str, as_json: bool) -> None:
-    """What a model (folder, hub id or "bundled") is, from its config.json: a table, or one JSON object."""
-    facts = inspection.describe(config_folder(model))
+def inspect(model: str, as_json: bool, ignore: Sequence[str] = ()) -> None:
+    """What a model (folder, hub id or "bundled") is, from its config.json: a table, or one JSON object.
+
+    ignore: attributes of config.json, as of `rm.load`.
+    """
+    facts = inspection.describe(config_folder(model, ignore=ignore), ignore)
     if as_json:
         print(json.dumps({"model": model} | facts, indent=1))
     else:

@@ -57,7 +57,7 @@ def _use(arguments: argparse.Namespace) -> int:
             options = {name: value for name, value in vars(arguments).items() if name not in own}
             return 0 if commands.bench(arguments.benchmark, arguments.out, options) else 1
         case "inspect":
-            commands.inspect(arguments.model, arguments.json)
+            commands.inspect(arguments.model, arguments.json, arguments.ignore)
         case "profile":
             commands.profile(arguments.sources, arguments.kv_heads, arguments.threshold, arguments.gain, arguments.out)
         case "panel":

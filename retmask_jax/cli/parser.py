@@ -268,6 +268,13 @@ def _add_doctor(stage: argparse.ArgumentParser) -> None:
 
 def _add_inspect(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("model", metavar="MODEL", help='folder, hub id or "bundled"; no weights are read')
+    stage.add_argument(
+        "--ignore",
+        type=_names,
+        default=(),
+        metavar="NAME[,NAME...]",
+        help="attributes of config.json that are not understood, and that change nothing",
+    )
     stage.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -314,6 +321,10 @@ def _add_panel(stage: argparse.ArgumentParser) -> None:
         help='change to show against sparsity, such as "eval/context long/retmask minus start"',
     )
     stage.add_argument("--out", type=Path, help="folder for panel.json and panel.html")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
 
 
 def _whole_numbers(text: str) -> list[int]:

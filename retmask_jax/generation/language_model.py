@@ -17,8 +17,9 @@ from jaxtyping import Float32, Int, PyTree
 
 from retmask_jax.generation.decode import Generated, generate
 from retmask_jax.hf import checkpoint_files, end_tokens, hub, weights
-from retmask_jax.hf.families import from_hf
+from retmask_jax.hf.families import from_hf, report_ignored
 from retmask_jax.hf.tokenizer import load_tokenizer
+from retmask_jax.hf.wrappers import text_config
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.masking import Masks, normalise
@@ -151,8 +152,11 @@ def load(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
+    ignore: Sequence[str] = (),
 ) -> LanguageModel:
     """Load an HF checkpoint: a local folder, a hub id such as "meta-llama/Llama-3.2-1B", or "bundled".
+
+    Of a checkpoint that also reads images, such as "google/gemma-3-4b-it", the language model alone is loaded.
 
     config.eos_ids are all ids that end an answer: those of config.json, of generation_config.json, of the tokenizer and of
     the chat template's assistant turns.
@@ -161,9 +165,12 @@ def load(
         dtype: Of the parameters and the computation.
         mesh: Where the parameters are placed by the sharding rules; or a function that gives a mesh for the model's config.
         revision, token, cache_dir: For a hub id, see `retmask_jax.hf.hub.resolve`.
+        ignore: Names of attributes of config.json that are not understood, and of which you know that they do not change
+            the forward pass. Without it they raise an error that names them.
 
     Raises:
-        ValueError: A missing folder, a model that the hub does not give out, an unsupported model or a damaged file.
+        ValueError: A missing folder, a model that the hub does not give out, an unsupported model or a damaged file; or a
+            name to ignore that config.json does not have, or that is understood.
 
     >>> import retmask_jax as rm
     >>> lm = rm.load("bundled", dtype="bfloat16")
@@ -172,13 +179,15 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    folder = hub.resolve(path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir)
-    texts = _outline(folder)
-    _, params, source = weights.read(folder, dtype, mesh)
+    folder = hub.resolve(path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir, ignore=ignore)
+    texts = _outline(folder, ignore)
+    _, params, source = weights.read(folder, dtype, mesh, ignore)
     return texts.replace(params=params, source=source)
 
 
-def outline(path_or_hub_id: str | os.PathLike, *, revision: str | None = None) -> LanguageModel:
+def outline(
+    path_or_hub_id: str | os.PathLike, *, revision: str | None = None, ignore: Sequence[str] = ()
+) -> LanguageModel:
     """A model without weights, which are neither read nor fetched: config and tokenizer; params is None.
 
     Arguments and errors as for `load`.
@@ -187,7 +196,7 @@ def outline(path_or_hub_id: str | os.PathLike, *, revision: str | None = None) -
     >>> lm.config.n_layers, lm.params
     (4, None)
     """
-    return _outline(hub.config_folder(path_or_hub_id, revision=revision))
+    return _outline(hub.config_folder(path_or_hub_id, revision=revision, ignore=ignore), ignore)
 
 
 def save(
@@ -197,7 +206,8 @@ def save(
 
     A weight that was not changed is written as it is stored in the model's folder, whatever dtype it was loaded in, so that
     an untouched model saves back bit for bit; should the folder be gone, it is written as it was loaded, with a warning.
-    Adapters (`config.lora`) are merged in float32, then rounded to the stored dtype.
+    Adapters (`config.lora`) are merged in float32, then rounded to the stored dtype. A language model that was loaded out of a
+    checkpoint that also reads images is written as a checkpoint of text alone.
 
     Args:
         interventions: A shared bool head_mask is baked in (its columns of o_proj become zero).
@@ -236,9 +246,11 @@ def from_params(config: ModelConfig, params: PyTree, tokenizer: Any = None) -> L
     return LanguageModel(config, params, tokenizer, weights.Source(None, {}))
 
 
-def _outline(folder: Path) -> LanguageModel:
-    hf_config, tokenizer = checkpoint_files.read_config(folder), load_tokenizer(folder)
-    config = from_hf(hf_config)
+def _outline(folder: Path, ignore: Sequence[str]) -> LanguageModel:
+    hf_config = text_config(checkpoint_files.read_config(folder))
+    config = from_hf(hf_config, ignore)
+    report_ignored(folder, tuple(ignore))
+    tokenizer = load_tokenizer(folder)
     stops = end_tokens.named_stops(folder, tokenizer)
     config = dataclasses.replace(config, eos_ids=end_tokens.union(config.eos_ids, *stops.values()))
     return LanguageModel(config, None, tokenizer, weights.Source(hf_config, {}, folder))

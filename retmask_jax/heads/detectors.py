@@ -28,7 +28,7 @@ from retmask_jax.heads.reading import measure_answers, read_answers
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.attention import EVERYWHERE
 from retmask_jax.model.interventions import Head, Interventions
-from retmask_jax.model.layers import merge_layers, unembed, unembedding
+from retmask_jax.model.layers import merge_layers, scaled, unembed, unembedding
 from retmask_jax.model.sharding import full_share, mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory, stats
@@ -286,6 +286,7 @@ def _contributions(config, params, out, target_BN):
     exact = jax.lax.Precision.HIGHEST
     to_target_BNE = jnp.moveaxis(jnp.take(unembedding(config, params), target_BN, axis=1), 0, -1).astype(jnp.float32)
     to_target_BNE *= (params["norm"]["scale"] + config.norm_offset) / out.rms_BP[..., None]
+    to_target_BNE = scaled(scaled(to_target_BNE, config.residual_scale), config.logit_scale)
 
     def of_layer(args):
         layer, values_BNH2D = args

@@ -57,7 +57,8 @@ def query_norms(config: ModelConfig, params: PyTree) -> QueryNorms:
     """Computes the mean L1 norm of the rows of q_proj (in HF's layout, a row per dimension) of each head and rotary pair.
 
     Pair r is the rows r and r + R of a head. A head's mean is over all its rows, including those that are not rotated.
-    Only the weights count, neither a bias nor a query norm. Adapters are merged first.
+    Only the weights count, neither a bias nor a query norm. In layers without RoPE the same rows count, though nothing rotates
+    them. Adapters are merged first.
     """
     rows_L = merge_layers(
         config,

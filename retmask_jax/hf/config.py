@@ -1,89 +1,16 @@
-"""Configs in the format of Hugging Face, read and written; an attribute that is not understood raises an error."""
+"""What families share of reading configs in the format of Hugging Face, and of writing them."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from retmask_jax.hf.attributes import Reader
 from retmask_jax.model.config import ModelConfig, Rope, shortest_pattern
 from retmask_jax.model.rope import longrope_attention_scale, yarn_attention_scale
 
-# Attributes that change nothing in a forward pass, nor in training here.
-_IRRELEVANT = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "attention_dropout",
-        "attn_implementation",
-        "_attn_implementation_autoset",
-        "auto_map",
-        "cache_implementation",
-        "dtype",
-        "embd_pdrop",
-        "initializer_range",
-        "model_type",
-        "output_router_logits",
-        "pretraining_tp",
-        "resid_pdrop",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "torch_dtype",
-        "transformers_version",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_cache",
-    }
-)
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
-
-
-class Reader:
-    """Hands out the attributes of an HF config and remembers which were asked for."""
-
-    def __init__(self, hf: Mapping[str, Any]):
-        self._hf = hf
-        self._seen = set(_IRRELEVANT)
-
-    def get(self, name: str, default: Any = ...) -> Any:
-        """Returns an attribute, or the default where it is absent or null; ValueError if there is no default."""
-        self._seen.add(name)
-        value = self._hf.get(name)
-        if value is not None:
-            return value
-        if default is ...:
-            raise ValueError(f"config.json has no {name!r}, which a {self._hf['model_type']} model needs")
-        return default
-
-    def size(self, name: str, default: Any = ...) -> Any:
-        """Returns an attribute as `get` does; ValueError unless it is a whole number of at least 1."""
-        value = self.get(name, default)
-        if value is not default and (type(value) is not int or value < 1):
-            raise ValueError(f"config.json has {name}={value!r}; it must be a whole number of at least 1")
-        return value
-
-    def expect(self, **supported: Any) -> None:
-        """Raises ValueError unless each attribute has the only value that is supported, or is absent."""
-        for name, value in supported.items():
-            if (found := self.get(name, value)) != value:
-                raise ValueError(
-                    f"config.json has {name}={found!r}; only {value!r} is supported for {self._hf['model_type']}"
-                )
-
-    def ignore(self, *names: str) -> None:
-        """Marks attributes as read that do not matter in this family."""
-        self._seen |= set(names)
-
-    def finish(self) -> None:
-        """Raises ValueError for attributes that were not asked for; those that are null count as absent."""
-        if "quantization_config" in self._hf:
-            method = (self._hf["quantization_config"] or {}).get("quant_method", "quantised")
-            raise ValueError(f"the checkpoint is quantised ({method}): use the unquantised one")
-        unknown = sorted({name for name, value in self._hf.items() if value is not None} - self._seen)
-        if unknown:
-            shown = ", ".join(f"{name}={self._hf[name]!r}" for name in unknown)
-            raise ValueError(
-                f"config.json has attributes that are not understood, so the model could be wrong: {shown}"
-            )
+_WRITTEN = {ours: name for name, ours in _KINDS.items()}
 
 
 def common(
@@ -149,15 +76,20 @@ def one_window(hf: Reader) -> dict[str, Any]:
 def layer_windows(hf: Reader, default_kinds: list[str]) -> dict[str, Any]:
     """Returns the fields of a model with full and sliding layers; default_kinds are those of the layers if the config
     has no list."""
+    pattern = shortest_pattern(layer_kinds(hf, default_kinds))
+    window = hf.size("sliding_window", None)
+    return {"layer_pattern": pattern, "window": window if "sliding" in pattern else None}
+
+
+def layer_kinds(hf: Reader, default_kinds: list[str]) -> tuple[str, ...]:
+    """Returns our kind of each layer; default_kinds are those of the layers, by HF's names, if the config has no list."""
     kinds = hf.get("layer_types", default_kinds)
     layers = hf.size("num_hidden_layers")
     if len(kinds) != layers or not set(kinds) <= set(_KINDS):
         raise ValueError(
             f"config.json has layer_types={kinds!r}; it must name {' or '.join(_KINDS)} for each of {layers} layers"
         )
-    pattern = shortest_pattern(tuple(_KINDS[kind] for kind in kinds))
-    window = hf.size("sliding_window", None)
-    return {"layer_pattern": pattern, "window": window if "sliding" in pattern else None}
+    return tuple(_KINDS[kind] for kind in kinds)
 
 
 def every_nth_full(hf: Reader, n: int) -> list[str]:
@@ -333,13 +265,17 @@ def write_plain(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def write_layers(config: ModelConfig) -> dict[str, Any]:
-    """Returns the attributes that `layer_windows` and `read_ropes` read."""
-    names = {ours: name for name, ours in _KINDS.items()}
-    kinds = [names[config.layer_pattern[i % len(config.layer_pattern)]] for i in range(config.n_layers)]
+def write_kinds(config: ModelConfig) -> dict[str, Any]:
+    """Returns the attributes that `layer_windows` reads."""
+    kinds = [_WRITTEN[config.layer_pattern[i % len(config.layer_pattern)]] for i in range(config.n_layers)]
+    return {"layer_types": kinds, "sliding_window": config.window}
+
+
+def write_ropes(config: ModelConfig) -> dict[str, Any]:
+    """Returns the attribute that `read_ropes` reads."""
     ropes = {"full": config.rope, "sliding": config.sliding_rope or config.rope}
-    parameters = {names[kind]: {"rope_theta": rope.theta} | _scaling(rope) for kind, rope in ropes.items()}
-    return {"layer_types": kinds, "sliding_window": config.window, "rope_parameters": parameters}
+    parameters = {_WRITTEN[kind]: {"rope_theta": rope.theta} | _scaling(rope) for kind, rope in ropes.items()}
+    return {"rope_parameters": parameters}
 
 
 def _scaling(rope: Rope) -> dict[str, Any]:

@@ -5,20 +5,28 @@ CONTRIBUTING.md shows one being added.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from retmask_jax.hf.attributes import Reader
 from retmask_jax.hf.config import (
-    Reader,
     common,
     every_nth_full,
+    layer_kinds,
     layer_windows,
     one_window,
     read_ropes,
-    write_layers,
+    write_kinds,
     write_plain,
+    write_ropes,
 )
+from retmask_jax.hf.wrappers import WRAPPERS, text_config
 from retmask_jax.model.config import ModelConfig, shortest_pattern
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +44,43 @@ class Family:
     names: Mapping[str, str | tuple[str, ...]]
 
 
-def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Reads an HF config, the content of config.json.
+def from_hf(hf: Mapping[str, Any], ignore: Sequence[str] = ()) -> ModelConfig:
+    """Reads an HF config, the content of config.json; of a wrapper that of its text model.
+
+    Args:
+        ignore: Names of attributes that are not understood and of which the caller knows that they change nothing.
 
     Raises:
-        ValueError: The model type is not supported, or an attribute is not understood; the message names it.
+        ValueError: The model type is not supported, or an attribute is not understood; the message names it. Also for a
+            name to ignore that the config does not have, or that is understood.
     """
-    reader = Reader(hf)
-    config = family(hf).read(reader)
-    reader.finish()
+    reader, config = _read(hf)
+    if isinstance(ignore, str):
+        raise ValueError(f"ignore is {ignore!r}; give a tuple of names, ({ignore!r},)")
+    reader.finish(ignore)
     return config
+
+
+def ignorable(hf: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    """Returns those of the names that are attributes of an HF config which are not understood.
+
+    For several models that are read with one list of names, of which not each has all attributes.
+    """
+    reader, _ = _read(hf)
+    reader.settle()
+    return tuple(name for name in names if name in reader.unread())
+
+
+@functools.cache
+def report_ignored(folder: Path, names: tuple[str, ...]) -> None:
+    """Logs once for each model which attributes of its config.json are ignored at the caller's wish."""
+    if names:
+        log.warning("%s: ignored in config.json, as was asked for: %s", folder, ", ".join(names))
+
+
+def _read(hf: Mapping[str, Any]) -> tuple[Reader, ModelConfig]:
+    reader = Reader(text_config(hf))
+    return reader, family(hf).read(reader)
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -70,8 +105,25 @@ def _forms(config: ModelConfig) -> dict[str, dict[str, Any]]:
     return {
         "llama": {"architectures": ["LlamaForCausalLM"], "mlp_bias": False},
         "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
-        "olmo3": {"architectures": ["Olmo3ForCausalLM"]} | write_layers(config),
+        "olmo3": {"architectures": ["Olmo3ForCausalLM"]} | write_kinds(config) | write_ropes(config),
+        "granite": {"architectures": ["GraniteForCausalLM"], "mlp_bias": False} | _write_scales(config),
+        "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "mlp_bias": False} | _write_rotating(config),
     }
+
+
+def _write_scales(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "embedding_multiplier": config.embed_scale or 1.0,
+        "attention_multiplier": config.attention_scale,
+        "residual_multiplier": config.residual_scale or 1.0,
+        "logits_scaling": 1 / (config.logit_scale or 1.0),
+    }
+
+
+def _write_rotating(config: ModelConfig) -> dict[str, Any]:
+    still = config.layers_without_rope
+    rotating = [int(layer not in still) for layer in range(config.n_layers)]
+    return {"no_rope_layers": rotating, "use_sliding_window": config.window is not None} | write_kinds(config)
 
 
 def _differing(a: ModelConfig, b: ModelConfig) -> list[str]:
@@ -79,12 +131,13 @@ def _differing(a: ModelConfig, b: ModelConfig) -> list[str]:
 
 
 def family(hf: Mapping[str, Any]) -> Family:
-    """Returns the family of an HF config by its model_type; ValueError, which lists the supported types, for another
-    one."""
-    name = hf.get("model_type")
+    """Returns the family of an HF config by its model_type, or that of its text model; ValueError, which lists the
+    supported types, for another one."""
+    name = text_config(hf).get("model_type")
     if name not in FAMILIES:
+        of = f" of the text model in {hf['model_type']!r}" if hf.get("model_type") in WRAPPERS else ""
         raise ValueError(
-            f"model_type {name!r} is not supported (supported: {', '.join(sorted(FAMILIES))}); "
+            f"model_type {name!r}{of} is not supported (supported: {', '.join(sorted([*FAMILIES, *WRAPPERS]))}); "
             "CONTRIBUTING.md says how to add a family"
         )
     return FAMILIES[name]
@@ -250,6 +303,47 @@ def _qwen3_moe(hf: Reader) -> ModelConfig:
     return common(hf, qk_norm="head", **windows | experts)
 
 
+def _granite(hf: Reader) -> ModelConfig:
+    hf.expect(attention_bias=False, mlp_bias=False)
+    names = "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"
+    embed, residual, query, divisor = (hf.factor(name) for name in names)
+    config = common(
+        hf,
+        embed_scale=None if embed == 1 else embed,
+        residual_scale=None if residual == 1 else residual,
+        query_scale=query,
+        logit_scale=None if divisor == 1 else 1 / divisor,
+    )
+    return dataclasses.replace(config, query_scale=None) if query == config.head_dim**-0.5 else config
+
+
+def _smollm3(hf: Reader) -> ModelConfig:
+    hf.expect(attention_bias=False, mlp_bias=False)
+    hf.ignore("max_window_layers", "sliding_window")
+    layers, window = hf.size("num_hidden_layers"), None
+    nth = hf.size("no_rope_layer_interval", 4)
+    rotating = hf.get("no_rope_layers", [int((layer + 1) % nth != 0) for layer in range(layers)])
+    if not isinstance(rotating, list) or len(rotating) < layers or not set(rotating) <= {0, 1}:
+        raise ValueError(
+            f"config.json has no_rope_layers={rotating!r}; it must have 1 (RoPE) or 0 for each of {layers} layers"
+        )
+    if hf.get("use_sliding_window", False):
+        window = hf.size("sliding_window", None)
+    still = "full_attention" if window is None else "sliding_attention"
+    kinds = layer_kinds(hf, ["full_attention" if rotates else still for rotates in rotating[:layers]])
+    if window is None and "sliding" in kinds:
+        raise ValueError("config.json has sliding layers in layer_types but no window in use: mend one")
+    pattern = shortest_pattern(tuple(zip(kinds, map(bool, rotating), strict=False)))
+    return common(
+        hf,
+        tied=True,
+        theta=2e6,
+        window=window if "sliding" in kinds else None,
+        layer_pattern=tuple(kind for kind, _ in pattern),
+        rope_pattern=(True,) if all(rotating[:layers]) else tuple(rotates for _, rotates in pattern),
+    )
+
+
 FAMILIES = {
     "llama": Family(_llama, _PLAIN | _PRE_NORMS),
     "mistral": Family(_mistral, _PLAIN | _PRE_NORMS),
@@ -260,6 +354,8 @@ FAMILIES = {
     "gemma2": Family(_gemma2, _PLAIN | _BOTH_NORMS),
     "gemma3_text": Family(_gemma3, _PLAIN | _BOTH_NORMS | _QK_NORMS),
     "phi3": Family(_phi3, _ENDS | _FUSED | _PRE_NORMS),
+    "granite": Family(_granite, _PLAIN | _PRE_NORMS),
+    "smollm3": Family(_smollm3, _PLAIN | _PRE_NORMS),
     "mixtral": Family(_mixtral, _ENDS | _ATTENTION | _PRE_NORMS | _experts("block_sparse_moe", "w1", "w3", "w2")),
     "qwen3_moe": Family(
         _qwen3_moe, _PLAIN | _PRE_NORMS | _QK_NORMS | _experts("mlp", "gate_proj", "up_proj", "down_proj")

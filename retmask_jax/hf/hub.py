@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retmask_jax.hf.checkpoint_files import CHECKPOINT_TEXTS, INDEX, read_config, weight_names
-from retmask_jax.hf.families import from_hf
+from retmask_jax.hf.families import from_hf, ignorable
 from retmask_jax.utils.keys import is_key, without_secrets
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny"
@@ -25,6 +25,7 @@ def resolve(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    ignore: Sequence[str] = (),
 ) -> Path:
     """Returns the folder of a model, fetched from the hub if it is not in the cache.
 
@@ -36,6 +37,7 @@ def resolve(
         revision: Branch, tag or commit of a hub id.
         token: Token for the hub; None for that of huggingface_hub, False for none.
         cache_dir: Cache folder; None for that of huggingface_hub.
+        ignore: Attributes of config.json for which a model is not refused, though they are not understood.
 
     Raises:
         ValueError: One line that names the model, what is wrong and what to do.
@@ -43,7 +45,7 @@ def resolve(
     if (folder := _local(name, revision)) is not None:
         return folder
     repo = _repo(name, revision, token, cache_dir)
-    folder = repo.fetch_texts()
+    folder = repo.fetch_texts(ignore)
     repo.fetch_weights(folder)
     return folder
 
@@ -54,12 +56,13 @@ def config_folder(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    ignore: Sequence[str] = (),
 ) -> Path:
     """Returns a folder as `resolve` does, but without the weights: config.json and the files of tokenizer and
     generation."""
     if (folder := _local(name, revision)) is not None:
         return folder
-    return _repo(name, revision, token, cache_dir).fetch_texts()
+    return _repo(name, revision, token, cache_dir).fetch_texts(ignore)
 
 
 def _local(name: str | os.PathLike[str], revision: str | None) -> Path | None:
@@ -100,7 +103,7 @@ class _Repo:
         if isinstance(self.token, str) and not is_key(self.token):
             raise ValueError(f"the token given for {self.name} is empty or has blanks or odd characters: copy it again")
 
-    def fetch_texts(self) -> Path:
+    def fetch_texts(self, ignore: Sequence[str]) -> Path:
         """The folder of one commit with all but the weights; ValueError if the model is not supported."""
         from huggingface_hub import hf_hub_download
 
@@ -110,7 +113,8 @@ class _Repo:
             )
         folder = Path(path).parent
         try:
-            from_hf(read_config(folder))
+            hf_config = read_config(folder)
+            from_hf(hf_config, ignorable(hf_config, ignore))
         except ValueError as error:
             raise ValueError(f"{self.name} cannot be used: {error}") from error
         self._fetch(folder, (INDEX, *CHECKPOINT_TEXTS))

@@ -13,8 +13,9 @@ from flax.traverse_util import flatten_dict
 
 from retmask_jax.hf import end_tokens
 from retmask_jax.hf.checkpoint_files import TOKENIZER_FILES, read_config
-from retmask_jax.hf.families import from_hf
+from retmask_jax.hf.families import from_hf, report_ignored
 from retmask_jax.hf.tokenizer import load_tokenizer
+from retmask_jax.hf.wrappers import WRAPPERS, text_config
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.model.sharding import plain_shapes
@@ -27,20 +28,25 @@ DTYPES = ("float32", "bfloat16")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path, ignore: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the facts of the model in a folder as JSON values; sizes are in bytes, wavelengths in tokens.
 
     stop_ids lists every id that ends an answer, with its token and who names it; row_end is the id that ends a finished
-    answer in a training row, unless another was sampled there.
+    answer in a training row, unless another was sampled there. wrapper is the model type of what the model is a part of.
+
+    Args:
+        ignore: As for `from_hf`.
 
     Raises:
         ValueError: config.json is missing, names an unsupported family or is not understood.
     """
     hf_config = read_config(folder)
-    config = from_hf(hf_config)
+    config = from_hf(hf_config, ignore)
+    report_ignored(folder, tuple(ignore))
     total, active = count_parameters(config)
     return {
-        "family": hf_config["model_type"],
+        "family": text_config(hf_config)["model_type"],
+        "wrapper": hf_config["model_type"] if hf_config["model_type"] in WRAPPERS else None,
         "layers": config.n_layers,
         "layer_pattern": list(config.layer_pattern),
         "repeats": config.repeats,
@@ -54,9 +60,16 @@ def describe(folder: Path) -> dict[str, Any]:
         "context": config.max_length,
         "window": config.window,
         "rope": {kind: _rope(config, kind) for kind in config.ropes},
+        "layers_without_rope": list(config.layers_without_rope),
         "norm_placement": config.norm_placement,
         "qk_norm": config.qk_norm,
         "qkv_bias": config.qkv_bias,
+        "scales": {
+            "embeddings": config.embed_scale,
+            "scores": config.query_scale,
+            "residual": config.residual_scale,
+            "logits": config.logit_scale,
+        },
         "attention_softcap": config.attention_softcap,
         "logit_softcap": config.logit_softcap,
         "tied_embeddings": config.tied_embeddings,
@@ -101,7 +114,7 @@ def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     windowed = "sliding" in facts["layer_pattern"]
     caps = {"scores": facts["attention_softcap"], "logits": facts["logit_softcap"]}
     return [
-        ("family", facts["family"]),
+        ("family", facts["family"] + (f", the text part of {facts['wrapper']}" if facts["wrapper"] else "")),
         ("layers", _layers(facts)),
         ("width", f"{facts['hidden_size']:,}, vocabulary {facts['vocab_size']:,}, {_tied(facts)}"),
         ("query heads", f"{facts['query_heads']} per layer, {facts['layers'] * facts['query_heads']:,} in all"),
@@ -111,9 +124,11 @@ def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("context", f"{facts['context']:,} tokens"),
         ("window", f"{facts['window']:,} tokens in sliding layers" if windowed else "none"),
         *_rope_rows(facts["rope"]),
+        *_without_rope(facts),
         ("norms", _NORMS[facts["norm_placement"]]),
         ("q/k norm", _QK_NORMS[facts["qk_norm"]]),
         ("q/k/v bias", "yes" if facts["qkv_bias"] else "none"),
+        ("scales", ", ".join(f"{name} by {x:g}" for name, x in facts["scales"].items() if x) or "none"),
         ("soft caps", ", ".join(f"{name} at {cap:g}" for name, cap in caps.items() if cap) or "none"),
         *_mlp_rows(facts),
         ("parameters", f"{facts['parameters']:,}"),
@@ -229,6 +244,11 @@ def _rope_rows(ropes: Mapping[str, Any]) -> list[tuple[str, str]]:
     if all(rope == next(iter(ropes.values())) for rope in ropes.values()):
         return _one_rope("RoPE", next(iter(ropes.values())))
     return [row for kind, rope in ropes.items() for row in _one_rope(f"RoPE, {kind} layers", rope)]
+
+
+def _without_rope(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    still = facts["layers_without_rope"]
+    return [("without RoPE", f"{len(still)} of {facts['layers']} layers, so no rotary masks")] if still else []
 
 
 def _one_rope(name: str, rope: Mapping[str, Any]) -> list[tuple[str, str]]:

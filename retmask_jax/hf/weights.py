@@ -8,8 +8,9 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from jaxtyping import Bool, PyTree
 
 from retmask_jax.hf.checkpoint_files import Shards, Tensor, open_tensors, read_config
 from retmask_jax.hf.families import family, from_hf, to_hf
+from retmask_jax.hf.wrappers import text_config, text_tensors
 from retmask_jax.model import lora
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.sharding import param_shardings, plain_shapes
@@ -43,7 +45,7 @@ _READERS = 4  # threads
 class Source:
     """Where a model was read from: its HF config, the dtype of each stored tensor, and the folder.
 
-    For a model made here all of these are None or empty.
+    Of a wrapper, config and tensors are those of its language model alone. For a model made here all are None or empty.
     """
 
     hf_config: dict[str, Any] | None
@@ -52,17 +54,18 @@ class Source:
 
 
 def read(
-    folder: Path, dtype: str, mesh: Mesh | Callable[[ModelConfig], Mesh] | None = None
+    folder: Path, dtype: str, mesh: Mesh | Callable[[ModelConfig], Mesh] | None = None, ignore: Sequence[str] = ()
 ) -> tuple[ModelConfig, PyTree, Source]:
     """Reads an HF checkpoint folder.
 
     Of each tensor only the part that a device holds is read, so that host memory, beyond the parameters, stays near one
-    device's shard of one parameter.
+    device's shard of one parameter. Of a wrapper (`wrappers.WRAPPERS`) only the language model is read.
 
     Args:
         dtype: Dtype of the parameters.
         mesh: Devices over which the parameters are split, or a function that gives them for the model's config; None
             for the first device.
+        ignore: Attributes of config.json that are not understood and change nothing, as for `from_hf`.
 
     Returns:
         Config, parameters, and where they were read from.
@@ -71,12 +74,13 @@ def read(
         ValueError: A file, attribute or tensor, which is named, is missing, extra, of the wrong shape or unreadable.
             Nothing has been loaded then.
     """
-    tensors = open_tensors(folder)
-    hf_config = read_config(folder)
+    tensors, left_out = text_tensors(read_config(folder), open_tensors(folder))
+    hf_config = text_config(read_config(folder))
     source = _source(folder, tensors, hf_config)
-    config = from_hf(hf_config)
+    config = from_hf(hf_config, ignore)
     shapes: dict[str, Any] = flatten_dict(plain_shapes(config), sep="/")
     table = _table(config, hf_config, shapes)
+    _report_left_out(folder, left_out)
     _drop_known_extras(config, tensors)
     _check_names(set(table), set(tensors), folder)
     for name, pieces in table.items():
@@ -103,7 +107,8 @@ def read(
 
 def source_of(folder: Path) -> Source:
     """Returns the Source of a checkpoint without loading its weights; errors are those of `read`."""
-    return _source(folder, open_tensors(folder), read_config(folder))
+    tensors, _ = text_tensors(hf_config := read_config(folder), open_tensors(folder))
+    return _source(folder, tensors, text_config(hf_config))
 
 
 def write(
@@ -118,7 +123,8 @@ def write(
 
     A weight that has not changed since it was read is written as it is stored in the source's folder, even where the
     parameters are narrower; adapters are added to it in float32. The tensors of one file are in host memory at a time.
-    All hosts take part, and the first one writes.
+    All hosts take part, and the first one writes. A model that was read from a wrapper is written as the language model
+    alone, with that model's config and names.
 
     Args:
         params: Its parameters, with adapters or without.
@@ -249,7 +255,7 @@ def _wider(source: Source, table, leaves) -> dict[str, Tensor]:
     if not names or source.folder is None:
         return {}
     try:
-        tensors = open_tensors(source.folder)
+        tensors, _ = text_tensors(read_config(source.folder), open_tensors(source.folder))
         if all(name in tensors and tensors[name].shape == _stored_shape(table[name]) for name in names):
             return {name: tensors[name] for name in names}
         problem = f"{source.folder} holds another model than was read from it"
@@ -288,6 +294,12 @@ def _as_stored(tensor: np.ndarray, piece: _Piece, stored: Tensor) -> np.ndarray:
     bits = f"u{tensor.dtype.itemsize}"
     unchanged = block.astype(tensor.dtype).view(bits) == tensor.view(bits)
     return np.where(unchanged, block, tensor.astype(block.dtype))
+
+
+def _report_left_out(folder: Path, left_out: dict[str, Tensor]) -> None:
+    if left_out:
+        size = sum(math.prod(tensor.shape) * jnp.dtype(tensor.dtype).itemsize for tensor in left_out.values())
+        log.info("%s: left out %d tensors about images, %.3g GB: text alone is read", folder, len(left_out), size / 1e9)
 
 
 def _drop_known_extras(config: ModelConfig, tensors: dict[str, Tensor]) -> None:

@@ -93,6 +93,8 @@ class ModelConfig:
     activation: str = "silu"
     tied_embeddings: bool = False
     embed_scale: float | None = None  # embeddings are multiplied by it, rounded to their dtype
+    residual_scale: float | None = None  # what attention and MLP add to the residual stream is multiplied by it
+    logit_scale: float | None = None  # logits are multiplied by it, before their cap
     query_scale: float | None = None  # of q.k; None: head_dim ** -0.5
     attention_softcap: float | None = None  # cap * tanh(scores / cap)
     logit_softcap: float | None = None
@@ -101,6 +103,7 @@ class ModelConfig:
     rope: Rope = Rope()
     sliding_rope: Rope | None = None  # of sliding layers; None: the same
     rotary_dim: int | None = None  # rotated dimensions at the front of a head; None: all
+    rope_pattern: tuple[bool, ...] = (True,)  # which layers of the pattern have RoPE; one entry: all alike
     expert_pattern: tuple[bool, ...] = (False,)  # which layers of the pattern have experts; one entry: all alike
     n_experts: int = 0
     experts_per_token: int = 0
@@ -139,9 +142,15 @@ class ModelConfig:
 
     @property
     def ropes(self) -> dict[str, Rope]:
-        """The rotary embedding of each layer kind that occurs."""
+        """The rotary embedding of each layer kind that occurs with one."""
         own = {"full": self.rope, "sliding": self.sliding_rope or self.rope}
-        return {kind: own[kind] for kind in LAYER_KINDS if kind in self.layer_pattern}
+        rotating = {kind for place, kind in enumerate(self.layer_pattern) if self.has_rope(place)}
+        return {kind: own[kind] for kind in LAYER_KINDS if kind in rotating}
+
+    @property
+    def layers_without_rope(self) -> tuple[int, ...]:
+        """The layers whose queries and keys are not rotated, in absolute order."""
+        return tuple(layer for layer in range(self.n_layers) if not self.has_rope(layer))
 
     @property
     def depends_on_length(self) -> bool:
@@ -151,6 +160,10 @@ class ModelConfig:
     def has_experts(self, place: int) -> bool:
         """Whether the layers at this place of the pattern have experts instead of one MLP."""
         return self.expert_pattern[place % len(self.expert_pattern)]
+
+    def has_rope(self, place: int) -> bool:
+        """Whether the layers at this place of the pattern have RoPE."""
+        return self.rope_pattern[place % len(self.rope_pattern)]
 
     def _check_sizes(self) -> None:
         names = ["vocab_size", "hidden_size", "mlp_size", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_length"]
@@ -167,7 +180,8 @@ class ModelConfig:
             raise ValueError(f"rotary width {rotary} must be even and at most head_dim {self.head_dim}")
         if self.experts_per_token > self.n_experts:
             raise ValueError(f"{self.experts_per_token} experts per token of only {self.n_experts}")
-        for name in ("norm_eps", "embed_scale", "query_scale", "attention_softcap", "logit_softcap"):
+        factors = ("embed_scale", "residual_scale", "logit_scale", "query_scale")
+        for name in ("norm_eps", *factors, "attention_softcap", "logit_softcap"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise ValueError(f"{name} is {value!r}; it must be a positive number")
@@ -192,10 +206,11 @@ class ModelConfig:
         unknown = set(self.layer_pattern) - set(LAYER_KINDS)
         if unknown:
             raise ValueError(f"layer kind {unknown.pop()!r} is unknown; known are {', '.join(LAYER_KINDS)}")
-        if len(self.expert_pattern) not in (1, len(self.layer_pattern)):
-            raise ValueError(
-                f"expert_pattern has {len(self.expert_pattern)} entries, layer_pattern {len(self.layer_pattern)}"
-            )
+        for name in ("expert_pattern", "rope_pattern"):
+            if len(entries := getattr(self, name)) not in (1, len(self.layer_pattern)):
+                raise ValueError(f"{name} has {len(entries)} entries, layer_pattern {len(self.layer_pattern)}")
+        if not any(self.rope_pattern[: self.n_layers]):
+            raise ValueError(f"rope_pattern is {self.rope_pattern}; at least one layer must have RoPE")
         for rope in self.ropes.values():
             for factors in (rope.short_factors, rope.long_factors):
                 if factors and len(factors) != self.n_pairs:

@@ -89,8 +89,8 @@ class Interventions(flax.struct.PyTreeNode):
         """
         if not isinstance(other, Interventions):
             return NotImplemented
-        if _is_empty(self.rope_mask) or _is_empty(other.rope_mask):
-            site = self.rope_site if _is_empty(other.rope_mask) else other.rope_site
+        if is_empty(self.rope_mask) or is_empty(other.rope_mask):
+            site = self.rope_site if is_empty(other.rope_mask) else other.rope_site
         elif self.rope_site != other.rope_site:
             raise ValueError(f"cannot combine rotary masks of site {self.rope_site!r} and {other.rope_site!r}")
         else:
@@ -152,8 +152,8 @@ def mask_queries(config: ModelConfig, heads: Iterable[Head]) -> Interventions:
     code.
 
     Raises:
-        ValueError: The model does not have such a head, or some dimensions of its heads are not rotated: masks of rotary
-            pairs do not reach those.
+        ValueError: The model does not have such a head, or some dimensions of its heads, or some layers, are not rotated:
+            masks of rotary pairs do not reach those.
 
     >>> import retmask_jax as rm
     >>> mask = rm.mask_queries(rm.load("bundled").config, [(1, 0), (1, 3)])
@@ -177,7 +177,7 @@ def mask_rope(
         site: As `rope_site` of `Interventions`.
 
     Raises:
-        ValueError: The model does not have such a head or pair, or the site is unknown.
+        ValueError: The model does not have such a head or pair, it has layers without RoPE, or the site is unknown.
 
     >>> import retmask_jax as rm
     >>> config = rm.load("bundled").config
@@ -187,6 +187,7 @@ def mask_rope(
     """
     if site not in SITES:
         raise ValueError(f"site is {site!r}; it must be one of {', '.join(SITES)}")
+    check_all_rotate(config)
     indices = [int(pair) for pair in pairs]
     for pair in indices:
         if not 0 <= pair < config.n_pairs:
@@ -195,6 +196,30 @@ def mask_rope(
     for layer, head in _valid_heads(config, heads):
         rope_mask[layer, head, indices] = True
     return Interventions(rope_mask=jnp.asarray(rope_mask), rope_site=site)
+
+
+def check_all_rotate(config: ModelConfig) -> None:
+    """Raises ValueError for a model that takes no rotary masks."""
+    if (why := why_no_rotary_masks(config)) is not None:
+        raise ValueError(f"{why}: mask heads, and leave rope_mask None")
+
+
+def why_no_rotary_masks(config: ModelConfig) -> str | None:
+    """Returns why a model takes no rotary masks, or None.
+
+    Where some layers have no RoPE, taking out a pair would mean one thing in some heads and another in others.
+    """
+    if not (still := config.layers_without_rope):
+        return None
+    shown = ", ".join(map(str, still[:4])) + ", ..." * (len(still) > 4)
+    return (
+        f"the model has no RoPE in {len(still)} of its {config.n_layers} layers ({shown}), so it takes no rotary masks"
+    )
+
+
+def is_empty(mask: ArrayLike | None) -> bool:
+    """Whether a mask surely masks nothing. A mask that is being traced might mask something."""
+    return mask is None or (not isinstance(mask, jax.core.Tracer) and not np.any(np.asarray(mask)))
 
 
 def all_heads(config: ModelConfig) -> list[Head]:
@@ -299,14 +324,9 @@ def _mean_of(a: Interventions, b: Interventions) -> Any:
     given = [(iv, other) for iv, other in ((a, b), (b, a)) if iv.head_mean is not None]
     if not given:
         return None
-    if not any(_is_empty(other.head_mask) for _, other in given):
+    if not any(is_empty(other.head_mask) for _, other in given):
         raise ValueError("head masks of which one has a mean cannot be combined: give all heads to one mask_heads")
-    return next(iv.head_mean for iv, other in given if _is_empty(other.head_mask))
-
-
-def _is_empty(mask: ArrayLike | None) -> bool:
-    """Whether a mask surely masks nothing. A mask that is being traced might mask something."""
-    return mask is None or (not isinstance(mask, jax.core.Tracer) and not np.any(mask))
+    return next(iv.head_mean for iv, other in given if is_empty(other.head_mask))
 
 
 def _stack(masks: Sequence[Any]) -> Any:

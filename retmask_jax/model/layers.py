@@ -34,6 +34,11 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+def scaled(x: jax.Array, scale: float | None) -> jax.Array:
+    """x times a scale, in float32 and rounded once. Without a scale, x."""
+    return x if scale is None else (x.astype(jnp.float32) * scale).astype(x.dtype)
+
+
 def weight(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], initializer: Callable = _SMALL
 ) -> jax.Array:
@@ -171,7 +176,7 @@ def unembedding(config: ModelConfig, params: PyTree) -> jax.Array:
 def logits(config: ModelConfig, table_EV: jax.Array, x_BTE: jax.Array) -> jax.Array:
     """f32[..., V] of states and the output matrix."""
     product = jnp.dot(x_BTE, table_EV, precision=precision(x_BTE.dtype), preferred_element_type=jnp.float32)
-    return softcap(product, config.logit_softcap)
+    return softcap(scaled(product, config.logit_scale), config.logit_softcap)
 
 
 def split_layers(config: ModelConfig, per_layer: PyTree) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import SITES, Interventions
+from retmask_jax.model.interventions import SITES, Interventions, check_all_rotate, is_empty
 from retmask_jax.model.layers import split_layers
 from retmask_jax.utils.array_types import Array, Mask
 
@@ -93,11 +93,14 @@ def normalise(config: ModelConfig, interventions: Interventions | None = None, r
         rows: The rows of the batch; None where any number of them will do.
 
     Raises:
-        ValueError: A shape, a type or the rotary site does not fit.
+        ValueError: A shape, a type or the rotary site does not fit; or a rotary mask, unless all of it is seen to be False,
+            for a model that has layers without RoPE.
     """
     iv = Interventions() if interventions is None else interventions
     if iv.rope_site not in SITES:
         raise ValueError(f"rope_site is {iv.rope_site!r}; it must be one of {', '.join(SITES)}")
+    if not is_empty(iv.rope_mask):
+        check_all_rotate(config)
     heads = (config.n_layers, config.n_heads)
     return Masks(
         _dense_mask("head_mask", iv.head_mask, heads, rows),

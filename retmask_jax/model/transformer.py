@@ -15,7 +15,17 @@ from retmask_jax.model.attention import Keys, Probe, Probed, Scores, attend, pro
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import KV, NO_CACHE, Cache
-from retmask_jax.model.layers import Embedding, Experts, GatedMLP, Unembedding, dense, merge_layers, norm, unembed
+from retmask_jax.model.layers import (
+    Embedding,
+    Experts,
+    GatedMLP,
+    Unembedding,
+    dense,
+    merge_layers,
+    norm,
+    scaled,
+    unembed,
+)
 from retmask_jax.model.lora import with_adapters
 from retmask_jax.model.masking import LayerMasks, Masks, normalise
 from retmask_jax.model.rope import rotate, rotation
@@ -156,7 +166,7 @@ class Call(flax.struct.PyTreeNode):
     """What all blocks of one call share.
 
     Attributes:
-        rotations: (cos, sin) by layer kind.
+        rotations: (cos, sin) by kind of the layers with RoPE.
         start_B: As in `hidden`.
         end_B: As in `hidden`.
         probe: As in `hidden`.
@@ -207,17 +217,21 @@ Carry = tuple[jax.Array, dict[str, KV] | None]  # the states x_BTE, and the cach
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with a head mask before o_proj and a rotary mask on q.k."""
+    """Grouped-query attention with a head mask before o_proj and a rotary mask on q.k.
+
+    Attributes:
+        place: Of the block in the layer pattern.
+    """
 
     config: ModelConfig
-    kind: str
+    place: int
     rope_site: str
 
     @nn.compact
     def __call__(
         self, x_BTE: jax.Array, masks: LayerMasks, cache: KV | None, repeat: jax.Array | int, call: Call
     ) -> tuple[jax.Array, KV | None, Probed | None]:
-        cfg = self.config
+        cfg, kind = self.config, self.config.layer_pattern[self.place]
         wanted_BTE = at_positions(x_BTE, call.rows_BP)
         q_BTHD = self._project(wanted_BTE, cfg.n_heads, "q")
         k_BTKD = self._project(x_BTE, cfg.n_kv_heads, "k")
@@ -225,9 +239,10 @@ class Attention(nn.Module):
         if self.rope_site == "projection":
             q_BTHD, k_BTKD = masks.mask_query_pairs(q_BTHD), masks.mask_key_pairs(k_BTKD)
         q_BTHD, k_BTKD = self._normed(q_BTHD, "q_norm"), self._normed(k_BTKD, "k_norm")
-        rotations = call.rotations[self.kind]
-        q_BTHD = rotate(q_BTHD, *(at_positions(x, call.rows_BP) for x in rotations))
-        k_BTKD = rotate(k_BTKD, *rotations)
+        if cfg.has_rope(self.place):
+            rotations = call.rotations[kind]
+            q_BTHD = rotate(q_BTHD, *(at_positions(x, call.rows_BP) for x in rotations))
+            k_BTKD = rotate(k_BTKD, *rotations)
         if self.rope_site == "rotary":
             q_BTHD = masks.mask_query_pairs(q_BTHD)
 
@@ -235,7 +250,7 @@ class Attention(nn.Module):
         if cache is not None:
             seen, cache = cache.extend(repeat, k_BTKD, v_BTKD, call.first_B, call.end_B)
             keys = keys if call.start_B is None else seen
-        scores = Scores(cfg.attention_scale, cfg.window if self.kind == "sliding" else None, cfg.attention_softcap)
+        scores = Scores(cfg.attention_scale, cfg.window if kind == "sliding" else None, cfg.attention_softcap)
         positions_BT = None if call.rows_BP is None else call.first_B[:, None] + call.rows_BP
         out_BTHD = attend(q_BTHD, keys, scores, call.start_B, cfg.kernel, positions_BT)
         out_BTHD = masks.mask_heads(out_BTHD)
@@ -279,7 +294,7 @@ class Block(nn.Module):
         # A single row would be padded to be split, and the padding copied away wherever states are picked from it.
         rows = "batch" if x_BTE.shape[0] > 1 else None
         x_BTE = nn.with_logical_constraint(x_BTE, (rows, "length", "embed_act"))
-        attention = Attention(cfg, cfg.layer_pattern[self.place], self.rope_site, name="attn")
+        attention = Attention(cfg, self.place, self.rope_site, name="attn")
         out_BTE, cache, probed = attention(self._before("attn_norm", x_BTE), masks, cache, repeat, call)
         x_BTE = at_positions(x_BTE, call.rows_BP) + self._after("attn_post_norm", out_BTE)
         mlp = Experts(cfg, name="experts") if cfg.has_experts(self.place) else GatedMLP(cfg, name="mlp")
@@ -290,7 +305,8 @@ class Block(nn.Module):
         return x_BTE if self.config.norm_placement == "post" else norm(self.config, name)(x_BTE)
 
     def _after(self, name: str, x_BTE: jax.Array) -> jax.Array:
-        return x_BTE if self.config.norm_placement == "pre" else norm(self.config, name)(x_BTE)
+        x_BTE = x_BTE if self.config.norm_placement == "pre" else norm(self.config, name)(x_BTE)
+        return scaled(x_BTE, self.config.residual_scale)
 
 
 class Group(nn.Module):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,8 @@ from retmask_jax.data.prompts import source_files
 from retmask_jax.data.tasks import task_cases
 from retmask_jax.evals.perplexity import text_windows
 from retmask_jax.generation.language_model import LanguageModel, load, outline
-from retmask_jax.hf.checkpoint_files import checkpoint_files
+from retmask_jax.hf.checkpoint_files import checkpoint_files, read_config
+from retmask_jax.hf.families import ignorable
 from retmask_jax.hf.hub import resolve
 from retmask_jax.hf.weights import Source, source_of
 from retmask_jax.model.config import ModelConfig
@@ -52,20 +53,27 @@ class Context:
 
     @functools.cached_property
     def _outline(self) -> LanguageModel:
-        return outline(self.config.model, revision=self.config.revision or None).with_kernel(self.config.kernel)
+        there = {"revision": self.config.revision or None, "ignore": self.config.ignore}
+        return outline(self.config.model, **there).with_kernel(self.config.kernel)
 
     @functools.cached_property
     def folder(self) -> Path:
         """Where the model lies, fetched if need be; looked up once, since a branch of the hub may move meanwhile."""
-        return resolve(self.config.model, revision=self.config.revision or None)
+        return resolve(self.config.model, revision=self.config.revision or None, ignore=self.config.ignore)
 
     @functools.cached_property
     def lm(self) -> LanguageModel:
         return self.load(self.folder)
 
-    def load(self, path: str | Path, **options: Any) -> LanguageModel:
-        """A model as the config wants it: dtype, mesh, kernel; on the mesh for work without gradients."""
-        return load(path, self.config.dtype, self.inference_mesh, **options).with_kernel(self.config.kernel)
+    def load(self, path: str | Path, revision: str | None = None) -> LanguageModel:
+        """A model as the config wants it: dtype, mesh, kernel; on the mesh for work without gradients.
+
+        Of the attributes that the config ignores, those count that this model's config.json has: it may be another model
+        than the config's.
+        """
+        folder = resolve(path, revision=revision, ignore=self.config.ignore)
+        ignore = ignorable(read_config(folder), self.config.ignore)
+        return load(folder, self.config.dtype, self.inference_mesh, ignore=ignore).with_kernel(self.config.kernel)
 
     def inference_mesh(self, model: ModelConfig) -> Mesh:
         """Of the devices of `mesh`, which is training's."""
@@ -88,7 +96,7 @@ class Context:
         if lm is not None and dtype == self.config.dtype:
             return placed(lm.config, lm.params, self.mesh)
         del lm  # one at a time
-        return load(self.folder, dtype, self.mesh).params
+        return load(self.folder, dtype, self.mesh, ignore=self.config.ignore).params
 
     def source(self) -> Source:
         """Where the model's stored weights lie and in what dtypes, for models that are saved as it is."""
@@ -145,9 +153,12 @@ class Context:
         return checkpoint_fingerprint(folder)
 
 
-def checkpoint_fingerprint(model: str | Path) -> str:
-    """Hash of all files of a model (folder, hub id or "bundled"), which is fetched if need be; as the first host has it."""
-    folder = resolve(model)
+def checkpoint_fingerprint(model: str | Path, ignore: Sequence[str] = ()) -> str:
+    """Hash of all files of a model (folder, hub id or "bundled"), which is fetched if need be; as the first host has it.
+
+    ignore: as of `hub.resolve`.
+    """
+    folder = resolve(model, ignore=ignore)
     return first_alone(lambda: fingerprint(*checkpoint_files(folder)))
 
 

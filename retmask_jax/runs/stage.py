@@ -63,7 +63,8 @@ class Stage(Generic[R]):
 def settings_read(context: Context, stage: Stage) -> dict[str, Any]:
     """{key: value} of the config that decide a stage's result."""
     of_tasks = [f"tasks.{glob.escape(task)}.*" for task in stage.tasks(context.config)]
-    return settings_of(context.workdir.config, (*stage.settings, *of_tasks))
+    of_model = ["ignore"] if stage.needs_model else []
+    return settings_of(context.workdir.config, (*stage.settings, *of_tasks, *of_model))
 
 
 PROMPTS = ("dtype", "prompt.*")  # settings of every stage that asks a model

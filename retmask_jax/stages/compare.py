@@ -18,8 +18,9 @@ def compare_stage(context: Context, folder: Path) -> EvalResult:
 
 
 def _inputs(context: Context) -> dict[str, Any]:
-    models = context.config.eval.models.items()
-    return suite_prints(context) | {f"weights of {name}": checkpoint_fingerprint(source) for name, source in models}
+    models, ignore = context.config.eval.models.items(), context.config.ignore
+    prints = {f"weights of {name}": checkpoint_fingerprint(source, ignore) for name, source in models}
+    return suite_prints(context) | prints
 
 
 def _check(config) -> None:

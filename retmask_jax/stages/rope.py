@@ -11,7 +11,7 @@ from retmask_jax.heads import rotary
 from retmask_jax.heads.conditions import Condition, ConditionRow, Contrast, contrast, mean_over_draws, summarise
 from retmask_jax.heads.head_outputs import HeadStatistics, head_statistics
 from retmask_jax.heads.query_norms import query_norms
-from retmask_jax.model.interventions import SITES, Head, Interventions
+from retmask_jax.model.interventions import SITES, Head, Interventions, why_no_rotary_masks
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.costs import Cost, task_cost
@@ -104,7 +104,9 @@ def rope_stage(context: Context, folder: Path) -> RopeResult:
     )
     text = context.config.text.file
     statistics = head_statistics(lm, context.windows()[: context.config.knockout.activity_windows]) if text else None
-    conditions = [Condition("none", 0, Interventions()), *_conditions(context, heads, ks, statistics)]
+    conditions = [Condition("none", 0, Interventions())]
+    if section.tasks:  # a model that takes no rotary masks is asked for none
+        conditions += _conditions(context, heads, ks, statistics)
     outcomes = task_outcomes(context, section.tasks, conditions).outcomes
     variances = [
         None if statistics is None else rotary.condition_variance(condition, statistics) for condition in conditions
@@ -117,7 +119,7 @@ def rope_stage(context: Context, folder: Path) -> RopeResult:
         means=[mean for task, outcome_CN in outcomes.items() for mean in _means(task, conditions, outcome_CN, ks)],
         contrasts=_low_against_high(conditions, outcomes, ks),
         spectra=[found for task, outcome_CN in outcomes.items() for found in _spectrum(task, conditions, outcome_CN)],
-        costs=_costs(context, conditions, outcomes, ks) if section.text else [],
+        costs=_costs(context, conditions, outcomes, ks) if section.text and section.tasks else [],
         pairs=list(ks),
         n_pairs=lm.config.n_pairs,
         patch_pairs=_patch_pairs(context),
@@ -137,6 +139,8 @@ def _check(config) -> None:
 
 def _check_model(context: Context) -> None:
     config, section = context.outline.config, context.config.rope
+    if section.tasks and (why := why_no_rotary_masks(config)) is not None:
+        raise ValueError(f"rope.tasks names {', '.join(section.tasks)}, but {why}: set rope.tasks to ()")
     for name, wanted in (
         ("windows", section.windows),
         ("pairs", max(section.pairs, default=0)),

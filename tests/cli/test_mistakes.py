@@ -84,12 +84,15 @@ def test_folder_without_config(refused, tmp_path):
 def test_unsupported_family(refused, tmp_path):
     copy_model(tmp_path / "model", model_type="mamba")
     line = refused("detect", "--config.model=./model", "--workdir=work")
-    assert "'mamba' is not supported (supported: gemma2, gemma3_text, llama, " in line
+    assert "'mamba' is not supported (supported: gemma2, gemma3, gemma3_text, granite, llama, " in line
 
 
 def test_unknown_attribute_of_a_model(refused, tmp_path):
     copy_model(tmp_path / "model", clip_qkv=8.0)
-    assert "clip_qkv=8.0" in refused("detect", "--config.model=./model", "--workdir=work")
+    line = refused("detect", "--config.model=./model", "--workdir=work")
+    assert "clip_qkv=8.0" in line and line.endswith("or --config.ignore=clip_qkv")
+    ignoring = "detect", "--config.model=./model", "--workdir=work", "--config.ignore=clip"
+    assert "config.json has no 'clip', which is to be ignored" in refused(*ignoring)
 
 
 def test_unknown_config_key_suggests_the_right_one(refused):

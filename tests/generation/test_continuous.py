@@ -26,8 +26,10 @@ _SMALL = dict(
     vocab_size=VOCAB, hidden_size=16, mlp_size=20, n_heads=4, n_kv_heads=2, head_dim=4, max_length=90, kernel="plain"
 )
 MODELS = {
-    # Rings that a prompt overruns; a tail.
-    "short window": ModelConfig(**_SMALL, n_layers=3, layer_pattern=("sliding", "full"), window=7),
+    # Rings that a prompt overruns; a tail; scales.
+    "short window": ModelConfig(
+        **_SMALL, n_layers=3, layer_pattern=("sliding", "full"), window=7, residual_scale=0.8, logit_scale=1.5
+    ),
     # A ring that only an answer overruns, longer than what a prompt's own cache holds; all lengths share frequencies.
     "long window": ModelConfig(
         **_SMALL,

@@ -25,7 +25,7 @@ CHUNK = 8
 
 @pytest.fixture(scope="module")
 def windowed(random_model):
-    """Sliding and full layers in turn, with a window that is no multiple of a chunk."""
+    """Sliding layers, and full ones without RoPE, in turn, with a window that is no multiple of a chunk."""
     return random_model(
         ModelConfig(
             vocab_size=41,
@@ -38,6 +38,8 @@ def windowed(random_model):
             max_length=200,
             layer_pattern=("sliding", "full"),
             window=11,
+            rope_pattern=(True, False),
+            residual_scale=0.7,
         )
     )
 

@@ -167,8 +167,9 @@ def test_elsewhere_counts_as_many_tokens_as_the_needle_has():
 
 
 def test_contributions_add_up_to_the_logit():
-    """Layers of two kinds and a tail, norms before and after, with an offset. The embeddings lie in one half of the
-    width and the unembedding in the other, and the MLPs write nothing: heads alone make the logits."""
+    """Layers of two kinds, one without RoPE, and a tail, norms before and after, with an offset, scales. The embeddings
+    lie in one half of the width and the unembedding in the other, and the MLPs write nothing: heads alone make the
+    logits."""
     config = ModelConfig(
         vocab_size=31,
         hidden_size=16,
@@ -183,6 +184,9 @@ def test_contributions_add_up_to_the_logit():
         layer_pattern=("sliding", "full"),
         window=5,
         embed_scale=4.0,
+        residual_scale=0.6,
+        logit_scale=2.5,
+        rope_pattern=(False, True),
     )
     tokens = np.random.default_rng(0).integers(0, 31, (1, 20))
     rng = np.random.default_rng(1)

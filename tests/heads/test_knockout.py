@@ -189,9 +189,9 @@ def test_activity_is_the_mean_change_of_a_tokens_log_probability():
     assert (np.delete(found.ravel(), 6) > 1e-3).all()
 
 
-@pytest.mark.parametrize("name", ["gemma2", "olmo3", "phi3_longrope", "mixtral_window"])
+@pytest.mark.parametrize("name", ["gemma2", "olmo3", "phi3_longrope", "mixtral_window", "granite", "smollm3_window"])
 def test_activity_from_the_first_masked_layer_is_that_of_whole_passes(read_golden, name):
-    """Windows, layers in groups with a tail, experts, frequencies that depend on the length."""
+    """Windows, layers in groups with a tail, experts, frequencies that depend on the length, scales, layers without RoPE."""
     lm = read_golden(name).lm
     tokens = np.random.default_rng(5).integers(4, lm.config.vocab_size, (3, 20))
     heads = all_heads(lm.config)

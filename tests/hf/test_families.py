@@ -91,6 +91,13 @@ def test_layers_are_a_pattern_its_repeats_and_a_tail():
     assert (len(gemma3.layer_pattern), gemma3.repeats, gemma3.tail) == (6, 1, ("sliding",) * 2)
     assert from_hf(_hf("qwen2_window_yarn")).layer_pattern == ("full", "full", "sliding", "sliding")
     assert from_hf(_hf("mistral_window")).layer_pattern == ("sliding",)
+    smollm3, windowed = from_hf(_hf("smollm3")), from_hf(_hf("smollm3_window"))
+    assert (smollm3.rope_pattern, smollm3.repeats, smollm3.tail) == ((True, True, False), 1, ("full",) * 2)
+    assert smollm3.layers_without_rope == (2,)
+    assert windowed.layer_pattern == ("sliding", "full", "full") and windowed.rope_pattern == (False, True, True)
+    assert windowed.layers_without_rope == (0, 3) and windowed.ropes.keys() == {"full"}
+    assert from_hf(_hf("smollm3", "layer_types", "no_rope_layers")) == smollm3
+    assert from_hf(_hf("smollm3", no_rope_layers=[1] * 7)).rope_pattern == (True,)
     moe = from_hf(_hf("qwen3_moe"))
     assert (moe.expert_pattern, moe.repeats, moe.tail) == ((False, True), 1, ("full",))
 
@@ -143,6 +150,13 @@ def test_the_shortest_pattern(layers, pattern):
             },
             "starts from max_position_embeddings",
         ),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier=0; it must be a positive number"),
+        ("granite", {"logits_scaling": "8"}, "logits_scaling='8'; it must be a positive number"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\]; .* for each of 5 layers"),
+        ("smollm3", {"no_rope_layers": [2, 1, 1, 1, 1]}, r"it must have 1 \(RoPE\) or 0"),
+        ("smollm3", {"no_rope_layers": [0] * 5}, "at least one layer must have RoPE"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 5}, "sliding layers in layer_types but no window in use"),
+        ("smollm3", {"attention_bias": True}, "attention_bias=True; only False"),
         ("mixtral", {"num_experts_per_tok": 9}, "9 experts per token of only 5"),
         ("mixtral", {"num_local_experts": 0}, "num_local_experts=0; it must be a whole number"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 3}, "not understood.*shared_expert_intermediate_size=3"),
@@ -162,16 +176,43 @@ def test_a_context_stretched_by_rope_counts():
     assert from_hf(qwen | {"max_position_embeddings": 200000}).max_length == 200000
 
 
-@pytest.mark.parametrize("name", ["gemma3", "phi3_longrope", "qwen3_moe", "mistral_window"])
+# Golden checkpoint: the form in which a model of its config that was made here is written.
+WRITTEN = {
+    "gqa_tied": "llama",
+    "llama3_mqa": "llama",
+    "qwen3": "qwen3",
+    "qwen3_mqa_yarn": "qwen3",
+    "olmo2": "olmo3",
+    "olmo3": "olmo3",
+    "olmo3_full": "olmo3",
+    "granite": "granite",
+    "granite_mqa": "granite",
+    "smollm3": "smollm3",
+    "smollm3_window": "smollm3",
+    "mistral_window": "smollm3",  # whose layers may all slide, and all have RoPE
+}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi3_longrope", "qwen3_moe", "mixtral_window"])
 def test_a_model_that_no_written_form_can_say_is_not_written(name):
     with pytest.raises(ValueError, match="written in llama's form, which cannot say"):
         to_hf(from_hf(_hf(name)))
 
 
-@pytest.mark.parametrize("name", ["gqa_tied", "llama3_mqa", "qwen3", "qwen3_mqa_yarn", "olmo2", "olmo3", "olmo3_full"])
+@pytest.mark.parametrize("name", WRITTEN)
 def test_a_config_made_here_is_written_in_a_form_that_can_say_it(name):
     config = from_hf(_hf(name))
-    assert from_hf(to_hf(config)) == config
+    hf = to_hf(config)
+    assert from_hf(hf) == config and hf["model_type"] == WRITTEN[name]
+
+
+def test_scales_and_layers_without_rope_together_are_in_no_form():
+    config = dataclasses.replace(from_hf(_hf("smollm3")), residual_scale=0.5)
+    with pytest.raises(
+        ValueError,
+        match=r"granite's form, which cannot say \['layer_pattern', 'rope_pattern'\]; smollm3's form.*residual",
+    ):
+        to_hf(config)
 
 
 def test_frequencies_that_depend_on_the_length_follow_the_longest_row(read_golden, close):
@@ -221,6 +262,12 @@ def test_pairs_are_those_that_rotate():
             "expert_pattern has 2 entries, layer_pattern 3",
         ),
         ({"attention_softcap": -1.0}, "attention_softcap is -1.0; it must be a positive number"),
+        ({"residual_scale": 0.0}, "residual_scale is 0.0; it must be a positive number"),
+        (
+            {"layer_pattern": ("full",) * 3, "rope_pattern": (True, False)},
+            "rope_pattern has 2 entries, layer_pattern 3",
+        ),
+        ({"rope_pattern": (False,)}, r"rope_pattern is \(False,\); at least one layer must have RoPE"),
         ({"rotary_dim": 12}, "rotary width 12 must be even and at most head_dim 8"),
         ({"qkv_bias": 1}, "qkv_bias is 1; it must be one of False, True"),
     ],

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from retmask_jax.generation.language_model import load
 from retmask_jax.hf.hub import BUNDLED, config_folder, resolve
 from retmask_jax.hf.weights import read
 
@@ -317,6 +318,16 @@ def test_a_model_that_cannot_be_read_is_refused_before_its_weights_are_fetched(h
     assert re.match(f"{NAME} {line}", error_of(resolve, NAME))
     asked = {**hub.fetched(), **hub.fetched("HEAD")}
     assert not [file for file in asked if file.endswith((".safetensors", ".bin", ".gguf"))]
+
+
+def test_an_attribute_that_is_to_be_ignored_refuses_no_model(hub):
+    """Of names that the config does not have nothing is said here: one list may be meant for several models."""
+    hub.repos[NAME]["main"] = with_config(clip_qkv=8.0, window=3)
+    assert "clip_qkv=8.0" in (line := error_of(resolve, NAME, ignore=("window",))) and "window=3" not in line
+    folder = config_folder(NAME, ignore=("clip_qkv", "window", "other"))
+    assert resolve(NAME, ignore=("clip_qkv", "window")) == folder and (folder / WEIGHTS).exists()
+    assert error_of(load, NAME, ignore=("clip_qkv", "window", "other")).startswith("config.json has no 'other'")
+    assert load(NAME, ignore=("clip_qkv", "window")).config == load("bundled").config
 
 
 # --- what the hub may answer ---

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import STORED, VARIANTS
+from conftest import PART_ROTATE, STORED, VARIANTS
 from safetensors.numpy import load_file
 
 from retmask_jax.generation.language_model import load
@@ -21,11 +21,18 @@ MASKS = {
 
 # These differ in what a cache, a compiled loop or a projection can get wrong. Where a test needs a program of its own for
 # every checkpoint, the others come with `make test-slow`.
-VARIED = ("dynamic", "gemma2", "gemma3", "gqa_tied", "mixtral_window", "olmo3", "phi3_longrope", "qwen2_window_yarn")
-OTHERS_SLOW = [name if name in VARIED else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+VARIED = """dynamic gemma2 gemma3 gqa_tied granite mixtral_window olmo3 phi3_longrope qwen2_window_yarn smollm3
+    smollm3_window""".split()
 
 
-@pytest.mark.parametrize("stored", ("logits", "logits_heads", "logits_rotary"))
+def _others_slow(names):
+    return [name if name in VARIED else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+ROTATING = [name for name in VARIANTS if name not in PART_ROTATE]
+
+
+@pytest.mark.parametrize("stored", ("logits", "logits_heads"))
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_agree_with_torch(read_golden, name, stored, close):
     golden = read_golden(name)
@@ -33,7 +40,13 @@ def test_logits_agree_with_torch(read_golden, name, stored, close):
     close(golden.compute(**masks), getattr(golden, stored))
 
 
-@pytest.mark.parametrize("name", OTHERS_SLOW)
+@pytest.mark.parametrize("name", ROTATING)
+def test_logits_without_rotary_pairs_agree_with_torch(read_golden, name, close):
+    golden = read_golden(name)
+    close(golden.compute(rope_mask=golden.rope_mask), golden.logits_rotary)
+
+
+@pytest.mark.parametrize("name", _others_slow(ROTATING))
 def test_logits_masked_in_the_projection_agree_with_torch(read_golden, name, close):
     golden = read_golden(name)
     close(golden.compute(rope_mask=golden.rope_mask, rope_site="projection"), golden.logits_projection)
@@ -41,15 +54,16 @@ def test_logits_masked_in_the_projection_agree_with_torch(read_golden, name, clo
 
 def test_the_stored_masks_change_the_logits(golden):
     """Without this, the comparisons above would pass on masks that do nothing."""
-    pairs = [("logits", name) for name in MASKS if name != "logits"]
-    if golden.lm.config.n_heads > golden.lm.config.n_kv_heads:  # else both sites are the same thing
+    rotating = golden.name not in PART_ROTATE
+    pairs = [("logits", name) for name in (MASKS if rotating else ["logits_heads"]) if name != "logits"]
+    if rotating and golden.lm.config.n_heads > golden.lm.config.n_kv_heads:  # else both sites are the same thing
         pairs.append(("logits_rotary", "logits_projection"))
     for a, b in pairs:
         difference = np.abs(getattr(golden, a) - getattr(golden, b)).max()
         assert difference > 1e-3 * np.abs(golden.logits).max(), f"{a} and {b} are the same"
 
 
-@pytest.mark.parametrize("name", OTHERS_SLOW)
+@pytest.mark.parametrize("name", _others_slow(VARIANTS))
 def test_greedy_tokens_agree_with_torch(read_golden, name):
     golden = read_golden(name)
     rows, length = golden.tokens.shape
@@ -73,6 +87,14 @@ WITHOUT = {
         {"activation": "silu"},
     ],
     "gemma3": [{"sliding_rope": None}, {"window": 6}, {"query_scale": None}],
+    "gemma3_images": [
+        {"sliding_rope": None},
+        {"window": 6},
+        {"query_scale": None},
+        {"layer_pattern": ("full", "sliding")},
+    ],
+    "granite": [{name: None} for name in ("embed_scale", "residual_scale", "query_scale", "logit_scale")],
+    "granite_mqa": [{"residual_scale": None}, {"logit_scale": None}, {"query_scale": 1.0}],
     "linear": [{"rope": Rope(theta=1e4)}],
     "llama3_mqa": [{"rope": Rope(theta=1e4)}],
     "mistral_window": [{"window": 6}, {"window": 8}],
@@ -82,6 +104,8 @@ WITHOUT = {
     "phi3_shortrope": [{"rope": Rope(theta=700.0)}],
     "qwen2_window_yarn": [{"window": 4}, {"rope": Rope(theta=300.0)}],
     "qwen3_moe": [{"normalise_router": False}],
+    "smollm3": [{"rope_pattern": (True,)}, {"rope_pattern": (True, False, True)}],
+    "smollm3_window": [{"rope_pattern": (True,)}, {"window": 5}, {"rope": Rope(theta=300.0)}],
     "qwen3_moe_tied": [{"normalise_router": True}],
 }
 

@@ -7,6 +7,7 @@ import pytest
 
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.runs import recipes
+from retmask_jax.stages import rope
 from retmask_jax.stages.knockout import KNOCKOUT
 from retmask_jax.stages.rope import ROPE
 
@@ -61,3 +62,24 @@ def test_settings_beyond_the_model_are_refused(override, message):
         check(override)
     with pytest.raises(ValueError, match="only 16 of the 32 dimensions of a head are rotated"):
         check("rope.windows=8", "rope.pairs=(2,)", model=dataclasses.replace(MODEL, rotary_dim=16))
+
+
+def test_a_model_with_layers_without_rope_takes_no_rotary_masks():
+    """Its heads can be masked; of the stages only those that need rotary masks are refused."""
+    model = dataclasses.replace(MODEL, layer_pattern=("full",) * 2, rope_pattern=(True, False))
+    outline, heads_alone = SimpleNamespace(config=model), "knockout.modes=('zero', 'mean')"
+    why = r"the model has no RoPE in 2 of its 4 layers \(1, 3\), so it takes no rotary masks"
+    with pytest.raises(ValueError, match=rf"^rope.tasks names needle short.*, but {why}: set rope.tasks to \(\)$"):
+        ROPE.check_model(SimpleNamespace(config=_config(), outline=outline))
+    ROPE.check_model(SimpleNamespace(config=_config("rope.tasks=()"), outline=outline))
+    with pytest.raises(ValueError, match=f"^{why}: mask heads"):
+        KNOCKOUT.check_model(SimpleNamespace(config=_config("knockout.modes=('zero', 'query')"), outline=outline))
+    KNOCKOUT.check_model(SimpleNamespace(config=_config(heads_alone), outline=outline))
+
+
+def test_without_tasks_the_stage_rope_asks_for_no_rotary_mask(monkeypatch, random_model, tmp_path):
+    lm = random_model(dataclasses.replace(MODEL, layer_pattern=("full",) * 2, rope_pattern=(True, False)))
+    monkeypatch.setattr(rope, "retrieval_heads", lambda context: [(0, 1)])
+    config = _config("rope.tasks=()", "rope.matched=0", "rope.text=False", "text.file=")
+    result = ROPE.work(SimpleNamespace(config=config, lm=lm), tmp_path)
+    assert result.rows == result.means == result.contrasts == result.costs == [] and result.n_pairs == 16

@@ -11,7 +11,7 @@ from retmask_jax.data.tasks import check_fits
 from retmask_jax.evals.perplexity import text_loss
 from retmask_jax.heads.conditions import Condition
 from retmask_jax.hf.checkpoint_files import read_config
-from retmask_jax.hf.families import from_hf
+from retmask_jax.hf.families import from_hf, ignorable
 from retmask_jax.hf.hub import config_folder
 from retmask_jax.hf.tokenizer import load_tokenizer
 from retmask_jax.model.config import ModelConfig
@@ -117,9 +117,9 @@ def dynamics_stage(context: Context, folder: Path) -> DynamicsResult:
 
 def checkpoint_prints(context: Context) -> dict[str, Any]:
     """Returns the fingerprints of the checkpoints; those on the hub are known by their revisions."""
-    checkpoints = find_checkpoints(context.config.dynamics.checkpoints)
+    checkpoints, ignore = find_checkpoints(context.config.dynamics.checkpoints), context.config.ignore
     return {
-        f"checkpoint {c.name}": checkpoint_fingerprint(c.source) if c.revision is None else c.revision
+        f"checkpoint {c.name}": checkpoint_fingerprint(c.source, ignore) if c.revision is None else c.revision
         for c in checkpoints
     }
 
@@ -214,8 +214,10 @@ def _recall_task(config) -> str | None:
 
 def _check_checkpoint(context: Context, checkpoint: Checkpoint) -> None:
     """Raises ValueError where a checkpoint cannot be measured. From the hub this fetches all files but the weights."""
-    folder = config_folder(checkpoint.source, revision=checkpoint.revision)
-    config: ModelConfig = from_hf(read_config(folder))
+    ignore = context.config.ignore
+    folder = config_folder(checkpoint.source, revision=checkpoint.revision, ignore=ignore)
+    hf_config = read_config(folder)
+    config: ModelConfig = from_hf(hf_config, ignorable(hf_config, ignore))
     if load_tokenizer(folder) is None:
         raise ValueError(f"checkpoint {checkpoint.name} has no tokenizer: copy the model's tokenizer files into it")
     for name in filter(None, {context.config.detect.task, _recall_task(context.config)}):

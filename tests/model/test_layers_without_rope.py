@@ -1,0 +1,133 @@
+"""Layers without RoPE, and scales: what depends on what, rotary masks refused before any compile, kernels alike."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retmask_jax.generation.logprobs import sequence_logprobs
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.interventions import Interventions, mask_heads, mask_queries, mask_rope, stack
+from retmask_jax.model.layers import scaled
+from retmask_jax.model.masking import normalise
+from retmask_jax.model.transformer import forward
+
+TOKENS = np.random.default_rng(0).integers(3, 61, (2, 24)).astype(np.int32)
+REFUSED = r"^the model has no RoPE in 2 of its 5 layers \(2, 4\), so it takes no rotary masks: mask heads"
+
+
+@pytest.fixture(scope="module")
+def lm(random_model):
+    """The last layer has none, so what it attends to is not told apart by place within the window."""
+    return random_model(
+        ModelConfig(
+            vocab_size=61,
+            hidden_size=32,
+            mlp_size=40,
+            n_layers=5,
+            n_heads=4,
+            n_kv_heads=2,
+            head_dim=8,
+            max_length=300,
+            layer_pattern=("full", "sliding", "sliding", "full", "full"),
+            window=9,
+            rope_pattern=(True, True, False, True, False),
+            residual_scale=0.6,
+            logit_scale=0.5,
+        )
+    )
+
+
+def test_a_layer_without_rope_does_not_see_the_order_of_earlier_tokens(random_model):
+    """A model whose only mixing layer has no RoPE: the last logits are those of the prompt in another order."""
+    config = ModelConfig(
+        vocab_size=61, hidden_size=32, mlp_size=40, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, max_length=64,
+        layer_pattern=("full", "full"), rope_pattern=(True, False),
+    )  # fmt: skip
+    lm = random_model(config)
+    for place, unordered in (("1", False), ("0", True)):  # of the layer that writes nothing
+        blocks = lm.params["blocks"]
+        attn = blocks[place]["attn"] | {"o": jax.tree.map(jnp.zeros_like, blocks[place]["attn"]["o"])}
+        silent = lm.replace(params=lm.params | {"blocks": blocks | {place: blocks[place] | {"attn": attn}}})
+        shuffled = np.concatenate([TOKENS[:, np.random.default_rng(1).permutation(23)], TOKENS[:, 23:]], axis=1)
+        first, second = (np.asarray(silent.logits(tokens))[:, -1] for tokens in (TOKENS, shuffled))
+        assert (np.abs(first - second).max() < 1e-4 * np.abs(first).max()) == unordered
+
+
+def test_rotary_masks_are_refused_before_any_compile(lm, compiles):
+    some = np.zeros((5, 4, 4), bool)
+    some[0, 1, 2] = True  # though this layer has RoPE
+    iv = Interventions(rope_mask=jnp.asarray(some))
+    jax.tree.map(jnp.asarray, TOKENS)
+    compiles.clear()
+    calls = [
+        lambda: mask_rope(lm.config, [(0, 1)], [2]),
+        lambda: mask_queries(lm.config, []),
+        lambda: normalise(lm.config, iv),
+        lambda: lm.logits(TOKENS, interventions=iv),
+        lambda: lm.generate(TOKENS, [24, 24], 4, interventions=Interventions(rope_mask=np.float32(some))),
+        lambda: forward(lm.config, lm.params, TOKENS, interventions=iv),
+        # Values that are being traced might mask something.
+        lambda: jax.jit(lambda iv: forward(lm.config, lm.params, TOKENS, interventions=iv))(
+            Interventions(rope_mask=~some)
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=REFUSED):
+            call()
+    assert not compiles
+
+
+def test_head_masks_and_rotary_masks_that_are_seen_to_be_empty_are_not(lm, close):
+    heads, untouched = mask_heads(lm.config, [(2, 0), (4, 3)]), lm.logits(TOKENS)
+    np.testing.assert_array_equal(lm.logits(TOKENS, interventions=Interventions.none(lm.config)), untouched)
+    masked = lm.logits(TOKENS, interventions=heads | Interventions.none(lm.config))
+    assert np.abs(masked - untouched).max() > 1e-2
+    masks = stack([heads, mask_heads(lm.config, [])])
+    both = jax.jit(jax.vmap(lambda iv: forward(lm.config, lm.params, TOKENS, interventions=iv)))(masks)
+    close(both, [masked, untouched], 1e-5)
+
+
+def test_kernels_agree(lm, close):
+    close(lm.with_kernel("plain").logits(TOKENS), lm.with_kernel("blocked").logits(TOKENS), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["residual_scale", "logit_scale"])
+def test_a_scale_is_that_of_the_weights_it_stands_for(lm, close, name):
+    """Scaled output projections, or a scaled output matrix, are the same as the scale; the gradient of a gate, too."""
+    scale = getattr(lm.config, name)
+
+    def instead(path, leaf):
+        names = [key.key for key in path]
+        writes = names[-2] in ("o", "down") if name == "residual_scale" else names[0] == "lm_head"
+        return leaf * scale if writes else leaf
+
+    plain = lm.replace(
+        config=dataclasses.replace(lm.config, **{name: None}), params=jax.tree.map_with_path(instead, lm.params)
+    )
+    close(plain.logits(TOKENS), lm.logits(TOKENS), 1e-5)
+
+    @jax.jit
+    def slopes(params):
+        def logp(gate):
+            counted = np.arange(24) >= np.full((2, 1), 12)
+            gates = Interventions(head_mask=gate)
+            return sum(sequence_logprobs(model.config, params, TOKENS, counted, interventions=gates))
+
+        return jax.grad(logp)(jnp.zeros((5, 4)))
+
+    found = {}
+    for model in (lm, plain):
+        found[model is plain] = slopes(model.params)
+        slopes.clear_cache()
+    assert np.abs(found[False]).min() > 0
+    close(found[True], found[False], 1e-4)
+
+
+def test_bfloat16_states_are_scaled_in_float32_and_rounded_once():
+    x = jnp.asarray(np.random.default_rng(2).standard_normal(200), jnp.bfloat16)
+    expected = (np.asarray(x, np.float32) * np.float32(0.22)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(scaled(x, 0.22)), expected)
+    assert np.any(np.asarray(x * jnp.bfloat16(0.22)) != expected) and scaled(x, None) is x

@@ -301,7 +301,7 @@ def _open(
         stage.check_run(config)
     context = Context(config, Workdir.open(root, config, aside))
     if model:
-        check_model(context)
+        check_model(context, stages)
     return context
 
 

@@ -138,11 +138,16 @@ def _check_tasks(config) -> None:
                 raise ValueError(f"tasks.{name}.{key} is empty: name {wanted}")
 
 
-def check_model(context: Context) -> None:
-    """Raise ValueError where the model's context is too short for a task, or settings do not suit the model."""
+def check_model(context: Context, run: Sequence[Stage] = ()) -> None:
+    """Raise ValueError where the model's context is too short for a task, or settings do not suit the model.
+
+    run: Stages that are to run, for which the model must be fit.
+    """
     context.check_files()
     for name, task in context.config.tasks.items():
         check_fits(name, task, context.outline.config.max_length)
         check_writable(context.outline.tokenizer, task.needles)
     for stage in STAGES.values():
         stage.check_model(context)
+    for stage in run:
+        stage.check_fit(context)

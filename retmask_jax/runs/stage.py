@@ -36,6 +36,7 @@ class Stage(Generic[R]):
         check: Raises ValueError for a config that could only fail later, before anything runs.
         check_run: Raises ValueError where other stages can run with the config and this one cannot.
         check_model: Raises ValueError where the settings do not suit the model or its files.
+        check_fit: Raises ValueError where other stages can run on the model and this one cannot.
         tables: What is printed at its end besides its numbers and examples.
         cost: About how many tokens it reads and writes, for the time that is said beforehand.
     """
@@ -52,6 +53,7 @@ class Stage(Generic[R]):
     check: Callable[[Any], None] = lambda config: None
     check_run: Callable[[Any], None] = lambda config: None
     check_model: Callable[[Context], None] = lambda context: None
+    check_fit: Callable[[Context], None] = lambda context: None
     tables: Callable[[R], list[Table]] = lambda result: []
     cost: Callable[[Context], Cost] = lambda context: Cost()
 

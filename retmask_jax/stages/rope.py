@@ -137,10 +137,14 @@ def _check(config) -> None:
             raise ValueError(f"rope.{name} is measured on plain text: set text.file")
 
 
+def _check_fit(context: Context) -> None:
+    tasks = context.config.rope.tasks
+    if tasks and (why := why_no_rotary_masks(context.outline.config)) is not None:
+        raise ValueError(f"rope.tasks names {', '.join(tasks)}, but {why}: set rope.tasks to ()")
+
+
 def _check_model(context: Context) -> None:
     config, section = context.outline.config, context.config.rope
-    if section.tasks and (why := why_no_rotary_masks(config)) is not None:
-        raise ValueError(f"rope.tasks names {', '.join(section.tasks)}, but {why}: set rope.tasks to ()")
     for name, wanted in (
         ("windows", section.windows),
         ("pairs", max(section.pairs, default=0)),
@@ -276,5 +280,6 @@ ROPE = Stage(
     tasks=lambda config: config.rope.tasks,
     check=_check,
     check_model=_check_model,
+    check_fit=_check_fit,
     cost=_cost,
 )

@@ -70,8 +70,8 @@ def test_a_model_with_layers_without_rope_takes_no_rotary_masks():
     outline, heads_alone = SimpleNamespace(config=model), "knockout.modes=('zero', 'mean')"
     why = r"the model has no RoPE in 2 of its 4 layers \(1, 3\), so it takes no rotary masks"
     with pytest.raises(ValueError, match=rf"^rope.tasks names needle short.*, but {why}: set rope.tasks to \(\)$"):
-        ROPE.check_model(SimpleNamespace(config=_config(), outline=outline))
-    ROPE.check_model(SimpleNamespace(config=_config("rope.tasks=()"), outline=outline))
+        ROPE.check_fit(SimpleNamespace(config=_config(), outline=outline))
+    ROPE.check_fit(SimpleNamespace(config=_config("rope.tasks=()"), outline=outline))
     with pytest.raises(ValueError, match=f"^{why}: mask heads"):
         KNOCKOUT.check_model(SimpleNamespace(config=_config("knockout.modes=('zero', 'query')"), outline=outline))
     KNOCKOUT.check_model(SimpleNamespace(config=_config(heads_alone), outline=outline))

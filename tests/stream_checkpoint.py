@@ -35,14 +35,14 @@ def watch(peak: list[int], done: threading.Event) -> None:
 def main(folder: str, dtype: str) -> None:
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
     jax.block_until_ready(jax.device_put(np.zeros(8), jax.devices()[-1]))
-    read_sizes, read = [], checkpoint_files.Tensor.read
+    read_sizes, read = [], checkpoint_files.SafeTensor.read
 
     def counted(self, *bounds):
         block = read(self, *bounds)
         read_sizes.append(block.nbytes)
         return block
 
-    checkpoint_files.Tensor.read = counted
+    checkpoint_files.SafeTensor.read = counted
     start, peak, done = anonymous(), [0], threading.Event()
     watcher = threading.Thread(target=watch, args=(peak, done), daemon=True)
     watcher.start()

@@ -18,6 +18,7 @@ from jaxtyping import Float32, Int, PyTree
 from retmask_jax.generation.decode import Generated, generate
 from retmask_jax.hf import checkpoint_files, end_tokens, hub, weights
 from retmask_jax.hf.families import from_hf, report_ignored
+from retmask_jax.hf.gguf.file import is_gguf
 from retmask_jax.hf.tokenizer import load_tokenizer
 from retmask_jax.hf.wrappers import text_config
 from retmask_jax.model.config import ModelConfig
@@ -26,6 +27,7 @@ from retmask_jax.model.masking import Masks, normalise
 from retmask_jax.model.sharding import mesh_of
 from retmask_jax.model.transformer import check_positions, check_tokens, longest_row, next_logits
 from retmask_jax.utils.array_types import Lengths, Tokens
+from retmask_jax.utils.files import write_json
 from retmask_jax.utils.hosts import primary
 
 log = logging.getLogger(__name__)
@@ -154,12 +156,13 @@ def load(
     cache_dir: str | os.PathLike | None = None,
     ignore: Sequence[str] = (),
 ) -> LanguageModel:
-    """Load an HF checkpoint: a local folder, a hub id such as "meta-llama/Llama-3.2-1B", or "bundled".
+    """Load an HF checkpoint: a local folder, a hub id such as "meta-llama/Llama-3.2-1B", or "bundled"; or a GGUF file, whose
+    quantised weights are dequantised.
 
     Of a checkpoint that also reads images, such as "google/gemma-3-4b-it", the language model alone is loaded.
 
-    config.eos_ids are all ids that end an answer: those of config.json, of generation_config.json, of the tokenizer and of
-    the chat template's assistant turns.
+    config.eos_ids are all ids that end an answer: those of config.json and generation_config.json or of the GGUF file, of the
+    tokenizer and of the chat template's assistant turns.
 
     Args:
         dtype: Of the parameters and the computation.
@@ -259,7 +262,8 @@ def _outline(folder: Path, ignore: Sequence[str]) -> LanguageModel:
 def _save_texts(lm: LanguageModel, folder: Path) -> None:
     """Write the files of the source's tokenizer, templates and generation settings.
 
-    Where the source has none, or some are links to other folders, the tokenizer is written as it was loaded.
+    Where the source has none, or some are links to other folders, the tokenizer is written as it was loaded; for a GGUF file,
+    so are the ids that end an answer.
     """
     own, links = ([], []) if lm.source.folder is None else checkpoint_files.own_texts(Path(lm.source.folder))
     for path in links:
@@ -269,6 +273,8 @@ def _save_texts(lm: LanguageModel, folder: Path) -> None:
             lm.tokenizer.save_pretrained(made)
             checkpoint_files.copy_files(checkpoint_files.texts(Path(made)), folder)
     checkpoint_files.copy_files(own, folder)
+    if lm.source.folder is not None and is_gguf(Path(lm.source.folder)):
+        write_json(folder / end_tokens.GENERATION_CONFIG, {"eos_token_id": list(lm.config.eos_ids)})
 
 
 @functools.partial(jax.jit, static_argnums=0)

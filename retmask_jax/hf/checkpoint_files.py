@@ -1,11 +1,14 @@
-"""The files of a checkpoint folder: their names, tensors read from safetensors, shards written."""
+"""The files of a checkpoint, a folder or a GGUF file: their names, tensors read, shards of safetensors written."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from retmask_jax.hf.gguf import tensors as gguf_tensors
+from retmask_jax.hf.gguf.config import hf_config
+from retmask_jax.hf.gguf.file import is_gguf, open_file
 from retmask_jax.utils.files import check_file, read_object, write_atomically
 from retmask_jax.utils.hosts import primary
 
@@ -51,23 +54,38 @@ def weight_names(folder: Path) -> list[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Returns the HF config of a checkpoint folder; ValueError if it is missing or no JSON object."""
+    """Returns the HF config of a checkpoint; ValueError if it is missing or cannot be read."""
+    if is_gguf(folder):
+        return hf_config(open_file(folder))
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder / CONFIG} does not exist: not a Hugging Face checkpoint folder")
     return read_object(folder / CONFIG)
 
 
+def config_name(folder: Path) -> str:
+    """Returns the name of the file that holds a checkpoint's config."""
+    return folder.name if is_gguf(folder) else CONFIG
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Returns the files of a checkpoint that exist: config.json, the index, the weights that it names, and the texts.
+    """Returns the files of a checkpoint that exist: config.json, the index, the weights that it names, and the texts; of a
+    GGUF file, itself.
 
     The folder is not listed. Errors are those of `weight_names` and `texts`.
     """
+    if is_gguf(folder):
+        return [check_file(folder)]
     weights = [folder / name for name in (CONFIG, INDEX, *weight_names(folder))]
     return [path for path in weights if path.is_file()] + texts(folder)
 
 
 def texts(folder: Path) -> list[Path]:
-    """Returns the files of tokenizer, templates and generation that exist; ValueError if one of them is a folder."""
+    """Returns the files of tokenizer, templates and generation that exist; ValueError if one of them is a folder.
+
+    A GGUF file has none besides itself.
+    """
+    if is_gguf(folder):
+        return []
     return [check_file(folder / name) for name in CHECKPOINT_TEXTS if (folder / name).exists()]
 
 
@@ -90,7 +108,18 @@ def copy_files(paths: list[Path], target: Path) -> None:
             write_atomically(target / path.name, path.read_bytes())
 
 
-class Tensor:
+class Tensor(Protocol):
+    """A stored tensor, of which nothing is read before `read`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self, *bounds: tuple[int, int]) -> np.ndarray:
+        """Returns the block between these bounds, (begin, end) along each axis."""
+        ...
+
+
+class SafeTensor:
     """A tensor of an open safetensors file; nothing is read before `read`."""
 
     def __init__(self, handle: Any, name: str):
@@ -106,8 +135,10 @@ class Tensor:
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint by name; ValueError if a file is missing or damaged, or a name occurs
+    """Returns the tensors of a checkpoint by HF name; ValueError if a file is missing or damaged, or a name occurs
     twice."""
+    if is_gguf(folder):
+        return dict(gguf_tensors.open_tensors(open_file(folder)))
     import safetensors
 
     tensors: dict[str, Tensor] = {}
@@ -119,7 +150,7 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
         for name in handle.keys():  # noqa: SIM118  (a file, not a dict)
             if name in tensors:
                 raise ValueError(f"tensor {name} is stored twice, again in {path}")
-            tensors[name] = Tensor(handle, name)
+            tensors[name] = SafeTensor(handle, name)
     return tensors
 
 

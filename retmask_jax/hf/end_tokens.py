@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from retmask_jax.hf.gguf.config import stop_ids
+from retmask_jax.hf.gguf.file import is_gguf, open_file
+
 log = logging.getLogger(__name__)
 
 GENERATION_CONFIG = "generation_config.json"
@@ -19,13 +22,13 @@ _CONVERSATIONS = ([_USER, _ASSISTANT], [{"role": "system", "content": "Be brief.
 def named_stops(folder: Path, tokenizer: Any) -> dict[str, tuple[int, ...]]:
     """Returns {source: ids that end an answer} for the sources besides config.json that name any.
 
-    The sources are generation_config.json, the tokenizer (its EOS) and the chat template (`turn_end`).
+    The sources are generation_config.json or a GGUF file itself, the tokenizer (its EOS) and the chat template (`turn_end`).
 
     Raises:
         ValueError: generation_config.json cannot be read.
     """
     stops = {
-        GENERATION_CONFIG: _generation_stops(Path(folder) / GENERATION_CONFIG),
+        **_file_stops(Path(folder)),
         "tokenizer": (getattr(tokenizer, "eos_token_id", None),),
         "chat template": (turn_end(tokenizer),),
     }
@@ -92,6 +95,12 @@ class Ends:
         stop = record.get(f"{side}_stop")
         end = stop if stop in self.stop_ids else self.usual
         return [] if end is None else [end]
+
+
+def _file_stops(folder: Path) -> dict[str, tuple[int, ...]]:
+    if is_gguf(folder):
+        return {folder.name: stop_ids(open_file(folder))}
+    return {GENERATION_CONFIG: _generation_stops(folder / GENERATION_CONFIG)}
 
 
 def _generation_stops(path: Path) -> tuple[int, ...]:

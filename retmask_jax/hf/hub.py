@@ -1,4 +1,4 @@
-"""The local folder of a model that is given by name: the bundled model, a folder, or a checkpoint fetched from the
+"""The local folder or GGUF file of a model that is given by name: the bundled model, a path, or a checkpoint fetched from the
 hub."""
 
 import contextlib
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from retmask_jax.hf.checkpoint_files import CHECKPOINT_TEXTS, INDEX, read_config, weight_names
 from retmask_jax.hf.families import from_hf, ignorable
+from retmask_jax.hf.gguf.file import is_gguf
 from retmask_jax.utils.keys import is_key, without_secrets
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny"
@@ -27,13 +28,13 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     ignore: Sequence[str] = (),
 ) -> Path:
-    """Returns the folder of a model, fetched from the hub if it is not in the cache.
+    """Returns the folder or GGUF file of a model, fetched from the hub if it is not in the cache.
 
     config.json is fetched first, so a model that is unsupported, quantised or pickled is refused before its weights are
     fetched. huggingface_hub's variables HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE apply.
 
     Args:
-        name: "bundled", a local folder, for which nothing is fetched, or a hub id.
+        name: "bundled", a local folder or .gguf file, for which nothing is fetched, or a hub id.
         revision: Branch, tag or commit of a hub id.
         token: Token for the hub; None for that of huggingface_hub, False for none.
         cache_dir: Cache folder; None for that of huggingface_hub.
@@ -66,12 +67,14 @@ def config_folder(
 
 
 def _local(name: str | os.PathLike[str], revision: str | None) -> Path | None:
-    """The folder with that name on this machine, None for a hub id; ValueError if the name can be neither."""
+    """The folder or GGUF file with that name on this machine, None for a hub id; ValueError if the name can be neither."""
     text = os.fspath(name)
     folder = BUNDLED if text == "bundled" else Path(os.path.expanduser(text))
-    if folder.is_dir():
+    if folder.is_dir() or is_gguf(folder):
+        if not folder.exists():
+            raise ValueError(f"model file {text} does not exist (the hub's GGUF files are fetched with `hf download`)")
         if revision is not None:
-            raise ValueError(f"model {text} is a local folder and has no revision {revision!r}: leave revision out")
+            raise ValueError(f"model {text} is local and has no revision {revision!r}: leave revision out")
         return folder
     if folder.exists():
         raise ValueError(f"model {text} is a file: pass the folder it lies in")
@@ -201,7 +204,7 @@ class _Repo:
             case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
                 return f"{name} is not wholly in the cache and HF_HUB_OFFLINE is set: unset it, or pass a local folder"
             case errors.EntryNotFoundError():
-                return f"{name} has no config.json: pass the model itself, not an adapter or its GGUF files"
+                return f"{name} has no config.json: pass the model itself, not an adapter, or fetch its GGUF file and pass that"
             case errors.HFValidationError():
                 return f"{name} is neither a local folder nor a hub id ({reason})"
             case errors.DisabledRepoError():

@@ -1,4 +1,4 @@
-"""Facts of a model, read from its config.json: shapes, RoPE, size in memory. No weight is loaded."""
+"""Facts of a model, read from its config.json or GGUF file: shapes, RoPE, size in memory. No weight is loaded."""
 
 import itertools
 import logging
@@ -12,24 +12,22 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from retmask_jax.hf import end_tokens
-from retmask_jax.hf.checkpoint_files import TOKENIZER_FILES, read_config
+from retmask_jax.hf.checkpoint_files import config_name, read_config
 from retmask_jax.hf.families import from_hf, report_ignored
-from retmask_jax.hf.tokenizer import load_tokenizer
+from retmask_jax.hf.gguf.file import is_gguf, open_file
+from retmask_jax.hf.tokenizer import has_chat_template, has_tokenizer, load_tokenizer
 from retmask_jax.hf.wrappers import WRAPPERS, text_config
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.model.sharding import plain_shapes
-from retmask_jax.utils.files import read_object
 
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16")
 
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-
 
 def describe(folder: Path, ignore: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns the facts of the model in a folder as JSON values; sizes are in bytes, wavelengths in tokens.
+    """Returns the facts of a model as JSON values; sizes are in bytes, wavelengths in tokens.
 
     stop_ids lists every id that ends an answer, with its token and who names it; row_end is the id that ends a finished
     answer in a training row, unless another was sampled there. wrapper is the model type of what the model is a part of.
@@ -85,8 +83,9 @@ def describe(folder: Path, ignore: Sequence[str] = ()) -> dict[str, Any]:
             tokens: kv_cache_bytes(config, tokens)
             for tokens in sorted({min(1024, config.max_length), config.max_length})
         },
-        "tokenizer": any((folder / name).exists() for name in TOKENIZER_FILES),
-        "chat_template": _has_chat_template(folder),
+        "tokenizer": has_tokenizer(folder),
+        "chat_template": has_chat_template(folder),
+        "gguf": _gguf(folder),
     } | _ends(folder, config)
 
 
@@ -134,6 +133,7 @@ def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{facts['parameters']:,}"),
         *([("  active per token", f"{facts['active_parameters']:,}")] if facts["experts"] else []),
         *((f"  in {dtype}", _memory(n)) for dtype, n in facts["parameter_bytes"].items()),
+        *_gguf_rows(facts["gguf"]),
         ("KV cache of a row", "in bfloat16" + ", at most the window's tokens in a sliding layer" * windowed),
         *((f"  {int(tokens):,} tokens", _memory(n)) for tokens, n in facts["kv_cache_bytes"].items()),
         ("tokenizer", "present" if facts["tokenizer"] else "absent: give token ids yourself"),
@@ -158,7 +158,7 @@ _STOPS_SHOWN = "any of these ends an answer (who names it)"
 def _ends(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """What ends the model's answers, and what ends the answers that it is trained on."""
     tokenizer = _readable_tokenizer(folder)
-    named = {"config.json": config.eos_ids} | end_tokens.named_stops(folder, tokenizer)
+    named = {config_name(folder): config.eos_ids} | end_tokens.named_stops(folder, tokenizer)
     ids = end_tokens.union(*named.values())
     stops = [
         {
@@ -170,6 +170,18 @@ def _ends(folder: Path, config: ModelConfig) -> dict[str, Any]:
     ]
     usual = None if tokenizer is None else end_tokens.Ends.of(tokenizer, ids, chat=True).usual
     return {"stop_ids": stops, "row_end": next((stop for stop in stops if stop["id"] == usual), None)}
+
+
+def _gguf(folder: Path) -> dict[str, Any] | None:
+    """The name that a GGUF file gives its model, and its types of tensors, that with the most bytes first; else None."""
+    if not is_gguf(folder):
+        return None
+    file = open_file(folder)
+    sizes: dict[str, list[int]] = {}
+    for block in file.blocks.values():
+        sizes.setdefault(block.kind, []).append(block.n_bytes)
+    types = [{"type": kind, "tensors": len(parts), "bytes": sum(parts)} for kind, parts in sizes.items()]
+    return {"name": file.metadata.get("general.name"), "types": sorted(types, key=lambda kind: -kind["bytes"])}
 
 
 def _readable_tokenizer(folder: Path) -> Any:
@@ -205,13 +217,6 @@ def _rope(config: ModelConfig, kind: str) -> dict[str, Any]:
             {"text": text, "shortest": float(span.min()), "longest": float(span.max())} for text, span in spans.items()
         ],
     }
-
-
-def _has_chat_template(folder: Path) -> bool:
-    if any((folder / name).exists() for name in _TEMPLATE_FILES):
-        return True
-    settings = folder / "tokenizer_config.json"
-    return settings.exists() and bool(read_object(settings).get("chat_template"))
 
 
 def _layers(facts: Mapping[str, Any]) -> str:
@@ -268,6 +273,14 @@ def _mlp_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     if facts["expert_layers"] == facts["layers"]:
         return [("experts", text)]
     return [dense, ("experts", f"{text}, in {facts['expert_layers']} of {facts['layers']} layers")]
+
+
+def _gguf_rows(gguf: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What a GGUF file calls itself, and a line for each type of its tensors."""
+    if gguf is None:
+        return []
+    kinds = [(f"  {kind['type']}", f"{kind['tensors']} tensors, {_memory(kind['bytes'])}") for kind in gguf["types"]]
+    return [("GGUF file", gguf["name"] or "without a name"), *kinds]
 
 
 def _memory(n: int) -> str:

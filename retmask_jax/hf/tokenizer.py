@@ -1,19 +1,25 @@
-"""The tokenizer of a checkpoint folder, read by transformers. Code that comes with a checkpoint is never run."""
+"""The tokenizer of a checkpoint, read by transformers or built from a GGUF file. Code of a checkpoint is never run."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 from retmask_jax.hf.checkpoint_files import TOKENIZER_FILES, texts
+from retmask_jax.hf.gguf import tokenizer as gguf_tokenizer
+from retmask_jax.hf.gguf.file import is_gguf, open_file
 from retmask_jax.utils.files import read_object
+
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Returns the tokenizer of a folder, None if it has none.
+    """Returns the tokenizer of a checkpoint, None if it has none.
 
     Raises:
         ValueError: The tokenizer is damaged, or needs code that comes with the checkpoint.
     """
+    if is_gguf(folder):
+        return gguf_tokenizer.load_tokenizer(open_file(folder))
     there = {path.name for path in texts(folder)}
     if not there & set(TOKENIZER_FILES):
         return None
@@ -31,6 +37,23 @@ def load_tokenizer(folder: Path) -> Any:
         raise ValueError(
             f"the tokenizer of {folder} cannot be read ({type(error).__name__}: {why}): fetch it again"
         ) from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Returns whether a checkpoint has a tokenizer."""
+    if is_gguf(folder):
+        return gguf_tokenizer.has_tokenizer(open_file(folder))
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Returns whether a checkpoint has a chat template."""
+    if is_gguf(folder):
+        return gguf_tokenizer.has_chat_template(open_file(folder))
+    if any((folder / name).exists() for name in _TEMPLATE_FILES):
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.exists() and bool(read_object(settings).get("chat_template"))
 
 
 def _auto_tokenizer():

@@ -1,4 +1,4 @@
-"""Parameters read from Hugging Face safetensors and written to them, by each family's table of names.
+"""Parameters read from Hugging Face safetensors or a GGUF file, and written to safetensors, by each family's table of names.
 
 Weights are streamed, and every stored tensor must be known.
 """
@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Bool, PyTree
 
-from retmask_jax.hf.checkpoint_files import Shards, Tensor, open_tensors, read_config
+from retmask_jax.hf.checkpoint_files import Shards, Tensor, config_name, open_tensors, read_config
 from retmask_jax.hf.families import family, from_hf, to_hf
 from retmask_jax.hf.wrappers import text_config, text_tensors
 from retmask_jax.model import lora
@@ -56,7 +56,7 @@ class Source:
 def read(
     folder: Path, dtype: str, mesh: Mesh | Callable[[ModelConfig], Mesh] | None = None, ignore: Sequence[str] = ()
 ) -> tuple[ModelConfig, PyTree, Source]:
-    """Reads an HF checkpoint folder.
+    """Reads an HF checkpoint folder or a GGUF file.
 
     Of each tensor only the part that a device holds is read, so that host memory, beyond the parameters, stays near one
     device's shard of one parameter. Of a wrapper (`wrappers.WRAPPERS`) only the language model is read.
@@ -85,7 +85,7 @@ def read(
     _check_names(set(table), set(tensors), folder)
     for name, pieces in table.items():
         if tensors[name].shape != (wanted := _stored_shape(pieces)):
-            raise ValueError(f"tensor {name} has shape {tensors[name].shape}; config.json asks for {wanted}")
+            raise ValueError(f"tensor {name} has shape {tensors[name].shape}; {config_name(folder)} asks for {wanted}")
 
     mesh = mesh if mesh is None or isinstance(mesh, Mesh) else mesh(config)  # a Mesh is callable, too
     shardings = flatten_dict(param_shardings(config, mesh), sep="/") if mesh else {}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import glob
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple
 
@@ -16,8 +16,8 @@ SHOWN = 3  # examples of answers in a result
 class Table(NamedTuple):
     """A table to print."""
 
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

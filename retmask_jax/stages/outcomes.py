@@ -40,10 +40,11 @@ class Answered:
 
     def examples(self, conditions: Mapping[str, int]) -> list[Example]:
         """The first cases of the first task with a context, as answered under conditions, {name to show: place}."""
-        task = next((task for task, cases in self.cases.items() if cases[0].statement != (0, 0)), None)
+        with_context = [task for task, cases in self.cases.items() if cases[0].statement != (0, 0)]
         return [
             Example.of(case.needle, {name: self.texts[task][place][i] for name, place in conditions.items()})
-            for i, case in enumerate(self.cases[task][:SHOWN] if task else ())
+            for task in with_context[:1]
+            for i, case in enumerate(self.cases[task][:SHOWN])
         ]
 
 

@@ -140,7 +140,7 @@ def test_commands_between_fences_parse_as_they_stand(path):
         for call in commands(code, "retmask"):
             arguments, overrides = parser.parse(call)
             if hasattr(arguments, "config"):
-                load_recipe(arguments.config, overrides)
+                load_recipe(*parser.recipe_of(arguments, overrides))
     for code in [*fences(read(path)), *inline(read(path))]:
         for module, *arguments in (call[1:] for call in commands(code, "python") if call[0] == "-m"):
             assert module == "pytest" or (ROOT / module.replace(".", "/")).with_suffix(".py").exists()

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from retmask_jax.cli.main import main
 from retmask_jax.heads import conditions
 from retmask_jax.heads.detectors import DETECTORS
 from retmask_jax.hf.hub import BUNDLED
+from retmask_jax.hf.packaged_models import MODELS
 from retmask_jax.hf.summary import describe
 from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.runs.context import Context
@@ -27,11 +29,32 @@ TRAINING = (PACKAGE / "training/README.md").read_text()
 BENCHMARKS = (PACKAGE / "benchmarks/README.md").read_text()
 
 
+def first_lines(model, capsys):
+    """What the first lines of code of the README print on a model."""
+    code, named = fences(README, "python")[0], '"HuggingFaceTB/SmolLM2-135M-Instruct"'
+    assert code.count(named) == 1 and len(code.strip().splitlines()) <= 12
+    exec(code.replace(named, repr(str(model))), {})
+    return capsys.readouterr().out
+
+
+def test_the_first_lines_run_on_the_bundled_model(capsys):
+    heads, *recalls = first_lines("bundled", capsys).splitlines()[1:]
+    assert heads.startswith("4 of 32 heads retrieve, best first: [(1, 0), (1, 3), (1, 2), (1, 1)]")
+    assert [line.split(": ")[1][:4] for line in recalls] == ["1.00", "0.00", "1.00"]
+
+
+@pytest.mark.real
+@pytest.mark.skipif("RETMASK_MODELS" not in os.environ, reason="RETMASK_MODELS names no folder of models")
+def test_the_first_lines_print_what_the_readme_shows(capsys):
+    file = Path(os.environ["RETMASK_MODELS"]) / MODELS["smollm2"].file
+    assert first_lines(file, capsys) in README
+
+
 def test_the_experiment_runs_as_printed_with_one_compile_per_use(caplog):
     import jax
 
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    printed = re.search(r"```python\n.*?```\s+It prints\s+```\n(.*?)```", README, re.DOTALL).group(1)
+    code = fences(README, "python")[1]
+    printed = re.search(r"```\s+It prints\s+```\n(.*?)```", README, re.DOTALL).group(1)
     output, scope = io.StringIO(), {}
     with contextlib.redirect_stdout(output):
         exec(code, scope)
@@ -217,6 +240,12 @@ def _headlines():
     return {name.strip("`"): value for _, name, value in table[1:]}
 
 
+def counted_heads():
+    """(n, of how many) heads of the bundled model, as its tables say; what is about the model of the first lines is left out."""
+    bundled = README[README.index("## What it finds on the bundled model") :]
+    return re.findall(r"(\d+) of (\d+) heads", bundled + COLAB)
+
+
 def test_the_card_says_what_inspect_reads():
     facts, card = describe(BUNDLED), " ".join((BUNDLED / "README.md").read_text().split())
     assert (
@@ -227,7 +256,7 @@ def test_the_card_says_what_inspect_reads():
     assert f"SwiGLU {facts['mlp_size']}, RoPE" in card
     assert f"theta {facts['rope']['full']['theta']:,.0f}, tied embeddings, context {facts['context']})" in card
     assert f"{facts['vocab_size']} words, one token each" in card
-    totals = {int(total) for total in re.findall(r"\d+ of (\d+) heads", README + COLAB)}
+    totals = {int(total) for _, total in counted_heads()}
     assert totals == {facts["layers"] * facts["query_heads"]}
 
 
@@ -241,7 +270,7 @@ def test_needle_recall_is_what_the_pages_say():
     table = next(table for table in tables(COLAB) if {"none", "retrieval"} <= {row[0] for row in table})
     column = next(i for i, cell in enumerate(table[0]) if "needle recall" in cell and "128" in cell)
     printed = {row[0]: float(row[column].split()[0]) for row in table[1:]}
-    assert {len(heads)} == {int(n) for n in re.findall(r"(\d+) of \d+ heads", README + COLAB)}
+    assert {len(heads)} == {int(n) for n, _ in counted_heads()}
     for name, texts in zip(("none", "retrieval"), said, strict=True):
         assert conditions.hits(texts, cases).mean() == pytest.approx(printed[name], abs=0.011), name  # one case of 96
 

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from retmask_jax.cli.parser import SCALES, TOOLS, parse
+from retmask_jax.cli.parser import TOOLS, name_of_results, parse, recipe_of
 from retmask_jax.utils.hosts import primary
 
 # What the system reports of a disk that is full, or that may not be written to.
@@ -72,9 +72,9 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
     if arguments.stage == "eval":
         overrides = overrides + _settings_of_eval(arguments)
-    name, overrides = _recipe_of(arguments, overrides)
+    name, overrides = recipe_of(arguments, overrides)
     config = recipes.load_recipe(name, overrides)
-    root = Path(arguments.workdir or Path("runs") / _name_of_results(arguments, name))
+    root = Path(arguments.workdir or Path("runs") / name_of_results(arguments, name))
     # Only now, since these import jax, which takes seconds.
     from retmask_jax.cli import commands
 
@@ -96,27 +96,6 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
     if primary():
         print(f"{arguments.stage}: {time.time() - begin:.0f} s")
     return 0
-
-
-def _recipe_of(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> tuple[str, list[tuple[str, str]]]:
-    """(the recipe of a call, the settings that it overrides); ValueError where a call names a model and a recipe."""
-    model, scale = getattr(arguments, "model", None), getattr(arguments, "scale", None)
-    if model is None:
-        if scale is not None:
-            raise ValueError(f"--scale={scale} goes with a MODEL, and none is named: name one, or leave --scale out")
-        return arguments.config or "tiny", overrides
-    if arguments.config is not None:
-        raise ValueError(f"{model} and --config={arguments.config} both say what to run: leave one of them out")
-    return scale or SCALES[0], [("model", model), *overrides]
-
-
-def _name_of_results(arguments: argparse.Namespace, recipe: str) -> str:
-    """The name of the folder of results: that of the model, with its scale unless that is the usual one, or the recipe's."""
-    model = getattr(arguments, "model", None)
-    if model is None:
-        return Path(recipe).stem
-    name = Path(model).name.removesuffix(".gguf")
-    return name if recipe == SCALES[0] else f"{name}-{recipe}"
 
 
 def _settings_of_eval(arguments: argparse.Namespace) -> list[tuple[str, str]]:

@@ -168,6 +168,27 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     return arguments, [_override(text, flags) for text in settings + rest]
 
 
+def recipe_of(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> tuple[str, list[tuple[str, str]]]:
+    """(the recipe of a call, the settings that it overrides); ValueError where a call names a model and a recipe."""
+    model, scale = getattr(arguments, "model", None), getattr(arguments, "scale", None)
+    if model is None:
+        if scale is not None:
+            raise ValueError(f"--scale={scale} goes with a MODEL, and none is named: name one, or leave --scale out")
+        return arguments.config or "tiny", overrides
+    if arguments.config is not None:
+        raise ValueError(f"{model} and --config={arguments.config} both say what to run: leave one of them out")
+    return scale or SCALES[0], [("model", model), *overrides]
+
+
+def name_of_results(arguments: argparse.Namespace, recipe: str) -> str:
+    """The name of the folder of results: that of the model, with its scale unless that is the usual one, or the recipe's."""
+    model = getattr(arguments, "model", None)
+    if model is None:
+        return Path(recipe).stem
+    name = Path(model).name.removesuffix(".gguf")
+    return name if recipe == SCALES[0] else f"{name}-{recipe}"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}{self._meant(message)} (`{self.prog} --help` lists all)")

@@ -33,8 +33,8 @@ test-slow: .venv/.tested
 test-real: .venv/.tested models
 	RETMASK_MODELS=models $(BIN)/python -m pytest -q -m real tests
 
-notebooks: .venv/.tested
-	$(BIN)/python tests/make_notebooks.py
+notebooks: .venv/.tested models
+	RETMASK_MODELS=models $(BIN)/python tests/make_notebooks.py
 
 lint: .venv/.tested
 	$(BIN)/ruff check .

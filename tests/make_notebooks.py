@@ -1,6 +1,6 @@
 """Runs the notebooks of colab/ and keeps what they print and draw: `make notebooks`, or with the names of some.
 
-    python tests/make_notebooks.py [1_quickstart ...]
+    RETMASK_MODELS=models python tests/make_notebooks.py [1_quickstart ...]
 
 Progress bars, warnings, times and temporary paths are left out, so that a notebook changes only where its results do.
 """
@@ -15,19 +15,25 @@ from pathlib import Path
 import nbclient
 import nbformat
 
+from retmask_jax.hf.packaged_models import MODELS
+
 FOLDER = Path(__file__).parent.parent / "colab"
-_SETTING = re.compile(r"^CONFIG = .*$", re.MULTILINE)
 
 
-def run(notebook, folder: Path, config: str | None = None, timeout: int = 1200, kernel=None) -> None:
-    """Execute all cells but the installing one in a folder; config: instead of the notebook's own; kernel: a running one's
-    manager (None: a new one)."""
+def run(
+    notebook, folder: Path, config: str | None = None, model: str | None = None, timeout: int = 1200, kernel=None
+) -> None:
+    """Execute all cells but the installing one in a folder.
+
+    config, model: Instead of the notebook's own. kernel: A running one's manager (None: a new one).
+    """
     kept = [cell.source for cell in notebook.cells]
     for cell in notebook.cells:
         if cell.source.startswith("%pip install"):
             cell.source = ""
-        if config is not None and cell.cell_type == "code":
-            cell.source = _SETTING.sub(f"CONFIG = {config!r}", cell.source)
+        for name, value in {"CONFIG": config, "MODEL": model}.items():
+            if value is not None and cell.cell_type == "code":
+                cell.source = re.sub(rf"^{name} = .*$", f"{name} = {value!r}", cell.source, flags=re.MULTILINE)
     # `!retmask` finds the command of this Python; a notebook needs no more than the default of a terminal's colours.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     try:
@@ -55,6 +61,12 @@ def clean(notebook, folder: Path) -> None:
         "language_info": {"name": "python"},
         "sources": sources(notebook),
     }
+
+
+def real_model() -> str | None:
+    """The file of the real model of the notebooks in the folder RETMASK_MODELS, where that is set; else it is on the hub."""
+    folder = os.environ.get("RETMASK_MODELS")
+    return None if folder is None else str(Path(folder).resolve() / MODELS["smollm2"].file)
 
 
 def sources(notebook) -> str:
@@ -86,7 +98,7 @@ def main(names: list[str]) -> None:
             continue
         notebook = nbformat.read(path, as_version=4)
         with tempfile.TemporaryDirectory() as folder:
-            run(notebook, Path(folder))
+            run(notebook, Path(folder), model=real_model())
             clean(notebook, Path(folder))
         nbformat.write(notebook, path)
         print(f"wrote {path.name}", flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from jupyter_client.manager import KernelManager
-from make_notebooks import FOLDER, clean, run, sources, texts
+from make_notebooks import FOLDER, clean, real_model, run, sources, texts
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SMALL = str(Path(__file__).with_name("tiny_small.py"))
@@ -84,7 +84,7 @@ def _looked_up(node: ast.expr, known: dict):
 def test_a_notebook_runs_at_small_size(path, folder, kernel):
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
-    run(notebook, folder, SMALL, timeout=300, kernel=kernel)
+    run(notebook, folder, SMALL, "bundled", timeout=300, kernel=kernel)
     shown = "\n".join(texts(notebook))
     for words in re.findall(r"<!-- shows: (.*?) -->", "\n".join(cell.source for cell in notebook.cells)):
         assert words in shown
@@ -102,11 +102,15 @@ def test_a_notebook_is_short_and_shows_what_its_cells_gave(path):
     assert not re.search(r"/(tmp|home|root|work)/|site-packages|\r", "\n".join(texts(notebook)))
 
 
-@every_notebook
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.real if path.stem[0] == "1" else pytest.mark.slow) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_a_notebook_at_full_size_shows_what_is_kept(path, tmp_path):
+    """The first one needs a real model."""
     kept, notebook = (nbformat.read(path, as_version=4) for _ in range(2))
-    run(notebook, tmp_path)
+    run(notebook, tmp_path, model=real_model())
     clean(notebook, tmp_path)
     for before, now in zip(texts(kept), texts(notebook), strict=True):
         assert NUMBER.sub("#", now) == NUMBER.sub("#", before)

@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow notebooks lint clean
+.PHONY: setup demo test test-slow test-real notebooks lint clean
 
 setup: .venv/.installed
 
@@ -18,10 +18,13 @@ demo: .venv/.installed
 	$(BIN)/retmask run --config=tiny --workdir=runs/tiny
 
 test: .venv/.tested lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not real" tests
 
 test-slow: .venv/.tested
-	$(BIN)/python -m pytest -q -m slow tests
+	$(BIN)/python -m pytest -q -m "slow and not real" tests
+
+test-real: .venv/.tested
+	RETMASK_MODELS=$${RETMASK_MODELS:-models} $(BIN)/python -m pytest -q -m real tests
 
 notebooks: .venv/.tested
 	$(BIN)/python tests/make_notebooks.py

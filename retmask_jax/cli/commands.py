@@ -163,7 +163,7 @@ def ahead(config: ConfigDict, name: str, topology: str, stage: str) -> bool:
 
 
 def inspect(model: str, as_json: bool) -> None:
-    """What a model (folder, hub id or "bundled") is, from its config.json: a table, or one JSON object."""
+    """What a model (folder, .gguf file, hub id or "bundled") is, from its config: a table, or one JSON object."""
     facts = inspection.describe(config_folder(model))
     if as_json:
         print(json.dumps({"model": model} | facts, indent=1))

@@ -41,7 +41,7 @@ _READERS = 4  # threads
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a model was read from: its HF config, the dtype of each stored tensor, and the folder.
+    """Where a model was read from: its HF config, the dtype of each stored tensor, and the folder or GGUF file.
 
     For a model made here all of these are None or empty.
     """

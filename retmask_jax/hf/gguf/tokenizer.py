@@ -4,6 +4,7 @@ The flags mean what they mean in llama.cpp, whose converter wrote them; so do th
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from retmask_jax.hf.gguf.config import token_id
@@ -21,8 +22,7 @@ _SPECIAL = {
     "pad_token": "padding",
     "mask_token": "mask",
 }
-# Keys that are read, and keys that say nothing about how text is split: ids that have a use of their own, such as the middle
-# of a program to be filled in.
+# Keys that are understood, besides ids of special tokens.
 _KEYS = frozenset(
     f"{_PREFIX}{name}"
     for name in "model pre tokens token_type scores merges add_bos_token add_eos_token add_space_prefix add_sep_token "
@@ -96,11 +96,8 @@ def load_tokenizer(file: GgufFile) -> Any:
     if not has_tokenizer(file):
         return None
     _check_keys(file)
-    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if (model := file.metadata.get(f"{_PREFIX}model")) not in builders:
-        raise ValueError(f"{file.path} has a tokenizer of type {model!r}; supported are {', '.join(builders)}")
     try:
-        tokenizer, begins = builders[model](file)
+        tokenizer, begins = _builder(file)(file)
         _add_tokens(file, tokenizer)
         _add_ends(file, tokenizer, begins)
         return _as_transformers(file, tokenizer)
@@ -110,6 +107,13 @@ def load_tokenizer(file: GgufFile) -> Any:
         raise ValueError(
             f"the tokenizer of {file.path} cannot be built ({' '.join(str(error).split())[:200]}): fetch the file again"
         ) from error
+
+
+def _builder(file: GgufFile) -> Callable[[GgufFile], tuple[Any, bool]]:
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if (model := file.metadata.get(f"{_PREFIX}model")) not in builders:
+        raise ValueError(f"{file.path} has a tokenizer of type {model!r}; supported are {', '.join(builders)}")
+    return builders[model]
 
 
 def _byte_level(file: GgufFile) -> tuple[Any, bool]:
@@ -158,7 +162,7 @@ def _sentencepiece(file: GgufFile) -> tuple[Any, bool]:
 
 def _merges(file: GgufFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """The merges that scores stand for: into runs of spaces, then into the token with the highest score, in all ways."""
-    scores, kinds = file.metadata[f"{_PREFIX}scores"], file.metadata[f"{_PREFIX}token_type"]
+    scores, kinds = (file.metadata[f"{_PREFIX}{name}"].tolist() for name in ("scores", "token_type"))
     ranks = [
         (kinds[i] == _NORMAL, -scores[i] if kinds[i] == _NORMAL else 0, i, token)
         for token, i in vocabulary.items()

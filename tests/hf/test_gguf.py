@@ -472,7 +472,7 @@ def test_a_file_that_is_not_there_is_no_hub_id(name):
 
 
 def test_a_file_has_no_revision(golden_file):
-    with pytest.raises(ValueError, match="is local and has no revision 'main'"):
+    with pytest.raises(ValueError, match="is a local file and has no revision 'main'"):
         rm.load(golden_file("mha"), revision="main")
 
 

@@ -126,6 +126,14 @@ def test_the_rope_of_a_small_llama3_has_the_same_frequencies(golden_file, read_g
     close(*(inverse_frequencies(model.config, "full", 24) for model in (lm, golden)), tolerance=1e-6)
 
 
+def test_the_attention_scale_of_longrope_is_that_of_the_file(golden_file, read_golden):
+    assert (
+        "attention_factor" not in read_config(golden_file("phi3_longrope"))["rope_scaling"]
+    )  # it follows from the lengths
+    lm = rm.load(golden_file("phi3_longrope", keys={"rope.scaling.attn_factor": 1.25}))
+    assert lm.config.rope.attention_scale == 1.25 != read_golden("phi3_longrope").lm.config.rope.attention_scale
+
+
 @pytest.mark.parametrize("name, layers, scalar", [("gemma2", 46, 6), ("gemma3", 62, 6), ("gemma3", 26, 10)])
 def test_the_largest_gemmas_scale_queries_by_their_share_of_the_width(golden_file, name, layers, scalar):
     config = read_config(golden_file(name, keys={"block_count": layers, "final_logit_softcapping": 7.0}))

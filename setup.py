@@ -38,6 +38,7 @@ setup(
         "grain>=0.2.12",
         "ml-collections>=1.0",
         "transformers>=4.56",
+        "gguf>=0.17",
         "huggingface_hub>=0.34",
         "jinja2>=3.1",
         "msgspec>=0.19",

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
 
-    # The model: folder of a Hugging Face checkpoint, hub id, or "bundled" for the tiny model of the package.
+    # The model: folder of a Hugging Face checkpoint, .gguf file, hub id, or "bundled" for the tiny model of the package.
     config.model = "bundled"
     config.revision = ""  # branch, tag or commit of a hub id (empty: its main branch); a commit pins the weights
     # Attributes of config.json that are not understood, and of which you know that they change nothing; else they raise.

@@ -178,7 +178,7 @@ def ahead(config: ConfigDict, name: str, topology: str, stage: str) -> bool:
 
 
 def inspect(model: str, as_json: bool, ignore: Sequence[str] = ()) -> None:
-    """What a model (folder, hub id or "bundled") is, from its config.json: a table, or one JSON object.
+    """What a model (folder, .gguf file, hub id or "bundled") is, from its config: a table, or one JSON object.
 
     ignore: attributes of config.json, as of `rm.load`.
     """

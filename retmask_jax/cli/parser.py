@@ -288,7 +288,7 @@ def _add_doctor(stage: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("model", metavar="MODEL", help='folder, hub id or "bundled"; no weights are read')
+    stage.add_argument("model", metavar="MODEL", help='folder, .gguf file, hub id or "bundled"; no weights are read')
     stage.add_argument(
         "--ignore",
         type=_names,

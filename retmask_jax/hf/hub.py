@@ -74,7 +74,8 @@ def _local(name: str | os.PathLike[str], revision: str | None) -> Path | None:
         if not folder.exists():
             raise ValueError(f"model file {text} does not exist (the hub's GGUF files are fetched with `hf download`)")
         if revision is not None:
-            raise ValueError(f"model {text} is local and has no revision {revision!r}: leave revision out")
+            kind = "folder" if folder.is_dir() else "file"
+            raise ValueError(f"model {text} is a local {kind} and has no revision {revision!r}: leave revision out")
         return folder
     if folder.exists():
         raise ValueError(f"model {text} is a file: pass the folder it lies in")

@@ -43,7 +43,7 @@ _READERS = 4  # threads
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a model was read from: its HF config, the dtype of each stored tensor, and the folder.
+    """Where a model was read from: its HF config, the dtype of each stored tensor, and the folder or GGUF file.
 
     Of a wrapper, config and tensors are those of its language model alone. For a model made here all are None or empty.
     """

@@ -154,7 +154,7 @@ class Context:
 
 
 def checkpoint_fingerprint(model: str | Path, ignore: Sequence[str] = ()) -> str:
-    """Hash of all files of a model (folder, hub id or "bundled"), which is fetched if need be; as the first host has it.
+    """Hash of all files of a model (folder, .gguf file, hub id or "bundled"), fetched if need be; as the first host has it.
 
     ignore: as of `hub.resolve`.
     """

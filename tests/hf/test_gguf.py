@@ -1,5 +1,6 @@
 """GGUF files: made here from golden checkpoints as llama.cpp makes them, they hold the same models; others are refused."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -18,12 +19,14 @@ import retmask_jax as rm
 from retmask_jax.cli.main import main
 from retmask_jax.hf.checkpoint_files import open_tensors, read_config
 from retmask_jax.hf.gguf.file import open_file
+from retmask_jax.hf.gguf.tensors import GgufTensor
 from retmask_jax.hf.tokenizer import load_tokenizer
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.runs.context import checkpoint_fingerprint
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+_EMBEDDINGS = "model.embed_tokens.weight"
 _FULL = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
 _YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 16}
 # Golden checkpoint: (what its config has instead, since the format cannot say it otherwise; how its file is written).
@@ -123,6 +126,14 @@ def test_the_rope_of_a_small_llama3_has_the_same_frequencies(golden_file, read_g
     close(*(inverse_frequencies(model.config, "full", 24) for model in (lm, golden)), tolerance=1e-6)
 
 
+def test_the_attention_scale_of_longrope_is_that_of_the_file(golden_file, read_golden):
+    assert (
+        "attention_factor" not in read_config(golden_file("phi3_longrope"))["rope_scaling"]
+    )  # it follows from the lengths
+    lm = rm.load(golden_file("phi3_longrope", keys={"rope.scaling.attn_factor": 1.25}))
+    assert lm.config.rope.attention_scale == 1.25 != read_golden("phi3_longrope").lm.config.rope.attention_scale
+
+
 @pytest.mark.parametrize("name, layers, scalar", [("gemma2", 46, 6), ("gemma3", 62, 6), ("gemma3", 26, 10)])
 def test_the_largest_gemmas_scale_queries_by_their_share_of_the_width(golden_file, name, layers, scalar):
     config = read_config(golden_file(name, keys={"block_count": layers, "final_logit_softcapping": 7.0}))
@@ -153,6 +164,22 @@ def test_transformers_reads_the_same_model_from_the_file(name, folder_of, tmp_pa
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32, **EAGER).eval()
     tokens = np.random.default_rng(0).integers(0, 61, (2, 20))
     close(rm.load(path).logits(tokens), torch_logits(model, tokens))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*CASES, "llama3_mqa"])
+def test_transformers_reads_a_saved_folder(name, folder_of, tmp_path, close):
+    torch = pytest.importorskip("torch")
+    from make_golden import EAGER, torch_logits
+    from transformers import AutoModelForCausalLM
+
+    changes, written = CASES.get(name, ({}, {}))
+    lm = rm.load(write_gguf(folder_of(name, changes), tmp_path / "model.gguf", **written))
+    rm.save(lm, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["torch_dtype"] == lm.source.dtypes[_EMBEDDINGS]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32, **EAGER).eval()
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 24))
+    close(lm.logits(tokens), torch_logits(model, tokens))
 
 
 # --- quantised tensors ---
@@ -191,6 +218,19 @@ def test_quantised_weights_are_those_that_quantisation_left(wide, tmp_path, kind
     tokens = np.random.default_rng(0).integers(0, 64, (2, 20))
     np.testing.assert_array_equal(lm.logits(tokens), expected.logits(tokens))
     assert np.abs(lm.logits(tokens) - rm.load(wide).logits(tokens)).max() > 1e-3
+
+
+def test_weights_are_read_stripe_by_stripe(random_model, tmp_path, monkeypatch):
+    rm.save(random_model(dataclasses.replace(_WIDE, vocab_size=300)), tmp_path / "folder")
+    path, rows, read = write_gguf(tmp_path / "folder", tmp_path / "model.gguf", "Q8_0"), [], GgufTensor.read
+
+    def counted(tensor, *bounds):
+        rows.append(bounds[0][1] - bounds[0][0])
+        return read(tensor, *bounds)
+
+    monkeypatch.setattr(GgufTensor, "read", counted)
+    rm.load(path)
+    assert max(rows) == 128 and sum(rows) == sum(len(tensor) for tensor in read_tensors(tmp_path / "folder").values())
 
 
 def _dequantises(kind):
@@ -440,7 +480,7 @@ def test_a_file_that_is_not_there_is_no_hub_id(name):
 
 
 def test_a_file_has_no_revision(golden_file):
-    with pytest.raises(ValueError, match="is local and has no revision 'main'"):
+    with pytest.raises(ValueError, match="is a local file and has no revision 'main'"):
         rm.load(golden_file("mha"), revision="main")
 
 

@@ -12,6 +12,7 @@ from retmask_jax.hf.gguf.file import GgufFile, whole_number
 from retmask_jax.hf.gguf.keys import Keys
 from retmask_jax.hf.gguf.rope import rope
 
+_EMBEDDINGS = "token_embd.weight"
 _SPECIAL_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 _STOPS = ("eos", "eot", "eom")  # end of a text, of a turn, of a message
 _PARTLY_ROTATED = {"phi3"}  # where a part of a head may rotate
@@ -34,7 +35,8 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     config = _common(keys)
     config |= own(keys, config)
     keys.finish()
-    config |= {"architectures": [class_name], "model_type": model_type, "torch_dtype": "float32"}
+    dtype = file.blocks[_EMBEDDINGS].dtype
+    config |= {"architectures": [class_name], "model_type": model_type, "torch_dtype": dtype}
     return {name: value for name, value in config.items() if value is not None}
 
 
@@ -58,9 +60,9 @@ def _common(keys: Keys) -> dict[str, Any]:
     """What all architectures have."""
     file, heads, hidden = keys.file, keys.size("attention.head_count"), keys.size("embedding_length")
     head_dim = keys.size("attention.key_length", hidden // heads)
-    if "token_embd.weight" not in file.blocks:
-        raise ValueError(f"{file.path} has no tensor token_embd.weight: fetch it again")
-    vocab = file.blocks["token_embd.weight"].shape[0]
+    if _EMBEDDINGS not in file.blocks:
+        raise ValueError(f"{file.path} has no tensor {_EMBEDDINGS}: fetch it again")
+    vocab = file.blocks[_EMBEDDINGS].shape[0]
     supported = {"attention.value_length": head_dim, "vocab_size": vocab, "expert_count": 0, "expert_used_count": 0}
     supported |= {"attention.causal": True, "tensor_data_layout": "Meta AI original pth"}
     if file.architecture not in _PARTLY_ROTATED:

@@ -15,6 +15,7 @@ import numpy as np
 from retmask_jax.utils.files import check_file
 
 SUFFIX = ".gguf"
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -39,6 +40,11 @@ class Block:
     shape: tuple[int, ...]
     offset: int
     row_bytes: int
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of its values: that of a float tensor as stored, "float32" of a quantised one."""
+        return FLOATS.get(self.kind, "float32")
 
     @property
     def n_bytes(self) -> int:

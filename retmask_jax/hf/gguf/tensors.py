@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from retmask_jax.hf.gguf.config import kv_heads
-from retmask_jax.hf.gguf.file import Block, GgufFile
+from retmask_jax.hf.gguf.file import FLOATS, Block, GgufFile
 from retmask_jax.hf.gguf.keys import Keys
 from retmask_jax.hf.gguf.rope import ROPE_TENSORS
-
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # --- names: GGUF's -> Hugging Face's; what stands before .weight and .bias, for layers after their number ---
 
@@ -74,7 +72,7 @@ class GgufTensor:
     def __init__(self, file: GgufFile, block: Block, heads: int | None, offset: float):
         """Args: heads: Number of heads whose rows are interleaved, None for other tensors. offset: Is subtracted."""
         self.shape = block.shape
-        self.dtype = "float32" if offset else _FLOATS.get(block.kind, "float32")
+        self.dtype = "float32" if offset else block.dtype
         self._file, self._block, self._heads, self._offset = file, block, heads, offset
 
     def read(self, *bounds: tuple[int, int]) -> np.ndarray:
@@ -143,8 +141,8 @@ def _dequantised(rows: np.ndarray, kind: str) -> np.ndarray:
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    if kind in _FLOATS:
-        return rows.view(ml_dtypes.bfloat16 if kind == "BF16" else _FLOATS[kind])
+    if kind in FLOATS:
+        return rows.view(ml_dtypes.bfloat16 if kind == "BF16" else FLOATS[kind])
     return dequantize(rows, GGMLQuantizationType[kind])
 
 

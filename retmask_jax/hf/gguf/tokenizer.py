@@ -4,6 +4,7 @@ The flags mean what they mean in llama.cpp, whose converter wrote them; so do th
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from retmask_jax.hf.gguf.config import token_id
@@ -21,8 +22,7 @@ _SPECIAL = {
     "pad_token": "padding",
     "mask_token": "mask",
 }
-# Keys that are read, and keys that say nothing about how text is split: ids that have a use of their own, such as the middle
-# of a program to be filled in.
+# Keys that are understood, besides ids of special tokens.
 _KEYS = frozenset(
     f"{_PREFIX}{name}"
     for name in "model pre tokens token_type scores merges add_bos_token add_eos_token add_space_prefix add_sep_token "
@@ -33,17 +33,19 @@ _SUPPORTED = {"add_sep_token": False, "remove_extra_whitespaces": False}
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """How text is split before merging.
+    """How text is split before merging, as the tokenizer.json of the models that a name stands for says it.
 
     Attributes:
         pattern: Regular expression of a piece; None for GPT-2's, which `tokenizers` has.
         digits: Whether each digit is a piece of its own before the pattern is applied.
+        composed: Whether letters and their accents are made one character first (Unicode's NFC); llama.cpp leaves that out.
         whole_words: Whether a piece that is in the vocabulary is a token whatever the merges say.
         begins: Whether texts begin with BOS if the file does not say so.
     """
 
     pattern: str | None = None
     digits: bool = False
+    composed: bool = False
     whole_words: bool = False
     begins: bool = False
 
@@ -71,9 +73,9 @@ _SPLITS = (
         _Split(_THREE_DIGITS, whole_words=True, begins=True),
     )
     | dict.fromkeys("dbrx smaug-bpe".split(), _Split(_THREE_DIGITS))
-    | dict.fromkeys("qwen2 deepseek-r1-qwen megrez stablelm2".split(), _Split(_ONE_DIGIT))
+    | dict.fromkeys("deepseek-r1-qwen megrez stablelm2".split(), _Split(_ONE_DIGIT))
     | dict.fromkeys("gpt-4o llama4".split(), _Split(_GPT4O))
-    | {"tekken": _Split(_TEKKEN, whole_words=True, begins=True)}
+    | {"qwen2": _Split(_ONE_DIGIT, composed=True), "tekken": _Split(_TEKKEN, whole_words=True, begins=True)}
 )
 
 
@@ -96,11 +98,8 @@ def load_tokenizer(file: GgufFile) -> Any:
     if not has_tokenizer(file):
         return None
     _check_keys(file)
-    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if (model := file.metadata.get(f"{_PREFIX}model")) not in builders:
-        raise ValueError(f"{file.path} has a tokenizer of type {model!r}; supported are {', '.join(builders)}")
     try:
-        tokenizer, begins = builders[model](file)
+        tokenizer, begins = _builder(file)(file)
         _add_tokens(file, tokenizer)
         _add_ends(file, tokenizer, begins)
         return _as_transformers(file, tokenizer)
@@ -112,9 +111,16 @@ def load_tokenizer(file: GgufFile) -> Any:
         ) from error
 
 
+def _builder(file: GgufFile) -> Callable[[GgufFile], tuple[Any, bool]]:
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if (model := file.metadata.get(f"{_PREFIX}model")) not in builders:
+        raise ValueError(f"{file.path} has a tokenizer of type {model!r}; supported are {', '.join(builders)}")
+    return builders[model]
+
+
 def _byte_level(file: GgufFile) -> tuple[Any, bool]:
     """(BPE on bytes, each written as a letter, by the merges of the file; whether texts begin with BOS by default)."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     pre = file.metadata.get(f"{_PREFIX}pre")
     if pre not in _SPLITS:
@@ -127,6 +133,8 @@ def _byte_level(file: GgufFile) -> tuple[Any, bool]:
     split = _SPLITS[pre]
     merges = [tuple(merge.split(" ", 1)) for merge in file.metadata.get(_MERGES, ())]
     tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(file), merges=merges, ignore_merges=split.whole_words))
+    if split.composed:
+        tokenizer.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
     if split.pattern is not None:
         steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
@@ -158,7 +166,7 @@ def _sentencepiece(file: GgufFile) -> tuple[Any, bool]:
 
 def _merges(file: GgufFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """The merges that scores stand for: into runs of spaces, then into the token with the highest score, in all ways."""
-    scores, kinds = file.metadata[f"{_PREFIX}scores"], file.metadata[f"{_PREFIX}token_type"]
+    scores, kinds = (file.metadata[f"{_PREFIX}{name}"].tolist() for name in ("scores", "token_type"))
     ranks = [
         (kinds[i] == _NORMAL, -scores[i] if kinds[i] == _NORMAL else 0, i, token)
         for token, i in vocabulary.items()

@@ -81,4 +81,4 @@ def test_examples_of_the_help_are_right_and_stages_take_a_line(stage, capsys, mo
     for example in examples:
         arguments, overrides = parser.parse(shlex.split(example))
         if not example.endswith("FOLDER") and "config" in arguments:
-            recipes.load_recipe(arguments.config, overrides)
+            recipes.load_recipe(*parser.recipe_of(arguments, overrides))

@@ -164,6 +164,6 @@ def test_cases_of_another_script_count_and_are_right(prompter, tmp_path):
     for one in needles:
         assert copy_score._outcome(one["needle"], one["answer"], cut=False) == detection.COUNTED
         assert copy_score._outcome("другое нечто 大阪 हरा", one["answer"], cut=False) == "wrong answer"
-    section = type("task", (), {"needles": "n", "lengths": ()})
+    section = type("task", (), {"needles": "n", "lengths": (), "prefix": False})
     cases = task_cases(prompter, section, lambda _: path)
     assert conditions.hits([one["needle"] for one in needles], cases).all()

@@ -44,5 +44,7 @@ def get_config() -> ConfigDict:
     config.train.checkpoint_every = 4
     config.train.examples = 3
     config.eval.tasks = ("needle 512", "needle 1536", "facts 256", "closed-book")
+    config.detectors.cases = 16
+    config.theta.factors, config.theta.cases = (0.5, 1.0, 2.0), 12
     config.headlines = _builtin.headlines(config)
     return config

@@ -40,16 +40,6 @@ GROUPS = {
 STAGES = {name: text for stages in GROUPS.values() for name, text in stages.items()}
 TOOLS = ("doctor", "inspect", "profile", "panel", "bench")  # which read no config
 SCALES = ("quick", "paper")  # recipes for any model
-OF_A_MODEL = (
-    "detect",
-    "knockout",
-    "rope",
-    "pairs",
-    "train",
-    "eval",
-    "run",
-    "study",
-)  # take a MODEL instead of a config
 _AHEAD = ("detect", "pairs", "train")  # stages that can be compiled for TPUs that are not here
 # What the help of a stage shows; of one that is not here the general form is enough.
 _EXAMPLES_OF = {
@@ -221,7 +211,7 @@ def _examples(name: str) -> str:
 
 def _add_config(stage: argparse.ArgumentParser, name: str) -> None:
     """The flags of what reads a config."""
-    if name in OF_A_MODEL:
+    if name != "pretrain":
         stage.add_argument(
             "model",
             nargs="?",

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     _builtin.any_model(config)
     config.tasks = ConfigDict(
         {
-            "detect": _builtin.needles((512, 1024, 2048), per_length=14, seed=1),
+            "detect": _builtin.needles((512, 1024, 2000), per_length=14, seed=1),
             "needle 512": _builtin.codes((512,), per_length=32, seed=2),
             "needle 1536": _builtin.codes((1536,), per_length=16, seed=3),
             "facts 256": _builtin.facts((256,), per_length=60, seed=4),

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from retmask_jax.heads.detection import Settled
 from retmask_jax.reports import plotting
-from retmask_jax.reports.html import count, fixed, section, table
+from retmask_jax.reports.html import count, fixed, replies, section, table
 from retmask_jax.reports.plotting import colour, drawn
 from retmask_jax.stages.detect import DetectResult
 
@@ -70,6 +70,7 @@ def heads_section(result: DetectResult) -> Markup:
             _settled(result.stability),
         ],
         drawn(panels, caption),
+        replies(result.examples),
         table(
             ["profile", "value"], [[_PROFILE.get(name, name), fixed(value)] for name, value in result.profile.items()]
         ),

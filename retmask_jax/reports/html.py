@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from retmask_jax.runs.workdir import Example
 from retmask_jax.utils.numbers import Number
 
 
@@ -36,6 +37,17 @@ def lines(*sentences: str) -> Markup:
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], note: str = "") -> Markup:
     """A table that scrolls sideways on a narrow screen, with a note below."""
     return _render("table", head=head, rows=rows, note=note)
+
+
+def replies(examples: Sequence[Example]) -> Markup:
+    """A few questions with the replies to them; nothing where there are none."""
+    if not examples:
+        return Markup()
+    expected = any(example.expected is not None for example in examples)
+    rows = [
+        [example.question, *([example.expected] if expected else []), *example.replies.values()] for example in examples
+    ]
+    return table(["question", *(["expected"] if expected else []), *examples[0].replies], rows)
 
 
 def folded(summary: str, content: Markup) -> Markup:

@@ -37,6 +37,10 @@ def knockout_section(result: KnockoutResult, heads: Sequence[Head]) -> Markup:
             directions(f"Masking the {count(len(heads), 'retrieval head')}", masked),
             f"With them masked the text loss goes from {untouched.value:.3f} to {ablated.value:.3f} nats per token.",
             _other_kinds(only_zero(result.means)),
+            f"Of the heads of a layer-matched set {result.moved} come from the nearest other layer, since theirs has too few "
+            "others."
+            if result.moved
+            else "",
         ],
         drawn(
             _kinds(result, tasks),
@@ -53,6 +57,7 @@ def knockout_section(result: KnockoutResult, heads: Sequence[Head]) -> Markup:
             note="McNemar's exact test of the cases' outcomes against the untouched model; q: adjusted for the false discovery "
             "rate over the masks of a task (Benjamini-Hochberg). Of several draws: the mean change, and the median p and q.",
         ),
+        html.replies(result.examples),
         html.lines(_idle(result)),
         drawn(
             {"Head activity": activity},

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from markupsafe import Markup
 
 from retmask_jax.reports import plotting
-from retmask_jax.reports.html import count, section, table
+from retmask_jax.reports.html import count, replies, section, table
 from retmask_jax.reports.plotting import colour, drawn
 from retmask_jax.stages.arms import ARMS
 from retmask_jax.stages.pairs import PairsResult
@@ -50,6 +50,7 @@ def pairs_section(result: PairsResult) -> Markup:
             ["answers of", "cut off at the largest number of tokens", "of"],
             [[name, n, prompts] for name, n in result.answers_cut.items()],
         ),
+        replies(result.examples),
     )
 
 
@@ -95,6 +96,7 @@ def training_section(result: TrainResult) -> Markup:
             ],
         ),
         table(["arm", "trained on"], [[arm, ARMS[arm].label] for arm in _arms(result) if arm in ARMS]),
+        replies(result.examples),
     )
 
 

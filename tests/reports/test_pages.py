@@ -26,6 +26,7 @@ from markupsafe import Markup
 from retmask_jax.reports import evaluation, plotting, training
 from retmask_jax.reports import html as page
 from retmask_jax.reports.report import write_report
+from retmask_jax.runs.workdir import Example
 from retmask_jax.stages.eval import Helmet, HelmetMean, Place
 from retmask_jax.stages.train import Run
 from retmask_jax.utils.numbers import McNemar
@@ -317,3 +318,12 @@ def test_single_models_show_the_exact_test_and_helmet_its_change():
 
 def helmet_mean(value, *missing):
     return HelmetMean(value, 100, {}, list(missing), [])
+
+
+def test_replies_stand_in_a_table_with_what_was_expected_and_no_html_of_theirs():
+    asked = Example(question="Who?", expected="Ann", replies={"untouched": "Ann.", "masked": "<b>Bob</b>"})
+    shown = str(page.replies([asked]))
+    assert [word in shown for word in ("expected", "untouched", "masked", "&lt;b&gt;Bob")] == [True] * 4
+    assert "<b>" not in shown and str(page.replies([])) == ""
+    unknown = Example(question="Write a poem.", replies={"preferred": "A", "rejected": "B"})
+    assert "expected" not in page.replies([unknown])

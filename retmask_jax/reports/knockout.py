@@ -37,8 +37,8 @@ def knockout_section(result: KnockoutResult, heads: Sequence[Head]) -> Markup:
             directions(f"Masking the {count(len(heads), 'retrieval head')}", masked),
             f"With them masked the text loss goes from {untouched.value:.3f} to {ablated.value:.3f} nats per token.",
             _other_kinds(only_zero(result.means)),
-            f"Of the heads of a layer-matched set {result.moved} come from the nearest other layer, since theirs has too few "
-            "others."
+            f"Heads of each layer-matched set that are of the nearest other layer, since theirs has too few others: "
+            f"{result.moved} of {result.masked}."
             if result.moved
             else "",
         ],

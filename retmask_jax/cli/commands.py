@@ -48,7 +48,7 @@ from retmask_jax.utils.hosts import join, primary
 from retmask_jax.utils.numbers import Number
 
 _WIDE = 160  # characters of a text that is shown
-_WORTH_SAYING = 60.0  # seconds
+_WORTH_SAYING = 20.0  # seconds
 _AT_MOST = 6  # models side by side in a table; of more the numbers are listed, pooled over seeds
 
 
@@ -319,13 +319,13 @@ def _log() -> None:
 
 
 def _say_how_long(context: Context, stage: Stage) -> None:
-    """Print about how long a stage will take, unless that is less than a minute or it has nothing to do."""
+    """Say about how long a stage will take, where progress is shown, unless it takes seconds or has nothing to do."""
     if not primary() or is_up_to_date(context, stage) or (cost := stage.cost(context)) == Cost():
         return
     config = context.config
     duration = seconds(cost, context.outline.config, config.dtype, measured_speed(config.dtype)) / context.mesh.size
     if duration >= _WORTH_SAYING:
-        print(f"{stage.name:<9} {in_words(duration)}", flush=True)
+        print(f"{stage.name:<9} {in_words(duration)}", file=sys.stderr, flush=True)
 
 
 def _show(stage: Stage, result: Result) -> None:

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import transformers
 from conftest import GOLDEN, WITH_IMAGES
 from hub_fine_tunes import FINE_TUNES
 from safetensors.numpy import load_file, save_file
@@ -22,14 +23,19 @@ def _hf(name, **changes):
 
 
 def test_defaults_are_those_of_transformers_classes():
-    transformers = pytest.importorskip("transformers")
     for kind, defaults in _CLASS_DEFAULTS.items():
         of_class = transformers.CONFIG_MAPPING[kind]()
         assert {name: getattr(of_class, name) for name in defaults} == defaults
         bare = text_config({"model_type": next(w for w in WRAPPERS if WRAPPERS[w].text == kind), "text_config": {}})
         assert from_hf(bare) == from_hf(of_class.to_dict() | {"model_type": kind})
+
+
+def test_written_checkpoints_name_transformers_classes():
+    pytest.importorskip("torch")
+    from transformers.models.auto import modeling_auto
+
     for wrapper in WRAPPERS.values():
-        assert _CLASSES[wrapper.text] in str(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        assert _CLASSES[wrapper.text] in str(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def test_attributes_of_the_wrapper_are_images_or_the_language_models():

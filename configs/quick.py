@@ -4,7 +4,7 @@
 
 is this recipe with `config.model` set to MODEL, a hub id, a folder or a .gguf file. Chat models are asked in their chat
 template, with thinking off; others in plain text. Replies are begun for the model ("The code of the blue door is"), which
-makes small models answer. Everything is smaller than in the papers: 42 detection cases instead of 600, 32 cases of a task, 8
+makes small models answer. Everything is smaller than in the papers: 42 detection cases instead of 600, 24 cases of a task, 6
 updates of 8 pairs with adapters. So a change by training is hardly to be expected here; `--scale=paper` has the published
 settings.
 """
@@ -19,8 +19,8 @@ def get_config() -> ConfigDict:
     config.tasks = ConfigDict(
         {
             "detect": _builtin.needles((512, 1024, 2000), per_length=14, seed=1),
-            "needle 512": _builtin.codes((512,), per_length=32, seed=2),
-            "needle 1536": _builtin.codes((1536,), per_length=16, seed=3),
+            "needle 512": _builtin.codes((512,), per_length=24, seed=2),
+            "needle 1536": _builtin.codes((1536,), per_length=12, seed=3),
             "facts 256": _builtin.facts((256,), per_length=60, seed=4),
             "closed-book": _builtin.closed_book(),
         }
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
 
     config.pairs.n_prompts = 48
     config.pairs.max_new_tokens = 64
-    config.train.steps, config.train.batch_size, config.train.microbatch_size = 8, 8, 4
+    config.train.steps, config.train.batch_size, config.train.microbatch_size = 6, 8, 4
     config.train.learning_rate, config.train.final_learning_rate = 5e-5, 5e-6
     config.train.max_tokens, config.train.max_prompt_tokens = 224, 160
     config.train.compute_dtype = "float32"

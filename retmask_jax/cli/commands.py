@@ -1,6 +1,7 @@
 """What the command's stages do around their work: open the work directory, run, show a table, write the summary."""
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -20,16 +21,7 @@ from retmask_jax.hf import summary as inspection
 from retmask_jax.hf.hub import config_folder
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.model.sharding import split_cpu
-from retmask_jax.pipeline.registry import (
-    RUN,
-    STAGES,
-    STUDIED,
-    check_config,
-    check_model,
-    check_upstream,
-    is_up_to_date,
-    run_stage,
-)
+from retmask_jax.pipeline.registry import RUN, STAGES, STUDIED, check_config, check_model, check_upstream, run_stage
 from retmask_jax.reports import comparison, html, plotting
 from retmask_jax.reports.comparison import COMPARISON
 from retmask_jax.reports.panel import findings, gains, page, profiles, sources
@@ -74,8 +66,7 @@ def _in_order(context: Context, stages: Sequence[Stage], summary: Path, report: 
     """Run stages, each skipped where its inputs have not changed, and show their numbers."""
     numbers = {}
     for stage in stages:
-        _say_how_long(context, stage)
-        result, ran = run_stage(context, stage)
+        result, ran = run_stage(context, stage, functools.partial(_say_how_long, context, stage))
         numbers |= result.numbers
         if not primary():
             continue
@@ -98,9 +89,7 @@ def one_stage(config: ConfigDict, root: Path, name: str, aside: bool = False) ->
     """Run one stage on the results of those before it; returns its result. aside: as of `Workdir.open`."""
     stage = STAGES[name]
     context = _open(config, root, (stage,), aside=aside, model=stage.needs_model)
-    check_upstream(context, stage)
-    _say_how_long(context, stage)
-    result, ran = run_stage(context, stage)
+    result, ran = run_stage(context, stage, functools.partial(_say_how_long, context, stage))
     if primary():
         if not ran:
             print(f"{name}: unchanged since {result.provenance.created}")
@@ -319,8 +308,11 @@ def _log() -> None:
 
 
 def _say_how_long(context: Context, stage: Stage) -> None:
-    """Say about how long a stage will take, where progress is shown, unless it takes seconds or has nothing to do."""
-    if not primary() or is_up_to_date(context, stage) or (cost := stage.cost(context)) == Cost():
+    """Say about how long a stage that begins will take, where progress is shown, unless it takes seconds only.
+
+    Of several hosts the first one says it, so nothing is done here in which all must take part.
+    """
+    if not primary() or (cost := stage.cost(context)) == Cost():
         return
     config = context.config
     duration = seconds(cost, context.outline.config, config.dtype, measured_speed(config.dtype)) / context.mesh.size

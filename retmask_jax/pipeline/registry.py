@@ -1,8 +1,8 @@
 """All stages in one table, what `run` and `study` do in order, and what must hold before and while a stage runs."""
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
@@ -53,13 +53,20 @@ RUN = (*REPORT.upstream, REPORT)
 STUDIED = (*STUDY.upstream, STUDY)
 
 
-def run_stage(context: Context, stage: Stage) -> tuple[Result, bool]:
-    """(result, whether it ran now) of one stage; ValueError where a result that it reads is missing or out of date."""
+def run_stage(context: Context, stage: Stage, begins: Callable[[], None] = lambda: None) -> tuple[Result, bool]:
+    """(result, whether it ran now) of one stage; ValueError where a result that it reads is missing or out of date.
+
+    begins: Called before the work of the stage, on all hosts; not where its result is up to date.
+    """
     check_upstream(context, stage)
+
+    def work(folder: Path) -> Result:
+        begins()
+        return stage.work(context, folder)
+
     config = context.config
     about = {"model": str(config.model), "revision": config.revision, "seed": config.seed}
     try:
-        work = functools.partial(stage.work, context)
         ran = context.workdir.run(stage.name, basis(context, stage), work, about, stage.result)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
@@ -68,14 +75,6 @@ def run_stage(context: Context, stage: Stage) -> tuple[Result, bool]:
             error, stage.name, f"lower {stage.batch_key}, shorten the texts, or use more devices"
         ) from error
     return stage.of(context), ran
-
-
-def is_up_to_date(context: Context, stage: Stage) -> bool:
-    """Whether a stage has a result that `run_stage` would leave as it is."""
-    work = context.workdir
-    if not work.is_finished(stage.name) or not all(work.is_finished(needed.name) for needed in stage.upstream):
-        return False
-    return not work.provenance(stage.name).changes(basis(context, stage))
 
 
 def basis(context: Context, stage: Stage) -> Basis:

@@ -11,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 
 from retmask_jax.data.builtin_files import path_of
-from retmask_jax.data.pair_formats import iter_pairs
 from retmask_jax.data.prompts import read_prompts, source_files
 from retmask_jax.model.interventions import Head, mask_heads
 from retmask_jax.runs.context import Context
@@ -75,6 +74,7 @@ def pairs_stage(context: Context, folder: Path) -> PairsResult:
     with Store(folder / "answers") as answers:
         counts = {f"{arm}-{seed}": _write_arm(folder, prompts, answers, seed, arm) for arm, seed in runs}
         cut = _cut_short(answers)
+        examples = [example for arm, seed in runs[:1] for example in _examples(prompts, answers, seed, arm)]
     numbers = {f"pairs/{run}/kept": stats.wilson(count[pairs.KEPT], len(prompts)) for run, count in counts.items()}
     return PairsResult(
         counts=counts,
@@ -82,7 +82,7 @@ def pairs_stage(context: Context, folder: Path) -> PairsResult:
         prompts=len(prompts),
         left_out={why: n for why, n in read.counts.items() if why != pairs.KEPT} | {"too long": too_long},
         answers_cut=cut,
-        examples=_examples(folder, *runs[0]),
+        examples=examples,
         numbers=numbers | {f"pairs/{name}/answers cut": stats.wilson(n, len(prompts)) for name, n in cut.items()},
     )
 
@@ -177,18 +177,36 @@ def _url(urls: Mapping[str, str], variant: Answers, seed: int, masked: Masked) -
 
 def _write_arm(folder: Path, prompts: Sequence[dict], answers: Store, seed: int, arm: str) -> dict[str, int]:
     """Write an arm's records in the order of the prompts; returns how many prompts had which outcome."""
-    counts, rejected = collections.Counter({name: 0 for name in pairs.OUTCOMES}), ARMS[arm].rejected
+    counts = collections.Counter({name: 0 for name in pairs.OUTCOMES})
+    if ARMS[arm].rejected is None:
+        del counts["identical"]
+    write_jsonl(folder / f"{arm}-{seed}.jsonl.gz", _records(prompts, answers, seed, arm, counts))
+    return dict(counts)
+
+
+def _records(
+    prompts: Sequence[dict], answers: Store, seed: int, arm: str, counts: collections.Counter
+) -> Iterator[dict]:
+    """An arm's records in the order of the prompts; counts, which counts outcomes, is complete once all are taken."""
 
     def said_by(variant: Answers) -> Iterator[dict]:
         return (answers[seed, variant.name, prompt["id"]] for prompt in prompts)
 
-    if rejected is None:
-        del counts["identical"]
-        records = pairs.make_demonstrations(prompts, said_by(NORMAL), counts)
-    else:
-        records = pairs.make_pairs(prompts, said_by(NORMAL), said_by(rejected), counts)
-    write_jsonl(folder / f"{arm}-{seed}.jsonl.gz", records)
-    return dict(counts)
+    if (rejected := ARMS[arm].rejected) is None:
+        return pairs.make_demonstrations(prompts, said_by(NORMAL), counts)
+    return pairs.make_pairs(prompts, said_by(NORMAL), said_by(rejected), counts)
+
+
+def _examples(prompts: Sequence[dict], answers: Store, seed: int, arm: str) -> list[Example]:
+    """The first records of an arm, to be read."""
+    first = itertools.islice(_records(prompts, answers, seed, arm, collections.Counter()), SHOWN)
+    return [
+        Example(
+            question=record["messages"][-1]["content"],
+            replies={"preferred": record["chosen"], f"rejected ({arm})": record["rejected"]},
+        )
+        for record in first
+    ]
 
 
 def _cut_short(answers: Store) -> dict[str, int]:
@@ -222,18 +240,6 @@ def _check(config) -> None:
 def _check_run(config) -> None:
     if not config.pairs.prompts:
         raise ValueError("pairs.prompts names no file of prompts: set it, or run detect, knockout and rope one by one")
-
-
-def _examples(folder: Path, arm: str, seed: int) -> list[Example]:
-    """The first pairs of a run, to be read."""
-    first = itertools.islice(iter_pairs(folder / f"{arm}-{seed}.jsonl.gz"), SHOWN)
-    return [
-        Example(
-            question=pair["messages"][-1]["content"],
-            replies={"preferred": pair["chosen"], f"rejected ({arm})": pair["rejected"]},
-        )
-        for pair in first
-    ]
 
 
 def _cost(context: Context) -> Cost:

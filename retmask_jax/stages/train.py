@@ -80,7 +80,8 @@ def train_stage(context: Context, folder: Path) -> TrainResult:
     runs = {
         f"{arm}-{seed}": _trained(context, model, arm, seed, folder) for arm in section.arms for seed in section.seeds
     }
-    examples = _examples(context, folder / next(iter(runs))) if section.examples else []
+    shown = list(runs)[:1] if section.examples else []
+    examples = [example for name in shown for example in _examples(context, folder / name)]
     numbers = {f"train/{name}/final loss": stats.exact(run.steps[-1].loss, run.examples) for name, run in runs.items()}
     return TrainResult(runs=runs, numbers=numbers, examples=examples)
 

@@ -4,9 +4,16 @@ import json
 
 import pytest
 
+from retmask_jax.cli import commands
 from retmask_jax.cli.main import main
 from retmask_jax.cli.parser import name_of_results, parse, recipe_of
+from retmask_jax.pipeline.registry import STAGES, run_stage
+from retmask_jax.runs.context import Context
+from retmask_jax.runs.costs import Speed
 from retmask_jax.runs.recipes import load_recipe
+from retmask_jax.runs.stage import Stage
+from retmask_jax.runs.workdir import Result, Workdir
+from retmask_jax.utils.numbers import Number
 
 
 @pytest.mark.parametrize(
@@ -51,3 +58,25 @@ def test_a_stage_shows_its_heads_and_answers(tmp_path, capsys):
         assert f"{example['question']}  (expected: {example['expected']})" in printed
         assert example["replies"]["reply"] in printed
     assert len(result["examples"]) == 3
+
+
+def test_the_time_is_said_by_the_first_host_alone_and_only_where_a_stage_works(tmp_path, monkeypatch, capsys):
+    """What all hosts must do together, such as hashing a model's files, would never end on one of them."""
+
+    def together(*_):
+        raise AssertionError("all hosts must take part in this")
+
+    config = load_recipe("tiny")
+    context = Context(config, Workdir.open(tmp_path / "work", config))
+    monkeypatch.setattr(commands, "measured_speed", lambda dtype: Speed(1e6, 1e6))
+    with monkeypatch.context() as patch:
+        patch.setattr("retmask_jax.runs.context.first_alone", together)
+        for name in ("detect", "knockout", "rope", "pairs", "train", "eval"):
+            commands._say_how_long(context, STAGES[name])
+            assert f"{name:<9} about" in capsys.readouterr().err
+
+    begun, numbers = [], {"n": Number(1.0, None, None, 1)}
+    stage = Stage(name="easy", work=lambda *_: Result(numbers=numbers), result=Result)
+    for ran in (True, False):
+        result, now = run_stage(context, stage, lambda: begun.append("said"))
+        assert now == ran and result.numbers == numbers and begun == ["said"]

@@ -23,6 +23,7 @@ from retmask_jax.runs.context import Context
 from retmask_jax.runs.workdir import Workdir
 from retmask_jax.stages.arms import ARMS
 from retmask_jax.stages.pairs import pairs_stage, prompt_prints
+from retmask_jax.utils import files
 from retmask_jax.utils.files import read_jsonl, write_json, write_jsonl
 from retmask_jax.utils.store import Store
 
@@ -130,6 +131,24 @@ def test_files_follow_the_prompts_and_counts_add_up(prepare):
         cut = sum(not answers[1, name, i]["finished"] for i in asked)
         assert result.answers_cut[f"{name}-1"] == cut
         assert result.numbers[f"pairs/{name}-1/answers cut"].value == pytest.approx(cut / 7)
+
+
+def test_examples_are_the_first_pairs_also_where_another_host_has_written_the_file(prepare, monkeypatch):
+    context, folder = prepare(arms=("retmask",))
+    shown = pairs_stage(context, folder).examples
+    first = read_jsonl(folder / "retmask-0.jsonl.gz")[: len(shown)]
+    assert [(e.question, *e.replies.values()) for e in shown] == [
+        (pair["messages"][-1]["content"], pair["chosen"], pair["rejected"]) for pair in first
+    ]
+    assert len(shown) == 3
+    (folder / "retmask-0.jsonl.gz").unlink()
+    monkeypatch.setattr(files, "primary", lambda: False)
+    assert pairs_stage(context, folder).examples == shown and not (folder / "retmask-0.jsonl.gz").exists()
+
+
+def test_without_arms_there_are_no_pairs_and_no_examples(prepare):
+    result = pairs_stage(*prepare(arms=()))
+    assert (result.counts, result.examples) == ({}, [])
 
 
 def test_pairs_may_have_other_template_arguments_than_detection(prepare, monkeypatch):

@@ -74,8 +74,7 @@ def read(
         ValueError: A file, attribute or tensor, which is named, is missing, extra, of the wrong shape or unreadable.
             Nothing has been loaded then.
     """
-    tensors, left_out = text_tensors(read_config(folder), open_tensors(folder))
-    hf_config = text_config(read_config(folder))
+    hf_config, tensors, left_out = _open(folder)
     source = _source(folder, tensors, hf_config)
     config = from_hf(hf_config, ignore)
     shapes: dict[str, Any] = flatten_dict(plain_shapes(config), sep="/")
@@ -107,8 +106,8 @@ def read(
 
 def source_of(folder: Path) -> Source:
     """Returns the Source of a checkpoint without loading its weights; errors are those of `read`."""
-    tensors, _ = text_tensors(hf_config := read_config(folder), open_tensors(folder))
-    return _source(folder, tensors, text_config(hf_config))
+    hf_config, tensors, _ = _open(folder)
+    return _source(folder, tensors, hf_config)
 
 
 def write(
@@ -145,6 +144,12 @@ def write(
     if dtype is not None:
         hf_config["dtype" if "dtype" in hf_config else "torch_dtype"] = str(jnp.dtype(dtype))
     write_atomically(folder / "config.json", json.dumps(hf_config, indent=2) + "\n")
+
+
+def _open(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """(HF config of the language model, its tensors, the tensors that are left out) of a checkpoint."""
+    hf_config = read_config(folder)
+    return text_config(hf_config), *text_tensors(hf_config, open_tensors(folder))
 
 
 def _source(folder: Path, tensors: dict[str, Tensor], hf_config: dict[str, Any]) -> Source:
@@ -255,7 +260,7 @@ def _wider(source: Source, table, leaves) -> dict[str, Tensor]:
     if not names or source.folder is None:
         return {}
     try:
-        tensors, _ = text_tensors(read_config(source.folder), open_tensors(source.folder))
+        _, tensors, _ = _open(source.folder)
         if all(name in tensors and tensors[name].shape == _stored_shape(table[name]) for name in names):
             return {name: tensors[name] for name in names}
         problem = f"{source.folder} holds another model than was read from it"

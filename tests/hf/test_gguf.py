@@ -506,3 +506,11 @@ def _refused(path, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         rm.load(path)
     assert "\n" not in str(caught.value) and Path(path).name in str(caught.value)
+
+
+def test_a_header_is_read_once_until_its_file_changes(tmp_path):
+    path = write_gguf(GOLDEN / "mha", tmp_path / "x.gguf")
+    before = open_file(path)
+    assert open_file(path) is before
+    write_gguf(GOLDEN / "qwen3", path)
+    assert (before.architecture, open_file(path).architecture) == ("llama", "qwen3")

@@ -5,6 +5,7 @@ one takes half a second; the types and sizes of blocks come from the package.
 """
 
 import dataclasses
+import functools
 import math
 import struct
 from pathlib import Path
@@ -72,13 +73,21 @@ def is_gguf(path: Path) -> bool:
 
 
 def open_file(path: Path) -> GgufFile:
-    """Returns the header of a GGUF file.
+    """Returns the header of a GGUF file; of the last file, unless it has changed, the one that was read before.
+
+    Config, tensors, tokenizer and stop ids of a model are each read from it.
 
     Raises:
         ValueError: The file is missing, of another format or version, one of several parts, cut short or damaged.
     """
-    if check_file(path).stat().st_size < len(_MAGIC):
-        raise ValueError(f"{path} is not a GGUF file: it has {path.stat().st_size} bytes")
+    now = check_file(path).stat()
+    if now.st_size < len(_MAGIC):
+        raise ValueError(f"{path} is not a GGUF file: it has {now.st_size} bytes")
+    return _read_header(path, now.st_size, now.st_mtime_ns, now.st_ino)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_header(path: Path, *_version: int) -> GgufFile:
     data = np.asarray(np.memmap(path, np.uint8, "r"))
     try:
         metadata, tensors, end = _header(data, path)

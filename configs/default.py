@@ -133,9 +133,7 @@ def get_config() -> ConfigDict:
     # Where checkpoints go instead of the work directory: a folder, or a bucket (gs://NAME/FOLDER), to which Orbax
     # writes without a mount.
     config.train.checkpoint_folder = ""
-    config.train.examples = (
-        0  # cases of the first of eval.tasks with a context whose answers, before and after, are shown
-    )
+    config.train.examples = 0  # cases of the first of eval.tasks with a context that are shown, before and after
     config.train.profile = ()  # (first step, step after the last) of a trace for TensorBoard or Perfetto
     # Project of Weights & Biases, if installed; metrics.jsonl and tensorboard/ are always written.
     config.train.wandb = ""

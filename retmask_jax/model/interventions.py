@@ -5,7 +5,7 @@ A mask is an argument like any other: `jax.jit` compiles once for all of its val
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsInt
 
 import flax.struct
@@ -253,12 +253,7 @@ def random_heads(
         free = [head for head in all_heads(config) if head not in taken]
         return _draw(rng, free, n, "the model")
     like = _valid_heads(config, like or ())
-    taken |= set(like)
-    chosen = []
-    for layer in sorted({layer for layer, _ in like}):
-        free = [(layer, head) for head in range(config.n_heads) if (layer, head) not in taken]
-        chosen += _draw(rng, free, sum(1 for other, _ in like if other == layer), f"layer {layer}")
-    return chosen
+    return _draw_by_layer(rng, _free_by_layer(config, taken | set(like)), Counter(layer for layer, _ in like))
 
 
 def layer_matched(config: ModelConfig, heads: Iterable[Head], seed: int = 0) -> list[Head]:
@@ -275,11 +270,7 @@ def layer_matched(config: ModelConfig, heads: Iterable[Head], seed: int = 0) -> 
     [(0, 0), (0, 4), (1, 5), (1, 6), (1, 7)]
     """
     taken = set(_valid_heads(config, heads))
-    rng = np.random.default_rng(seed)
-    free = {
-        layer: [(layer, head) for head in range(config.n_heads) if (layer, head) not in taken]
-        for layer in range(config.n_layers)
-    }
+    free = _free_by_layer(config, taken)
     if sum(map(len, free.values())) < len(taken):
         raise ValueError(f"{len(taken)} other heads are wanted, the model has {sum(map(len, free.values()))} left")
     alike = Counter(layer for layer, _ in taken)
@@ -289,8 +280,7 @@ def layer_matched(config: ModelConfig, heads: Iterable[Head], seed: int = 0) -> 
             nearest = sorted(free, key=lambda other: (abs(other - layer), other))
             place = next(other for other in nearest if drawn.get(other, 0) < len(free[other]))
             drawn[place] = drawn.get(place, 0) + 1
-    layers = sorted(layer for layer, n in drawn.items() if n)
-    return [head for layer in layers for head in _draw(rng, free[layer], drawn[layer], f"layer {layer}")]
+    return _draw_by_layer(np.random.default_rng(seed), free, drawn)
 
 
 def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[int]:
@@ -364,6 +354,19 @@ def _valid_heads(config: ModelConfig, heads: Iterable[Sequence[SupportsInt]]) ->
                 f"{config.n_layers} layers of {config.n_heads} query heads"
             )
     return valid
+
+
+def _free_by_layer(config: ModelConfig, taken: set[Head]) -> dict[int, list[Head]]:
+    """The heads of each layer that are not taken."""
+    return {
+        layer: [(layer, head) for head in range(config.n_heads) if (layer, head) not in taken]
+        for layer in range(config.n_layers)
+    }
+
+
+def _draw_by_layer(rng: np.random.Generator, free: Mapping[int, list[Head]], wanted: Mapping[int, int]) -> list[Head]:
+    layers = sorted(layer for layer, n in wanted.items() if n)
+    return [head for layer in layers for head in _draw(rng, free[layer], wanted[layer], f"layer {layer}")]
 
 
 def _draw(rng: np.random.Generator, free: list[Head], wanted: int, where: str) -> list[Head]:

@@ -123,3 +123,12 @@ def test_a_begun_reply_ends_where_the_answers_first_token_begins():
     assert not {blank, *(end for (end,) in ends)} & {end for (end,) in last("codes", 1, prefix=False)[0]}
     bare = task_cases(prompter, SimpleNamespace(needles="builtin:closed_book", lengths=(), prefix=True))
     assert bare[0].tokens[-1] == hash(" is")
+
+
+def test_both_ways_to_ask_a_model_use_the_same_templates():
+    from retmask_jax.configs import default
+
+    from retmask_jax.data.prompter import CHAT, PLAIN
+
+    prompt = default.get_config().prompt
+    assert (prompt.template, prompt.plain_template) == (CHAT, PLAIN)

@@ -43,9 +43,17 @@ def lm(random_model):
 def test_a_layer_without_rope_does_not_see_the_order_of_earlier_tokens(random_model):
     """A model whose only mixing layer has no RoPE: the last logits are those of the prompt in another order."""
     config = ModelConfig(
-        vocab_size=61, hidden_size=32, mlp_size=40, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, max_length=64,
-        layer_pattern=("full", "full"), rope_pattern=(True, False),
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=32,
+        mlp_size=40,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=8,
+        max_length=64,
+        layer_pattern=("full", "full"),
+        rope_pattern=(True, False),
+    )
     lm = random_model(config)
     for place, unordered in (("1", False), ("0", True)):  # of the layer that writes nothing
         blocks = lm.params["blocks"]

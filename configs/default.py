@@ -24,6 +24,10 @@ def get_config() -> ConfigDict:
     # heads and MLPs, context the positions of long rows. Where fsdp splits weights, work without gradients uses another
     # mesh of the same devices, with one device on the fsdp axis (sharding.decoding_mesh).
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})
+    config.timings = False  # print how long each stage compiled, ran and waited; its page has that in any case
+    # Compiled programs are kept for later runs: in a folder (empty: one in the user's cache directory; "off": nowhere) of at
+    # most so many GiB, as long as they were used in so many days.
+    config.programs = ConfigDict({"folder": "", "gib": 4.0, "days": 30.0})
     config.distributed = None  # several hosts: None joins those that the environment names, True must find some
 
     config.prompt = ConfigDict()

@@ -56,6 +56,7 @@ def shared_programs(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(base / "programs"))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        patch.setenv("RETMASK_PROGRAMS", "off")  # nothing is written into the cache of who runs the tests
         if not any(item.get_closest_marker("slow") for item in request.session.items):
             patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}")
         yield

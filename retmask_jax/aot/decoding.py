@@ -28,7 +28,8 @@ from retmask_jax.aot.topology import GIB, Chip, chip_of, devices_of, estimate
 from retmask_jax.generation.batching import bucket
 from retmask_jax.generation.continuous import rows_that_fill
 from retmask_jax.generation.continuous_programs import Shared, programs
-from retmask_jax.generation.decode import Draws, generate_batch
+from retmask_jax.generation.decode import Draws
+from retmask_jax.generation.drafts import Ends, answer_batch
 from retmask_jax.generation.prefill import usual_chunk
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import forward_flops
@@ -39,6 +40,7 @@ from retmask_jax.model.sharding import ROW_AXES, decoding_mesh, full_share, held
 from retmask_jax.pipeline.registry import check_config
 from retmask_jax.stages.arms import answering
 
+_DRAFT = 16  # tokens of an answer that are read with the prompt
 _BUSY = 15 / 16  # share of the rows that are sampled, on average; the others wait to be filled again
 
 
@@ -147,18 +149,18 @@ def _detection(config: ConfigDict, model: ModelConfig, mesh: Mesh, chip: Chip) -
     new = config.detect.max_new_tokens
     length = min(bucket(max(task.lengths)), model.max_length - new)
     params = placed_shapes(model, mesh, config.dtype)
-    masks = jax.eval_shape(lambda: normalise(model).repeated(rows))
-    given = [
-        array(mesh, (rows, length), jnp.int32, "batch"),
-        array(mesh, (rows,), jnp.int32, "batch"),
-        jax.tree.map(lambda x: array(mesh, x.shape, x.dtype, "batch"), masks),
-        jax.tree.map(lambda x: array(mesh, x.shape, x.dtype), Draws.of(model, None, 0.0, 1.0)),
-        *2 * [array(mesh, (rows,), jnp.uint32, "batch")],
-    ]
+    words = np.zeros(model.vocab_size, bool)
+    whole = jax.tree.map(
+        lambda x: array(mesh, x.shape, x.dtype),
+        (Ends.of(model, words, words), jax.eval_shape(lambda: normalise(model)), np.int32(1)),
+    )
+    of_rows = [array(mesh, (rows,), jnp.int32, "batch")] * 4
+    tokens, drafts = (array(mesh, (rows, width), jnp.int32, "batch") for width in (length, min(_DRAFT, new)))
+    given = [None, tokens, *of_rows[:3], drafts, of_rows[3], *whole]
     cache = jax.eval_shape(lambda: empty_cache(model, rows, length + new, config.dtype))
     placed = jax.tree.map(lambda x: array(mesh, x.shape, x.dtype, None, "batch", "heads"), cache)
     cases = len(task.lengths) * len(task.depths) if task.per_length is None else len(task.lengths) * task.per_length
-    program = Program(generate_batch, (model, params, *given), options={"max_new_tokens": new, "probe": True})
+    program = Program(answer_batch, (model, params, *given), options={"max_new_tokens": new})
     return _Job({"prompts and tokens": program}, rows, length, new, cases, held_bytes(params), held_bytes(placed))
 
 

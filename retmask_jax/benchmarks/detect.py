@@ -13,32 +13,46 @@ from retmask_jax.data.answers import rouge1_recall
 from retmask_jax.data.needles import Case
 from retmask_jax.data.tasks import task_cases
 from retmask_jax.generation.language_model import LanguageModel, load
-from retmask_jax.heads.copy_score import RIGHT_RECALL, detect, newline_ids
+from retmask_jax.heads.builtin_cases import builtin_cases
+from retmask_jax.heads.copy_score import RIGHT_RECALL, Answer, detect, greedy_answers, newline_ids, score_answers
+from retmask_jax.heads.detection import Detection
 from retmask_jax.heads.reading import read_answers
 from retmask_jax.runs import recipes
 
 _NEEDLE = 16  # tokens of a needle, and of a question, of the random model
 _BATCH = 16
+_SHARES = (4, 2, 1)  # of a named model's longest prompt: its cases have a quarter of it, a half, and all
 
 
 def run(
-    size: str, length: int | None, layers: int | None, repeats: int, depths: int, needles: int, max_new_tokens: int
+    size: str,
+    model: str | None,
+    length: int | None,
+    layers: int | None,
+    repeats: int,
+    depths: int,
+    needles: int,
+    max_new_tokens: int,
 ) -> Report:
-    """Cases a second, depths x needles cases of one length.
+    """Cases a second: depths x needles cases of one length, for a named model of three lengths each.
 
-    The bundled model answers real cases; random models read given answers in random tokens.
+    The bundled model and one that is named answer real cases; random models read given answers in random tokens.
     """
     require("torch")
-    length = length or (512 if size == "bundled" else 2048)
-    with models.checkpoint(size, n_layers=layers) as folder:
-        lm = load(folder, models.DTYPES[size], models.mesh())
-        peer = load_peer(folder, models.DTYPES[size], "eager")
-        if size == "bundled":
+    length = length or (512 if size == "bundled" and not model else 2048)
+    with models.subject(size, model, n_layers=layers) as subject:
+        lm = load(subject.folder, subject.dtype, models.mesh())
+        peer = load_peer(subject.folder, subject.dtype, "eager")
+        if model:
+            lengths = [min(length, lm.config.max_length - max_new_tokens) // share for share in _SHARES]
+            cases = builtin_cases(lm, "detect", len(lengths) * depths * needles, lengths, seed=0)
+            rows = [_own(lm, peer, cases, max_new_tokens, repeats, subject)]
+        elif size == "bundled":
             cases = bundled_cases(length, depths, needles)
             rows = [_real(lm, peer, cases, max_new_tokens, repeats, released) for released in (True, False)]
         else:
-            rows = [_fixed(lm, peer, *fixed_cases(lm.config.vocab_size, length, depths, needles), repeats, size)]
-    setting = models.setting(size, length, lm.config)
+            rows = [_fixed(lm, peer, *fixed_cases(lm.config.vocab_size, length, depths, needles), repeats, subject)]
+    setting = subject.setting(length, lm.config)
     return Report("detect", setting | {"depths": depths, "needles": needles, "max_new_tokens": max_new_tokens}, rows)
 
 
@@ -90,7 +104,7 @@ def _real(
     lm: LanguageModel, peer: Any, cases: Sequence[Case], max_new_tokens: int, repeats: int, released: bool
 ) -> Row:
     batch_size = min(_BATCH, len(cases))
-    stop_ids = None if released else {*lm.config.eos_ids, *newline_ids(lm.tokenizer).tolist()}
+    stop_ids = None if released else {*lm.config.eos_ids, *newline_ids(lm.tokenizer).tolist()}  # none before its words
     timed = alternate(
         {
             "ours": lambda: detect(lm, cases, max_new_tokens=max_new_tokens, batch_size=batch_size, released=released),
@@ -109,6 +123,50 @@ def _real(
     return speed_row(name, timed["ours"], timed["peer"], **shared, target=25, bounds=bounds, facts=facts)
 
 
+def _own(
+    lm: LanguageModel, peer: Any, cases: Sequence[Case], max_new_tokens: int, repeats: int, subject: models.Subject
+) -> Row:
+    """Both sides decode answers of their own to a stop id or a line end; keys are compared as far as they say the same."""
+    newline = newline_ids(lm.tokenizer).tolist()
+    options = {"max_new_tokens": max_new_tokens, "stop_ids": lm.config.eos_ids, "line_ends": newline}
+
+    def ours() -> tuple[Sequence[Answer], Detection]:
+        found = greedy_answers(lm, cases, max_new_tokens, min(_BATCH, len(cases)), released=False, read=True)
+        return found, score_answers(lm, cases, found, max_new_tokens=max_new_tokens)
+
+    def detected(case: Case, **more: Any) -> Detected:
+        return published_detection(peer, case.tokens, case.span, **options, **more)
+
+    timed = alternate({"ours": ours, "peer": lambda: [detected(case) for case in cases]}, repeats)
+    (found, detection), theirs = timed["ours"].result, timed["peer"].result
+    same = [_agree(tokens_N, other.tokens) for (tokens_N, _), other in zip(found, theirs, strict=True)]
+    share, gap = agreement(
+        [key_NLH[:n] for (_, key_NLH), n in zip(found, same, strict=True)],
+        [other.argmax[:n] for other, n in zip(theirs, same, strict=True)],
+        lambda i: detected(cases[i], keep_weights=True).weights,
+    )
+    bounds = [Bound("cases counted", detection.reasons.get("counted", 0), ">=", 1)]
+    bounds += _equal_keys(share, gap) if subject.dtype == "float32" else []
+    lengths = sorted({case.spec.length for case in cases})
+    name = (
+        f"{subject.name}, {len(cases)} cases of {lengths[0]} to {lengths[-1]} tokens, answers end at EOS or a line end"
+    )
+    facts = {"outcomes": detection.reasons, "equal keys": share, "weight between keys": gap}
+    facts |= {"tokens of peer": sum(len(other.tokens) for other in theirs), "equal tokens": sum(same)}
+    shared = {"work": len(cases), "what": "cases"}
+    return speed_row(name, timed["ours"], timed["peer"], **shared, target=3, bounds=bounds, facts=facts)
+
+
+def _agree(ours: Int[np.ndarray, " N"], theirs: Int[np.ndarray, " M"]) -> int:
+    """The number of tokens with which both answers begin."""
+    n = min(len(ours), len(theirs))
+    return int(np.argmin([*(ours[:n] == theirs[:n]), False]))
+
+
+def _equal_keys(share: float, gap: float) -> list[Bound]:
+    return [Bound("equal keys", share, ">=", 0.999), Bound("weight between keys", gap, "<=", 1e-5)]
+
+
 def _fixed(
     lm: LanguageModel,
     peer: Any,
@@ -116,7 +174,7 @@ def _fixed(
     answers: Sequence[list[int]],
     spans: Sequence[tuple[int, int]],
     repeats: int,
-    size: str,
+    subject: models.Subject,
 ) -> Row:
     def peer_case(i: int, **options: Any) -> Detected:
         return published_detection(peer, prompts[i], spans[i], max_new_tokens=_NEEDLE, fixed=answers[i], **options)
@@ -131,10 +189,9 @@ def _fixed(
         timed["ours"].result, timed["peer"].result, lambda i: peer_case(i, keep_weights=True).weights
     )
     # In 16 bits both sides round at every layer, and either may look at another key because of that.
-    exact = models.DTYPES[size] == "float32"
-    bounds = [Bound("equal keys", share, ">=", 0.999), Bound("weight between keys", gap, "<=", 1e-5)] if exact else []
-    name = f"{size}, {len(prompts)} cases of {len(prompts[0])} tokens, {_NEEDLE} fixed"
-    target = {"30m": 1.5, "8b": 5}[size]
+    bounds = _equal_keys(share, gap) if subject.dtype == "float32" else []
+    name = f"{subject.name}, {len(prompts)} cases of {len(prompts[0])} tokens, {_NEEDLE} fixed"
+    target = {"30m": 1.5, "8b": 5}[subject.size]
     compared = int(sum(keys.size for keys in timed["peer"].result))
     facts = {"keys compared": compared, "equal keys": share, "weight between keys": gap}
     shared = {"work": len(prompts), "what": "cases"}

@@ -27,6 +27,7 @@ _MEMORY_SHAPE = {"vocab_size": 2**17, "n_layers": 2}
 
 def run(
     size: str,
+    model: str | None,
     length: int | None,
     layers: int | None,
     repeats: int,
@@ -45,27 +46,35 @@ def run(
     if not lora_rank:
         require("torch"), require("trl")
     length = length or 1024
-    settings = dpo_settings(pairs, models.DTYPES[size], remat, lora_rank)
-    with models.checkpoint(size, n_layers=layers) as folder, tempfile.TemporaryDirectory() as work:
+    with models.subject(size, model, n_layers=layers) as subject, tempfile.TemporaryDirectory() as work:
+        settings = dpo_settings(pairs, subject.dtype, remat, lora_rank)
         if lora_rank:
-            rows = _adapters(folder, settings, length, repeats, size)
+            rows = _adapters(subject, settings, length, repeats)
         else:
-            rows = _steps(folder, Path(work), settings, length, repeats, size)
-    if memory_length and not lora_rank:
-        with models.checkpoint(size, **_MEMORY_SHAPE) as folder:
-            rows += _memory(folder, memory_length)
+            rows = _steps(subject, Path(work), settings, length, repeats)
+        if memory_length and not lora_rank and model:
+            rows += _memory(subject.folder, memory_length)
+    if memory_length and not lora_rank and not model:
+        with models.subject(size, **_MEMORY_SHAPE) as wide:
+            rows += _memory(wide.folder, memory_length)
     setting = {
-        "size": size,
+        "size": subject.name,
         "compute_dtype": settings.compute_dtype,
         "length": length,
         "layers": layers,
         "pairs": pairs,
     }
-    setting |= {"remat": remat, "lora_rank": lora_rank, "memory_length": memory_length, "memory_shape": _MEMORY_SHAPE}
+    setting |= {
+        "remat": remat,
+        "lora_rank": lora_rank,
+        "memory_length": memory_length,
+        "memory_shape": None if model else _MEMORY_SHAPE,
+    }
     return Report("dpo", setting, rows)
 
 
-def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: int, size: str) -> list[Row]:
+def _steps(subject: models.Subject, work: Path, settings: Settings, length: int, repeats: int) -> list[Row]:
+    folder = subject.folder
     pairs = random_pairs(models.read_shape(folder).vocab_size, length, settings.batch_size)
     ours = OurTrainer(folder, pairs, settings)
     peers = {
@@ -80,7 +89,7 @@ def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: i
     timed = alternate(contenders | {"reference": ours.reference_pass}, repeats)
 
     tokens = 2 * settings.batch_size * length
-    name = f"{size}, {settings.batch_size} pairs of {length}"
+    name = f"{subject.name}, {settings.batch_size} pairs of {length}"
     step, reference = timed["ours"], timed["reference"]
     whole = Timed(step.first, tuple(s + r / _EPOCHS for s, r in zip(step.runs, reference.runs, strict=True)))
     ref_difference = _relative(ours.reference, peers["precomputed"].reference)
@@ -97,11 +106,12 @@ def _steps(folder: Path, work: Path, settings: Settings, length: int, repeats: i
     ]
 
 
-def _adapters(folder: Path, settings: Settings, length: int, repeats: int, size: str) -> list[Row]:
+def _adapters(subject: models.Subject, settings: Settings, length: int, repeats: int) -> list[Row]:
+    folder = subject.folder
     pairs = random_pairs(models.read_shape(folder).vocab_size, length, settings.batch_size)
     ours = OurTrainer(folder, pairs, settings)
     timed = alternate({"ours": ours.step, "reference": ours.reference_pass}, repeats)
-    name = f"{size}, {settings.batch_size} pairs of {length}, adapters of rank {settings.lora_rank}"
+    name = f"{subject.name}, {settings.batch_size} pairs of {length}, adapters of rank {settings.lora_rank}"
     shared = {"work": 2 * settings.batch_size * length, "what": "tokens"}
     return [
         speed_row(name, timed["ours"], None, **shared),

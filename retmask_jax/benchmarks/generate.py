@@ -15,22 +15,24 @@ from retmask_jax.generation.batching import pad_rows
 from retmask_jax.generation.language_model import LanguageModel, load
 from retmask_jax.model.interventions import Interventions, mask_heads, random_heads, stack
 
-_TARGETS = {"bundled": 15, "30m": 2, "8b": None}
+_TARGETS = {"bundled": 15, "30m": 2, "8b": None, models.OWN: 1.5}
 _MASK_COST = 0.05
 
 
-def run(size: str, length: int | None, layers: int | None, repeats: int, batch: int, new_tokens: int) -> Report:
+def run(
+    size: str, model: str | None, length: int | None, layers: int | None, repeats: int, batch: int, new_tokens: int
+) -> Report:
     """Seconds of a batch, and the shares of the machine's peaks.
 
     Prompts have from a quarter of `length` tokens to all of it; for the shares all have `length`. No token ends a row.
     """
     require("torch")
     length = length or 512
-    with models.checkpoint(size, n_layers=layers) as folder:
+    with models.subject(size, model, n_layers=layers) as subject:
         mesh = models.mesh()
-        lm = load(folder, models.DTYPES[size], mesh)
-        peer = load_peer(folder, models.DTYPES[size])
-        rows = models.text_or_random(folder, batch, length).tolist()
+        lm = load(subject.folder, subject.dtype, mesh)
+        peer = load_peer(subject.folder, subject.dtype)
+        rows = models.text_or_random(subject, batch, length).tolist()
     lengths = np.linspace(length // 4, length, batch).astype(int)
     prompts = [row[:n] for row, n in zip(rows, lengths, strict=True)]
     masks = stack([mask_heads(lm.config, random_heads(lm.config, n=4, seed=seed)) for seed in range(batch)])
@@ -43,12 +45,12 @@ def run(size: str, length: int | None, layers: int | None, repeats: int, batch: 
         repeats,
     )
     compared = compare(timed["ours"].result, timed["peer"].result, prompts, lambda tokens: next_logits(peer, tokens))
-    name = f"{size}, {batch} prompts of {lengths[0]} to {lengths[-1]}, {new_tokens} new"
-    bounds = [Bound("logit gap where tokens part", compared.gap, "<=", models.logit_tolerance(size))]
-    shared = {"work": batch * new_tokens, "what": "tokens", "target": _TARGETS[size]}
+    name = f"{subject.name}, {batch} prompts of {lengths[0]} to {lengths[-1]}, {new_tokens} new"
+    bounds = [Bound("logit gap where tokens part", compared.gap, "<=", subject.tolerance)]
+    shared = {"work": batch * new_tokens, "what": "tokens", "target": _TARGETS[subject.size]}
     speed = speed_row(name, timed["ours"], timed["peer"], **shared, bounds=bounds, facts=dataclasses.asdict(compared))
     shares = generation_rows(lm, mesh, batch, length, new_tokens, repeats, lambda rows, n: _ours(lm, list(rows), n))
-    setting = models.setting(size, length, lm.config) | {"batch": batch, "new_tokens": new_tokens}
+    setting = subject.setting(length, lm.config) | {"batch": batch, "new_tokens": new_tokens}
     return Report("generate", setting, [speed, _cost(name, timed["masked"], timed["ours"]), *shares])
 
 

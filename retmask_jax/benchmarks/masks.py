@@ -1,7 +1,10 @@
-"""A sweep of masks, logits after the last token of every prompt under every mask, against hooks on transformers."""
+"""A sweep of masks, logits after the last token of every prompt under every mask, against hooks on transformers and, for a
+model that is named, against TransformerLens and nnsight."""
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,29 +12,39 @@ from jaxtyping import Float
 
 from retmask_jax.benchmarks import models
 from retmask_jax.benchmarks.harness import Bound, Report, alternate, speed_row
-from retmask_jax.benchmarks.peers import hooked_sweep, load_peer, require
+from retmask_jax.benchmarks.mask_peers import hooked_sweep, nnsight_sweep, transformer_lens_sweep
+from retmask_jax.benchmarks.peers import load_peer, require
 from retmask_jax.generation.language_model import load
 from retmask_jax.generation.sweep import sweep
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions, mask_heads
 
 _HEADS = 4  # masked heads of one layer
-_TARGETS = {"bundled": 25, "30m": 1.2, "8b": None}
+_TARGETS = {"bundled": 25, "30m": 1.2, "8b": None, models.OWN: 2}
+_HOOKS, _LENS, _NNSIGHT = "transformers with hooks, batched", "TransformerLens", "nnsight"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def run(
-    size: str, length: int | None, layers: int | None, repeats: int, masks: int | None, prompts: int | None
+    size: str,
+    model: str | None,
+    length: int | None,
+    layers: int | None,
+    repeats: int,
+    masks: int | None,
+    prompts: int | None,
 ) -> Report:
-    """Seconds of a sweep; the peer runs the prompts of a mask as one batch and, as published scripts do, one by one."""
+    """Seconds of a sweep; peers run the prompts of a mask as one batch, and hooks also one by one, as published scripts do."""
     require("torch")
-    bundled = size == "bundled"
+    if model:
+        require("transformer_lens"), require("nnsight")
+    bundled = size == "bundled" and not model
     length = length or (128 if bundled else 512)
     masks, prompts = masks or (64 if bundled else 16), prompts or (32 if bundled else 8)
-    with models.checkpoint(size, n_layers=layers) as folder:
-        lm = load(folder, models.DTYPES[size], models.mesh())
-        peer = load_peer(folder, models.DTYPES[size])
-        tokens_MT = models.text_or_random(folder, prompts, length)
+    with models.subject(size, model, n_layers=layers) as subject:
+        lm = load(subject.folder, subject.dtype, models.mesh())
+        peers = _peers(subject)
+        tokens_MT = models.text_or_random(subject, prompts, length)
     heads = spread_masks(lm.config, masks)
     interventions = [as_interventions(lm.config, by_layer) for by_layer in heads]
     lengths_M = np.full(prompts, length, np.int32)
@@ -41,27 +54,35 @@ def run(
         with counted_compiles(compiles):
             return np.asarray(sweep(lm, tokens_MT, lengths_M, interventions))
 
-    timed = alternate(
-        {
-            "ours": ours,
-            "batched": lambda: hooked_sweep(peer, tokens_MT, heads),
-            "one by one": lambda: hooked_sweep(peer, tokens_MT, heads, one_by_one=True),
-        },
-        repeats,
-    )
+    contenders = {"ours": ours} | {name: functools.partial(run, tokens_MT, heads) for name, run in peers.items()}
+    timed = alternate(contenders, repeats)
     programs = sum("_sweep" in name for name in compiles)
     rows = []
-    for kind, target in (("batched", _TARGETS[size]), ("one by one", None)):
-        error = relative_difference(timed["ours"].result, timed[kind].result)
+    for name in peers:
+        error = relative_difference(timed["ours"].result, timed[name].result)
         bounds = [
-            Bound("logit difference", error, "<=", models.logit_tolerance(size)),
+            Bound("logit difference", error, "<=", subject.tolerance),
             Bound("compiles of the sweep", programs, "==", 1),
         ]
-        name = f"{size}, {masks} masks x {prompts} prompts of {length}; peer {kind}"
-        shared = {"work": masks * prompts, "what": "prompts"}
-        rows.append(speed_row(name, timed["ours"], timed[kind], **shared, target=target, bounds=bounds))
+        target = _TARGETS[subject.size] if name == (_LENS if model else _HOOKS) else None
+        shared = {"work": masks * prompts, "what": "prompts", "target": target, "bounds": bounds}
+        row = f"{subject.name}, {masks} masks x {prompts} prompts of {length}; peer: {name}"
+        rows.append(speed_row(row, timed["ours"], timed[name], **shared))
     more = {"masks": masks, "prompts": prompts, "heads of a mask": min(_HEADS, lm.config.n_heads)}
-    return Report("masks", models.setting(size, length, lm.config) | more, rows)
+    return Report("masks", subject.setting(length, lm.config) | more, rows)
+
+
+def _peers(subject: models.Subject) -> dict[str, Callable[..., Any]]:
+    """{name: run(tokens, masks)}; what a user of interpretability tools would take, only for a model that they load."""
+    peer = load_peer(subject.folder, subject.dtype)
+    hooks = {
+        _HOOKS: functools.partial(hooked_sweep, peer),
+        "transformers with hooks, one by one": functools.partial(hooked_sweep, peer, one_by_one=True),
+    }
+    if subject.size != models.OWN:
+        return hooks
+    tools = {_LENS: transformer_lens_sweep, _NNSIGHT: nnsight_sweep}
+    return hooks | {name: make(subject.folder, subject.dtype) for name, make in tools.items()}
 
 
 def spread_masks(config: ModelConfig, n: int) -> list[dict[int, list[int]]]:

@@ -1,4 +1,4 @@
-"""The models of the benchmarks: the bundled one, and Hugging Face checkpoints of random weights in two shapes."""
+"""The models of the benchmarks: the bundled one, checkpoints of random weights in two shapes, and any model by its name."""
 
 import concurrent.futures
 import contextlib
@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from jaxtyping import Int32
 
 from retmask_jax.benchmarks.harness import cores
-from retmask_jax.data.builtin_files import path_of
+from retmask_jax.data.builtin_files import haystack, path_of
 from retmask_jax.data.needles import read_sentences
 from retmask_jax.data.prompter import Prompter
-from retmask_jax.generation.language_model import from_params, save
+from retmask_jax.generation.language_model import from_params, load, save
 from retmask_jax.hf.checkpoint_files import read_config
 from retmask_jax.hf.families import from_hf
-from retmask_jax.hf.hub import BUNDLED
+from retmask_jax.hf.hub import BUNDLED, resolve
 from retmask_jax.hf.tokenizer import load_tokenizer
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.sharding import make_mesh, param_shapes
@@ -56,16 +56,33 @@ _SHAPES = {
     ),
 }
 DTYPES = {"bundled": "float32", "30m": "float32", "8b": "bfloat16"}
+OWN = "own"  # a model that was named, instead of one of these sizes
 
 
-def logit_tolerance(size: str) -> float:
-    """The largest difference between two sides' logits that rounding explains, as a share of the largest logit."""
-    return 1e-4 if DTYPES[size] == "float32" else 3e-2
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The model of a benchmark, as both sides load it.
 
+    Attributes:
+        size: "bundled", "30m", "8b" or OWN.
+        name: In tables.
+        folder: A checkpoint of Hugging Face.
+        dtype: Of parameters and computation.
+    """
 
-def setting(size: str, length: int, config: ModelConfig) -> dict[str, Any]:
-    """The part of a report's settings that says which model ran on how many tokens."""
-    return {"size": size, "dtype": DTYPES[size], "length": length, "layers": config.n_layers}
+    size: str
+    name: str
+    folder: Path
+    dtype: str
+
+    @property
+    def tolerance(self) -> float:
+        """The largest difference between two sides' logits that rounding explains, as a share of the largest logit."""
+        return 1e-4 if self.dtype == "float32" else 3e-2
+
+    def setting(self, length: int, config: ModelConfig) -> dict[str, Any]:
+        """The part of a report's settings that says which model ran on how many tokens."""
+        return {"size": self.name, "dtype": self.dtype, "length": length, "layers": config.n_layers}
 
 
 def shape(size: str, **changes: Any) -> ModelConfig:
@@ -74,16 +91,32 @@ def shape(size: str, **changes: Any) -> ModelConfig:
 
 
 @contextlib.contextmanager
-def checkpoint(size: str, **changes: Any) -> Generator[Path]:
-    """The folder of a model, for a `with` block; a random model is removed after it. changes: as in `shape`."""
-    if size == "bundled":
-        if any(value is not None for value in changes.values()):
-            raise ValueError("the bundled model is what it is: --layers and --vocab need --size=30m or 8b")
-        yield BUNDLED
+def subject(size: str, model: str | None = None, **changes: Any) -> Generator[Subject]:
+    """The model of a benchmark, for a `with` block; a folder that is made for it is removed after it.
+
+    Args:
+        size: Of the model, unless one is named.
+        model: A folder, hub id or .gguf file, whose weights are then written out for both sides.
+        changes: As in `shape`.
+    """
+    if (size == "bundled" or model) and any(value is not None for value in changes.values()):
+        raise ValueError(f"{model or 'the bundled model'} is what it is: --layers needs --size=30m or 8b")
+    if model is None and size == "bundled":
+        yield Subject(size, size, BUNDLED, DTYPES[size])
         return
-    with tempfile.TemporaryDirectory(prefix="retmask-bench-") as folder:
-        write_random(shape(size, **changes), Path(folder), DTYPES[size])
-        yield Path(folder)
+    found = resolve(model) if model else None
+    dtype = DTYPES[size] if found is None else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if found is not None and found.is_dir():
+        yield Subject(OWN, str(model), found, dtype)
+        return
+    with tempfile.TemporaryDirectory(prefix="retmask-bench-") as made:
+        folder = Path(made)
+        if found is None:
+            write_random(shape(size, **changes), folder, dtype)
+            yield Subject(size, size, folder, dtype)
+        else:
+            save(load(found, dtype), folder)
+            yield Subject(OWN, found.stem, folder, dtype)
 
 
 def read_shape(folder: Path) -> ModelConfig:
@@ -117,12 +150,14 @@ def bundled_prompter() -> Prompter:
     return Prompter(load_tokenizer(BUNDLED), section.template, section.chat, section.template_kwargs.to_dict())
 
 
-def text_or_random(folder: Path, n: int, length: int) -> Int32[np.ndarray, "n length"]:
-    """Windows of the bundled text for the bundled model, else random tokens."""
-    if folder != BUNDLED:
-        return random_tokens(read_shape(folder).vocab_size, n, length)
-    tokenizer: Any = load_tokenizer(folder)
-    ids = tokenizer(" ".join(read_sentences(path_of("bundled/test_text.txt"))), add_special_tokens=False)["input_ids"]
+def text_or_random(subject: Subject, n: int, length: int) -> Int32[np.ndarray, "n length"]:
+    """Windows of a text that the model knows how to read; of random tokens for a model of random weights."""
+    if subject.size not in ("bundled", OWN):
+        return random_tokens(read_shape(subject.folder).vocab_size, n, length)
+    tokenizer: Any = load_tokenizer(subject.folder)
+    bundled = subject.size == "bundled"
+    sentences = read_sentences(path_of("bundled/test_text.txt")) if bundled else haystack("builtin:essays", (length,))
+    ids = tokenizer(" ".join(sentences), add_special_tokens=False)["input_ids"]
     starts = np.linspace(0, len(ids) - length, n).astype(int)
     return np.array([ids[start : start + length] for start in starts], np.int32)
 

@@ -1,20 +1,18 @@
-"""What others run today on transformers, torch and TRL: detection, masks by hooks, generation, DPO training.
+"""What others run today on transformers, torch and TRL: detection, generation, DPO training; masks are in `mask_peers`.
 
 torch and TRL are imported by the functions that need them, so that the package works without them.
 """
 
-import contextlib
 import dataclasses
-import functools
 import importlib
 import os
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int, Int64
+from jaxtyping import Float32, Int64
 
 from retmask_jax.benchmarks.harness import cores
 from retmask_jax.benchmarks.models import read_shape
@@ -71,6 +69,7 @@ def published_detection(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int] = (),
+    line_ends: Collection[int] = (),
     fixed: Sequence[int] | None = None,
     keep_weights: bool = False,
 ) -> Detected:
@@ -78,6 +77,7 @@ def published_detection(
 
     Args:
         span: start and end of the needle in the prompt.
+        line_ends: tokens that end the answer once it has a token that is none of them.
         fixed: tokens to take in place of the decoded ones.
         keep_weights: return the attention weights of every step, too.
     """
@@ -97,7 +97,7 @@ def published_detection(
             out = model(step_ids, None, None, cache, use_cache=True, output_attentions=True)
             step_ids = out.logits[0, -1].argmax() if fixed is None else torch.tensor(fixed[step], device=model.device)
             token = step_ids.item()
-            if token in stop_ids:
+            if token in stop_ids or (token in line_ends and set(tokens) - set(line_ends)):
                 break
             keys_LH = np.zeros((n_layers, n_heads), np.int64)
             for layer in range(n_layers):
@@ -112,54 +112,6 @@ def published_detection(
                 weights.append([layer[0, :, -1].float().cpu().numpy() for layer in out.attentions])
             step_ids = step_ids.view(1, 1)
     return Detected(np.array(tokens), np.array(argmax), copied, weights)
-
-
-# --- masks by hooks ---
-
-
-@contextlib.contextmanager
-def hooked(model: Any, heads_by_layer: Mapping[int, Sequence[int]]) -> Generator[None]:
-    """Mask heads within a `with` block, by hooks that zero their columns before o_proj."""
-    width = model.config.head_dim
-
-    def zero(heads, module, inputs):
-        masked = inputs[0].clone()
-        for head in heads:
-            masked[..., head * width : (head + 1) * width] = 0
-        return (masked, *inputs[1:])
-
-    handles = [
-        model.model.layers[layer].self_attn.o_proj.register_forward_pre_hook(functools.partial(zero, heads))
-        for layer, heads in heads_by_layer.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def hooked_sweep(
-    model: Any,
-    tokens_MT: Int[np.ndarray, "M T"],
-    masks: Sequence[Mapping[int, Sequence[int]]],
-    one_by_one: bool = False,
-) -> Float32[np.ndarray, "N M V"]:
-    """Logits after the last token of every prompt under every mask {layer: heads}.
-
-    Args:
-        one_by_one: a forward pass for each prompt, as published scripts evaluate, instead of one for each mask.
-    """
-    torch = require("torch")
-    tokens = torch.from_numpy(tokens_MT).long().to(model.device)
-    parts = tokens.split(1) if one_by_one else [tokens]
-    out = []
-    with torch.no_grad():
-        for heads_by_layer in masks:
-            with hooked(model, heads_by_layer):
-                logits = [model(part, use_cache=False, logits_to_keep=1).logits[:, 0].float() for part in parts]
-            out.append(torch.cat(logits).cpu().numpy())
-    return np.stack(out)
 
 
 # --- generation ---

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from retmask_jax.benchmarks import models
-from retmask_jax.generation.decode import Draws, generate_batch
+from retmask_jax.generation.drafts import Ends, answer_batch
 from retmask_jax.generation.language_model import load
 from retmask_jax.heads.reading import own_choices, read_batch
 from retmask_jax.model import sharding
@@ -76,14 +76,15 @@ def reading(config: ModelConfig, length: int) -> Program:
 
 
 def decoding(config: ModelConfig, length: int) -> Program:
-    """Detection in one case of `length` tokens by prefill and a few probed steps."""
+    """Detection in one case of `length` tokens, an answer of which is foreseen in part, and the rest decoded."""
 
     def arguments():
-        row, tokens = jnp.zeros(1, jnp.uint32), jnp.ones((1, length), jnp.int32)
-        lengths, masks = jnp.full(1, length, jnp.int32), normalise(config)
-        return _params(config), tokens, lengths, masks, Draws.of(config, (), 0.0, 1.0), row, row
+        start, end, tokens = jnp.zeros(1, jnp.int32), jnp.full(1, length, jnp.int32), jnp.ones((1, length), jnp.int32)
+        words, draft = np.zeros(config.vocab_size, bool), jnp.ones((1, _PROBED // 2), jnp.int32)
+        texts = None, tokens, start, end, end - _PROBED // 2, draft, end * 0 + _PROBED // 2
+        return _params(config), *texts, Ends.of(config, words, words), normalise(config), jnp.int32(length + _PROBED)
 
-    return Program(generate_batch, (config,), arguments, {"max_new_tokens": _PROBED, "probe": True})
+    return Program(answer_batch, (config,), arguments, {"max_new_tokens": _PROBED})
 
 
 def dpo_step(config: ModelConfig, length: int, pairs: int = 1) -> Program:

@@ -34,6 +34,7 @@ from retmask_jax.stages.eval import EVAL, EvalResult
 from retmask_jax.stages.knockout import KNOCKOUT
 from retmask_jax.stages.train import TRAIN
 from retmask_jax.training.pretrain import build
+from retmask_jax.utils import compiled
 from retmask_jax.utils.files import read_json, write_json
 from retmask_jax.utils.fingerprints import fingerprint
 from retmask_jax.utils.hosts import join, primary
@@ -72,6 +73,7 @@ def _in_order(context: Context, stages: Sequence[Stage], summary: Path, report: 
             continue
         state = f"done in {result.seconds:.0f} s" if ran else "unchanged"
         print(f"{stage.name:<9} {state}", flush=True)
+        _say_where_time_went(context, result)
         if ran:
             _show(stage, result)
     if not primary():
@@ -93,6 +95,7 @@ def one_stage(config: ConfigDict, root: Path, name: str, aside: bool = False) ->
     if primary():
         if not ran:
             print(f"{name}: unchanged since {result.provenance.created}")
+        _say_where_time_went(context, result)
         _show(stage, result)
     if name == "compare":
         run_stage(context, COMPARISON)
@@ -282,6 +285,8 @@ def _open(
     """
     _log()
     split_cpu(config.cpu_devices)
+    keep = config.programs
+    compiled.keep_programs(keep.folder or None, compiled.Limits(keep.gib, keep.days))
     join(config.distributed)
     if stages and primary():
         check_free(root)
@@ -318,6 +323,12 @@ def _say_how_long(context: Context, stage: Stage) -> None:
     duration = seconds(cost, context.outline.config, config.dtype, measured_speed(config.dtype)) / context.mesh.size
     if duration >= _WORTH_SAYING:
         print(f"{stage.name:<9} {in_words(duration)}", file=sys.stderr, flush=True)
+
+
+def _say_where_time_went(context: Context, result: Result) -> None:
+    """Print how long a stage compiled, ran and waited, where the config asks for it."""
+    if context.config.timings:
+        print(f"          {result.spent.in_words(result.seconds)}", flush=True)
 
 
 def _show(stage: Stage, result: Result) -> None:

@@ -18,7 +18,7 @@ from retmask_jax import __version__
 from retmask_jax.generation.language_model import load
 from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.model.attention import kernel_for
-from retmask_jax.utils import memory
+from retmask_jax.utils import compiled, memory
 from retmask_jax.utils.keys import without_secrets
 from retmask_jax.utils.progress import track
 from retmask_jax.utils.versions import NOT_INSTALLED, installed_versions
@@ -133,7 +133,7 @@ def _storage(folder: Path) -> list[Finding]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     places = {"results": folder, "models of the hub": Path(HF_HUB_CACHE)}
-    return [_free(name, path) for name, path in places.items()]
+    return [*(_free(name, path) for name, path in places.items()), _programs()]
 
 
 def _free(name: str, path: Path) -> Finding:
@@ -143,6 +143,20 @@ def _free(name: str, path: Path) -> Finding:
         return Finding("disk", name, f"{there} cannot be written", "choose a --workdir, or set HF_HOME")
     todo = "" if free > 20 else "a model of 8B takes 16 GB, its checkpoints 3 to 6 times as much"
     return Finding("disk", name, f"{free:.0f} GiB free", todo)
+
+
+def _programs() -> Finding:
+    """What is kept of compiled programs, and its limits."""
+    name = "compiled programs"
+    folder = compiled.keep_programs()
+    if folder is None:
+        return Finding(
+            "disk", name, "not kept: every run compiles anew", "unset RETMASK_PROGRAMS, or let it name a folder"
+        )
+    kept = compiled.kept(folder)
+    gib, days = compiled.LIMITS
+    limits = f"at most {gib:g} GiB, each for {days:g} days after its last use"
+    return Finding("disk", name, f"{kept.programs} of {kept.bytes / _GIB:.2f} GiB in {folder}; {limits}")
 
 
 def _hub() -> list[Finding]:

@@ -350,6 +350,8 @@ def _add_benchmarks(stage: argparse.ArgumentParser) -> None:
         one = benchmarks.add_parser(name, help=text, description=f"Measure {text}.", allow_abbrev=False)
         sizes = ("bundled", "30m", "8b") if name not in ("dpo", "memory") else ("30m", "8b")
         one.add_argument("--size", choices=sizes, default=sizes[0], help=f"model (default: {sizes[0]})")
+        if name != "memory":
+            one.add_argument("--model", help="a folder, hub id or .gguf file instead of --size")
         one.add_argument("--length", type=int, help="tokens of a prompt or row (default: as in the tables)")
         one.add_argument("--layers", type=int, help="layers of a random model, to try a large shape on a small machine")
         if name == "memory":

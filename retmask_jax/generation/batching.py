@@ -32,10 +32,12 @@ def full_batches(items: Sequence, batch_size: int) -> Iterator[list]:
         yield batch + batch[-1:] * (batch_size - len(batch))
 
 
-def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens i32[B,T] right-padded, lengths i32[B])."""
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_id: int, *, multiple_of: int = 1, least: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens i32[B,T] right-padded, lengths i32[B]). T is at least `least`, above that a multiple."""
     lengths = np.array([len(row) for row in rows], np.int32)
-    width = -(-int(lengths.max()) // multiple_of) * multiple_of
+    width = max(least, -(-int(lengths.max()) // multiple_of) * multiple_of)
     tokens = np.full((len(rows), width), pad_id, np.int32)
     for padded, row in zip(tokens, rows, strict=True):
         padded[: len(row)] = row

@@ -34,6 +34,7 @@ NO_STOP = -1
 # XLA generates, those of each layer would be copied first, which takes longer than the product of a few rows. Other
 # devices ignore the option.
 DECODING = {"xla_gpu_enable_triton_gemm": False}
+_SHARED = 8  # limits of new tokens up to a multiple of this share a program
 _ALIGNED = 16  # slots of a cache: rows of keys then begin where a GPU or a vector unit can load many at once
 
 
@@ -88,7 +89,12 @@ def generate(
     check_options(max_new_tokens, temperature, top_p)
     draws = Draws.of(config, stop_ids, temperature, top_p)
     masks = normalise(config, interventions, len(tokens))
-    return _generate(config, params, tokens, lengths, masks, draws, seed, max_new_tokens=max_new_tokens, probe=probe)
+    out = _generate(config, params, tokens, lengths, masks, draws, seed, max_new_tokens=max_new_tokens, probe=probe)
+    if max_new_tokens % _SHARED == 0:
+        return out
+    return out.replace(
+        tokens=out.tokens[:, :max_new_tokens], argmax=None if out.argmax is None else out.argmax[:, :max_new_tokens]
+    )
 
 
 def generate_many(
@@ -140,11 +146,12 @@ def generate_many(
 
 
 class Draws(NamedTuple):
-    """How tokens are drawn and what ends a row, as arrays: no value compiles anything."""
+    """How tokens are drawn and what ends a row, as arrays: no value compiles anything. most: tokens of a row."""
 
     stop_ids: Any
     temperature: Any
     top_p: Any
+    most: Any = np.int32(np.iinfo(np.int32).max)
 
     @classmethod
     def of(cls, config: ModelConfig, stop_ids: Sequence[int] | None, temperature: float, top_p: float) -> "Draws":
@@ -193,9 +200,10 @@ def generate_batch(
     """The compiled program of `generate`, for prompts padded to a bucket.
 
     Args:
+        max_new_tokens: Width of the result; `draws.most` may be less.
         seeds_B, rows_B: u32, as in `row_keys`.
     """
-    longest = lengths_B.max() + max_new_tokens
+    longest = lengths_B.max() + jnp.minimum(draws.most, max_new_tokens)
     return _generate_rows(
         config, params, tokens_BT, lengths_B, masks, draws, seeds_B, rows_B, longest, max_new_tokens, probe
     )
@@ -245,7 +253,7 @@ def _generate_rows(
 
     def unfinished(state):
         step, _, _, done_B, *_ = state
-        return (step < max_new_tokens) & ~done_B.all()
+        return (step < jnp.minimum(draws.most, max_new_tokens)) & ~done_B.all()
 
     def decode(state):
         step, cache, token_B, done_B, count_B, stop_B, buffers = state
@@ -281,7 +289,7 @@ def _generate(
     max_new_tokens: int,
     probe: bool,
 ) -> Generated:
-    """`generate`, from tokens and options that are checked."""
+    """`generate`, from tokens and options that are checked; the result may have room for more tokens."""
     lengths, seeds = np.asarray(lengths, np.int32), np.asarray(seed)
     if lengths.min(initial=1) < 1 or lengths.max(initial=1) > tokens.shape[1]:
         raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}; tokens have 1 to {tokens.shape[1]}")
@@ -295,12 +303,13 @@ def _generate(
         pad_to_bucket(config, tokens, max_new_tokens),
         lengths,
         masks.repeated(len(tokens)),  # shared masks, too: one program for both
-        draws,
+        draws._replace(most=np.int32(max_new_tokens)),
         np.broadcast_to(seeds, len(tokens)).astype(np.uint32),
         rows.astype(np.uint32),
     )
     with mesh_of(params):
-        return generate_batch(config, params, *arguments, max_new_tokens=max_new_tokens, probe=probe)
+        width = -(-max_new_tokens // _SHARED) * _SHARED
+        return generate_batch(config, params, *arguments, max_new_tokens=width, probe=probe)
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool
@@ -78,7 +79,7 @@ def find_heads(
     """
     if detector not in DETECTORS:
         raise ValueError(f"detector is {detector!r}; it must be one of {', '.join(DETECTORS)}")
-    cases = _cases(lm, "detect", needles, haystack, n, lengths, seed)
+    cases = builtin_cases(lm, "detect", n, lengths, seed, needles, haystack)
     found = DETECTORS[detector](lm, cases, batch_size=batch_size)
     others = ", ".join(f"{outcome}: {count}" for outcome, count in found.reasons.items() if outcome != "counted")
     print(f"{found.reasons['counted']} of {len(cases)} cases count" + (f" ({others})" if others else ""))
@@ -117,14 +118,23 @@ def needle_recall(
     iv = interventions or Interventions()
     if iv.has_rows:
         raise ValueError("needle_recall takes one mask for all cases, these interventions have one for each row")
-    cases = _cases(lm, "test", needles, haystack, n, lengths, seed)
+    cases = builtin_cases(lm, "test", n, lengths, seed, needles, haystack)
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "what": "recall"}
     (texts,) = answers(lm, cases, [iv], **options)
     return hits(texts, cases)
 
 
-def _cases(lm: LanguageModel, use: str, needles, haystack, n: int, lengths: Sequence[int], seed: int) -> list[Case]:
-    """The first n of the cases that each length gets in turn, in the order of the lengths."""
+def builtin_cases(
+    lm: LanguageModel,
+    use: Literal["detect", "test"],
+    n: int,
+    lengths: Sequence[int],
+    seed: int,
+    needles: str | os.PathLike | Sequence[Needle] | None = None,
+    haystack: str | os.PathLike | None = None,
+) -> list[Case]:
+    """The first n of the cases that each length gets in turn, in the order of the lengths; arguments and errors as of
+    `find_heads`. use: which of the built-in needles are asked for."""
     if n < 1 or not lengths:
         raise ValueError(f"{n} cases of lengths {tuple(lengths)} were asked for: ask for at least one")
     if max(lengths) >= lm.config.max_length:

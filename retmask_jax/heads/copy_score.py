@@ -15,10 +15,10 @@ from jaxtyping import Float32, Int
 
 from retmask_jax.data.answers import rouge1_recall
 from retmask_jax.data.needles import Case
-from retmask_jax.generation.decode import generate_many
+from retmask_jax.generation.decode import Generated, generate_many
+from retmask_jax.generation.drafts import Ends, answer_drafts
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.heads.detection import COUNTED, Detection, collect
-from retmask_jax.heads.reading import read_answers
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.layers import unembed
 from retmask_jax.model.masking import normalise
@@ -26,6 +26,7 @@ from retmask_jax.model.sharding import mesh_of
 from retmask_jax.model.transformer import check_tokens, hidden
 from retmask_jax.utils.progress import track
 
+_CLOSING = 4  # tokens of an answer after the needle's words that are expected, and not decoded one by one
 RIGHT_RECALL = 0.5  # ROUGE-1 recall of the reference above which an answer is right
 
 # The tokens of a greedy answer, and for each the key position that each head weighs most when it predicts the token.
@@ -96,7 +97,7 @@ def _next_token(config, params, tokens_1T, last):
     return jnp.argmax(logits_V), out.probed.keys[0, 0, :, :, 0]
 
 
-# --- the same made fast: in batches, with a cache, and read in one pass where the answer can be foreseen ---
+# --- the same made fast: in batches, with a cache, and with what can be foreseen of an answer read in one pass ---
 
 
 def detect(
@@ -120,14 +121,13 @@ def detect(
         batch_size: Cases that are decoded together.
         released: Repeat the detector that was released with the paper: it always decodes max_new_tokens tokens and
             counts repeated copies again, so that scores can exceed 1.
-        read: Where most answers of a first batch begin with the needle's words, read that answer after the other
-            prompts in one pass (`read_answers`), and decode only the cases in which the model says something else. The
-            scores are the same.
+        read: Read the needle's words after each prompt in the same pass, and decode from where the model says something
+            else (`answer_drafts`); False decodes all. The scores are the same.
 
     Raises:
         NoCaseCounts: No case counts; a ValueError.
     """
-    found = _greedy_answers(lm, cases, max_new_tokens, batch_size, released, read)
+    found = greedy_answers(lm, cases, max_new_tokens, batch_size, released, read)
     return score_answers(lm, cases, found, max_new_tokens=max_new_tokens, released=released)
 
 
@@ -194,84 +194,75 @@ def _outcome(answer: str, reference: str, cut: bool) -> str:
     return "wrong answer, cut at the token limit" if cut else "wrong answer"
 
 
-def _greedy_answers(
+def greedy_answers(
     lm: LanguageModel, cases: Sequence[Case], max_new_tokens: int, batch_size: int, released: bool, read: bool
 ) -> list[Answer]:
-    """Returns the greedy answer to each case."""
-    stop_ids = () if released else None
-    decode = functools.partial(_decode, lm, cases, max_new_tokens, batch_size, stop_ids)
-    found: dict[int, Answer] = {}
-    first = sorted(range(len(cases)), key=lambda i: len(cases[i].tokens))[:batch_size]
-    if read and not released and lm.config.eos_ids and len(first) < len(cases):
-        found |= decode(first)
-        closing = _usual_closing([cases[i] for i in first], [found[i][0] for i in first], max_new_tokens)
-        if closing is not None:
-            others = [i for i in range(len(cases)) if i not in found]
-            found |= _read_expected(lm, cases, others, closing, max_new_tokens, batch_size)
-    found |= decode([i for i in range(len(cases)) if i not in found])
+    """Returns the greedy answer to each case, to what ends it; arguments as of `detect`."""
+    if released or not read or not cases:
+        return _decode(lm, cases, max_new_tokens, batch_size, () if released else None)
+    words = [words_of(case) for case in cases]
+    width = max(map(len, words)) + _CLOSING
+    ends, counted = _ends(lm), 0
+
+    def note(i: int, found: Generated) -> str:
+        nonlocal counted
+        answer = lm.tokenizer.decode(found.tokens, skip_special_tokens=True)
+        counted += rouge1_recall(answer, cases[i].needle.answer) > RIGHT_RECALL
+        return f"{counted} counted"
+
+    def answers(chosen: Sequence[int], closing: tuple[int, ...]) -> dict[int, Answer]:
+        prompts, drafts = [cases[i].tokens for i in chosen], [(*words[i], *closing) for i in chosen]
+        options = {"max_new_tokens": max_new_tokens, "width": width, "batch_size": batch_size, "what": "detect"}
+        of_chosen = answer_drafts(lm, prompts, drafts, ends, note=lambda k, found: note(chosen[k], found), **options)
+        return {i: (np.asarray(one.tokens), np.asarray(one.argmax)) for i, one in zip(chosen, of_chosen, strict=True)}
+
+    by_length = sorted(range(len(cases)), key=lambda i: len(cases[i].tokens))
+    first, others = by_length[:batch_size], by_length[batch_size:]
+    found = answers(first, ())
+    if others:
+        found |= answers(others, _usual_closing(lm, [words[i] for i in first], [found[i][0] for i in first]))
     return [found[i] for i in range(len(cases))]
 
 
+def _ends(lm: LanguageModel) -> Ends:
+    """Returns what ends an answer of `detect`."""
+    ids = [[i] for i in range(len(lm.tokenizer))]
+    word_V = np.array([bool(text.strip()) for text in lm.tokenizer.batch_decode(ids, skip_special_tokens=True)])
+    line_end_V = np.zeros(len(ids), bool)
+    line_end_V[newline_ids(lm.tokenizer)] = True
+    return Ends.of(lm.config, line_end_V, word_V)
+
+
 def _decode(
-    lm: LanguageModel,
-    cases: Sequence[Case],
-    max_new_tokens: int,
-    batch_size: int,
-    stop_ids: Sequence[int] | None,
-    chosen: list[int],
-) -> dict[int, Answer]:
-    """Returns the answers to the chosen cases, decoded token by token."""
+    lm: LanguageModel, cases: Sequence[Case], max_new_tokens: int, batch_size: int, stop_ids: Sequence[int] | None
+) -> list[Answer]:
+    """Returns the answers to the cases, decoded token by token."""
     decoded = generate_many(
         lm.config,
         lm.params,
-        [cases[i].tokens for i in chosen],
+        [case.tokens for case in cases],
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
         probe=True,
         what="detect",
     )
-    answers = [(np.asarray(generated.tokens), np.asarray(generated.argmax)) for generated in decoded]
-    return dict(zip(chosen, answers, strict=True))
-
-
-def _read_expected(
-    lm: LanguageModel,
-    cases: Sequence[Case],
-    chosen: list[int],
-    closing: tuple[int, ...],
-    max_new_tokens: int,
-    batch_size: int,
-) -> dict[int, Answer]:
-    """Returns the answers to those of the chosen cases in which the model says the needle's words and the closing, and
-    stops; they are read in one pass, not decoded."""
-    drafts = {i: (*words_of(cases[i]), *closing, lm.config.eos_ids[0]) for i in chosen}
-    drafts = {i: draft for i, draft in drafts.items() if len(draft) <= max_new_tokens}
-    if not drafts:
-        return {}
-    prompts = [cases[i].tokens for i in drafts]
-    read = read_answers(lm, prompts, list(drafts.values()), batch_size=batch_size, what="detect")
-    found = {}
-    for (i, draft), forced in zip(drafts.items(), read, strict=True):
-        *said, last = forced.predicted.tolist()
-        if tuple(said) == draft[:-1] and last in lm.config.eos_ids:
-            found[i] = forced.predicted[:-1], forced.argmax[:-1]
-    return found
+    return [(np.asarray(generated.tokens), np.asarray(generated.argmax)) for generated in decoded]
 
 
 def _usual_closing(
-    cases: Sequence[Case], answers: Sequence[Int[np.ndarray, " N"]], max_new_tokens: int
-) -> tuple[int, ...] | None:
-    """Returns what most answers say after the needle's words before they stop; None if most say something else."""
+    lm: LanguageModel, words: Sequence[tuple[int, ...]], answers: Sequence[Int[np.ndarray, " N"]]
+) -> tuple[int, ...]:
+    """Returns what most answers say after the needle's words, and a stop id; nothing if most say something else."""
     closings = collections.Counter(
-        tuple(map(int, tokens[len(words) :]))
-        for tokens, words in zip(answers, map(words_of, cases), strict=True)
-        if len(tokens) < max_new_tokens and tuple(tokens[: len(words)]) == words
+        tuple(map(int, tokens[len(needle) :]))
+        for tokens, needle in zip(answers, words, strict=True)
+        if tuple(tokens[: len(needle)]) == needle
     )
     most_common = closings.most_common(1)
-    if not most_common or most_common[0][1] <= len(cases) / 2:
-        return None
-    return most_common[0][0]
+    if not most_common or most_common[0][1] <= len(answers) / 2:
+        return ()
+    return *most_common[0][0], *lm.config.eos_ids[:1]
 
 
 def _line_end(tokenizer: Any, tokens_N: Int[np.ndarray, " N"], newline: Int[np.ndarray, " ids"]) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from retmask_jax.hf.checkpoint_files import CHECKPOINT_TEXTS, INDEX, read_config, weight_names
 from retmask_jax.hf.families import from_hf, ignorable
 from retmask_jax.hf.gguf.file import is_gguf
+from retmask_jax.utils.compiled import waiting
 from retmask_jax.utils.keys import is_key, without_secrets
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny"
@@ -20,6 +21,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+@waiting()
 def resolve(
     name: str | os.PathLike[str],
     *,

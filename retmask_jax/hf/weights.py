@@ -28,6 +28,7 @@ from retmask_jax.hf.wrappers import text_config, text_tensors
 from retmask_jax.model import lora
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.sharding import param_shardings, plain_shapes
+from retmask_jax.utils.compiled import waiting
 from retmask_jax.utils.files import write_atomically
 from retmask_jax.utils.hosts import primary, to_host
 from retmask_jax.utils.progress import track
@@ -53,6 +54,7 @@ class Source:
     folder: Path | None = None
 
 
+@waiting()
 def read(
     folder: Path, dtype: str, mesh: Mesh | Callable[[ModelConfig], Mesh] | None = None, ignore: Sequence[str] = ()
 ) -> tuple[ModelConfig, PyTree, Source]:

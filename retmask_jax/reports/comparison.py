@@ -10,7 +10,7 @@ from retmask_jax.reports import html, plotting
 from retmask_jax.reports.evaluation import evaluation_section
 from retmask_jax.reports.html import change, interval, p_value
 from retmask_jax.reports.page import PageResult, write_page
-from retmask_jax.reports.report import all_numbers, provenance
+from retmask_jax.reports.report import all_numbers, provenance, where_time_went
 from retmask_jax.reports.wording import TEXT_LOSS, axis
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import Stage
@@ -25,6 +25,7 @@ def write_comparison(path: Path, results: Mapping[str, Any], model: str) -> None
             html.lines(*provenance(results)),
             evaluation_section(results[COMPARE.name], trained=False),
             all_numbers(results),
+            where_time_went(results),
         ]
     write_atomically(path, html.document(f"{model} against other models", sections))
 

@@ -41,6 +41,7 @@ def write_report(path: Path, results: Mapping[str, Any], model: str) -> None:
             training_section(train),
             evaluation_section(evaluation),
             all_numbers(results),
+            where_time_went(results),
         ]
     write_atomically(path, html.document(f"Retrieval heads of {model}", sections))
 
@@ -55,6 +56,20 @@ def all_numbers(results: Mapping[str, Result]) -> Markup:
     return section(
         "All numbers", [], html.folded(f"{len(rows)} of all stages", table(["name", "value", "low", "high", "n"], rows))
     )
+
+
+def where_time_went(results: Mapping[str, Result]) -> Markup:
+    """A table of how long each stage compiled, ran and waited, folded."""
+    rows = [
+        [stage, *(f"{x:.1f}" for x in (result.seconds, spent.compiling, spent.waiting)), spent.programs, spent.found]
+        for stage, result in results.items()
+        if (spent := result.spent).programs
+    ]
+    if not rows:  # of an older version
+        return Markup()
+    head = ["stage", "seconds", "of them compiling", "waiting for files and servers", "programs", "of them kept"]
+    table_of_stages = table(head, rows, note="Kept: compiled in an earlier run and read from disk.")
+    return section("Time", [], html.folded("how long each stage took, and for what", table_of_stages))
 
 
 def provenance(results: Mapping[str, Result]) -> list[str]:

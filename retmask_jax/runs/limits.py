@@ -51,7 +51,8 @@ _LIMITS = {
     _whole(0): """seed knockout.draws knockout.seed knockout.mode_draws rope.draws rope.seed rope.windows rope.matched
         pairs.retries train.seeds train.examples train.lora_rank train.profile detectors.seeds utility.seed tasks.*.seed
         tasks.*.distractors suites.*.seed suites.niah.distractors suites.lm_eval.fewshot""",
-    _POSITIVE: """pairs.timeout train.beta train.contrast_strength train.learning_rate train.lora_alpha train.eps train.clip
+    _POSITIVE: """programs.gib programs.days
+        pairs.timeout train.beta train.contrast_strength train.learning_rate train.lora_alpha train.eps train.clip
         theta.factors""",
     _NOT_NEGATIVE: "pairs.temperature train.final_learning_rate train.weight_decay train.nll_weight train.gamma",
     _BELOW_1: "train.b1 train.b2 train.warmup",

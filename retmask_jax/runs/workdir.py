@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from retmask_jax.data.needles import Needle
 from retmask_jax.runs.recipes import as_json
+from retmask_jax.utils.compiled import Spent, spent
 from retmask_jax.utils.files import digest, read_json, wait_until_listed, wait_until_seen, write_json
 from retmask_jax.utils.hosts import first_alone, primary, wait_for_all
 from retmask_jax.utils.numbers import Number
@@ -36,7 +37,8 @@ _LOCK = ".lock"
 _ASIDE = "set-aside"
 # Keys that say how to compute and not what: batch sizes, devices, servers, what is kept and shown along the way. They
 # decide no result beyond rounding, so they may change between runs of a work directory.
-_HOW = """batch_size cpu_devices kernel mesh.* distributed headlines pairs.batch_size pairs.concurrency pairs.timeout
+_HOW = """batch_size cpu_devices kernel mesh.* distributed headlines timings programs.*
+    pairs.batch_size pairs.concurrency pairs.timeout
     pairs.retries train.microbatch_size train.reference_batch_size train.remat train.widths train.checkpoint_every
     train.checkpoint_folder train.keep train.profile train.wandb""".split()
 _FREE = ("template_kwargs", "endpoints", "models")  # sections that take any keys
@@ -112,11 +114,15 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """What every stage's result has: its headline numbers by name, a few examples, and where they come from."""
+    """What every stage's result has: its headline numbers by name, a few examples, and where they come from.
+
+    seconds: that it took. spent: how many of them were spent on compiling and waiting, and the programs it needed.
+    """
 
     numbers: dict[str, Number]
     examples: list[Example] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    spent: Spent = Spent()
     provenance: Provenance = dataclasses.field(default_factory=Provenance)
 
 
@@ -205,13 +211,13 @@ class Workdir:
         wait_until_seen(self.root / "config.json")
         if first_alone(lambda: self._prepare(stage, basis, kind)) == "finished":
             return False
-        begin = time.time()
+        begin, before = time.time(), spent()
         result = work(folder)
-        seconds = round(time.time() - begin, 1)
+        took = {"seconds": round(time.time() - begin, 1), "spent": (spent() - before).rounded()}
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         record = about | _record(stage, basis) | {"config": digest(settings_of(self.config))}
         made = Provenance(**record, run_id=uuid.uuid4().hex, created=created)
-        write_json(folder / _RESULT, dataclasses.replace(result, provenance=made, seconds=seconds))
+        write_json(folder / _RESULT, dataclasses.replace(result, provenance=made, **took))
         wait_for_all(f"{stage} ends")
         return True
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from retmask_jax.training.pairs import Question, StoredAnswer, Variant, answer
+from retmask_jax.utils.compiled import waiting
 from retmask_jax.utils.keys import clean_key, has_password, without_secrets
 from retmask_jax.utils.progress import with_rate
 
@@ -144,7 +145,8 @@ def _collect(results, stops: Mapping[str, threading.Event], concurrency: int, to
     """The answers as they come; ValueError after the last of them if some are missing."""
     answered, in_a_row, failure, running = 0, dict.fromkeys(stops, 0), None, concurrency * len(stops)
     while running:
-        url, result = results.get()
+        with waiting():
+            url, result = results.get()
         if result is None:
             running -= 1
         elif isinstance(result, _Failed):

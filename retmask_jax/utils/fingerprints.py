@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from retmask_jax.utils.compiled import waiting
 from retmask_jax.utils.files import digest
 from retmask_jax.utils.progress import track
 
@@ -18,6 +19,7 @@ _BLOCK = 2**22
 _READERS = 4  # threads; hashing does not hold the interpreter's lock
 
 
+@waiting()
 def fingerprint(*files: Path) -> str:
     """Returns a hash of the names, sizes and contents of some files.
 

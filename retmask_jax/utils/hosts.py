@@ -70,7 +70,10 @@ def wait_for_all(name: str) -> None:
     if several():
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices(name)
+        from retmask_jax.utils.compiled import waiting
+
+        with waiting():
+            multihost_utils.sync_global_devices(name)
 
 
 def first_alone(work: Callable[[], str | None]) -> str:

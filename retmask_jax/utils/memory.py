@@ -81,12 +81,20 @@ def explain(error: Exception, what: str, advice: str) -> OutOfMemory:
     return OutOfMemory(f"{what} ran out of memory{wanted}: {advice}")
 
 
-def in_batches(n: int, batch_size: int, what: str, unit: str, work: Callable[[list[int], int], Iterator]) -> list:
+def in_batches(
+    n: int,
+    batch_size: int,
+    what: str,
+    unit: str,
+    work: Callable[[list[int], int], Iterator],
+    note: Callable[[int, Any], str] | None = None,
+) -> list:
     """The results of n items, in order, under a progress bar. When memory runs out, the rest is done in half the batch.
 
     Args:
         work: Takes the indices that have no result yet and the batch size; yields (indices of a batch, their results). A
             batch may repeat an index to be full.
+        note: Called for each new result with its index; what it returns is shown after the bar.
 
     Raises:
         OutOfMemory: A single row is too much.
@@ -96,6 +104,8 @@ def in_batches(n: int, batch_size: int, what: str, unit: str, work: Callable[[li
     def run(batch_size: int) -> None:
         for batch, found in work([i for i, result in enumerate(results) if result is None], batch_size):
             for i, result in zip(batch, found, strict=True):
+                if note is not None and results[i] is None:
+                    bar.set_postfix_str(note(i, result), refresh=False)
                 results[i] = result
             bar.update(len(set(batch)))
 

@@ -10,7 +10,7 @@ from retmask_jax.reports.heads import heads_section
 from retmask_jax.reports.html import interval, table
 from retmask_jax.reports.knockout import knockout_section
 from retmask_jax.reports.page import PageResult, write_page
-from retmask_jax.reports.report import all_numbers, provenance
+from retmask_jax.reports.report import all_numbers, provenance, where_time_went
 from retmask_jax.reports.rope import rope_section
 from retmask_jax.reports.study.detectors import detectors_section
 from retmask_jax.reports.study.dynamics import dynamics_section
@@ -54,6 +54,7 @@ def write_study(path: Path, results: StudyResults, model: str) -> None:
             base_section(results.theta),
             dynamics_section(results.dynamics),
             all_numbers(vars(results)),
+            where_time_went(vars(results)),
         ]
     write_atomically(path, html.document(f"Causal study of the retrieval heads of {model}", sections))
 

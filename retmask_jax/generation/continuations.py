@@ -1,0 +1,151 @@
+"""Prompts with given tokens after them, in batches; a beginning that several prompts share is computed once."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, PyTree
+
+from retmask_jax.generation.batching import bucket, full_batches, pad_rows
+from retmask_jax.generation.prefill import prefill, share_prefixes, slots_for, usual_chunk
+from retmask_jax.model.attention import Probe
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.inference import HiddenRows
+from retmask_jax.model.kv_cache import empty_cache
+from retmask_jax.model.masking import Masks
+from retmask_jax.model.sharding import full_share
+
+# Tokens read per chunk after a shared prefix. Small, so that little is padded when continuations differ in length.
+_CHUNK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Texts that are read together.
+
+    Attributes:
+        rows: The index of each text; a full batch may repeat one.
+        prefix: The cache of the prefix that the texts continue, or None.
+        tokens_BT: The texts after the prefix, right-padded.
+        start_B: The number of the prefix's tokens that each text continues.
+        end_B: The length of each text, including the prefix.
+        prompt_B: The length of each prompt, which a text begins with.
+    """
+
+    rows: list[int]
+    prefix: PyTree | None
+    tokens_BT: Int[np.ndarray, "B T"]
+    start_B: Int[np.ndarray, " B"]
+    end_B: Int[np.ndarray, " B"]
+    prompt_B: Int[np.ndarray, " B"]
+
+
+def batches(
+    config: ModelConfig,
+    params: PyTree,
+    prompts: Sequence[Sequence[int]],
+    given: Sequence[Sequence[int]],
+    todo: Sequence[int],
+    *,
+    batch_size: int,
+    masks: Masks,
+    longest: np.int32,
+) -> Iterator[Batch]:
+    """Batches of prompts with the tokens given after them, of the indices `todo`.
+
+    Args:
+        given: For each prompt; may be empty.
+        masks: The same for all prompts.
+        longest: As in `hidden`.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    for group in share_prefixes([prompts[i] for i in todo]):
+        group = dataclasses.replace(group, members=tuple(todo[i] for i in group.members))
+        prefix = _read_prefix(config, params, group.prefix, masks, longest)
+        # After a shared prefix, chunks are computed up to the longest row of a batch. So rows are sorted by length, and
+        # batches are small on a CPU, which two rows, or one per device, keep busy. All batches are padded to one width,
+        # for one program.
+        shared = prefix is not None
+        size = min(batch_size, full_share(2 if shared and on_cpu else len(group.members)))
+        starts = dict(zip(group.members, group.starts, strict=True))
+        rest = {i: (*prompts[i][starts[i] :], *given[i]) for i in group.members}
+        least = slots_for(max(map(len, rest.values())), _CHUNK) if shared else 0
+        for batch in full_batches(sorted(rest, key=lambda i: starts[i] - len(prompts[i])), size):
+            texts = [rest[i] for i in batch]
+            tokens_BT, lengths_B = pad_rows(texts, config.pad_id, multiple_of=_CHUNK // 4, least=least)
+            start_B, prompt_B = (
+                np.array(x, np.int32) for x in ([starts[i] for i in batch], [len(prompts[i]) for i in batch])
+            )
+            yield Batch(batch, prefix, tokens_BT, start_B, start_B + lengths_B, prompt_B)
+
+
+def read_on(
+    config: ModelConfig,
+    params: PyTree,
+    prefix: PyTree | None,
+    tokens_BT: Int[jax.Array, "B T"],
+    start_B: Int[jax.Array, " B"],
+    end_B: Int[jax.Array, " B"],
+    masks: Masks,
+    rows_BP: Int[jax.Array, "B P"],
+    *,
+    more: int | None = None,
+    probe: Probe | None = None,
+    longest: jax.Array | int | None = None,
+) -> HiddenRows:
+    """`prefill` of a `Batch`, to be called under jit.
+
+    Args:
+        rows_BP: As in `prefill`; those after the end of a text stand for its last one.
+        more: Free slots for this many tokens more in the cache that is returned; None: no cache is needed.
+        probe: Asks about rows_BP, whatever its own rows are.
+        longest: As in `prefill`.
+    """
+    batch, length = tokens_BT.shape
+    n_prefix, chunk = (0, usual_chunk()) if prefix is None else (prefix["blocks"]["0"].slots, _CHUNK)
+    cache = None
+    if prefix is not None or length > chunk or more is not None:
+        dtype = jax.tree.leaves(params)[0].dtype
+        cache = empty_cache(config, batch, n_prefix + slots_for(length, chunk) + (more or 0), dtype, rings=False)
+    if prefix is not None:
+        cache = jax.tree.map(lambda new, old: new.at[_corner(new, old)].set(old), cache, prefix)
+    rows_BP = jnp.minimum(rows_BP, (end_B - start_B)[:, None] - 1)
+    return prefill(
+        config,
+        params,
+        tokens_BT,
+        end_B,
+        masks,
+        cache,
+        rows_BP,
+        start_B=None if prefix is None else start_B,
+        probe=None if probe is None else probe.replace(rows_BP=rows_BP),
+        longest=longest,
+        chunk=chunk,
+    )
+
+
+def _read_prefix(
+    config: ModelConfig, params: PyTree, prefix: Sequence[int], masks: Masks, longest: np.int32
+) -> PyTree | None:
+    """The cache of a shared prefix (one row, every position), or None for an empty one."""
+    if not prefix:
+        return None
+    length = bucket(len(prefix))
+    tokens_1T = np.pad(np.array([prefix], np.int32), ((0, 0), (0, length - len(prefix))))
+    return _prefix_cache(config, params, tokens_1T, np.array([len(prefix)], np.int32), masks, longest)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefix_cache(config, params, tokens_1T, end_1, masks, longest):
+    dtype = jax.tree.leaves(params)[0].dtype
+    cache = empty_cache(config, 1, slots_for(tokens_1T.shape[1]), dtype, rings=False)
+    return prefill(config, params, tokens_1T, end_1, masks, cache, jnp.zeros((1, 1), jnp.int32), longest=longest).cache
+
+
+def _corner(new, old):
+    """The index at which a cache [R,1,K,...] of fewer slots is copied into [R,B,K,...]: the first slots of every row."""
+    return (slice(None), slice(None), *(slice(size) for size in old.shape[2:]))

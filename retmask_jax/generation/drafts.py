@@ -1,0 +1,210 @@
+"""Greedy answers from drafts: what the model is expected to say is read with the prompt in one pass, kept as far as the
+model says the same, and decoded from there on.
+
+The answers are those of plain greedy decoding, whatever the drafts.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int, PyTree
+
+from retmask_jax.generation.batching import pad_rows
+from retmask_jax.generation.continuations import batches, read_on
+from retmask_jax.generation.decode import DECODING, NO_STOP, Draws, Generated, check_options
+from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.model.attention import Probe
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.inference import next_hidden
+from retmask_jax.model.layers import unembed
+from retmask_jax.model.masking import Masks, normalise
+from retmask_jax.model.sharding import mesh_of, row_parallel
+from retmask_jax.model.transformer import check_tokens
+from retmask_jax.utils import memory
+from retmask_jax.utils.hosts import to_host
+
+
+class Ends(NamedTuple):
+    """What ends an answer: a stop id; or a line end once the answer has a word.
+
+    Attributes:
+        stop_ids: i32, padded.
+        line_end_V: Whether a token has a line end in it.
+        word_V: Whether a token has text other than blanks.
+    """
+
+    stop_ids: Any
+    line_end_V: Any
+    word_V: Any
+
+    @classmethod
+    def of(cls, config: ModelConfig, line_end_V: Bool[np.ndarray, " V"], word_V: Bool[np.ndarray, " V"]) -> "Ends":
+        """With the model's stop ids. Ids that the tokenizer does not have are taken for words."""
+        rest = config.vocab_size - len(word_V)
+        line_end_V, word_V = line_end_V[: config.vocab_size], word_V[: config.vocab_size]
+        stop_ids = Draws.of(config, None, 0.0, 1.0).stop_ids
+        return cls(
+            stop_ids, np.pad(line_end_V, (0, max(0, rest))), np.pad(word_V, (0, max(0, rest)), constant_values=True)
+        )
+
+
+def answer_drafts(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    drafts: Sequence[Sequence[int]],
+    ends: Ends,
+    *,
+    max_new_tokens: int,
+    width: int,
+    batch_size: int = 16,
+    what: str = "answer",
+    note: Callable[[int, Generated], str] | None = None,
+) -> list[Generated]:
+    """Greedy answers to prompts, with what every head looked at.
+
+    Args:
+        drafts: What each answer is expected to begin with; may be empty.
+        max_new_tokens: The longest answer.
+        width: The tokens of a draft that are read; calls of one width share their programs.
+        batch_size: Prompts that are answered together.
+        what: Names the work in the progress bar.
+        note: Called for each answer with the index of its prompt; what it returns is shown after the bar.
+
+    Returns:
+        For each prompt, as of `generate_many` with a probe; `stops` may be a line end.
+
+    Raises:
+        ValueError: A prompt is empty, or does not fit into the model's context with its answer.
+    """
+    check_options(max_new_tokens, 0.0, 1.0)
+    if not all(prompts) or len(prompts) != len(drafts):
+        raise ValueError(f"{len(prompts)} prompts need as many drafts, and no prompt may be empty")
+    config, width = lm.config, min(width, max_new_tokens)
+    longest = max(map(len, prompts), default=0)
+    check_tokens(config, np.zeros((1, longest), np.int32), new_tokens=max_new_tokens)
+    drafts = [tuple(draft)[:width] for draft in drafts]
+    masks, longest = normalise(config), np.int32(longest + max_new_tokens)
+
+    def work(todo: list[int], batch_size: int):
+        common = {"batch_size": batch_size, "masks": masks, "longest": longest}
+        for batch in batches(config, lm.params, prompts, drafts, todo, **common):
+            draft_BN, said_B = pad_rows([drafts[i] for i in batch.rows], config.pad_id, least=width)
+            texts = batch.prefix, batch.tokens_BT, batch.start_B, batch.end_B, batch.prompt_B
+            options = {"max_new_tokens": max_new_tokens}
+            out = to_host(answer_batch(config, lm.params, *texts, draft_BN, said_B, ends, masks, longest, **options))
+            found = [jax.tree.map(lambda x, row=row: x[row], out) for row in range(len(batch.rows))]
+            yield (
+                batch.rows,
+                [one.replace(tokens=one.tokens[: one.lengths], argmax=one.argmax[: one.lengths]) for one in found],
+            )
+
+    with mesh_of(lm.params):
+        return memory.in_batches(len(prompts), batch_size, what, "answer", work, note)
+
+
+class _Rows(NamedTuple):
+    """The answers in progress.
+
+    Attributes:
+        tokens_BM: The tokens so far; count_B of them are known, and the last of these is in no cache yet.
+        argmax_BMLH: The keys that heads looked at most when the tokens were predicted.
+        stop_B: The token that ended the answer, which is not counted, or NO_STOP.
+    """
+
+    tokens_BM: Any
+    argmax_BMLH: Any
+    count_B: Any
+    done_B: Any
+    stop_B: Any
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="max_new_tokens", compiler_options=DECODING)
+@row_parallel("tokens_BT", "start_B", "end_B", "prompt_B", "draft_BN", "said_B")
+def answer_batch(
+    config: ModelConfig,
+    params: PyTree,
+    prefix: PyTree | None,
+    tokens_BT: Int[jax.Array, "B T"],
+    start_B: Int[jax.Array, " B"],
+    end_B: Int[jax.Array, " B"],
+    prompt_B: Int[jax.Array, " B"],
+    draft_BN: Int[jax.Array, "B N"],
+    said_B: Int[jax.Array, " B"],
+    ends: Ends,
+    masks: Masks,
+    longest: jax.Array,
+    *,
+    max_new_tokens: int,
+) -> Generated:
+    """The compiled program of `answer_drafts`. said_B: tokens of each draft; others as of `Batch`."""
+    width = draft_BN.shape[1]
+    rows_BP = (prompt_B - start_B)[:, None] - 1 + jnp.arange(width + 1)
+    texts = prefix, tokens_BT, start_B, end_B
+    out = read_on(config, params, *texts, masks, rows_BP, more=max_new_tokens, probe=Probe(rows_BP), longest=longest)
+    assert out.probed is not None  # it was asked for
+    chosen_BP = jnp.argmax(unembed(config, params, out.x_BPE), axis=-1).astype(jnp.int32)
+    agrees_BN = (chosen_BP[:, :width] == draft_BN) & (jnp.arange(width) < said_B[:, None])
+    known_B = jnp.cumprod(agrees_BN, axis=1).sum(axis=1) + 1
+    rows = _begin(config, ends, chosen_BP, out.probed.keys[..., 0], known_B, max_new_tokens)
+    probe = Probe(jnp.zeros((len(tokens_BT), 1), jnp.int32))
+
+    def unfinished(state):
+        return ~state[0].done_B.all()
+
+    def step(state):
+        rows, cache = state
+        last_B = rows.count_B - 1
+        token_B = jnp.take_along_axis(rows.tokens_BM, last_B[:, None], axis=1)[:, 0]
+        at_B = prompt_B + last_B
+        new = next_hidden(config, params, token_B, masks, cache=cache, start_B=at_B, probe=probe, longest=longest)
+        assert new.probed is not None  # it was asked for
+        next_B = jnp.argmax(unembed(config, params, new.x_BTE)[:, 0], axis=-1).astype(jnp.int32)
+        return _add(ends, rows, next_B, new.probed.keys[:, 0, :, :, 0]), new.cache
+
+    rows, _ = jax.lax.while_loop(unfinished, step, (rows, out.cache))
+    ours_BM = jnp.arange(max_new_tokens) < rows.count_B[:, None]
+    return Generated(jnp.where(ours_BM, rows.tokens_BM, config.pad_id), rows.count_B, rows.stop_B, rows.argmax_BMLH)
+
+
+def _begin(config, ends: Ends, chosen_BP, argmax_BPLH, known_B, max_new_tokens: int) -> _Rows:
+    """The answers after the drafts: the model's first `known_B` choices, cut where one of them ends the answer."""
+    n = min(chosen_BP.shape[1], max_new_tokens)
+    chosen_BP, argmax_BPLH = chosen_BP[:, :n], argmax_BPLH[:, :n]
+    known_B = jnp.minimum(known_B, n)
+    before_BP = jnp.cumsum(ends.word_V[chosen_BP], axis=1) - ends.word_V[chosen_BP] > 0
+    ends_BP = _ends(ends, chosen_BP, before_BP) & (jnp.arange(n) < known_B[:, None])
+    ended_B, first_B = ends_BP.any(axis=1), jnp.argmax(ends_BP, axis=1)
+    stop_B = jnp.where(ended_B, jnp.take_along_axis(chosen_BP, first_B[:, None], axis=1)[:, 0], NO_STOP)
+    more = (0, 0), (0, max_new_tokens - n)
+    return _Rows(
+        jnp.pad(chosen_BP, more, constant_values=config.pad_id),
+        jnp.pad(argmax_BPLH, (*more, (0, 0), (0, 0))),
+        jnp.where(ended_B, first_B, known_B),
+        ended_B | (known_B == max_new_tokens),
+        stop_B,
+    )
+
+
+def _add(ends: Ends, rows: _Rows, token_B, argmax_BLH) -> _Rows:
+    """The answers with the next token of each that is not done."""
+    at_B, all_B = rows.count_B, jnp.arange(len(token_B))
+    known_BM = jnp.arange(rows.tokens_BM.shape[1]) < at_B[:, None]
+    ends_B = _ends(ends, token_B, (ends.word_V[rows.tokens_BM] & known_BM).any(axis=1))
+    at_B = jnp.where(rows.done_B | ends_B, rows.tokens_BM.shape[1], at_B)  # which is dropped
+    count_B = rows.count_B + (~rows.done_B & ~ends_B)
+    return _Rows(
+        rows.tokens_BM.at[all_B, at_B].set(token_B, mode="drop"),
+        rows.argmax_BMLH.at[all_B, at_B].set(argmax_BLH, mode="drop"),
+        count_B,
+        rows.done_B | ends_B | (count_B == rows.tokens_BM.shape[1]),
+        jnp.where(ends_B & ~rows.done_B, token_B, rows.stop_B),
+    )
+
+
+def _ends(ends: Ends, token, has_words):
+    """Whether a token ends an answer that has words before it, or none."""
+    return jnp.isin(token, ends.stop_ids) | (ends.line_end_V[token] & has_words)

@@ -42,6 +42,7 @@ setup(
         "huggingface_hub>=0.34",
         "jinja2>=3.1",
         "msgspec>=0.19",
+        "filelock>=3.12",
         "safetensors>=0.5",
         "tensorflow-datasets>=4.9.8",
         "importlib_resources>=6",
@@ -60,7 +61,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "eval": ["lm-eval>=0.4.9", "pytrec-eval-terrier>=0.5"],
-        "bench": ["torch>=2.6", "trl>=0.29"],
+        "bench": ["torch>=2.6", "trl>=0.29", "transformer-lens>=4", "nnsight>=0.6"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.5",

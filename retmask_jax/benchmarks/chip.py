@@ -72,26 +72,35 @@ def generation_rows(
     new_tokens: int,
     repeats: int,
     generate: Callable[[Int[np.ndarray, "rows length"], int], object],
+    how: str = "",
 ) -> list[Row]:
     """Rows of prefill's share of the matrix-product peak and of decoding's share of the copy bandwidth.
 
     Args:
         rows: prompts, all of `length` tokens.
         generate: generates so many new tokens for given prompts.
+        how: it does that, for the names of the rows.
     """
     config, dtype = lm.config, jax.tree.leaves(lm.params)[0].dtype
     tokens = np.random.default_rng(6).integers(16, config.vocab_size, (rows, length), dtype=np.int32)
     ends = {"prefill": 1, "both": new_tokens}
     timed = alternate({name: functools.partial(generate, tokens, n) for name, n in ends.items()}, repeats)
     flops = rows * forward_flops(config, length, counted=1)
-    about = f"{rows} prompts of {length}"
+    about = f"{rows} prompts of {length}" + (f", {how}" if how else "")
     name, rate = f"prefill, {about}; peer: the machine's matrix-product peak", flops / timed["prefill"].median
     shares = [share_row(name, "FLOP", rate, product_peak(mesh, dtype), 0.5)]
     if new_tokens > 1:
         step = statistics.median(np.subtract(timed["both"].runs, timed["prefill"].runs)) / (new_tokens - 1)
         needed = decode_bytes(config, rows, length + new_tokens // 2, dtype.itemsize)
         name = f"decoding, {about}; peer: the machine's copy bandwidth"
-        shares.append(share_row(name, "B", needed / step, copy_bandwidth(mesh), 0.6))
+        row = share_row(name, "B", needed / step, copy_bandwidth(mesh), 0.6)
+        name = f"tokens a second, {about}"
+        shares += [
+            row,
+            Row(
+                name, "tokens/s", rows / step, facts={"tokens/s with prompts": rows * new_tokens / timed["both"].median}
+            ),
+        ]
     return shares
 
 

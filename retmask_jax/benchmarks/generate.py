@@ -1,6 +1,7 @@
 """Greedy generation for prompts of different lengths against transformers' generate, and what masks cost."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from retmask_jax.benchmarks.harness import Bound, Report, Row, Timed, alternate,
 from retmask_jax.benchmarks.peers import generate as peer_generate
 from retmask_jax.benchmarks.peers import load_peer, next_logits, require
 from retmask_jax.generation.batching import pad_rows
+from retmask_jax.generation.continuous import Request, generate_stream
 from retmask_jax.generation.language_model import LanguageModel, load
 from retmask_jax.model.interventions import Interventions, mask_heads, random_heads, stack
 
@@ -20,37 +22,58 @@ _MASK_COST = 0.05
 
 
 def run(
-    size: str, model: str | None, length: int | None, layers: int | None, repeats: int, batch: int, new_tokens: int
+    size: str,
+    model: str | None,
+    length: int | None,
+    layers: int | None,
+    repeats: int,
+    batch: int,
+    new_tokens: int,
+    rows: int | None,
+    alone: bool,
 ) -> Report:
     """Seconds of a batch, and the shares of the machine's peaks.
 
     Prompts have from a quarter of `length` tokens to all of it; for the shares all have `length`. No token ends a row.
+
+    Args:
+        rows: also sample for so many rows at once, as the stage `pairs` does, with a look at what memory allows.
+        alone: without a peer, where torch is not installed.
     """
-    require("torch")
+    if not alone:
+        require("torch")
     length = length or 512
     with models.subject(size, model, n_layers=layers) as subject:
         mesh = models.mesh()
         lm = load(subject.folder, subject.dtype, mesh)
-        peer = load_peer(subject.folder, subject.dtype)
-        rows = models.text_or_random(subject, batch, length).tolist()
+        peer = None if alone else load_peer(subject.folder, subject.dtype)
+        texts = models.text_or_random(subject, batch, length).tolist()
     lengths = np.linspace(length // 4, length, batch).astype(int)
-    prompts = [row[:n] for row, n in zip(rows, lengths, strict=True)]
+    prompts = [text[:n] for text, n in zip(texts, lengths, strict=True)]
     masks = stack([mask_heads(lm.config, random_heads(lm.config, n=4, seed=seed)) for seed in range(batch)])
-    timed = alternate(
-        {
-            "ours": lambda: _ours(lm, prompts, new_tokens),
-            "masked": lambda: _ours(lm, prompts, new_tokens, masks),
-            "peer": lambda: peer_generate(peer, prompts, new_tokens, lm.config.pad_id),
-        },
-        repeats,
-    )
-    compared = compare(timed["ours"].result, timed["peer"].result, prompts, lambda tokens: next_logits(peer, tokens))
+    contenders: dict[str, Callable[[], np.ndarray]] = {
+        "ours": lambda: _ours(lm, prompts, new_tokens),
+        "masked": lambda: _ours(lm, prompts, new_tokens, masks),
+    }
+    if peer is not None:
+        contenders["peer"] = lambda: peer_generate(peer, prompts, new_tokens, lm.config.pad_id)
+    timed = alternate(contenders, repeats)
     name = f"{subject.name}, {batch} prompts of {lengths[0]} to {lengths[-1]}, {new_tokens} new"
-    bounds = [Bound("logit gap where tokens part", compared.gap, "<=", subject.tolerance)]
+    bounds, facts = [], {}
+    if peer is not None:
+        ours, theirs = timed["ours"].result, timed["peer"].result
+        compared = compare(ours, theirs, prompts, lambda tokens: next_logits(peer, tokens))
+        bounds = [Bound("logit gap where tokens part", compared.gap, "<=", subject.tolerance)]
+        facts = dataclasses.asdict(compared)
     shared = {"work": batch * new_tokens, "what": "tokens", "target": _TARGETS[subject.size]}
-    speed = speed_row(name, timed["ours"], timed["peer"], **shared, bounds=bounds, facts=dataclasses.asdict(compared))
+    speed = speed_row(name, timed["ours"], timed.get("peer"), **shared, bounds=bounds, facts=facts)
     shares = generation_rows(lm, mesh, batch, length, new_tokens, repeats, lambda rows, n: _ours(lm, list(rows), n))
-    setting = subject.setting(length, lm.config) | {"batch": batch, "new_tokens": new_tokens}
+    if rows:
+        sampled = functools.partial(_sampled, lm)
+        shares += generation_rows(
+            lm, mesh, rows, length, new_tokens, repeats, sampled, how="sampled in a refilled batch"
+        )
+    setting = subject.setting(length, lm.config) | {"batch": batch, "new_tokens": new_tokens, "rows": rows}
     return Report("generate", setting, [speed, _cost(name, timed["masked"], timed["ours"]), *shares])
 
 
@@ -93,6 +116,13 @@ def _cost(name: str, masked: Timed, ours: Timed) -> Row:
     facts = {"first run s": masked.first, "runs s": masked.runs}
     name = f"{name}; a head mask per row, peer: ours without"
     return Row(name, "s", masked.median, ours.median, ratio, target, facts=facts)
+
+
+def _sampled(lm: LanguageModel, tokens: Int[np.ndarray, "rows T"], new_tokens: int) -> list:
+    """Answers to all rows, which decode at once, at RetMask's temperature."""
+    requests = [Request(row, seed=i) for i, row in enumerate(tokens.tolist())]
+    options = {"max_new_tokens": new_tokens, "temperature": 0.6, "stop_ids": ()}
+    return list(generate_stream(lm.config, lm.params, requests, batch_size=len(requests), **options))
 
 
 def _ours(

@@ -106,8 +106,8 @@ def subject(size: str, model: str | None = None, **changes: Any) -> Generator[Su
         return
     found = resolve(model) if model else None
     dtype = DTYPES[size] if found is None else "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if found is not None and found.is_dir():
-        yield Subject(OWN, str(model), found, dtype)
+    if model is not None and found is not None and found.is_dir():
+        yield Subject(OWN, Path(model).name if Path(model).is_dir() else model, found, dtype)
         return
     with tempfile.TemporaryDirectory(prefix="retmask-bench-") as made:
         folder = Path(made)
@@ -151,10 +151,10 @@ def bundled_prompter() -> Prompter:
 
 
 def text_or_random(subject: Subject, n: int, length: int) -> Int32[np.ndarray, "n length"]:
-    """Windows of a text that the model knows how to read; of random tokens for a model of random weights."""
-    if subject.size not in ("bundled", OWN):
+    """Windows of a text that the model knows how to read; random tokens for a model that has no tokenizer."""
+    tokenizer: Any = load_tokenizer(subject.folder) if subject.size in ("bundled", OWN) else None
+    if tokenizer is None:
         return random_tokens(read_shape(subject.folder).vocab_size, n, length)
-    tokenizer: Any = load_tokenizer(subject.folder)
     bundled = subject.size == "bundled"
     sentences = read_sentences(path_of("bundled/test_text.txt")) if bundled else haystack("builtin:essays", (length,))
     ids = tokenizer(" ".join(sentences), add_special_tokens=False)["input_ids"]

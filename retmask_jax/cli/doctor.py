@@ -30,6 +30,8 @@ EXTRAS = {
     "pytrec_eval": ("NDCG of the re-ranking suite", "eval"),
     "torch": ("peers of `retmask bench`", "bench"),
     "trl": ("the peer of `retmask bench dpo`", "bench"),
+    "transformer_lens": ("a peer of `retmask bench masks --model`", "bench"),
+    "nnsight": ("a peer of `retmask bench masks --model`", "bench"),
     "libtpu": ("TPUs, and `retmask train --aot=...` without one", "tpu"),
     "wandb": ("`train.wandb=PROJECT`", None),
 }

@@ -97,7 +97,11 @@ BENCHMARKS = {
     ),
     "generate": (
         "transformers' generate",
-        {"batch": (16, "number of prompts"), "new_tokens": (64, "tokens generated for each")},
+        {
+            "batch": (16, "number of prompts"),
+            "new_tokens": (64, "tokens generated for each"),
+            "rows": (None, "also sample for so many prompts at once, as the stage pairs does"),
+        },
     ),
     "dpo": (
         "TRL's DPOTrainer",
@@ -358,6 +362,8 @@ def _add_benchmarks(stage: argparse.ArgumentParser) -> None:
             one.add_argument("--measured", action="store_true", help="also measure the peak memory of runs")
         else:
             one.add_argument("--repeats", type=int, default=5, help="timed runs of each side (default: 5)")
+        if name == "generate":
+            one.add_argument("--alone", action="store_true", help="without a peer, where torch is not installed")
         if name == "dpo":
             one.add_argument("--no-remat", dest="remat", action="store_false", help="keep all activations, both sides")
         for flag, (default, about) in flags.items():

@@ -9,9 +9,13 @@ from retmask_jax.model.config import ModelConfig
 
 def pad_to_bucket(config: ModelConfig, tokens_BT: np.ndarray, max_new_tokens: int) -> np.ndarray:
     """i32: tokens padded to their bucket, or to what the model's context leaves before the new ones."""
-    width = min(bucket(tokens_BT.shape[1]), config.max_length - max_new_tokens)
-    more = (0, 0), (0, width - tokens_BT.shape[1])
+    more = (0, 0), (0, padded_width(config, tokens_BT.shape[1], max_new_tokens) - tokens_BT.shape[1])
     return np.pad(np.asarray(tokens_BT, np.int32), more, constant_values=config.pad_id)
+
+
+def padded_width(config: ModelConfig, length: int, max_new_tokens: int) -> int:
+    """The width of `pad_to_bucket`."""
+    return min(bucket(length), config.max_length - max_new_tokens)
 
 
 def bucket(length: int) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Int, PyTree
 
-from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_bucket
+from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_bucket, padded_width
 from retmask_jax.generation.prefill import prefill, slots_for
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
@@ -23,7 +23,7 @@ from retmask_jax.model.layers import unembed
 from retmask_jax.model.masking import Masks, normalise
 from retmask_jax.model.sharding import mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens
-from retmask_jax.utils import memory
+from retmask_jax.utils import compiled, memory
 from retmask_jax.utils.array_types import Array, Lengths, Tokens
 from retmask_jax.utils.hosts import to_host
 
@@ -89,7 +89,9 @@ def generate(
     check_options(max_new_tokens, temperature, top_p)
     draws = Draws.of(config, stop_ids, temperature, top_p)
     masks = normalise(config, interventions, len(tokens))
-    out = _generate(config, params, tokens, lengths, masks, draws, seed, max_new_tokens=max_new_tokens, probe=probe)
+    arguments = _arguments(config, tokens, lengths, masks, draws, np.asarray(seed), max_new_tokens)
+    with mesh_of(params):
+        out = generate_batch(config, params, *arguments, max_new_tokens=_width(max_new_tokens), probe=probe)
     if max_new_tokens % _SHARED == 0:
         return out
     return out.replace(
@@ -129,17 +131,28 @@ def generate_many(
     draws = Draws.of(config, stop_ids, temperature, top_p)
     masks = normalise(config, interventions, len(prompts))
     seed_of = np.arange(len(prompts)) if seeds is None else np.asarray(seeds)
+    options = {"max_new_tokens": _width(max_new_tokens), "probe": probe}
+
+    def arguments(rows: np.ndarray) -> tuple:
+        tokens, lengths = pad_rows([prompts[i] for i in rows], config.pad_id)
+        check_tokens(config, tokens, lengths, max_new_tokens)
+        return _arguments(config, tokens, lengths, masks.take(rows), draws, seed_of[rows], max_new_tokens)
+
+    def compile_for(rows: np.ndarray) -> None:
+        with mesh_of(params):
+            generate_batch.lower(config, params, *arguments(rows), **options).compile()
 
     def work(todo: list[int], batch_size: int):
-        for batch in batches_by_length([prompts[i] for i in todo], batch_size):
-            rows = np.array([todo[i] for i in batch])
-            tokens, lengths = pad_rows([prompts[i] for i in rows], config.pad_id)
-            check_tokens(config, tokens, lengths, max_new_tokens)
-            some = masks.take(rows)
-            out = _generate(
-                config, params, tokens, lengths, some, draws, seed_of[rows], max_new_tokens=max_new_tokens, probe=probe
-            )
-            out = to_host(out)
+        batches = [
+            np.array([todo[i] for i in batch]) for batch in batches_by_length([prompts[i] for i in todo], batch_size)
+        ]
+        widths = [padded_width(config, len(prompts[rows[0]]), max_new_tokens) for rows in batches]
+        one_of_each = {width: rows for width, rows in zip(widths, batches, strict=True)}
+        ahead = compiled.Ahead({width: functools.partial(compile_for, rows) for width, rows in one_of_each.items()})
+        for width, rows in zip(widths, batches, strict=True):
+            ahead.wait(width)
+            with mesh_of(params):
+                out = to_host(generate_batch(config, params, *arguments(rows), **options))
             yield rows, [_one_row(out, row) for row in range(len(rows))]
 
     return memory.in_batches(len(prompts), batch_size, what, "prompt", work)
@@ -277,20 +290,22 @@ def _generate_rows(
     return Generated(tokens_BN, count_B, stop_B, argmax_BNLH)
 
 
-def _generate(
+def _width(max_new_tokens: int) -> int:
+    """The tokens of a result of `generate_batch`, with those that are cut off."""
+    return -(-max_new_tokens // _SHARED) * _SHARED
+
+
+def _arguments(
     config: ModelConfig,
-    params: PyTree,
     tokens: np.ndarray,
     lengths: Lengths,
     masks: Masks,
     draws: Draws,
-    seed: int | Int[ArrayLike, " B"],
-    *,
+    seeds: np.ndarray,
     max_new_tokens: int,
-    probe: bool,
-) -> Generated:
-    """`generate`, from tokens and options that are checked; the result may have room for more tokens."""
-    lengths, seeds = np.asarray(lengths, np.int32), np.asarray(seed)
+) -> tuple:
+    """The arrays of `generate_batch` but the parameters, from tokens and options that are checked."""
+    lengths = np.asarray(lengths, np.int32)
     if lengths.min(initial=1) < 1 or lengths.max(initial=1) > tokens.shape[1]:
         raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}; tokens have 1 to {tokens.shape[1]}")
     if seeds.shape not in ((), (len(tokens),)):
@@ -299,7 +314,7 @@ def _generate(
         longest = lengths.max() + max_new_tokens
         log.info("rotary frequencies are those of %d tokens, the longest prompt and max_new_tokens", longest)
     rows = np.arange(len(tokens)) if seeds.ndim == 0 else np.zeros(len(tokens), int)
-    arguments = (
+    return (
         pad_to_bucket(config, tokens, max_new_tokens),
         lengths,
         masks.repeated(len(tokens)),  # shared masks, too: one program for both
@@ -307,9 +322,6 @@ def _generate(
         np.broadcast_to(seeds, len(tokens)).astype(np.uint32),
         rows.astype(np.uint32),
     )
-    with mesh_of(params):
-        width = -(-max_new_tokens // _SHARED) * _SHARED
-        return generate_batch(config, params, *arguments, max_new_tokens=width, probe=probe)
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ JAX keeps, finds and evicts the programs, under a lock that several processes sh
 again. Here is where they are kept, for how long, and what came of it.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -12,7 +13,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Hashable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ _LOCK = ".lockfile"  # JAX's
 _PATIENCE = 5.0  # seconds to wait for it
 _GIB = 2**30
 _DAY = 86_400
+_THREADS = 4
 _COMPILING = (
     "/jax/core/compile/jaxpr_trace_duration",
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
@@ -148,6 +150,25 @@ def waiting() -> Generator[None, None, None]:
     """What passes inside counts as waiting (`Spent`); one inside another counts once."""
     with _meter.wait():
         yield
+
+
+class Ahead:
+    """Programs that are compiled side by side in threads, while the first of them works.
+
+    Only for accelerators: on a CPU compiling would take the cores from the work.
+    """
+
+    def __init__(self, compile_each: Mapping[Hashable, Callable[[], object]]) -> None:
+        """compile_each: in the order in which they are needed; the first is left to who needs it."""
+        self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="compile")
+        later = list(compile_each.items())[1:] if jax.default_backend() != "cpu" else []
+        self._begun = {key: self._pool.submit(compile_one) for key, compile_one in later}
+        self._pool.shutdown(wait=False)
+
+    def wait(self, key: Hashable) -> None:
+        """Until a program is compiled. An error is not raised here: it comes again when the program is called."""
+        if key in self._begun:
+            concurrent.futures.wait([self._begun[key]])
 
 
 class _Meter:

@@ -123,3 +123,32 @@ def test_waiting_counts_once_and_only_in_the_main_thread():
     other.start()
     other.join()
     assert 0.05 <= (compiled.spent() - before).waiting < 0.1
+
+
+def test_programs_are_compiled_side_by_side_where_the_cores_are_not_needed(monkeypatch):
+    """All but the first, in other threads; the calls then compile nothing, and an error waits for its call."""
+    made = {}
+
+    def job(n):
+        made[n] = threading.current_thread()
+        if n == 3:
+            raise ValueError("refused")
+
+    jobs = {n: lambda n=n: job(n) for n in (1, 2, 3)}
+    compiled.Ahead(jobs).wait(2)
+    assert not made  # on a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    ahead = compiled.Ahead(jobs)
+    for n in jobs:
+        ahead.wait(n)
+    assert sorted(made) == [2, 3] and threading.main_thread() not in made.values()
+
+
+def test_what_a_thread_compiled_a_call_finds():
+    function = jax.jit(lambda x: jnp.cos(x @ x))
+    thread = threading.Thread(target=lambda: function.lower(jax.ShapeDtypeStruct((3, 3), jnp.float32)).compile())
+    thread.start()
+    thread.join()
+    x, before = jnp.zeros((3, 3)), compiled.spent()
+    function(x)
+    assert (compiled.spent() - before).programs == 0

@@ -1,0 +1,115 @@
+"""Answers from drafts are those of plain greedy decoding, whatever is drafted, and end where an answer ends."""
+
+import numpy as np
+import pytest
+
+from retmask_jax.generation.decode import generate_many
+from retmask_jax.generation.drafts import Ends, answer_drafts
+from retmask_jax.generation.prefill import share_prefixes
+from retmask_jax.model.config import ModelConfig
+
+NEW, WIDTH, VOCABULARY = 8, 5, 41
+
+
+@pytest.fixture(scope="module")
+def lm(random_model):
+    """Sliding layers, and two of the ids end an answer."""
+    return random_model(
+        ModelConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            mlp_size=20,
+            n_layers=4,
+            n_heads=4,
+            n_kv_heads=2,
+            head_dim=4,
+            max_length=256,
+            layer_pattern=("sliding", "full"),
+            window=11,
+            eos_ids=(7, 23),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Some begin alike, others do not."""
+    rng = np.random.default_rng(4)
+    hay = rng.integers(0, VOCABULARY, 90).tolist()
+    some = [[*hay[:n], *rng.integers(0, VOCABULARY, 10).tolist()] for n in (80, 90, 70, 88)]
+    some += [rng.integers(0, VOCABULARY, n).tolist() for n in (70, 99)]
+    assert share_prefixes(some)[0].prefix
+    return some
+
+
+@pytest.fixture(scope="module")
+def plain(lm, prompts):
+    return generate_many(lm.config, lm.params, prompts, batch_size=4, max_new_tokens=NEW, probe=True)
+
+
+def _answers(lm, prompts, drafts, line_ends=(), words=None):
+    line_end_V, word_V = np.zeros(VOCABULARY, bool), np.ones(VOCABULARY, bool)
+    line_end_V[list(line_ends)] = True
+    if words is not None:
+        word_V[:] = False
+        word_V[list(words)] = True
+    ends = Ends.of(lm.config, line_end_V, word_V)
+    return answer_drafts(lm, prompts, drafts, ends, max_new_tokens=NEW, width=WIDTH, batch_size=4)
+
+
+def _assert_equal(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        np.testing.assert_array_equal(ours.argmax, theirs.argmax)
+        assert int(ours.stops) == int(theirs.stops)
+
+
+def test_no_draft_changes_an_answer(lm, prompts, plain):
+    """Drafts that are empty, wrong at once, right for a while, right and stopping, and longer than what is read."""
+    ended = [[*one.tokens.tolist(), *([int(one.stops)] if one.stops >= 0 else [])] for one in plain]
+    assert {len(one.tokens) < NEW for one in plain} == {True, False}  # both kinds of end
+    wrong = [[(token + 1) % VOCABULARY for token in one] for one in ended]
+    partly = [[*one[: i % 4], 40, 39] for i, one in enumerate(ended)]
+    for drafts in ([()] * len(prompts), wrong, partly, ended, [[*one, 3, 3, 3] for one in ended]):
+        _assert_equal(_answers(lm, prompts, drafts), plain)
+
+
+def test_a_line_end_ends_an_answer_after_its_first_word(lm, prompts, plain):
+    """In a draft or after it; before the first word it is passed over."""
+    said = [one.tokens.tolist() for one in plain]
+    row = max(range(len(said)), key=lambda i: len(set(said[i])))
+    first, *others = said[row]
+    later = next(token for token in others if token != first)
+    at = said[row].index(later)
+    for draft in ((), said[row]):
+        (found,) = _answers(lm, prompts[row : row + 1], [draft], line_ends=(later,))
+        assert found.tokens.tolist() == said[row][:at] and int(found.stops) == later
+        (found,) = _answers(lm, prompts[row : row + 1], [draft], line_ends=(later,), words=())
+        _assert_equal([found], [plain[row]])
+
+
+def test_what_was_found_is_told_as_it_comes(lm, prompts, plain):
+    told = {}
+    ends = Ends.of(lm.config, np.zeros(VOCABULARY, bool), np.ones(VOCABULARY, bool))
+    answer_drafts(
+        lm,
+        prompts,
+        [()] * len(prompts),
+        ends,
+        max_new_tokens=NEW,
+        width=WIDTH,
+        batch_size=4,
+        note=lambda i, one: told.setdefault(i, one.tokens.tolist()) and "",
+    )
+    assert told == {i: one.tokens.tolist() for i, one in enumerate(plain)}
+
+
+@pytest.mark.parametrize("prompts, drafts", [([[1]], []), ([[]], [[1]])])
+def test_prompts_and_drafts_must_match(lm, prompts, drafts):
+    with pytest.raises(ValueError, match="need as many drafts"):
+        _answers(lm, prompts, drafts)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(lm):
+    with pytest.raises(ValueError, match="exceed the model's context"):
+        _answers(lm, [[1] * 250], [()])

@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parent / "golden"
 # tried.
 QUICK_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if jax.__version_info__ < (0, 11):
-    QUICK_FLAGS += " --xla_cpu_use_fusion_emitters=false"
+    QUICK_FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 with pytest.MonkeyPatch.context() as quick:
     quick.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}")
     jax.devices()  # reads them, once

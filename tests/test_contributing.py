@@ -172,7 +172,10 @@ def test_a_stage_is_a_file_its_settings_and_a_line(tmp_path, monkeypatch):
     commands.one_stage(config, tmp_path / "work", "detect")
     result = commands.one_stage(config, tmp_path / "work", "shares")
     assert [row.share for row in result.rows] == [0, 0.5, 1]
-    assert result.rows[0].value > 0.8 > 0.2 > result.rows[2].value and result.rows[0].n == 6
+    assert (
+        result.rows[0].value > 0.8 > 0.2 > result.rows[2].value
+        and result.rows[0].n == config.tasks["needle short"].per_length
+    )
     assert result.numbers["shares/needle short/100% masked"].value == result.rows[2].value
     again = commands.one_stage(config, tmp_path / "work", "shares")
     assert again.provenance.run_id == result.provenance.run_id

@@ -29,16 +29,17 @@ TRAINING = (PACKAGE / "training/README.md").read_text()
 BENCHMARKS = (PACKAGE / "benchmarks/README.md").read_text()
 
 
-def first_lines(model, capsys):
-    """What the first lines of code of the README print on a model."""
+def first_lines(model, capsys, n=24):
+    """What the first lines of code of the README print on a model, on fewer cases where a number is given."""
     code, named = fences(README, "python")[0], '"HuggingFaceTB/SmolLM2-135M-Instruct"'
-    assert code.count(named) == 1 and len(code.strip().splitlines()) <= 12
-    exec(code.replace(named, repr(str(model))), {})
+    assert code.count(named) == 1 and code.count("n=24,") == 2 and len(code.strip().splitlines()) <= 12
+    exec(code.replace(named, repr(str(model))).replace("n=24,", f"n={n},"), {})
     return capsys.readouterr().out
 
 
-def test_the_first_lines_run_on_the_bundled_model(capsys):
-    heads, *recalls = first_lines("bundled", capsys).splitlines()[1:]
+@pytest.mark.parametrize("n", [8, pytest.param(24, marks=pytest.mark.slow)])
+def test_the_first_lines_run_on_the_bundled_model(capsys, n):
+    heads, *recalls = first_lines("bundled", capsys, n).splitlines()[1:]
     assert heads.startswith("4 of 32 heads retrieve, best first: [(1, 0), (1, 3), (1, 2), (1, 1)]")
     assert [line.split(": ")[1][:4] for line in recalls] == ["1.00", "0.00", "1.00"]
 

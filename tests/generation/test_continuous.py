@@ -219,6 +219,7 @@ def _rows_that_fill(monkeypatch, lm, free: int, requests):
     return FILLED[:], results
 
 
+@pytest.mark.slow
 def test_without_a_batch_size_rows_fill_the_free_memory_by_the_compilers_report(single, monkeypatch):
     requests = _requests() * 4
     (few,), results = _rows_that_fill(monkeypatch, single, 250_000, requests)
@@ -233,6 +234,31 @@ def test_without_a_batch_size_rows_fill_the_free_memory_by_the_compilers_report(
     assert few < more < len(requests)
     for rows, free in ((few, 250_000), (more, 500_000)):
         assert sum(needed(rows)) <= free < sum(needed(rows + rows // 2))
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["reports", "refuses"])
+def test_rows_fill_the_free_memory_by_what_their_programs_need(single, monkeypatch, refuses):
+    """As above, by programs that are not compiled; those of a TPU are refused where they need more than there is."""
+
+    def needed(rows):
+        return 100_000 + 20_000 * rows
+
+    def report(rows, free):
+        if refuses and needed(rows) > free:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+        return needed(rows) - 1000, 1000
+
+    masks = normalise_each(single.config, _masks()(single.config))
+    shared = Shared(single.params, masks, continuous.Draws.of(single.config, STOPS, 0.0, 1.0), np.int32(84))
+    found = []
+    for free in (250_000, 500_000):
+        programs = functools.partial(report, free=free)
+        monkeypatch.setattr(
+            continuous, "programs", lambda _, shared, n, *__, f=programs: SimpleNamespace(needed=lambda: f(n))
+        )
+        found.append(rows := continuous.rows_that_fill(single.config, shared, 60, NEW, free, most=44))
+        assert needed(rows) <= free < needed(rows + rows // 2)
+    assert 1 < found[0] < found[1] < 44
 
 
 def test_rows_that_fill_the_memory_are_no_more_than_requests_and_at_least_one(single, monkeypatch):

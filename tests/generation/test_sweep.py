@@ -35,7 +35,10 @@ def _masks(config):
     }
 
 
-@pytest.mark.parametrize("kind, which", [("heads", 0), ("heads", 1), ("gates", 0), ("rotary", 1), ("projection", 1)])
+@pytest.mark.parametrize(
+    "kind, which",
+    [pytest.param("heads", 0, marks=pytest.mark.slow), ("heads", 1), ("gates", 0), ("rotary", 1), ("projection", 1)],
+)
 def test_a_sweep_is_one_pass_per_mask_in_one_program(five_layers, kind, which, compiles, close):
     lm = five_layers[which]
     masks = _masks(lm.config)[kind]

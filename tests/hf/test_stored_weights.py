@@ -32,6 +32,7 @@ ADAPTERS = dataclasses.replace(
     learning_rate=1e-4,
     final_learning_rate=1e-5,
     steps=4,
+    microbatch_size=4,
 )
 
 

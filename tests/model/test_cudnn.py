@@ -60,8 +60,14 @@ def _behind(q_BTHD, keys, start_B, scores):
     return cudnn.after_cache(q_BTHD, keys.k_BKDS, keys.v_BKSD, start_B, keys.positions_BS[:, 0], scores)
 
 
-@pytest.mark.parametrize("window", [None, 1, 2, 5, 9, 20])
-@pytest.mark.parametrize("length", [2, 7])
+# Quick are windows of one key, below, of and beyond the number of queries, and none.
+QUICK = ((2, 2), (7, None), (7, 1), (7, 5), (7, 20))
+BEHIND = [(length, window) for length in (2, 7) for window in (None, 1, 2, 5, 9, 20)]
+
+
+@pytest.mark.parametrize(
+    "length, window", [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in BEHIND]
+)
 def test_queries_behind_a_cache(stand_in, window, length):
     """Windows of any size, rows that begin anywhere, with keys before them or none; the cache has slots left or none."""
     scores, starts = Scores(0.4, window), [0, 1, 3, 11]

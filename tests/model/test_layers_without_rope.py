@@ -1,6 +1,7 @@
 """Layers without RoPE, and scales: what depends on what, rotary masks refused before any compile, kernels alike."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -102,36 +103,48 @@ def test_kernels_agree(lm, close):
     close(lm.with_kernel("plain").logits(TOKENS), lm.with_kernel("blocked").logits(TOKENS), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["residual_scale", "logit_scale"])
-def test_a_scale_is_that_of_the_weights_it_stands_for(lm, close, name):
-    """Scaled output projections, or a scaled output matrix, are the same as the scale; the gradient of a gate, too."""
-    scale = getattr(lm.config, name)
+def test_scales_are_those_of_the_weights_they_stand_for(random_model, close):
+    """Scaled output projections and a scaled output matrix are the same as both scales; the gradient of a gate, too."""
+    config = ModelConfig(
+        vocab_size=61,
+        hidden_size=32,
+        mlp_size=40,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=8,
+        max_length=64,
+        layer_pattern=("sliding", "full"),
+        window=9,
+        rope_pattern=(True, False),
+        residual_scale=0.6,
+        logit_scale=0.5,
+    )
+    lm = random_model(config)
 
     def instead(path, leaf):
         names = [key.key for key in path]
-        writes = names[-2] in ("o", "down") if name == "residual_scale" else names[0] == "lm_head"
-        return leaf * scale if writes else leaf
+        if names[0] == "lm_head":
+            return leaf * config.logit_scale
+        return leaf * config.residual_scale if names[-2] in ("o", "down") else leaf
 
-    plain = lm.replace(
-        config=dataclasses.replace(lm.config, **{name: None}), params=jax.tree.map_with_path(instead, lm.params)
-    )
-    close(plain.logits(TOKENS), lm.logits(TOKENS), 1e-5)
+    without = dataclasses.replace(config, residual_scale=None, logit_scale=None)
+    plain = lm.replace(config=without, params=jax.tree.map_with_path(instead, lm.params))
 
-    @jax.jit
-    def slopes(params):
+    @functools.partial(jax.jit, static_argnums=0)
+    def logits_and_slopes(config, params):
         def logp(gate):
             counted = np.arange(24) >= np.full((2, 1), 12)
-            gates = Interventions(head_mask=gate)
-            return sum(sequence_logprobs(model.config, params, TOKENS, counted, interventions=gates))
+            return sum(sequence_logprobs(config, params, TOKENS, counted, interventions=Interventions(head_mask=gate)))
 
-        return jax.grad(logp)(jnp.zeros((5, 4)))
+        return forward(config, params, TOKENS), jax.grad(logp)(jnp.zeros((2, 4)))
 
-    found = {}
-    for model in (lm, plain):
-        found[model is plain] = slopes(model.params)
-        slopes.clear_cache()
-    assert np.abs(found[False]).min() > 0
-    close(found[True], found[False], 1e-4)
+    (logits, slopes), (plain_logits, plain_slopes) = (logits_and_slopes(m.config, m.params) for m in (lm, plain))
+    close(plain_logits, logits, 1e-5)
+    assert np.abs(slopes).min() > 0
+    close(plain_slopes, slopes, 1e-4)
+    unscaled, _ = logits_and_slopes(without, lm.params)
+    assert np.abs(unscaled - logits).max() > 1e-2
 
 
 def test_bfloat16_states_are_scaled_in_float32_and_rounded_once():

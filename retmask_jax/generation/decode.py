@@ -16,7 +16,7 @@ from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_
 from retmask_jax.generation.prefill import prefill, slots_for
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.inference import next_hidden
+from retmask_jax.model.inference import HiddenRows, next_hidden
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
 from retmask_jax.model.layers import unembed
@@ -91,7 +91,7 @@ def generate(
     masks = normalise(config, interventions, len(tokens))
     arguments = _arguments(config, tokens, lengths, masks, draws, np.asarray(seed), max_new_tokens)
     with mesh_of(params):
-        out = generate_batch(config, params, *arguments, max_new_tokens=_width(max_new_tokens), probe=probe)
+        out = generate_batch(config, params, *arguments, max_new_tokens=shared_width(max_new_tokens), probe=probe)
     if max_new_tokens % _SHARED == 0:
         return out
     return out.replace(
@@ -131,7 +131,7 @@ def generate_many(
     draws = Draws.of(config, stop_ids, temperature, top_p)
     masks = normalise(config, interventions, len(prompts))
     seed_of = np.arange(len(prompts)) if seeds is None else np.asarray(seeds)
-    options = {"max_new_tokens": _width(max_new_tokens), "probe": probe}
+    options = {"max_new_tokens": shared_width(max_new_tokens), "probe": probe}
 
     def arguments(rows: np.ndarray) -> tuple:
         tokens, lengths = pad_rows([prompts[i] for i in rows], config.pad_id)
@@ -153,7 +153,7 @@ def generate_many(
             ahead.wait(width)
             with mesh_of(params):
                 out = to_host(generate_batch(config, params, *arguments(rows), **options))
-            yield rows, [_one_row(out, row) for row in range(len(rows))]
+            yield rows, [one_row(out, row) for row in range(len(rows))]
 
     return memory.in_batches(len(prompts), batch_size, what, "prompt", work)
 
@@ -239,8 +239,7 @@ def _generate_rows(
     batch, width = tokens_BT.shape
     keys_B = row_keys(seeds_B, rows_B)
     dtype = jax.tree.leaves(params)[0].dtype
-    slots = -(-max(slots_for(width), width + max_new_tokens) // _ALIGNED) * _ALIGNED
-    cache = empty_cache(config, batch, slots, dtype)
+    cache = empty_cache(config, batch, cache_slots(width, max_new_tokens), dtype)
 
     last_B1 = lengths_B[:, None] - 1
     first = prefill(
@@ -254,6 +253,33 @@ def _generate_rows(
         longest=longest,
         probe=Probe(last_B1) if probe else None,
     )
+    return decode_on(config, params, first, lengths_B, masks, draws, keys_B, longest, max_new_tokens, probe)
+
+
+def cache_slots(width: int, max_new_tokens: int) -> int:
+    """Slots of a cache for prompts padded to `width` and their answers."""
+    return -(-max(slots_for(width), width + max_new_tokens) // _ALIGNED) * _ALIGNED
+
+
+def decode_on(
+    config: ModelConfig,
+    params: PyTree,
+    first: HiddenRows,
+    lengths_B: jax.Array,
+    masks: Masks,
+    draws: Draws,
+    keys_B: jax.Array,
+    longest: jax.Array,
+    max_new_tokens: int,
+    probe: bool = False,
+) -> Generated:
+    """Draw tokens until all rows are done; pure, to be called under jit. Other arguments as of `generate_batch`.
+
+    Args:
+        first: Of the last token of each prompt, with the cache of the prompts, and what it probed.
+        keys_B: As of `row_keys`.
+    """
+    batch = len(lengths_B)
     only = Probe(jnp.zeros((batch, 1), jnp.int32)) if probe else None
 
     def record(buffers: tuple, probed, token_B: jax.Array, done_B: jax.Array, step: jax.Array | int):
@@ -290,7 +316,7 @@ def _generate_rows(
     return Generated(tokens_BN, count_B, stop_B, argmax_BNLH)
 
 
-def _width(max_new_tokens: int) -> int:
+def shared_width(max_new_tokens: int) -> int:
     """The tokens of a result of `generate_batch`, with those that are cut off."""
     return -(-max_new_tokens // _SHARED) * _SHARED
 
@@ -344,7 +370,7 @@ def _nucleus(logits_BV: jax.Array, top_p: jax.Array) -> jax.Array:
     return jnp.where(jnp.take_along_axis(keep_BV, rank_BV, axis=-1), logits_BV, -jnp.inf)
 
 
-def _one_row(out: Generated, row: int) -> Generated:
+def one_row(out: Generated, row: int) -> Generated:
     """One row's result, cut at its end."""
     n = out.lengths[row]
     argmax = None if out.argmax is None else out.argmax[row, :n]

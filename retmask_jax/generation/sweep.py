@@ -56,7 +56,7 @@ def sweep(
     if lengths.min(initial=1) < 1:
         raise ValueError("a prompt of a sweep is empty: every length must be at least 1")
     stacked = normalise_each(config, masks)
-    starts_N = _first_groups(config, stacked)
+    starts_N = first_groups(config, stacked)
     width = min(bucket(tokens.shape[1]), config.max_length)
     tokens = np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])), constant_values=config.pad_id)
     wanted = np.zeros((len(tokens), 0), np.int32) if wanted is None else np.asarray(wanted, np.int32)
@@ -110,7 +110,7 @@ def _sweep(
     return jax.lax.map(one, (shared_by_prompts, starts_N))
 
 
-def _first_groups(config: ModelConfig, masks: Masks) -> np.ndarray:
+def first_groups(config: ModelConfig, masks: Masks) -> np.ndarray:
     """i32[N]: the first group of layers that each mask touches; the last group for a mask that touches none."""
     touched_NL = np.any(masks.head_BLH != 0, axis=2) | np.any(masks.rope_BLHR != 0, axis=(2, 3))
     first_N = np.where(touched_NL.any(axis=1), touched_NL.argmax(axis=1), config.n_layers - 1)

@@ -12,6 +12,7 @@ from retmask_jax.data.answers import holds
 from retmask_jax.data.needles import Case
 from retmask_jax.generation.decode import generate_many
 from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.generation.under_masks import answers_under, can_share
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Head, Interventions, stack
 from retmask_jax.utils import stats
@@ -90,8 +91,12 @@ def answers(
     batch_size: int,
     what: str = "answer",
 ) -> list[list[str]]:
-    """Greedy answers [mask][case]. The cases under every mask are rows of one compiled program for each rotary site."""
+    """Greedy answers [mask][case]; what lies before the first layer that a mask touches is computed once for all masks."""
     prompts = [case.tokens for case in cases]
+    if len(masks) > 1 and can_share(lm.config, prompts, max_new_tokens):
+        options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "what": what}
+        found = answers_under(lm, prompts, masks, **options)
+        return [lm.tokenizer.batch_decode([one.tokens for one in row], skip_special_tokens=True) for row in found]
     texts: list[list[str]] = [[] for _ in masks]
     for some in _together(lm.config, masks, len(cases)):
         together = stack([masks[i] for i in some])

@@ -72,6 +72,28 @@ class Layers:
         x_BTE, before_RBTE = jax.lax.scan(step, x_BTE, jnp.arange(self.before_last))
         return jnp.concatenate([before_RBTE, x_BTE[None]])
 
+    def states_and_caches(self, carry: Carry, masks: ByLayer) -> tuple[jax.Array, Any]:
+        """(`states`, the caches of the groups before the last, filled), from the embedded tokens and empty caches."""
+
+        def step(carry: Carry, r):
+            return self.through(r, carry, masks)[0], carry[0]
+
+        (x_BTE, caches), before_RBTE = jax.lax.scan(step, carry, jnp.arange(self.before_last))
+        return jnp.concatenate([before_RBTE, x_BTE[None]]), caches
+
+    def rows_from_group(
+        self, start: jax.Array, x_BTE: jax.Array, cache: Cache, masks: ByLayer, rows_BP: jax.Array
+    ) -> "HiddenRows":
+        """As `hidden_rows`, from the input of group `start` and the caches of those before it."""
+
+        def step(r, carry):
+            return self.through(r, carry, masks)[0]
+
+        x_BTE, blocks = jax.lax.fori_loop(start, self.before_last, step, (x_BTE, cache["blocks"]))
+        (x_BPE, last), _ = self.last((x_BTE, cache["tail"] if self.config.tail else blocks), masks, rows_BP)
+        blocks, tail = (blocks, last) if self.config.tail else (last, cache["tail"])
+        return HiddenRows.of(self, x_BPE, {"blocks": blocks, "tail": tail})
+
     def from_group(
         self, start: jax.Array, x_BTE: jax.Array, masks: ByLayer, rows_BP: jax.Array | None = None
     ) -> jax.Array:
@@ -123,6 +145,12 @@ class HiddenRows(flax.struct.PyTreeNode):
     rms_BP: jax.Array
     cache: Cache | None = None
     probed: Probed | None = None
+
+    @classmethod
+    def of(cls, layers: Layers, x_BPE: jax.Array, cache: Cache | None, probed: Probed | None = None) -> "HiddenRows":
+        """From the states before the final norm."""
+        squares_BP = jnp.mean(jnp.square(x_BPE.astype(jnp.float32)), axis=-1)
+        return cls(layers.normed(x_BPE), jnp.sqrt(squares_BP + layers.config.norm_eps), cache, probed)
 
 
 def next_hidden(
@@ -178,5 +206,4 @@ def hidden_rows(
         probed = jax.tree.map(lambda first, last: jnp.concatenate([first, last[None]]), probed, last_probed)
     cache = None if blocks is None else {"blocks": blocks, "tail": tail}
     probed = None if probe is None else merge_probed(config, probed, tail_probed)
-    rms_BP = jnp.sqrt(jnp.mean(jnp.square(x_BPE.astype(jnp.float32)), axis=-1) + config.norm_eps)
-    return HiddenRows(layers.normed(x_BPE), rms_BP, cache, probed)
+    return HiddenRows.of(layers, x_BPE, cache, probed)

@@ -45,7 +45,8 @@ def run(
         peer = load_peer(subject.folder, subject.dtype, "eager")
         if model:
             lengths = [min(length, lm.config.max_length - max_new_tokens) // share for share in _SHARES]
-            cases = builtin_cases(lm, "detect", len(lengths) * depths * needles, lengths, seed=0)
+            n = len(lengths) * depths * needles
+            cases = builtin_cases(lm, "detect", n, lengths, seed=0, shuffle=False)  # as the published detector's
             rows = [_own(lm, peer, cases, max_new_tokens, repeats, subject)]
         elif size == "bundled":
             cases = bundled_cases(length, depths, needles)

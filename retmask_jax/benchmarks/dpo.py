@@ -46,17 +46,17 @@ def run(
     if not lora_rank:
         require("torch"), require("trl")
     length = length or 1024
+    memory: list[Row] = []  # measured first, in processes that need the memory which both sides take below
+    if memory_length and not lora_rank:
+        with models.subject(size, model, **({} if model else _MEMORY_SHAPE)) as wide:
+            memory = _memory(wide.folder, memory_length)
     with models.subject(size, model, n_layers=layers) as subject, tempfile.TemporaryDirectory() as work:
         settings = dpo_settings(pairs, subject.dtype, remat, lora_rank)
         if lora_rank:
             rows = _adapters(subject, settings, length, repeats)
         else:
             rows = _steps(subject, Path(work), settings, length, repeats)
-        if memory_length and not lora_rank and model:
-            rows += _memory(subject.folder, memory_length)
-    if memory_length and not lora_rank and not model:
-        with models.subject(size, **_MEMORY_SHAPE) as wide:
-            rows += _memory(wide.folder, memory_length)
+    rows += memory
     setting = {
         "size": subject.name,
         "compute_dtype": settings.compute_dtype,

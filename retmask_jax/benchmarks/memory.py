@@ -73,7 +73,8 @@ def measure(what: str, **options: Any) -> dict[str, int]:
     command = [sys.executable, "-m", "retmask_jax.benchmarks.memory", json.dumps({"what": what} | options)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"measuring {what} {options} failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+        why = "it was killed, as for lack of memory" if done.returncode < 0 else done.stderr.strip().splitlines()[-1]
+        raise ValueError(f"measuring {what} {options} failed: {why}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -132,9 +132,10 @@ def builtin_cases(
     seed: int,
     needles: str | os.PathLike | Sequence[Needle] | None = None,
     haystack: str | os.PathLike | None = None,
+    shuffle: bool = True,
 ) -> list[Case]:
     """The first n of the cases that each length gets in turn, in the order of the lengths; arguments and errors as of
-    `find_heads`. use: which of the built-in needles are asked for."""
+    `find_heads`. use: which of the built-in needles are asked for. shuffle: as of `build_cases`."""
     if n < 1 or not lengths:
         raise ValueError(f"{n} cases of lengths {tuple(lengths)} were asked for: ask for at least one")
     if max(lengths) >= lm.config.max_length:
@@ -147,7 +148,9 @@ def builtin_cases(
     each = -(-n // len(lengths))
     specs = draw_specs(needles, lengths, _DEPTHS, per_length=each, seed=seed)
     kept = sorted(range(len(specs)), key=lambda i: i % each)[:n]
-    return build_cases(prompter, sentences, needles, [specs[i] for i in sorted(kept)], prefix=texts.prefix)
+    return build_cases(
+        prompter, sentences, needles, [specs[i] for i in sorted(kept)], shuffle=shuffle, prefix=texts.prefix
+    )
 
 
 def _texts_for(tokenizer, builtin: bool) -> Texts:

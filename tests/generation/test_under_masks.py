@@ -10,7 +10,7 @@ from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions, mask_heads, mask_rope
 
 NEW = 6
-# Groups of two layers and a tail; a window shorter than the prompts; frequencies that depend on the longest row.
+# Groups of two layers and a tail, a window shorter than the prompts; and frequencies that depend on the longest row.
 CONFIG = ModelConfig(
     vocab_size=41,
     hidden_size=16,
@@ -22,11 +22,18 @@ CONFIG = ModelConfig(
     max_length=128,
     layer_pattern=("sliding", "full"),
     window=7,
-    rope=Rope(kind="dynamic", theta=100.0, factor=4.0, original_length=8),
     eos_ids=(5, 9),
 )
 PLAIN = ModelConfig(
-    vocab_size=41, hidden_size=16, mlp_size=20, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, max_length=128
+    vocab_size=41,
+    hidden_size=16,
+    mlp_size=20,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    max_length=128,
+    rope=Rope(kind="dynamic", theta=100.0, factor=4.0, original_length=8),
 )
 
 
@@ -47,7 +54,7 @@ def _masks(config):
     ]
 
 
-@pytest.mark.parametrize("config", [CONFIG, pytest.param(PLAIN, marks=pytest.mark.slow)], ids=["patterned", "plain"])
+@pytest.mark.parametrize("config", [CONFIG, pytest.param(PLAIN, marks=pytest.mark.slow)], ids=["patterned", "dynamic"])
 def test_answers_are_those_of_a_run_for_each_mask(random_model, config):
     lm, rng = random_model(config), np.random.default_rng(3)
     prompts = [rng.integers(0, config.vocab_size, n).tolist() for n in (30, 12, 21)]
@@ -62,7 +69,8 @@ def test_answers_are_those_of_a_run_for_each_mask(random_model, config):
             assert int(a.stops) == int(b.stops)
         different.add(tuple(tuple(one.tokens.tolist()) for one in ours))
     assert len(different) >= 5  # the masks do something
-    # In smaller batches, and with the room for states that one row needs.
+    if config.depends_on_length:  # then a row's answer depends on its batch
+        return
     again = answers_under(lm, prompts, masks[2:4], max_new_tokens=NEW, batch_size=1)
     assert [[one.tokens.tolist() for one in row] for row in again] == [
         [one.tokens.tolist() for one in row] for row in found[2:4]

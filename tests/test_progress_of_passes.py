@@ -17,6 +17,7 @@ PACKAGE = Path(retmask_jax.__file__).parent
 LEFT_OUT = ("benchmarks",)
 BARS = {"track", "with_rate", "in_batches"}  # what they are given runs under a bar
 HELD = {"programs.gradients", "programs.accumulate"}  # compiled functions that an object holds
+GENERATORS = {("generation.continuations", "shared_batches")}  # public, but what they yield is worked on under a bar
 COMPILED = {"compile", "largest_batch"}  # what gives a compiled program
 _LOOPS = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _FUNCTIONS = (ast.FunctionDef, ast.Lambda)
@@ -106,13 +107,13 @@ class _Package:
             found = more
 
     def _under_bar(self) -> set[tuple]:
-        """Private functions of which every call is under a bar, or in a function that is."""
+        """Private functions, and generators, of which every call is under a bar, or in a function that is."""
         sites: dict[tuple, list] = {}
         for key, f in self.functions.items():
             for call in f.calls:
                 for target in call.targets:
                     sites.setdefault(target, []).append((key, call.barred))
-        found = {key for key in sites if key[1].startswith("_")}
+        found = {key for key in sites if key[1].startswith("_") or key in GENERATORS}
         while True:
             kept = {key for key in found if all(barred or caller in found for caller, barred in sites[key])}
             if kept == found:

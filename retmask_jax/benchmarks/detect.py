@@ -26,13 +26,13 @@ _SHARES = (4, 2, 1)  # of a named model's longest prompt: its cases have a quart
 
 def run(
     size: str,
-    model: str | None,
     length: int | None,
     layers: int | None,
     repeats: int,
     depths: int,
     needles: int,
     max_new_tokens: int,
+    model: str | None = None,
 ) -> Report:
     """Cases a second: depths x needles cases of one length, for a named model of three lengths each.
 

@@ -27,7 +27,6 @@ _MEMORY_SHAPE = {"vocab_size": 2**17, "n_layers": 2}
 
 def run(
     size: str,
-    model: str | None,
     length: int | None,
     layers: int | None,
     repeats: int,
@@ -35,6 +34,7 @@ def run(
     remat: bool,
     memory_length: int,
     lora_rank: int,
+    model: str | None = None,
 ) -> Report:
     """Seconds of a step on rows that are half prompt and half answer.
 
@@ -86,7 +86,8 @@ def _steps(subject: models.Subject, work: Path, settings: Settings, length: int,
     contenders = {"ours": lambda: losses["ours"].append(ours.step()["loss"])}
     for name, peer in peers.items():
         contenders[name] = lambda name=name, peer=peer: losses[name].append(_stepped(peer, rate, losses[name]))
-    timed = alternate(contenders | {"reference": ours.reference_pass}, repeats)
+    # The first update has a learning rate of 0: only from the third step on losses tell whether updates are equal.
+    timed = alternate(contenders | {"reference": ours.reference_pass}, max(repeats, 2))
 
     tokens = 2 * settings.batch_size * length
     name = f"{subject.name}, {settings.batch_size} pairs of {length}"

@@ -23,14 +23,14 @@ _MASK_COST = 0.05
 
 def run(
     size: str,
-    model: str | None,
     length: int | None,
     layers: int | None,
     repeats: int,
     batch: int,
     new_tokens: int,
-    rows: int | None,
-    alone: bool,
+    model: str | None = None,
+    rows: int | None = None,
+    alone: bool = False,
 ) -> Report:
     """Seconds of a batch, and the shares of the machine's peaks.
 

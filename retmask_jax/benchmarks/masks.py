@@ -27,12 +27,12 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 def run(
     size: str,
-    model: str | None,
     length: int | None,
     layers: int | None,
     repeats: int,
     masks: int | None,
     prompts: int | None,
+    model: str | None = None,
 ) -> Report:
     """Seconds of a sweep; peers run the prompts of a mask as one batch, and hooks also one by one, as published scripts do."""
     require("torch")

@@ -43,7 +43,7 @@ class Batch:
     prompt_B: Int[np.ndarray, " B"]
 
 
-def batches(
+def shared_batches(
     config: ModelConfig,
     params: PyTree,
     prompts: Sequence[Sequence[int]],

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int, PyTree
 
 from retmask_jax.generation.batching import pad_rows
-from retmask_jax.generation.continuations import batches, read_on
+from retmask_jax.generation.continuations import read_on, shared_batches
 from retmask_jax.generation.decode import DECODING, NO_STOP, Draws, Generated, check_options
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.attention import Probe
@@ -91,7 +91,7 @@ def answer_drafts(
 
     def work(todo: list[int], batch_size: int):
         common = {"batch_size": batch_size, "masks": masks, "longest": longest}
-        for batch in batches(config, lm.params, prompts, drafts, todo, **common):
+        for batch in shared_batches(config, lm.params, prompts, drafts, todo, **common):
             draft_BN, said_B = pad_rows([drafts[i] for i in batch.rows], config.pad_id, least=width)
             texts = batch.prefix, batch.tokens_BT, batch.start_B, batch.end_B, batch.prompt_B
             options = {"max_new_tokens": max_new_tokens}

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from retmask_jax.generation.batching import pad_rows
-from retmask_jax.generation.continuations import batches, read_on
+from retmask_jax.generation.continuations import read_on, shared_batches
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
@@ -103,7 +103,7 @@ def measure_answers(
 
     def work(todo: list[int], batch_size: int):
         common = {"batch_size": batch_size, "masks": masks, "longest": longest}
-        for batch in batches(config, lm.params, prompts, read, todo, **common):
+        for batch in shared_batches(config, lm.params, prompts, read, todo, **common):
             rows_BN = (batch.prompt_B - batch.start_B)[:, None] - 1 + np.arange(width, dtype=np.int32)
             target_BN, _ = pad_rows([answers[i] for i in batch.rows], config.pad_id, least=width)
             spans_BN2 = None if spans is None else np.array([spans[i] for i in batch.rows], np.int32)

@@ -15,7 +15,7 @@ import pytest
 
 import retmask_jax as rm
 from retmask_jax.aot import table
-from retmask_jax.benchmarks import chip, detect, dpo, generate, harness, masks, memory, models, peers
+from retmask_jax.benchmarks import chip, detect, dpo, generate, harness, mask_peers, masks, memory, models, peers
 from retmask_jax.benchmarks.harness import Bound, Report, Row
 from retmask_jax.benchmarks.memory import Peak, growth_rows
 from retmask_jax.benchmarks.peers import TrlPeer
@@ -67,6 +67,7 @@ def test_results_that_disagree_end_in_status_1(monkeypatch, capsys, tmp_path, di
     stored = json.loads((tmp_path / "out.json").read_text())
     assert stored["setting"] == {
         "size": "bundled",
+        "model": None,
         "length": None,
         "layers": None,
         "repeats": 5,
@@ -389,14 +390,21 @@ def test_hooks_mask_what_we_mask(torch, small, close):
     by_layer = [{0: [1, 2]}, {1: [0]}, {}]
     ours = sweep(lm, tokens, np.full(3, 20, np.int32), [masks.as_interventions(lm.config, mask) for mask in by_layer])
     for one_by_one in (False, True):
-        theirs = peers.hooked_sweep(peer, tokens, by_layer, one_by_one)
+        theirs = mask_peers.hooked_sweep(peer, tokens, by_layer, one_by_one)
         close(ours, theirs)
     assert all(np.abs(theirs[i] - theirs[2]).max() > 1e-3 * np.abs(theirs).max() for i in (0, 1))
 
 
 def test_transformers_generates_what_we_do(torch):
     lm, peer = rm.load("bundled"), peers.load_peer(BUNDLED, "float32")
-    prompts = [row[:n] for row, n in zip(models.text_or_random(BUNDLED, 3, 40).tolist(), (12, 29, 40), strict=True)]
+    prompts = [
+        row[:n]
+        for row, n in zip(
+            models.text_or_random(models.Subject("bundled", "bundled", BUNDLED, "float32"), 3, 40).tolist(),
+            (12, 29, 40),
+            strict=True,
+        )
+    ]
     tokens, lengths = pad_rows(prompts, lm.config.pad_id)
     ours = lm.generate(tokens, lengths, max_new_tokens=6, stop_ids=())
     np.testing.assert_array_equal(peers.generate(peer, prompts, 6, lm.config.pad_id), ours.tokens)

@@ -49,7 +49,9 @@ def test_shares_are_of_what_the_machine_did(monkeypatch):
     lm = SimpleNamespace(config=CONFIG, params=[np.float32(0)])
     rows = chip.generation_rows(lm, models.mesh(), 2, 16, 3, 1, generate)
     assert calls == [((2, 16), 1), ((2, 16), 3)] * 2
+    *rows, rate = rows
     assert [row.unit for row in rows] == ["GFLOP/s", "GB/s"]
+    assert (rate.ours, rate.unit, rate.facts) == (1.0, "tokens/s", {"tokens/s with prompts": 6 / 7})
     done = 2 * chip.forward_flops(CONFIG, 16, counted=1) / 3, chip.decode_bytes(CONFIG, 2, 17, 4) / 2
     assert [row.ours for row in rows] == pytest.approx([rate / 1e9 for rate in done])
     assert [row.peer for row in rows] == pytest.approx([peak / 1e9 for peak in peaks]) and min(peaks) > 1e7

@@ -192,7 +192,10 @@ def stand_ins(monkeypatch):
         tokens, lengths = pad_rows(prompts, pad_id)
         return np.asarray(lm.generate(tokens, lengths, max_new_tokens=new_tokens, stop_ids=()).tokens)
 
-    def published_detection(lm, prompt, span, *, max_new_tokens, stop_ids=(), fixed=None, keep_weights=False):
+    def published_detection(
+        lm, prompt, span, *, max_new_tokens, stop_ids=(), line_ends=(), fixed=None, keep_weights=False
+    ):
+        assert not set(line_ends) & set(prompt)  # no answer of the bundled model has one
         if fixed is None:
             options = {"batch_size": 1, "max_new_tokens": max_new_tokens, "stop_ids": (), "probe": True}
             (out,) = generate_many(lm.config, lm.params, [prompt], **options)
@@ -241,6 +244,18 @@ def test_every_benchmark_against_a_peer_runs_and_agrees(quick, stand_ins, name, 
     report = importlib.import_module(f"retmask_jax.benchmarks.{name}").run(**options)
     assert report.violated == [] and all(row.ours and row.peer for row in report.rows)
     assert any(row.bounds for row in report.rows) and harness.table_rows(report)
+
+
+def test_a_model_that_is_named_is_asked_for_the_built_in_needles(quick, stand_ins):
+    """Cases of three lengths, in the order of the text; the keys of both sides are compared."""
+    options = {"length": 192, "repeats": 1, "depths": 1, "needles": 2, "max_new_tokens": 6}
+    report = detect.run(size="bundled", layers=None, model="bundled", **options)
+    (row,) = report.rows
+    assert report.violated == [] and row.facts["equal keys"] == 1 and row.facts["outcomes"]["counted"] >= 4
+    assert {bound.name for bound in row.bounds} == {"cases counted", "equal keys", "weight between keys"}
+    assert row.name.startswith("bundled, 6 cases of 48 to 192 tokens") and row.target.limit == 3
+    with pytest.raises(ValueError, match="bundled is what it is: --layers needs"):
+        detect.run(size="bundled", layers=2, model="bundled", **options)
 
 
 @pytest.mark.parametrize("lora_rank", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from retmask_jax.generation.batching import bucket, full_batches, pad_rows
-from retmask_jax.generation.prefill import prefill, share_prefixes, slots_for, usual_chunk
+from retmask_jax.generation.prefill import ALIGNED, prefill, share_prefixes, slots_for, usual_chunk
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import HiddenRows
@@ -109,7 +109,8 @@ def read_on(
     cache = None
     if prefix is not None or length > chunk or more is not None:
         dtype = jax.tree.leaves(params)[0].dtype
-        cache = empty_cache(config, batch, n_prefix + slots_for(length, chunk) + (more or 0), dtype, rings=False)
+        slots = -(-(n_prefix + slots_for(length, chunk) + (more or 0)) // ALIGNED) * ALIGNED
+        cache = empty_cache(config, batch, slots, dtype, rings=False)
     if prefix is not None:
         cache = jax.tree.map(lambda new, old: new.at[_corner(new, old)].set(old), cache, prefix)
     rows_BP = jnp.minimum(rows_BP, (end_B - start_B)[:, None] - 1)

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Int, PyTree
 
 from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_bucket, padded_width
-from retmask_jax.generation.prefill import prefill, slots_for
+from retmask_jax.generation.prefill import ALIGNED, prefill, slots_for
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import HiddenRows, next_hidden
@@ -35,7 +35,6 @@ NO_STOP = -1
 # devices ignore the option.
 DECODING = {"xla_gpu_enable_triton_gemm": False}
 _SHARED = 8  # limits of new tokens up to a multiple of this share a program
-_ALIGNED = 16  # slots of a cache: rows of keys then begin where a GPU or a vector unit can load many at once
 
 
 class Generated(flax.struct.PyTreeNode):
@@ -258,7 +257,7 @@ def _generate_rows(
 
 def cache_slots(width: int, max_new_tokens: int) -> int:
     """Slots of a cache for prompts padded to `width` and their answers."""
-    return -(-max(slots_for(width), width + max_new_tokens) // _ALIGNED) * _ALIGNED
+    return -(-max(slots_for(width), width + max_new_tokens) // ALIGNED) * ALIGNED
 
 
 def decode_on(

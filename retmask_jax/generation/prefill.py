@@ -20,7 +20,8 @@ from retmask_jax.model.masking import Masks
 # weights for each chunk in the time in which it multiplies hundreds of tokens.
 _CHUNK = {"gpu": 4096}
 _CHUNK_ELSEWHERE = 1024
-_ALIGNED = 64  # tokens of which a larger chunk is a multiple
+_CHUNK_ALIGNED = 64  # tokens of which a larger chunk is a multiple
+ALIGNED = 16  # slots of a cache: rows of keys then begin where a GPU or a vector unit can load many at once
 _WORTH_SHARING = 64  # tokens of a common beginning below which reuse saves nothing
 
 
@@ -56,7 +57,7 @@ def prefill(
     if length <= chunk:
         return run(tokens_BT, rows_BP=rows_BP, cache=cache, start_B=start_B, probe=probe)
     start_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
-    chunk = even_size(length, chunk, min(_ALIGNED, chunk))
+    chunk = even_size(length, chunk, min(_CHUNK_ALIGNED, chunk))
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -length % chunk)))
 
     def one(c: jax.Array | int, cache: Cache | None) -> HiddenRows:
@@ -91,7 +92,7 @@ def slots_for(length: int, chunk: int | None = None) -> int:
     chunk = chunk or usual_chunk()
     if length <= chunk:
         return length
-    even = even_size(length, chunk, min(_ALIGNED, chunk))
+    even = even_size(length, chunk, min(_CHUNK_ALIGNED, chunk))
     return -(-length // even) * even
 
 

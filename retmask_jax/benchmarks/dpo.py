@@ -1,5 +1,6 @@
 """One DPO step against TRL's DPOTrainer, as RetMask ran it and with its reference precomputed: time and memory."""
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping
@@ -46,11 +47,11 @@ def run(
     if not lora_rank:
         require("torch"), require("trl")
     length = length or 1024
-    memory: list[Row] = []  # measured first, in processes that need the memory which both sides take below
-    if memory_length and not lora_rank:
-        with models.subject(size, model, **({} if model else _MEMORY_SHAPE)) as wide:
-            memory = _memory(wide.folder, memory_length)
     with models.subject(size, model, n_layers=layers) as subject, tempfile.TemporaryDirectory() as work:
+        memory: list[Row] = []  # measured first, in processes that need the memory which both sides take below
+        if memory_length and not lora_rank:
+            with contextlib.nullcontext(subject) if model else models.subject(size, **_MEMORY_SHAPE) as wide:
+                memory = _memory(wide.folder, memory_length)
         settings = dpo_settings(pairs, subject.dtype, remat, lora_rank)
         if lora_rank:
             rows = _adapters(subject, settings, length, repeats)

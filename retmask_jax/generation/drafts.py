@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int, PyTree
 
 from retmask_jax.generation.batching import pad_rows
 from retmask_jax.generation.continuations import read_on, shared_batches
-from retmask_jax.generation.decode import DECODING, NO_STOP, Draws, Generated, check_options
+from retmask_jax.generation.decode import DECODING, NO_STOP, Draws, Generated, check_options, one_row
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
@@ -96,11 +96,7 @@ def answer_drafts(
             texts = batch.prefix, batch.tokens_BT, batch.start_B, batch.end_B, batch.prompt_B
             options = {"max_new_tokens": max_new_tokens}
             out = to_host(answer_batch(config, lm.params, *texts, draft_BN, said_B, ends, masks, longest, **options))
-            found = [jax.tree.map(lambda x, row=row: x[row], out) for row in range(len(batch.rows))]
-            yield (
-                batch.rows,
-                [one.replace(tokens=one.tokens[: one.lengths], argmax=one.argmax[: one.lengths]) for one in found],
-            )
+            yield batch.rows, [one_row(out, row) for row in range(len(batch.rows))]
 
     with mesh_of(lm.params):
         return memory.in_batches(len(prompts), batch_size, what, "answer", work, note)

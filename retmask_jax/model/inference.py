@@ -65,12 +65,7 @@ class Layers:
 
     def states(self, x_BTE: jax.Array, masks: ByLayer) -> jax.Array:
         """[R,B,T,E]: the input of each group, from the embedded tokens on, for work that begins at a later group."""
-
-        def step(x_BTE, r):
-            return self.through(r, (x_BTE, None), masks)[0][0], x_BTE
-
-        x_BTE, before_RBTE = jax.lax.scan(step, x_BTE, jnp.arange(self.before_last))
-        return jnp.concatenate([before_RBTE, x_BTE[None]])
+        return self.states_and_caches((x_BTE, None), masks)[0]
 
     def states_and_caches(self, carry: Carry, masks: ByLayer) -> tuple[jax.Array, Any]:
         """(`states`, the caches of the groups before the last, filled), from the embedded tokens and empty caches."""
@@ -85,11 +80,7 @@ class Layers:
         self, start: jax.Array, x_BTE: jax.Array, cache: Cache, masks: ByLayer, rows_BP: jax.Array
     ) -> "HiddenRows":
         """As `hidden_rows`, from the input of group `start` and the caches of those before it."""
-
-        def step(r, carry):
-            return self.through(r, carry, masks)[0]
-
-        x_BTE, blocks = jax.lax.fori_loop(start, self.before_last, step, (x_BTE, cache["blocks"]))
+        x_BTE, blocks = self._up_to_last(start, (x_BTE, cache["blocks"]), masks)
         (x_BPE, last), _ = self.last((x_BTE, cache["tail"] if self.config.tail else blocks), masks, rows_BP)
         blocks, tail = (blocks, last) if self.config.tail else (last, cache["tail"])
         return HiddenRows.of(self, x_BPE, {"blocks": blocks, "tail": tail})
@@ -98,12 +89,7 @@ class Layers:
         self, start: jax.Array, x_BTE: jax.Array, masks: ByLayer, rows_BP: jax.Array | None = None
     ) -> jax.Array:
         """Final states x_BPE before their norm, from the input of group `start`; rows_BP as in `last`."""
-
-        def step(r, x_BTE):
-            return self.through(r, (x_BTE, None), masks)[0][0]
-
-        x_BTE = jax.lax.fori_loop(start, self.before_last, step, x_BTE)
-        return self.last((x_BTE, None), masks, rows_BP)[0][0]
+        return self.last(self._up_to_last(start, (x_BTE, None), masks), masks, rows_BP)[0][0]
 
     def last(self, carry: Carry, masks: ByLayer, rows_BP: jax.Array | None) -> tuple[Carry, PyTree]:
         """The last group: ((final states x_BPE of rows_BP before their norm, cache of the group), what it probed).
@@ -118,6 +104,10 @@ class Layers:
 
     def normed(self, x_BPE: jax.Array) -> jax.Array:
         return cast(jax.Array, norm(self.config, None).apply({"params": self.params["norm"]}, x_BPE))
+
+    def _up_to_last(self, start: jax.Array, carry: Carry, masks: ByLayer) -> Carry:
+        """The carry after the groups from `start` on, without the last."""
+        return jax.lax.fori_loop(start, self.before_last, lambda r, carry: self.through(r, carry, masks)[0], carry)
 
     def _apply(
         self,

@@ -58,6 +58,11 @@ class Kept:
     bytes: int
 
 
+def user_cache() -> Path:
+    """The folder of this package in the user's cache directory; it need not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "retmask_jax"
+
+
 def programs_folder() -> Path | None:
     """Where programs are kept unless a config says otherwise; None: nowhere.
 
@@ -67,8 +72,7 @@ def programs_folder() -> Path | None:
     named = os.environ.get(_SETTING)
     if named:
         return None if named == OFF else Path(named)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    return base / "retmask_jax" / f"programs-{_processor()}"
+    return user_cache() / f"programs-{_processor()}"
 
 
 def keep_programs(folder: str | Path | None = None, limits: Limits = LIMITS) -> Path | None:
@@ -145,13 +149,6 @@ def spent() -> Spent:
     return _meter.spent
 
 
-@contextlib.contextmanager
-def waiting() -> Generator[None, None, None]:
-    """What passes inside counts as waiting (`Spent`); one inside another counts once."""
-    with _meter.wait():
-        yield
-
-
 class Ahead:
     """Programs that are compiled side by side in threads, while the first of them works.
 
@@ -201,7 +198,8 @@ class _Meter:
                 self._add(found=1)
 
     @contextlib.contextmanager
-    def wait(self) -> Generator[None, None, None]:
+    def waiting(self) -> Generator[None, None, None]:
+        """What passes inside counts as waiting (`Spent`); one inside another counts once."""
         if self._waits or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -220,6 +218,7 @@ class _Meter:
 
 
 _meter = _Meter()
+waiting = _meter.waiting
 jax.monitoring.register_event_duration_secs_listener(_meter.duration)
 jax.monitoring.register_event_listener(_meter.event)
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from retmask_jax.utils.compiled import waiting
+from retmask_jax.utils.compiled import user_cache, waiting
 from retmask_jax.utils.files import digest
 from retmask_jax.utils.progress import track
 
@@ -72,5 +72,4 @@ def _remember(known: Path, record: dict) -> None:
 
 
 def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "retmask_jax" / "fingerprints"
+    return user_cache() / "fingerprints"

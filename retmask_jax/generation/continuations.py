@@ -14,12 +14,16 @@ from retmask_jax.generation.prefill import ALIGNED, prefill, share_prefixes, slo
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import HiddenRows
+from retmask_jax.model.kernels.blocked import platform
 from retmask_jax.model.kv_cache import empty_cache
 from retmask_jax.model.masking import Masks
 from retmask_jax.model.sharding import full_share
 
-# Tokens read per chunk after a shared prefix. Small, so that little is padded when continuations differ in length.
-_CHUNK = 256
+# Tokens read per chunk after a shared prefix. Small, so that little is padded when continuations differ in length; a CPU is
+# busy with two rows of so many.
+_CHUNK = {"cpu": 128}
+_CHUNK_ELSEWHERE = 256
+_WIDTH_STEP = 64  # texts without a shared prefix are padded to a multiple of this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,6 @@ def shared_batches(
         masks: The same for all prompts.
         longest: As in `hidden`.
     """
-    on_cpu = jax.default_backend() == "cpu"
     for group in share_prefixes([prompts[i] for i in todo]):
         group = dataclasses.replace(group, members=tuple(todo[i] for i in group.members))
         prefix = _read_prefix(config, params, group.prefix, masks, longest)
@@ -69,13 +72,13 @@ def shared_batches(
         # batches are small on a CPU, which two rows, or one per device, keep busy. All batches are padded to one width,
         # for one program.
         shared = prefix is not None
-        size = min(batch_size, full_share(2 if shared and on_cpu else len(group.members)))
+        size = min(batch_size, full_share(2 if shared and platform() == "cpu" else len(group.members)))
         starts = dict(zip(group.members, group.starts, strict=True))
         rest = {i: (*prompts[i][starts[i] :], *given[i]) for i in group.members}
-        least = slots_for(max(map(len, rest.values())), _CHUNK) if shared else 0
+        least = slots_for(max(map(len, rest.values())), _chunk()) if shared else 0
         for batch in full_batches(sorted(rest, key=lambda i: starts[i] - len(prompts[i])), size):
             texts = [rest[i] for i in batch]
-            tokens_BT, lengths_B = pad_rows(texts, config.pad_id, multiple_of=_CHUNK // 4, least=least)
+            tokens_BT, lengths_B = pad_rows(texts, config.pad_id, multiple_of=_WIDTH_STEP, least=least)
             start_B, prompt_B = (
                 np.array(x, np.int32) for x in ([starts[i] for i in batch], [len(prompts[i]) for i in batch])
             )
@@ -105,7 +108,7 @@ def read_on(
         longest: As in `prefill`.
     """
     batch, length = tokens_BT.shape
-    n_prefix, chunk = (0, usual_chunk()) if prefix is None else (prefix["blocks"]["0"].slots, _CHUNK)
+    n_prefix, chunk = (0, usual_chunk()) if prefix is None else (prefix["blocks"]["0"].slots, _chunk())
     cache = None
     if prefix is not None or length > chunk or more is not None:
         dtype = jax.tree.leaves(params)[0].dtype
@@ -127,6 +130,10 @@ def read_on(
         longest=longest,
         chunk=chunk,
     )
+
+
+def _chunk() -> int:
+    return _CHUNK.get(platform(), _CHUNK_ELSEWHERE)
 
 
 def _read_prefix(

@@ -5,7 +5,7 @@ The answers are those of plain greedy decoding, whatever the drafts.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +20,10 @@ from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import next_hidden
+from retmask_jax.model.kv_cache import Cache
 from retmask_jax.model.layers import unembed
 from retmask_jax.model.masking import Masks, normalise
-from retmask_jax.model.sharding import mesh_of, row_parallel
+from retmask_jax.model.sharding import ROWS, STACKED_ROWS, mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory
 from retmask_jax.utils.hosts import to_host
@@ -90,13 +91,36 @@ def answer_drafts(
     masks, longest = normalise(config), np.int32(longest + max_new_tokens)
 
     def work(todo: list[int], batch_size: int):
+        waiting: list[_Begun] = []  # small batches with an answer that goes on after its draft
         common = {"batch_size": batch_size, "masks": masks, "longest": longest}
+
+        def go_on() -> Iterator[tuple[list[int], list[Generated]]]:
+            parts = tuple(begun.state for begun in waiting)
+            parts += parts[-1:] * (batch_size // len(waiting[0].rows) - len(parts))  # for one program
+            found = to_host(decode_together(config, lm.params, parts, ends, masks, longest))
+            for begun, out in zip(waiting, found, strict=False):
+                yield begun.rows, _each_row(out)
+            waiting.clear()
+
         for batch in shared_batches(config, lm.params, prompts, drafts, todo, **common):
             draft_BN, said_B = pad_rows([drafts[i] for i in batch.rows], config.pad_id, least=width)
             texts = batch.prefix, batch.tokens_BT, batch.start_B, batch.end_B, batch.prompt_B
-            options = {"max_new_tokens": max_new_tokens}
-            out = to_host(answer_batch(config, lm.params, *texts, draft_BN, said_B, ends, masks, longest, **options))
-            yield batch.rows, [one_row(out, row) for row in range(len(batch.rows))]
+            arguments = config, lm.params, *texts, draft_BN, said_B, ends, masks, longest
+            if batch.prefix is None or 2 * len(batch.rows) > batch_size:
+                yield batch.rows, _each_row(to_host(answer_batch(*arguments, max_new_tokens=max_new_tokens)))
+                continue
+            begun = _Begun(batch.rows, read_drafts(*arguments, max_new_tokens=max_new_tokens))
+            known = to_host(begun.state.rows)
+            if known.done_B.all():
+                yield batch.rows, _each_row(_result(config, known))
+                continue
+            if waiting and begun.shape != waiting[0].shape:
+                yield from go_on()
+            waiting.append(begun)
+            if (len(waiting) + 1) * len(batch.rows) > batch_size:
+                yield from go_on()
+        if waiting:
+            yield from go_on()
 
     with mesh_of(lm.params):
         return memory.in_batches(len(prompts), batch_size, what, "answer", work, note)
@@ -118,6 +142,25 @@ class _Rows(NamedTuple):
     stop_B: Any
 
 
+class _State(NamedTuple):
+    """Answers in progress (`_Rows`), and what decoding goes on from: the length of each prompt and the cache."""
+
+    rows: Any
+    prompt_B: Any
+    cache: Any
+
+
+class _Begun(NamedTuple):
+    """A batch whose drafts are read. rows: the index of each prompt."""
+
+    rows: list[int]
+    state: _State
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.state.cache["blocks"]["0"].v.shape
+
+
 @functools.partial(jax.jit, static_argnums=0, static_argnames="max_new_tokens", compiler_options=DECODING)
 @row_parallel("tokens_BT", "start_B", "end_B", "prompt_B", "draft_BN", "said_B")
 def answer_batch(
@@ -136,34 +179,123 @@ def answer_batch(
     *,
     max_new_tokens: int,
 ) -> Generated:
-    """The compiled program of `answer_drafts`. said_B: tokens of each draft; others as of `Batch`."""
+    """The compiled program of `answer_drafts` for a full batch. said_B: tokens of each draft; others as of `Batch`."""
+    texts = prefix, tokens_BT, start_B, end_B, prompt_B, draft_BN, said_B
+    state = _read(config, params, *texts, ends, masks, longest, max_new_tokens)
+    return _result(config, _decode(config, params, state, ends, masks, longest))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="max_new_tokens")
+@row_parallel(
+    "tokens_BT", "start_B", "end_B", "prompt_B", "draft_BN", "said_B", results=_State(ROWS, ROWS, STACKED_ROWS)
+)
+def read_drafts(
+    config: ModelConfig,
+    params: PyTree,
+    prefix: PyTree | None,
+    tokens_BT: Int[jax.Array, "B T"],
+    start_B: Int[jax.Array, " B"],
+    end_B: Int[jax.Array, " B"],
+    prompt_B: Int[jax.Array, " B"],
+    draft_BN: Int[jax.Array, "B N"],
+    said_B: Int[jax.Array, " B"],
+    ends: Ends,
+    masks: Masks,
+    longest: jax.Array,
+    *,
+    max_new_tokens: int,
+) -> _State:
+    """The first half of `answer_batch`, for a small batch: what the model says as far as it agrees with the drafts."""
+    texts = prefix, tokens_BT, start_B, end_B, prompt_B, draft_BN, said_B
+    return _read(config, params, *texts, ends, masks, longest, max_new_tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=DECODING)
+def decode_together(
+    config: ModelConfig, params: PyTree, parts: tuple[_State, ...], ends: Ends, masks: Masks, longest: jax.Array
+) -> list[Generated]:
+    """The second half of `answer_batch`, for several small batches at once, whose caches have as many slots."""
+    rows = jax.tree.map(lambda *x: jnp.concatenate(x), *(part.rows for part in parts))
+    cache = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *(part.cache for part in parts))
+    prompt_B = jnp.concatenate([part.prompt_B for part in parts])
+    out = _result(config, _decode_rows(config, params, prompt_B, rows, cache, ends, masks, longest))
+    bounds = np.cumsum([len(part.prompt_B) for part in parts])[:-1].tolist()
+    split = [jnp.split(x, bounds) for x in jax.tree.leaves(out)]
+    return [jax.tree.unflatten(jax.tree.structure(out), leaves) for leaves in zip(*split, strict=True)]
+
+
+def _read(
+    config: ModelConfig,
+    params: PyTree,
+    prefix: PyTree | None,
+    tokens_BT: jax.Array,
+    start_B: jax.Array,
+    end_B: jax.Array,
+    prompt_B: jax.Array,
+    draft_BN: jax.Array,
+    said_B: jax.Array,
+    ends: Ends,
+    masks: Masks,
+    longest: jax.Array,
+    max_new_tokens: int,
+) -> _State:
+    """The prompts and their drafts in one pass."""
     width = draft_BN.shape[1]
     rows_BP = (prompt_B - start_B)[:, None] - 1 + jnp.arange(width + 1)
     texts = prefix, tokens_BT, start_B, end_B
     out = read_on(config, params, *texts, masks, rows_BP, more=max_new_tokens, probe=Probe(rows_BP), longest=longest)
-    assert out.probed is not None  # it was asked for
+    assert out.probed is not None and out.cache is not None  # both were asked for
     chosen_BP = jnp.argmax(unembed(config, params, out.x_BPE), axis=-1).astype(jnp.int32)
     agrees_BN = (chosen_BP[:, :width] == draft_BN) & (jnp.arange(width) < said_B[:, None])
     known_B = jnp.cumprod(agrees_BN, axis=1).sum(axis=1) + 1
     rows = _begin(config, ends, chosen_BP, out.probed.keys[..., 0], known_B, max_new_tokens)
-    probe = Probe(jnp.zeros((len(tokens_BT), 1), jnp.int32))
+    return _State(rows, prompt_B, out.cache)
 
-    def unfinished(state):
-        return ~state[0].done_B.all()
 
-    def step(state):
-        rows, cache = state
+@row_parallel("prompt_B", "rows", stacked=("cache",))
+def _decode_rows(
+    config: ModelConfig,
+    params: PyTree,
+    prompt_B: jax.Array,
+    rows: _Rows,
+    cache: Cache,
+    ends: Ends,
+    masks: Masks,
+    longest: jax.Array,
+) -> _Rows:
+    return _decode(config, params, _State(rows, prompt_B, cache), ends, masks, longest)
+
+
+def _decode(config: ModelConfig, params: PyTree, state: _State, ends: Ends, masks: Masks, longest: jax.Array) -> _Rows:
+    """The answers, token by token until all rows are done."""
+    probe = Probe(jnp.zeros((len(state.prompt_B), 1), jnp.int32))
+
+    def unfinished(carry):
+        return ~carry[0].done_B.all()
+
+    def step(carry):
+        rows, cache = carry
         last_B = rows.count_B - 1
         token_B = jnp.take_along_axis(rows.tokens_BM, last_B[:, None], axis=1)[:, 0]
-        at_B = prompt_B + last_B
+        at_B = state.prompt_B + last_B
         new = next_hidden(config, params, token_B, masks, cache=cache, start_B=at_B, probe=probe, longest=longest)
         assert new.probed is not None  # it was asked for
         next_B = jnp.argmax(unembed(config, params, new.x_BTE)[:, 0], axis=-1).astype(jnp.int32)
         return _add(ends, rows, next_B, new.probed.keys[:, 0, :, :, 0]), new.cache
 
-    rows, _ = jax.lax.while_loop(unfinished, step, (rows, out.cache))
-    ours_BM = jnp.arange(max_new_tokens) < rows.count_B[:, None]
-    return Generated(jnp.where(ours_BM, rows.tokens_BM, config.pad_id), rows.count_B, rows.stop_B, rows.argmax_BMLH)
+    return jax.lax.while_loop(unfinished, step, (state.rows, state.cache))[0]
+
+
+def _result(config: ModelConfig, rows: _Rows) -> Generated:
+    """The answers, padded; of NumPy arrays as of JAX's."""
+    ours_BM = np.arange(rows.tokens_BM.shape[1]) < rows.count_B[:, None]
+    xp = np if isinstance(rows.tokens_BM, np.ndarray) else jnp
+    tokens_BM = xp.where(ours_BM, rows.tokens_BM, config.pad_id)
+    return Generated(tokens_BM, rows.count_B, rows.stop_B, rows.argmax_BMLH)
+
+
+def _each_row(out: Generated) -> list[Generated]:
+    return [one_row(out, row) for row in range(len(out.lengths))]
 
 
 def _begin(config, ends: Ends, chosen_BP, argmax_BPLH, known_B, max_new_tokens: int) -> _Rows:

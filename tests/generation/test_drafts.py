@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from retmask_jax.generation import drafts as module
 from retmask_jax.generation.decode import generate_many
 from retmask_jax.generation.drafts import Ends, answer_drafts
 from retmask_jax.generation.prefill import share_prefixes
@@ -72,6 +73,14 @@ def test_no_draft_changes_an_answer(lm, prompts, plain):
     partly = [[*one[: i % 4], 40, 39] for i, one in enumerate(ended)]
     for drafts in ([()] * len(prompts), wrong, partly, ended, [[*one, 3, 3, 3] for one in ended]):
         _assert_equal(_answers(lm, prompts, drafts), plain)
+
+
+def test_small_batches_go_on_together(lm, prompts, plain, monkeypatch):
+    """Of prompts that begin alike a CPU reads two at a time; what goes on after the drafts is decoded in one batch."""
+    calls, decode = [], module.decode_together
+    monkeypatch.setattr(module, "decode_together", lambda *args: calls.append(len(args[2])) or decode(*args))
+    _assert_equal(_answers(lm, prompts, [()] * len(prompts)), plain)
+    assert calls == [2]
 
 
 def test_a_line_end_ends_an_answer_after_its_first_word(lm, prompts, plain):

@@ -1,7 +1,13 @@
 """Answers from drafts are those of plain greedy decoding, whatever is drafted, and end where an answer ends."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
 import pytest
+from conftest import QUICK_FLAGS
 
 from retmask_jax.generation import drafts as module
 from retmask_jax.generation.decode import generate_many
@@ -122,3 +128,33 @@ def test_prompts_and_drafts_must_match(lm, prompts, drafts):
 def test_a_prompt_that_leaves_no_room_is_refused(lm):
     with pytest.raises(ValueError, match="exceed the model's context"):
         _answers(lm, [[1] * 250], [()])
+
+
+_ON_A_MESH = textwrap.dedent("""
+    import numpy as np, retmask_jax as rm
+    from retmask_jax.generation import drafts
+    from retmask_jax.generation.decode import generate_many
+    from retmask_jax.model.sharding import make_mesh
+
+    hay = np.random.default_rng(4).integers(16, 256, 150).tolist()
+    prompts = [[*hay[:n], n] for n in (150, 140, 130, 120, 110, 100, 90, 80)]
+    lm = rm.load("bundled", mesh=make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "context": 1}))
+    ends = drafts.Ends.of(lm.config, *np.array([[False], [True]]).repeat(lm.config.vocab_size, axis=1))
+    calls, decode = [], drafts.decode_together
+    drafts.decode_together = lambda *args: calls.append(len(args[2])) or decode(*args)
+    options = {"max_new_tokens": 6, "batch_size": 8}
+    found = drafts.answer_drafts(lm, prompts, [()] * len(prompts), ends, width=4, **options)
+    expected = generate_many(lm.config, lm.params, prompts, probe=True, **options)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        np.testing.assert_array_equal(ours.argmax, theirs.argmax)
+    assert calls and calls[0] > 1, calls
+""")
+
+
+@pytest.mark.slow
+def test_on_a_mesh_small_batches_go_on_together():
+    env = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK_FLAGS}"}
+    done = subprocess.run([sys.executable, "-c", _ON_A_MESH], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float32, Int
 
 from retmask_jax.data.answers import rouge1_recall
 from retmask_jax.data.needles import Case
@@ -177,8 +177,16 @@ def copy_score(
 
 def newline_ids(tokenizer: Any) -> Int[np.ndarray, " ids"]:
     """Returns the ids of the tokens whose text has a newline."""
+    return np.flatnonzero(_vocabulary(tokenizer)[0])
+
+
+@functools.lru_cache(maxsize=1)
+def _vocabulary(tokenizer: Any) -> tuple[Bool[np.ndarray, " V"], Bool[np.ndarray, " V"]]:
+    """For each token whether it has a line end in it, and whether it has text other than blanks: special ones have none."""
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return np.array([i for i, text in enumerate(texts) if "\n" in text], np.int64)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    words = [bool(text.strip()) and i not in special for i, text in enumerate(texts)]
+    return np.array(["\n" in text for text in texts]), np.array(words)
 
 
 def words_of(case: Case) -> tuple[int, ...]:
@@ -226,11 +234,7 @@ def greedy_answers(
 
 def _ends(lm: LanguageModel) -> Ends:
     """Returns what ends an answer of `detect`."""
-    ids = [[i] for i in range(len(lm.tokenizer))]
-    word_V = np.array([bool(text.strip()) for text in lm.tokenizer.batch_decode(ids, skip_special_tokens=True)])
-    line_end_V = np.zeros(len(ids), bool)
-    line_end_V[newline_ids(lm.tokenizer)] = True
-    return Ends.of(lm.config, line_end_V, word_V)
+    return Ends.of(lm.config, *_vocabulary(lm.tokenizer))
 
 
 def _decode(

@@ -69,6 +69,7 @@ def branch_logprobs(
     lengths: Lengths,
     answers: Int[ArrayLike, "B N A"],
     counted: Bool[ArrayLike, "B N A"],
+    interventions: Interventions | None = None,
     *,
     longest: jax.Array | int | None = None,
     remat: bool = False,
@@ -81,6 +82,7 @@ def branch_logprobs(
         prompts: i32[B,P], right-padded.
         lengths: i32[B], at least 1.
         answers: i32[B,N,A], right-padded.
+        interventions: What is ablated in a prompt and in all its answers; None: nothing.
         longest: Tokens of the longest row, for models whose rotary frequencies depend on it; None: P + A.
         remat: Recompute blocks in the backward pass.
     """
@@ -91,10 +93,11 @@ def branch_logprobs(
     branches_BNA = jnp.concatenate([last_BN1, answers_BNA[:, :, :-1]], axis=2)
     fork = Fork.of(start_B, width, n, own)
     tokens_BT, longest = fork.join(prompts_BP, branches_BNA), width + own if longest is None else longest
-    out = hidden(config, params, tokens_BT, normalise(config), longest=longest, fork=fork, remat=remat)
-    flat = [x.reshape(len(start_B), n * own, *x.shape[3:]) for x in (fork.split(out.x_BTE)[1], answers_BNA)]
-    counted_BT = jnp.reshape(counted, flat[1].shape) != 0
-    return chosen_logprobs(config, params, *flat, counted_BT).reshape(answers_BNA.shape).sum(axis=2)
+    masks = normalise(config, interventions, len(start_B))
+    out = hidden(config, params, tokens_BT, masks, longest=longest, fork=fork, remat=remat)
+    x_BTE = fork.split(out.x_BTE)[1].reshape(len(start_B), n * own, -1)
+    target_BT, counted_BT = (jnp.reshape(x, x_BTE.shape[:2]) for x in (answers_BNA, counted))
+    return chosen_logprobs(config, params, x_BTE, target_BT, counted_BT).reshape(answers_BNA.shape).sum(axis=2)
 
 
 def token_logprobs(

@@ -18,7 +18,6 @@ class Step:
 
     batch: int
     microbatch: int
-    rows_per_pair: int
     remat: bool
     mesh: Mapping[str, int]
     needed: float
@@ -26,11 +25,6 @@ class Step:
     limit: float
     lora: bool = False
     narrow_moment: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Rows of a whole step."""
-        return self.batch * self.rows_per_pair
 
     @property
     def shards(self) -> int:

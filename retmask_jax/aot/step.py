@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -25,7 +26,7 @@ from retmask_jax.aot.program import (
     stamp,
 )
 from retmask_jax.aot.topology import GIB, Chip, chip_of, devices_of, estimate
-from retmask_jax.data.pair_formats import SIDES
+from retmask_jax.data.pair_rows import PairRows
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import executed_flops
 from retmask_jax.model.masking import normalise
@@ -54,11 +55,13 @@ def check_training(config: ConfigDict, topology: str) -> dict[str, Any]:
     mesh, settings = make_mesh(config.mesh, devices), _settings(config)
     # "auto" would choose the fastest kernel for this machine instead of the topology.
     model = dataclasses.replace(model, kernel="splash" if config.kernel == "auto" else config.kernel)
-    programs = training_programs(model, settings, mesh, config.train.max_tokens)
+    prompt, answer = config.train.max_prompt_tokens, config.train.max_tokens - config.train.max_prompt_tokens
+    programs = training_programs(model, settings, mesh, prompt, answer)
     compiled = {name: compile_program(program, mesh) for name, program in programs.items()}
     step = _step(settings, mesh, chip, programs, compiled)
     trained = dataclasses.replace(model, lora=settings.lora)
-    flops = step.rows * executed_flops(trained, config.train.max_tokens, remat=settings.remat) / mesh.size
+    answers = (answer,) * (2 if settings.objective == "dpo" else 1)
+    flops = step.batch * executed_flops(trained, prompt, answers, remat=settings.remat) / mesh.size
     return (
         {
             "what": "train",
@@ -75,24 +78,21 @@ def check_training(config: ConfigDict, topology: str) -> dict[str, Any]:
     )
 
 
-def training_programs(config: ModelConfig, settings: Settings, mesh: Mesh, length: int) -> dict[str, Program]:
-    """Returns {name: Program} of what one step of `train` runs on rows of `length` tokens."""
+def training_programs(
+    config: ModelConfig, settings: Settings, mesh: Mesh, prompt: int, answer: int
+) -> dict[str, Program]:
+    """Returns {name: Program} of what one step of `train` runs on prompts and answers of so many tokens."""
     # The seed is no part of an update; `train` leaves it out in the same way.
     programs = make_programs(config, dataclasses.replace(settings, seed=0), mesh)
     frozen = {} if settings.lora is None else placed_shapes(config, mesh, settings.compute_dtype)
     grads = programs.state.params  # gradients have the shapes, the float32 and the shardings of the parameters
     sums = grads, {name: array(mesh, (), jnp.float32) for name in metric_names(settings)}
-    batch, rows = {"weight": array(mesh, (settings.microbatch_size,), jnp.float32, "batch")}, settings.microbatch_size
-    for side in SIDES:
-        batch[side] = array(mesh, (rows, length), jnp.int32, "batch")
-        batch[f"{side}_mask"] = array(mesh, (rows, length), jnp.bool_, "batch")
-        if settings.has_reference:
-            batch[f"ref_{side}"] = array(mesh, (rows,), jnp.float32, "batch")
+    batch = {name: array(mesh, x.shape, x.dtype, "batch") for name, x in _batch(settings, prompt, answer).items()}
     ablated = None
     if settings.objective == "contrast":
         masks = jax.eval_shape(lambda: normalise(config))
         ablated = jax.tree.map(lambda x: array(mesh, x.shape, x.dtype), masks)
-    state, runs = programs.state, settings.batch_size // rows
+    state, runs = programs.state, settings.batch_size // settings.microbatch_size
     if runs == 1:
         function, arguments = programs.gradients, (state.params, frozen, batch, ablated)
     else:
@@ -124,9 +124,20 @@ def describe(row: dict[str, Any], recipe: str) -> str:
 
 
 def _settings(config: ConfigDict) -> Settings:
-    """The settings of the arm that takes most memory: preferences have two rows to a pair, demonstrations one."""
+    """The settings of the arm that takes most memory: preferences have two answers to a prompt, demonstrations one."""
     arms = config.train.arms
     return train_settings(config, next((arm for arm in arms if ARMS[arm].objective != "sft"), arms[0]), seed=0)
+
+
+def _batch(settings: Settings, prompt: int, answer: int) -> dict[str, np.ndarray]:
+    """A part of a batch as `part_loss` takes it, of the same pair again and again."""
+    bounds = np.cumsum([[0, prompt, answer, answer]], axis=1)
+    pair, n = PairRows(["a pair"], np.zeros(bounds[0, -1], np.int32), bounds), settings.microbatch_size
+    dpo = settings.objective == "dpo"
+    batch = pair.forked([0] * n, (prompt, answer), 0) if dpo else pair.chosen([0] * n, (prompt + answer,), 0)
+    if settings.has_reference:
+        batch["reference"] = np.zeros((n, 2), np.float32)
+    return batch | {"weight": np.ones(n, np.float32)}
 
 
 def _step(
@@ -135,7 +146,6 @@ def _step(
     return Step(
         batch=settings.batch_size,
         microbatch=settings.microbatch_size,
-        rows_per_pair=2 if settings.objective == "dpo" else 1,
         remat=settings.remat,
         mesh=sizes_of(mesh),
         needed=max(outcome.needed + held_bytes(programs[name].resident) for name, outcome in compiled.items()),

@@ -16,7 +16,7 @@ from retmask_jax.benchmarks import models
 from retmask_jax.benchmarks.chip import product_peak, share_row
 from retmask_jax.benchmarks.harness import Bound, Report, Row, Timed, alternate, speed_row
 from retmask_jax.benchmarks.memory import measure
-from retmask_jax.benchmarks.peers import TrlPeer, require
+from retmask_jax.benchmarks.peers import TrlPeer, require, token_rows
 from retmask_jax.benchmarks.programs import OurTrainer, dpo_settings, random_pairs
 from retmask_jax.model.flops import training_flops
 from retmask_jax.training.optimizer import schedule
@@ -37,11 +37,14 @@ def run(
     lora_rank: int,
     model: str | None = None,
 ) -> Report:
-    """Seconds of a step on rows that are half prompt and half answer.
+    """Seconds of a step on pairs whose texts are half prompt and half answer.
+
+    Rates are tokens of prompts, each counted once, and of their answers: what our side computes. The peer's rows hold a
+    prompt twice.
 
     Args:
-        length: tokens of a row; None for 1024.
-        memory_length: tokens of a row when memory is measured; 0 measures no memory.
+        length: tokens of a prompt with one answer; None for 1024.
+        memory_length: the same when memory is measured; 0 measures no memory.
         lora_rank: rank of the adapters that are trained, without a peer; 0 trains all weights.
     """
     if not lora_rank:
@@ -90,12 +93,11 @@ def _steps(subject: models.Subject, work: Path, settings: Settings, length: int,
     # The first update has a learning rate of 0: only from the third step on losses tell whether updates are equal.
     timed = alternate(contenders | {"reference": ours.reference_pass}, max(repeats, 2))
 
-    tokens = 2 * settings.batch_size * length
     name = f"{subject.name}, {settings.batch_size} pairs of {length}"
     step, reference = timed["ours"], timed["reference"]
     whole = Timed(step.first, tuple(s + r / _EPOCHS for s, r in zip(step.runs, reference.runs, strict=True)))
     ref_difference = _relative(ours.reference, peers["precomputed"].reference)
-    shared: dict[str, Any] = {"work": tokens, "what": "tokens"}
+    shared: dict[str, Any] = {"work": _tokens(settings, length), "what": "tokens"}
     frozen = {"target": 1.5, "bounds": _equality(losses, "frozen", pairs, peers), "facts": {"losses": losses}}
     precomputed = _equality(losses, "precomputed", pairs, peers)
     precomputed.append(Bound("reference log-probabilities", ref_difference, "<=", 1e-4))
@@ -114,7 +116,7 @@ def _adapters(subject: models.Subject, settings: Settings, length: int, repeats:
     ours = OurTrainer(folder, pairs, settings)
     timed = alternate({"ours": ours.step, "reference": ours.reference_pass}, repeats)
     name = f"{subject.name}, {settings.batch_size} pairs of {length}, adapters of rank {settings.lora_rank}"
-    shared = {"work": 2 * settings.batch_size * length, "what": "tokens"}
+    shared = {"work": _tokens(settings, length), "what": "tokens"}
     return [
         speed_row(name, timed["ours"], None, **shared),
         speed_row(f"{name}; reference pass alone", timed["reference"], None, **shared),
@@ -122,10 +124,14 @@ def _adapters(subject: models.Subject, settings: Settings, length: int, repeats:
     ]
 
 
+def _tokens(settings: Settings, length: int) -> int:
+    return settings.batch_size * (length + length - length // 2)
+
+
 def _share(name: str, folder: Path, settings: Settings, length: int, step: Timed, mesh: Mesh) -> Row:
-    """The operations that a step needs, a second, against what the machine can do."""
+    """The operations that a step needs where a prompt is computed once, a second, against what the machine can do."""
     config = dataclasses.replace(models.read_shape(folder), lora=settings.lora)
-    flops = 2 * settings.batch_size * training_flops(config, length, counted=length - length // 2)
+    flops = settings.batch_size * training_flops(config, length // 2, (length - length // 2,) * 2)
     peak = product_peak(mesh, jax.numpy.dtype(settings.compute_dtype))
     return share_row(f"{name}; peer: the machine's matrix-product peak", "FLOP", flops / step.median, peak, 0.4)
 
@@ -138,7 +144,7 @@ def _equality(
     losses: Mapping[str, list[float]], name: str, pairs: Mapping[str, np.ndarray], peers: Mapping[str, TrlPeer]
 ) -> list[Bound]:
     """The first loss is log 2 for any model; the losses of later steps, with updated weights, say more."""
-    theirs = np.concatenate([pairs["chosen"], pairs["rejected"]])
+    theirs = token_rows(pairs)
     return [
         Bound("rows that differ", int((peers[name].tokens != theirs).any(axis=1).sum()), "==", 0),
         Bound("loss at step 1", _relative(losses["ours"][:1], losses[name][:1]), "<=", 1e-4),

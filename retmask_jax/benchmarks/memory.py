@@ -115,7 +115,7 @@ def our_training(folder: str, length: int, pairs: int) -> dict[str, int]:
     settings = dpo_settings(pairs, "float32")
     vocab_size = models.read_shape(Path(folder)).vocab_size
     rows = random_pairs(vocab_size, length, pairs)
-    given = Path(folder), rows, settings, models.mesh(1), np.zeros((2, pairs), np.float32)
+    given = Path(folder), rows, settings, models.mesh(1), np.zeros((pairs, 2), np.float32)
     OurTrainer(*given).step()  # compiling takes memory, too, and is no part of training
     with Peak() as whole:
         ours = OurTrainer(*given)

@@ -183,9 +183,9 @@ class TrlPeer:
         return self._batch["input_ids"].cpu().numpy()
 
     @property
-    def reference(self) -> Float32[np.ndarray, "2 pairs"]:
+    def reference(self) -> Float32[np.ndarray, "pairs 2"]:
         """The precomputed log-probabilities of chosen and rejected answers under the reference."""
-        return np.stack([self._batch[f"ref_{side}_logps"].cpu().numpy() for side in ("chosen", "rejected")])
+        return np.stack([self._batch[f"ref_{side}_logps"].cpu().numpy() for side in ("chosen", "rejected")], axis=1)
 
     def step(self, learning_rate: float) -> dict[str, float]:
         """Forward, backward, clip and AdamW; returns loss, gradient_norm and the trainer's mean rewards."""
@@ -198,6 +198,12 @@ class TrlPeer:
         metrics = self._trainer._metrics["train"]
         rewards = {f"reward_{side}": float(metrics[f"rewards/{side}"][-1]) for side in ("chosen", "rejected")}
         return {"loss": float(loss), "gradient_norm": float(norm), **rewards}
+
+
+def token_rows(pairs: Mapping[str, np.ndarray]) -> Int64[np.ndarray, "rows T"]:
+    """The rows that a trainer makes of pairs without padding: all prompts with chosen answers, then with rejected ones."""
+    chosen, rejected = pairs["answers"].swapaxes(0, 1)
+    return np.concatenate([np.concatenate([pairs["prompts"], side], axis=1) for side in (chosen, rejected)], dtype=int)
 
 
 def word_tokenizer(vocab_size: int) -> Any:
@@ -226,7 +232,7 @@ def _trainer(folder: Path, pairs: Mapping[str, np.ndarray], settings: Settings, 
         "adam_beta2": settings.b2,
         "adam_epsilon": settings.eps,
         "weight_decay": settings.weight_decay,
-        "max_length": pairs["chosen"].shape[1],
+        "max_length": pairs["prompts"].shape[1] + pairs["answers"].shape[2],
         "precompute_ref_log_probs": precomputed,
         "dataloader_pin_memory": False,
         "seed": 0,
@@ -243,16 +249,10 @@ def _trainer(folder: Path, pairs: Mapping[str, np.ndarray], settings: Settings, 
 
 
 def _records(pairs: Mapping[str, np.ndarray]) -> list[dict[str, str]]:
-    """Texts that tokenize to the rows; every answer ends with the EOS that the trainer wants there."""
-    first = int(np.argmax(pairs["chosen_mask"][0]))
-    sides = zip(pairs["chosen"], pairs["rejected"], strict=True)
+    """Texts that tokenize to the pairs; every answer ends with the EOS that the trainer wants there."""
     return [
-        {
-            "prompt": _text(chosen[:first]),
-            "chosen": _text(chosen[first:], " "),
-            "rejected": _text(rejected[first:], " "),
-        }
-        for chosen, rejected in sides
+        {"prompt": _text(prompt), "chosen": _text(chosen, " "), "rejected": _text(rejected, " ")}
+        for prompt, (chosen, rejected) in zip(pairs["prompts"], pairs["answers"], strict=True)
     ]
 
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from retmask_jax.benchmarks import models
+from retmask_jax.data.pair_rows import PairRows
 from retmask_jax.generation.drafts import Ends, answer_batch
 from retmask_jax.generation.language_model import load
 from retmask_jax.heads.reading import own_choices, read_batch
@@ -88,15 +89,12 @@ def decoding(config: ModelConfig, length: int) -> Program:
 
 
 def dpo_step(config: ModelConfig, length: int, pairs: int = 1) -> Program:
-    """The gradients of pairs of rows of `length` tokens; the backward pass recomputes each block."""
+    """The gradients of pairs of up to `length` tokens; the backward pass recomputes each block."""
     programs = make_programs(config, dpo_settings(pairs, "float32"), models.mesh(1))
 
     def arguments():
-        batch = {"weight": jnp.full(pairs, 1 / pairs)}
-        for side in ("chosen", "rejected"):
-            batch[side] = jnp.ones((pairs, length), jnp.int32)
-            batch[f"{side}_mask"] = jnp.ones((pairs, length), bool)
-            batch[f"ref_{side}"] = jnp.zeros(pairs)
+        shared = {"weight": jnp.full(pairs, 1 / pairs), "reference": jnp.zeros((pairs, 2))}
+        batch = random_pairs(config.vocab_size, length, pairs) | shared
         return _params(config), {}, batch, None
 
     return Program(programs.gradients, (), arguments)
@@ -128,16 +126,13 @@ def dpo_settings(pairs: int, compute_dtype: str, remat: bool = True, lora_rank: 
 
 
 def random_pairs(vocab_size: int, length: int, pairs: int) -> dict[str, np.ndarray]:
-    """Rows of random tokens as `train` takes them: half prompt, half answer, and every answer ends with token 2."""
-    rng = np.random.default_rng(5)
-    prompt = rng.integers(16, vocab_size, (pairs, length // 2))
-    sides: dict[str, np.ndarray] = {}
-    for side in ("chosen", "rejected"):
-        answer = rng.integers(16, vocab_size, (pairs, length - length // 2))
-        answer[:, -1] = 2
-        sides[side] = np.concatenate([prompt, answer], axis=1).astype(np.int32)
-        sides[f"{side}_mask"] = np.broadcast_to(np.arange(length) >= length // 2, (pairs, length)).copy()
-    return sides
+    """Random tokens as `train` takes them: half prompt, half answer, and every answer ends with token 2."""
+    prompt, answer = length // 2, length - length // 2
+    ends = np.cumsum([0, prompt, answer, answer])
+    tokens = np.random.default_rng(5).integers(16, vocab_size, (pairs, ends[-1]), dtype=np.int32)
+    tokens[:, ends[2:] - 1] = 2
+    rows = PairRows([*map(str, range(pairs))], tokens.ravel(), ends + ends[-1] * np.arange(pairs)[:, None])
+    return rows.forked(np.arange(pairs), (prompt, answer), 0)
 
 
 class OurTrainer:
@@ -149,7 +144,7 @@ class OurTrainer:
         pairs: Mapping[str, np.ndarray],
         settings: Settings,
         mesh: Mesh | None = None,
-        reference: Float32[np.ndarray, "2 pairs"] | None = None,
+        reference: Float32[np.ndarray, "pairs 2"] | None = None,
     ):
         """Load the checkpoint and place the batch.
 
@@ -173,14 +168,14 @@ class OurTrainer:
             reference = self.reference_pass()
         self.reference = reference
 
-    def reference_pass(self) -> Float32[np.ndarray, "2 pairs"]:
+    def reference_pass(self) -> Float32[np.ndarray, "pairs 2"]:
         """Log-probabilities of chosen and rejected answers under the start model."""
         with sharding.using(self.mesh):
-            return np.stack(batch_logprobs(self._config, self._start, self._batch))
+            return np.asarray(batch_logprobs(self._config, self._start, self._batch))
 
     def step(self) -> dict[str, float]:
         """Make one update and return its metrics; the loss is that before the update."""
-        batch = self._batch | {"ref_chosen": self.reference[0], "ref_rejected": self.reference[1]}
+        batch = self._batch | {"reference": self.reference}
         with sharding.using(self.mesh):
             sums = self._programs.gradients(self._state.params, self._frozen, batch, None)
             self._state, values = self._programs.apply(self._state, sums)

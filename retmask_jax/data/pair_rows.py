@@ -1,4 +1,4 @@
-"""Preference pairs as token rows: encoded once, written to disk, and put into batches of a few widths.
+"""Preference pairs as tokens: encoded once, written to disk, and put into batches of a few shapes.
 
 Rows are memory-mapped arrays and not records of a store (utils/store.py): a million pairs are gigabytes of integers
 that training reads at random positions, and as JSON they would be several times larger and parsed at every access. They
@@ -8,6 +8,8 @@ are written in one piece and belong to one identity, which is checked in the sam
 import contextlib
 import dataclasses
 import functools
+import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +24,8 @@ from retmask_jax.utils.files import read_json, write_json
 from retmask_jax.utils.hosts import first_alone
 from retmask_jax.utils.store import check_identity
 
-_WIDTH_STEP = 64
+# Of a row or a prompt, and of an answer: widths are multiples of this, and how often it comes in a pair.
+_STEPS, _COPIES = (64, 16), (1, len(SIDES))
 # Limits of what is tokenized in one call: a tokenizer returns some hundred bytes for each token.
 _RECORDS, _CHARACTERS = 1024, 2**22
 _FILES = {"flat": np.int32, "bounds": np.int64, "ids": np.uint8, "id_ends": np.int64}
@@ -51,35 +54,55 @@ class PairRows:
         return len(self.bounds)
 
     @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """i64[N,2]: tokens of the prompt, and of the longer answer."""
+        prompt, chosen, rejected = np.diff(self.bounds, axis=1).T
+        return np.stack([prompt, np.maximum(chosen, rejected)], axis=1)
+
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """i64[N]: tokens of the prompt and the longer answer."""
-        prompt, chosen, rejected = np.diff(self.bounds, axis=1).T
-        return prompt + np.maximum(chosen, rejected)
+        return self.sizes.sum(axis=1)
 
-    def padded(self, pairs: Sequence[int] | np.ndarray, width: int, pad_id: int) -> dict[str, np.ndarray]:
-        """Returns rows of some pairs, padded to a width.
+    def chosen(self, pairs: Sequence[int] | np.ndarray, widths: tuple[int, ...], pad_id: int) -> dict[str, np.ndarray]:
+        """Returns prompts with their chosen answers, padded to the only one of `widths`.
 
-        Keys are chosen and rejected, i32[n,width], and chosen_mask and rejected_mask, bool[n,width], which are True at
-        the tokens of the answers.
+        Keys are tokens i32[n,W], and counted bool[n,W], which is True at the tokens of the answers.
         """
-        out = {side: np.full((len(pairs), width), pad_id, np.int32) for side in SIDES}
-        out |= {f"{side}_mask": np.zeros((len(pairs), width), bool) for side in SIDES}
-        for row, pair in enumerate(pairs):
-            start, chosen, rejected, end = self.bounds[pair]
-            prompt = chosen - start
-            for side, first, last in (("chosen", chosen, rejected), ("rejected", rejected, end)):
-                out[side][row, :prompt] = self.flat[start:chosen]
-                out[side][row, prompt : prompt + last - first] = self.flat[first:last]
-                out[f"{side}_mask"][row, prompt : prompt + last - first] = True
-        return out
+        (width,) = widths
+        tokens, counted = np.full((len(pairs), width), pad_id, np.int32), np.zeros((len(pairs), width), bool)
+        for row, (start, chosen, rejected, _) in enumerate(self.bounds[pairs]):
+            tokens[row, : rejected - start] = self.flat[start:rejected]
+            counted[row, chosen - start : rejected - start] = True
+        return {"tokens": tokens, "counted": counted}
+
+    def forked(self, pairs: Sequence[int] | np.ndarray, widths: tuple[int, ...], pad_id: int) -> dict[str, np.ndarray]:
+        """Returns prompts and both of their answers, apart and padded to the two widths P and A.
+
+        Keys are prompts i32[n,P], their lengths i32[n], answers i32[n,2,A], the chosen one first, and counted bool[n,2,A],
+        which is True at their tokens; also longest i32[n], a length that all N pairs fit in as rows, for models whose
+        rotary frequencies depend on it.
+        """
+        width, own = widths
+        n, longest = len(pairs), _rounded(int(self.lengths.max()), _STEPS[0])
+        prompts, lengths = np.full((n, width), pad_id, np.int32), np.zeros(n, np.int32)
+        answers, counted = np.full((n, len(SIDES), own), pad_id, np.int32), np.zeros((n, len(SIDES), own), bool)
+        for row, bounds in enumerate(self.bounds[pairs]):
+            lengths[row] = bounds[1] - bounds[0]
+            prompts[row, : lengths[row]] = self.flat[bounds[0] : bounds[1]]
+            for side, (first, last) in enumerate(itertools.pairwise(bounds[1:])):
+                answers[row, side, : last - first] = self.flat[first:last]
+                counted[row, side, : last - first] = True
+        whole = np.full(n, longest, np.int32)
+        return {"prompts": prompts, "lengths": lengths, "answers": answers, "counted": counted, "longest": whole}
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Indices of pairs that pass through the model together, padded to `width` tokens."""
+    """Indices of pairs that pass through the model together, and the widths that their tokens are padded to."""
 
     pairs: np.ndarray
-    width: int
+    widths: tuple[int, ...]
 
 
 def encode_blocks(
@@ -93,6 +116,9 @@ def encode_blocks(
     Args:
         max_tokens: Longest prompt with its answer; longer answers lose their end.
         max_prompt_tokens: Longest prompt; longer ones lose their beginning.
+
+    Raises:
+        ValueError: A prompt has no tokens.
     """
     for part in _blocks(records):
         prompts = prompter.encode_many([prompter.render_messages(record["messages"]) for record in part])
@@ -100,7 +126,9 @@ def encode_blocks(
         ids = [str(record["id"]) for record in part]
         part.clear()
         pieces, cut, prompts_cut = [], 0, 0
-        for prompt, *sides in zip(prompts, *answers, strict=True):
+        for name, prompt, *sides in zip(ids, prompts, *answers, strict=True):
+            if not prompt:
+                raise ValueError(f"the prompt of pair {name} has no tokens: leave the pair out")
             kept = prompt[-max_prompt_tokens:]
             room = max_tokens - len(kept)
             prompts_cut += len(prompt) > max_prompt_tokens
@@ -211,28 +239,50 @@ def batches(n: int, batch_size: int, seed: int) -> Any:
     return iter(order.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
-def widths(rows: PairRows, n: int, most: int) -> list[int]:
-    """Returns at most n widths, evenly spaced up to that of the longest pair, none above `most`.
+def widths(sizes_NS: np.ndarray, n: int, most: int) -> tuple[list[int], ...]:
+    """Returns for each of the S columns of sizes the widths that it is padded to, ascending and evenly spaced.
 
-    Rows are padded to these widths only, because each width is a compiled program.
-    """
-    longest = _rounded(int(rows.lengths.max()))
-    return sorted({min(_rounded(-(-longest * k // n)), most) for k in range(1, n + 1)})
-
-
-def parts(rows: PairRows, pairs: np.ndarray, size: int, allowed: Sequence[int]) -> Iterator[Part]:
-    """Yields pairs in parts of similar lengths, the longest first, each of the smallest allowed width that fits.
+    Pairs are padded to at most n combinations of them, because each is a compiled program. Of all such grids, it is the one
+    that pads the pairs least.
 
     Args:
+        sizes_NS: `PairRows.lengths` as a column, of rows of a prompt and an answer, or `PairRows.sizes`.
+        most: The largest width, which is the model's context.
+
+    Raises:
+        ValueError: A prompt with its answer is longer than that.
+    """
+    if (longest := int(sizes_NS.sum(axis=1).max())) > most:
+        raise ValueError(f"a pair has {longest} tokens, the model's context is {most}: lower train.max_tokens")
+
+    def evenly(s: int, k: int) -> list[int]:
+        longest = _rounded(int(sizes_NS[:, s].max()), _STEPS[s])
+        return sorted({min(_rounded(-(-longest * i // k), _STEPS[s]), most) for i in range(1, k + 1)})
+
+    def tokens(grid: tuple[list[int], ...]) -> int:
+        return int((_fitting(grid, sizes_NS) * _COPIES[: len(grid)]).sum())
+
+    counts = itertools.product(range(1, n + 1), repeat=sizes_NS.shape[1])
+    grids = [tuple(itertools.starmap(evenly, enumerate(each))) for each in counts if math.prod(each) <= n]
+    return min(grids, key=lambda grid: (tokens(grid), math.prod(map(len, grid))))
+
+
+def parts(sizes_NS: np.ndarray, pairs: np.ndarray, size: int, allowed: tuple[list[int], ...]) -> Iterator[Part]:
+    """Yields pairs in parts of similar sizes, the largest first, each of the smallest allowed widths that fit.
+
+    Args:
+        sizes_NS: As of `widths`.
         pairs: Indices of the pairs to divide.
         size: Pairs of a part. The last part repeats its last pair where the number of pairs is no multiple of it.
-        allowed: Widths, ascending.
+        allowed: The result of `widths`.
     """
-    order = np.asarray(pairs)[np.argsort(-rows.lengths[pairs], kind="stable")]
+    sizes_NS = sizes_NS[pairs]
+    widths_NS = _fitting(allowed, sizes_NS)
+    order = np.lexsort((-sizes_NS.sum(axis=1), *-widths_NS.T[::-1]))
     for start in range(0, len(order), size):
         part = order[start : start + size]
         part = np.concatenate([part, np.repeat(part[-1:], size - len(part))])
-        yield Part(part, next(width for width in allowed if width >= rows.lengths[part[0]]))
+        yield Part(np.asarray(pairs)[part], tuple(widths_NS[part].max(axis=0).tolist()))
 
 
 def _blocks(records: Iterable[dict]) -> Iterator[list[dict]]:
@@ -253,5 +303,10 @@ def _answers(tokenizer, records, side: str, ends: Ends) -> list[list[int]]:
     return [row + ends.after(record, side) for row, record in zip(ids, records, strict=True)]
 
 
-def _rounded(length: int) -> int:
-    return -(-length // _WIDTH_STEP) * _WIDTH_STEP
+def _fitting(grid: tuple[list[int], ...], sizes_NS: np.ndarray) -> np.ndarray:
+    """i64[N,S]: the smallest width of its column that each size fits in."""
+    return np.stack([np.take(grid[s], np.searchsorted(grid[s], sizes_NS[:, s])) for s in range(len(grid))], axis=1)
+
+
+def _rounded(length: int, step: int) -> int:
+    return -(-length // step) * step

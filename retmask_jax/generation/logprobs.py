@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float32, Int, PyTree, Shaped
 
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.layers import logits, unembedding
+from retmask_jax.model.layers import Fork, at_positions, logits, unembedding
 from retmask_jax.model.masking import Masks, normalise
 from retmask_jax.model.sharding import mesh_of, row_parallel, split_vocab
 from retmask_jax.model.transformer import check_tokens, hidden, longest_row
@@ -60,6 +60,44 @@ def sequence_logprobs(
     x_BTE = hidden(config, params, tokens, masks, longest=longest, remat=remat).x_BTE[:, :-1]
     counted_BT = jnp.asarray(loss_mask)[:, 1:] != 0
     return jnp.sum(chosen_logprobs(config, params, x_BTE, tokens[:, 1:], counted_BT), axis=1)
+
+
+def branch_logprobs(
+    config: ModelConfig,
+    params: PyTree,
+    prompts: Tokens,
+    lengths: Lengths,
+    answers: Int[ArrayLike, "B N A"],
+    counted: Bool[ArrayLike, "B N A"],
+    interventions: Interventions | None = None,
+    *,
+    longest: jax.Array | int | None = None,
+    remat: bool = False,
+) -> Float32[jax.Array, "B N"]:
+    """The log-probability of the counted tokens of N answers to each prompt, which passes through the model once.
+
+    Pure and differentiable, and otherwise that of `sequence_logprobs` for rows of a prompt and an answer.
+
+    Args:
+        prompts: i32[B,P], right-padded.
+        lengths: i32[B], at least 1.
+        answers: i32[B,N,A], right-padded.
+        interventions: What is ablated in a prompt and in all its answers; None: nothing.
+        longest: Tokens of the longest row, for models whose rotary frequencies depend on it; None: P + A.
+        remat: Recompute blocks in the backward pass.
+    """
+    prompts_BP, start_B, answers_BNA = check_tokens(config, prompts), jnp.asarray(lengths) - 1, jnp.asarray(answers)
+    (_, width), (_, n, own) = prompts_BP.shape, answers_BNA.shape
+    # Branches begin with the last token of the prompt: the states that predict answers are then all theirs.
+    last_BN1 = jnp.broadcast_to(at_positions(prompts_BP, start_B[:, None])[:, None], (len(start_B), n, 1))
+    branches_BNA = jnp.concatenate([last_BN1, answers_BNA[:, :, :-1]], axis=2)
+    fork = Fork.of(start_B, width, n, own)
+    tokens_BT, longest = fork.join(prompts_BP, branches_BNA), width + own if longest is None else longest
+    masks = normalise(config, interventions, len(start_B))
+    out = hidden(config, params, tokens_BT, masks, longest=longest, fork=fork, remat=remat)
+    x_BTE = fork.split(out.x_BTE)[1].reshape(len(start_B), n * own, -1)
+    target_BT, counted_BT = (jnp.reshape(x, x_BTE.shape[:2]) for x in (answers_BNA, counted))
+    return chosen_logprobs(config, params, x_BTE, target_BT, counted_BT).reshape(answers_BNA.shape).sum(axis=2)
 
 
 def token_logprobs(

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from retmask_jax.model.config import KERNELS
 from retmask_jax.model.kernels import cudnn
 from retmask_jax.model.kernels.blocked import HIDDEN, Scores, blocked, dot, plain, platform
-from retmask_jax.model.layers import precision
+from retmask_jax.model.layers import Fork, context_shards, precision
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def attend(
         positions_BT: Positions of a few queries that do not follow each other.
     """
     batch, length, heads, width = q_BTHD.shape
-    shards = _context_shards(length) if start_B is None and positions_BT is None else 1
+    shards = context_shards(length) if start_B is None and positions_BT is None else 1
     chosen = "plain"
     if positions_BT is None:
         chosen = _choose(kernel, *_target(), q_BTHD.dtype.name, length, width, start_B is None, scores)
@@ -125,7 +125,7 @@ def attend(
         log.info("the blocked kernel instead of splash: %s", reason)
         chosen = "blocked"
     if shards > 1:
-        return _over_context(q_BTHD, keys, scores, shards)
+        return _over_context(q_BTHD, keys, scores, shards, jnp.zeros(batch, jnp.int32))
     if chosen == "cudnn" and start_B is None:
         return cudnn.alone(q_BTHD, keys.k_BKDS.transpose(0, 3, 1, 2), keys.v_BKSD.swapaxes(1, 2), scores)
     if chosen == "cudnn":
@@ -145,13 +145,26 @@ def attend(
     return _over_heads(one, q_BKGTD, keys).reshape(batch, heads, length, width).swapaxes(1, 2)
 
 
-def _context_shards(length: int) -> int:
-    """Over how many devices of the mesh that is set the positions of a row are split; 1 where they do not divide."""
-    shards = jax.sharding.get_abstract_mesh().shape.get("context", 1)
-    return shards if length % shards == 0 else 1
+def attend_forked(
+    q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, fork: Fork, scores: Scores, kernel: str = "auto"
+) -> jax.Array:
+    """`attend` in texts that fork, [B,T,H,D]: a branch sees its beginning and itself.
+
+    Beginnings take the kernel of keys without a cache, and branches that of queries after a cache.
+    """
+    q_BPHD, q_BNAHD = fork.split(q_BTHD)
+    begun_BPKD, start_M = (fork.split(x)[0] for x in (k_BTKD, v_BTKD)), jnp.repeat(fork.start_B, fork.branches)
+    begun_BPHD = attend(q_BPHD, Keys.of(*begun_BPKD), scores, None, kernel)
+    keys, q_MAHD = Keys.of(fork.texts(k_BTKD), fork.texts(v_BTKD)), q_BNAHD.reshape(-1, *q_BNAHD.shape[2:])
+    shards = context_shards(q_MAHD.shape[1])
+    if shards > 1:
+        branch_MAHD = _over_context(q_MAHD, keys, scores, shards, start_M)
+    else:
+        branch_MAHD = attend(q_MAHD, keys, scores, start_M, kernel)
+    return fork.join(begun_BPHD, branch_MAHD.reshape(q_BNAHD.shape))
 
 
-def _over_context(q_BTHD: jax.Array, keys: Keys, scores: Scores, shards: int) -> jax.Array:
+def _over_context(q_BTHD: jax.Array, keys: Keys, scores: Scores, shards: int, start_B: jax.Array) -> jax.Array:
     """Attention with the queries split along the context axis of the mesh: each device has all keys.
 
     In blocks: besides splash, no other kernel can begin in the middle of a row.
@@ -159,19 +172,18 @@ def _over_context(q_BTHD: jax.Array, keys: Keys, scores: Scores, shards: int) ->
     length = q_BTHD.shape[1] // shards
     first_C = length * jnp.arange(shards)  # where the queries of each device begin
 
-    def own_queries(first_1, q_BTHD, keys):
-        start_B = jnp.broadcast_to(first_1, len(q_BTHD))
-        return attend(q_BTHD, keys, scores, start_B, "blocked")
+    def own_queries(first_1, start_B, q_BTHD, keys):
+        return attend(q_BTHD, keys, scores, start_B + first_1, "blocked")
 
     split, whole = PartitionSpec(None, "context"), PartitionSpec()
     mapped = jax.shard_map(
         own_queries,
-        in_specs=(PartitionSpec("context"), split, whole),
+        in_specs=(PartitionSpec("context"), whole, split, whole),
         out_specs=split,
         axis_names={"context"},
         check_vma=False,
     )
-    return mapped(first_C, q_BTHD, keys)
+    return mapped(first_C, start_B, q_BTHD, keys)
 
 
 def probe(q_BPHD: jax.Array, positions_BP: jax.Array, keys: Keys, request: Probe, scores: Scores) -> Probed:

@@ -1,6 +1,7 @@
 """How many operations a model needs at least, and how many a device can do at most."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 
@@ -24,31 +25,35 @@ _PEAKS = {
 }
 
 
-def forward_flops(config: ModelConfig, tokens: int, counted: int) -> float:
-    """Operations of a forward pass over a row of `tokens`, with logits of `counted` of them.
+def forward_flops(config: ModelConfig, tokens: int, counted: int, before: int = 0) -> float:
+    """Operations of a forward pass over `tokens` of a row after `before` others, with logits of `counted` of them.
 
     Two per weight and token that meet, and four per dimension of a head for each pair of a query and a key that it sees.
     """
-    pairs = sum(_seen(tokens, config.window if kind == "sliding" else None) for kind in layer_kinds(config))
+    windows = [config.window if kind == "sliding" else None for kind in layer_kinds(config)]
+    pairs = sum(_seen(before + tokens, window) - _seen(before, window) for window in windows)
     attention = 4 * config.n_heads * config.head_dim * pairs
     return 2.0 * block_weights(config) * tokens + attention + 2.0 * counted * config.hidden_size * config.vocab_size
 
 
-def training_flops(config: ModelConfig, tokens: int, counted: int) -> float:
-    """Operations of a row's forward and backward pass, recomputation not counted.
+def training_flops(config: ModelConfig, prompt: int, answers: Sequence[int]) -> float:
+    """Operations of the forward and backward pass of a prompt, once, and of answers to it; recomputation not counted.
 
     Three times the forward pass, or twice where only adapters are trained and no weight has a gradient.
+
+    Args:
+        prompt: Tokens of the prompt.
+        answers: Tokens of each answer; of all of them there are logits.
     """
-    return (3 if config.lora is None else 2) * forward_flops(config, tokens, counted)
+    return (3 if config.lora is None else 2) * sum(_blocks_and_logits(config, prompt, answers))
 
 
-def executed_flops(config: ModelConfig, tokens: int, *, remat: bool) -> float:
-    """Operations of a row's forward and backward pass, recomputation counted.
+def executed_flops(config: ModelConfig, prompt: int, answers: Sequence[int], *, remat: bool) -> float:
+    """As `training_flops`, recomputation counted.
 
     Logits are always recomputed in the backward pass, and blocks with `remat`.
     """
-    blocks = forward_flops(config, tokens, counted=0)
-    logits = forward_flops(config, tokens, counted=tokens) - blocks
+    blocks, logits = _blocks_and_logits(config, prompt, answers)
     passes = 3 if config.lora is None else 2
     return (passes + remat) * blocks + 4 * logits
 
@@ -72,6 +77,12 @@ def block_weights(config: ModelConfig) -> int:
 def layer_kinds(config: ModelConfig) -> tuple[str, ...]:
     """The kind of each layer, in order."""
     return config.layer_pattern * config.repeats + config.tail
+
+
+def _blocks_and_logits(config: ModelConfig, prompt: int, answers: Sequence[int]) -> tuple[float, float]:
+    """Operations of a forward pass over a prompt and the answers to it: of the blocks, of the logits."""
+    blocks = forward_flops(config, prompt, 0) + sum(forward_flops(config, answer, 0, prompt) for answer in answers)
+    return blocks, 2.0 * sum(answers) * config.hidden_size * config.vocab_size
 
 
 def _seen(tokens: int, window: int | None) -> float:

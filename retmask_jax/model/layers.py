@@ -1,11 +1,12 @@
-"""The layers around attention (RMSNorm, gated MLP, experts, projections with their logical axes), and how layers are
-grouped."""
+"""The layers around attention (RMSNorm, gated MLP, experts, projections with their logical axes), how layers are grouped,
+and how texts that fork lie in rows."""
 
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,6 +178,78 @@ def logits(config: ModelConfig, table_EV: jax.Array, x_BTE: jax.Array) -> jax.Ar
     """f32[..., V] of states and the output matrix."""
     product = jnp.dot(x_BTE, table_EV, precision=precision(x_BTE.dtype), preferred_element_type=jnp.float32)
     return softcap(scaled(product, config.logit_scale), config.logit_softcap)
+
+
+def at_positions(x_BTX: jax.Array, rows_BP: jax.Array | None) -> jax.Array:
+    """[B,P,...]: some positions of each row; all of them where rows_BP is None."""
+    if rows_BP is None:
+        return x_BTX
+    return jnp.take_along_axis(x_BTX, rows_BP.reshape(*rows_BP.shape, *(1,) * (x_BTX.ndim - 2)), axis=1)
+
+
+class Fork(flax.struct.PyTreeNode):
+    """Texts that fork: each row holds a beginning and, side by side, N branches that each continue it.
+
+    Everything but attention treats a row as its T = P + N * A tokens, so that what branches share is computed once.
+
+    Attributes:
+        start_B: i32, the lengths of the beginnings, which are the positions at which their branches begin.
+        width: P, what beginnings are padded to.
+        branches: N.
+        shares: In how many equal shares a row is laid out. Each has its share of the beginning and of every branch, so that
+            devices that split the positions of a row split all of them.
+    """
+
+    start_B: jax.Array
+    width: int = flax.struct.field(pytree_node=False)
+    branches: int = flax.struct.field(pytree_node=False)
+    shares: int = flax.struct.field(pytree_node=False, default=1)
+
+    @classmethod
+    def of(cls, start_B: jax.Array, width: int, branches: int, branch_width: int) -> "Fork":
+        """The fork of rows with these widths, laid out for the mesh that is set."""
+        return cls(start_B, width, branches, min(context_shards(width), context_shards(branch_width)))
+
+    def positions(self, length: int) -> jax.Array:
+        """i32[B,T]: the position that each of T tokens has in its text."""
+        batch, own = len(self.start_B), (length - self.width) // self.branches
+        begun_BP = jnp.broadcast_to(jnp.arange(self.width), (batch, self.width))
+        branch_B1A = self.start_B[:, None, None] + jnp.arange(own)
+        return self.join(begun_BP, jnp.broadcast_to(branch_B1A, (batch, self.branches, own)))
+
+    def join(self, begun_BPX: jax.Array, branch_BNAX: jax.Array) -> jax.Array:
+        """[B,T,...]: rows of beginnings and their branches."""
+        batch, _, *rest = begun_BPX.shape
+        begun_BCPX = begun_BPX.reshape(batch, self.shares, -1, *rest)
+        branch_BNCAX = branch_BNAX.reshape(batch, self.branches, self.shares, -1, *rest)
+        branch_BCAX = branch_BNCAX.swapaxes(1, 2).reshape(batch, self.shares, -1, *rest)
+        return jnp.concatenate([begun_BCPX, branch_BCAX], axis=2).reshape(batch, -1, *rest)
+
+    def split(self, x_BTX: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(beginnings [B,P,...], branches [B,N,A,...]), the inverse of `join`."""
+        batch, _, *rest = x_BTX.shape
+        x_BCTX = x_BTX.reshape(batch, self.shares, -1, *rest)
+        begun_BCPX, branch_BCAX = jnp.split(x_BCTX, [self.width // self.shares], axis=2)
+        branch_BCNAX = branch_BCAX.reshape(batch, self.shares, self.branches, -1, *rest)
+        branch_BNAX = branch_BCNAX.swapaxes(1, 2).reshape(batch, self.branches, -1, *rest)
+        return begun_BCPX.reshape(batch, self.width, *rest), branch_BNAX
+
+    def texts(self, x_BTX: jax.Array) -> jax.Array:
+        """[B*N,P+A,...]: each branch right after the last token of its beginning; what comes after it means nothing."""
+        begun_BPX, branch_BNAX = self.split(x_BTX)
+
+        def text(begun_PX, branch_AX, start):
+            room = ((0, len(branch_AX)), *((0, 0),) * (begun_PX.ndim - 1))
+            return jax.lax.dynamic_update_slice_in_dim(jnp.pad(begun_PX, room), branch_AX, start, axis=0)
+
+        text_BNSX = jax.vmap(jax.vmap(text, (None, 0, None)))(begun_BPX, branch_BNAX, self.start_B)
+        return text_BNSX.reshape(-1, *text_BNSX.shape[2:])
+
+
+def context_shards(length: int) -> int:
+    """Over how many devices of the mesh that is set the positions of a row are split; 1 where they do not divide."""
+    shards = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    return shards if length % shards == 0 else 1
 
 
 def split_layers(config: ModelConfig, per_layer: PyTree) -> dict[str, dict[str, Any]]:

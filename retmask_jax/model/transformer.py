@@ -11,15 +11,17 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float32, Int, PyTree
 
-from retmask_jax.model.attention import Keys, Probe, Probed, Scores, attend, probe
+from retmask_jax.model.attention import Keys, Probe, Probed, Scores, attend, attend_forked, probe
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import KV, NO_CACHE, Cache
 from retmask_jax.model.layers import (
     Embedding,
     Experts,
+    Fork,
     GatedMLP,
     Unembedding,
+    at_positions,
     dense,
     merge_layers,
     norm,
@@ -104,6 +106,7 @@ def hidden(
     end_B: jax.Array | None = None,
     probe: Probe | None = None,
     longest: jax.Array | int | None = None,
+    fork: Fork | None = None,
     remat: bool = False,
 ) -> Hidden:
     """Final hidden states of T new positions per row.
@@ -114,10 +117,11 @@ def hidden(
         end_B: The position at which the tokens of each row end; None: at T.
         probe: What to report about attention, for rows among the T.
         longest: Tokens of the longest row, for models whose rotary frequencies depend on it; None: T.
+        fork: How the rows fork, without a cache; None: they do not.
         remat: Recompute each block in the backward pass.
     """
     model = transformer(config, remat=remat, rope_site=masks.rope_site)
-    return cast(Hidden, model.apply({"params": params}, tokens_BT, masks, start_B, end_B, cache, probe, longest))
+    return cast(Hidden, model.apply({"params": params}, tokens_BT, masks, start_B, end_B, cache, probe, longest, fork))
 
 
 def transformer(config: ModelConfig, **options: Any) -> nn.Module:
@@ -172,6 +176,7 @@ class Call(flax.struct.PyTreeNode):
         probe: As in `hidden`.
         rows_BP: The positions, among the T, that are needed from the last block of a group (None: all); a probe then asks
             about the same positions.
+        fork: As in `hidden`.
     """
 
     rotations: dict[str, Any]
@@ -179,6 +184,7 @@ class Call(flax.struct.PyTreeNode):
     end_B: jax.Array
     probe: Probe | None = None
     rows_BP: jax.Array | None = None
+    fork: Fork | None = None
 
     @property
     def first_B(self) -> jax.Array:
@@ -192,10 +198,11 @@ def make_call(
     end_B: jax.Array,
     longest: jax.Array | int | None = None,
     probe: Probe | None = None,
+    fork: Fork | None = None,
 ) -> Call:
     """The Call of `length` positions per row."""
-    call = Call({}, start_B, end_B, probe)
-    positions_BT = call.first_B[:, None] + jnp.arange(length)
+    call = Call({}, start_B, end_B, probe, fork=fork)
+    positions_BT = call.first_B[:, None] + jnp.arange(length) if fork is None else fork.positions(length)
     longest = length if longest is None else longest
     return call.replace(rotations={kind: rotation(config, kind, positions_BT, longest) for kind in config.ropes})
 
@@ -204,13 +211,6 @@ def merge_probed(config: ModelConfig, blocks: PyTree, tail: PyTree) -> PyTree:
     """[B,P,L,H,...]: the answers of all layers, from those of the scanned blocks and of the tail."""
     probed = merge_layers(config, {"blocks": blocks, "tail": tail})
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), probed)
-
-
-def at_positions(x_BTX: jax.Array, rows_BP: jax.Array | None) -> jax.Array:
-    """[B,P,...]: some positions of each row; all of them where rows_BP is None."""
-    if rows_BP is None:
-        return x_BTX
-    return jnp.take_along_axis(x_BTX, rows_BP.reshape(*rows_BP.shape, *(1,) * (x_BTX.ndim - 2)), axis=1)
 
 
 Carry = tuple[jax.Array, dict[str, KV] | None]  # the states x_BTE, and the caches of a group of layers
@@ -252,7 +252,10 @@ class Attention(nn.Module):
             keys = keys if call.start_B is None else seen
         scores = Scores(cfg.attention_scale, cfg.window if kind == "sliding" else None, cfg.attention_softcap)
         positions_BT = None if call.rows_BP is None else call.first_B[:, None] + call.rows_BP
-        out_BTHD = attend(q_BTHD, keys, scores, call.start_B, cfg.kernel, positions_BT)
+        if call.fork is None:
+            out_BTHD = attend(q_BTHD, keys, scores, call.start_B, cfg.kernel, positions_BT)
+        else:
+            out_BTHD = attend_forked(q_BTHD, k_BTKD, v_BTKD, call.fork, scores, cfg.kernel)
         out_BTHD = masks.mask_heads(out_BTHD)
         out_BTE = dense(out_BTHD.reshape(*wanted_BTE.shape[:2], -1), cfg.hidden_size, ("heads", "embed"), "o")
         probed = None
@@ -350,11 +353,12 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         probe: Probe | None = None,
         longest: jax.Array | int | None = None,
+        fork: Fork | None = None,
     ) -> Hidden:
         cfg, (batch, length) = self.config, tokens_BT.shape
         x_BTE = Embedding(cfg, name="embed")(tokens_BT)
         end_B = jnp.full(batch, length) if end_B is None else end_B
-        call = make_call(cfg, length, start_B, end_B, longest, probe)
+        call = make_call(cfg, length, start_B, end_B, longest, probe, fork)
         by_layer = masks.by_layer(cfg)
         cache = cache or NO_CACHE
 

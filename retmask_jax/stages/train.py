@@ -177,7 +177,8 @@ def _check(config) -> None:
 def _cost(context: Context) -> Cost:
     section = context.config.train
     updates = len(section.arms) * len(section.seeds) * section.steps
-    tokens = 2 * section.batch_size * section.max_tokens // 2  # two answers a pair; rows are half full on average
+    answer = section.max_tokens - section.max_prompt_tokens
+    tokens = section.batch_size * (section.max_prompt_tokens + 2 * answer) // 2  # on average they are half full
     task = _shown_task(context.config)
     read = 2 * section.examples * max(context.config.tasks[task].lengths) if task else 0
     return Cost(read=read, trained=updates * tokens)

@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32, PyTree
 
-from retmask_jax.data.pair_formats import SIDES
 from retmask_jax.data.pair_rows import PairRows, Part, batches, parts, widths
 from retmask_jax.model import lora, sharding
 from retmask_jax.model.config import ModelConfig
@@ -77,7 +76,8 @@ def train(
         Stopped: After SIGTERM.
     """
     check_mesh(settings, mesh)
-    allowed = widths(rows, 1 if config.depends_on_length else settings.widths, config.max_length)
+    sizes_NS = rows.sizes if settings.objective == "dpo" else rows.lengths[:, None]
+    allowed = widths(sizes_NS, 1 if config.depends_on_length else settings.widths, config.max_length)
     loader = batches(len(rows), settings.batch_size, settings.seed)
     start = functools.cache(load_params)
     reference_ND = None
@@ -96,7 +96,7 @@ def train(
     # One set of programs for all seeds: the seed orders the data and is no part of an update.
     programs = make_programs(config, dataclasses.replace(settings, seed=0), mesh)
     masks = None if ablated is None else normalise(config, ablated)
-    run = _Run(config, settings, rows, reference_ND, mesh, programs, allowed, masks)
+    run = _Run(config, settings, rows, sizes_NS, reference_ND, mesh, programs, allowed, masks)
     place = _checkpoint_folder(folder, settings.checkpoint_folder)
     with sharding.using(mesh), Checkpoints(place, settings.keep, identity) as checkpoints:
         resumed = checkpoints.latest is not None
@@ -135,15 +135,16 @@ def _checkpoint_folder(folder: Path, elsewhere: str) -> str | Path:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What stays the same over the steps; `allowed` are the widths that rows are padded to."""
+    """What stays the same over the steps; `sizes_NS` and `allowed` are the arguments and the result of `widths`."""
 
     config: ModelConfig
     settings: Settings
     rows: PairRows
+    sizes_NS: np.ndarray
     reference_ND: Float32[np.ndarray, "N 2"] | None
     mesh: Mesh
     programs: Programs
-    allowed: list[int]
+    allowed: tuple[list[int], ...]
     ablated: Masks | None
 
 
@@ -178,7 +179,7 @@ def _loop(run: _Run, state: State, frozen, loader, checkpoints: Checkpoints, fol
 def _update(run: _Run, state: State, frozen, pairs: np.ndarray) -> tuple[State, dict[str, float]]:
     """One optimiser step: gradients added up over the parts of a batch, then AdamW."""
     sums, weight = None, _weight(run, pairs)
-    for part in parts(run.rows, pairs, run.settings.microbatch_size, run.allowed):
+    for part in parts(run.sizes_NS, pairs, run.settings.microbatch_size, run.allowed):
         batch = sharding.place_rows(run.mesh, len(part.pairs), functools.partial(_rows, run, part, weight))
         if sums is None:
             sums = run.programs.gradients(state.params, frozen, batch, run.ablated)
@@ -200,10 +201,11 @@ def _weight(run: _Run, pairs: np.ndarray) -> float:
 def _rows(run: _Run, part: Part, weight: float, at: slice) -> dict[str, np.ndarray]:
     """Some rows of a part of a batch, as `part_loss` takes them."""
     pairs = part.pairs[at]
-    batch = run.rows.padded(pairs, part.width, run.config.pad_id)
+    padded = run.rows.forked if run.settings.objective == "dpo" else run.rows.chosen
+    batch = padded(pairs, part.widths, run.config.pad_id)
     batch["weight"] = np.full(len(pairs), weight, np.float32)
     if run.reference_ND is not None:
-        batch |= {f"ref_{side}": run.reference_ND[pairs, i] for i, side in enumerate(SIDES)}
+        batch["reference"] = run.reference_ND[pairs]
     return batch
 
 
@@ -219,15 +221,17 @@ def _check_finite(values: dict[str, float], step: int, ids: list[str], what: str
 
 
 def _speed(run: _Run, pairs: np.ndarray, seconds: float) -> dict[str, float]:
-    """Tokens per second without padding, the share of the devices' peak where that is known, and the memory in use."""
-    start, chosen, rejected, end = run.rows.bounds[pairs].T
-    answers = (rejected - chosen, end - rejected)[: 2 if run.settings.objective == "dpo" else 1]
-    values = {"tokens_per_second": float(sum((chosen - start + answer).sum() for answer in answers) / seconds)}
+    """Tokens per second without padding, the share of the devices' peak where that is known, and the memory in use.
+
+    Of a pair, the prompt counts once, since it is computed once.
+    """
+    sizes_NP = np.diff(run.rows.bounds[pairs], axis=1)[:, : 3 if run.settings.objective == "dpo" else 2]
+    values = {"tokens_per_second": float(sizes_NP.sum() / seconds)}
     peak, held = peak_flops(), memory_in_use()
     if peak is not None:
         config = dataclasses.replace(run.config, lora=run.settings.lora)
-        lengths = [(int(n), int(a)) for answer in answers for n, a in zip(chosen - start + answer, answer, strict=True)]
-        values["flops_utilisation"] = sum(training_flops(config, n, counted=a) for n, a in lengths) / seconds / peak
+        needed = sum(training_flops(config, prompt, answers) for prompt, *answers in sizes_NP.tolist())
+        values["flops_utilisation"] = needed / seconds / peak
     return values if held is None else values | {"memory_gib": held}
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Float32, PyTree, Shaped
 
-from retmask_jax.generation.logprobs import over_chunks, sequence_logprobs
+from retmask_jax.generation.logprobs import branch_logprobs, over_chunks, sequence_logprobs
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.masking import Masks, normalise
 from retmask_jax.model.transformer import check_tokens, hidden
@@ -29,8 +29,8 @@ def part_loss(
 
     Args:
         config: Config of the model, with adapters if they are trained.
-        batch: The rows of n pairs as `PairRows.padded` gives them, weight f32[n] and, if the loss has a reference,
-            ref_chosen and ref_rejected f32[n].
+        batch: n pairs as `PairRows.forked` gives them, or for other objectives than "dpo" `PairRows.chosen`, weight f32[n]
+            and, if the loss has a reference, its log-probabilities of both answers, reference f32[n,2].
         ablated: The masks of the objective "contrast".
 
     Returns:
@@ -41,7 +41,7 @@ def part_loss(
     if settings.objective == "dpo":
         losses, values = _preference(config, settings, params, batch)
         return jnp.sum(weight * losses), {name: jnp.sum(weight * values[name]) for name in _OF_PAIRS}
-    rows = batch["chosen"], batch["chosen_mask"]
+    rows = batch["tokens"], batch["counted"]
     if settings.objective == "sft":
         losses = -sequence_logprobs(config, params, *rows, remat=settings.remat)
     else:
@@ -84,23 +84,19 @@ def metric_names(settings: Settings) -> tuple[str, ...]:
 
 def pair_logprobs(
     config: ModelConfig, params: PyTree, batch: Mapping[str, jax.Array], *, remat: bool = False
-) -> tuple[Float32[jax.Array, " n"], Float32[jax.Array, " n"]]:
-    """Returns log-probabilities of chosen and rejected answers in nats, from one forward pass over both sides."""
-    tokens = jnp.concatenate([batch["chosen"], batch["rejected"]])
-    mask = jnp.concatenate([batch["chosen_mask"], batch["rejected_mask"]])
-    chosen, rejected = jnp.split(sequence_logprobs(config, params, tokens, mask, remat=remat), 2)
-    return chosen, rejected
+) -> Float32[jax.Array, "n 2"]:
+    """Returns log-probabilities of chosen and rejected answers in nats; the prompt of a pair is computed once."""
+    arrays = (batch[name] for name in ("prompts", "lengths", "answers", "counted"))
+    return branch_logprobs(config, params, *arrays, longest=jnp.max(batch["longest"]), remat=remat)
 
 
 def _preference(config, settings, params, batch):
     """(loss, metrics) by pair, f32[n] each."""
-    sums = pair_logprobs(config, params, batch, remat=settings.remat)
-    counts = [jnp.maximum(1, batch[f"{side}_mask"].sum(axis=1)) for side in ("chosen", "rejected")]
-    divisors = counts if settings.averages else (1, 1)
-    chosen, rejected = (x / n for x, n in zip(sums, divisors, strict=True))
-    reference = (0.0, 0.0)
-    if settings.has_reference:
-        reference = [batch[f"ref_{side}"] / n for side, n in zip(("chosen", "rejected"), divisors, strict=True)]
+    sums_N2 = pair_logprobs(config, params, batch, remat=settings.remat)
+    counts_N2 = jnp.maximum(1, batch["counted"].sum(axis=2))
+    divisor = counts_N2 if settings.averages else 1
+    chosen, rejected = (sums_N2 / divisor).T
+    reference = (batch["reference"] / divisor).T if settings.has_reference else (0.0, 0.0)
     losses = dpo_loss(
         chosen,
         rejected,
@@ -110,6 +106,6 @@ def _preference(config, settings, params, batch):
         label_smoothing=settings.label_smoothing,
         gamma=settings.gamma,
     )
-    losses += settings.nll_weight * -sums[0] / counts[0]
+    losses += settings.nll_weight * (-sums_N2 / counts_N2)[:, 0]
     good, bad = settings.beta * (chosen - reference[0]), settings.beta * (rejected - reference[1])
     return losses, {"reward_chosen": good, "reward_rejected": bad, "margin": good - bad, "accuracy": good > bad}

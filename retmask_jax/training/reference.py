@@ -3,7 +3,7 @@ stopped."""
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def reference_logprobs(
     *,
     batch_size: int,
     compute_dtype: str,
-    allowed_widths: Sequence[int],
+    allowed_widths: tuple[list[int], ...],
     identity: Mapping[str, Any],
 ) -> Float32[np.ndarray, "N 2"]:
     """Returns the log-probabilities of chosen and rejected answers, in nats: those that are stored, and the missing
@@ -44,7 +44,7 @@ def reference_logprobs(
         folder: Folder of the store, whose keys are the numbers of the pairs.
         batch_size: Pairs in a forward pass.
         compute_dtype: Dtype that the parameters are cast to.
-        allowed_widths: Widths that pairs are padded to, ascending; each is a compiled program.
+        allowed_widths: Widths that prompts, and answers, are padded to; each combination is a compiled program.
         identity: What the log-probabilities depend on: the start model, the data and how they were made into rows.
 
     Raises:
@@ -62,10 +62,11 @@ def reference_logprobs(
             params = cast(load_params())
             stored = len(rows) - len(missing)
             with sharding.using(mesh), track(None, len(rows), "reference log-probabilities", "pair", stored) as bar:
-                for part in parts(rows, missing, sharding.full_share(batch_size, sharding.ROW_AXES), allowed_widths):
+                size = sharding.full_share(batch_size, sharding.ROW_AXES)
+                for part in parts(rows.sizes, missing, size, allowed_widths):
                     pad = functools.partial(_padded, rows, part, config.pad_id)
                     batch = sharding.place_rows(mesh, len(part.pairs), pad)
-                    values_ND[part.pairs] = np.stack(to_host(batch_logprobs(config, params, batch)), axis=1)
+                    values_ND[part.pairs] = to_host(batch_logprobs(config, params, batch))
                     _add(store, part.pairs, values_ND)
                     bar.update(len(set(part.pairs)))
     _check_finite(rows, values_ND)
@@ -74,16 +75,14 @@ def reference_logprobs(
 
 @functools.partial(jax.jit, static_argnums=0)
 @sharding.row_parallel("batch")
-def batch_logprobs(
-    config: ModelConfig, params: PyTree, batch: Mapping[str, Array]
-) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
+def batch_logprobs(config: ModelConfig, params: PyTree, batch: Mapping[str, Array]) -> Float32[Array, "B 2"]:
     """Log-probabilities of the chosen and the rejected answers of a batch of pairs, split over the devices."""
     return pair_logprobs(config, params, batch)
 
 
 def _padded(rows: PairRows, part: Part, pad_id: int, at: slice) -> dict[str, np.ndarray]:
     """Some rows of a part, as `pair_logprobs` takes them."""
-    return rows.padded(part.pairs[at], part.width, pad_id)
+    return rows.forked(part.pairs[at], part.widths, pad_id)
 
 
 def _add(store: Store, pairs: np.ndarray, values_ND: np.ndarray) -> None:

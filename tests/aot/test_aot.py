@@ -236,13 +236,20 @@ def test_training_costs_three_or_four_forward_passes():
         vocab_size=100, hidden_size=8, mlp_size=12, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=4, max_length=64
     )
     weights = 3 * (8 * 16 + 2 * 8 * 8 + 16 * 8 + 3 * 8 * 12)
-    attention, logits = 3 * 4 * 4 * 4 * (1 + 2 + 3 + 4 + 5), 2 * 5 * 8 * 100
-    assert executed_flops(config, 5, remat=False) == 6 * 5 * weights + 3 * attention + 4 * logits
-    assert executed_flops(config, 5, remat=True) == 8 * 5 * weights + 4 * attention + 4 * logits
+    attention, logits = 3 * 4 * 4 * 4 * (1 + 2 + 3 + 4 + 5), 2 * 3 * 8 * 100
+    assert executed_flops(config, 2, [3], remat=False) == 6 * 5 * weights + 3 * attention + 4 * logits
+    assert executed_flops(config, 2, [3], remat=True) == 8 * 5 * weights + 4 * attention + 4 * logits
     adapters = dataclasses.replace(config, lora=Lora(2, 4.0))
-    assert executed_flops(adapters, 5, remat=True) == 6 * 5 * weights + 3 * attention + 4 * logits
-    assert training_flops(config, 5, counted=5) == 6 * 5 * weights + 3 * attention + 3 * logits
-    assert training_flops(adapters, 5, counted=2) == 4 * 5 * weights + 2 * attention + 2 * logits * 2 / 5
+    assert executed_flops(adapters, 2, [3], remat=True) == 6 * 5 * weights + 3 * attention + 4 * logits
+    assert training_flops(config, 2, [3]) == 6 * 5 * weights + 3 * attention + 3 * logits
+    assert training_flops(adapters, 2, [3]) == 4 * 5 * weights + 2 * attention + 2 * logits
+    # Of two answers to a prompt, the second one's own tokens, and the keys that it sees.
+    second = 3 * 4 * 4 * 4 * (3 + 4 + 5)
+    both = 6 * 8 * weights + 3 * (attention + second) + 3 * 2 * logits
+    assert training_flops(config, 2, [3, 3]) == both
+    sliding = dataclasses.replace(config, layer_pattern=("sliding",), window=2)
+    seen = 3 * 4 * 4 * 4 * (1 + 2 + 2 + 2 + 2)
+    assert training_flops(sliding, 2, [3]) == 6 * 5 * weights + 3 * seen + 3 * logits
     expert = {"expert_pattern": (True,), "n_experts": 6, "experts_per_token": 2, "expert_size": 12}
     router = 3 * 8 * 6
     routed = forward_flops(dataclasses.replace(config, **expert), 5, 0) - forward_flops(config, 5, 0)
@@ -261,7 +268,6 @@ def test_estimate_of_known_numbers():
 SHARDED = Step(
     batch=512,
     microbatch=32,
-    rows_per_pair=2,
     remat=True,
     mesh={"data": 1, "fsdp": 16, "tensor": 1},
     needed=20 * GIB,

@@ -223,7 +223,7 @@ def stand_ins(monkeypatch):
 
     class Replayed:
         def __init__(self, folder, pairs, settings, work, *, precomputed):
-            self.tokens = np.concatenate([pairs["chosen"], pairs["rejected"]])
+            self.tokens = peers.token_rows(pairs)
             self.reference, self._steps = references[0], 0
 
         def step(self, learning_rate):
@@ -433,7 +433,7 @@ def test_trl_takes_our_step(torch, small, tmp_path):
     pairs = random_pairs(SMALL.vocab_size, 24, 2)
     ours = OurTrainer(small, pairs, settings)
     peer = TrlPeer(small, pairs, settings, tmp_path, precomputed=True)
-    np.testing.assert_array_equal(peer.tokens, np.concatenate([pairs["chosen"], pairs["rejected"]]))
+    np.testing.assert_array_equal(peer.tokens, peers.token_rows(pairs))
     np.testing.assert_allclose(peer.reference, ours.reference, rtol=1e-5)
     rate = schedule(settings)
     rows = [(ours.step(), peer.step(float(rate(i)))) for i in range(5)]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from helpers_tiny import copying_lm
 
 from retmask_jax.data import pair_rows
 from retmask_jax.data import tiny_language as tl
-from retmask_jax.data.pair_rows import PairRows, batches, encode_blocks, kept_rows, parts, widths
+from retmask_jax.data.pair_formats import SIDES
+from retmask_jax.data.pair_rows import batches, encode_blocks, kept_rows, parts, widths
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.hf.end_tokens import Ends
 from retmask_jax.utils import hosts
@@ -28,21 +30,17 @@ def _encode(records, max_tokens=40, max_prompt_tokens=20):
 
 
 def _split(rows, side, i, width=40):
-    """(words before the answer, words the loss counts, words behind) of one side of pair i."""
-    padded = rows.padded([i], width, tl.EOS)
-    tokens, mask = padded[side][0], padded[f"{side}_mask"][0]
-    at = np.flatnonzero(mask)
-    words = [tl.VOCABULARY[token] for token in tokens]
-    assert mask[at[0] : at[-1] + 1].all()
-    return " ".join(words[: at[0]]), " ".join(words[at[0] : at[-1] + 1]), set(words[at[-1] + 1 :])
-
-
-def _of_lengths(lengths):
-    """Pairs of these lengths, one token of which is the prompt and the rest the chosen answer."""
-    lengths = np.array(lengths)
-    starts = np.concatenate([[0], np.cumsum(lengths + 1)[:-1]])
-    bounds = np.stack([starts, starts + 1, starts + lengths, starts + lengths + 1], axis=1)
-    return PairRows([str(i) for i in range(len(lengths))], np.zeros(lengths.sum() + len(lengths), np.int32), bounds)
+    """(the prompt's words, words the loss counts, words behind) of one side of pair i, the same in both forms."""
+    apart = {name: array[0] for name, array in rows.forked([i], (width, width), tl.EOS).items()}
+    prompt, behind = np.split(apart["prompts"], [apart["lengths"]])
+    tokens, counted = (apart[name][SIDES.index(side)] for name in ("answers", "counted"))
+    words, n = [tl.VOCABULARY[token] for token in tokens], int(counted.sum())
+    assert counted[:n].all() and set(behind) <= {tl.EOS}
+    if side == "chosen":
+        row = {name: array[0] for name, array in rows.chosen([i], (2 * width,), tl.EOS).items()}
+        np.testing.assert_array_equal(row["tokens"][: len(prompt) + width], [*prompt, *tokens])
+        np.testing.assert_array_equal(np.flatnonzero(row["counted"]), len(prompt) + np.arange(n))
+    return " ".join(tl.VOCABULARY[token] for token in prompt), " ".join(words[:n]), set(words[n:])
 
 
 # --- token rows ---
@@ -61,7 +59,14 @@ def test_loss_counts_exactly_the_answer_and_its_end():
     assert _split(rows, "rejected", 1)[:2] == ("<bos> every duke slept again near the lamp :", "lima <eos>")
     assert (rows.cut, rows.prompts_cut, len(rows)) == (0, 0, 2)
     assert rows.ids == ["the home of anna", "every duke slept again near the lamp"]
-    assert rows.lengths.tolist() == [9, 11]
+    assert rows.lengths.tolist() == [9, 11] and rows.sizes.tolist() == [[6, 3], [9, 2]]
+    assert rows.forked([1, 0], (9, 3), tl.EOS)["longest"].tolist() == [64, 64]
+
+
+def test_a_prompt_without_tokens_is_refused():
+    silent = SimpleNamespace(render_messages=str, encode_many=lambda texts: [[]], tokenizer=PROMPTER.tokenizer)
+    with pytest.raises(ValueError, match="the prompt of pair p has no tokens: leave the pair out"):
+        encode_pairs(silent, [record_of("p", "oslo", "rome")], **OPTIONS)
 
 
 def test_long_prompts_keep_their_end():
@@ -293,24 +298,41 @@ def test_too_few_pairs_raise():
 
 
 def test_parts_hold_similar_lengths_and_are_no_wider_than_they_must_be():
-    rows = _of_lengths([600, 40, 64, 65, 300, 1000, 128, 257])
-    allowed = widths(rows, 4, most=4096)
-    assert allowed == [256, 512, 768, 1024]
+    lengths_N1 = np.array([600, 40, 64, 65, 300, 1000, 128, 257])[:, None]
+    allowed = widths(lengths_N1, 4, most=4096)
+    assert allowed == ([256, 512, 768, 1024],)
     pairs = np.array([7, 0, 1, 2, 4, 5])
-    found = list(parts(rows, pairs, 2, allowed))
+    found = list(parts(lengths_N1, pairs, 2, allowed))
     assert [part.pairs.tolist() for part in found] == [[5, 0], [4, 7], [2, 1]]
-    assert [part.width for part in found] == [1024, 512, 256]
-    assert [part.pairs.tolist() for part in parts(rows, pairs[:3], 2, allowed)] == [[0, 7], [1, 1]]
+    assert [part.widths for part in found] == [(1024,), (512,), (256,)]
+    assert [part.pairs.tolist() for part in parts(lengths_N1, pairs[:3], 2, allowed)] == [[0, 7], [1, 1]]
+
+
+def test_parts_of_prompts_and_answers_hold_those_that_are_padded_alike():
+    sizes_N2 = np.array([[500, 30], [70, 10], [512, 9], [64, 40], [10, 12], [400, 33]])
+    found = list(parts(sizes_N2, np.arange(6), 2, ([128, 512], [16, 48])))
+    assert [part.pairs.tolist() for part in found] == [[0, 5], [2, 3], [1, 4]]
+    # The second holds a long prompt with short answers and a short one with long answers.
+    assert [part.widths for part in found] == [(512, 48), (512, 48), (128, 16)]
 
 
 @pytest.mark.parametrize(
-    ("lengths", "n", "most", "expected"),
+    ("sizes", "n", "most", "expected"),
     [
-        ([10], 4, 4096, [64]),
-        ([1000], 1, 4096, [1024]),
-        ([1000], 4, 1000, [256, 512, 768, 1000]),
-        ([130], 2, 512, [128, 192]),
+        ([[10]], 4, 4096, ([64],)),
+        ([[1000]], 1, 4096, ([1024],)),
+        ([[990], [10]], 4, 1000, ([256, 512, 768, 1000],)),
+        ([[130], [100]], 2, 512, ([128, 192],)),
+        ([[1000, 20]], 4, 4096, ([1024], [32])),  # further widths would save nothing
+        ([[1000, 20], [20, 20]], 4, 4096, ([256, 512, 768, 1024], [32])),
+        ([[100, 200], [100, 20]], 4, 4096, ([128], [64, 112, 160, 208])),
+        ([[1000, 200], [500, 20], [500, 200], [1000, 20]], 4, 4096, ([512, 1024], [112, 208])),
     ],
 )
-def test_widths_are_few_and_within_the_models_context(lengths, n, most, expected):
-    assert widths(_of_lengths(lengths), n, most) == expected
+def test_widths_pad_least_among_grids_that_are_small_enough(sizes, n, most, expected):
+    assert widths(np.array(sizes), n, most) == expected
+
+
+def test_pairs_beyond_the_models_context_are_refused():
+    with pytest.raises(ValueError, match="a pair has 70 tokens, the model's context is 64: lower train.max_tokens"):
+        widths(np.array([[60, 10], [3, 3]]), 4, 64)

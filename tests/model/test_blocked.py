@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from retmask_jax.model.attention import Keys, Probe, attend, probe
 from retmask_jax.model.kernels.blocked import Scores, blocked, plain
-from retmask_jax.model.transformer import at_positions
+from retmask_jax.model.layers import at_positions
 
 WIDTH = 8
 RULES = [Scores(0.4), Scores(0.4, cap=1.5), Scores(0.4, window=37), Scores(0.4, window=300, cap=2.0)]

@@ -42,7 +42,7 @@ SPLIT = textwrap.dedent("""
         settings = dpo_settings(rows, "float32")
         pairs = random_pairs(256, 64, rows)
         programs = make_programs(lm.config, settings, mesh)
-        pairs |= {name: -np.arange(rows, dtype=np.float32) for name in ("ref_chosen", "ref_rejected")}
+        pairs["reference"] = -np.arange(2 * rows, dtype=np.float32).reshape(rows, 2)
         pairs["weight"] = np.full(rows, 1 / rows, np.float32)
         with sharding.using(mesh):
             grads, metrics = programs.gradients(lm.params, {}, pairs, None)

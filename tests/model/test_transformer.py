@@ -11,8 +11,8 @@ from retmask_jax.hf.families import from_hf, to_hf
 from retmask_jax.model.attention import Keys, Probe, Scores, attend, probe
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions
-from retmask_jax.model.layers import merge_layers, split_layers
-from retmask_jax.model.transformer import at_positions, forward
+from retmask_jax.model.layers import at_positions, merge_layers, split_layers
+from retmask_jax.model.transformer import forward
 
 TOKENS = np.random.default_rng(0).integers(3, 61, (2, 24)).astype(np.int32)
 

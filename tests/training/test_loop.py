@@ -16,7 +16,6 @@ import pytest
 from helpers_tiny import CONFIG, copying_params, in_float64, reference_logprob
 from helpers_training import ROWS, SETTINGS, one_device
 
-from retmask_jax.data.pair_formats import SIDES
 from retmask_jax.data.pair_rows import batches
 from retmask_jax.generation.decode import generate
 from retmask_jax.generation.language_model import from_params, load, save
@@ -174,11 +173,9 @@ def test_supervised_training_lowers_the_loss_of_its_rows(tmp_path):
     params, metrics = run(tmp_path, settings, start)
 
     def loss(params, pairs):
-        rows = ROWS.padded(pairs, 64, 0)
-        total = sum(
-            reference_logprob(in_float64(params), *row) for row in zip(rows["chosen"], rows["chosen_mask"], strict=True)
-        )
-        return -total / rows["chosen_mask"].sum()
+        rows = ROWS.chosen(pairs, (64,), 0)
+        total = sum(reference_logprob(in_float64(params), *row) for row in zip(*rows.values(), strict=True))
+        return -total / rows["counted"].sum()
 
     first = _first_batch()
     assert len(set(np.diff(ROWS.bounds[first], axis=1)[:, 1])) > 1
@@ -203,11 +200,11 @@ def test_training_against_the_ablated_model_needs_no_rejected_answers(tmp_path):
 
     def separation(params):
         """Mean of log p/q of the chosen tokens: p of the model, q of the same with heads masked."""
-        rows = ROWS.padded(range(len(ROWS)), 64, 0)
-        pair = (logits_of(CONFIG, params, rows["chosen"], interventions=iv) for iv in (None, masked))
+        rows = ROWS.chosen(range(len(ROWS)), (64,), 0)
+        pair = (logits_of(CONFIG, params, rows["tokens"], interventions=iv) for iv in (None, masked))
         normal, ablated = (jax.nn.log_softmax(logits)[:, :-1] for logits in pair)
-        ratio = jnp.take_along_axis(normal - ablated, rows["chosen"][:, 1:, None], axis=-1)[..., 0]
-        return float((ratio * rows["chosen_mask"][:, 1:]).sum() / rows["chosen_mask"].sum())
+        ratio = jnp.take_along_axis(normal - ablated, rows["tokens"][:, 1:, None], axis=-1)[..., 0]
+        return float((ratio * rows["counted"][:, 1:]).sum() / rows["counted"].sum())
 
     start = jax.tree.map(np.asarray, copying_params())
     trained = jax.tree.map(np.asarray, params)  # without the device that it is on: the same program as of the start
@@ -226,7 +223,7 @@ def test_a_bfloat16_model_is_trained_in_float32(whole):
 def test_weights_enter_products_in_the_compute_dtype_and_gradients_leave_in_float32(dtype, short):
     """Traced only: bfloat16 is slow on a CPU."""
     settings = dataclasses.replace(SETTINGS, objective="sft", compute_dtype=dtype)
-    batch = ROWS.padded(range(4), 64, 0) | {"weight": np.ones(4, np.float32)}
+    batch = ROWS.chosen(range(4), (64,), 0) | {"weight": np.ones(4, np.float32)}
     traced = jax.make_jaxpr(jax.grad(lambda p: part_loss(CONFIG, settings, p, batch)[0]))(copying_params())
     assert {aval.dtype for aval in traced.out_avals} == {np.dtype("float32")}
     kernel = f"[{CONFIG.mlp_size},{CONFIG.hidden_size}]"
@@ -248,10 +245,11 @@ def _reference(folder):
 
 def test_reference_holds_the_start_models_log_probabilities(whole):
     stored, params = _reference(whole[2]), in_float64(copying_params())
-    padded = ROWS.padded(range(11), 64, 0)
-    for i, side in enumerate(SIDES):
-        rows = zip(padded[side], padded[f"{side}_mask"], strict=True)
-        np.testing.assert_allclose(stored[:, i], [reference_logprob(params, *row) for row in rows], rtol=1e-4)
+    for pair, (start, *ends) in enumerate(ROWS.bounds):
+        prompt, *answers = np.split(ROWS.flat[start : ends[-1]], np.array(ends[:-1]) - start)
+        for side, answer in enumerate(answers):
+            row, counted = np.concatenate([prompt, answer]), np.arange(len(prompt) + len(answer)) >= len(prompt)
+            assert stored[pair, side] == pytest.approx(reference_logprob(params, row, counted), rel=1e-4)
 
 
 def _plant(folder, values_ND, identity=IDENTITY):
@@ -442,7 +440,7 @@ def test_merged_adapters_are_the_model_that_was_trained():
     trained, frozen = programs.begin(start, 1).params, programs.freeze(start)
     rng = np.random.default_rng(0)
     trained = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32), trained)
-    tokens = ROWS.padded(range(3), 64, 0)["chosen"]
+    tokens = ROWS.chosen(range(3), (64,), 0)["tokens"]
     with_adapters = logits_of(config, adapters.join(trained, frozen), tokens)
     merged = logits_of(plain, adapters.merged(adapters.join(trained, frozen), lora), tokens)
     scale = np.abs(merged).max()
@@ -549,18 +547,22 @@ def test_a_project_of_weights_and_biases_gets_the_numbers(tmp_path, monkeypatch)
 
 
 def test_speed_is_of_real_tokens_and_needed_operations(monkeypatch):
-    """Half of what two rows of a pair need at the device's peak takes half of it."""
+    """Half of what a prompt and both of its answers need at the device's peak takes half of it."""
     programs = make_programs(CONFIG, SETTINGS, one_device())
-    run = training._Run(CONFIG, SETTINGS, ROWS, None, one_device(), programs, [64], None)
+    run = training._Run(CONFIG, SETTINGS, ROWS, ROWS.sizes, None, one_device(), programs, ([64], [16]), None)
     pairs = np.array([3, 8])
-    tokens = sum(int(end - start) + int(chosen - start) for start, chosen, _, end in ROWS.bounds[pairs])
+    tokens = sum(int(end - start) for start, _, _, end in ROWS.bounds[pairs])
     assert training._speed(run, pairs, 2.0) == {"tokens_per_second": tokens / 2}
     monkeypatch.setattr(training, "peak_flops", lambda: 1e9)
     needed = 0.0
     for start, chosen, rejected, end in ROWS.bounds[pairs].tolist():
-        needed += training_flops(CONFIG, rejected - start, counted=rejected - chosen)
-        needed += training_flops(CONFIG, chosen - start + end - rejected, counted=end - rejected)
+        needed += training_flops(CONFIG, chosen - start, (rejected - chosen, end - rejected))
     assert training._speed(run, pairs, 2.0)["flops_utilisation"] == pytest.approx(needed / 2 / 1e9)
+    alone = dataclasses.replace(run, settings=dataclasses.replace(SETTINGS, objective="sft"))
+    assert (
+        training._speed(alone, pairs, 2.0)["tokens_per_second"]
+        == (ROWS.bounds[pairs, 2] - ROWS.bounds[pairs, 0]).sum() / 2
+    )
 
 
 def test_rows_that_do_not_divide_over_the_mesh_are_refused():

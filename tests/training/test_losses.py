@@ -111,21 +111,39 @@ def test_contrast_loss_is_the_divergence_from_the_sharpened_distribution():
 
 # --- the whole loss, through the model ---
 
-ROWS = ("chosen", "rejected")
+PROMPTS, ANSWERS = (9, 6), ((6, 11), (12, 5))  # lengths of two pairs: of their prompts, of chosen and rejected answers
 
 
 @pytest.fixture(scope="module")
 def batch():
-    """Two pairs of rows of 20 tokens, their answers in the middle (the rest is padding), and a reference apart."""
+    """Two pairs as training has them, the rest of prompts and answers any tokens, and a reference apart."""
     rng = np.random.default_rng(1)
-    batch = {}
-    for name in ROWS:
-        batch[name] = rng.integers(4, CONFIG.vocab_size, (2, 20)).astype(np.int32)
-        batch[f"{name}_mask"] = np.zeros((2, 20), bool)
-        for row, (start, end) in enumerate([(9, 15), (6, 18)]):
-            batch[f"{name}_mask"][row, start:end] = True
-        batch[f"ref_{name}"] = np.float32([-31.0, -64.0]) + (name == "chosen")
-    return batch | {"weight": np.float32([0.5, 0.5])}
+    answers = rng.integers(4, CONFIG.vocab_size, (2, 2, 12)).astype(np.int32)
+    return {
+        "prompts": rng.integers(4, CONFIG.vocab_size, (2, 10)).astype(np.int32),
+        "lengths": np.int32(PROMPTS),
+        "answers": answers,
+        "counted": np.arange(12) < np.array(ANSWERS)[..., None],
+        "longest": np.int32([64, 64]),
+        "reference": np.float32([[-30.0, -31.0], [-63.0, -64.0]]),
+        "weight": np.float32([0.5, 0.5]),
+    }
+
+
+def _row(batch, pair, side):
+    """(tokens, which the loss counts) of one prompt with one answer."""
+    parts = batch["prompts"][pair, : PROMPTS[pair]], batch["answers"][pair, side, : ANSWERS[pair][side]]
+    return np.concatenate(parts), np.arange(sum(map(len, parts))) >= PROMPTS[pair]
+
+
+@pytest.fixture(scope="module")
+def chosen(batch):
+    """The chosen answers of the two pairs as rows, as other objectives have them."""
+    tokens, counted = np.full((2, 20), 5, np.int32), np.zeros((2, 20), bool)
+    for pair in range(2):
+        row, mask = _row(batch, pair, 0)
+        tokens[pair, : len(row)], counted[pair, : len(row)] = row, mask
+    return {"tokens": tokens, "counted": counted, "weight": batch["weight"]}
 
 
 def _settings(**changes):
@@ -147,36 +165,34 @@ def _settings(**changes):
 
 @pytest.fixture(scope="module")
 def plain(batch):
-    """{row kind: [(log-probability, its gradient) of each row]}, float64."""
+    """[pair][side]: (log-probability, its gradient), float64."""
     with jax.enable_x64(True):
         function = jax.jit(jax.value_and_grad(lambda p, tokens, mask: reference_logprob(p, tokens, mask, xp=jnp)))
         params = jax.tree.map(jnp.asarray, in_float64(copying_params()))
-        rows = {name: [function(params, batch[name][i], batch[f"{name}_mask"][i]) for i in range(2)] for name in ROWS}
-        assert rows["chosen"][0][0].dtype == jnp.float64
-        return jax.tree.map(np.asarray, rows)
+        found = [[function(params, *_row(batch, pair, side)) for side in range(2)] for pair in range(2)]
+        assert found[0][0][0].dtype == jnp.float64
+        return jax.tree.map(np.asarray, found)
 
 
 def _plain_loss(plain, batch, settings):
     """(loss, gradient) of the two pairs by the chain rule, from the losses of the equations."""
-    logps = {name: np.array([logp for logp, _ in plain[name]]) for name in ROWS}
-    lengths = {name: batch[f"{name}_mask"].sum(axis=1) for name in ROWS}
+    logps = np.array([[logp for logp, _ in sides] for sides in plain])
+    lengths = np.array(ANSWERS)
     if settings.objective == "sft":
-        n = batch["chosen_mask"].sum()
-        loss, slopes = -logps["chosen"].sum() / n, {"chosen": [-1 / n] * 2, "rejected": [0, 0]}
+        n = lengths[:, 0].sum()
+        loss, slopes = -logps[:, 0].sum() / n, np.array([[-1 / n, 0]] * 2)
     else:
-        per = lengths if settings.averages else dict.fromkeys(ROWS, np.ones(2))
-        references = {name: batch[f"ref_{name}"].astype(float) * settings.has_reference for name in ROWS}
-        args = [logps[name] / per[name] for name in ROWS] + [references[name] / per[name] for name in ROWS]
+        per = lengths if settings.averages else np.ones((2, 2))
+        reference = batch["reference"].astype(float) * settings.has_reference
         smoothing, beta = settings.label_smoothing, settings.beta
-        margin = beta * (args[0] - args[2] - args[1] + args[3]) - settings.gamma
+        good, bad = ((logps - reference) / per).T
+        margin = beta * (good - bad) - settings.gamma
         losses = -(1 - smoothing) * np.log(_sigmoid(margin)) - smoothing * np.log(_sigmoid(-margin))
         slope = beta * (_sigmoid(margin) - (1 - smoothing)) / 2
-        loss = (losses - settings.nll_weight * logps["chosen"] / lengths["chosen"]).mean()
-        slopes = {
-            "chosen": slope / per["chosen"] - settings.nll_weight / lengths["chosen"] / 2,
-            "rejected": -slope / per["rejected"],
-        }
-    terms = [jax.tree.map(lambda g, s=slopes[name][i]: s * g, plain[name][i][1]) for name in ROWS for i in range(2)]
+        loss = (losses - settings.nll_weight * logps[:, 0] / lengths[:, 0]).mean()
+        slopes = np.stack([slope, -slope], axis=1) / per
+        slopes[:, 0] -= settings.nll_weight / lengths[:, 0] / 2
+    terms = [jax.tree.map(lambda g, s=slopes[i, j]: s * g, plain[i][j][1]) for i in range(2) for j in range(2)]
     return loss, jax.tree.map(lambda *parts: sum(parts), *terms)
 
 
@@ -196,10 +212,10 @@ CASES = {
         for name, changes in CASES.items()
     ],
 )
-def test_training_loss_and_gradient_equal_a_plain_float64_model(batch, plain, changes):
+def test_training_loss_and_gradient_equal_a_plain_float64_model(batch, chosen, plain, changes):
     settings = _settings(**changes)
     if settings.objective == "sft":
-        batch = batch | {"weight": np.full(2, 1 / batch["chosen_mask"].sum(), np.float32)}
+        batch = chosen | {"weight": np.full(2, 1 / chosen["counted"].sum(), np.float32)}
     loss, grads = jax.jit(jax.value_and_grad(lambda p: part_loss(CONFIG, settings, p, batch)[0]))(copying_params())
     expected_loss, expected = _plain_loss(plain, batch, settings)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
@@ -209,17 +225,17 @@ def test_training_loss_and_gradient_equal_a_plain_float64_model(batch, plain, ch
         np.testing.assert_allclose(grad, reference, rtol=1e-3, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path))
 
 
-def test_contrast_through_the_model_is_that_of_its_logits_at_the_answers(batch):
+def test_contrast_through_the_model_is_that_of_its_logits_at_the_answers(chosen):
     """And its gradient, with the masked pass held fixed."""
     masked, settings = mask_heads(CONFIG, [(1, 0), (0, 1)]), _settings(objective="contrast", contrast_strength=0.8)
-    counted = batch["chosen_mask"][:, 1:]
+    tokens, counted = chosen["tokens"], chosen["counted"][:, 1:]
 
     def by_logits(params):
         fixed = jax.lax.stop_gradient(params)
-        pair = forward(CONFIG, params, batch["chosen"]), forward(CONFIG, fixed, batch["chosen"], interventions=masked)
+        pair = forward(CONFIG, params, tokens), forward(CONFIG, fixed, tokens, interventions=masked)
         return 0.5 * (contrast_loss(*pair, 0.8)[:, :-1] * counted).sum()
 
-    ours = jax.jit(jax.value_and_grad(lambda p: part_loss(CONFIG, settings, p, batch, normalise(CONFIG, masked))[0]))(
+    ours = jax.jit(jax.value_and_grad(lambda p: part_loss(CONFIG, settings, p, chosen, normalise(CONFIG, masked))[0]))(
         copying_params()
     )
     expected = jax.jit(jax.value_and_grad(by_logits))(copying_params())
@@ -232,17 +248,11 @@ def test_contrast_through_the_model_is_that_of_its_logits_at_the_answers(batch):
 def test_training_loss_starts_at_log_2_and_reports_rewards(batch):
     """With the start model's own log-probabilities as the reference; then with rewards of known size."""
     params, settings = in_float64(copying_params()), _settings()
-    own = {
-        f"ref_{name}": np.float32(
-            [reference_logprob(params, batch[name][i], batch[f"{name}_mask"][i]) for i in range(2)]
-        )
-        for name in ROWS
-    }
+    own = np.float32([[reference_logprob(params, *_row(batch, i, j)) for j in range(2)] for i in range(2)])
     loss = jax.jit(lambda p, b: part_loss(CONFIG, settings, p, b))
-    value, _ = loss(copying_params(), batch | own)
+    value, _ = loss(copying_params(), batch | {"reference": own})
     np.testing.assert_allclose(value, np.log(2), rtol=1e-4)
-    own["ref_chosen"] -= np.float32([2.0, -1.0])
-    own["ref_rejected"] -= np.float32([1.0, 1.0])
-    _, metrics = loss(copying_params(), batch | own)
+    own -= np.float32([[2.0, 1.0], [-1.0, 1.0]])
+    _, metrics = loss(copying_params(), batch | {"reference": own})
     expected = {"reward_chosen": 0.15, "reward_rejected": 0.3, "margin": -0.15, "accuracy": 0.5}
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(expected, rel=1e-3)

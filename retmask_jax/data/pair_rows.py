@@ -285,6 +285,12 @@ def parts(sizes_NS: np.ndarray, pairs: np.ndarray, size: int, allowed: tuple[lis
         yield Part(np.asarray(pairs)[part], tuple(widths_NS[part].max(axis=0).tolist()))
 
 
+def one_of_each(sizes_NS: np.ndarray, allowed: tuple[list[int], ...]) -> list[Part]:
+    """Returns a pair of each combination of widths that a pair alone would have; arguments as of `parts`."""
+    found_XS, pairs = np.unique(_fitting(allowed, sizes_NS), axis=0, return_index=True)
+    return [Part(np.array([pair]), tuple(found)) for found, pair in zip(found_XS.tolist(), pairs.tolist(), strict=True)]
+
+
 def _blocks(records: Iterable[dict]) -> Iterator[list[dict]]:
     """The records in lists of at most _RECORDS, shorter where they hold more than _CHARACTERS."""
     block, size = [], 0

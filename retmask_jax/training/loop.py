@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import signal
 import statistics
 import threading
@@ -17,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32, PyTree
 
-from retmask_jax.data.pair_rows import PairRows, Part, batches, parts, widths
+from retmask_jax.data.pair_rows import PairRows, Part, batches, one_of_each, parts, widths
 from retmask_jax.model import lora, sharding
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import peak_flops, training_flops
@@ -28,6 +29,7 @@ from retmask_jax.training.metrics import Metrics, memory_in_use
 from retmask_jax.training.reference import reference_logprobs
 from retmask_jax.training.settings import Settings
 from retmask_jax.training.step import Programs, State, make_programs
+from retmask_jax.utils import compiled
 from retmask_jax.utils.files import read_json, write_json
 from retmask_jax.utils.hosts import several, wait_for_all
 from retmask_jax.utils.progress import track
@@ -157,10 +159,11 @@ def _loop(run: _Run, state: State, frozen, loader, checkpoints: Checkpoints, fol
         _profile(folder, settings.profile) as profile,
         track(None, settings.steps, what, "step", first) as bar,
     ):
+        ahead = _compile_ahead(run, frozen)
         for step in range(first, settings.steps):
             profile(step)
             begun, pairs = time.monotonic(), next(loader)
-            state, values = _update(run, state, frozen, pairs)
+            state, values = _update(run, state, frozen, pairs, ahead)
             _check_finite(values, step, [run.rows.ids[pair] for pair in pairs], what)
             values |= _speed(run, pairs, time.monotonic() - begun)
             metrics.add({"step": step + 1, **values})
@@ -176,11 +179,32 @@ def _loop(run: _Run, state: State, frozen, loader, checkpoints: Checkpoints, fol
     return state
 
 
-def _update(run: _Run, state: State, frozen, pairs: np.ndarray) -> tuple[State, dict[str, float]]:
+def _compile_ahead(run: _Run, frozen) -> compiled.Ahead:
+    """The programs of a part of a batch, for all widths of single pairs; keys are (widths, whether sums are added to)."""
+    programs, size = run.programs, run.settings.microbatch_size
+
+    def compile_for(part: Part, adds: bool) -> None:
+        rows = functools.partial(_rows, run, Part(np.repeat(part.pairs, size), part.widths), 1.0)
+        with sharding.using(run.mesh):
+            given = sharding.place_rows(run.mesh, size, rows), run.ablated
+            if adds:
+                programs.accumulate.lower(programs.state.params, frozen, programs.sums, *given).compile()
+            else:
+                programs.gradients.lower(programs.state.params, frozen, *given).compile()
+
+    kinds = (False, True) if run.settings.batch_size > size else (False,)
+    each = itertools.product(one_of_each(run.sizes_NS, run.allowed), kinds)
+    return compiled.Ahead({(part.widths, adds): functools.partial(compile_for, part, adds) for part, adds in each})
+
+
+def _update(
+    run: _Run, state: State, frozen, pairs: np.ndarray, ahead: compiled.Ahead
+) -> tuple[State, dict[str, float]]:
     """One optimiser step: gradients added up over the parts of a batch, then AdamW."""
     sums, weight = None, _weight(run, pairs)
     for part in parts(run.sizes_NS, pairs, run.settings.microbatch_size, run.allowed):
         batch = sharding.place_rows(run.mesh, len(part.pairs), functools.partial(_rows, run, part, weight))
+        ahead.wait((part.widths, sums is not None))
         if sums is None:
             sums = run.programs.gradients(state.params, frozen, batch, run.ablated)
         else:

@@ -43,15 +43,16 @@ class Programs:
         accumulate: accumulate(params, frozen, sums, batch, ablated) adds the sums of another part; the old sums are
             donated.
         apply: apply(state, sums) gives (State, metrics); the old state is donated.
-        state: Shapes and shardings of the State.
+        state, sums: Shapes and shardings of the State, and of what gradients gives.
     """
 
     begin: Callable
     freeze: Callable
-    gradients: Callable
-    accumulate: Callable
+    gradients: Any
+    accumulate: Any
     apply: Callable
     state: State
+    sums: tuple[Any, dict[str, Any]]
 
 
 @functools.cache
@@ -106,6 +107,7 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
         accumulate=jax.jit(accumulate, donate_argnums=2, out_shardings=sums_at),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_at, whole)),
         state=state,
+        sums=(state.params, dict.fromkeys(names, jax.ShapeDtypeStruct((), jnp.float32, sharding=whole))),
     )
 
 

@@ -32,6 +32,7 @@ from retmask_jax.training.metrics import Metrics
 from retmask_jax.training.objective import part_loss
 from retmask_jax.training.optimizer import make_optimizer, schedule
 from retmask_jax.training.step import make_programs
+from retmask_jax.utils.compiled import spent
 from retmask_jax.utils.files import digest
 from retmask_jax.utils.progress import track
 from retmask_jax.utils.store import Store
@@ -232,6 +233,28 @@ def test_weights_enter_products_in_the_compute_dtype_and_gradients_leave_in_floa
 
 
 # --- the reference ---
+
+
+def test_programs_compiled_ahead_are_those_that_updates_take(tmp_path, monkeypatch):
+    """Of both kinds: the gradients of the first part of a batch, and those that are added to them."""
+    settings = dataclasses.replace(SETTINGS, microbatch_size=SETTINGS.batch_size // 2, steps=1)
+    needed = []
+
+    class AllFirst:
+        def __init__(self, compile_each):
+            for compile_one in compile_each.values():
+                compile_one()
+            self.keys = set(compile_each)
+
+        def wait(self, key):
+            assert key in self.keys
+            needed.append((key[1], spent().programs))
+
+    monkeypatch.setattr(training.compiled, "Ahead", AllFirst)
+    jax.clear_caches()
+    run(tmp_path, settings)
+    (first, before), (second, after) = needed
+    assert (first, second) == (False, True) and after == before
 
 
 def _reference(folder):

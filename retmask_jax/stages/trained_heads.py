@@ -50,8 +50,8 @@ def check_choice(config: ConfigDict) -> None:
         )
     if some and section.lora_rank and not set(section.lora_targets) & set(_OF_HEADS):
         raise ValueError(
-            f"train.heads is {min(some)!r}, and train.lora_targets {tuple(section.lora_targets)} has no layer of heads: "
-            f"add one of {', '.join(_OF_HEADS)}"
+            f"an arm trains the heads {min(some)!r}, and train.lora_targets {tuple(section.lora_targets)} has no layer of "
+            f"heads: add one of {', '.join(_OF_HEADS)}"
         )
 
 

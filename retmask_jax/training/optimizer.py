@@ -99,7 +99,7 @@ def _of_projection(chosen: np.ndarray, names: Sequence[str]) -> np.ndarray:
     if array == "bias":
         return chosen
     if array.endswith(lora.SUFFIXES[layer == "o"]):  # an adapter without an axis of heads
-        return chosen.any(axis=-1, keepdims=True)[..., None]
+        return np.expand_dims(chosen.any(axis=-1), (-2, -1))
     return np.expand_dims(chosen, -1 if layer == "o" else -2)
 
 

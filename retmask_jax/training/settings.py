@@ -59,7 +59,7 @@ class Settings:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         object.__setattr__(self, "profile", tuple(self.profile))
         if self.heads is not None:
-            object.__setattr__(self, "heads", tuple(sorted({(int(layer), int(head)) for layer, head in self.heads})))
+            object.__setattr__(self, "heads", tuple(sorted({(layer, head) for layer, head in self.heads})))
         if self.heads == ():
             raise ValueError("no heads are left to train: name at least one, or None to train all parameters")
         if self.objective not in OBJECTIVES:

@@ -1,14 +1,18 @@
 """Which heads an arm trains: the words and files of `train.heads`, and what the table of arms says."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers_results import detected
 from helpers_tiny import copying_lm
 from retmask_jax.configs import default
+from safetensors.numpy import load_file
 
+from retmask_jax.cli.main import main
 from retmask_jax.heads.scores import HeadScores
+from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import settings_read
 from retmask_jax.runs.workdir import Basis, Workdir
@@ -17,6 +21,7 @@ from retmask_jax.stages.train import TRAIN, train_settings
 from retmask_jax.stages.trained_heads import check_choice, trained_heads
 from retmask_jax.utils.files import write_json
 
+SMALL = Path(__file__).parents[1] / "tiny_small.py"
 FOUND = [(1, 2), (1, 0), (0, 3)]
 OTHERS = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 3)]
 
@@ -138,3 +143,40 @@ def test_no_others_are_left_where_every_head_retrieves(prepare):
     message = "all 8 heads of the model are retrieval heads, so no others can be trained: raise detect.threshold"
     with pytest.raises(ValueError, match=message):
         trained_heads(context, "retmask")
+
+
+def _bits(array):
+    return array.view(f"u{array.itemsize}")
+
+
+@pytest.mark.slow
+def test_the_stage_writes_models_that_differ_from_the_start_in_the_heads_alone(tmp_path):
+    """Tensor by tensor of the files; another choice sets aside what was trained."""
+    start, work = load_file(BUNDLED / "model.safetensors"), tmp_path / "work"
+    options = [f"--config={SMALL}", f"--workdir={work}", "--config.detect.threshold=0.1"]
+    arms = "--config.train.arms=('retmask_retrieval', 'retmask_others')"
+    for stage in ("detect", "knockout", "pairs", "train"):
+        assert main([stage, *options, arms]) == 0
+    config = json.loads((BUNDLED / "config.json").read_text())
+    layers, heads, group = (config[f"num_{name}"] for name in ("hidden_layers", "attention_heads", "key_value_heads"))
+    group, width = heads // group, config["head_dim"]
+    found = [tuple(head) for head in json.loads((work / "detect/result.json").read_text())["heads"]]
+    others = [head for head in np.ndindex(layers, heads) if head not in found]
+    trained = json.loads((work / "train/result.json").read_text())["runs"]
+    for arm, chosen in (("retmask_retrieval", found), ("retmask_others", others)):
+        model, parameters = load_file(work / f"train/{arm}-0/model/model.safetensors"), 0
+        for name, before in start.items():
+            inside = np.zeros(before.shape, bool)
+            for layer, head in chosen:
+                if name.startswith(f"model.layers.{layer}.self_attn.") and "_proj" in name:
+                    index = head // group if name.split(".")[4] in ("k_proj", "v_proj") else head
+                    part = slice(index * width, (index + 1) * width)
+                    inside[(slice(None), part) if ".o_proj." in name else part] = True
+            changed = _bits(model[name]) != _bits(before)
+            assert not changed[~inside].any() and (not inside.any() or changed[inside].mean() > 0.9), (arm, name)
+            parameters += int(inside.sum())
+        assert trained[f"{arm}-0"]["trained_parameters"] == parameters > 0
+    assert main(["train", *options, arms, "--config.train.mlp=True"]) == 2
+    assert main(["train", *options, arms, "--config.train.mlp=True", "--set-aside"]) == 0
+    aside = work / "set-aside/train-1/retmask_others-0/model/model.safetensors"
+    assert load_file(aside).keys() == start.keys() and (work / "train/retmask_others-0/model").is_dir()

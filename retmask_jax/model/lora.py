@@ -37,8 +37,9 @@ def join(*parts: PyTree) -> PyTree:
 
 def add(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: Lora) -> np.ndarray:
     """The kernel with its adapters added on the host, in float32 or wider; this is what `save` writes."""
-    wide = jax.numpy.promote_types(kernel.dtype, np.float32)
-    return kernel.astype(wide) + np.float32(lora.alpha / lora.rank) * (a.astype(np.float32) @ b.astype(np.float32))
+    wide = kernel.astype(jax.numpy.promote_types(kernel.dtype, np.float32))
+    change = np.float32(lora.alpha / lora.rank) * (a.astype(np.float32) @ b.astype(np.float32))
+    return np.add(wide, change, out=wide, where=change != 0)  # -0.0 keeps its sign
 
 
 def merged(params: PyTree, lora: Lora) -> PyTree:
@@ -58,4 +59,5 @@ def merged(params: PyTree, lora: Lora) -> PyTree:
 @functools.partial(jax.jit, static_argnums=3)
 def _add(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     product = jax.numpy.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    return (kernel.astype(product.dtype) + scale * product).astype(kernel.dtype)
+    added = (kernel.astype(product.dtype) + scale * product).astype(kernel.dtype)
+    return jax.numpy.where(product == 0, kernel, added)

@@ -82,13 +82,17 @@ def training_section(result: TrainResult) -> Markup:
             "in pale. The dashed grey line is the learning rate (right axis).",
         ),
         table(
-            ["run", "examples", "prompts cut", "answers cut", "steps", "loss, first tenth", "loss, last tenth"],
+            [
+                *("run", "examples", "prompts cut", "answers cut", "parameters trained", "steps"),
+                *("loss, first tenth", "loss, last tenth"),
+            ],
             [
                 [
                     name,
                     run.examples,
                     run.prompts_cut,
                     run.answers_cut,
+                    "–" if run.trained_parameters is None else f"{run.trained_parameters:,}",
                     len(run.steps),
                     *(f"{x:.3f}" for x in ends[name]),
                 ]

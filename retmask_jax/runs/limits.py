@@ -61,8 +61,8 @@ _LIMITS = {
     _FROM_0_TO_1: "tasks.*.depths",
     _SIZE: "knockout.curve",
     Limit("a number", (int, float), lambda value: value == value): "detect.threshold dynamics.threshold",
-    _TEXT: """ignore detect.scores pairs.prompts_field train.arms train.lora_targets dynamics.checkpoints dynamics.task
-        train.checkpoint_folder knockout.tasks rope.tasks theta.tasks eval.tasks eval.grids detectors.names
+    _TEXT: """ignore detect.scores pairs.prompts_field train.arms train.heads train.lora_targets train.checkpoint_folder
+        dynamics.checkpoints dynamics.task knockout.tasks rope.tasks theta.tasks eval.tasks eval.grids detectors.names
         detectors.seed_names""",
 }
 # What may be None: "as needed", "all" or "not".

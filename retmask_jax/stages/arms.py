@@ -49,12 +49,14 @@ class Arm:
         colour: Of the arm in every picture.
         rejected: Who gives its rejected answers; None: it needs only the chosen ones.
         objective: As of `training.settings.Settings`.
+        heads: Which heads are trained, in the words of `train.heads`; None: those that `train.heads` says.
     """
 
     label: str
     colour: str
     rejected: Answers | None = None
     objective: str = "dpo"
+    heads: str | None = None
 
 
 NORMAL = Answers("normal", 0, server="normal")
@@ -80,6 +82,18 @@ def _activity_matched(given: Given) -> list[Head]:
 ARMS = {
     "retmask": Arm(
         label="normal answers rather than those with the retrieval heads masked", colour="#D55E00", rejected=_RETMASK
+    ),
+    "retmask_retrieval": Arm(
+        label="as retmask, with the retrieval heads alone trained",
+        colour="#882255",
+        rejected=_RETMASK,
+        heads="retrieval",
+    ),
+    "retmask_others": Arm(
+        label="as retmask, with all other heads trained instead of the retrieval heads",
+        colour="#999933",
+        rejected=_RETMASK,
+        heads="others",
     ),
     "random": Arm(
         label="normal answers rather than those with as many heads masked, drawn from all heads",

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def detect_stage(context: Context, folder: Path) -> DetectResult:
     """Head scores, the head set, its stability, and why cases did not count."""
     lm, section = context.lm, context.config.detect
     if section.scores is not None:
-        return _detected(context, folder, _given_scores(context), [], [])
+        return _detected(context, folder, read_scores(context, section.scores), [], [])
     cases = context.cases(section.task)
     found = detect(
         lm,
@@ -88,6 +89,33 @@ def head_scores(context: Context) -> HeadScores:
     return HeadScores.load(context.workdir.folder(DETECT.name) / "scores.json")
 
 
+def read_scores(context: Context, file: str | Path) -> HeadScores:
+    """The head scores of a file; ValueError where they are none, or of another model."""
+    scores, config = HeadScores.load(file), context.outline.config
+    if scores.mean.shape != (config.n_layers, config.n_heads):
+        raise ValueError(
+            f"{file} scores {scores.mean.shape[0]} layers of {scores.mean.shape[1]} heads, "
+            f"the model has {config.n_layers} of {config.n_heads}"
+        )
+    return scores
+
+
+def choose_heads(context: Context, scores: HeadScores) -> list[Head]:
+    """The heads that detect.threshold or detect.top_k choose, best first; ValueError where there are none."""
+    heads = scores.heads(**_selection(context))
+    if not heads:
+        raise ValueError(
+            f"no head reaches detect.threshold {context.config.detect.threshold}: the best score is "
+            f"{scores.mean.max():.3f}"
+        )
+    return heads
+
+
+def _selection(context: Context) -> dict[str, Any]:
+    section = context.config.detect
+    return {"top_k": section.top_k} if section.threshold is None else {"threshold": section.threshold}
+
+
 def _check(config) -> None:
     if (config.detect.threshold is None) == (config.detect.top_k is None):
         raise ValueError("set one of detect.threshold and detect.top_k, and the other to None")
@@ -95,7 +123,7 @@ def _check(config) -> None:
 
 def _check_model(context: Context) -> None:
     if context.config.detect.scores is not None:
-        _given_scores(context)
+        read_scores(context, context.config.detect.scores)
 
 
 def _detected(
@@ -103,12 +131,7 @@ def _detected(
 ) -> DetectResult:
     """The result of detection from scores, found (with an outcome per case) or given."""
     lm, section = context.lm, context.config.detect
-    selection = {"top_k": section.top_k} if section.threshold is None else {"threshold": section.threshold}
-    heads = scores.heads(**selection)
-    if not heads:
-        raise ValueError(
-            f"no head reaches detect.threshold {section.threshold}: the best score is {scores.mean.max():.3f}"
-        )
+    heads = choose_heads(context, scores)
     scores.save(folder / "scores.json")
     shape = profile(scores, lm.config.n_kv_heads, section.threshold or float(scores.mean[heads[-1]]))
     cases = int(scores.counts.max())
@@ -121,7 +144,7 @@ def _detected(
         outcomes=dict(Counter(outcomes)),
         n_kv_heads=lm.config.n_kv_heads,
         profile={name: stats.defined(value) for name, value in shape.items()},
-        stability=stability(scores, **selection),
+        stability=stability(scores, **_selection(context)),
         mask_hash=_mask_hash(lm, heads),
         best=[
             HeadNumber.of(
@@ -140,16 +163,6 @@ def _detected(
             "detect/gini": stats.exact(shape["gini"], cases),
         },
     )
-
-
-def _given_scores(context: Context) -> HeadScores:
-    scores, config = HeadScores.load(context.config.detect.scores), context.outline.config
-    if scores.mean.shape != (config.n_layers, config.n_heads):
-        raise ValueError(
-            f"{context.config.detect.scores} scores {scores.mean.shape[0]} layers of {scores.mean.shape[1]} heads, "
-            f"the model has {config.n_layers} of {config.n_heads}"
-        )
-    return scores
 
 
 def _mask_hash(lm: LanguageModel, heads: list[Head]) -> str:

@@ -16,7 +16,7 @@ from retmask_jax.generation.language_model import LanguageModel, save
 from retmask_jax.heads.conditions import answers
 from retmask_jax.hf.end_tokens import Ends
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Interventions, mask_heads
+from retmask_jax.model.interventions import Head, Interventions, mask_heads
 from retmask_jax.model.sharding import make_mesh
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.costs import Cost
@@ -25,7 +25,9 @@ from retmask_jax.runs.workdir import Example, Result
 from retmask_jax.stages.arms import ARMS
 from retmask_jax.stages.detect import retrieval_heads
 from retmask_jax.stages.pairs import PAIRS
+from retmask_jax.stages.trained_heads import check_choice, check_file, file_prints, trained_heads
 from retmask_jax.training.loop import check_mesh, train
+from retmask_jax.training.optimizer import count_trained
 from retmask_jax.training.settings import Settings
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import is_whole, mark_whole, read_jsonl
@@ -57,13 +59,17 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """An arm trained with one seed: its pairs, how many of their answers and prompts were cut, and its steps."""
+    """An arm trained with one seed: its pairs, how many of their answers and prompts were cut, and its steps.
+
+    trained_parameters: how many parameters, or entries of adapters, were trained; None in results of older versions.
+    """
 
     arm: str
     seed: int
     examples: int
     answers_cut: int
     prompts_cut: int
+    trained_parameters: int | None = None
     steps: list[Step]
 
 
@@ -77,20 +83,24 @@ class TrainResult(Result):
 def train_stage(context: Context, folder: Path) -> TrainResult:
     """Train every arm and seed from the same start and export each as an HF checkpoint."""
     section, model = context.config.train, context.outline.replace(params=None, source=context.source())
-    runs = {
-        f"{arm}-{seed}": _trained(context, model, arm, seed, folder) for arm in section.arms for seed in section.seeds
-    }
+    settings = [
+        (arm, train_settings(context.config, arm, seed, trained_heads(context, arm)))
+        for arm in section.arms
+        for seed in section.seeds
+    ]
+    runs = {f"{arm}-{each.seed}": _trained(context, model, arm, each, folder) for arm, each in settings}
     shown = list(runs)[:1] if section.examples else []
     examples = [example for name in shown for example in _examples(context, folder / name)]
     numbers = {f"train/{name}/final loss": stats.exact(run.steps[-1].loss, run.examples) for name, run in runs.items()}
     return TrainResult(runs=runs, numbers=numbers, examples=examples)
 
 
-def train_settings(config: ConfigDict, arm: str, seed: int) -> Settings:
-    """How one arm is trained."""
+def train_settings(config: ConfigDict, arm: str, seed: int, heads: Sequence[Head] | None = None) -> Settings:
+    """How one arm is trained, and which heads of it; None: all parameters."""
     section = config.train
-    fields = {field.name for field in dataclasses.fields(Settings)} - {"objective", "seed"}
-    return Settings(objective=ARMS[arm].objective, seed=seed, **{name: section[name] for name in fields})
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"objective", "seed", "heads"}
+    chosen = None if heads is None else tuple(heads)
+    return Settings(objective=ARMS[arm].objective, seed=seed, heads=chosen, **{name: section[name] for name in fields})
 
 
 def check_batch(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
@@ -98,12 +108,11 @@ def check_batch(config: ConfigDict, devices: Sequence[jax.Device] | None = None)
     check_mesh(train_settings(config, "retmask", 0), make_mesh(config.mesh, devices))
 
 
-def _trained(context: Context, model: LanguageModel, arm: str, seed: int, folder: Path) -> Run:
+def _trained(context: Context, model: LanguageModel, arm: str, settings: Settings, folder: Path) -> Run:
     """Train one arm with one seed, unless its exported model is there and whole. The model has no parameters yet."""
-    target = folder / f"{arm}-{seed}"
+    target = folder / f"{arm}-{settings.seed}"
     rows, identity = _rows(context, model.config, target)
     if not is_whole(target / "model"):
-        settings = train_settings(context.config, arm, seed)
         start = {"model": context.model_fingerprint, "dtype": settings.compute_dtype}
         contrast = settings.objective == "contrast"
         params = train(
@@ -122,7 +131,8 @@ def _trained(context: Context, model: LanguageModel, arm: str, seed: int, folder
         mark_whole(target / "model")
     steps = msgspec.convert(read_jsonl(target / "metrics.jsonl"), list[Step])
     cut = {"answers_cut": rows.cut, "prompts_cut": rows.prompts_cut}
-    return Run(arm=arm, seed=seed, examples=len(rows), steps=steps, **cut)
+    trained = count_trained(model.config, settings)
+    return Run(arm=arm, seed=settings.seed, examples=len(rows), trained_parameters=trained, steps=steps, **cut)
 
 
 def _rows(context: Context, model: ModelConfig, target: Path) -> tuple[PairRows, dict[str, Any]]:
@@ -172,6 +182,7 @@ def _check(config) -> None:
             f"{config.train.max_tokens}, which also holds the answer"
         )
     train_settings(config, "retmask", 0)
+    check_choice(config)
 
 
 def _cost(context: Context) -> Cost:
@@ -190,8 +201,10 @@ TRAIN = Stage(
     result=TrainResult,
     upstream=(PAIRS,),
     settings=(*PROMPTS, "pairs.template_kwargs", "train.*"),
+    inputs=file_prints,
     batch_key="train.microbatch_size",
     check=_check,
     check_run=check_batch,
+    check_model=check_file,
     cost=_cost,
 )

@@ -26,6 +26,7 @@ from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.masking import Masks, normalise
 from retmask_jax.training.checkpoints import Checkpoints
 from retmask_jax.training.metrics import Metrics, memory_in_use
+from retmask_jax.training.optimizer import trained_parts
 from retmask_jax.training.reference import reference_logprobs
 from retmask_jax.training.settings import Settings
 from retmask_jax.training.step import Programs, State, make_programs
@@ -95,8 +96,9 @@ def train(
             allowed_widths=allowed,
             identity=identity,
         )
-    # One set of programs for all seeds: the seed orders the data and is no part of an update.
-    programs = make_programs(config, dataclasses.replace(settings, seed=0), mesh)
+    # One set of programs for all seeds and heads: a seed orders the data, and heads are an argument of an update.
+    programs = make_programs(config, dataclasses.replace(settings, seed=0, heads=None), mesh)
+    programs = programs.within(trained_parts(config, settings))
     masks = None if ablated is None else normalise(config, ablated)
     run = _Run(config, settings, rows, sizes_NS, reference_ND, mesh, programs, allowed, masks)
     place = _checkpoint_folder(folder, settings.checkpoint_folder)

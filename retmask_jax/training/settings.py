@@ -3,6 +3,7 @@
 import dataclasses
 
 from retmask_jax.model.config import DENSE_LAYERS, Lora
+from retmask_jax.model.interventions import Head
 from retmask_jax.training.losses import LOSSES, check_loss
 
 OBJECTIVES = ("dpo", "sft", "contrast")
@@ -10,11 +11,12 @@ OBJECTIVES = ("dpo", "sft", "contrast")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The `train` section of a config, plus the objective and the seed of one run. configs/default.py explains every
-    key, and `runs.limits` checks what each number may be.
+    """The `train` section of a config, plus the objective, the seed and the heads of one run. configs/default.py explains
+    every key, and `runs.limits` checks what each number may be.
 
     objective is "dpo", the preference of chosen over rejected answers by `loss`; "sft", the likelihood of the chosen
-    answers; or "contrast", `losses.contrast_loss` on the chosen answers.
+    answers; or "contrast", `losses.contrast_loss` on the chosen answers. heads are the (layer, head) that are trained, see
+    `optimizer.trained_parts`; None: all parameters are.
     """
 
     objective: str
@@ -25,6 +27,8 @@ class Settings:
     batch_size: int
     microbatch_size: int
     seed: int
+    heads: tuple[Head, ...] | None = None
+    mlp: bool = False
     loss: str = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -54,6 +58,10 @@ class Settings:
     def __post_init__(self):
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         object.__setattr__(self, "profile", tuple(self.profile))
+        if self.heads is not None:
+            object.__setattr__(self, "heads", tuple(sorted({(layer, head) for layer, head in self.heads})))
+        if self.heads == ():
+            raise ValueError("no heads are left to train: name at least one, or None to train all parameters")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
         check_loss(self.loss, self.beta, self.label_smoothing, self.gamma)

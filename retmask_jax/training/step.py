@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from retmask_jax.model import lora, sharding
 from retmask_jax.model.config import ModelConfig
@@ -34,15 +35,17 @@ class State:
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """The jitted functions of a run. `frozen` are the parameters that are not trained: the model's under adapters, else
-    {}.
+    {}. `trained` is where updates change what is trained, as of `optimizer.trained_parts`; None: everywhere.
 
     Attributes:
-        begin: begin(start params, seed) gives a State that holds copies; the seed draws new adapters.
+        begin: begin(start params, seed, trained=None) gives a State that holds copies; the seed draws new adapters, which
+            are zero where they are not trained.
         freeze: freeze(start params) gives frozen.
         gradients: gradients(params, frozen, batch, ablated) gives (gradients, metrics), sums over a part of a batch.
         accumulate: accumulate(params, frozen, sums, batch, ablated) adds the sums of another part; the old sums are
             donated.
-        apply: apply(state, sums) gives (State, metrics); the old state is donated.
+        apply: apply(state, sums, trained=None) gives (State, metrics); the old state is donated. Gradients are clipped by
+            their norm within `trained`.
         state, sums: Shapes and shardings of the State, and of what gradients gives.
     """
 
@@ -53,6 +56,13 @@ class Programs:
     apply: Callable
     state: State
     sums: tuple[Any, dict[str, Any]]
+
+    def within(self, trained: PyTree | None) -> "Programs":
+        """Returns these programs with `trained` given."""
+        if trained is None:
+            return self
+        begin, apply = (functools.partial(program, trained=trained) for program in (self.begin, self.apply))
+        return dataclasses.replace(self, begin=begin, apply=apply)
 
 
 @functools.cache
@@ -70,9 +80,10 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
     whole = NamedSharding(mesh, PartitionSpec())
     names = metric_names(settings)
 
-    def begin(params, seed):
-        trained = _cast(params if config.lora is None else _new_adapters(config, seed), jnp.float32)
-        return State(trained, optimizer.init(trained), jnp.int32(0))
+    def begin(params, seed, trained=None):
+        new = params if config.lora is None else _within(trained, _new_adapters(config, seed))
+        new = _cast(new, jnp.float32)
+        return State(new, optimizer.init(new), jnp.int32(0))
 
     @sharding.row_parallel("batch", results=sharding.SUM_OF_ROWS)
     def gradients(params, frozen, batch, ablated):
@@ -82,10 +93,11 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
     def accumulate(params, frozen, sums, batch, ablated):
         return jax.tree.map(jnp.add, sums, gradients(params, frozen, batch, ablated))
 
-    def apply(state, sums):
+    def apply(state, sums, trained=None):
         grads, metrics = sums
+        grads = _within(trained, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = _within(trained, optax.apply_updates(state.params, updates), state.params)
         metrics |= {
             "gradient_norm": optax.tree.norm(grads),
             "parameter_norm": optax.tree.norm(params),
@@ -121,6 +133,13 @@ def _new_adapters(config: ModelConfig, seed):
     tokens = jnp.zeros((1, 2), jnp.int32)
     boxed = transformer(config).init(jax.random.key(seed), tokens, normalise(config))["params"]
     return lora.split(nn.unbox(boxed))[0]
+
+
+def _within(trained, new, old=None):
+    """The new arrays where they are trained, elsewhere the old ones (None: zeros)."""
+    if trained is None:
+        return new
+    return jax.tree.map(jnp.where, trained, new, optax.tree.zeros_like(new) if old is None else old)
 
 
 def _like_params(optimizer, opt_state, shardings, otherwise):

@@ -120,6 +120,14 @@ def test_scores_of_another_model(refused, tmp_path):
     assert "2 layers of 3 heads" in line and "4 of 8" in line
 
 
+def test_heads_to_train_that_there_are_not(refused, tmp_path):
+    line = refused("train", "--config.train.heads=retreival", "--workdir=work")
+    assert "train.heads is 'retreival'; it must be all, retrieval, others or a file of heads" in line
+    (tmp_path / "heads.json").write_text("[[1, 0], [4, 0]]")
+    line = refused("run", "--config.train.heads=heads.json", "--workdir=work")
+    assert "heads.json: head [4, 0] is out of range: the model has 4 layers of 8 query heads" in line
+
+
 def test_head_out_of_range(refused):
     line = refused("export", "--heads", "1-0", "4-0", "--out=out", "--workdir=work")
     assert "head (4, 0) is out of range" in line and "4 layers of 8" in line

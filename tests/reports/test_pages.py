@@ -208,6 +208,14 @@ def test_nothing_trained_and_no_tasks(render):
     assert not any(name.startswith(("Changes", "Pairs", "Loss")) for name in found.drawings)
 
 
+def test_runs_say_how_many_parameters_were_trained():
+    """Results of older versions do not."""
+    result = make_results(arms=("retmask", "no_fact"))["train"]
+    result.runs["retmask-0"] = dataclasses.replace(result.runs["retmask-0"], trained_parameters=1234567)
+    shown = {row[0]: row[4] for row in Page(training.training_section(result)).rows if row[1:2] == ["30"]}
+    assert shown == {"retmask-0": "1,234,567", "no_fact-0": "–"}
+
+
 def test_large_results_fit(tmp_path, monkeypatch):
     """Every arm, several seeds, 32 x 32 heads, long names: nothing is cut off or crowded, and the page stays small."""
     drawn, inline = {}, plotting.inline

@@ -86,7 +86,7 @@ class Layers:
         return HiddenRows.of(self, x_BPE, {"blocks": blocks, "tail": tail})
 
     def from_group(
-        self, start: jax.Array, x_BTE: jax.Array, masks: ByLayer, rows_BP: jax.Array | None = None
+        self, start: jax.Array | int, x_BTE: jax.Array, masks: ByLayer, rows_BP: jax.Array | None = None
     ) -> jax.Array:
         """Final states x_BPE before their norm, from the input of group `start`; rows_BP as in `last`."""
         return self.last(self._up_to_last(start, (x_BTE, None), masks), masks, rows_BP)[0][0]
@@ -117,7 +117,7 @@ class Layers:
     def normed(self, x_BPE: jax.Array) -> jax.Array:
         return cast(jax.Array, norm(self.config, None).apply({"params": self.params["norm"]}, x_BPE))
 
-    def _up_to_last(self, start: jax.Array, carry: Carry, masks: ByLayer) -> Carry:
+    def _up_to_last(self, start: jax.Array | int, carry: Carry, masks: ByLayer) -> Carry:
         """The carry after the groups from `start` on, without the last."""
         return jax.lax.fori_loop(start, self.before_last, lambda r, carry: self.through(r, carry, masks)[0], carry)
 

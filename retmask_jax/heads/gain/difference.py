@@ -33,14 +33,14 @@ class Settings:
     """
 
     n: int = 20
-    lengths: Sequence[int] = (512,)
+    lengths: tuple[int, ...] = (512,)
     seed: int = 1
-    scores: Path | None = None
+    scores: str | None = None
     threshold: float = 0.1
     detect: bool = True
     dtype: str = "float32"
     batch_size: int = 8
-    ignore: Sequence[str] = ()
+    ignore: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def _check(start: str, trained: str, settings: Settings) -> None:
             raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least 1")
 
 
-def _given_scores(path: Path, shape: tuple[int, int]) -> HeadScores:
+def _given_scores(path: str, shape: tuple[int, int]) -> HeadScores:
     scores = HeadScores.load(path)
     if scores.mean.shape != shape:
         raise ValueError(

@@ -95,7 +95,7 @@ def logits(
 @functools.partial(jax.jit, static_argnums=0)
 @row_parallel("tokens_BT", results=STACKED_ROWS)
 def states(
-    config: ModelConfig, params: tuple[PyTree, PyTree], gates: Gates, tokens_BT: jax.Array, longest: ArrayLike
+    config: ModelConfig, params: tuple[PyTree, PyTree], gates: Gates, tokens_BT: jax.Array, longest: jax.Array | int
 ) -> jax.Array:
     """[R,B,T,E]: the input of each group of layers. params: of the start model and of the trained one."""
     layers = _grafted(config, params, gates, tokens_BT, longest)
@@ -108,12 +108,12 @@ def target_logprobs(
     config: ModelConfig,
     params: tuple[PyTree, PyTree],
     gates: Gates,
-    first: ArrayLike,
+    first: jax.Array | int,
     states_RBTE: jax.Array,
     tokens_BT: jax.Array,
     rows_BP: jax.Array,
     targets_BP: jax.Array,
-    longest: ArrayLike,
+    longest: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array]:
     """(f32[B,P]: log-probability of targets after the positions rows_BP, bool[B,P]: whether each is the most likely token).
 
@@ -166,7 +166,7 @@ class _GraftedLayers(Layers):
 
 
 def _grafted(
-    config: ModelConfig, params: tuple[PyTree, PyTree], gates: Gates, tokens_BT: jax.Array, longest: ArrayLike
+    config: ModelConfig, params: tuple[PyTree, PyTree], gates: Gates, tokens_BT: jax.Array, longest: jax.Array | int
 ) -> _GraftedLayers:
     """The layers of the model between two, for a call of rows that begin at position 0."""
     start, trained = params
@@ -181,7 +181,7 @@ def _grafted(
     return _GraftedLayers(config, ends | grafts, call, "rotary")
 
 
-def _logits(layers: Layers, first: ArrayLike, x_BTE: jax.Array, rows_BP: jax.Array | None) -> jax.Array:
+def _logits(layers: Layers, first: jax.Array | int, x_BTE: jax.Array, rows_BP: jax.Array | None) -> jax.Array:
     x_BPE = layers.from_group(first, x_BTE, normalise(layers.config).by_layer(layers.config), rows_BP)
     return unembed(layers.config, layers.params, layers.normed(x_BPE))
 

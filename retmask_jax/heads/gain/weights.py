@@ -106,7 +106,8 @@ def _of_block(config: ModelConfig, start: PyTree, trained: PyTree) -> dict[str, 
 
 
 def _both(start: PyTree, trained: PyTree) -> Both:
-    return tuple([np.asarray(leaf) for leaf in jax.tree.leaves(to_host(tree))] for tree in (start, trained))
+    ours, theirs = ([np.asarray(leaf) for leaf in jax.tree.leaves(to_host(tree))] for tree in (start, trained))
+    return ours, theirs
 
 
 def _relative(parts: Sequence[Both], n: int, axis: int = -1) -> list[Change]:

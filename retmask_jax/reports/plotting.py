@@ -200,9 +200,9 @@ def head_map(
     n_layers, n_heads = values_LH.shape
     cell = min(0.3, 2.6 / n_heads)
     figure, ax = panel(title, float(np.clip(cell * n_layers, 1.0, 4.2)) + 0.9)
-    top = np.nanmax(np.abs(values_LH)) if signed else values_LH.max()
+    top = (np.nanmax(np.abs(values_LH)) or 1.0) if signed else values_LH.max()
     norm = LogNorm(max(values_LH[values_LH > 0].min(), 1e-4 * top), top) if log and top > 0 else None
-    colours = matplotlib.colormaps["PuOr_r"] if signed else colormap()
+    colours = matplotlib.colormaps["PRGn"] if signed else colormap()
     limits = {} if norm else {"vmin": -top, "vmax": top} if signed else {"vmin": 0}
     colours = colours.with_extremes(bad=colours(0.5 if signed else 0.0))
     image = ax.imshow(values_LH, cmap=colours, norm=norm, **limits, aspect="auto", interpolation="none")

@@ -69,7 +69,9 @@ def _add_panel(stage: argparse.ArgumentParser) -> None:
 def _add_diff(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("start", metavar="START", help='the model before: a folder, hub id, .gguf file or "bundled"')
     stage.add_argument("trained", metavar="TRAINED", help="one of the same architecture that was trained from it")
-    stage.add_argument("--n", type=int, default=20, help="questions about needles, and as many cases to detect with")
+    stage.add_argument(
+        "--n", type=int, default=20, help="questions about needles, and cases to detect with (default: 20)"
+    )
     stage.add_argument(
         "--lengths", type=_whole_numbers, default=[512], metavar="N[,N...]", help="tokens of a prompt (default: 512)"
     )
@@ -87,7 +89,7 @@ def _add_diff(stage: argparse.ArgumentParser) -> None:
     )
     stage.add_argument("--dtype", default="float32", help="of parameters and computation (default: float32)")
     stage.add_argument("--batch_size", type=int, default=8, metavar="ROWS", help="prompts in a pass (default: 8)")
-    stage.add_argument("--ignore", type=_names, default=(), metavar="NAME[,NAME...]", help="as of inspect")
+    stage.add_argument("--ignore", type=_names, default=(), metavar="NAME[,NAME...]", help="as of `retmask inspect`")
     stage.add_argument("--out", type=Path, help="folder for diff.json and diff.html")
 
 

@@ -203,9 +203,9 @@ def head_map(
     top = (np.nanmax(np.abs(values_LH)) or 1.0) if signed else values_LH.max()
     norm = LogNorm(max(values_LH[values_LH > 0].min(), 1e-4 * top), top) if log and top > 0 else None
     colours = matplotlib.colormaps["PRGn"] if signed else colormap()
-    limits = {} if norm else {"vmin": -top, "vmax": top} if signed else {"vmin": 0}
+    low, high = (-top, top) if signed else (None if norm else 0, None)
     colours = colours.with_extremes(bad=colours(0.5 if signed else 0.0))
-    image = ax.imshow(values_LH, cmap=colours, norm=norm, **limits, aspect="auto", interpolation="none")
+    image = ax.imshow(values_LH, cmap=colours, norm=norm, vmin=low, vmax=high, aspect="auto", interpolation="none")
     for layer, head in heads:
         ax.add_patch(
             Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=colour("retrieval"), linewidth=1.3)

@@ -157,6 +157,16 @@ def test_gates_compile_once(compiles):
     assert not compiles and len(found) == len(all_heads(CONFIG))
 
 
+@pytest.mark.slow
+def test_gates_may_be_vmapped(close):
+    """Many models between two in one call, of which some have KV heads that are read by both models' query heads."""
+    start, trained = copying_params(0), copying_params(1)
+    several = [Gates.of(CONFIG), ~Gates.of(CONFIG), *(random_gates(CONFIG, seed) for seed in range(4))]
+    stacked = jax.tree.map(lambda *gates: np.stack(gates), *several)
+    found = jax.jit(jax.vmap(lambda gates: logits(CONFIG, start, trained, gates, TOKENS)))(stacked)
+    close(found, [between(CONFIG, start, trained, gates, TOKENS) for gates in several], 1e-5)
+
+
 # --- measured on cases ---
 
 

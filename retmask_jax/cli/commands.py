@@ -6,16 +6,17 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from ml_collections import ConfigDict
 
 from retmask_jax.aot import decoding, step
 from retmask_jax.cli import doctor
+from retmask_jax.cli.printing import print_numbers, print_table
 from retmask_jax.data.pair_formats import export_pairs, iter_pairs
 from retmask_jax.generation.language_model import load, save
+from retmask_jax.heads.gain import difference
 from retmask_jax.heads.profile import profile_table
 from retmask_jax.hf import summary as inspection
 from retmask_jax.hf.hub import config_folder
@@ -23,6 +24,7 @@ from retmask_jax.model.interventions import mask_heads
 from retmask_jax.model.sharding import split_cpu
 from retmask_jax.pipeline.registry import RUN, STAGES, STUDIED, check_config, check_model, check_upstream, run_stage
 from retmask_jax.reports import comparison, html, plotting
+from retmask_jax.reports import difference as of_difference
 from retmask_jax.reports.comparison import COMPARISON
 from retmask_jax.reports.panel import findings, gains, page, profiles, sources
 from retmask_jax.runs.context import Context
@@ -38,7 +40,6 @@ from retmask_jax.utils import compiled
 from retmask_jax.utils.files import read_json, write_json
 from retmask_jax.utils.fingerprints import fingerprint
 from retmask_jax.utils.hosts import join, primary
-from retmask_jax.utils.numbers import Number
 
 _WIDE = 160  # characters of a text that is shown
 _WORTH_SAYING = 20.0  # seconds
@@ -80,7 +81,7 @@ def _in_order(context: Context, stages: Sequence[Stage], summary: Path, report: 
         return
     write_json(summary, numbers)
     print()
-    _table({name: numbers[name] for name in context.config.headlines if name in numbers})
+    print_numbers({name: numbers[name] for name in context.config.headlines if name in numbers})
     if EVAL in stages:
         print("\nbefore and after training:")
         _show(EVAL, EVAL.of(context))
@@ -178,7 +179,7 @@ def inspect(model: str, as_json: bool, ignore: Sequence[str] = ()) -> None:
     if as_json:
         print(json.dumps({"model": model} | facts, indent=1))
     else:
-        _print_table(("model", model), inspection.rows(facts))
+        print_table(("model", model), inspection.rows(facts))
 
 
 def examine(root: Path, as_json: bool) -> bool:
@@ -188,7 +189,7 @@ def examine(root: Path, as_json: bool) -> bool:
     if as_json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
-        _print_table(("", "", "found", "to do"), doctor.rows(findings))
+        print_table(("", "", "found", "to do"), doctor.rows(findings))
     for finding in doctor.failed(findings):
         print(f"retmask: {finding.name}: {finding.value}; {finding.todo}", file=sys.stderr)
     return not doctor.failed(findings)
@@ -205,10 +206,10 @@ def profile(
     rows = profile_table(models)
     gained = gains.gain_against_sparsity(sources.read_gains(paths, gain)) if gain else None
     cells = [[row.model, *map(html.fixed, list(vars(row).values())[1:])] for row in rows]
-    _print_table(list(vars(rows[0])), cells, "right")
+    print_table(list(vars(rows[0])), cells, "right")
     if gained:
         print()
-        _table({f"{run.name}: {gain}": run.gain for run in gained.rows})
+        print_numbers({f"{run.name}: {gain}": run.gain for run in gained.rows})
         print(gained.finding)
     if out:
         for path in _write_profile(out, paths, models, rows, gain, gained):
@@ -223,7 +224,7 @@ def panel(paths: Sequence[Path], task: str, closed_book: str | None, gain: str |
     members = sources.read_studies(paths)
     found = findings.panel(members, task, closed_book)
     gained = gains.gain_against_sparsity(sources.read_gains(paths, gain)) if gain else None
-    _print_table(*page.summary(found))
+    print_table(*page.summary(found))
     for finding in found.findings:
         print(page.sentence(finding))
     if gained:
@@ -233,6 +234,24 @@ def panel(paths: Sequence[Path], task: str, closed_book: str | None, gain: str |
         write_json(out / "panel.json", vars(found) | {"gain": gain, "sparsity": gained, "versions": versions()})
         page.write_panel(out / "panel.html", found, members, scored, profile_table(scored), gain, gained)
         print(f"wrote {out / 'panel.json'}\nwrote {out / 'panel.html'}")
+
+
+def diff(start: str, trained: str, settings: dict, out: Path | None) -> None:
+    """What differs between two checkpoints and which parts carry the gain, as tables; as diff.json and diff.html, if wanted.
+
+    settings: of `difference.Settings`.
+    """
+    _log()
+    found = difference.compare(start, trained, difference.Settings(**settings))
+    for sentence in of_difference.sentences(found):
+        print(sentence)
+    print_table(*of_difference.groups(found), justify="right")
+    print()
+    print_table(*of_difference.best_heads(found), justify="right")
+    if out:
+        write_json(out / "diff.json", found)
+        of_difference.write_difference(out / "diff.html", found)
+        print(f"wrote {out / 'diff.json'}\nwrote {out / 'diff.html'}")
 
 
 def bench(name: str, out: Path | None, options: dict) -> bool:
@@ -251,7 +270,7 @@ def bench(name: str, out: Path | None, options: dict) -> bool:
         if type(value) is int and value < least:
             raise ValueError(f"--{option.replace('_', '-')} is {value}; it must be at least {least}")
     report = benchmarks[name].run(**options)
-    _print_table(*harness.table_rows(report))
+    print_table(*harness.table_rows(report))
     if out is not None:
         harness.write_report(report, out)
     for line in report.violated:
@@ -334,13 +353,13 @@ def _say_where_time_went(context: Context, result: Result) -> None:
 def _show(stage: Stage, result: Result) -> None:
     """Print what a stage found: models side by side, or its numbers; its own tables, and examples of answers."""
     if isinstance(result, EvalResult) and len({row.model for row in result.rows}) <= _AT_MOST:
-        _print_table(*comparison.table(result.rows, result.metrics), justify="right")
+        print_table(*comparison.table(result.rows, result.metrics), justify="right")
         print(comparison.perplexities(result.rows) or "no text loss was measured")
     else:
-        _table(result.numbers)
+        print_numbers(result.numbers)
     for header, rows in stage.tables(result):
         print()
-        _print_table(header, rows)
+        print_table(header, rows)
     for example in result.examples:
         _print_example(example)
 
@@ -357,31 +376,3 @@ def _on_one_line(text: str) -> str:
     """A text in one line, its middle left out where it is long."""
     words = " ".join(text.split())
     return words if len(words) <= _WIDE else f"{words[: _WIDE // 2]} ... {words[-_WIDE // 2 :]}"
-
-
-def _table(numbers: Mapping[str, Number]) -> None:
-    """Print numbers: name, value, 95% interval, n."""
-    if not numbers:
-        return
-    rows = []
-    for name, number in numbers.items():
-        interval = "" if number.low is None else f"[{number.low:.3f}, {number.high:.3f}]"
-        rows.append((name, f"{number.value:.3f}", interval, str(number.n)))
-    _print_table(("", "value", "95% interval", "n"), rows, justify="right")
-
-
-def _print_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], justify: Literal["left", "right"] = "left"
-) -> None:
-    """Print a table on the terminal. justify: of all columns but the first."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(header):
-        table.add_column(escape(name), justify=justify if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    width = None if sys.stdout.isatty() else 10_000  # lines of a file are never broken
-    Console(file=sys.stdout, width=width, highlight=False).print(table)

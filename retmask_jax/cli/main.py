@@ -63,6 +63,10 @@ def _use(arguments: argparse.Namespace) -> int:
         case "panel":
             closed_book = arguments.closed_book or None
             commands.panel(arguments.sources, arguments.task, closed_book, arguments.gain, arguments.out)
+        case "diff":
+            own = ("stage", "start", "trained", "out")
+            settings = {name: value for name, value in vars(arguments).items() if name not in own}
+            commands.diff(arguments.start, arguments.trained, settings, arguments.out)
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from retmask_jax import __version__
+from retmask_jax.cli.tool_flags import TOOL_FLAGS
 
 # Title -> stage -> what it does.
 GROUPS = {
@@ -33,12 +34,13 @@ GROUPS = {
         "export": "write a masked or trained model for HF tools, or pairs",
         "profile": "retrieval heads of many models: how many, where, how sparse",
         "panel": "findings of several studies side by side, with intervals",
+        "diff": "two checkpoints: which heads changed, which carry the gain",
         "pretrain": "train a tiny model from its recipe, with its data files",
         "bench": "speed, memory and results against what others run",
     },
 }
 STAGES = {name: text for stages in GROUPS.values() for name, text in stages.items()}
-TOOLS = ("doctor", "inspect", "profile", "panel", "bench")  # which read no config
+TOOLS = ("doctor", "inspect", "profile", "panel", "diff", "bench")  # which read no config
 SCALES = ("quick", "paper")  # recipes for any model
 _AHEAD = ("detect", "pairs", "train")  # stages that can be compiled for TPUs that are not here
 # What the help of a stage shows; of one that is not here the general form is enough.
@@ -78,6 +80,7 @@ _EXAMPLES_OF = {
     "inspect": ("retmask inspect bundled", "retmask inspect Qwen/Qwen3-8B --json"),
     "profile": ("retmask profile runs/llama runs/qwen --out=profiles",),
     "panel": ("retmask panel runs/llama runs/qwen --out=panel",),
+    "diff": ("retmask diff bundled my_model --lengths=128 --out=diff", "retmask diff START TRAINED --dtype=bfloat16"),
     "bench": ("retmask bench generate", "retmask bench dpo --size=30m --repeats=3"),
 }
 
@@ -276,78 +279,6 @@ def _add_export(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--out", required=True, help="folder or file to write")
 
 
-def _add_doctor(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--workdir", type=Path, default=Path("runs"), help="where results would go (default: runs)")
-    stage.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
-
-
-def _add_inspect(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("model", metavar="MODEL", help='folder, .gguf file, hub id or "bundled"; no weights are read')
-    stage.add_argument(
-        "--ignore",
-        type=_names,
-        default=(),
-        metavar="NAME[,NAME...]",
-        help="attributes of config.json that are not understood, and that change nothing",
-    )
-    stage.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-
-
-def _add_profile(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument(
-        "sources",
-        nargs="+",
-        type=Path,
-        metavar="SOURCE",
-        help='JSON file {"layer-head": [score, ...]}, or work directory in which detect has finished',
-    )
-    stage.add_argument(
-        "--kv_heads",
-        type=_whole_numbers,
-        default=[],
-        metavar="N[,N...]",
-        help="key/value heads of the files' models, one number for all or one each",
-    )
-    stage.add_argument(
-        "--threshold",
-        type=float,
-        help="score that a retrieval head reaches (default: 0.1; of a work directory, that of its detection)",
-    )
-    stage.add_argument(
-        "--gain",
-        metavar="NUMBER",
-        help='change to show against sparsity, such as "eval/needle long/retmask minus start"',
-    )
-    stage.add_argument("--out", type=Path, help="folder for profile.json and the pictures, as PNG and SVG")
-
-
-def _add_panel(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("sources", nargs="+", type=Path, metavar="WORKDIR", help="work directory of a finished study")
-    stage.add_argument("--task", default="needle short", help="recall task of the studies (default: needle short)")
-    stage.add_argument(
-        "--closed_book",
-        default="closed-book",
-        metavar="TASK",
-        help='task without context, which masks should spare; "" for none (default: closed-book)',
-    )
-    stage.add_argument(
-        "--gain",
-        metavar="NUMBER",
-        help='change to show against sparsity, such as "eval/context long/retmask minus start"',
-    )
-    stage.add_argument("--out", type=Path, help="folder for panel.json and panel.html")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(",") if name)
-
-
-def _whole_numbers(text: str) -> list[int]:
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between, such as 8 or 8,4")
-    return [int(part) for part in text.split(",")]
-
-
 def _add_benchmarks(stage: argparse.ArgumentParser) -> None:
     benchmarks = stage.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     for name, (text, flags) in BENCHMARKS.items():
@@ -387,12 +318,4 @@ def _named_model(text: str) -> tuple[str, str]:
     return name, source
 
 
-_FLAGS = {
-    "eval": _add_eval,
-    "export": _add_export,
-    "doctor": _add_doctor,
-    "inspect": _add_inspect,
-    "profile": _add_profile,
-    "panel": _add_panel,
-    "bench": _add_benchmarks,
-}
+_FLAGS = {"eval": _add_eval, "export": _add_export, "bench": _add_benchmarks, **TOOL_FLAGS}

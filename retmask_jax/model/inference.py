@@ -40,7 +40,7 @@ class Layers:
     ) -> tuple[Carry, PyTree]:
         """(carry after repeat r, what it probed). call: used for this repeat instead of the usual one."""
         weights, masks = jax.tree.map(lambda leaf: leaf[r], (self.params["blocks"], masks["blocks"]))
-        return self._apply(self.config.layer_pattern, weights, carry, (r, masks), call or self.call)
+        return self.apply_group(self.config.layer_pattern, weights, carry, (r, masks), call or self.call)
 
     def through_first(self, carry: Carry, masks: ByLayer, n: int) -> tuple[Carry, PyTree]:
         """(carry after the first n repeats, what they probed [n, ...]).
@@ -86,7 +86,7 @@ class Layers:
         return HiddenRows.of(self, x_BPE, {"blocks": blocks, "tail": tail})
 
     def from_group(
-        self, start: jax.Array, x_BTE: jax.Array, masks: ByLayer, rows_BP: jax.Array | None = None
+        self, start: jax.Array | int, x_BTE: jax.Array, masks: ByLayer, rows_BP: jax.Array | None = None
     ) -> jax.Array:
         """Final states x_BPE before their norm, from the input of group `start`; rows_BP as in `last`."""
         return self.last(self._up_to_last(start, (x_BTE, None), masks), masks, rows_BP)[0][0]
@@ -100,16 +100,9 @@ class Layers:
         return self.tail(carry, masks, call) if self.config.tail else self.through(self.before_last, carry, masks, call)
 
     def tail(self, carry: Carry, masks: ByLayer, call: Call | None = None) -> tuple[Carry, PyTree]:
-        return self._apply(self.config.tail, self.params["tail"], carry, (0, masks["tail"]), call or self.call)
+        return self.apply_group(self.config.tail, self.params["tail"], carry, (0, masks["tail"]), call or self.call)
 
-    def normed(self, x_BPE: jax.Array) -> jax.Array:
-        return cast(jax.Array, norm(self.config, None).apply({"params": self.params["norm"]}, x_BPE))
-
-    def _up_to_last(self, start: jax.Array, carry: Carry, masks: ByLayer) -> Carry:
-        """The carry after the groups from `start` on, without the last."""
-        return jax.lax.fori_loop(start, self.before_last, lambda r, carry: self.through(r, carry, masks)[0], carry)
-
-    def _apply(
+    def apply_group(
         self,
         pattern: tuple[str, ...],
         weights: PyTree,
@@ -117,8 +110,16 @@ class Layers:
         repeat_and_masks: tuple[jax.Array | int, dict[str, LayerMasks]],
         call: Call,
     ) -> tuple[Carry, PyTree]:
+        """(carry after one group with these weights, what it probed). A subclass may make the weights from more than one."""
         group = Group(self.config, self.rope_site, len(pattern))
         return group.apply({"params": weights}, carry, repeat_and_masks, call)
+
+    def normed(self, x_BPE: jax.Array) -> jax.Array:
+        return cast(jax.Array, norm(self.config, None).apply({"params": self.params["norm"]}, x_BPE))
+
+    def _up_to_last(self, start: jax.Array | int, carry: Carry, masks: ByLayer) -> Carry:
+        """The carry after the groups from `start` on, without the last."""
+        return jax.lax.fori_loop(start, self.before_last, lambda r, carry: self.through(r, carry, masks)[0], carry)
 
 
 class HiddenRows(flax.struct.PyTreeNode):

@@ -178,8 +178,20 @@ def whole_numbers(axis: "Axis") -> None:
 # --- heads ---
 
 
-def head_map(title: str, values_LH: ArrayLike, heads: Iterable[Head], label: str, log: bool = False) -> "Figure":
-    """Heat map of a number per head, layer by head, the chosen heads outlined."""
+def head_map(
+    title: str,
+    values_LH: ArrayLike,
+    heads: Iterable[Head],
+    label: str,
+    log: bool = False,
+    signed: bool = False,
+    across: str = "head",
+) -> "Figure":
+    """Heat map of a number per head, layer by head, the chosen heads outlined.
+
+    log: on a logarithmic scale. signed: with white at 0 and two colours. across: what the columns are.
+    """
+    import matplotlib
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
@@ -188,10 +200,12 @@ def head_map(title: str, values_LH: ArrayLike, heads: Iterable[Head], label: str
     n_layers, n_heads = values_LH.shape
     cell = min(0.3, 2.6 / n_heads)
     figure, ax = panel(title, float(np.clip(cell * n_layers, 1.0, 4.2)) + 0.9)
-    top = values_LH.max()
+    top = (np.nanmax(np.abs(values_LH)) or 1.0) if signed else values_LH.max()
     norm = LogNorm(max(values_LH[values_LH > 0].min(), 1e-4 * top), top) if log and top > 0 else None
-    colours = colormap().with_extremes(bad=colormap()(0.0))
-    image = ax.imshow(values_LH, cmap=colours, norm=norm, vmin=None if norm else 0, aspect="auto", interpolation="none")
+    colours = matplotlib.colormaps["PRGn"] if signed else colormap()
+    low, high = (-top, top) if signed else (None if norm else 0, None)
+    colours = colours.with_extremes(bad=colours(0.5 if signed else 0.0))
+    image = ax.imshow(values_LH, cmap=colours, norm=norm, vmin=low, vmax=high, aspect="auto", interpolation="none")
     for layer, head in heads:
         ax.add_patch(
             Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=colour("retrieval"), linewidth=1.3)
@@ -199,7 +213,7 @@ def head_map(title: str, values_LH: ArrayLike, heads: Iterable[Head], label: str
     ax.spines[:].set_visible(False)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(9, integer=True, min_n_ticks=1))
-    ax.set(xlabel="head", ylabel="layer")
+    ax.set(xlabel=across, ylabel="layer")
     bar = figure.colorbar(image, ax=ax, label=label, pad=0.02, fraction=0.06)
     if norm:
         bar.set_ticks(LogLocator(subs=(1, 2, 5)), minor=False)

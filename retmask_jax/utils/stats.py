@@ -130,6 +130,33 @@ def bootstrap_of_means(
     return _interval(value, low, high, n)
 
 
+def bootstrap_shares(
+    parts_PN: ArrayLike, whole_N: ArrayLike, n_resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> list[Number]:
+    """mean(part) / mean(whole) of many parts of a whole, with percentile bootstrap intervals, all resampled together.
+
+    Draws in which the whole is 0 do not count; value, low and high are None if its mean is 0 or all draws are.
+
+    Args:
+        parts_PN, whole_N: The same samples in the same order.
+    """
+    _check_level(level)
+    _check_draws(n_resamples, "n_resamples")
+    parts_PN, whole_N = _numbers(parts_PN, "bootstrap_shares"), _numbers(whole_N, "bootstrap_shares")
+    n = whole_N.size
+    _same_length(parts_PN.shape[-1], n)
+    # A resample is how often each sample is drawn.
+    drawn_RN = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
+    wholes_R = drawn_RN @ whole_N
+    counted = wholes_R != 0
+    if whole_N.sum() == 0 or not counted.any():
+        return [Number(None, None, None, n)] * len(parts_PN)
+    drawn_RP = (drawn_RN[counted] @ parts_PN.T) / wholes_R[counted, None]
+    low_P, high_P = np.quantile(drawn_RP, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    value_P = parts_PN.sum(axis=1) / whole_N.sum()
+    return [_interval(value, low, high, n) for value, low, high in zip(value_P, low_P, high_P, strict=True)]
+
+
 def jaccard(set_a: Iterable[Any], set_b: Iterable[Any]) -> float:
     """Shared members over all members of two sets of heads (layer, head); 1.0 if both are empty."""
     set_a, set_b = _members(set_a), _members(set_b)

@@ -436,3 +436,23 @@ def test_published_detectors_agree_as_published():
         spearman = published["profile"]["detector_score_spearman"]
         assert result.value == pytest.approx(spearman["spearman_rho"])
         assert result.p_value == pytest.approx(spearman["spearman_p"], rel=1e-6)
+
+
+def test_shares_of_a_whole_are_ratios_of_means_resampled_together():
+    rng = np.random.default_rng(0)
+    whole_N = rng.normal(2, 1, 40)
+    parts_PN = np.stack([0.5 * whole_N, rng.normal(1, 1, 40), 0 * whole_N])
+    found = stats.bootstrap_shares(parts_PN, whole_N, n_resamples=4000)
+    assert (found[0].value, found[0].low, found[0].high) == pytest.approx((0.5, 0.5, 0.5))
+    assert (found[2].value, found[2].low, found[2].high) == (0, 0, 0)
+    alone = stats.bootstrap_of_means(np.stack([parts_PN[1], whole_N]), lambda means: means[0] / means[1], 4000, seed=1)
+    assert found[1].value == pytest.approx(alone.value) and found[1].n == 40
+    assert (found[1].low, found[1].high) == pytest.approx((alone.low, alone.high), abs=0.1 * (alone.high - alone.low))
+
+
+def test_shares_of_nothing_are_undefined():
+    assert stats.bootstrap_shares([[1.0, 2.0]], [1.0, -1.0]) == [stats.Number(None, None, None, 2)]
+    found = stats.bootstrap_shares([[1.0, 1.0]], [0.0, 2.0])  # a quarter of the draws have no whole
+    assert (found[0].value, found[0].low, found[0].high) == (1.0, 0.5, 1.0)
+    with pytest.raises(ValueError, match="paired, got 3 and 2"):
+        stats.bootstrap_shares([[1.0, 2.0, 3.0]], [1.0, 2.0])

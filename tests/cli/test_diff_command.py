@@ -1,0 +1,130 @@
+"""`retmask diff`: two checkpoints in, tables, JSON and a page out; a user's mistakes in one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+import pytest
+from helpers_results import Page
+
+import retmask_jax as rm
+from retmask_jax.cli.main import main
+from retmask_jax.heads.gain.difference import Difference
+from retmask_jax.hf.hub import BUNDLED
+from retmask_jax.reports import plotting
+from retmask_jax.reports.difference import best_heads, groups, sentences
+
+QUICK = ("--n=2", "--lengths=96")
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    """The bundled model with noise on its weights, which answers less surely."""
+    lm, rng = rm.load("bundled"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("models") / "noisy"
+    noise = jax.tree.map(lambda x: x + 0.4 * jnp.std(x) * rng.standard_normal(x.shape).astype(np.float32), lm.params)
+    rm.save(lm.replace(params=noise), folder)
+    return folder
+
+
+@pytest.fixture
+def refused(capsys, compiles):
+    def run(*arguments):
+        compiles.clear()
+        assert main(["diff", *map(str, arguments)]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("retmask: ") and not compiles
+        return error
+
+    return run
+
+
+def read(folder):
+    return msgspec.convert(json.loads((folder / "diff.json").read_text()), Difference)
+
+
+def test_the_command_prints_and_writes_what_it_finds(noisy, tmp_path, capsys):
+    scores = np.zeros((4, 8))
+    scores[1, :4] = 0.5
+    rm.HeadScores.from_array(scores).save(tmp_path / "scores.json")
+    flags = (*QUICK, "--no_copy", f"--scores={tmp_path / 'scores.json'}", f"--out={tmp_path / 'out'}")
+    assert main(["diff", str(noisy), "bundled", *flags]) == 0
+    found, printed = read(tmp_path / "out"), capsys.readouterr().out
+    assert (found.start, found.trained, found.copy_scores) == (str(noisy), "bundled", None)
+    assert found.retrieval == [(1, 0), (1, 1), (1, 2), (1, 3)]
+    assert [sum(part.kind == kind for part in found.parts) for kind in ("group", "head", "MLP")] == [5, 32, 4]
+    assert found.gains["logprob"].gain.value > 0 and found.gains["logprob"].gain.n == 2
+    assert 0.35 < np.mean(found.changes.q) < 0.45 and np.shape(found.changes.q) == (4, 8)
+    assert all(sentence in printed for sentence in [*sentences(found), "4 heads score at least 0.1."])
+    for header, rows in (groups(found), best_heads(found)):
+        assert all(cell in printed for row in [header, *rows] for cell in row)
+    page = Page((tmp_path / "out" / "diff.html").read_text())
+    assert page.headings == ["The gain", "Which heads carry it", "Which weights changed"]
+    assert [name for name in page.drawings if name.startswith("Change of")] == [f"Change of {name}" for name in "qkvo"]
+    assert not [value for _, attributes in page.tags for value in attributes.values() if "http" in str(value)[:5]]
+    for part in found.parts:
+        assert any(row and row[0].startswith(part.name) for row in page.rows), part.name
+
+
+def test_mistakes_are_one_line_before_any_weight_is_read(refused, noisy, tmp_path, monkeypatch):
+    monkeypatch.setattr("retmask_jax.heads.gain.difference.load", None)
+    assert "START and TRAINED are both bundled: name a model and" in refused("bundled", "bundled")
+    assert f"START and TRAINED are both {noisy}:" in refused(noisy, noisy / ".." / "noisy")
+    assert "no/such/folder/x does not exist" in refused("bundled", "./no/such/folder/x")
+    shutil.copytree(BUNDLED, tmp_path / "other")
+    config = json.loads((BUNDLED / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0, "num_hidden_layers": 3}))
+    assert "not of one architecture: n_layers 4 and 3, rope Rope(" in refused("bundled", tmp_path / "other")
+    shutil.copy(BUNDLED / "config.json", tmp_path / "other")
+    words = (BUNDLED / "tokenizer.json").read_text()
+    (tmp_path / "other" / "tokenizer.json").write_text(words.replace('"rome"', '"zebra"'))
+    assert "the tokenizers of START and TRAINED differ: 'rome' is token " in refused("bundled", tmp_path / "other")
+    assert "--n is 0; it must be at least 1" in refused(noisy, "bundled", "--n=0")
+    assert "leaves no room in the model's 1024" in refused(noisy, "bundled", "--lengths=1024")
+    rm.HeadScores.from_array(np.ones((2, 3))).save(tmp_path / "scores.json")
+    line = refused(noisy, "bundled", f"--scores={tmp_path / 'scores.json'}")
+    assert "scores 2 layers of 3 heads, the models have 4 of 8" in line
+    assert "diff reads no config" in refused(noisy, "bundled", "--config.seed=1")
+
+
+def test_the_same_weights_in_two_folders_are_refused(refused, tmp_path):
+    shutil.copytree(BUNDLED, tmp_path / "copy")
+    assert "START and TRAINED have the same weights" in refused("bundled", tmp_path / "copy")
+
+
+def test_a_map_of_signed_numbers_is_white_at_nothing_and_where_nothing_is_known():
+    values = np.array([[-0.5, 0.1], [np.nan, 0.0]])
+    with plotting.style():
+        image = plotting.head_map("share", values, [(0, 1)], "share", signed=True).axes[0].images[0]
+    assert image.get_clim() == (-0.5, 0.5)
+    nothing, unknown = (image.cmap(image.norm(np.ma.masked_invalid(values)))[1, i] for i in (1, 0))
+    np.testing.assert_allclose(nothing, unknown, atol=0.02)
+    assert nothing[:3].min() > 0.9
+
+
+@pytest.mark.slow
+def test_the_gain_of_a_model_trained_by_the_recipe_is_shared_out(tmp_path):
+    """With the copy scores of both; a group and all others together carry the whole, but for their interaction."""
+    recipe = Path(__file__).parent.parent / "tiny_small.py"
+    work = tmp_path / "work"
+    for stage in ("detect", "knockout", "pairs", "train"):
+        assert main([stage, f"--config={recipe}", f"--workdir={work}", "--config.train.learning_rate=3e-4"]) == 0
+    trained = work / "train" / "retmask-0" / "model"
+    assert main(["diff", "bundled", str(trained), "--n=8", "--lengths=128", f"--out={tmp_path / 'out'}"]) == 0
+    found = read(tmp_path / "out")
+    scores = rm.find_heads(rm.load("bundled"), n=8, lengths=(128,), seed=1)
+    np.testing.assert_allclose(found.copy_scores.start, scores.mean)
+    assert found.retrieval == scores.heads(threshold=0.1) and found.copy_scores.counted[0] == 8
+    assert found.gains["logprob"].gain.value != 0 and max(map(max, found.changes.q)) > 0
+    by_name = {part.name: part.logprob for part in found.parts}
+    for part in found.parts:
+        shares = part.logprob
+        assert shares.interaction.value == pytest.approx(shares.put_in.value - shares.taken_out.value)
+        assert shares.put_in.low <= shares.put_in.value <= shares.put_in.high
+    assert {"retrieval heads", "other heads", "all heads", "all MLPs", "norms and embeddings"} <= by_name.keys()
+    page = Page((tmp_path / "out" / "diff.html").read_text())
+    assert page.headings[-1] == "Copy scores" and "8 and 8 of 8 cases count." in page.text

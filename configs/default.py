@@ -252,7 +252,7 @@ def _suites() -> ConfigDict:
 
     # lm-evaluation-harness (pip install 'retmask_jax[eval]'), in this process.
     suites.lm_eval = ConfigDict()
-    suites.lm_eval.tasks = ()  # names of tasks or groups, such as gsm8k or mmlu; empty: none
+    suites.lm_eval.tasks = ()  # names of tasks or groups, such as gsm8k, mmlu or the built-in common_knowledge; empty: none
     suites.lm_eval.limit = None  # samples of each task; None: all
     suites.lm_eval.fewshot = None  # examples in the prompt; None: as each task has it
     suites.lm_eval.include_path = ""  # a folder of your own tasks (YAML), besides the harness's

@@ -16,6 +16,7 @@ _FILES = {
     "codes": "codes.jsonl",
     "facts": "facts.jsonl",
     "closed_book": "closed_book.jsonl",
+    "common_knowledge": "common_knowledge.jsonl",
     "indirect": "indirect.jsonl",
     "prompts": "prompts.jsonl.gz",
     _SENTENCES: "sentence_parts.json",  # what the sentences are made from

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from retmask_jax.data.builtin_files import path_of
 from retmask_jax.evals.external import lm_eval
 from retmask_jax.generation.language_model import load
 from retmask_jax.hf.hub import BUNDLED
@@ -170,6 +171,23 @@ def test_tasks_give_values_per_sample_and_tables_as_the_harness_reports_them(bun
     )
     (answer,) = masked.measured
     assert answer.ids == tuple("0123") and answer.values.mean() < run.measured[2].values.mean()
+
+
+def test_common_knowledge_has_120_different_questions_whose_right_answers_stand_anywhere():
+    records = read_jsonl(path_of("builtin:common_knowledge"))
+    assert len({record["question"] for record in records}) == len(records) == 120
+    assert all(len(set(record["choices"])) == 4 for record in records)
+    assert np.bincount([record["answer"] for record in records]).tolist() == [30] * 4
+
+
+@pytest.mark.slow
+def test_common_knowledge_is_scored_as_the_harness_scores_it(bundled, both):
+    from lm_eval import simple_evaluate
+
+    accuracy, normed = lm_eval.run_lm_eval(bundled, ["common_knowledge"], batch_size=8, limit=12).measured
+    theirs = simple_evaluate(both[1], tasks=[lm_eval._common_knowledge()], limit=12)["samples"]["common_knowledge"]
+    assert accuracy.values.tolist() == [sample["acc"] for sample in theirs]
+    assert normed.values.tolist() == [sample["acc_norm"] for sample in theirs]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from retmask_jax.data.builtin_files import BUILTIN, path_of
 from retmask_jax.evals.measured import Measured
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.model.interventions import Interventions
@@ -15,6 +16,7 @@ from retmask_jax.utils.store import Store
 
 SUITE = "lm_eval"
 _NO_FILTER = "none"
+COMMON_KNOWLEDGE = "common_knowledge"  # the one task of this package, on `builtin:common_knowledge`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ def run_lm_eval(
     template_kwargs: Mapping[str, Any] | None = None,
     kept: Store | None = None,
 ) -> HarnessRun:
-    """Runs tasks or groups by name.
+    """Runs tasks or groups by name: those of the harness, of a folder, and `common_knowledge`, which comes with this package.
 
     Args:
         limit: Samples of each task; None for all.
@@ -70,7 +72,7 @@ def run_lm_eval(
     model = HarnessModel(lm, interventions, batch_size=batch_size, template_kwargs=template_kwargs, kept=kept)
     found = simple_evaluate(
         model=model,
-        tasks=list(tasks),
+        tasks=[_common_knowledge() if name == COMMON_KNOWLEDGE else name for name in tasks],
         task_manager=manager,
         limit=limit,
         num_fewshot=num_fewshot,
@@ -99,10 +101,25 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None):
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path {include_path} is no folder: give the one that holds the tasks' YAML files")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    unknown = sorted(set(tasks) - set(manager.all_tasks))
+    unknown = sorted(set(tasks) - {COMMON_KNOWLEDGE, *manager.all_tasks})
     if unknown:
         raise ValueError(f"lm_eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them all")
     return manager
+
+
+def _common_knowledge() -> dict[str, Any]:
+    """The task as the harness takes it: each choice is scored by the log-likelihood of its text after the question."""
+    return {
+        "task": COMMON_KNOWLEDGE,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path_of(BUILTIN + COMMON_KNOWLEDGE))}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
 
 
 def _measured(task: str, samples: Iterable[Mapping[str, Any]]) -> list[Measured]:

@@ -23,7 +23,7 @@ from retmask_jax.evals.scoring import mask_hash, shared_mask
 from retmask_jax.evals.suites.niah import heat_map
 from retmask_jax.evals.suites.registry import SUITES, check_context, check_suites, run_suites, suite_files, suites_on
 from retmask_jax.generation.language_model import LanguageModel
-from retmask_jax.generation.sampling import ContrastDecoding, used
+from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.heads.conditions import Condition
 from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.runs.context import Context
@@ -339,7 +339,7 @@ def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measu
     """What a part of a suite gave this model: read if it was measured before, else measured now and written. An
     interrupted part goes on, sample by sample."""
     files = list(there.fingerprints(suite_files(suites)).values())
-    mask = mask_hash(there.lm.config, shared_mask(there.lm.config, contender.interventions), used(contender.contrast))
+    mask = mask_hash(there.lm.config, shared_mask(there.lm.config, contender.interventions), contender.contrast)
     settings = config_json(suites[name]), config_json(there.config.prompt)
     identity = digest([there.model_fingerprint, mask, *settings, files])
     path = _store(there) / f"{name}-{identity}.json"

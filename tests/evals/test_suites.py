@@ -1,5 +1,6 @@
 """Suites other than RULER: needle heat maps, key-value recall, re-ranking, loss by position, and their config section."""
 
+import dataclasses
 import json
 import math
 import re
@@ -391,7 +392,7 @@ def test_suites_that_are_on_run_with_their_settings(monkeypatch, files):
 
 def test_suites_whose_answers_are_decoded_take_a_contrast(monkeypatch, files):
     """It reaches the decoding of each of them; a suite that reads given texts refuses it."""
-    used, lm = [], copying_lm()
+    used, lm = [], copying_lm().replace(config=dataclasses.replace(CONFIG, max_length=2000))
 
     def stream(config, params, requests, *, contrast=None, **options):
         used.append(contrast)
@@ -402,16 +403,16 @@ def test_suites_whose_answers_are_decoded_take_a_contrast(monkeypatch, files):
     monkeypatch.setattr(rerank, "ndcg", lambda order, labels: 1.0)
     contrast = ContrastDecoding(mask_heads(lm.config, [(1, 0)]), 0.5)
     suites = {
-        "ruler": [("ruler.tasks", ("vt",)), ("ruler.lengths", (400,)), ("ruler.n", 1)],
-        "niah": [("niah.needles", "needles.jsonl"), ("niah.haystack", "text.txt"), ("niah.shortest", 100)]
-        + [("niah.longest", 120), ("niah.n_lengths", 1), ("niah.n_depths", 1)],
-        "json_kv": [("json_kv.lengths", (400,)), ("json_kv.n", 1)],
+        "ruler": [("ruler.tasks", ("vt",)), ("ruler.lengths", (1500,)), ("ruler.n", 1)],
+        "niah": [("niah.needles", "needles.jsonl"), ("niah.haystack", "text.txt"), ("niah.shortest", 400)]
+        + [("niah.longest", 450), ("niah.n_lengths", 1), ("niah.n_depths", 1)],
+        "json_kv": [("json_kv.lengths", (500,)), ("json_kv.n", 1), ("json_kv.max_new_tokens", 8)],
         "rerank": [("rerank.file", "queries.jsonl"), ("rerank.length", 400)],
     }
     assert set(suites) == {name for name, suite in registry.SUITES.items() if suite.decodes}
     for name, overrides in suites.items():
         used.clear()
-        given = lm, Prompter(lm.tokenizer), _section(*overrides), files.joinpath
+        given = lm, byte_pairs(600), _section(*overrides), files.joinpath
         registry.run_suites(*given, batch_size=1, contrast=contrast)
         assert used == [contrast], name
     job = helmet._Job(lm, mask_heads(lm.config, []), 1, Store(), Store(), contrast)

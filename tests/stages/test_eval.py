@@ -157,6 +157,8 @@ def test_a_model_that_cannot_run_a_suite_lacks_its_tasks_alone():
     changes = evaluated([], rows).changes
     page = str(evaluation._change_table({name: changes[name] for name in ("part", "trained")}, []))
     assert page.count("<tr>") == 1 + 3 and page.count("<td>–</td>") >= 2 * 2
+    _, cells = table(model_rows(samples, {name: (name, 0) for name in ("trained", "part")}), {})
+    assert [row[-3:] == ["–"] * 3 for row in cells] == [True, False, True]
 
 
 @pytest.mark.parametrize("contrast", [None, 0.5, "entropy"])

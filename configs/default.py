@@ -150,6 +150,10 @@ def get_config() -> ConfigDict:
     config.eval.tasks = ()
     config.eval.grids = ()  # tasks shown as heat maps over length and depth
     config.eval.masked = False  # also evaluate the start model with its retrieval heads masked
+    # Also the start model's answers decoded by contrast with that masked model (DeCoRe, arXiv 2410.18860), which trains
+    # nothing: its alpha, a number above 0, or "entropy" as in the paper. None: not.
+    config.eval.contrast = None
+    config.eval.contrast_threshold = 0.1  # least probability of a token that may be chosen, as a share of the largest
     # Other models for comparison (`retmask eval --compare`): {name: folder or hub id}.
     config.eval.models = ConfigDict(allow_dotted_keys=True)
 

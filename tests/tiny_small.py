@@ -30,4 +30,5 @@ def get_config():
     config.train.checkpoint_every = 2
     config.train.max_tokens, config.train.max_prompt_tokens = 64, 48
     config.eval.tasks = ("context short", "closed-book")
+    config.eval.contrast = 0.5
     return config

@@ -28,9 +28,9 @@ from retmask_jax.aot.topology import GIB, Chip, chip_of, devices_of, estimate
 from retmask_jax.generation.batching import bucket
 from retmask_jax.generation.continuous import rows_that_fill
 from retmask_jax.generation.continuous_programs import Shared, programs
-from retmask_jax.generation.decode import Draws
 from retmask_jax.generation.drafts import Ends, answer_batch
 from retmask_jax.generation.prefill import usual_chunk
+from retmask_jax.generation.sampling import Draws
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.flops import forward_flops
 from retmask_jax.model.kernels.blocked import compiled_for

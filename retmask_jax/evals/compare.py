@@ -42,7 +42,7 @@ def model_rows(samples: Samples, runs: Mapping[str, tuple[str, int]]) -> list[Mo
     """One row per model and task; intervals are over cases.
 
     Args:
-        samples: Of all models, in the order of the rows.
+        samples: Of all models, in the order of the rows; a model may lack a task.
         runs: Arm and seed of each model but the start model.
     """
     return [_model_row(samples, name, *runs.get(name, (START, 0)), task) for name in samples for task in samples[name]]
@@ -52,7 +52,7 @@ def arm_rows(samples: Samples, arms: Mapping[str, Sequence[str]]) -> list[ArmRow
     """One row per arm and task, pooled over the arm's models, the start model first; intervals are over cases.
 
     Args:
-        samples: Of all models.
+        samples: Of all models; an arm has no row of a task that one of its models lacks.
         arms: Names of the models of each arm but the start model.
     """
     pooled = {START: [START]} | dict(arms)
@@ -65,6 +65,7 @@ def arm_rows(samples: Samples, arms: Mapping[str, Sequence[str]]) -> list[ArmRow
         )
         for arm, models in pooled.items()
         for task in samples[START]
+        if all(task in samples[name] for name in models)
     ]
 
 

@@ -11,6 +11,7 @@ from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_
 from retmask_jax.generation.continuous import Request, generate_stream
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.generation.logprobs import next_logprobs
+from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.masking import normalise
@@ -143,6 +144,7 @@ def answered(
     until: Sequence[str] = (),
     temperature: float = 0.0,
     top_p: float = 1.0,
+    contrast: ContrastDecoding | None = None,
     kept: Store | None = None,
     what: str = "generate",
 ) -> list[tuple[str, int]]:
@@ -153,7 +155,8 @@ def answered(
 
     Args:
         until: The text ends before the first of these. Special tokens are not in it.
-        kept: Answers of this model under these interventions; only missing ones are generated, and added.
+        contrast: Decoding by contrast, with one mask for all prompts.
+        kept: Answers of this model under these interventions and this contrast; only missing ones are generated, and added.
         what: The work's name in the progress bar.
     """
     rows = [np.asarray(prompt).tolist() for prompt in prompts]
@@ -175,6 +178,7 @@ def answered(
             top_p=top_p,
             stop_ids=stops,
             masks=[mask],
+            contrast=contrast,
             what=what,
         )
         for place, generated in made:
@@ -218,8 +222,10 @@ def shared_mask(config: ModelConfig, interventions: Interventions | None) -> Int
     return iv
 
 
-def mask_hash(config: ModelConfig, mask: Interventions) -> str:
-    """Returns a hash of interventions that all rows share."""
+def mask_hash(config: ModelConfig, mask: Interventions, contrast: ContrastDecoding | None = None) -> str:
+    """Returns a hash of interventions that all rows share, and of a contrast."""
+    if contrast is not None:
+        return digest([mask_hash(config, mask), mask_hash(config, contrast.interventions), *contrast.identity])
     masks = normalise(config, mask)
     parts = (masks.head_BLH, masks.rope_BLHR, *([] if mask.head_mean is None else [masks.mean_BLHD]))
     arrays = [np.asarray(part[0]) for part in parts]

@@ -23,11 +23,12 @@ from retmask_jax.generation.continuous_programs import (
     slots_needed,
     start_rows,
 )
-from retmask_jax.generation.decode import Draws, Generated, check_options
+from retmask_jax.generation.decode import Generated
+from retmask_jax.generation.sampling import ContrastDecoding, Draws, check_options, side_by_side, used
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
-from retmask_jax.model.masking import normalise_each
+from retmask_jax.model.masking import Masks, normalise_each
 from retmask_jax.model.sharding import ROW_AXES, full_share, mesh_of, row_shares
 from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory
@@ -68,6 +69,7 @@ def generate_stream(
     top_p: float = 1.0,
     stop_ids: Sequence[int] | None = None,
     masks: Sequence[Interventions] | None = None,
+    contrast: ContrastDecoding | None = None,
     what: str = "sample",
 ) -> Iterator[tuple[int, Generated]]:
     """Continue each request by up to max_new_tokens, in a batch whose rows are refilled as they finish.
@@ -78,6 +80,7 @@ def generate_stream(
     Args:
         batch_size: Rows of the batch; None: as many as the device's free memory holds, by the compiler's report.
         masks: The different masks, each shared by all rows; None: one that masks nothing.
+        contrast: As of `generate`, the same for all requests.
         what: Names the work in the progress bar and the log.
 
     Yields:
@@ -94,10 +97,20 @@ def generate_stream(
     longest = _check(config, requests, max_new_tokens, n_masks=len(masks)) + max_new_tokens
     if config.depends_on_length:
         log.info("%s: rotary frequencies are those of %d tokens, the longest prompt and max_new_tokens", what, longest)
-    draws = Draws.of(config, stop_ids, temperature, top_p)
-    shared = Shared(params, normalise_each(config, masks), draws, np.int32(longest))
+    contrast = used(contrast)
+    draws = Draws.of(config, stop_ids, temperature, top_p, contrast)
+    shared = Shared(params, _masks(config, masks, contrast), draws, np.int32(longest))
     job = _Job(config, max_new_tokens, shared, requests)
     return with_rate(_stream(job, batch_size, what), lambda item: int(item[1].lengths), len(requests), what, "prompt")
+
+
+def _masks(config: ModelConfig, masks: Sequence[Interventions], contrast: ContrastDecoding | None) -> Masks:
+    """The masks of `Shared`."""
+    dense = normalise_each(config, masks)
+    if contrast is None:
+        return dense
+    others = normalise_each(config, [contrast.interventions])
+    return side_by_side(dense.repeated(len(masks)), others.repeated(len(masks)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +150,7 @@ def _groups(job: _Job, indices: list[int], batch_size: int | None, what: str) ->
 
     def room(width: int) -> int:
         with mesh_of(job.params):
-            return _room(job.config, job.params, width, least(memory.limit()))
+            return _room(job.config, job.shared, width, least(memory.limit()))
 
     cuts, rows = [0], batch_size or room(widths[0])
     for at, width in enumerate(widths):
@@ -180,7 +193,7 @@ def rows_that_fill(config: ModelConfig, shared: Shared, length: int, max_new_tok
         most: The largest number that is of use.
     """
     shares, slots = full_share(1, ROW_AXES), slots_needed(length, max_new_tokens)
-    rows, free = min(most, _room(config, shared.params, slots, free)), int(_FILLED * free)
+    rows, free = min(most, _room(config, shared, slots, free)), int(_FILLED * free)
     while (rows := max(shares, rows - rows % shares)) > shares:
         try:
             needed = sum(programs(config, shared, rows, length, max_new_tokens).needed())
@@ -194,10 +207,11 @@ def rows_that_fill(config: ModelConfig, shared: Shared, length: int, max_new_tok
     return rows
 
 
-def _room(config: ModelConfig, params: PyTree, slots: int, free: int) -> int:
+def _room(config: ModelConfig, shared: Shared, slots: int, free: int) -> int:
     """The number of rows whose caches alone fill this many bytes of each device."""
-    dtype, tensor = jax.tree.leaves(params)[0].dtype, jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-    row = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(config, 1, slots, dtype)))
+    dtype = jax.tree.leaves(shared.params)[0].dtype
+    tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    row = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(config, shared.draws.passes, slots, dtype)))
     held = sum(x.size * x.dtype.itemsize for x in row) // (1 if config.n_kv_heads % tensor else tensor)
     return max(1, int(_FILLED * free) // held * full_share(1, ROW_AXES))
 
@@ -208,7 +222,8 @@ def _refilled(job: _Job, group: Sequence[int], batch_size: int) -> Iterator[tupl
         batch = full_share(batch_size, ROW_AXES)
         at_once, shares = rows_at_once(batch), row_shares(batch)
         blank_B, slots = np.zeros(batch, np.int32), job.slots(group[0])
-        state = empty_state(job.config, job.params, blank_B, slots=slots, max_new_tokens=job.max_new_tokens)
+        options = {"slots": slots, "max_new_tokens": job.max_new_tokens, "passes": job.shared.draws.passes}
+        state = empty_state(job.config, job.params, blank_B, **options)
     waiting, owner_B = collections.deque(group), np.full(batch, _FREE)
     while waiting or (owner_B != _FREE).any():
         with mesh_of(job.params):

@@ -1,6 +1,7 @@
 """The compiled programs of `generate_stream`: a batch whose rows begin and end at different times.
 
-The state of a batch is (Rows, cache). Each program gives its cache away to the next one, which changes it in place.
+The state of a batch is (Rows, cache). Each program gives its cache away to the next one, which changes it in place. Under
+contrast the cache, and all passes, have two rows for each of Rows, side by side (`Draws`).
 """
 
 import dataclasses
@@ -15,8 +16,9 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from retmask_jax.generation.batching import bucket
-from retmask_jax.generation.decode import DECODING, NO_STOP, Draws, next_tokens, row_keys
+from retmask_jax.generation.decode import DECODING
 from retmask_jax.generation.prefill import prefill, slots_for
+from retmask_jax.generation.sampling import NO_STOP, Draws, next_tokens, pair_rows, row_keys
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import next_hidden
 from retmask_jax.model.kv_cache import Cache, empty_cache, put_rows
@@ -36,7 +38,7 @@ class Shared(NamedTuple):
     """What all rows have in common.
 
     Attributes:
-        masks: A row for each of the different masks.
+        masks: A row for each of the different masks; under contrast two, side by side.
         longest: Tokens of the longest prompt and its answer.
     """
 
@@ -44,6 +46,10 @@ class Shared(NamedTuple):
     masks: Masks
     draws: Draws
     longest: Any
+
+    def masks_of(self, mask_B: jax.Array) -> Masks:
+        """The masks of the rows of a pass, from the number of each row's mask."""
+        return self.masks.take(mask_B if self.draws.passes == 1 else pair_rows(mask_B))
 
 
 class Prompts(NamedTuple):
@@ -103,13 +109,15 @@ class Rows(flax.struct.PyTreeNode):
         return self.add(*next_tokens(config, shared.params, shared.draws, x_B1E, keys_B, self.count_B))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "max_new_tokens"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "max_new_tokens", "passes"))
 @row_parallel("blank_B", results=_STATE)
-def empty_state(config: ModelConfig, params: PyTree, blank_B: jax.Array, *, slots: int, max_new_tokens: int) -> State:
-    """The state of a batch of free rows. blank_B: zeros i32[B], as many as there are rows."""
+def empty_state(
+    config: ModelConfig, params: PyTree, blank_B: jax.Array, *, slots: int, max_new_tokens: int, passes: int = 1
+) -> State:
+    """The state of a batch of free rows. blank_B: zeros i32[B], as many as there are rows. passes: as of `Draws`."""
     dtype = jax.tree.leaves(params)[0].dtype
     rows = Rows.begin(blank_B, blank_B.astype(jnp.uint32), blank_B, max_new_tokens, done=True)
-    return _laid_out(rows, empty_cache(config, len(blank_B), slots, dtype))
+    return _laid_out(rows, empty_cache(config, passes * len(blank_B), slots, dtype))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="max_new_tokens")
@@ -118,9 +126,10 @@ def start_rows(config: ModelConfig, shared: Shared, prompts: Prompts, *, max_new
     """The state of a few rows after their prompts, with their first token."""
     tokens_FT, length_F, seed_F, mask_F = prompts
     dtype = jax.tree.leaves(shared.params)[0].dtype
-    cache = empty_cache(config, len(tokens_FT), slots_for(tokens_FT.shape[1]), dtype)
-    masks, last_F1 = shared.masks.take(mask_F), length_F[:, None] - 1
-    first = prefill(config, shared.params, tokens_FT, length_F, masks, cache, last_F1, longest=shared.longest)
+    draws, masks = shared.draws, shared.masks_of(mask_F)
+    cache = empty_cache(config, draws.passes * len(tokens_FT), slots_for(tokens_FT.shape[1]), dtype)
+    given, end_F = draws.spread(tokens_FT), draws.spread(length_F)
+    first = prefill(config, shared.params, given, end_F, masks, cache, end_F[:, None] - 1, longest=shared.longest)
     rows = Rows.begin(length_F, seed_F, mask_F, max_new_tokens, done=False)
     return _laid_out(rows.draw(config, shared, first.x_BPE), first.cache)
 
@@ -129,8 +138,9 @@ def start_rows(config: ModelConfig, shared: Shared, prompts: Prompts, *, max_new
 @row_parallel("row_F", "rows", "new_rows", stacked=("cache", "new_cache"), results=_STATE)
 def replace_rows(row_F: jax.Array, rows: Rows, cache: Cache, new_rows: Rows, new_cache: Cache) -> State:
     """The state with the new rows in its rows row_F."""
+    batch, cached = len(rows.done_B), jax.tree.leaves(cache)[0].shape[1]
     rows = jax.tree.map(lambda old, new: old.at[row_F].set(new, mode="drop"), rows, new_rows)
-    return _laid_out(rows, put_rows(cache, new_cache, row_F))
+    return _laid_out(rows, put_rows(cache, new_cache, row_F if cached == batch else pair_rows(row_F)))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache", compiler_options=DECODING)
@@ -139,15 +149,14 @@ def decode_rows(
     config: ModelConfig, shared: Shared, steps: ArrayLike, enough: ArrayLike, rows: Rows, cache: Cache
 ) -> State:
     """The state after this many steps, or as soon as enough rows are done."""
-    masks = shared.masks.take(rows.mask_B)
+    draws, masks = shared.draws, shared.masks_of(rows.mask_B)
 
     def one(loop):
         step, (rows, cache) = loop
         # What a row that is done computes means nothing; it stays where a new prompt writes first.
         start_B = jnp.where(rows.done_B, 0, rows.length_B + rows.count_B - 1)
-        out = next_hidden(
-            config, shared.params, rows.token_B, masks, cache=cache, start_B=start_B, longest=shared.longest
-        )
+        token_B, start_B = draws.spread(rows.token_B), draws.spread(start_B)
+        out = next_hidden(config, shared.params, token_B, masks, cache=cache, start_B=start_B, longest=shared.longest)
         return step + 1, (rows.draw(config, shared, out.x_BTE), out.cache)
 
     def unfinished(loop):
@@ -211,6 +220,7 @@ def programs(config: ModelConfig, shared: Shared, rows: int, length: int, max_ne
     numbers = [jax.ShapeDtypeStruct((n,), dtype) for dtype in (jnp.int32, jnp.uint32, jnp.int32)]
     prompts = Prompts(jax.ShapeDtypeStruct((n, width), jnp.int32), *numbers)
     options = {"slots": slots_needed(length, max_new_tokens), "max_new_tokens": max_new_tokens}
+    options["passes"] = shared.draws.passes
     empty = Program(empty_state, (config, shared.params, np.zeros(batch, np.int32)), options)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     return Programs(

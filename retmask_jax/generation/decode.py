@@ -1,9 +1,8 @@
-"""Generation: prefill, one compiled decode loop, sampling."""
+"""Generation: prefill and one compiled decode loop."""
 
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -14,12 +13,21 @@ from jaxtyping import Int, PyTree
 
 from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_bucket, padded_width
 from retmask_jax.generation.prefill import ALIGNED, prefill, slots_for
+from retmask_jax.generation.sampling import (
+    NO_STOP,
+    ContrastDecoding,
+    Draws,
+    check_options,
+    next_tokens,
+    row_keys,
+    side_by_side,
+    used,
+)
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import HiddenRows, next_hidden
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
-from retmask_jax.model.layers import unembed
 from retmask_jax.model.masking import Masks, normalise
 from retmask_jax.model.sharding import mesh_of, row_parallel
 from retmask_jax.model.transformer import check_tokens
@@ -28,8 +36,6 @@ from retmask_jax.utils.array_types import Array, Lengths, Tokens
 from retmask_jax.utils.hosts import to_host
 
 log = logging.getLogger(__name__)
-MAX_STOP_IDS = 8  # that a call may name; the files of a model may name more
-NO_STOP = -1
 # Compiler options of programs that decode. On a GPU cuBLAS multiplies with weights and keys in place; for the kernels that
 # XLA generates, those of each layer would be copied first, which takes longer than the product of a few rows. Other
 # devices ignore the option.
@@ -65,6 +71,7 @@ def generate(
     seed: int | Int[ArrayLike, " B"] = 0,
     interventions: Interventions | None = None,
     stop_ids: Sequence[int] | None = None,
+    contrast: ContrastDecoding | None = None,
     probe: bool = False,
 ) -> Generated:
     """Continue each row of right-padded tokens i32[B,T] (lengths i32[B]) by up to max_new_tokens.
@@ -77,7 +84,9 @@ def generate(
         temperature: 0 is greedy.
         seed: One integer, or i32[B] to make the draws of a row independent of its batch.
         stop_ids: None: the model's EOS ids; (): never stop.
-        probe: Also record `argmax`.
+        contrast: Tokens are chosen by the contrast of the model under `interventions` with the model under those of the
+            contrast. No value of it compiles anything either, except that alpha 0 is plain decoding, another program.
+        probe: Also record `argmax`; not under contrast.
     """
     tokens = np.asarray(tokens)
     if lengths is None or tokens.size == 0:
@@ -86,8 +95,9 @@ def generate(
         )
     check_tokens(config, tokens, lengths, max_new_tokens)
     check_options(max_new_tokens, temperature, top_p)
-    draws = Draws.of(config, stop_ids, temperature, top_p)
-    masks = normalise(config, interventions, len(tokens))
+    contrast = used(contrast)
+    draws = Draws.of(config, stop_ids, temperature, top_p, contrast)
+    masks = _masks_of_passes(config, interventions, contrast, len(tokens), probe)
     arguments = _arguments(config, tokens, lengths, masks, draws, np.asarray(seed), max_new_tokens)
     with mesh_of(params):
         out = generate_batch(config, params, *arguments, max_new_tokens=shared_width(max_new_tokens), probe=probe)
@@ -110,6 +120,7 @@ def generate_many(
     top_p: float = 1.0,
     seeds: Sequence[int] | None = None,
     stop_ids: Sequence[int] | None = None,
+    contrast: ContrastDecoding | None = None,
     probe: bool = False,
     what: str = "generate",
 ) -> list[Generated]:
@@ -118,7 +129,7 @@ def generate_many(
     Where memory runs out the batch is halved and the work continues. Other options as in `generate`.
 
     Args:
-        interventions: Shared by all prompts, or with a row for each.
+        interventions: Shared by all prompts, or with a row for each; so are those of the contrast.
         seeds: One per prompt; None: 0, 1, ...
         what: Names the work in the progress bar and the log.
 
@@ -127,15 +138,17 @@ def generate_many(
         with a probe.
     """
     check_options(max_new_tokens, temperature, top_p)
-    draws = Draws.of(config, stop_ids, temperature, top_p)
-    masks = normalise(config, interventions, len(prompts))
+    contrast = used(contrast)
+    draws = Draws.of(config, stop_ids, temperature, top_p, contrast)
+    masks = _masks_of_passes(config, interventions, contrast, len(prompts), probe)
     seed_of = np.arange(len(prompts)) if seeds is None else np.asarray(seeds)
     options = {"max_new_tokens": shared_width(max_new_tokens), "probe": probe}
 
     def arguments(rows: np.ndarray) -> tuple:
         tokens, lengths = pad_rows([prompts[i] for i in rows], config.pad_id)
         check_tokens(config, tokens, lengths, max_new_tokens)
-        return _arguments(config, tokens, lengths, masks.take(rows), draws, seed_of[rows], max_new_tokens)
+        taken = [one.take(rows) for one in masks]
+        return _arguments(config, tokens, lengths, taken, draws, seed_of[rows], max_new_tokens)
 
     def compile_for(rows: np.ndarray) -> None:
         with mesh_of(params):
@@ -157,44 +170,6 @@ def generate_many(
     return memory.in_batches(len(prompts), batch_size, what, "prompt", work)
 
 
-class Draws(NamedTuple):
-    """How tokens are drawn and what ends a row, as arrays: no value compiles anything. most: tokens of a row."""
-
-    stop_ids: Any
-    temperature: Any
-    top_p: Any
-    most: Any = np.int32(np.iinfo(np.int32).max)
-
-    @classmethod
-    def of(cls, config: ModelConfig, stop_ids: Sequence[int] | None, temperature: float, top_p: float) -> "Draws":
-        if stop_ids is not None and len(stop_ids) > MAX_STOP_IDS:
-            raise ValueError(f"{len(stop_ids)} stop ids are given; at most {MAX_STOP_IDS} are supported")
-        padded = _padded_stop_ids(config.eos_ids if stop_ids is None else stop_ids)
-        return cls(padded, np.float32(temperature), np.float32(top_p))
-
-
-def row_keys(seeds_B: jax.Array, rows_B: jax.Array) -> jax.Array:
-    """The random key of each row, from a seed and the number of the row under that seed."""
-    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds_B, rows_B)
-
-
-def next_tokens(
-    config: ModelConfig, params: PyTree, draws: Draws, x_B1E: jax.Array, keys_B: jax.Array, step: jax.Array | int
-) -> tuple[jax.Array, jax.Array]:
-    """(token i32[B], whether it is a stop id) of each row from its last hidden state. step: of all rows, or of each."""
-    step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(step, keys_B.shape))
-    token_B = sample(unembed(config, params, x_B1E)[:, 0], step_keys_B, draws.temperature, draws.top_p)
-    return token_B, jnp.isin(token_B, draws.stop_ids)
-
-
-def check_options(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """ValueError for options with which no prompt can be continued."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]")
-
-
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "probe"), compiler_options=DECODING)
 def generate_batch(
     config: ModelConfig,
@@ -212,6 +187,7 @@ def generate_batch(
     """The compiled program of `generate`, for prompts padded to a bucket.
 
     Args:
+        masks: With a row for each row of a pass, see `Draws`.
         max_new_tokens: Width of the result; `draws.most` may be less.
         seeds_B, rows_B: u32, as in `row_keys`.
     """
@@ -238,14 +214,15 @@ def _generate_rows(
     batch, width = tokens_BT.shape
     keys_B = row_keys(seeds_B, rows_B)
     dtype = jax.tree.leaves(params)[0].dtype
-    cache = empty_cache(config, batch, cache_slots(width, max_new_tokens), dtype)
+    cache = empty_cache(config, draws.passes * batch, cache_slots(width, max_new_tokens), dtype)
 
-    last_B1 = lengths_B[:, None] - 1
+    end_B = draws.spread(lengths_B)
+    last_B1 = end_B[:, None] - 1
     first = prefill(
         config,
         params,
-        tokens_BT,
-        lengths_B,
+        draws.spread(tokens_BT),
+        end_B,
         masks,
         cache,
         last_B1,
@@ -275,7 +252,8 @@ def decode_on(
     """Draw tokens until all rows are done; pure, to be called under jit. Other arguments as of `generate_batch`.
 
     Args:
-        first: Of the last token of each prompt, with the cache of the prompts, and what it probed.
+        first: Of the last token of each prompt, with the cache of the prompts, and what it probed; with a row for each row
+            of a pass, as masks are.
         keys_B: As of `row_keys`.
     """
     batch = len(lengths_B)
@@ -295,8 +273,8 @@ def decode_on(
 
     def decode(state):
         step, cache, token_B, done_B, count_B, stop_B, buffers = state
-        start_B = lengths_B + step - 1
-        out = next_hidden(config, params, token_B, masks, cache=cache, start_B=start_B, probe=only, longest=longest)
+        last_B, start_B = draws.spread(token_B), draws.spread(lengths_B + step - 1)
+        out = next_hidden(config, params, last_B, masks, cache=cache, start_B=start_B, probe=only, longest=longest)
         token_B, stops_B = next_tokens(config, params, draws, out.x_BTE, keys_B, step)
         stop_B = jnp.where(stops_B & ~done_B, token_B, stop_B)
         done_B |= stops_B
@@ -320,11 +298,23 @@ def shared_width(max_new_tokens: int) -> int:
     return -(-max_new_tokens // _SHARED) * _SHARED
 
 
+def _masks_of_passes(
+    config: ModelConfig, interventions: Interventions | None, contrast: ContrastDecoding | None, rows: int, probe: bool
+) -> list[Masks]:
+    """The masks of the rows without and, where there is one, with the contrast."""
+    masks = [normalise(config, interventions, rows)]
+    if contrast is None:
+        return masks
+    if probe:
+        raise ValueError("a probe records what heads see in one pass, contrast decoding has two: leave one of them out")
+    return [*masks, normalise(config, contrast.interventions, rows)]
+
+
 def _arguments(
     config: ModelConfig,
     tokens: np.ndarray,
     lengths: Lengths,
-    masks: Masks,
+    masks: Sequence[Masks],
     draws: Draws,
     seeds: np.ndarray,
     max_new_tokens: int,
@@ -339,34 +329,15 @@ def _arguments(
         longest = lengths.max() + max_new_tokens
         log.info("rotary frequencies are those of %d tokens, the longest prompt and max_new_tokens", longest)
     rows = np.arange(len(tokens)) if seeds.ndim == 0 else np.zeros(len(tokens), int)
+    repeated = [one.repeated(len(tokens)) for one in masks]  # shared masks, too: one program for both
     return (
         pad_to_bucket(config, tokens, max_new_tokens),
         lengths,
-        masks.repeated(len(tokens)),  # shared masks, too: one program for both
+        side_by_side(*repeated) if len(repeated) == 2 else repeated[0],
         draws._replace(most=np.int32(max_new_tokens)),
         np.broadcast_to(seeds, len(tokens)).astype(np.uint32),
         rows.astype(np.uint32),
     )
-
-
-def sample(logits_BV: jax.Array, keys_B: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
-    """i32[B]: the most likely token at temperature 0, else a draw from the top_p nucleus."""
-
-    def draw():
-        scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
-        kept_BV = jax.lax.cond(top_p < 1, lambda: _nucleus(scaled_BV, top_p), lambda: scaled_BV)
-        return jax.vmap(jax.random.categorical)(keys_B, kept_BV)
-
-    return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
-
-
-def _nucleus(logits_BV: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Logits outside the smallest set of tokens with probability >= top_p at -inf."""
-    order_BV = jnp.argsort(-logits_BV, axis=-1)
-    probs_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1), axis=-1)
-    keep_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV < top_p
-    rank_BV = jnp.argsort(order_BV, axis=-1)
-    return jnp.where(jnp.take_along_axis(keep_BV, rank_BV, axis=-1), logits_BV, -jnp.inf)
 
 
 def one_row(out: Generated, row: int) -> Generated:
@@ -374,9 +345,3 @@ def one_row(out: Generated, row: int) -> Generated:
     n = out.lengths[row]
     argmax = None if out.argmax is None else out.argmax[row, :n]
     return Generated(out.tokens[row, :n], n, out.stops[row], argmax)
-
-
-def _padded_stop_ids(stop_ids: Sequence[int]) -> np.ndarray:
-    """i32: padded to a multiple of MAX_STOP_IDS, so that sets of up to as many share one program."""
-    slots = -(-max(len(stop_ids), 1) // MAX_STOP_IDS) * MAX_STOP_IDS
-    return np.array([*stop_ids] + [NO_STOP] * (slots - len(stop_ids)), np.int32)

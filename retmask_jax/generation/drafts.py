@@ -15,8 +15,9 @@ from jaxtyping import Bool, Int, PyTree
 
 from retmask_jax.generation.batching import pad_rows
 from retmask_jax.generation.continuations import read_on, shared_batches
-from retmask_jax.generation.decode import DECODING, NO_STOP, Draws, Generated, check_options, one_row
+from retmask_jax.generation.decode import DECODING, Generated, one_row
 from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.generation.sampling import NO_STOP, Draws, check_options
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import next_hidden

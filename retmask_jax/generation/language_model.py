@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float32, Int, PyTree
 
 from retmask_jax.generation.decode import Generated, generate
+from retmask_jax.generation.sampling import ENTROPY, THRESHOLD, ContrastDecoding
 from retmask_jax.hf import checkpoint_files, end_tokens, hub, weights
 from retmask_jax.hf.families import from_hf, report_ignored
 from retmask_jax.hf.gguf.file import is_gguf
@@ -88,6 +89,9 @@ class LanguageModel:
         seed: int | Int[ArrayLike, " B"] = 0,
         interventions: Interventions | None = None,
         stop_ids: Sequence[int] | None = None,
+        contrast: Interventions | None = None,
+        alpha: float | str | None = None,
+        threshold: float | None = None,
     ) -> Generated:
         """Continue right-padded prompts i32[B,T] of the given lengths i32[B] by up to max_new_tokens, N.
 
@@ -97,12 +101,18 @@ class LanguageModel:
             temperature: 0 is greedy.
             seed: One integer, or i32[B].
             stop_ids: None: the model's EOS ids; (): never stop.
+            contrast: What is masked in a second pass, whose predictions tokens are chosen away from (DeCoRe, arXiv
+                2410.18860): by (1 + alpha) log p - alpha log q, where p and q are the next-token distributions under
+                `interventions` and under `contrast`, among tokens whose p is at least `threshold` times the largest.
+            alpha: A number of at least 0 (0: plain decoding), or None or "entropy": the entropy of p in nats, at each step.
+            threshold: From 0 (all tokens) to 1; None: 0.1. All three are described in
+                `retmask_jax.generation.sampling.ContrastDecoding`.
 
         Returns:
             tokens i32[B,N], pad ids after a stop id, and lengths i32[B], the stop id not counted.
 
         Raises:
-            ValueError: A wrong shape, a length of 0, or a prompt that leaves no room.
+            ValueError: A wrong shape, a length of 0, a prompt that leaves no room, or alpha or threshold without contrast.
 
         >>> import retmask_jax as rm
         >>> lm = rm.load("bundled")
@@ -111,6 +121,9 @@ class LanguageModel:
         >>> outs = [lm.generate(tokens, [13], max_new_tokens=2, interventions=mask) for mask in masks]
         >>> [lm.tokenizer.decode(out.tokens[0].tolist()) for out in outs]  # reads the context, then remembers
         ['rome .', 'moscow .']
+        >>> out = lm.generate(tokens, [13], max_new_tokens=2, contrast=masks[1], alpha=0.5)
+        >>> lm.tokenizer.decode(out.tokens[0].tolist())  # away from what it remembers
+        'rome .'
         """
         return generate(
             self.config,
@@ -123,6 +136,7 @@ class LanguageModel:
             seed=seed,
             interventions=interventions,
             stop_ids=stop_ids,
+            contrast=_contrast(contrast, alpha, threshold),
         )
 
     def with_kernel(self, kernel: str) -> "LanguageModel":
@@ -275,6 +289,19 @@ def _save_texts(lm: LanguageModel, folder: Path) -> None:
     checkpoint_files.copy_files(own, folder)
     if lm.source.folder is not None and is_gguf(Path(lm.source.folder)):
         write_json(folder / end_tokens.GENERATION_CONFIG, {"eos_token_id": list(lm.config.eos_ids)})
+
+
+def _contrast(
+    interventions: Interventions | None, alpha: float | str | None, threshold: float | None
+) -> ContrastDecoding | None:
+    """The contrast that the arguments of `LanguageModel.generate` describe."""
+    if interventions is None:
+        if alpha is not None or threshold is not None:
+            raise ValueError(f"alpha is {alpha} and threshold {threshold} without contrast: give what to contrast with")
+        return None
+    return ContrastDecoding(
+        interventions, ENTROPY if alpha is None else alpha, THRESHOLD if threshold is None else threshold
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

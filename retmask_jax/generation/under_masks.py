@@ -8,18 +8,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_bucket, padded_width
-from retmask_jax.generation.decode import (
-    DECODING,
-    Draws,
-    Generated,
-    cache_slots,
-    decode_on,
-    one_row,
-    row_keys,
-    shared_width,
-)
+from retmask_jax.generation.decode import DECODING, Generated, cache_slots, decode_on, one_row, shared_width
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.generation.prefill import usual_chunk
+from retmask_jax.generation.sampling import Draws, row_keys
 from retmask_jax.generation.sweep import first_groups
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import Layers

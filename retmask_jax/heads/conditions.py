@@ -12,6 +12,7 @@ from retmask_jax.data.answers import holds
 from retmask_jax.data.needles import Case
 from retmask_jax.generation.decode import generate_many
 from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.generation.under_masks import answers_under, can_share
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Head, Interventions, stack
@@ -89,11 +90,16 @@ def answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    contrast: ContrastDecoding | None = None,
     what: str = "answer",
 ) -> list[list[str]]:
-    """Greedy answers [mask][case]; what lies before the first layer that a mask touches is computed once for all masks."""
+    """Greedy answers [mask][case]; what lies before the first layer that a mask touches is computed once for all masks.
+
+    Args:
+        contrast: Answers are decoded by contrast, and nothing is shared among masks; the same for all masks and cases.
+    """
     prompts = [case.tokens for case in cases]
-    if len(masks) > 1 and can_share(lm.config, prompts, max_new_tokens):
+    if len(masks) > 1 and contrast is None and can_share(lm.config, prompts, max_new_tokens):
         options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "what": what}
         found = answers_under(lm, prompts, masks, **options)
         return [lm.tokenizer.batch_decode([one.tokens for one in row], skip_special_tokens=True) for row in found]
@@ -108,6 +114,7 @@ def answers(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             interventions=per_row,
+            contrast=contrast,
             what=what,
         )
         said = lm.tokenizer.batch_decode([result.tokens for result in results], skip_special_tokens=True)

@@ -31,7 +31,7 @@ def write_comparison(path: Path, results: Mapping[str, Any], model: str) -> None
 
 
 def table(rows: Sequence[ModelRow], metrics: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
-    """(header, a row per task): every model's mean, and what it changes against the start model.
+    """(header, a row per task): every model's mean, and what it changes against the start model; dashes where it lacks a task.
 
     Args:
         rows: As of `evals.compare.model_rows`.
@@ -48,7 +48,7 @@ def table(rows: Sequence[ModelRow], metrics: Mapping[str, str]) -> tuple[list[st
             metrics.get(task) or axis(task),
             str(by_model[START].n),
             interval(by_model[START]),
-            *(cell for model in models for cell in _cells(by_model[model])),
+            *(cell for model in models for cell in _cells(by_model.get(model))),
         ]
         for task, by_model in by_task.items()
     ]
@@ -61,7 +61,9 @@ def perplexities(rows: Sequence[ModelRow]) -> str:
     return f"perplexity (the exponential of the text loss): {listed}" if listed else ""
 
 
-def _cells(row: ModelRow) -> list[str]:
+def _cells(row: ModelRow | None) -> list[str]:
+    if row is None:
+        return ["–"] * 3
     p = "–" if row.mcnemar is None else p_value(row.mcnemar.p_value)
     return [interval(row), change(row.change), p]
 

@@ -15,11 +15,17 @@ from retmask_jax.reports import html, plotting
 from retmask_jax.reports.html import change, count, p_value, section, signed, table
 from retmask_jax.reports.plotting import DASHES, MARKERS, WIDTH, colour, drawn
 from retmask_jax.reports.wording import axis, directions, is_loss
-from retmask_jax.stages.eval import MASKED, Cell, EvalResult, Helmet, HelmetMean
+from retmask_jax.stages.eval import CONTRAST, MASKED, Cell, EvalResult, Helmet, HelmetMean
 from retmask_jax.utils.numbers import Number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_UNTRAINED = {
+    MASKED: "Masking the retrieval heads",
+    CONTRAST: "Contrast decoding, away from the model with its retrieval heads masked,",
+}
 
 
 def evaluation_section(result: EvalResult, trained: bool = True) -> Markup:
@@ -35,10 +41,7 @@ def evaluation_section(result: EvalResult, trained: bool = True) -> Markup:
     )
     return section(
         "Evaluation",
-        [
-            directions("Masking the retrieval heads" if arm == MASKED else subject.format(arm), by_task)
-            for arm, by_task in changes.items()
-        ]
+        [directions(_UNTRAINED.get(arm) or subject.format(arm), by_task) for arm, by_task in changes.items()]
         + _missing(result.missing),
         drawn(
             _panels(result),
@@ -96,11 +99,12 @@ def _change_table(changes: Mapping[str, Mapping[str, Number]], rows: Sequence[Mo
         found = tests.get((arm, task), [])
         return p_value(found[0].p_value) if len(found) == 1 and found[0] else "–"
 
+    def both(arm: str, task: str) -> tuple[str, str]:
+        return (change(changes[arm][task]), p(arm, task)) if task in changes[arm] else ("–", "–")
+
     head = ["change against start", *(cell for arm in changes for cell in (arm, "p"))]
-    cells = [
-        [task, *(cell for arm, by_task in changes.items() for cell in (change(by_task[task]), p(arm, task)))]
-        for task in next(iter(changes.values()), {})
-    ]
+    tasks = dict.fromkeys(task for by_task in changes.values() for task in by_task)
+    cells = [[task, *(cell for arm in changes for cell in both(arm, task))] for task in tasks]
     return table(head, cells, note="p: McNemar's exact test, for single models and answers that are right or wrong.")
 
 

@@ -52,6 +52,7 @@ _COLOURS = {
     "low utility": "#999999",
     "high utility": "#000000",
     "lowest scoring": "#CC79A7",
+    "contrast decoding": "#661100",
 }
 _STYLE = {
     "svg.fonttype": "none",

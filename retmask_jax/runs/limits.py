@@ -35,6 +35,11 @@ _SIZE = Limit(
     lambda value: value >= 1 if isinstance(value, int) else 0 < value <= 1,
 )
 _TEXT = Limit("text", (str,))
+_CONTRAST = Limit(
+    'a number above 0, or "entropy"',
+    (int, float, str),
+    lambda value: value == "entropy" if isinstance(value, str) else 0 < value < float("inf"),
+)
 
 # Keys, or patterns of keys, by what they must be. Of a tuple every element must.
 _LIMITS = {
@@ -58,7 +63,8 @@ _LIMITS = {
     _BELOW_1: "train.b1 train.b2 train.warmup",
     _BETWEEN: "knockout.minimal",
     _SHARE: "pairs.top_p rope.coverage",
-    _FROM_0_TO_1: "tasks.*.depths",
+    _FROM_0_TO_1: "tasks.*.depths eval.contrast_threshold",
+    _CONTRAST: "eval.contrast",
     _SIZE: "knockout.curve",
     Limit("a number", (int, float), lambda value: value == value): "detect.threshold dynamics.threshold",
     _TEXT: """ignore detect.scores pairs.prompts_field train.arms train.heads train.lora_targets train.checkpoint_folder
@@ -68,7 +74,7 @@ _LIMITS = {
 # What may be None: "as needed", "all" or "not".
 _OR_NONE = """detect.threshold detect.top_k detect.scores knockout.minimal rope.patch_pairs pairs.prompts_field pairs.batch_size
     detectors.cases detectors.top_k theta.cases dynamics.threshold dynamics.cases dynamics.task tasks.*.per_length
-    suites.rerank.length suites.perplexity.stride suites.*.limit suites.lm_eval.fewshot suites.helmet.chat
+    eval.contrast suites.rerank.length suites.perplexity.stride suites.*.limit suites.lm_eval.fewshot suites.helmet.chat
     distributed prompt.chat""".split()
 
 

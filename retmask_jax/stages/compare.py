@@ -6,7 +6,7 @@ from typing import Any
 from retmask_jax.evals.compare import START
 from retmask_jax.runs.context import Context, checkpoint_fingerprint
 from retmask_jax.runs.stage import Stage
-from retmask_jax.stages.eval import MASKED, SETTINGS, Contender, EvalResult, compared, suite_prints, tasks_of
+from retmask_jax.stages.eval import CONTRAST, MASKED, SETTINGS, Contender, EvalResult, compared, suite_prints, tasks_of
 
 
 def compare_stage(context: Context, folder: Path) -> EvalResult:
@@ -25,9 +25,9 @@ def _inputs(context: Context) -> dict[str, Any]:
 
 def _check(config) -> None:
     for name, source in config.eval.models.items():
-        if name in (START, MASKED) or not source or not isinstance(source, str):
+        if name in (START, MASKED, CONTRAST) or not source or not isinstance(source, str):
             raise ValueError(
-                f"eval.models has {name!r}: {source!r}; give each folder or hub id a name, not {START} or {MASKED}"
+                f"eval.models has {name!r}: {source!r}; give each folder or hub id a name, not {START}, {MASKED} or {CONTRAST}"
             )
 
 

@@ -21,8 +21,9 @@ from retmask_jax.evals.measured import Measured, as_json, from_json, paired
 from retmask_jax.evals.perplexity import POSITIONS, text_loss
 from retmask_jax.evals.scoring import mask_hash, shared_mask
 from retmask_jax.evals.suites.niah import heat_map
-from retmask_jax.evals.suites.registry import check_context, check_suites, run_suites, suite_files, suites_on
+from retmask_jax.evals.suites.registry import SUITES, check_context, check_suites, run_suites, suite_files, suites_on
 from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.heads.conditions import Condition
 from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.runs.context import Context
@@ -40,7 +41,8 @@ from retmask_jax.utils.store import Store
 
 log = logging.getLogger(__name__)
 
-MASKED = "masked"  # the start model with its retrieval heads masked
+# The start model with its retrieval heads masked; and its answers decoded by contrast with that.
+MASKED, CONTRAST = "masked", "contrast decoding"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,34 +124,40 @@ class EvalResult(Result):
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A model that is measured: where it comes from, and what is masked in it."""
+    """A model that is measured: where it comes from, what is masked in it, and whether its answers are decoded by contrast;
+    such a model is not measured where it reads given texts."""
 
     arm: str
     seed: int
     load: Callable[[], LanguageModel]
     interventions: Interventions = Interventions()
+    contrast: ContrastDecoding | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What one model did: values of the recipe's own cases by task, cells of grids by task, and the tasks of suites."""
+    """What one model did: values of the recipe's own cases by task, cells of grids by task, the tasks of suites, and the
+    suites that it cannot run."""
 
     samples: dict[str, np.ndarray]
     grids: dict[str, list[GridCell]]
     suites: list[Measured]
+    apart: tuple[str, ...] = ()
 
 
 def eval_stage(context: Context, folder: Path) -> EvalResult:
     """Measure the start model and every trained one on all tasks and suites, paired by sample, pooled over seeds."""
     train, trained = context.config.train, context.workdir.folder(TRAIN.name)
-    contenders = {START: Contender(START, 0, lambda: context.lm)}
-    if context.config.eval.masked:
-        heads = mask_heads(context.lm.config, retrieval_heads(context))
-        contenders[MASKED] = Contender(MASKED, 0, lambda: context.lm, heads)
+    section, contenders = context.config.eval, {START: Contender(START, 0, lambda: context.lm)}
+    if section.masked:
+        contenders[MASKED] = Contender(MASKED, 0, lambda: context.lm, _retrieval_mask(context))
     for arm in train.arms:
         for seed in train.seeds:
             path = trained / f"{arm}-{seed}" / "model"
             contenders[f"{arm}-{seed}"] = Contender(arm, seed, lambda path=path: context.load(path))
+    if section.contrast is not None:
+        contrast = ContrastDecoding(_retrieval_mask(context), section.contrast, section.contrast_threshold)
+        contenders[CONTRAST] = Contender(CONTRAST, 0, lambda: context.lm, contrast=contrast)
     return compared(context, contenders)
 
 
@@ -179,15 +187,19 @@ def compared(context: Context, contenders: Mapping[str, Contender]) -> EvalResul
 
 
 def common_samples(measured: Mapping[str, Measurement]) -> dict[str, dict[str, np.ndarray]]:
-    """Values of the samples that every model has, {model: {task: values}}; a task that one of them lacks is left out."""
+    """Values of the samples that models share, {model: {task: values}}.
+
+    A task of a suite that one of them lacks is left out, unless it is a suite that this one cannot run.
+    """
     samples = {name: dict(model.samples) for name, model in measured.items()}
-    suites = [{task.name: task for task in model.suites} for model in measured.values()]
-    for name in suites[0]:
-        if all(name in of_model for of_model in suites):
-            tasks = [of_model[name] for of_model in suites]
+    suites = {name: {task.name: task for task in model.suites} for name, model in measured.items()}
+    for task in next(iter(measured.values())).suites:
+        having = [name for name, model in measured.items() if task.suite not in model.apart]
+        if all(task.name in suites[name] for name in having):
+            tasks = [suites[name][task.name] for name in having]
             ids, values_MN = paired(tasks)
-            for of_model, task, values_N in zip(samples.values(), tasks, values_MN, strict=True) if ids else ():
-                of_model[name] = values_N.astype(bool) if task.binary else values_N
+            for name, of_model, values_N in zip(having, tasks, values_MN, strict=True) if ids else ():
+                samples[name][task.name] = values_N.astype(bool) if of_model.binary else values_N
     return samples
 
 
@@ -206,18 +218,24 @@ def tasks_of(config: ConfigDict) -> tuple[str, ...]:
 def _measured(context: Context, name: str, contender: Contender) -> Measurement:
     config, there = context.config, context.of(contender.load())
     conditions = [Condition(name, 0, contender.interventions)]
-    outcomes = task_outcomes(there, config.eval.tasks, conditions).outcomes
+    outcomes = task_outcomes(there, config.eval.tasks, conditions, contender.contrast).outcomes
     samples = {task: outcome_CN[0] for task, outcome_CN in outcomes.items()}
-    if config.text.file:
+    if config.text.file and contender.contrast is None:
         samples["text loss"] = text_loss(
             there.lm, there.windows(), contender.interventions, batch_size=config.batch_size
         )
     grids = {}
     for task in config.eval.grids:
-        answered = task_outcomes(there, [task], conditions)
+        answered = task_outcomes(there, [task], conditions, contender.contrast)
         samples[task] = answered.outcomes[task][0]
         grids[task] = by_cell(answered.cases[task], samples[task])
-    return Measurement(samples, grids, _suites(there, contender))
+    apart = () if contender.contrast is None else _READING
+    return Measurement(samples, grids, _suites(there, contender, apart), apart)
+
+
+def _retrieval_mask(context: Context) -> Interventions:
+    """What the arm retmask masks."""
+    return mask_heads(context.lm.config, retrieval_heads(context))
 
 
 def _cells(name: str, contender: Contender, measured: Measurement) -> list[Cell]:
@@ -244,11 +262,15 @@ def _helmet_means(suites: Sequence[Measured]) -> dict[str, Helmet]:
 
 # --- suites ---
 
+# Those that read given texts, at least in some of their tasks: no answer is decoded, by contrast or otherwise.
+_READING = (*(name for name, suite in SUITES.items() if not suite.decodes), "lm_eval")
 
-def _suites(there: Context, contender: Contender) -> list[Measured]:
-    """Every suite that is on, task by task and length by length. Each part is kept in its file once it has run, so that it
-    need not run again when others are asked for later."""
-    return [task for name, suites in suite_parts(there.config.suites) for task in _kept(there, contender, name, suites)]
+
+def _suites(there: Context, contender: Contender, apart: Sequence[str]) -> list[Measured]:
+    """Every suite that is on, but those apart, task by task and length by length. Each part is kept in its file once it has
+    run, so that it need not run again when others are asked for later."""
+    parts = [(name, suites) for name, suites in suite_parts(there.config.suites) if name not in apart]
+    return [task for name, suites in parts for task in _kept(there, contender, name, suites)]
 
 
 def suite_parts(suites: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
@@ -276,6 +298,7 @@ def _run(there: Context, contender: Contender, name: str, suites, kept: Store) -
         only=name,
         batch_size=there.config.batch_size,
         interventions=contender.interventions,
+        contrast=contender.contrast,
         kept=kept,
     )
 
@@ -304,6 +327,7 @@ def _helmet(there: Context, contender: Contender, section) -> list[Measured]:
         folder=_store(there) / "helmet" / there.model_fingerprint,
         batch_size=there.config.batch_size,
         interventions=contender.interventions,
+        contrast=contender.contrast,
         limit=section.limit,
         chat=section.chat,
         stop_new_line=section.stop_new_line,
@@ -315,7 +339,7 @@ def _kept(there: Context, contender: Contender, name: str, suites) -> list[Measu
     """What a part of a suite gave this model: read if it was measured before, else measured now and written. An
     interrupted part goes on, sample by sample."""
     files = list(there.fingerprints(suite_files(suites)).values())
-    mask = mask_hash(there.lm.config, shared_mask(there.lm.config, contender.interventions))
+    mask = mask_hash(there.lm.config, shared_mask(there.lm.config, contender.interventions), contender.contrast)
     settings = config_json(suites[name]), config_json(there.config.prompt)
     identity = digest([there.model_fingerprint, mask, *settings, files])
     path = _store(there) / f"{name}-{identity}.json"
@@ -350,7 +374,8 @@ SETTINGS = (*PROMPTS, "eval.tasks", "eval.grids", "text.*")
 
 def _cost(context: Context) -> Cost:
     config = context.config
-    models = 1 + config.eval.masked + len(config.train.arms) * len(config.train.seeds)
+    passes = 0 if config.eval.contrast is None else 2
+    models = 1 + config.eval.masked + passes + len(config.train.arms) * len(config.train.seeds)
     tasks = [task_cost(config, task) for task in tasks_of(config)]
     return models * sum(tasks, Cost(config.text.windows * config.text.length if config.text.file else 0))
 
@@ -360,7 +385,7 @@ EVAL = Stage(
     work=eval_stage,
     result=EvalResult,
     upstream=(TRAIN,),
-    settings=(*SETTINGS, "eval.masked", "train.arms", "train.seeds"),
+    settings=(*SETTINGS, "eval.masked", "eval.contrast*", "train.arms", "train.seeds"),
     tasks=tasks_of,
     inputs=suite_prints,
     check=_check,

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from retmask_jax.data.needles import Case
+from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.heads.conditions import Condition, answers, hits
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import SHOWN
@@ -48,12 +49,14 @@ class Answered:
         ]
 
 
-def task_outcomes(context: Context, tasks: Sequence[str], conditions: Sequence[Condition]) -> Answered:
-    """Answers the cases of tasks under conditions."""
+def task_outcomes(
+    context: Context, tasks: Sequence[str], conditions: Sequence[Condition], contrast: ContrastDecoding | None = None
+) -> Answered:
+    """Answers the cases of tasks under conditions; contrast: as of `conditions.answers`."""
     answered = Answered()
     for task in tasks:
         cases = answered.cases[task] = context.cases(task)
-        texts = answered.texts[task] = task_answers(context, task, cases, conditions)
+        texts = answered.texts[task] = task_answers(context, task, cases, conditions, contrast)
         answered.outcomes[task] = np.stack([hits(text, cases) for text in texts])
         if all(case.needle.memory for case in cases):
             answered.outcomes[task + FROM_MEMORY] = np.stack([hits(text, cases, "memory") for text in texts])
@@ -61,15 +64,20 @@ def task_outcomes(context: Context, tasks: Sequence[str], conditions: Sequence[C
 
 
 def task_answers(
-    context: Context, task: str, cases: Sequence[Case], conditions: Sequence[Condition]
+    context: Context,
+    task: str,
+    cases: Sequence[Case],
+    conditions: Sequence[Condition],
+    contrast: ContrastDecoding | None = None,
 ) -> list[list[str]]:
-    """The model's answers [condition][case] to the cases of a task."""
+    """The model's answers [condition][case] to the cases of a task; contrast: as of `conditions.answers`."""
     return answers(
         context.lm,
         cases,
         [c.interventions for c in conditions],
         max_new_tokens=context.config.tasks[task].max_new_tokens,
         batch_size=context.config.batch_size,
+        contrast=contrast,
         what=task,
     )
 

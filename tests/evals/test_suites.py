@@ -1,5 +1,6 @@
 """Suites other than RULER: needle heat maps, key-value recall, re-ranking, loss by position, and their config section."""
 
+import dataclasses
 import json
 import math
 import re
@@ -14,12 +15,16 @@ from scipy import stats as scipy_stats
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.data.needles import Needle
 from retmask_jax.data.prompter import Prompter
-from retmask_jax.evals import perplexity
+from retmask_jax.evals import perplexity, scoring
+from retmask_jax.evals.external import helmet
 from retmask_jax.evals.suites import json_kv, niah, registry, rerank, samples
 from retmask_jax.evals.suites.questions import Question, read_questions
+from retmask_jax.generation.decode import Generated
 from retmask_jax.generation.language_model import from_params
-from retmask_jax.model.interventions import mask_heads
+from retmask_jax.generation.sampling import ContrastDecoding
+from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.runs.recipes import load_recipe
+from retmask_jax.utils.store import Store
 
 # --- needle in a haystack ---
 
@@ -383,6 +388,47 @@ def test_suites_that_are_on_run_with_their_settings(monkeypatch, files):
     lm.config.max_length = 1999
     with pytest.raises(ValueError, match="suites.rerank needs 2000 tokens, the model's context is 1999"):
         registry.run_suites(lm, prompter, section, files.joinpath, batch_size=3)
+
+
+def test_suites_whose_answers_are_decoded_take_a_contrast(monkeypatch, files):
+    """It reaches the decoding of each of them; a suite that reads given texts refuses it."""
+    used, lm = [], copying_lm().replace(config=dataclasses.replace(CONFIG, max_length=2000))
+
+    def stream(config, params, requests, *, contrast=None, **options):
+        used.append(contrast)
+        return ((i, Generated(np.array([7]), np.int32(1), np.int32(-1))) for i in range(len(requests)))
+
+    monkeypatch.setattr(scoring, "generate_stream", stream)
+    monkeypatch.setattr(registry, "ndcg", lambda order, labels: 1.0)
+    monkeypatch.setattr(rerank, "ndcg", lambda order, labels: 1.0)
+    contrast = ContrastDecoding(mask_heads(lm.config, [(1, 0)]), 0.5)
+    suites = {
+        "ruler": [("ruler.tasks", ("vt",)), ("ruler.lengths", (1500,)), ("ruler.n", 1)],
+        "niah": [("niah.needles", "needles.jsonl"), ("niah.haystack", "text.txt"), ("niah.shortest", 400)]
+        + [("niah.longest", 450), ("niah.n_lengths", 1), ("niah.n_depths", 1)],
+        "json_kv": [("json_kv.lengths", (500,)), ("json_kv.n", 1), ("json_kv.max_new_tokens", 8)],
+        "rerank": [("rerank.file", "queries.jsonl"), ("rerank.length", 400)],
+    }
+    assert set(suites) == {name for name, suite in registry.SUITES.items() if suite.decodes}
+    for name, overrides in suites.items():
+        used.clear()
+        given = lm, byte_pairs(600), _section(*overrides), files.joinpath
+        registry.run_suites(*given, batch_size=1, contrast=contrast)
+        assert used == [contrast], name
+    job = helmet._Job(lm, mask_heads(lm.config, []), 1, Store(), Store(), contrast)
+    used.clear()
+    helmet._answers(job, [np.array([5, 6])], {"max_new_tokens": 2}, "json_kv")
+    assert used == [contrast]
+    section = _section(("perplexity.file", "text.txt"), ("perplexity.length", 16))
+    with pytest.raises(ValueError, match="suite perplexity reads given texts"):
+        registry.run_suites(lm, Prompter(lm.tokenizer), section, files.joinpath, batch_size=1, contrast=contrast)
+
+
+def test_results_under_a_contrast_are_kept_apart():
+    none, mask = Interventions(), mask_heads(CONFIG, [(1, 0)])
+    contrasts = [None, *(ContrastDecoding(mask, *of) for of in ((0.5, 0.1), (0.5, 0.2), ("entropy", 0.1)))]
+    contrasts.append(ContrastDecoding(none, 0.5, 0.1))
+    assert len({scoring.mask_hash(CONFIG, none, contrast) for contrast in contrasts}) == len(contrasts)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 
 from retmask_jax.generation import decode as generation
 from retmask_jax.generation.batching import batches_by_length, bucket, pad_rows
-from retmask_jax.generation.decode import generate, generate_many, sample
+from retmask_jax.generation.decode import generate, generate_many
+from retmask_jax.generation.sampling import sample
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.masking import normalise

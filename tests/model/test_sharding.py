@@ -18,7 +18,8 @@ SPLIT = textwrap.dedent("""
     from retmask_jax.model import sharding
     from retmask_jax.benchmarks.programs import dpo_settings, random_pairs
     from retmask_jax.heads.reading import read_answers
-    from retmask_jax.generation.decode import generate, Draws, generate_batch
+    from retmask_jax.generation.decode import generate, generate_batch
+    from retmask_jax.generation.sampling import Draws
     from retmask_jax.hf.hub import BUNDLED
     from retmask_jax.generation.language_model import load
     from retmask_jax.model.interventions import mask_heads, stack

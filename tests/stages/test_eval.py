@@ -17,6 +17,8 @@ from retmask_jax.model.interventions import mask_heads
 from retmask_jax.reports import evaluation
 from retmask_jax.reports.comparison import table, write_comparison
 from retmask_jax.runs import recipes
+from retmask_jax.runs.context import Context
+from retmask_jax.runs.workdir import Workdir
 from retmask_jax.stages import eval
 from retmask_jax.stages.eval import Measurement, common_samples
 from retmask_jax.utils.numbers import Number
@@ -140,6 +142,47 @@ def test_samples_are_paired_by_their_names():
     assert set(samples["start"]) == set(samples["trained"]) == {"s/a", "b"}
 
 
+def test_a_model_that_cannot_run_a_suite_lacks_its_tasks_alone():
+    def suite(name, *values):
+        return Measured(name, "t", "share", ("x", "y"), np.array(values), binary=False)
+
+    whole = Measurement({"b": np.array([True, False])}, {}, [suite("said", 1.0, 0.0), suite("read", 2.0, 3.0)])
+    part = Measurement({"b": np.array([True, True])}, {}, [suite("said", 0.5, 0.5)], apart=("read",))
+    samples = common_samples({"start": whole, "trained": whole, "part": part})
+    assert set(samples["start"]) == set(samples["trained"]) == {"b", "said/t", "read/t"}
+    assert set(samples["part"]) == {"b", "said/t"}
+    samples["part"].pop("b")
+    rows = arm_rows(samples, {"trained": ["trained"], "part": ["part"]})
+    assert [row.task for row in rows if row.arm == "part"] == ["said/t"] and len(rows) == 3 + 3 + 1
+    changes = evaluated([], rows).changes
+    page = str(evaluation._change_table({name: changes[name] for name in ("part", "trained")}, []))
+    assert page.count("<tr>") == 1 + 3 and page.count("<td>–</td>") >= 2 * 2
+    _, cells = table(model_rows(samples, {name: (name, 0) for name in ("trained", "part")}), {})
+    assert [row[-3:] == ["–"] * 3 for row in cells] == [True, False, True]
+
+
+@pytest.mark.parametrize("contrast", [None, 0.5, "entropy"])
+def test_contrast_decoding_masks_what_retmask_masks(monkeypatch, tmp_path, contrast):
+    config = recipes.load_recipe("tiny", [("eval.contrast", repr(contrast)), ("eval.contrast_threshold", "0.2")])
+    context, heads = Context(config, Workdir.open(tmp_path / "work", config)), [(1, 0), (2, 3)]
+    monkeypatch.setattr(eval, "retrieval_heads", lambda context: heads)
+    monkeypatch.setattr(eval, "compared", lambda context, contenders: contenders)
+    contenders = eval.eval_stage(context, tmp_path)
+    assert list(contenders) == [
+        "start",
+        "retmask-0",
+        "activity_matched-0",
+        *(["contrast decoding"] if contrast else []),
+    ]
+    assert all(contenders[name].contrast is None for name in list(contenders)[:3])
+    if contrast:
+        found = contenders["contrast decoding"]
+        assert found.contrast.identity == (contrast, 0.2) and found.load() is context.lm
+        expected = mask_heads(context.lm.config, heads).head_mask
+        np.testing.assert_array_equal(found.contrast.interventions.head_mask, expected)
+        assert not found.interventions.has_rows and found.interventions.head_mask is None
+
+
 def test_the_table_has_every_model_and_its_test():
     samples = {"start": {"t": np.array([True] * 20 + [False] * 20)}, "new": {"t": np.array([True] * 30 + [False] * 10)}}
     header, (row,) = table(model_rows(samples, {"new": ("new", 0)}), {"t": "string match"})
@@ -153,6 +196,7 @@ def test_the_table_has_every_model_and_its_test():
     [
         (["--compare", "bundled"], "'bundled' must be NAME=FOLDER or NAME=HUB_ID"),
         (["--compare", "start=bundled"], "eval.models has 'start'"),
+        (["--compare", "contrast decoding=bundled"], "eval.models has 'contrast decoding'"),
         (["--compare", "start=bundled", "--compare", "a.b/c=bundled"], "eval.models has 'start'"),
         (["--compare", "mine=bundled", "mine=other"], "--compare names 'mine' 2 times: give each model another name"),
         (["--config.suites.ruler.tasks=('niah_single_9',)"], "suites.ruler.tasks has 'niah_single_9'"),

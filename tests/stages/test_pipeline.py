@@ -61,6 +61,19 @@ def test_run_ends_with_a_table_the_report_and_a_summary(finished):
     assert "<html" in (root / "report.html").read_text()
 
 
+def test_contrast_decoding_stands_beside_trained_models(finished):
+    """Where answers are decoded, and not in the loss on text; what it answers is in none of the others' places."""
+    result = json.loads((finished[0] / "eval" / "result.json").read_text())
+    tasks = {
+        name: {row["task"] for row in result["rows"] if row["model"] == name} for name in ("start", "contrast decoding")
+    }
+    assert tasks["contrast decoding"] == tasks["start"] - {"text loss"} and "niah" in tasks["contrast decoding"]
+    assert "contrast decoding" in {cell["model"] for cell in result["grids"]}
+    assert "eval/context short/contrast decoding minus start" in result["numbers"]
+    page = (finished[0] / "report.html").read_text()
+    assert "Contrast decoding, away from the model with its retrieval heads masked, " in page
+
+
 @pytest.mark.slow
 def test_a_finished_run_has_what_its_profile_and_its_gain_need(finished, tmp_path):
     root, _ = finished

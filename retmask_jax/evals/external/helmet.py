@@ -19,6 +19,7 @@ from retmask_jax.evals.external.helmet_means import CATEGORIES, SUITE, Part
 from retmask_jax.evals.external.helmet_process import CODE, HelmetProcess
 from retmask_jax.evals.measured import Measured
 from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils.files import digest
 from retmask_jax.utils.store import Store
@@ -55,6 +56,7 @@ class _Job:
     batch_size: int
     answers: Store
     scores: Store
+    contrast: ContrastDecoding | None = None
 
 
 def run_helmet(
@@ -66,6 +68,7 @@ def run_helmet(
     folder: str | Path,
     batch_size: int,
     interventions: Interventions | None = None,
+    contrast: ContrastDecoding | None = None,
     limit: int | None = None,
     chat: bool | None = None,
     stop_new_line: bool = False,
@@ -81,6 +84,7 @@ def run_helmet(
         lengths: In tokens.
         categories: None for all seven.
         folder: Where answers, scores and HELMET's result files of this model are kept.
+        contrast: Answers are decoded by contrast.
         limit: Samples of each data set; None as in HELMET.
         chat: Whether prompts are put in the chat template; None as in HELMET's config of the category. Without the
             template the answer's prefix ends the prompt and precedes the answer that is scored.
@@ -99,12 +103,12 @@ def run_helmet(
     arguments = ["--model_name_or_path", str(lm.source.folder or "model"), "--no_cuda", "--overwrite"]
     arguments += [] if limit is None else ["--max_test_samples", str(limit)]
     arguments += [] if chat is None else ["--use_chat_template", str(chat)]
-    mask_hash = scoring.mask_hash(lm.config, mask)
+    mask_hash = scoring.mask_hash(lm.config, mask, contrast)
     request = {"arguments": arguments, "stop_new_line": stop_new_line, "output": str((folder / mask_hash).resolve())}
     measured, notes = [], []
     with contextlib.ExitStack() as opened:
         answers, scores = (opened.enter_context(Store(folder / name / mask_hash)) for name in ("answers", "scores"))
-        job = _Job(lm, mask, batch_size, answers, scores)
+        job = _Job(lm, mask, batch_size, answers, scores, contrast)
         process = opened.enter_context(HelmetProcess(checkout, folder, lm.tokenizer, gpu=citations))
         for category, config in _configs(categories, lengths):
             process.use(config, request)
@@ -181,6 +185,7 @@ def _answers(
         [prompts[i] for i in fitting],
         job.mask,
         batch_size=job.batch_size,
+        contrast=job.contrast,
         kept=job.answers,
         what=f"HELMET {what}",
         **options,

@@ -10,6 +10,7 @@ from retmask_jax.data.prompter import Prompter
 from retmask_jax.evals.measured import Measured
 from retmask_jax.evals.suites.samples import Draft, Sample, check_lengths, contained_share, fill, measure
 from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils.store import Store
 
@@ -41,6 +42,7 @@ def run_json_kv(
     max_new_tokens: int = 100,
     batch_size: int = 1,
     interventions: Interventions | None = None,
+    contrast: ContrastDecoding | None = None,
     kept: Store | None = None,
 ) -> list[Measured]:
     """Measures the substring exact match of greedy answers, at each length; options as of `scoring.answered`.
@@ -61,6 +63,7 @@ def run_json_kv(
             length=length,
             batch_size=batch_size,
             interventions=interventions,
+            contrast=contrast,
             kept=kept,
         )
         for length in lengths

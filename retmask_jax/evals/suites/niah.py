@@ -13,6 +13,7 @@ from retmask_jax.evals.measured import Measured
 from retmask_jax.evals.scoring import answers
 from retmask_jax.evals.suites.samples import check_lengths
 from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.heads.conditions import hits
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils import stats
@@ -61,6 +62,7 @@ def run_niah(
     max_new_tokens: int = 50,
     batch_size: int = 1,
     interventions: Interventions | None = None,
+    contrast: ContrastDecoding | None = None,
     kept: Store | None = None,
 ) -> list[Measured]:
     """Measures two tasks at each length; options as of `scoring.answered`.
@@ -78,6 +80,7 @@ def run_niah(
         interventions,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        contrast=contrast,
         kept=kept,
         what="niah",
     )

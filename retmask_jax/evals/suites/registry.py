@@ -18,6 +18,7 @@ from retmask_jax.evals.suites.rerank import ndcg, read_queries, run_rerank
 from retmask_jax.evals.suites.ruler import TASKS, run_ruler
 from retmask_jax.evals.suites.samples import check_lengths
 from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils.store import Store
 
@@ -33,6 +34,7 @@ class Suite:
         longest: longest(section) is the number of tokens that the model's context must have.
         check: check(section) raises ValueError for settings that cannot work.
         files: The keys that name files.
+        decodes: Whether all it measures are decoded answers, so that `run` takes a contrast, too.
     """
 
     run: Callable[[LanguageModel, Prompter, ConfigDict, Callable[[str], Path], dict[str, Any]], list[Measured]]
@@ -40,6 +42,7 @@ class Suite:
     longest: Callable[[ConfigDict], int]
     check: Callable[[ConfigDict], None]
     files: tuple[str, ...] = ()
+    decodes: bool = False
 
 
 def suites_on(suites: ConfigDict) -> list[str]:
@@ -73,6 +76,7 @@ def run_suites(
     *,
     batch_size: int,
     interventions: Interventions | None = None,
+    contrast: ContrastDecoding | None = None,
     kept: Store | None = None,
     only: str | None = None,
 ) -> list[Measured]:
@@ -80,18 +84,23 @@ def run_suites(
 
     Args:
         resolve: Turns a file's name in the config into its path.
-        kept: Results of this model under these interventions; only missing ones are computed, and added.
+        contrast: Answers are decoded by contrast.
+        kept: Results of this model under these interventions and this contrast; only missing ones are computed, and added.
         only: The name of the suite to run; None for all.
 
     Raises:
-        ValueError: As of `check_suites`, `check_context` and the suites.
+        ValueError: As of `check_suites`, `check_context` and the suites; also for a contrast where a suite does not decode.
     """
     on = [name for name in suites_on(suites) if only in (None, name)]
     if not on:
         return []
     check_suites(suites)
     check_context(suites, lm.config.max_length)
-    shared = {"batch_size": batch_size, "interventions": interventions, "kept": kept}
+    shared: dict[str, Any] = {"batch_size": batch_size, "interventions": interventions, "kept": kept}
+    if contrast is not None:
+        if read := [name for name in on if not SUITES[name].decodes]:
+            raise ValueError(f"suite {read[0]} reads given texts, where contrast decoding decides nothing: turn it off")
+        shared["contrast"] = contrast
     return [measured for name in on for measured in SUITES[name].run(lm, prompter, suites[name], resolve, shared)]
 
 
@@ -198,11 +207,16 @@ def _lengths(section) -> int:
 
 
 SUITES = {
-    "ruler": Suite(_ruler, "tasks", _lengths, _check_ruler, ("essay", "qa_1", "qa_2")),
+    "ruler": Suite(_ruler, "tasks", _lengths, _check_ruler, ("essay", "qa_1", "qa_2"), decodes=True),
     "niah": Suite(
-        _niah, "needles", lambda section: section.longest + section.max_new_tokens, _check_niah, ("needles", "haystack")
+        _niah,
+        "needles",
+        lambda section: section.longest + section.max_new_tokens,
+        _check_niah,
+        ("needles", "haystack"),
+        decodes=True,
     ),
-    "json_kv": Suite(_json_kv, "lengths", _lengths, _check_json_kv),
-    "rerank": Suite(_rerank, "file", lambda section: section.length or 0, _check_rerank, ("file",)),
+    "json_kv": Suite(_json_kv, "lengths", _lengths, _check_json_kv, decodes=True),
+    "rerank": Suite(_rerank, "file", lambda section: section.length or 0, _check_rerank, ("file",), decodes=True),
     "perplexity": Suite(_perplexity, "file", lambda section: section.length, _check_perplexity, ("file",)),
 }

@@ -11,6 +11,7 @@ from retmask_jax.data.prompter import Prompter
 from retmask_jax.evals.measured import Measured
 from retmask_jax.evals.suites.samples import Draft, Sample, answer, check_lengths, fill, prompt_text
 from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils.files import iter_records
 from retmask_jax.utils.store import Store
@@ -118,6 +119,7 @@ def run_rerank(
     max_new_tokens: int = 200,
     batch_size: int = 1,
     interventions: Interventions | None = None,
+    contrast: ContrastDecoding | None = None,
     kept: Store | None = None,
 ) -> list[Measured]:
     """Measures NDCG@10 of the order in each greedy answer; options as of `scoring.answered`.
@@ -141,7 +143,13 @@ def run_rerank(
             "no query has a relevant passage among those shown: give labels, or a longer suites.rerank.length"
         )
     said = answer(
-        lm, [samples[i] for i in shown], batch_size=batch_size, interventions=interventions, kept=kept, what="rerank"
+        lm,
+        [samples[i] for i in shown],
+        batch_size=batch_size,
+        interventions=interventions,
+        contrast=contrast,
+        kept=kept,
+        what="rerank",
     )
     values = [ndcg(parse_order(text, samples[i].references), labels[i]) for text, i in zip(said, shown, strict=True)]
     missing = {"no relevant passage": len(queries) - len(shown)} if len(shown) < len(queries) else {}

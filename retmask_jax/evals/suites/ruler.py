@@ -31,6 +31,7 @@ from retmask_jax.evals.suites.samples import (
 )
 from retmask_jax.evals.suites.words import COMPOUNDS, NOISE, compound, word_order
 from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils.store import Store
 
@@ -110,6 +111,7 @@ def run_ruler(
     questions: Mapping[str, Questions] | None = None,
     batch_size: int = 1,
     interventions: Interventions | None = None,
+    contrast: ContrastDecoding | None = None,
     kept: Store | None = None,
 ) -> list[Measured]:
     """Measures the string match of greedy answers, for each task and length; further options as of `scoring.answered`.
@@ -140,6 +142,7 @@ def run_ruler(
                     length=length,
                     batch_size=batch_size,
                     interventions=interventions,
+                    contrast=contrast,
                     kept=kept,
                 )
             )

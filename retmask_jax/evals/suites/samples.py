@@ -11,6 +11,7 @@ from retmask_jax.data.prompter import Prompter
 from retmask_jax.evals import scoring
 from retmask_jax.evals.measured import Measured
 from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils.progress import track
 from retmask_jax.utils.store import Store
@@ -111,6 +112,7 @@ def answer(
     *,
     batch_size: int,
     interventions: Interventions | None = None,
+    contrast: ContrastDecoding | None = None,
     kept: Store | None = None,
     what: str = "answer",
 ) -> list[str]:
@@ -128,6 +130,7 @@ def answer(
         interventions,
         batch_size=batch_size,
         max_new_tokens=limits.pop(),
+        contrast=contrast,
         kept=kept,
         what=what,
     )

@@ -1,5 +1,6 @@
 """The worked examples of CONTRIBUTING.md do what the text says."""
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -121,15 +122,16 @@ def test_a_loss_is_one_entry(add):
 
     settings = train_settings(recipes.load_recipe("tiny", overrides), "retmask", 0)
     assert settings.has_reference and not settings.averages
-    batch, rng = {"weight": np.float32([0.5, 0.5])}, np.random.default_rng(1)
-    params, logps = copying_params(), []
-    for side, away in (("chosen", [1.0, -2.0]), ("rejected", [0.5, 3.0])):
-        tokens, mask = rng.integers(4, CONFIG.vocab_size, (2, 20)), np.tile(np.arange(20) >= 12, (2, 1))
-        logps.append([reference_logprob(in_float64(params), *row) for row in zip(tokens, mask, strict=True)])
-        batch |= {side: tokens, f"{side}_mask": mask, f"ref_{side}": np.float32(logps[-1]) + np.float32(away)}
-    reference = [batch["ref_chosen"], batch["ref_rejected"]]
+    rng, params, away_N2 = np.random.default_rng(1), copying_params(), np.float32([[1.0, 0.5], [-2.0, 3.0]])
+    prompts, answers = (rng.integers(4, CONFIG.vocab_size, shape) for shape in ((2, 12), (2, 2, 8)))
+    rows_N2T = np.concatenate([np.repeat(prompts[:, None], 2, axis=1), answers], axis=2)
+    own = functools.partial(reference_logprob, in_float64(params))
+    logps_N2 = np.array([[own(row, np.arange(20) >= 12) for row in rows_2T] for rows_2T in rows_N2T])
+    reference_N2 = logps_N2.astype(np.float32) + away_N2
+    batch = {"prompts": prompts, "lengths": np.full(2, 12), "answers": answers, "counted": np.ones(answers.shape, bool)}
+    batch |= {"longest": np.full(2, 20), "reference": reference_N2, "weight": np.float32([0.5, 0.5])}
     found, _ = jax.jit(part_loss, static_argnums=(0, 1))(CONFIG, settings, params, batch)
-    np.testing.assert_allclose(found, equation(*np.array(logps), *reference).mean(), rtol=1e-4)
+    np.testing.assert_allclose(found, equation(*logps_N2.T, *reference_N2.T).mean(), rtol=1e-4)
 
 
 def test_an_arm_is_one_entry(add, tmp_path):

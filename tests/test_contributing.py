@@ -17,6 +17,7 @@ from helpers_samples import byte_pairs, said_by, text_of
 from helpers_tiny import CONFIG, copying_lm, copying_params, in_float64, reference_logprob
 from test_architecture import DATA, PACKAGES
 
+from retmask_jax.benchmarks.programs import random_pairs
 from retmask_jax.cli import commands
 from retmask_jax.cli.main import main
 from retmask_jax.data import tiny_language
@@ -121,13 +122,13 @@ def test_a_loss_is_one_entry(add):
 
     settings = train_settings(recipes.load_recipe("tiny", overrides), "retmask", 0)
     assert settings.has_reference and not settings.averages
-    batch, rng = {"weight": np.float32([0.5, 0.5])}, np.random.default_rng(1)
-    params, logps = copying_params(), []
-    for side, away in (("chosen", [1.0, -2.0]), ("rejected", [0.5, 3.0])):
-        tokens, mask = rng.integers(4, CONFIG.vocab_size, (2, 20)), np.tile(np.arange(20) >= 12, (2, 1))
-        logps.append([reference_logprob(in_float64(params), *row) for row in zip(tokens, mask, strict=True)])
-        batch |= {side: tokens, f"{side}_mask": mask, f"ref_{side}": np.float32(logps[-1]) + np.float32(away)}
-    reference = [batch["ref_chosen"], batch["ref_rejected"]]
+    batch, params = random_pairs(CONFIG.vocab_size, 20, 2), copying_params()
+    logps, counted = [], np.arange(20) >= 10
+    for answer in batch["answers"].swapaxes(0, 1):
+        rows = np.concatenate([batch["prompts"], answer], axis=1)
+        logps.append([reference_logprob(in_float64(params), row, counted) for row in rows])
+    reference = np.float32(logps) + np.float32([[1.0, -2.0], [0.5, 3.0]])
+    batch |= {"weight": np.float32([0.5, 0.5]), "reference": reference.T}
     found, _ = jax.jit(part_loss, static_argnums=(0, 1))(CONFIG, settings, params, batch)
     np.testing.assert_allclose(found, equation(*np.array(logps), *reference).mean(), rtol=1e-4)
 

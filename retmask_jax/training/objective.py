@@ -86,8 +86,8 @@ def pair_logprobs(
     config: ModelConfig, params: PyTree, batch: Mapping[str, jax.Array], *, remat: bool = False
 ) -> Float32[jax.Array, "n 2"]:
     """Returns log-probabilities of chosen and rejected answers in nats; the prompt of a pair is computed once."""
-    arrays = (batch[name] for name in ("prompts", "lengths", "answers", "counted"))
-    return branch_logprobs(config, params, *arrays, longest=jnp.max(batch["longest"]), remat=remat)
+    prompts, answers = (batch["prompts"], batch["lengths"]), (batch["answers"], batch["counted"])
+    return branch_logprobs(config, params, *prompts, *answers, longest=jnp.max(batch["longest"]), remat=remat)
 
 
 def _preference(config, settings, params, batch):

@@ -174,7 +174,7 @@ def _attend_branches(
 
     batch, _, length, heads, _ = q_BNAHD.shape
     shares = Shares.of_call(batch, heads, kv[0][0].shape[2])
-    if not shares.free:
+    if not shares.free or shares.mesh.size == 1:
         return attend_own(jnp.zeros(1, jnp.int32), start_B, q_BNAHD, kv)
     rows, split, queries = shares.row_axes or None, shares.head_axes or None, context_shards(length)
     along = "context" if queries > 1 else None

@@ -134,7 +134,7 @@ def get_config() -> ConfigDict:
     config.train.compute_dtype = "bfloat16"  # the weights stay float32: updates of 5e-7 vanish in bfloat16
     config.train.first_moment_dtype = "float32"  # of Adam; bfloat16 saves 2 bytes a weight
     config.train.remat = True  # recompute blocks in the backward pass: less memory, a third more work
-    config.train.widths = 4  # rows are padded to one of so many widths; each is a compiled program
+    config.train.widths = 4  # prompts and answers are padded to one of so many shapes; each is a compiled program
     config.train.reference_batch_size = 32  # pairs per forward pass of the start model
     config.train.checkpoint_every = 50  # steps
     config.train.keep = 2  # newest checkpoints that are kept, besides the one with the lowest loss

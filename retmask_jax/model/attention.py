@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from retmask_jax.model.config import KERNELS
 from retmask_jax.model.kernels import cudnn
 from retmask_jax.model.kernels.blocked import HIDDEN, Scores, blocked, dot, plain, platform
+from retmask_jax.model.kernels.shares import Shares
 from retmask_jax.model.layers import Fork, context_shards, precision
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def attend(
         log.info("the blocked kernel instead of splash: %s", reason)
         chosen = "blocked"
     if shards > 1:
-        return _over_context(q_BTHD, keys, scores, shards, jnp.zeros(batch, jnp.int32))
+        return _over_context(q_BTHD, keys, scores, shards)
     if chosen == "cudnn" and start_B is None:
         return cudnn.alone(q_BTHD, keys.k_BKDS.transpose(0, 3, 1, 2), keys.v_BKSD.swapaxes(1, 2), scores)
     if chosen == "cudnn":
@@ -152,19 +153,50 @@ def attend_forked(
 
     Beginnings take the kernel of keys without a cache, and branches that of queries after a cache.
     """
-    q_BPHD, q_BNAHD = fork.split(q_BTHD)
-    begun_BPKD, start_M = (fork.split(x)[0] for x in (k_BTKD, v_BTKD)), jnp.repeat(fork.start_B, fork.branches)
-    begun_BPHD = attend(q_BPHD, Keys.of(*begun_BPKD), scores, None, kernel)
-    keys, q_MAHD = Keys.of(fork.texts(k_BTKD), fork.texts(v_BTKD)), q_BNAHD.reshape(-1, *q_BNAHD.shape[2:])
-    shards = context_shards(q_MAHD.shape[1])
-    if shards > 1:
-        branch_MAHD = _over_context(q_MAHD, keys, scores, shards, start_M)
-    else:
-        branch_MAHD = attend(q_MAHD, keys, scores, start_M, kernel)
-    return fork.join(begun_BPHD, branch_MAHD.reshape(q_BNAHD.shape))
+    (q_BPHD, q_BNAHD), *kv = (fork.split(x) for x in (q_BTHD, k_BTKD, v_BTKD))
+    begun_BPHD = attend(q_BPHD, Keys.of(*(begun_BPKD for begun_BPKD, _ in kv)), scores, None, kernel)
+    return fork.join(begun_BPHD, _attend_branches(q_BNAHD, kv, fork.start_B, scores, kernel))
 
 
-def _over_context(q_BTHD: jax.Array, keys: Keys, scores: Scores, shards: int, start_B: jax.Array) -> jax.Array:
+def _attend_branches(
+    q_BNAHD: jax.Array, kv: list[tuple[jax.Array, jax.Array]], start_B: jax.Array, scores: Scores, kernel: str
+) -> jax.Array:
+    """Each device computes some of the rows, heads and queries. Left to the compiler, devices would exchange blocks.
+
+    Args:
+        kv: Of keys and of values, those of the beginnings [B,P,K,D] and of the branches [B,N,A,K,D].
+    """
+
+    def attend_own(first_1, start_B, q_BNAHD, kv):
+        start_M, q_MAHD = jnp.repeat(start_B, q_BNAHD.shape[1]) + first_1, q_BNAHD.reshape(-1, *q_BNAHD.shape[2:])
+        keys = Keys.of(*(_continued(begun, branch, start_B) for begun, branch in kv))
+        return attend(q_MAHD, keys, scores, start_M, kernel).reshape(q_BNAHD.shape)
+
+    batch, _, length, heads, _ = q_BNAHD.shape
+    shares = Shares.of_call(batch, heads, kv[0][0].shape[2])
+    if not shares.free or shares.mesh.size == 1:
+        return attend_own(jnp.zeros(1, jnp.int32), start_B, q_BNAHD, kv)
+    rows, split, queries = shares.row_axes or None, shares.head_axes or None, context_shards(length)
+    along = "context" if queries > 1 else None
+    of_queries, of_keys = PartitionSpec(rows, None, along, split), PartitionSpec(rows, None, split)
+    of_kv = [(of_keys, PartitionSpec(rows, None, None, split))] * 2
+    mapped = shares.over_devices(attend_own, (PartitionSpec(along), PartitionSpec(rows), of_queries, of_kv), of_queries)
+    kv = jax.tree.map(lambda x: shares.repeated(x, axis=x.ndim - 2), kv)
+    return mapped(length // queries * jnp.arange(queries), start_B, q_BNAHD, kv)
+
+
+def _continued(begun_BPKD: jax.Array, branch_BNAKD: jax.Array, start_B: jax.Array) -> jax.Array:
+    """[B*N,P+A,K,D]: each branch right after the last token of its beginning; what comes after it means nothing."""
+
+    def text(begun_PKD, branch_AKD, start):
+        room_PKD = jnp.pad(begun_PKD, ((0, len(branch_AKD)), (0, 0), (0, 0)))
+        return jax.lax.dynamic_update_slice_in_dim(room_PKD, branch_AKD, start, axis=0)
+
+    text_BNSKD = jax.vmap(jax.vmap(text, (None, 0, None)))(begun_BPKD, branch_BNAKD, start_B)
+    return text_BNSKD.reshape(-1, *text_BNSKD.shape[2:])
+
+
+def _over_context(q_BTHD: jax.Array, keys: Keys, scores: Scores, shards: int) -> jax.Array:
     """Attention with the queries split along the context axis of the mesh: each device has all keys.
 
     In blocks: besides splash, no other kernel can begin in the middle of a row.
@@ -172,18 +204,19 @@ def _over_context(q_BTHD: jax.Array, keys: Keys, scores: Scores, shards: int, st
     length = q_BTHD.shape[1] // shards
     first_C = length * jnp.arange(shards)  # where the queries of each device begin
 
-    def own_queries(first_1, start_B, q_BTHD, keys):
-        return attend(q_BTHD, keys, scores, start_B + first_1, "blocked")
+    def own_queries(first_1, q_BTHD, keys):
+        start_B = jnp.broadcast_to(first_1, len(q_BTHD))
+        return attend(q_BTHD, keys, scores, start_B, "blocked")
 
     split, whole = PartitionSpec(None, "context"), PartitionSpec()
     mapped = jax.shard_map(
         own_queries,
-        in_specs=(PartitionSpec("context"), whole, split, whole),
+        in_specs=(PartitionSpec("context"), split, whole),
         out_specs=split,
         axis_names={"context"},
         check_vma=False,
     )
-    return mapped(first_C, start_B, q_BTHD, keys)
+    return mapped(first_C, q_BTHD, keys)
 
 
 def probe(q_BPHD: jax.Array, positions_BP: jax.Array, keys: Keys, request: Probe, scores: Scores) -> Probed:

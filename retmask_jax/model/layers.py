@@ -234,17 +234,6 @@ class Fork(flax.struct.PyTreeNode):
         branch_BNAX = branch_BCNAX.swapaxes(1, 2).reshape(batch, self.branches, -1, *rest)
         return begun_BCPX.reshape(batch, self.width, *rest), branch_BNAX
 
-    def texts(self, x_BTX: jax.Array) -> jax.Array:
-        """[B*N,P+A,...]: each branch right after the last token of its beginning; what comes after it means nothing."""
-        begun_BPX, branch_BNAX = self.split(x_BTX)
-
-        def text(begun_PX, branch_AX, start):
-            room = ((0, len(branch_AX)), *((0, 0),) * (begun_PX.ndim - 1))
-            return jax.lax.dynamic_update_slice_in_dim(jnp.pad(begun_PX, room), branch_AX, start, axis=0)
-
-        text_BNSX = jax.vmap(jax.vmap(text, (None, 0, None)))(begun_BPX, branch_BNAX, self.start_B)
-        return text_BNSX.reshape(-1, *text_BNSX.shape[2:])
-
 
 def context_shards(length: int) -> int:
     """Over how many devices of the mesh that is set the positions of a row are split; 1 where they do not divide."""

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
 from retmask_jax.model.attention import Keys, Scores, attend
-from retmask_jax.model.kernels import splash
+from retmask_jax.model.kernels import shares, splash
 from retmask_jax.model.sharding import RULES
 
 
@@ -119,7 +119,7 @@ def test_mesh_axes_go_to_rows_then_heads():
 
     def axes(batch, heads, kv_heads):
         with nn.logical_axis_rules(RULES):
-            return splash._axes(mesh, set(mesh.axis_names), batch, heads, kv_heads)
+            return shares._axes(mesh, set(mesh.axis_names), batch, heads, kv_heads)
 
     assert axes(4, 32, 8) == (("data", "fsdp"), ("tensor",))
     assert axes(2, 32, 8) == (("data",), ("tensor", "fsdp"))

@@ -1,1 +1,1 @@
-"""Attention kernels, one file each; `model.attention` chooses among them."""
+"""Attention kernels, one file each, and how devices share a call; `model.attention` chooses among the kernels."""

@@ -1,22 +1,18 @@
 """Self-attention by JAX's splash kernel for TPUs (jax.experimental.pallas), over the mesh where one is set."""
 
-import dataclasses
 import functools
-import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from retmask_jax.model.kernels.blocked import Scores
-
-log = logging.getLogger(__name__)
+from retmask_jax.model.kernels.shares import Shares
 
 _BLOCKS = (512, 384, 256, 128)
 _WIDTHS = {jnp.dtype(jnp.float32): 256, jnp.dtype(jnp.bfloat16): 512}  # widest heads whose blocks fit on the chip
@@ -65,7 +61,7 @@ def unsupported(q_BTHD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array) -> str 
 def _attend(q_BHTD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, *, scores: Scores, interpret: bool) -> jax.Array:
     """Padded to whole blocks of positions for each share of the queries, and cut back."""
     length = q_BHTD.shape[2]
-    shares = _Shares.of_call(q_BHTD.shape[0], q_BHTD.shape[1], k_BKSD.shape[1])
+    shares = Shares.of_call(q_BHTD.shape[0], q_BHTD.shape[1], k_BKSD.shape[1])
     block, padded = _blocks(length, shares.queries)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([_Band(padded, scores.window)] * (q_BHTD.shape[1] // shares.heads)),
@@ -76,7 +72,7 @@ def _attend(q_BHTD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, *, scores: 
         interpret=interpret,
     )
     pads = ((0, 0), (0, 0), (0, padded - length), (0, 0))
-    return shares.run(kernel, *(jnp.pad(x, pads) for x in (q_BHTD, k_BKSD, v_BKSD)))[:, :, :length]
+    return _on_each_device(kernel, shares, *(jnp.pad(x, pads) for x in (q_BHTD, k_BKSD, v_BKSD)))[:, :, :length]
 
 
 def _blocks(length: int, shares: int = 1) -> tuple[int, int]:
@@ -121,92 +117,19 @@ class _Band(splash.LocalMask):
     __hash__ = splash.LocalMask.__hash__
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shares:
-    """How a call is split over the mesh that is set.
-
-    Attributes:
-        free: The axes that no surrounding shard_map has split already.
-        row_axes, head_axes, query_axes: The axes that rows, heads and queries are split over.
-        repeats: How often kv heads are repeated, where there are too few of them to split the heads.
-    """
-
-    mesh: Any
-    free: frozenset[str]
-    row_axes: tuple[str, ...]
-    head_axes: tuple[str, ...]
-    query_axes: tuple[str, ...]
-    repeats: int
-
-    @classmethod
-    def of_call(cls, batch: int, heads: int, kv_heads: int) -> "_Shares":
-        mesh = jax.sharding.get_abstract_mesh()
-        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-        free = frozenset(name for name, kind in kinds if kind != AxisType.Manual)
-        rows, head_axes = _axes(mesh, free, batch, heads, kv_heads)
-        queries = tuple(axis for axis in _rule("length") if axis in free and mesh.shape[axis] > 1)
-        shards = math.prod(mesh.shape[axis] for axis in head_axes)
-        return cls(mesh, free, rows, head_axes, queries, math.lcm(kv_heads, shards) // kv_heads)
-
-    @property
-    def heads(self) -> int:
-        return math.prod(self.mesh.shape[axis] for axis in self.head_axes)
-
-    @property
-    def queries(self) -> int:
-        return math.prod(self.mesh.shape[axis] for axis in self.query_axes)
-
-    def run(self, kernel: Any, q_BHTD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array) -> jax.Array:
-        """The kernel on each device's rows, heads and queries."""
-        if not self.free:
-            return jax.vmap(kernel)(q_BHTD, k_BKSD, v_BKSD)
-        if self.repeats > 1:
-            k_BKSD, v_BKSD = (jnp.repeat(x, self.repeats, axis=1) for x in (k_BKSD, v_BKSD))
-        along = PartitionSpec(None, self.query_axes or None)
-        of_kernel = kernel.manual_sharding_spec(NamedSharding(self.mesh, along))
-        of_keys = PartitionSpec(self.row_axes or None, self.head_axes or None)
-        of_queries = PartitionSpec(*of_keys, self.query_axes or None)
-        mapped = jax.shard_map(
-            lambda kernel, *qkv: jax.vmap(kernel)(*qkv),
-            in_specs=(of_kernel, of_queries, of_keys, of_keys),
-            out_specs=of_queries,
-            axis_names=set(self.free),
-            check_vma=False,
-        )
-        return mapped(kernel, q_BHTD, k_BKSD, v_BKSD)
-
-
-def _rule(logical: str) -> tuple[str, ...]:
-    """Mesh axes of a logical one, by the rules that are set."""
-    (axes,) = nn.logical_to_mesh_axes((logical,)) or (None,)
-    return (axes,) if isinstance(axes, str) else tuple(axes or ())
-
-
-def _axes(
-    mesh: AbstractMesh, free: frozenset[str], batch: int, heads: int, kv_heads: int
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The mesh axes of the rows and of the heads, by the rules of "batch" and "heads".
-
-    Axes that the rows leave free go to the heads, so that one long row is still split over the whole mesh. On an axis that
-    divides neither, all devices compute the same.
-    """
-    for_rows, for_heads = (tuple(axis for axis in _rule(name) if axis in free) for name in ("batch", "heads"))
-    rows = _fitting(mesh, for_rows, lambda shards: batch % shards == 0)
-    left = tuple(axis for axis in for_rows if axis not in rows)
-    split = _fitting(mesh, for_heads + left, lambda shards: heads % math.lcm(kv_heads, shards) == 0)
-    idle = [axis for axis in for_heads + left if axis not in split]
-    if idle:
-        log.info("%d rows and %d heads are not split over %s of the mesh", batch, heads, ", ".join(idle))
-    return rows, split
-
-
-def _fitting(mesh: AbstractMesh, axes: Iterable[str], fits: Callable[[int], bool]) -> tuple[str, ...]:
-    """The axes in order, without those with which the number of shards no longer fits."""
-    chosen, shards = (), 1
-    for axis in axes:
-        if fits(shards * mesh.shape[axis]):
-            chosen, shards = (*chosen, axis), shards * mesh.shape[axis]
-    return chosen
+def _on_each_device(kernel: Any, shares: Shares, q_BHTD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array) -> jax.Array:
+    """The kernel on each device's rows, heads and queries."""
+    if not shares.free:
+        return jax.vmap(kernel)(q_BHTD, k_BKSD, v_BKSD)
+    k_BKSD, v_BKSD = (shares.repeated(x, axis=1) for x in (k_BKSD, v_BKSD))
+    along = PartitionSpec(None, shares.query_axes or None)
+    of_kernel = kernel.manual_sharding_spec(NamedSharding(shares.mesh, along))
+    of_keys = PartitionSpec(shares.row_axes or None, shares.head_axes or None)
+    of_queries = PartitionSpec(*of_keys, shares.query_axes or None)
+    mapped = shares.over_devices(
+        lambda kernel, *qkv: jax.vmap(kernel)(*qkv), (of_kernel, of_queries, of_keys, of_keys), of_queries
+    )
+    return mapped(kernel, q_BHTD, k_BKSD, v_BKSD)
 
 
 # A kernel multiplies float32 matrices in bfloat16 by default, and has no argument for it, while the setting

@@ -28,7 +28,7 @@ from retmask_jax.aot.topology import GIB, Chip, chip_of, devices_of, estimate
 from retmask_jax.generation.batching import bucket
 from retmask_jax.generation.continuous import rows_that_fill
 from retmask_jax.generation.continuous_programs import Shared, programs
-from retmask_jax.generation.drafts import Ends, answer_batch
+from retmask_jax.generation.drafts import Drafted, Ends, answer_batch
 from retmask_jax.generation.prefill import usual_chunk
 from retmask_jax.generation.sampling import Draws
 from retmask_jax.model.config import ModelConfig
@@ -154,9 +154,9 @@ def _detection(config: ConfigDict, model: ModelConfig, mesh: Mesh, chip: Chip) -
         lambda x: array(mesh, x.shape, x.dtype),
         (Ends.of(model, words, words), jax.eval_shape(lambda: normalise(model)), np.int32(1)),
     )
-    of_rows = [array(mesh, (rows,), jnp.int32, "batch")] * 4
+    of_row = array(mesh, (rows,), jnp.int32, "batch")
     tokens, drafts = (array(mesh, (rows, width), jnp.int32, "batch") for width in (length, min(_DRAFT, new)))
-    given = [None, tokens, *of_rows[:3], drafts, of_rows[3], *whole]
+    given = [None, Drafted(tokens, of_row, of_row, of_row, drafts, of_row), *whole]
     cache = jax.eval_shape(lambda: empty_cache(model, rows, length + new, config.dtype))
     placed = jax.tree.map(lambda x: array(mesh, x.shape, x.dtype, None, "batch", "heads"), cache)
     cases = len(task.lengths) * len(task.depths) if task.per_length is None else len(task.lengths) * task.per_length

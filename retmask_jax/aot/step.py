@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -34,7 +33,6 @@ from retmask_jax.model.sharding import held_bytes, make_mesh, placed_shapes
 from retmask_jax.pipeline.registry import check_config
 from retmask_jax.stages.arms import ARMS
 from retmask_jax.stages.train import check_batch, train_settings
-from retmask_jax.training.objective import metric_names
 from retmask_jax.training.settings import Settings
 from retmask_jax.training.step import make_programs
 
@@ -85,14 +83,12 @@ def training_programs(
     # The seed is no part of an update; `train` leaves it out in the same way.
     programs = make_programs(config, dataclasses.replace(settings, seed=0), mesh)
     frozen = {} if settings.lora is None else placed_shapes(config, mesh, settings.compute_dtype)
-    grads = programs.state.params  # gradients have the shapes, the float32 and the shardings of the parameters
-    sums = grads, {name: array(mesh, (), jnp.float32) for name in metric_names(settings)}
     batch = {name: array(mesh, x.shape, x.dtype, "batch") for name, x in _batch(settings, prompt, answer).items()}
     ablated = None
     if settings.objective == "contrast":
         masks = jax.eval_shape(lambda: normalise(config))
         ablated = jax.tree.map(lambda x: array(mesh, x.shape, x.dtype), masks)
-    state, runs = programs.state, settings.batch_size // settings.microbatch_size
+    state, sums, runs = programs.state, programs.sums, settings.batch_size // settings.microbatch_size
     if runs == 1:
         function, arguments = programs.gradients, (state.params, frozen, batch, ablated)
     else:

@@ -14,7 +14,7 @@ from jaxtyping import Float32
 
 from retmask_jax.benchmarks import models
 from retmask_jax.data.pair_rows import PairRows
-from retmask_jax.generation.drafts import Ends, answer_batch
+from retmask_jax.generation.drafts import Drafted, Ends, answer_batch
 from retmask_jax.generation.language_model import load
 from retmask_jax.heads.reading import own_choices, read_batch
 from retmask_jax.model import sharding
@@ -82,8 +82,9 @@ def decoding(config: ModelConfig, length: int) -> Program:
     def arguments():
         start, end, tokens = jnp.zeros(1, jnp.int32), jnp.full(1, length, jnp.int32), jnp.ones((1, length), jnp.int32)
         words, draft = np.zeros(config.vocab_size, bool), jnp.ones((1, _PROBED // 2), jnp.int32)
-        texts = None, tokens, start, end, end - _PROBED // 2, draft, end * 0 + _PROBED // 2
-        return _params(config), *texts, Ends.of(config, words, words), normalise(config), jnp.int32(length + _PROBED)
+        drafted = Drafted(tokens, start, end, end - _PROBED // 2, draft, end * 0 + _PROBED // 2)
+        ends, longest = Ends.of(config, words, words), jnp.int32(length + _PROBED)
+        return _params(config), None, drafted, ends, normalise(config), longest
 
     return Program(answer_batch, (config,), arguments, {"max_new_tokens": _PROBED})
 

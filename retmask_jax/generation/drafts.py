@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int, PyTree
+from jaxtyping import Bool, PyTree
 
 from retmask_jax.generation.batching import pad_rows
 from retmask_jax.generation.continuations import read_on, shared_batches
@@ -105,8 +105,8 @@ def answer_drafts(
 
         for batch in shared_batches(config, lm.params, prompts, drafts, todo, **common):
             draft_BN, said_B = pad_rows([drafts[i] for i in batch.rows], config.pad_id, least=width)
-            texts = batch.prefix, batch.tokens_BT, batch.start_B, batch.end_B, batch.prompt_B
-            arguments = config, lm.params, *texts, draft_BN, said_B, ends, masks, longest
+            drafted = Drafted(batch.tokens_BT, batch.start_B, batch.end_B, batch.prompt_B, draft_BN, said_B)
+            arguments = config, lm.params, batch.prefix, drafted, ends, masks, longest
             if batch.prefix is None or 2 * len(batch.rows) > batch_size:
                 yield batch.rows, _each_row(to_host(answer_batch(*arguments, max_new_tokens=max_new_tokens)))
                 continue
@@ -125,6 +125,22 @@ def answer_drafts(
 
     with mesh_of(lm.params):
         return memory.in_batches(len(prompts), batch_size, what, "answer", work, note)
+
+
+class Drafted(NamedTuple):
+    """Texts that end with a draft of their answer; the first four as of `Batch`.
+
+    Attributes:
+        draft_BN: The drafts, right-padded.
+        said_B: The tokens of each.
+    """
+
+    tokens_BT: Any
+    start_B: Any
+    end_B: Any
+    prompt_B: Any
+    draft_BN: Any
+    said_B: Any
 
 
 class _Rows(NamedTuple):
@@ -163,43 +179,30 @@ class _Begun(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="max_new_tokens", compiler_options=DECODING)
-@row_parallel("tokens_BT", "start_B", "end_B", "prompt_B", "draft_BN", "said_B")
+@row_parallel("drafted")
 def answer_batch(
     config: ModelConfig,
     params: PyTree,
     prefix: PyTree | None,
-    tokens_BT: Int[jax.Array, "B T"],
-    start_B: Int[jax.Array, " B"],
-    end_B: Int[jax.Array, " B"],
-    prompt_B: Int[jax.Array, " B"],
-    draft_BN: Int[jax.Array, "B N"],
-    said_B: Int[jax.Array, " B"],
+    drafted: Drafted,
     ends: Ends,
     masks: Masks,
     longest: jax.Array,
     *,
     max_new_tokens: int,
 ) -> Generated:
-    """The compiled program of `answer_drafts` for a full batch. said_B: tokens of each draft; others as of `Batch`."""
-    texts = prefix, tokens_BT, start_B, end_B, prompt_B, draft_BN, said_B
-    state = _read(config, params, *texts, ends, masks, longest, max_new_tokens)
+    """The compiled program of `answer_drafts` for a full batch. prefix: as of `Batch`."""
+    state = _read(config, params, prefix, drafted, ends, masks, longest, max_new_tokens)
     return _result(config, _decode(config, params, state, ends, masks, longest))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="max_new_tokens")
-@row_parallel(
-    "tokens_BT", "start_B", "end_B", "prompt_B", "draft_BN", "said_B", results=_State(ROWS, ROWS, STACKED_ROWS)
-)
+@row_parallel("drafted", results=_State(ROWS, ROWS, STACKED_ROWS))
 def read_drafts(
     config: ModelConfig,
     params: PyTree,
     prefix: PyTree | None,
-    tokens_BT: Int[jax.Array, "B T"],
-    start_B: Int[jax.Array, " B"],
-    end_B: Int[jax.Array, " B"],
-    prompt_B: Int[jax.Array, " B"],
-    draft_BN: Int[jax.Array, "B N"],
-    said_B: Int[jax.Array, " B"],
+    drafted: Drafted,
     ends: Ends,
     masks: Masks,
     longest: jax.Array,
@@ -207,8 +210,7 @@ def read_drafts(
     max_new_tokens: int,
 ) -> _State:
     """The first half of `answer_batch`, for a small batch: what the model says as far as it agrees with the drafts."""
-    texts = prefix, tokens_BT, start_B, end_B, prompt_B, draft_BN, said_B
-    return _read(config, params, *texts, ends, masks, longest, max_new_tokens)
+    return _read(config, params, prefix, drafted, ends, masks, longest, max_new_tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=DECODING)
@@ -229,18 +231,14 @@ def _read(
     config: ModelConfig,
     params: PyTree,
     prefix: PyTree | None,
-    tokens_BT: jax.Array,
-    start_B: jax.Array,
-    end_B: jax.Array,
-    prompt_B: jax.Array,
-    draft_BN: jax.Array,
-    said_B: jax.Array,
+    drafted: Drafted,
     ends: Ends,
     masks: Masks,
     longest: jax.Array,
     max_new_tokens: int,
 ) -> _State:
     """The prompts and their drafts in one pass."""
+    tokens_BT, start_B, end_B, prompt_B, draft_BN, said_B = drafted
     width = draft_BN.shape[1]
     rows_BP = (prompt_B - start_B)[:, None] - 1 + jnp.arange(width + 1)
     texts = prefix, tokens_BT, start_B, end_B

@@ -210,7 +210,7 @@ def greedy_answers(
         return _decode(lm, cases, max_new_tokens, batch_size, () if released else None)
     words = [words_of(case) for case in cases]
     width = max(map(len, words)) + _CLOSING
-    ends, counted = _ends(lm), 0
+    ends, counted = Ends.of(lm.config, *_vocabulary(lm.tokenizer)), 0
 
     def note(i: int, found: Generated) -> str:
         nonlocal counted
@@ -230,11 +230,6 @@ def greedy_answers(
     if others:
         found |= answers(others, _usual_closing(lm, [words[i] for i in first], [found[i][0] for i in first]))
     return [found[i] for i in range(len(cases))]
-
-
-def _ends(lm: LanguageModel) -> Ends:
-    """Returns what ends an answer of `detect`."""
-    return Ends.of(lm.config, *_vocabulary(lm.tokenizer))
 
 
 def _decode(

@@ -189,6 +189,18 @@ def _count_and_sum(per_case: np.ndarray) -> tuple[Int32[np.ndarray, "L H"], Floa
     return counts, per_case.sum(axis=-1, dtype=np.float64)
 
 
+def scores_for(path: str | os.PathLike, shape: tuple[int, int], has: str = "the model has") -> HeadScores:
+    """Reads the scores of a model with shape (L, H); a ValueError whose message says what `has` another shape, or as of
+    `HeadScores.load`."""
+    scores = HeadScores.load(path)
+    if scores.mean.shape != shape:
+        layers, heads = scores.mean.shape
+        raise ValueError(
+            f"{path} scores {layers} layers of {heads} heads, {has} {shape[0]} of {shape[1]}: give scores of this architecture"
+        )
+    return scores
+
+
 def _read_pairs(path: str | os.PathLike) -> dict[str, Any]:
     """Returns the JSON object of a file. A repeated name raises, where json.loads would drop the first value."""
     try:

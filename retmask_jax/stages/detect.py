@@ -11,7 +11,7 @@ from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.heads.copy_score import detect
 from retmask_jax.heads.detection import Settled, stability
 from retmask_jax.heads.profile import profile
-from retmask_jax.heads.scores import HeadScores
+from retmask_jax.heads.scores import HeadScores, scores_for
 from retmask_jax.model.interventions import Head, mask_heads
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.costs import Cost, task_cost
@@ -91,13 +91,8 @@ def head_scores(context: Context) -> HeadScores:
 
 def read_scores(context: Context, file: str | Path) -> HeadScores:
     """The head scores of a file; ValueError where they are none, or of another model."""
-    scores, config = HeadScores.load(file), context.outline.config
-    if scores.mean.shape != (config.n_layers, config.n_heads):
-        raise ValueError(
-            f"{file} scores {scores.mean.shape[0]} layers of {scores.mean.shape[1]} heads, "
-            f"the model has {config.n_layers} of {config.n_heads}"
-        )
-    return scores
+    config = context.outline.config
+    return scores_for(file, (config.n_layers, config.n_heads))
 
 
 def choose_heads(context: Context, scores: HeadScores) -> list[Head]:

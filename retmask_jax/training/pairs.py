@@ -10,8 +10,8 @@ import numpy as np
 from retmask_jax.data.pair_formats import SIDES
 from retmask_jax.data.prompter import Prompter
 from retmask_jax.generation.continuous import Request, generate_stream
-from retmask_jax.generation.decode import NO_STOP
 from retmask_jax.generation.language_model import LanguageModel
+from retmask_jax.generation.sampling import NO_STOP
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.utils.store import Key
 

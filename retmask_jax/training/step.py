@@ -119,6 +119,7 @@ def make_programs(config: ModelConfig, settings: Settings, mesh: Mesh) -> Progra
         accumulate=jax.jit(accumulate, donate_argnums=2, out_shardings=sums_at),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_at, whole)),
         state=state,
+        # Gradients have the shapes, the float32 and the shardings of the parameters.
         sums=(state.params, dict.fromkeys(names, jax.ShapeDtypeStruct((), jnp.float32, sharding=whole))),
     )
 

@@ -10,7 +10,7 @@ from retmask_jax.heads.builtin_cases import builtin_cases
 from retmask_jax.heads.detectors import DETECTORS
 from retmask_jax.heads.gain.shares import Gain, PartShares, part_shares, parts_of
 from retmask_jax.heads.gain.weights import WeightChanges, check_pair, weight_changes
-from retmask_jax.heads.scores import HeadScores
+from retmask_jax.heads.scores import HeadScores, scores_for
 from retmask_jax.model.interventions import Head
 
 _DETECTOR = "copy"
@@ -81,7 +81,8 @@ def compare(start: str, trained: str, settings: Settings) -> Difference:
     outlines = [outline(name, ignore=settings.ignore) for name in (start, trained)]
     check_pair(*outlines)
     config = outlines[0].config
-    given = None if settings.scores is None else _given_scores(settings.scores, (config.n_layers, config.n_heads))
+    shape = config.n_layers, config.n_heads
+    given = None if settings.scores is None else scores_for(settings.scores, shape, "the models have")
     cases = builtin_cases(outlines[0], "test", settings.n, settings.lengths, settings.seed)
     ours, theirs = (load(name, settings.dtype, ignore=settings.ignore) for name in (start, trained))
     changes = weight_changes(config, ours.params, theirs.params)
@@ -108,16 +109,6 @@ def _check(start: str, trained: str, settings: Settings) -> None:
     for name in ("n", "batch_size"):
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least 1")
-
-
-def _given_scores(path: str, shape: tuple[int, int]) -> HeadScores:
-    scores = HeadScores.load(path)
-    if scores.mean.shape != shape:
-        raise ValueError(
-            f"{path} scores {scores.mean.shape[0]} layers of {scores.mean.shape[1]} heads, the models have {shape[0]} of "
-            f"{shape[1]}: give scores of this architecture, or none"
-        )
-    return scores
 
 
 def _copy_scores(start: LanguageModel, trained: LanguageModel, settings: Settings) -> CopyScores:

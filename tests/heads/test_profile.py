@@ -159,12 +159,12 @@ def test_the_counts_beside_the_published_profile_follow_from_ours(model):
     published, scores, (concentration, layers, gqa) = _published(model)
     block = published["profile"]
     (row,) = profile_table([Scored(model, scores, published["n_kv_heads"], block["threshold"])])
-    active = round((1 - row["zero_fraction"]) * scores.mean.size)
-    assert row["n_layers"] == block["n_layers"] == layers["n_layers"]
+    active = round((1 - row.zero_fraction) * scores.mean.size)
+    assert row.n_layers == block["n_layers"] == layers["n_layers"]
     assert (scores.mean.size, active) == (block["n_heads_total"], concentration["n_active_heads"])
-    assert row["heads_per_layer"] / row["n_kv_heads"] == gqa["group_size"]
-    assert row["n_heads"] / row["heads_per_active_group"] == pytest.approx(gqa["n_active_groups"], abs=1e-6, rel=0)
-    assert 1 - row["frac"] == pytest.approx(concentration["below_threshold_fraction"], abs=1e-6, rel=0)
+    assert row.heads_per_layer / row.n_kv_heads == gqa["group_size"]
+    assert row.n_heads / row.heads_per_active_group == pytest.approx(gqa["n_active_groups"], abs=1e-6, rel=0)
+    assert 1 - row.frac == pytest.approx(concentration["below_threshold_fraction"], abs=1e-6, rel=0)
     mean_active = scores.mean.sum(dtype=float) / active
     assert mean_active == pytest.approx(concentration["score_mean_active"], abs=1e-6, rel=0)
 
@@ -185,8 +185,8 @@ def test_published_scores_of_two_detectors_agree_as_published(model):
     for name, other in (("argmax", "copy"), ("copy", "argmax")):
         assert sorted(heads[name] - heads[other]) == [tuple(head) for head in agreement[f"only_{name}"]]
     result = stats.spearman(scores["argmax"].mean, scores["copy"].mean)
-    assert result["value"] == pytest.approx(ranks["spearman_rho"], abs=1e-6, rel=0)
-    assert math.log(result["p_value"]) == pytest.approx(math.log(ranks["spearman_p"]), abs=1e-6)
+    assert result.value == pytest.approx(ranks["spearman_rho"], abs=1e-6, rel=0)
+    assert math.log(result.p_value) == pytest.approx(math.log(ranks["spearman_p"]), abs=1e-6)
 
 
 @needs_published

@@ -211,7 +211,9 @@ def greedy_answers(
         return _decode(lm, cases, max_new_tokens, batch_size, () if released else None)
     words = [words_of(case) for case in cases]
     width = max(map(len, words)) + _CLOSING
-    least = max(len(case.tokens) for case in cases) + width if is_small(lm.config) else 0
+    longest = max(len(case.tokens) for case in cases)
+    options = {"max_new_tokens": max_new_tokens, "width": width, "batch_size": batch_size}
+    options |= {"least": longest + width if is_small(lm.config) else 0}
     ends, counted = Ends.of(lm.config, *_vocabulary(lm.tokenizer)), 0
 
     def note(i: int, found: Generated) -> str:
@@ -222,9 +224,9 @@ def greedy_answers(
 
     def answers(chosen: Sequence[int], closing: tuple[int, ...]) -> dict[int, Answer]:
         prompts, drafts = [cases[i].tokens for i in chosen], [(*words[i], *closing) for i in chosen]
-        options = {"max_new_tokens": max_new_tokens, "width": width, "batch_size": batch_size}
-        options |= {"least": least, "what": "detect", "note": lambda k, found: note(chosen[k], found)}
-        of_chosen = answer_drafts(lm, prompts, drafts, ends, **options)
+        of_chosen = answer_drafts(
+            lm, prompts, drafts, ends, what="detect", note=lambda k, found: note(chosen[k], found), **options
+        )
         return {i: (np.asarray(one.tokens), np.asarray(one.argmax)) for i, one in zip(chosen, of_chosen, strict=True)}
 
     by_length = sorted(range(len(cases)), key=lambda i: len(cases[i].tokens))

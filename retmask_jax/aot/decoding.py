@@ -25,7 +25,7 @@ from retmask_jax.aot.program import (
     stamp,
 )
 from retmask_jax.aot.topology import GIB, Chip, chip_of, devices_of, estimate
-from retmask_jax.generation.batching import padded_width
+from retmask_jax.generation.batching import bucket
 from retmask_jax.generation.continuous import rows_that_fill
 from retmask_jax.generation.continuous_programs import Shared, programs
 from retmask_jax.generation.drafts import Drafted, Ends, answer_batch
@@ -147,7 +147,7 @@ def _detection(config: ConfigDict, model: ModelConfig, mesh: Mesh, chip: Chip) -
     """The stage `detect`: greedy answers to the longest cases in one program; it counts all cases of one needle."""
     task, rows = config.tasks[config.detect.task], config.batch_size
     new = config.detect.max_new_tokens
-    length = padded_width(model, max(task.lengths), new)
+    length = min(bucket(max(task.lengths)), model.max_length - new)
     params = placed_shapes(model, mesh, config.dtype)
     words = np.zeros(model.vocab_size, bool)
     whole = jax.tree.map(

@@ -6,6 +6,13 @@ import numpy as np
 
 from retmask_jax.model.config import ModelConfig
 
+_SMALL = 256  # up to this hidden size, padding prompts takes less time than compiling programs for more widths
+
+
+def is_small(config: ModelConfig) -> bool:
+    """Whether few widths of prompts are better than little padding."""
+    return config.hidden_size <= _SMALL
+
 
 def pad_to_bucket(config: ModelConfig, tokens_BT: np.ndarray, max_new_tokens: int) -> np.ndarray:
     """i32: tokens padded to their bucket, or to what the model's context leaves before the new ones."""
@@ -15,12 +22,12 @@ def pad_to_bucket(config: ModelConfig, tokens_BT: np.ndarray, max_new_tokens: in
 
 def padded_width(config: ModelConfig, length: int, max_new_tokens: int) -> int:
     """The width of `pad_to_bucket`."""
-    return min(bucket(length), config.max_length - max_new_tokens)
+    return min(bucket(length, 128 if is_small(config) else 64), config.max_length - max_new_tokens)
 
 
-def bucket(length: int) -> int:
-    """The padded length of a prompt: the next multiple of an eighth of the power of two above it, and of 64."""
-    step = max(64, 2 ** (length - 1).bit_length() // 8)
+def bucket(length: int, least: int = 64) -> int:
+    """The padded length of a prompt: the next multiple of an eighth of the power of two above it, and of `least`."""
+    step = max(least, 2 ** (length - 1).bit_length() // 8)
     return -(-length // step) * step
 
 

@@ -57,6 +57,7 @@ def shared_batches(
     batch_size: int,
     masks: Masks,
     longest: np.int32,
+    least: int = 0,
 ) -> Iterator[Batch]:
     """Batches of prompts with the tokens given after them, of the indices `todo`.
 
@@ -64,6 +65,7 @@ def shared_batches(
         given: For each prompt; may be empty.
         masks: The same for all prompts.
         longest: As in `hidden`.
+        least: Texts without a shared prefix are padded to this many tokens, or more.
     """
     for group in share_prefixes([prompts[i] for i in todo]):
         group = dataclasses.replace(group, members=tuple(todo[i] for i in group.members))
@@ -75,10 +77,10 @@ def shared_batches(
         size = min(batch_size, full_share(2 if shared and platform() == "cpu" else len(group.members)))
         starts = dict(zip(group.members, group.starts, strict=True))
         rest = {i: (*prompts[i][starts[i] :], *given[i]) for i in group.members}
-        least = slots_for(max(map(len, rest.values())), _chunk()) if shared else 0
+        width = slots_for(max(map(len, rest.values())), _chunk()) if shared else -(-least // _WIDTH_STEP) * _WIDTH_STEP
         for batch in full_batches(sorted(rest, key=lambda i: starts[i] - len(prompts[i])), size):
             texts = [rest[i] for i in batch]
-            tokens_BT, lengths_B = pad_rows(texts, config.pad_id, multiple_of=_WIDTH_STEP, least=least)
+            tokens_BT, lengths_B = pad_rows(texts, config.pad_id, multiple_of=_WIDTH_STEP, least=width)
             start_B, prompt_B = (
                 np.array(x, np.int32) for x in ([starts[i] for i in batch], [len(prompts[i]) for i in batch])
             )

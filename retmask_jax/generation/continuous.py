@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from retmask_jax.generation.batching import bucket, pad_rows, pad_to_bucket
+from retmask_jax.generation.batching import pad_rows, pad_to_bucket, padded_width
 from retmask_jax.generation.continuous_programs import (
     Prompts,
     Shared,
@@ -126,7 +126,7 @@ class _Job:
 
     def slots(self, request: int) -> int:
         """The number of slots of a cache in which this request and all shorter ones fit."""
-        return slots_needed(len(self.requests[request].tokens), self.max_new_tokens)
+        return slots_needed(self.config, len(self.requests[request].tokens), self.max_new_tokens)
 
 
 def _stream(job: _Job, batch_size: int | None, what: str) -> Iterator[tuple[int, Generated]]:
@@ -158,7 +158,7 @@ def _groups(job: _Job, indices: list[int], batch_size: int | None, what: str) ->
         if saved * (len(indices) - at) / rows > _WORTH_WAITING:
             cuts.append(at)
             rows = batch_size or room(width)
-    prefills = {bucket(len(job.requests[i].tokens)) for i in indices}
+    prefills = {padded_width(job.config, len(job.requests[i].tokens), job.max_new_tokens) for i in indices}
     log.info(
         "%s: caches of %s slots, prompts of up to %d lengths: that many programs to decode and to prefill",
         what,
@@ -192,7 +192,7 @@ def rows_that_fill(config: ModelConfig, shared: Shared, length: int, max_new_tok
         shared: Arrays, or their shapes.
         most: The largest number that is of use.
     """
-    shares, slots = full_share(1, ROW_AXES), slots_needed(length, max_new_tokens)
+    shares, slots = full_share(1, ROW_AXES), slots_needed(config, length, max_new_tokens)
     rows, free = min(most, _room(config, shared, slots, free)), int(_FILLED * free)
     while (rows := max(shares, rows - rows % shares)) > shares:
         try:

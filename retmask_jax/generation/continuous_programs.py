@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-from retmask_jax.generation.batching import bucket
+from retmask_jax.generation.batching import bucket, padded_width
 from retmask_jax.generation.decode import DECODING
 from retmask_jax.generation.prefill import prefill, slots_for
 from retmask_jax.generation.sampling import NO_STOP, Draws, next_tokens, pair_rows, row_keys
@@ -170,9 +170,9 @@ def _laid_out(rows: Rows, cache: Cache | None) -> State:
     return constrain(rows, ("batch",)), constrain(cache, (None, "batch", "heads"))
 
 
-def slots_needed(length: int, max_new_tokens: int) -> int:
+def slots_needed(config: ModelConfig, length: int, max_new_tokens: int) -> int:
     """Cache slots for prompts of up to this length and their answers; few different numbers occur."""
-    return max(bucket(length + max_new_tokens), slots_for(bucket(length)))
+    return max(bucket(length + max_new_tokens), slots_for(padded_width(config, length, max_new_tokens)))
 
 
 def rows_at_once(batch: int) -> int:
@@ -216,10 +216,10 @@ def programs(config: ModelConfig, shared: Shared, rows: int, length: int, max_ne
     """
     batch = full_share(rows, ROW_AXES)
     n = rows_at_once(batch)
-    width = min(bucket(length), config.max_length - max_new_tokens)
+    width = padded_width(config, length, max_new_tokens)
     numbers = [jax.ShapeDtypeStruct((n,), dtype) for dtype in (jnp.int32, jnp.uint32, jnp.int32)]
     prompts = Prompts(jax.ShapeDtypeStruct((n, width), jnp.int32), *numbers)
-    options = {"slots": slots_needed(length, max_new_tokens), "max_new_tokens": max_new_tokens}
+    options = {"slots": slots_needed(config, length, max_new_tokens), "max_new_tokens": max_new_tokens}
     options["passes"] = shared.draws.passes
     empty = Program(empty_state, (config, shared.params, np.zeros(batch, np.int32)), options)
     number = jax.ShapeDtypeStruct((), jnp.int32)

@@ -140,6 +140,7 @@ def generate_many(
     check_options(max_new_tokens, temperature, top_p)
     contrast = used(contrast)
     draws = Draws.of(config, stop_ids, temperature, top_p, contrast)
+    draws = draws if temperature > 0 else draws.greedy
     masks = _masks_of_passes(config, interventions, contrast, len(prompts), probe)
     seed_of = np.arange(len(prompts)) if seeds is None else np.asarray(seeds)
     options = {"max_new_tokens": shared_width(max_new_tokens), "probe": probe}
@@ -212,7 +213,7 @@ def _generate_rows(
     probe: bool,
 ) -> Generated:
     batch, width = tokens_BT.shape
-    keys_B = row_keys(seeds_B, rows_B)
+    keys_B = None if draws.temperature is None else row_keys(seeds_B, rows_B)
     dtype = jax.tree.leaves(params)[0].dtype
     cache = empty_cache(config, draws.passes * batch, cache_slots(width, max_new_tokens), dtype)
 
@@ -244,7 +245,7 @@ def decode_on(
     lengths_B: jax.Array,
     masks: Masks,
     draws: Draws,
-    keys_B: jax.Array,
+    keys_B: jax.Array | None,
     longest: jax.Array,
     max_new_tokens: int,
     probe: bool = False,
@@ -254,7 +255,7 @@ def decode_on(
     Args:
         first: Of the last token of each prompt, with the cache of the prompts, and what it probed; with a row for each row
             of a pass, as masks are.
-        keys_B: As of `row_keys`.
+        keys_B: As of `row_keys`; None where nothing is drawn.
     """
     batch = len(lengths_B)
     only = Probe(jnp.zeros((batch, 1), jnp.int32)) if probe else None

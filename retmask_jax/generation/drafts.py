@@ -63,6 +63,7 @@ def answer_drafts(
     max_new_tokens: int,
     width: int,
     batch_size: int = 16,
+    least: int = 0,
     what: str = "answer",
     note: Callable[[int, Generated], str] | None = None,
 ) -> list[Generated]:
@@ -73,6 +74,7 @@ def answer_drafts(
         max_new_tokens: The longest answer.
         width: The tokens of a draft that are read; calls of one width share their programs.
         batch_size: Prompts that are answered together.
+        least: As of `shared_batches`.
         what: Names the work in the progress bar.
         note: Called for each answer with the index of its prompt; what it returns is shown after the bar.
 
@@ -93,7 +95,7 @@ def answer_drafts(
 
     def work(todo: list[int], batch_size: int):
         waiting: list[_Begun] = []  # small batches with an answer that goes on after its draft
-        common = {"batch_size": batch_size, "masks": masks, "longest": longest}
+        common = {"batch_size": batch_size, "masks": masks, "longest": longest, "least": least}
 
         def go_on() -> Iterator[tuple[list[int], list[Generated]]]:
             parts = tuple(begun.state for begun in waiting)

@@ -76,6 +76,7 @@ class Draws(NamedTuple):
     """How tokens are drawn and what ends a row, as arrays: no value compiles anything.
 
     Attributes:
+        temperature, top_p: None: the most likely tokens are taken, by programs that cannot draw and compile sooner.
         most: Tokens of a row.
         contrast: None where a token depends on one pass. Else each row passes through the model twice, side by side: rows 2b
             and 2b + 1 of a pass are row b without and with the masks of the contrast.
@@ -101,6 +102,11 @@ class Draws(NamedTuple):
         padded = _padded_stop_ids(config.eos_ids if stop_ids is None else stop_ids)
         strength = None if contrast is None else Strength.of(contrast)
         return cls(padded, np.float32(temperature), np.float32(top_p), contrast=strength)
+
+    @property
+    def greedy(self) -> "Draws":
+        """The same with the most likely tokens."""
+        return self._replace(temperature=None, top_p=None)
 
     @property
     def passes(self) -> int:
@@ -150,15 +156,18 @@ def row_keys(seeds_B: jax.Array, rows_B: jax.Array) -> jax.Array:
 
 
 def next_tokens(
-    config: ModelConfig, params: PyTree, draws: Draws, x_B1E: jax.Array, keys_B: jax.Array, step: jax.Array | int
+    config: ModelConfig, params: PyTree, draws: Draws, x_B1E: jax.Array, keys_B: jax.Array | None, step: jax.Array | int
 ) -> tuple[jax.Array, jax.Array]:
-    """(token i32[B], whether it is a stop id) of each row. x_B1E: last hidden states of the rows of a pass. step: of all
-    rows, or of each."""
-    step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(step, keys_B.shape))
+    """(token i32[B], whether it is a stop id) of each row. x_B1E: last hidden states of the rows of a pass. keys_B: None
+    where nothing is drawn. step: of all rows, or of each."""
     scores_BV = unembed(config, params, x_B1E)[:, 0]
     if draws.contrast is not None:
-        scores_BV = contrasted(scores_BV.reshape(len(keys_B), 2, -1), draws.contrast)
-    token_B = sample(scores_BV, step_keys_B, draws.temperature, draws.top_p)
+        scores_BV = contrasted(scores_BV.reshape(-1, 2, scores_BV.shape[1]), draws.contrast)
+    if keys_B is None:
+        token_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
+    else:
+        step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(step, keys_B.shape))
+        token_B = sample(scores_BV, step_keys_B, draws.temperature, draws.top_p)
     return token_B, jnp.isin(token_B, draws.stop_ids)
 
 

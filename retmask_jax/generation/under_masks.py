@@ -11,7 +11,7 @@ from retmask_jax.generation.batching import batches_by_length, pad_rows, pad_to_
 from retmask_jax.generation.decode import DECODING, Generated, cache_slots, decode_on, one_row, shared_width
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.generation.prefill import usual_chunk
-from retmask_jax.generation.sampling import Draws, row_keys
+from retmask_jax.generation.sampling import Draws
 from retmask_jax.generation.sweep import first_groups
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import Layers
@@ -53,7 +53,7 @@ def answers_under(
     config, n = lm.config, len(masks)
     dense = [normalise(config, mask) for mask in masks]
     starts = [first_groups(config, one)[0] for one in dense]
-    draws = Draws.of(config, None, 0.0, 1.0)._replace(most=np.int32(max_new_tokens))
+    draws = Draws.of(config, None, 0.0, 1.0).greedy._replace(most=np.int32(max_new_tokens))
     new = shared_width(max_new_tokens)
 
     def work(todo: list[int], batch_size: int):
@@ -116,8 +116,7 @@ def _answer(
     layers = _layers(config, params, states_RBTE.shape[2], lengths_B, longest, masks)
     last_B1 = lengths_B[:, None] - 1
     first = layers.rows_from_group(start, states_RBTE[start], cache, masks.by_layer(config), last_B1)
-    keys_B = row_keys(lengths_B * 0, lengths_B * 0)  # nothing is drawn
-    return decode_on(config, params, first, lengths_B, masks, draws, keys_B, longest, max_new_tokens)
+    return decode_on(config, params, first, lengths_B, masks, draws, None, longest, max_new_tokens)
 
 
 def _layers(config: ModelConfig, params: PyTree, width: int, lengths_B, longest: jax.Array, masks: Masks) -> Layers:

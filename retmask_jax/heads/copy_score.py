@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float32, Int
 
 from retmask_jax.data.answers import rouge1_recall
 from retmask_jax.data.needles import Case
+from retmask_jax.generation.batching import is_small
 from retmask_jax.generation.decode import Generated, generate_many
 from retmask_jax.generation.drafts import Ends, answer_drafts
 from retmask_jax.generation.language_model import LanguageModel
@@ -210,6 +211,9 @@ def greedy_answers(
         return _decode(lm, cases, max_new_tokens, batch_size, () if released else None)
     words = [words_of(case) for case in cases]
     width = max(map(len, words)) + _CLOSING
+    longest = max(len(case.tokens) for case in cases)
+    options = {"max_new_tokens": max_new_tokens, "width": width, "batch_size": batch_size}
+    options |= {"least": longest + width if is_small(lm.config) else 0}
     ends, counted = Ends.of(lm.config, *_vocabulary(lm.tokenizer)), 0
 
     def note(i: int, found: Generated) -> str:
@@ -220,8 +224,9 @@ def greedy_answers(
 
     def answers(chosen: Sequence[int], closing: tuple[int, ...]) -> dict[int, Answer]:
         prompts, drafts = [cases[i].tokens for i in chosen], [(*words[i], *closing) for i in chosen]
-        options = {"max_new_tokens": max_new_tokens, "width": width, "batch_size": batch_size, "what": "detect"}
-        of_chosen = answer_drafts(lm, prompts, drafts, ends, note=lambda k, found: note(chosen[k], found), **options)
+        of_chosen = answer_drafts(
+            lm, prompts, drafts, ends, what="detect", note=lambda k, found: note(chosen[k], found), **options
+        )
         return {i: (np.asarray(one.tokens), np.asarray(one.argmax)) for i, one in zip(chosen, of_chosen, strict=True)}
 
     by_length = sorted(range(len(cases)), key=lambda i: len(cases[i].tokens))

@@ -28,6 +28,7 @@ from retmask_jax.model.sharding import decoding_mesh, make_mesh, placed
 from retmask_jax.runs.recipes import as_json
 from retmask_jax.runs.workdir import Workdir, settings_of
 from retmask_jax.utils import memory
+from retmask_jax.utils.files import digest
 from retmask_jax.utils.fingerprints import fingerprint
 from retmask_jax.utils.hosts import first_alone, least
 
@@ -41,6 +42,7 @@ class Context:
 
     config: Any
     workdir: Workdir
+    _built: dict[str, list[Case]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -116,9 +118,15 @@ class Context:
         return dataclasses.replace(self.prompter, template_kwargs=self.prompter.template_kwargs | more)
 
     def cases(self, task: str, **changes: Any) -> list[Case]:
-        """The cases of a task, other settings of which may be changed, such as its seed."""
-        section = SimpleNamespace(**self.config.tasks[task].to_dict() | changes)
-        return task_cases(self.prompter, section)
+        """The cases of a task, other settings of which may be changed, such as its seed.
+
+        They are built once for all stages, and for all models whose prompts have the same tokens.
+        """
+        settings = self.config.tasks[task].to_dict() | changes
+        key = digest([self.prompter.identity(), settings])
+        if key not in self._built:
+            self._built[key] = task_cases(self.prompter, SimpleNamespace(**settings))
+        return self._built[key]
 
     def windows(self) -> np.ndarray:
         text = self.config.text

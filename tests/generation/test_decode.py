@@ -1,14 +1,16 @@
 """Generation: the cache, rows of a batch, stopping, sampling, batching by length, compilation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from retmask_jax.generation import decode as generation
-from retmask_jax.generation.batching import batches_by_length, bucket, pad_rows
+from retmask_jax.generation.batching import batches_by_length, bucket, pad_rows, padded_width
 from retmask_jax.generation.decode import generate, generate_many
-from retmask_jax.generation.sampling import sample
+from retmask_jax.generation.sampling import Draws, sample
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.masking import normalise
@@ -70,6 +72,18 @@ def test_within_a_bucket_no_value_compiles_anything(tiny, run, compiles):
 
 
 # --- greedy ---
+
+
+def test_greedy_programs_hold_nothing_that_draws(tiny):
+    masks, zeros_B = normalise(tiny.config, None, len(TOKENS)).repeated(len(TOKENS)), np.zeros(len(TOKENS), np.uint32)
+
+    def program(draws):
+        given = tiny.config, tiny.params, TOKENS, LENGTHS, masks, draws, zeros_B, zeros_B
+        return generation.generate_batch.lower(*given, max_new_tokens=NEW, probe=False).as_text()
+
+    draws = Draws.of(tiny.config, (), 0.0, 1.0)
+    assert "stablehlo.sort" in program(draws)
+    assert "stablehlo.sort" not in program(draws.greedy)
 
 
 @pytest.mark.parametrize("iv", [None, _masks(1)], ids=["untouched", "masked"])
@@ -250,6 +264,14 @@ def test_buckets_grow_in_bounded_steps():
     assert all(b <= a * 5 / 4 for a, b in zip(sizes[3:], sizes[4:], strict=False))
     assert all(bucket(size) == size for size in sizes)
     assert all(bucket(length) >= length for length in range(1, 5000))
+
+
+def test_prompts_of_a_small_model_have_half_as_many_widths(tiny):
+    small = dataclasses.replace(tiny.config, max_length=4096)
+    large = dataclasses.replace(small, hidden_size=512)
+    of_small, of_large = (sorted({padded_width(config, n, 8) for n in range(1, 1025)}) for config in (small, large))
+    assert of_small == [128, 256, 384, 512, 640, 768, 896, 1024]
+    assert of_large == sorted({*of_small, 64, 192, 320, 448})
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from retmask_jax.generation import under_masks
+from retmask_jax.generation.batching import padded_width
 from retmask_jax.generation.decode import generate_many
 from retmask_jax.generation.under_masks import answers_under, can_share
 from retmask_jax.model.config import ModelConfig, Rope
@@ -79,7 +80,7 @@ def test_answers_are_those_of_a_run_for_each_mask(random_model, config):
 
 def test_rows_are_as_many_as_the_memory_holds_states_of(random_model, monkeypatch):
     lm = random_model(PLAIN)
-    row = (PLAIN.repeats + 1) * 64 * PLAIN.hidden_size * 4
+    row = (PLAIN.repeats + 1) * padded_width(PLAIN, 30, 1) * PLAIN.hidden_size * 4
     monkeypatch.setattr(under_masks.memory, "limit", lambda: 8 * 5 * row + 1)
     monkeypatch.setattr(under_masks.jax, "local_device_count", lambda: 1)
     assert under_masks._most_rows(lm, 30) == 5

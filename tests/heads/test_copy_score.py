@@ -17,6 +17,7 @@ from retmask_jax.data import tiny_language as tl
 from retmask_jax.data.answers import rouge1_recall
 from retmask_jax.data.needles import Case, Needle, Spec, build_cases, draw_specs
 from retmask_jax.data.prompter import Prompter
+from retmask_jax.generation.drafts import answer_batch
 from retmask_jax.generation.language_model import load
 from retmask_jax.heads.copy_score import copy_score, detect, detect_plain
 from retmask_jax.heads.detection import COUNTED, stability
@@ -135,6 +136,14 @@ def test_plain_detection_and_the_fast_one_are_equal_on_the_bundled_model():
     plain, fast = detect_plain(lm, cases, max_new_tokens=NEW), detect(lm, cases, max_new_tokens=NEW, batch_size=1)
     assert plain == fast and plain.outcomes == [COUNTED] * 3
     assert sorted(plain.scores.heads(top_k=4)) == [(1, 0), (1, 1), (1, 2), (1, 3)]
+
+
+@pytest.mark.slow
+def test_cases_of_a_small_model_are_read_by_one_program():
+    lm, cases = load("bundled"), [*bundled_cases(96, depths=3, needles=1), *bundled_cases(192, depths=3, needles=1)]
+    before = answer_batch._cache_size()
+    detect(lm, cases, max_new_tokens=NEW, batch_size=2)
+    assert answer_batch._cache_size() == before + 1
 
 
 # --- which cases count ---

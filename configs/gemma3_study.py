@@ -1,13 +1,13 @@
-"""The causal study on Gemma-3-270M, a base model most of whose layers see a window of 512 tokens.
+"""Both studies of Gemma-3-270M, a base model most of whose layers see a window of 512 tokens.
 
     make models
-    retmask study --config=gemma3_study
+    retmask study --config=gemma3_study                # or one stage after the other: detect, detectors, knockout, ...
+    retmask rates --config=gemma3_study                # after `retmask pairs`: which learning rate?
+    retmask run --config=gemma3_study                  # RetMask: with the flags that `rates` prints
 
-runs detection, eight detectors, knock-out with all controls, rotary pairs and RoPE bases, and writes study.html. Each is a
-stage of its own: `retmask detect`, `detectors`, `knockout`, `rope`, `utility` and `theta` with the same --config, in this
-order. The settings, with their reasons, are in configs/_real.py.
+The settings, with their reasons, are in configs/_real.py; `--plan` says how long each stage takes here.
 
-Hardware: two CPU cores, about three hours.
+Hardware: two CPU cores of 64 GFLOP/s each: about two hours for the study, four more for RetMask with adapters.
 """
 
 from ml_collections import ConfigDict
@@ -15,4 +15,4 @@ from retmask_jax.configs import _real
 
 
 def get_config() -> ConfigDict:
-    return _real.study("models/gemma-3-270m-q4_k_m.gguf")
+    return _real.real("models/gemma-3-270m-q4_k_m.gguf")

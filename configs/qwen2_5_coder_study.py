@@ -1,13 +1,13 @@
-"""The causal study on Qwen2.5-Coder-0.5B-Instruct, in which many heads retrieve.
+"""Both studies of Qwen2.5-Coder-0.5B-Instruct, in which many heads retrieve.
 
     make models
-    retmask study --config=qwen2_5_coder_study
+    retmask study --config=qwen2_5_coder_study                # or one stage after the other: detect, detectors, knockout, ...
+    retmask rates --config=qwen2_5_coder_study                # after `retmask pairs`: which learning rate?
+    retmask run --config=qwen2_5_coder_study                  # RetMask: with the flags that `rates` prints
 
-runs detection, eight detectors, knock-out with all controls, rotary pairs and RoPE bases, and writes study.html. Each is a
-stage of its own: `retmask detect`, `detectors`, `knockout`, `rope`, `utility` and `theta` with the same --config, in this
-order. The settings, with their reasons, are in configs/_real.py.
+The settings, with their reasons, are in configs/_real.py; `--plan` says how long each stage takes here.
 
-Hardware: two CPU cores, about eight hours.
+Hardware: two CPU cores of 64 GFLOP/s each: about six hours for the study, fourteen more for RetMask with adapters.
 """
 
 from ml_collections import ConfigDict
@@ -15,4 +15,4 @@ from retmask_jax.configs import _real
 
 
 def get_config() -> ConfigDict:
-    return _real.study("models/qwen2.5-coder-0.5b-instruct-q4.gguf")
+    return _real.real("models/qwen2.5-coder-0.5b-instruct-q4.gguf")

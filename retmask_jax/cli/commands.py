@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from retmask_jax.aot import decoding, step
 from retmask_jax.cli import doctor
-from retmask_jax.cli.plan import planned, say_how_long
+from retmask_jax.cli.plan import planned, say_how_long, say_how_long_diff
 from retmask_jax.cli.printing import print_numbers, print_table
 from retmask_jax.data.pair_formats import export_pairs, iter_pairs
 from retmask_jax.generation.language_model import load, save
@@ -253,7 +253,8 @@ def diff(start: str, trained: str, settings: dict, out: Path | None) -> None:
     settings: of `difference.Settings`.
     """
     _log()
-    found = difference.compare(start, trained, difference.Settings(**settings))
+    chosen = difference.Settings(**settings)
+    found = difference.compare(start, trained, chosen, functools.partial(say_how_long_diff, chosen.dtype))
     for sentence in of_difference.sentences(found):
         print(sentence)
     print_table(*of_difference.groups(found), justify="right")

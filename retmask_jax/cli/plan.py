@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from retmask_jax.model.config import ModelConfig
 from retmask_jax.reports import html
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.costs import Cost, in_words, measured_speed, seconds
@@ -34,8 +35,18 @@ def say_how_long(context: Context, stage: Stage) -> None:
     """
     if not primary() or (cost := stage.cost(context)) == Cost():
         return
-    if (duration := _duration(context, cost)) >= _WORTH_SAYING:
-        print(f"{stage.name:<9} {in_words(duration)}", file=sys.stderr, flush=True)
+    _say(stage.name, _duration(context, cost))
+
+
+def say_how_long_diff(dtype: str, model: ModelConfig, tokens: int) -> None:
+    """The same for `retmask diff`, which reads so many tokens."""
+    if primary():
+        _say("diff", seconds(Cost(read=tokens), model, dtype, measured_speed(dtype)))
+
+
+def _say(name: str, duration: float) -> None:
+    if duration >= _WORTH_SAYING:
+        print(f"{name:<9} {in_words(duration)}", file=sys.stderr, flush=True)
 
 
 def _duration(context: Context, cost: Cost) -> float:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,7 +40,7 @@ def answers_under(
     *,
     max_new_tokens: int,
     batch_size: int,
-    known: Mapping[int, Generated] | None = None,
+    known: Mapping[int, Any] | None = None,
     done: Callable[[int, Generated], None] | None = None,
     what: str = "answer",
 ) -> list[list[Generated]]:

@@ -108,9 +108,10 @@ def answers(
     said = dict(known or {})
 
     def add(mask: int, case: int, generated: Generated) -> None:
-        said[mask, case] = np.asarray(generated.tokens).tolist()
+        tokens: list[int] = np.asarray(generated.tokens).tolist()
+        said[mask, case] = tokens
         if done is not None:
-            done((mask, case), said[mask, case])
+            done((mask, case), tokens)
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "what": what}
     if n > 1 and contrast is None and can_share(lm.config, prompts, max_new_tokens):

@@ -41,7 +41,7 @@ def sentences(found: Difference) -> list[str]:
         lines.append("The interval of the gain holds 0: what shares of it are carried where is not known.")
     if found.copy_scores or found.settings.scores:
         lines.append(f"{count(len(found.retrieval), 'head')} score at least {found.settings.threshold:g}.")
-    lines.append(f"{found.singly} of {np.size(found.changes.q)} heads were measured one by one.")
+    lines.append(f"{found.singly} of {found.heads} heads were measured one by one.")
     return lines
 
 
@@ -139,7 +139,7 @@ def _change_map(name: str, changes: WeightChanges, found: Difference) -> "Figure
 
 
 def _unmeasured(found: Difference) -> str:
-    return " White: also heads that were not measured." if found.singly < np.size(found.changes.q) else ""
+    return " White: also heads that were not measured." if found.singly < found.heads else ""
 
 
 def _outlined(found: Difference) -> str:

@@ -75,6 +75,11 @@ class Difference:
         """How many heads were measured one by one."""
         return sum(part.kind == "head" for part in self.parts)
 
+    @property
+    def heads(self) -> int:
+        """How many heads the models have."""
+        return sum(map(len, self.changes.q))
+
 
 def compare(
     start: str,

@@ -63,7 +63,7 @@ def record_of(name: str, root: Path) -> Record:
     return Record(
         model=name,
         weights=detect.provenance.inputs["weights"],
-        total_heads=int(np.size(detect.mean)),
+        total_heads=np.size(detect.mean),
         file=source.name,
         sha256=_sha256(source),
         settings=settings_of(config) | {"model": source.name},

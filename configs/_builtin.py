@@ -30,6 +30,12 @@ def facts(lengths: tuple[int, ...], per_length: int, seed: int) -> ConfigDict:
     return default.task(*files, lengths, per_length=per_length, seed=seed, prefix=True, max_new_tokens=8)
 
 
+def indirect(lengths: tuple[int, ...], per_length: int, seed: int) -> ConfigDict:
+    """Cases whose question shares no word with the statement that answers it."""
+    files = ("builtin:indirect", "builtin:essays")
+    return default.task(*files, lengths, per_length=per_length, seed=seed, prefix=True, max_new_tokens=8)
+
+
 def closed_book() -> ConfigDict:
     """The same facts, asked without a text."""
     return default.task("builtin:closed_book", prefix=True, max_new_tokens=8)

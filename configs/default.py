@@ -82,6 +82,9 @@ def get_config() -> ConfigDict:
     config.pairs.prompts = ""  # .jsonl or .txt (or .gz), a glob of them, or tfds:NAME (see retmask_jax/data/prompts.py)
     config.pairs.prompts_split = "train"  # of a TFDS set; a slice such as train[:10%] works too
     config.pairs.prompts_field = None  # where each record has its prompt; None: messages, conversation or prompt
+    # What a prompt must have to be asked: ("messages_without",) takes those alone that the arm no_fact can be trained on, so
+    # that all arms get the same prompts. Others are left out and counted.
+    config.pairs.prompts_having = ()
     config.pairs.n_prompts = 294_000
     config.pairs.temperature = 0.6
     config.pairs.top_p = 1.0
@@ -145,6 +148,13 @@ def get_config() -> ConfigDict:
     config.train.profile = ()  # (first step, step after the last) of a trace for TensorBoard or Perfetto
     # Project of Weights & Biases, if installed; metrics.jsonl and tensorboard/ are always written.
     config.train.wandb = ""
+
+    # The learning rate (`retmask rates`): the arm retmask, with the first of train.seeds, at each of these rates. They are
+    # measured on tasks that eval does not report, and on the text after that of the losses.
+    config.rates = ConfigDict()
+    config.rates.learning_rates = ()  # as train.learning_rate; the last one keeps its ratio to the first
+    config.rates.tasks = ()
+    config.rates.most_loss = 0.05  # nats by which the loss on plain text may rise at the rate that is chosen
 
     config.eval = ConfigDict()
     config.eval.tasks = ()

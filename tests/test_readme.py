@@ -17,6 +17,9 @@ from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.hf.packaged_models import MODELS
 from retmask_jax.hf.summary import describe
 from retmask_jax.model.interventions import Interventions, mask_heads
+from retmask_jax.reports.panel.records import read_records
+from retmask_jax.reports.panel.tables import every_table, markdown, masks, rotary, training
+from retmask_jax.reports.panel.tables import gains as gain_rows
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.recipes import load_recipe
 from retmask_jax.runs.workdir import Workdir
@@ -155,7 +158,9 @@ def test_rows_of_the_panel_are_those_of_its_files():
     """Every interval of a row is one of its model's; heads, Gini and recalls are those of the panel's table of models."""
     panel = json.loads((ROOT / "colab/panel/panel.json").read_text())
     models = {model["model"]: model for model in panel["models"]}
+    made = [row for rows in tables("\n\n".join(every_table(records()))) for row in rows]
     rows = [row for path in PAGES for table in tables(read(path)) for row in table if row[0] in models]
+    rows = [row for row in rows if row not in made]
     assert {row[0] for row in rows} == set(models)
     for name, *cells in rows:
         known = _triples(json.loads((ROOT / f"colab/panel/{name}.json").read_text())) | _triples(
@@ -173,6 +178,18 @@ def test_rows_of_the_panel_are_those_of_its_files():
         assert (
             single and {float(x) for x in single} <= values and f"{model['heads']} of {model['of']}" in " ".join(cells)
         )
+
+
+def records(folder=ROOT / "colab"):
+    return read_records([folder / "panel", folder / "real"])
+
+
+def test_tables_of_records_are_in_the_page_line_by_line():
+    """All of those of the real models, and gain against sparsity of all models."""
+    real = [record for record in records() if record.sha256]
+    made = [gain_rows(records())[0], masks(real), rotary(real), *map(training, real)]
+    lines = [line for rows in made for line in markdown(rows).splitlines() if not line.startswith("|---")]
+    assert len(lines) > 6 and [line for line in lines if line not in COLAB.splitlines()] == []
 
 
 def test_times_and_ratios_of_the_benchmarks_agree():

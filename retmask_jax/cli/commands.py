@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from retmask_jax.aot import decoding, step
 from retmask_jax.cli import doctor
+from retmask_jax.cli.plan import planned, say_how_long, say_how_long_diff
 from retmask_jax.cli.printing import print_numbers, print_table
 from retmask_jax.data.pair_formats import export_pairs, iter_pairs
 from retmask_jax.generation.language_model import load, save
@@ -28,7 +29,6 @@ from retmask_jax.reports import difference as of_difference
 from retmask_jax.reports.comparison import COMPARISON
 from retmask_jax.reports.panel import findings, gains, page, profiles, sources
 from retmask_jax.runs.context import Context
-from retmask_jax.runs.costs import Cost, in_words, measured_speed, seconds
 from retmask_jax.runs.stage import Stage
 from retmask_jax.runs.workdir import Example, Result, Workdir, check_free, differing, locked, settings_of, versions
 from retmask_jax.stages.detect import retrieval_heads
@@ -42,7 +42,6 @@ from retmask_jax.utils.fingerprints import fingerprint
 from retmask_jax.utils.hosts import join, primary
 
 _WIDE = 160  # characters of a text that is shown
-_WORTH_SAYING = 20.0  # seconds
 _AT_MOST = 6  # models side by side in a table; of more the numbers are listed, pooled over seeds
 
 
@@ -68,7 +67,7 @@ def _in_order(context: Context, stages: Sequence[Stage], summary: Path, report: 
     """Run stages, each skipped where its inputs have not changed, and show their numbers."""
     numbers = {}
     for stage in stages:
-        result, ran = run_stage(context, stage, functools.partial(_say_how_long, context, stage))
+        result, ran = run_stage(context, stage, functools.partial(say_how_long, context, stage))
         numbers |= result.numbers
         if not primary():
             continue
@@ -92,7 +91,7 @@ def one_stage(config: ConfigDict, root: Path, name: str, aside: bool = False) ->
     """Run one stage on the results of those before it; returns its result. aside: as of `Workdir.open`."""
     stage = STAGES[name]
     context = _open(config, root, (stage,), aside=aside, model=stage.needs_model)
-    result, ran = run_stage(context, stage, functools.partial(_say_how_long, context, stage))
+    result, ran = run_stage(context, stage, functools.partial(say_how_long, context, stage))
     if primary():
         if not ran:
             print(f"{name}: unchanged since {result.provenance.created}")
@@ -103,6 +102,18 @@ def one_stage(config: ConfigDict, root: Path, name: str, aside: bool = False) ->
         if primary():
             print(f"page: {root / COMPARISON.of(context).path}")
     return result
+
+
+def plan(config: ConfigDict, root: Path, name: str, aside: bool = False) -> None:
+    """Check the config of a command and print about how long each of its stages takes here, without running any.
+
+    name: "run", "study" or a stage. aside: as of `Workdir.open`.
+    """
+    stages = {"run": RUN, "study": STUDIED}.get(name) or (STAGES[name],)
+    context = _open(config, root, stages, aside=aside, model=any(stage.needs_model for stage in stages))
+    table, left = planned(context, stages)
+    print_table(*table, justify="right")
+    print(left)
 
 
 def export(config: ConfigDict, root: Path, what: str, heads: Sequence[str] | None, form: str, out: Path) -> None:
@@ -242,7 +253,8 @@ def diff(start: str, trained: str, settings: dict, out: Path | None) -> None:
     settings: of `difference.Settings`.
     """
     _log()
-    found = difference.compare(start, trained, difference.Settings(**settings))
+    chosen = difference.Settings(**settings)
+    found = difference.compare(start, trained, chosen, functools.partial(say_how_long_diff, chosen.dtype))
     for sentence in of_difference.sentences(found):
         print(sentence)
     print_table(*of_difference.groups(found), justify="right")
@@ -329,19 +341,6 @@ def _log() -> None:
     """RETMASK_LOG=INFO shows what is going on inside."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("retmask_jax").setLevel(os.environ.get("RETMASK_LOG", "WARNING").upper())
-
-
-def _say_how_long(context: Context, stage: Stage) -> None:
-    """Say about how long a stage that begins will take, where progress is shown, unless it takes seconds only.
-
-    Of several hosts the first one says it, so nothing is done here in which all must take part.
-    """
-    if not primary() or (cost := stage.cost(context)) == Cost():
-        return
-    config = context.config
-    duration = seconds(cost, context.outline.config, config.dtype, measured_speed(config.dtype)) / context.mesh.size
-    if duration >= _WORTH_SAYING:
-        print(f"{stage.name:<9} {in_words(duration)}", file=sys.stderr, flush=True)
 
 
 def _say_where_time_went(context: Context, result: Result) -> None:

@@ -85,6 +85,9 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
     begin = time.time()
     if getattr(arguments, "aot", None) is not None:
         return 0 if commands.ahead(config, name, arguments.aot, arguments.stage) else 1
+    if getattr(arguments, "plan", False):
+        commands.plan(config, root, arguments.stage, arguments.set_aside)
+        return 0
     match arguments.stage:
         case "pretrain":
             commands.pretrain(config, root)

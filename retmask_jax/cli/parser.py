@@ -16,10 +16,11 @@ GROUPS = {
         "knockout": "mask the retrieval heads and others, measure every task",
         "rope": "take rotary pairs out of the retrieval heads, by frequency",
         "pairs": "sample normal and ablated answers to unlabelled prompts",
+        "rates": "try learning rates on tasks of their own, choose one",
         "train": "train with DPO to prefer the normal answers; the controls",
         "eval": "tasks and suites before and after; or compare models",
         "report": "write report.html from the results of all stages",
-        "run": "all of these in order, each skipped where nothing changed",
+        "run": "all of these but rates in order, each skipped where nothing changed",
     },
     "the causal study": {
         "detectors": "compare detectors: agreement, stability, speed, masked recall",
@@ -240,6 +241,9 @@ def _add_config(stage: argparse.ArgumentParser, name: str) -> None:
             action="store_true",
             help="where the work directory was made with other settings, keep what no longer fits under "
             "a new name and make it again",
+        )
+        stage.add_argument(
+            "--plan", action="store_true", help="only check the settings and say about how long each stage takes here"
         )
     if name in _AHEAD:
         stage.add_argument(

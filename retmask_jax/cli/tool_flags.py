@@ -85,6 +85,12 @@ def _add_diff(stage: argparse.ArgumentParser) -> None:
         "--threshold", type=float, default=0.1, help="score that a retrieval head reaches (default: 0.1)"
     )
     stage.add_argument(
+        "--heads",
+        metavar="N|FILE",
+        help="heads whose shares are measured one by one, two passes each: the best N by score, or a file, a JSON list of "
+        "[layer, head] or head scores (default: all)",
+    )
+    stage.add_argument(
         "--no_copy", dest="detect", action="store_false", help="leave out the copy scores of both models"
     )
     stage.add_argument("--dtype", default="float32", help="of parameters and computation (default: float32)")

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +38,7 @@ def read_prompts(
     n: int | None = None,
     split: str = "train",
     field: str | None = None,
+    having: Sequence[str] = (),
     resolve: Callable[[str], Path] = Path,
 ) -> Prompts:
     """Reads the first n prompts of a source, and nothing after them.
@@ -52,6 +53,7 @@ def read_prompts(
         split: Split of a TFDS set.
         field: Field of a record that holds the prompt, such as "question/text" for a field within a field; None for the
             first of messages, conversation and prompt.
+        having: Fields of `Prompts.records` that a prompt must have; others are left out and counted.
         resolve: Turns the name of a file into its path.
 
     Raises:
@@ -65,8 +67,9 @@ def read_prompts(
     for place, default_id, stored in _stored(source, split, resolve):
         mark = _mark(place, stored)
         prompt = None if mark else _prompt(place, default_id, stored, field)
-        counts[KEPT if prompt else mark or "empty"] += 1
-        if not prompt:
+        lacking = next((name for name in having if prompt and name not in prompt), None)
+        counts[f"without {lacking}" if lacking else KEPT if prompt else mark or "empty"] += 1
+        if not prompt or lacking:
             continue
         if (first := places.setdefault(prompt["id"], place)) != place:
             raise ValueError(f"{first} and {place} have the same id {prompt['id']!r}: give each prompt its own")

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
@@ -122,6 +122,7 @@ def generate_many(
     stop_ids: Sequence[int] | None = None,
     contrast: ContrastDecoding | None = None,
     probe: bool = False,
+    done: Callable[[int, Generated], None] | None = None,
     what: str = "generate",
 ) -> list[Generated]:
     """Continue prompts of any lengths, sorted into batches of similar length; results are in the order of the prompts.
@@ -131,6 +132,7 @@ def generate_many(
     Args:
         interventions: Shared by all prompts, or with a row for each; so are those of the contrast.
         seeds: One per prompt; None: 0, 1, ...
+        done: As of `memory.in_batches`.
         what: Names the work in the progress bar and the log.
 
     Returns:
@@ -168,7 +170,7 @@ def generate_many(
                 out = to_host(generate_batch(config, params, *arguments(rows), **options))
             yield rows, [one_row(out, row) for row in range(len(rows))]
 
-    return memory.in_batches(len(prompts), batch_size, what, "prompt", work)
+    return memory.in_batches(len(prompts), batch_size, what, "prompt", work, done=done)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "probe"), compiler_options=DECODING)

@@ -1,7 +1,8 @@
 """Greedy answers to the same prompts under many masks: what lies before the first masked layer is computed once."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,6 +40,8 @@ def answers_under(
     *,
     max_new_tokens: int,
     batch_size: int,
+    known: Mapping[int, Any] | None = None,
+    done: Callable[[int, Generated], None] | None = None,
     what: str = "answer",
 ) -> list[list[Generated]]:
     """Greedy answers [mask][prompt], as of `generate_many`.
@@ -49,6 +52,7 @@ def answers_under(
     Args:
         masks: Shared by all prompts; of any rotary site.
         batch_size: Prompts in a pass.
+        known, done: As of `memory.in_batches`; the index of an answer is prompt x number of masks + mask.
     """
     config, n = lm.config, len(masks)
     dense = [normalise(config, mask) for mask in masks]
@@ -72,7 +76,7 @@ def answers_under(
                 yield [i * n + k for i in rows], [one_row(out, row) for row in range(len(rows))]
 
     with mesh_of(lm.params):
-        found = memory.in_batches(n * len(prompts), batch_size, what, "answer", work)
+        found = memory.in_batches(n * len(prompts), batch_size, what, "answer", work, known=known, done=done)
     return [found[k::n] for k in range(n)]
 
 

@@ -1,7 +1,8 @@
 """Causal experiments: answers under many masks in one compiled program, and their statistics."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Bool
 
 from retmask_jax.data.answers import holds
 from retmask_jax.data.needles import Case
-from retmask_jax.generation.decode import generate_many
+from retmask_jax.generation.decode import Generated, generate_many
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.generation.under_masks import answers_under, can_share
@@ -19,6 +20,7 @@ from retmask_jax.model.interventions import Head, Interventions, stack
 from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import McNemar, Number
 
+Place = tuple[int, int]  # of a mask and of a case
 _MASK_BYTES = 2**30  # of masks repeated for each case, at a time
 
 
@@ -91,36 +93,35 @@ def answers(
     max_new_tokens: int,
     batch_size: int,
     contrast: ContrastDecoding | None = None,
+    known: Mapping[Place, Sequence[int]] | None = None,
+    done: Callable[[Place, list[int]], None] | None = None,
     what: str = "answer",
 ) -> list[list[str]]:
     """Greedy answers [mask][case]; what lies before the first layer that a mask touches is computed once for all masks.
 
     Args:
         contrast: Answers are decoded by contrast, and nothing is shared among masks; the same for all masks and cases.
+        known: Tokens of answers of an earlier run, which are not computed again.
+        done: Called with each new answer.
     """
-    prompts = [case.tokens for case in cases]
-    if len(masks) > 1 and contrast is None and can_share(lm.config, prompts, max_new_tokens):
-        options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "what": what}
-        found = answers_under(lm, prompts, masks, **options)
-        return [lm.tokenizer.batch_decode([one.tokens for one in row], skip_special_tokens=True) for row in found]
-    texts: list[list[str]] = [[] for _ in masks]
-    for some in _together(lm.config, masks, len(cases)):
-        together = stack([masks[i] for i in some])
-        per_row = jax.tree.map(lambda x: np.repeat(np.asarray(x), len(cases), axis=0), together)
-        results = generate_many(
-            lm.config,
-            lm.params,
-            prompts * len(some),
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            interventions=per_row,
-            contrast=contrast,
-            what=what,
-        )
-        said = lm.tokenizer.batch_decode([result.tokens for result in results], skip_special_tokens=True)
-        for place, i in enumerate(some):
-            texts[i] = said[place * len(cases) : (place + 1) * len(cases)]
-    return texts
+    prompts, n = [case.tokens for case in cases], len(masks)
+    said = dict(known or {})
+
+    def add(mask: int, case: int, generated: Generated) -> None:
+        tokens: list[int] = np.asarray(generated.tokens).tolist()
+        said[mask, case] = tokens
+        if done is not None:
+            done((mask, case), tokens)
+
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "what": what}
+    if n > 1 and contrast is None and can_share(lm.config, prompts, max_new_tokens):
+        earlier = {case * n + mask: tokens for (mask, case), tokens in said.items()}
+        answers_under(lm, prompts, masks, known=earlier, done=lambda i, one: add(i % n, i // n, one), **options)
+    else:
+        for some in _together(lm.config, masks, len(cases)):
+            missing = [place for place in itertools.product(some, range(len(cases))) if place not in said]
+            _answer(lm, prompts, masks, missing, contrast, add, options)
+    return [_texts(lm, [said[mask, case] for case in range(len(cases))]) for mask in range(n)]
 
 
 def hits(texts: Sequence[str], cases: Sequence[Case], field: str = "answer") -> Bool[np.ndarray, " cases"]:
@@ -195,6 +196,27 @@ def _chosen(conditions: Sequence[Condition], outcome_CN, wanted: Mapping[str, An
     """The outcomes of the conditions whose attributes have these values."""
     chosen = [i for i, c in enumerate(conditions) if all(getattr(c, name) == v for name, v in wanted.items())]
     return np.asarray(outcome_CN)[chosen]
+
+
+def _answer(lm, prompts, masks, missing: Sequence[Place], contrast, add, options: dict[str, Any]) -> None:
+    """Answers these, each row under its mask."""
+    if not missing:
+        return
+    chosen = sorted({mask for mask, _ in missing})
+    together, rows = stack([masks[mask] for mask in chosen]), [chosen.index(mask) for mask, _ in missing]
+    generate_many(
+        lm.config,
+        lm.params,
+        [prompts[case] for _, case in missing],
+        interventions=jax.tree.map(lambda x: np.asarray(x)[rows], together),
+        contrast=contrast,
+        done=lambda i, generated: add(*missing[i], generated),
+        **options,
+    )
+
+
+def _texts(lm: LanguageModel, answers: Sequence[Sequence[int]]) -> list[str]:
+    return lm.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def _together(config: ModelConfig, masks: Sequence[Interventions], n_cases: int) -> list[list[int]]:

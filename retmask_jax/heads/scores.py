@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int32, Num
 from numpy.typing import ArrayLike
 
+from retmask_jax.model.interventions import Head
 from retmask_jax.utils.files import write_atomically
 
 _KEY = re.compile(r"(0|[1-9][0-9]*)-(0|[1-9][0-9]*)")
@@ -199,6 +200,33 @@ def scores_for(path: str | os.PathLike, shape: tuple[int, int], has: str = "the 
             f"{path} scores {layers} layers of {heads} heads, {has} {shape[0]} of {shape[1]}: give scores of this architecture"
         )
     return scores
+
+
+def listed_heads(path: str | os.PathLike, shape: tuple[int, int]) -> list[Head] | None:
+    """Returns the heads of a file that is a JSON list of [layer, head]; None for any other file.
+
+    Args:
+        path: The file.
+        shape: (L, H) of the model.
+
+    Raises:
+        ValueError: An entry of the list is no head, or none of the model's.
+    """
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(entries, list):
+        return None
+    for entry in entries:
+        if not (isinstance(entry, list) and len(entry) == 2 and all(type(index) is int for index in entry)):
+            raise ValueError(f"{path}: {entry!r:.40} is no head: write [layer, head], such as [15, 30]")
+        if not all(0 <= index < size for index, size in zip(entry, shape, strict=True)):
+            layers, heads = shape
+            raise ValueError(
+                f"{path}: head {entry} is out of range: the model has {layers} layers of {heads} query heads"
+            )
+    return [(layer, head) for layer, head in entries]
 
 
 def _read_pairs(path: str | os.PathLike) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from retmask_jax.stages.detect import DETECT
 from retmask_jax.stages.eval import EVAL
 from retmask_jax.stages.knockout import KNOCKOUT
 from retmask_jax.stages.pairs import PAIRS
+from retmask_jax.stages.rates import RATES
 from retmask_jax.stages.rope import ROPE
 from retmask_jax.stages.study.detectors import DETECTORS_STAGE
 from retmask_jax.stages.study.dynamics import DYNAMICS
@@ -36,6 +37,7 @@ _ALL = (
     KNOCKOUT,
     ROPE,
     PAIRS,
+    RATES,
     TRAIN,
     EVAL,
     REPORT,

@@ -41,6 +41,7 @@ def sentences(found: Difference) -> list[str]:
         lines.append("The interval of the gain holds 0: what shares of it are carried where is not known.")
     if found.copy_scores or found.settings.scores:
         lines.append(f"{count(len(found.retrieval), 'head')} score at least {found.settings.threshold:g}.")
+    lines.append(f"{found.singly} of {found.heads} heads were measured one by one.")
     return lines
 
 
@@ -90,12 +91,13 @@ def _carried(found: Difference) -> Markup:
                 maps[f"Gain in {name}, head {title}"] = values_LH
     panels = {title: head_map(title, values, found.retrieval, "share", signed=True) for title, values in maps.items()}
     each = [part for part in found.parts if part.kind != "group"]
+    every = table(["part", *_HEADER], [[part.name, *_cells(part)] for part in each])
     return section(
         "Which heads carry it",
         [],
-        drawn(panels, f"Share of the gain that a head alone carries.{_outlined(found)}"),
+        drawn(panels, f"Share of the gain that a head alone carries.{_unmeasured(found)}{_outlined(found)}"),
         table(*best_heads(found), note=_NOTE),
-        html.folded("Every head and MLP", table(["part", *_HEADER], [[part.name, *_cells(part)] for part in each])),
+        html.folded("Every head that was measured, and every MLP", every),
     )
 
 
@@ -134,6 +136,10 @@ def _change_map(name: str, changes: WeightChanges, found: Difference) -> "Figure
     shared = name in ("k", "v") and values.shape != _array(changes.q).shape
     heads: Sequence = [] if shared else found.retrieval
     return head_map(f"Change of {name}", values, heads, "relative change", across="KV head" if shared else "head")
+
+
+def _unmeasured(found: Difference) -> str:
+    return " White: also heads that were not measured." if found.singly < found.heads else ""
 
 
 def _outlined(found: Difference) -> str:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from retmask_jax.data.builtin_files import path_of
 from retmask_jax.data.needles import read_needles
+from retmask_jax.evals.suites.ruler import TASKS
 from retmask_jax.hf.summary import count_parameters
 from retmask_jax.model.config import ModelConfig
 
@@ -52,6 +53,24 @@ def task_cost(config: Any, name: str) -> Cost:
     each = task.per_length or len(task.depths) * needles
     written = each * len(task.lengths) * task.max_new_tokens // 2
     return Cost(each * sum(task.lengths), written, rows=config.batch_size)
+
+
+def cases_cost(config: Any, name: str, n: int | None) -> Cost:
+    """The cost of n cases of a task, evenly spread; None: of all."""
+    whole, task = task_cost(config, name), config.tasks[name]
+    cases = (task.per_length or len(task.depths) * len(read_needles(path_of(task.needles)))) * len(task.lengths)
+    share = 1.0 if n is None else min(1.0, n / max(cases, 1))
+    return dataclasses.replace(whole, read=round(share * whole.read), written=round(share * whole.written))
+
+
+def suites_cost(config: Any) -> Cost:
+    """The cost of RULER and of key-value recall, whose samples have the lengths that the config asks for."""
+    ruler, pairs = config.suites.ruler, config.suites.json_kv
+    samples = len(ruler.tasks) * ruler.n
+    read = samples * sum(ruler.lengths) if samples else 0
+    written = sum(TASKS[task].max_new_tokens for task in ruler.tasks) * ruler.n * len(ruler.lengths) // 2
+    keyed = Cost(pairs.n * sum(pairs.lengths), pairs.n * len(pairs.lengths) * pairs.max_new_tokens // 2)
+    return dataclasses.replace(Cost(read, written) + keyed, rows=config.batch_size)
 
 
 def seconds(cost: Cost, model: ModelConfig, dtype: str, speed: Speed) -> float:

@@ -58,8 +58,8 @@ _LIMITS = {
         tasks.*.distractors suites.*.seed suites.niah.distractors suites.lm_eval.fewshot""",
     _POSITIVE: """programs.gib programs.days
         pairs.timeout train.beta train.contrast_strength train.learning_rate train.lora_alpha train.eps train.clip
-        theta.factors""",
-    _NOT_NEGATIVE: "pairs.temperature train.final_learning_rate train.weight_decay train.nll_weight train.gamma",
+        rates.learning_rates theta.factors""",
+    _NOT_NEGATIVE: "rates.most_loss pairs.temperature train.final_learning_rate train.weight_decay train.nll_weight train.gamma",
     _BELOW_1: "train.b1 train.b2 train.warmup",
     _BETWEEN: "knockout.minimal",
     _SHARE: "pairs.top_p rope.coverage",
@@ -67,7 +67,8 @@ _LIMITS = {
     _CONTRAST: "eval.contrast",
     _SIZE: "knockout.curve",
     Limit("a number", (int, float), lambda value: value == value): "detect.threshold dynamics.threshold",
-    _TEXT: """ignore detect.scores pairs.prompts_field train.arms train.heads train.lora_targets train.checkpoint_folder
+    _TEXT: """ignore detect.scores pairs.prompts_field pairs.prompts_having rates.tasks
+        train.arms train.heads train.lora_targets train.checkpoint_folder
         dynamics.checkpoints dynamics.task knockout.tasks rope.tasks theta.tasks eval.tasks eval.grids detectors.names
         detectors.seed_names""",
 }

@@ -27,7 +27,7 @@ from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.heads.conditions import Condition
 from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.runs.context import Context
-from retmask_jax.runs.costs import Cost, task_cost
+from retmask_jax.runs.costs import Cost, suites_cost, task_cost
 from retmask_jax.runs.recipes import as_json as config_json
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result, changed_versions, versions
@@ -376,7 +376,7 @@ def _cost(context: Context) -> Cost:
     config = context.config
     passes = 0 if config.eval.contrast is None else 2
     models = 1 + config.eval.masked + passes + len(config.train.arms) * len(config.train.seeds)
-    tasks = [task_cost(config, task) for task in tasks_of(config)]
+    tasks = [task_cost(config, task) for task in tasks_of(config)] + [suites_cost(config)]
     return models * sum(tasks, Cost(config.text.windows * config.text.length if config.text.file else 0))
 
 

@@ -2,16 +2,20 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool
 
 from retmask_jax.data.needles import Case
+from retmask_jax.evals.scoring import mask_hash
 from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.heads.conditions import Condition, answers, hits
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import SHOWN
 from retmask_jax.runs.workdir import Example
+from retmask_jax.utils.files import digest
+from retmask_jax.utils.store import Store, request_key
 
 FROM_MEMORY = ": from memory"  # what the name of a task ends with where answers from the model's memory are counted
 
@@ -70,16 +74,37 @@ def task_answers(
     conditions: Sequence[Condition],
     contrast: ContrastDecoding | None = None,
 ) -> list[list[str]]:
-    """The model's answers [condition][case] to the cases of a task; contrast: as of `conditions.answers`."""
-    return answers(
-        context.lm,
-        cases,
-        [c.interventions for c in conditions],
-        max_new_tokens=context.config.tasks[task].max_new_tokens,
-        batch_size=context.config.batch_size,
-        contrast=contrast,
-        what=task,
-    )
+    """The model's answers [condition][case] to the cases of a task; contrast: as of `conditions.answers`.
+
+    Answers are kept in the work directory as they come, so that a stage that was interrupted goes on.
+    """
+    config, new = context.lm.config, context.config.tasks[task].max_new_tokens
+    masks = [condition.interventions for condition in conditions]
+    hashes = [mask_hash(config, mask, contrast) for mask in masks]
+    keys = {
+        (m, c): request_key("answer", case.tokens, mask=of_mask, max_new_tokens=new)
+        for m, of_mask in enumerate(hashes)
+        for c, case in enumerate(cases)
+    }
+    with Store(_kept_in(context)) as kept:
+        return answers(
+            context.lm,
+            cases,
+            masks,
+            max_new_tokens=new,
+            batch_size=context.config.batch_size,
+            contrast=contrast,
+            known={place: kept[key] for place, key in keys.items() if key in kept},
+            done=lambda place, tokens: kept.add(keys[place], tokens),
+            what=task,
+        )
+
+
+def _kept_in(context: Context) -> Path:
+    """The folder of a model's answers, which lies next to the stages; the RoPE base is not in the files of a model."""
+    lm = context.lm
+    identity = [context.model_fingerprint, context.config.dtype, repr((lm.config.rope, lm.config.sliding_rope))]
+    return context.workdir.folder("measured") / f"answers-{digest(identity)}"
 
 
 def mask_name(kind: str, how: str) -> str:

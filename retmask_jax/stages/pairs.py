@@ -62,7 +62,12 @@ def pairs_stage(context: Context, folder: Path) -> PairsResult:
     """
     config, section = context.config, context.config.pairs
     read = read_prompts(
-        section.prompts, n=section.n_prompts, split=section.prompts_split, field=section.prompts_field, resolve=path_of
+        section.prompts,
+        n=section.n_prompts,
+        split=section.prompts_split,
+        field=section.prompts_field,
+        having=section.prompts_having,
+        resolve=path_of,
     )
     _check_prompts(read.records, config)
     masked = _masked(context)

@@ -88,7 +88,7 @@ def train_stage(context: Context, folder: Path) -> TrainResult:
         for arm in section.arms
         for seed in section.seeds
     ]
-    runs = {f"{arm}-{each.seed}": _trained(context, model, arm, each, folder) for arm, each in settings}
+    runs = {f"{arm}-{each.seed}": trained_run(context, model, arm, each, folder) for arm, each in settings}
     shown = list(runs)[:1] if section.examples else []
     examples = [example for name in shown for example in _examples(context, folder / name)]
     numbers = {f"train/{name}/final loss": stats.exact(run.steps[-1].loss, run.examples) for name, run in runs.items()}
@@ -103,13 +103,11 @@ def train_settings(config: ConfigDict, arm: str, seed: int, heads: Sequence[Head
     return Settings(objective=ARMS[arm].objective, seed=seed, heads=chosen, **{name: section[name] for name in fields})
 
 
-def check_batch(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
-    """Raises ValueError where a part of a batch does not divide over the mesh of these devices (None: all)."""
-    check_mesh(train_settings(config, "retmask", 0), make_mesh(config.mesh, devices))
+def trained_run(context: Context, model: LanguageModel, arm: str, settings: Settings, folder: Path) -> Run:
+    """Train one arm with one seed into folder/ARM-SEED, unless its exported model is there and whole.
 
-
-def _trained(context: Context, model: LanguageModel, arm: str, settings: Settings, folder: Path) -> Run:
-    """Train one arm with one seed, unless its exported model is there and whole. The model has no parameters yet."""
+    The model has no parameters yet.
+    """
     target = folder / f"{arm}-{settings.seed}"
     rows, identity = _rows(context, model.config, target)
     if not is_whole(target / "model"):
@@ -133,6 +131,11 @@ def _trained(context: Context, model: LanguageModel, arm: str, settings: Setting
     cut = {"answers_cut": rows.cut, "prompts_cut": rows.prompts_cut}
     trained = count_trained(model.config, settings)
     return Run(arm=arm, seed=settings.seed, examples=len(rows), trained_parameters=trained, steps=steps, **cut)
+
+
+def check_batch(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
+    """Raises ValueError where a part of a batch does not divide over the mesh of these devices (None: all)."""
+    check_mesh(train_settings(config, "retmask", 0), make_mesh(config.mesh, devices))
 
 
 def _rows(context: Context, model: ModelConfig, target: Path) -> tuple[PairRows, dict[str, Any]]:
@@ -185,14 +188,19 @@ def _check(config) -> None:
     check_choice(config)
 
 
+def training_tokens(config: ConfigDict) -> int:
+    """About how many tokens one run is trained on."""
+    section = config.train
+    answer = section.max_tokens - section.max_prompt_tokens
+    # on average they are half full
+    return section.steps * section.batch_size * (section.max_prompt_tokens + 2 * answer) // 2
+
+
 def _cost(context: Context) -> Cost:
     section = context.config.train
-    updates = len(section.arms) * len(section.seeds) * section.steps
-    answer = section.max_tokens - section.max_prompt_tokens
-    tokens = section.batch_size * (section.max_prompt_tokens + 2 * answer) // 2  # on average they are half full
     task = _shown_task(context.config)
     read = 2 * section.examples * max(context.config.tasks[task].lengths) if task else 0
-    return Cost(read=read, trained=updates * tokens)
+    return Cost(read=read, trained=len(section.arms) * len(section.seeds) * training_tokens(context.config))
 
 
 TRAIN = Stage(

@@ -1,13 +1,12 @@
 """Which heads an arm trains: all of the model, the retrieval heads, the other heads, or those of a file."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from retmask_jax.data.builtin_files import path_of
+from retmask_jax.heads.scores import listed_heads
 from retmask_jax.model.interventions import Head, all_heads
 from retmask_jax.runs.context import Context
 from retmask_jax.stages.arms import ARMS
@@ -87,28 +86,9 @@ def _others(context: Context) -> list[Head]:
 def _read(context: Context, file: str) -> Sequence[Head]:
     """The heads of a file, a JSON list of [layer, head] or head scores."""
     path, model = path_of(file), context.outline.config
-    heads = _listed(path)
+    heads = listed_heads(path, (model.n_layers, model.n_heads))
     if heads is None:
         return choose_heads(context, read_scores(context, path))
     if not heads:
         raise ValueError(f"{file} names no head to train: add one as [layer, head], or set train.heads to another")
-    if outside := sorted(set(heads) - set(all_heads(model))):
-        raise ValueError(
-            f"{file}: head {list(outside[0])} is out of range: the model has {model.n_layers} layers of {model.n_heads} "
-            "query heads"
-        )
     return heads
-
-
-def _listed(path: Path) -> list[Head] | None:
-    """The heads of a JSON list; None for a file that is none."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(entries, list):
-        return None
-    for entry in entries:
-        if not (isinstance(entry, list) and len(entry) == 2 and all(type(index) is int for index in entry)):
-            raise ValueError(f"{path}: {entry!r:.40} is no head: write [layer, head], such as [15, 30]")
-    return [(layer, head) for layer, head in entries]

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -88,6 +88,8 @@ def in_batches(
     unit: str,
     work: Callable[[list[int], int], Iterator],
     note: Callable[[int, Any], str] | None = None,
+    known: Mapping[int, Any] | None = None,
+    done: Callable[[int, Any], None] | None = None,
 ) -> list:
     """The results of n items, in order, under a progress bar. When memory runs out, the rest is done in half the batch.
 
@@ -95,21 +97,28 @@ def in_batches(
         work: Takes the indices that have no result yet and the batch size; yields (indices of a batch, their results). A
             batch may repeat an index to be full.
         note: Called for each new result with its index; what it returns is shown after the bar.
+        known: Results by index that need no work.
+        done: Called for each new result with its index.
 
     Raises:
         OutOfMemory: A single row is too much.
     """
-    results: list[Any] = [None] * n
+    known = known or {}
+    results: list[Any] = [known.get(i) for i in range(n)]
+    if len(known) == n:
+        return results
 
     def run(batch_size: int) -> None:
         for batch, found in work([i for i, result in enumerate(results) if result is None], batch_size):
             for i, result in zip(batch, found, strict=True):
                 if note is not None and results[i] is None:
                     bar.set_postfix_str(note(i, result), refresh=False)
+                if done is not None and results[i] is None:
+                    done(i, result)
                 results[i] = result
             bar.update(len(set(batch)))
 
-    with track(None, n, what, unit) as bar:
+    with track(None, n, what, unit, done=len(known)) as bar:
         in_smaller_batches(run, batch_size, what)
     return results
 

@@ -1,6 +1,7 @@
 """`retmask diff`: two checkpoints in, tables, JSON and a page out; a user's mistakes in one line."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from retmask_jax.heads.gain.difference import Difference
 from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.reports import plotting
 from retmask_jax.reports.difference import best_heads, groups, sentences
+from retmask_jax.runs.costs import Speed
 
 QUICK = ("--n=2", "--lengths=96")
 
@@ -70,6 +72,33 @@ def test_the_command_prints_and_writes_what_it_finds(noisy, tmp_path, capsys):
         assert any(row and row[0].startswith(part.name) for row in page.rows), part.name
 
 
+def test_heads_are_chosen_by_score_or_by_a_file_and_the_groups_stay(noisy, tmp_path, capsys, monkeypatch):
+    """Their shares are those that they have among all heads; the output says how many were measured."""
+    monkeypatch.setattr("retmask_jax.cli.plan.measured_speed", lambda dtype: Speed(1e8, 1e8))
+    scores_LH = np.zeros((4, 8))
+    scores_LH[1, :4] = 0.5, 0.2, 0.4, 0.3
+    rm.HeadScores.from_array(scores_LH).save(tmp_path / "scores.json")
+    (tmp_path / "heads.json").write_text("[[3, 1], [0, 7], [3, 1]]")
+    flags = (*QUICK, "--no_copy", f"--scores={tmp_path / 'scores.json'}")
+    found, said = {}, {}
+    for name in ("all", "2", "heads.json", "scores.json", "0"):
+        chosen = () if name == "all" else (f"--heads={name if name.isdecimal() else tmp_path / name}",)
+        assert main(["diff", str(noisy), "bundled", *flags, *chosen, f"--out={tmp_path / name}.out"]) == 0
+        found[name], printed = read(tmp_path / f"{name}.out"), capsys.readouterr()
+        said[name] = int(re.search(r"^diff +about (\d+) min$", printed.err, re.MULTILINE)[1])
+        sentence = f"{found[name].singly} of 32 heads were measured one by one."
+        assert sentence in printed.out and sentence in Page((tmp_path / f"{name}.out/diff.html").read_text()).text
+    heads = {name: [(p.layer, p.head) for p in one.parts if p.kind == "head"] for name, one in found.items()}
+    assert heads["2"] == [(1, 0), (1, 2)] and heads["heads.json"] == [(3, 1), (0, 7)]
+    assert heads["scores.json"] == [(1, 0), (1, 2), (1, 3), (1, 1)] and heads["0"] == [] and len(heads["all"]) == 32
+    whole = {part.name: part for part in found["all"].parts}
+    for one in found.values():
+        assert [p.name for p in one.parts if p.kind != "head"] == [p.name for p in whole.values() if p.kind != "head"]
+        for part in one.parts:
+            assert part.logprob.put_in.value == pytest.approx(whole[part.name].logprob.put_in.value, abs=1e-4)
+    assert said["all"] > said["scores.json"] >= said["0"]
+
+
 def test_mistakes_are_one_line_before_any_weight_is_read(refused, noisy, tmp_path, monkeypatch):
     monkeypatch.setattr("retmask_jax.heads.gain.difference.load", None)
     assert "START and TRAINED are both bundled: name a model and" in refused("bundled", "bundled")
@@ -88,6 +117,12 @@ def test_mistakes_are_one_line_before_any_weight_is_read(refused, noisy, tmp_pat
     rm.HeadScores.from_array(np.ones((2, 3))).save(tmp_path / "scores.json")
     line = refused(noisy, "bundled", f"--scores={tmp_path / 'scores.json'}")
     assert "scores 2 layers of 3 heads, the models have 4 of 8" in line
+    line = refused(noisy, "bundled", "--heads=33")
+    assert "--heads is 33, the models have 32 heads: leave it out for all" in line
+    assert "--heads=3 takes the best heads by score: add" in refused(noisy, "bundled", "--heads=3", "--no_copy")
+    (tmp_path / "heads.json").write_text("[[4, 0]]")
+    assert "head [4, 0] is out of range: the model" in refused(noisy, "bundled", f"--heads={tmp_path / 'heads.json'}")
+    assert "no head scores (No such file" in refused(noisy, "bundled", "--heads=nowhere.json")
     assert "diff reads no config" in refused(noisy, "bundled", "--config.seed=1")
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from retmask_jax.cli import commands
+from retmask_jax.cli import plan
 from retmask_jax.cli.main import main
 from retmask_jax.cli.parser import name_of_results, parse, recipe_of
 from retmask_jax.pipeline.registry import STAGES, run_stage
@@ -68,11 +68,11 @@ def test_the_time_is_said_by_the_first_host_alone_and_only_where_a_stage_works(t
 
     config = load_recipe("tiny")
     context = Context(config, Workdir.open(tmp_path / "work", config))
-    monkeypatch.setattr(commands, "measured_speed", lambda dtype: Speed(1e6, 1e6))
+    monkeypatch.setattr(plan, "measured_speed", lambda dtype: Speed(1e6, 1e6))
     with monkeypatch.context() as patch:
         patch.setattr("retmask_jax.runs.context.first_alone", together)
         for name in ("detect", "knockout", "rope", "pairs", "train", "eval"):
-            commands._say_how_long(context, STAGES[name])
+            plan.say_how_long(context, STAGES[name])
             assert f"{name:<9} about" in capsys.readouterr().err
 
     begun, numbers = [], {"n": Number(1.0, None, None, 1)}

@@ -164,6 +164,7 @@ def made_runs(n, repeats=1):
             name=f"{i}-{j}",
             weights=str(i),
             gini=float(gini),
+            share=float(1 - gini),
             gain=number(float(gini + rng.normal(0, 0.1)), 0.0, 1.0, 9),
         )
         for i, gini in enumerate(ginis)
@@ -216,10 +217,11 @@ def test_pictures_show_the_heads_of_each_model_where_they_are():
 def test_every_run_has_its_own_mark_and_whisker():
     gains = gain_against_sparsity(made_runs(12))
     with plotting.style():
-        (ax,) = sparsity(gains, GAIN).axes
-    points, whiskers = ax.lines[1::3], ax.lines[2::3]  # the third is for the legend
-    for row, whisker, point in zip(gains.rows, whiskers, points, strict=True):
-        assert (point.get_xdata()[0], point.get_ydata()[0]) == (row.gini, row.gain.value)
-        assert list(whisker.get_ydata()) == [row.gain.low, row.gain.high]
-    assert len({(point.get_color(), point.get_marker()) for point in points}) == 12
+        axes = sparsity(gains, GAIN).axes
+    for ax, side in zip(axes, ("gini", "share"), strict=True):
+        points, whiskers = ax.lines[1:25:2], ax.lines[2:25:2]
+        for row, whisker, point in zip(gains.rows, whiskers, points, strict=True):
+            assert (point.get_xdata()[0], point.get_ydata()[0]) == (getattr(row, side), row.gain.value)
+            assert list(whisker.get_ydata()) == [row.gain.low, row.gain.high]
+        assert len({(point.get_color(), point.get_marker()) for point in points}) == 12
     assert ax.figure.get_suptitle().endswith(GAIN) and math.isclose(ax.lines[0].get_ydata()[0], 0)

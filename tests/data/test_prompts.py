@@ -79,6 +79,17 @@ def test_marked_and_empty_records_are_left_out_and_counted(tmp_path):
 # --- files ---
 
 
+def test_prompts_that_lack_a_field_are_left_out_and_counted(tmp_path):
+    without = {"messages_without": [_user("no")]}
+    source = _write(tmp_path / "p.jsonl", *({"prompt": f"p{i}"} | (without if i % 3 else {}) for i in range(9)))
+    found = read_prompts(source, n=4, having=("messages_without",))
+    assert _texts(found) == ["p1", "p2", "p4", "p5"]
+    assert found.counts["kept"] == 4 and found.counts["without messages_without"] == 2
+    assert _texts(read_prompts(source, n=4)) == ["p0", "p1", "p2", "p3"]
+    with pytest.raises(ValueError, match="has no prompts .*without other 9"):
+        read_prompts(source, having=("other",))
+
+
 def test_a_glob_is_read_in_order_and_names_records_by_their_files(tmp_path):
     for name in ("b/x", "a/y", "a/x", "c/z", "a/w", "c/a", "b/q", "a/b"):
         _write(tmp_path / f"{name}.jsonl", {"prompt": name})

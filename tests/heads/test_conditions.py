@@ -73,6 +73,21 @@ def test_many_masks_are_repeated_for_the_cases_in_parts(monkeypatch):
     assert answers(LM, cases, masks, max_new_tokens=NEW, batch_size=BATCH) == whole
 
 
+@pytest.mark.parametrize("masks", [["none", "two heads", "query"], ["two heads"]], ids=["several", "one"])
+def test_answers_that_are_known_are_not_computed_again(masks):
+    """Whether prompts are shared among masks or not, each new answer is given away as soon as it is there."""
+    cases, chosen, made = _cases(3), [MASKS[name] for name in masks], {}
+    options = {"max_new_tokens": NEW, "batch_size": 1}
+    whole = answers(LM, cases, chosen, done=made.__setitem__, **options)
+    assert set(made) == {(mask, case) for mask in range(len(masks)) for case in range(3)}
+
+    again, left = {}, {(len(masks) - 1, 0), (0, 2)}
+    known = {place: tokens for place, tokens in made.items() if place not in left}
+    assert answers(LM, cases, chosen, known=known, done=again.__setitem__, **options) == whole
+    assert again == {place: made[place] for place in left}
+    assert answers(LM, cases, chosen, known=made, done=None, **options) == whole
+
+
 def test_hits_are_whole_words_in_order():
     cases = [_case([], "Fig elm oak", memory="Rome") for _ in range(7)]
     texts = [

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +14,11 @@ import pytest
 from hub_configs import ACTIVE, CONFIGS, PARAMETERS
 
 from retmask_jax.cli import main, parser
+from retmask_jax.data.builtin_files import path_of
+from retmask_jax.data.needles import read_needles
+from retmask_jax.data.prompts import read_prompts
 from retmask_jax.hf.families import from_hf
+from retmask_jax.hf.packaged_models import MODELS
 from retmask_jax.hf.summary import count_parameters
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.model.sharding import param_shapes
@@ -56,6 +61,33 @@ def test_a_recipe_is_locked_valid_and_fits_its_model(name):
     assert config.max_length == context
     assert all(max(task.lengths) + task.max_new_tokens <= context for task in recipe.tasks.values())
     assert all(0 < k <= config.n_pairs for k in recipe.rope.pairs)
+
+
+@pytest.mark.parametrize("name", ["smollm2_study", "gemma3_study", "qwen2_5_coder_study"])
+def test_studies_of_real_models_have_enough_cases_and_choose_the_rate_on_others(name):
+    recipe = load_recipe(name)
+    check_config(recipe)
+    assert Path(recipe.model).name in {model.file for model in MODELS.values()}
+    studied = [recipe.tasks[task] for task in recipe.knockout.tasks]
+    assert all(task.per_length >= 96 for task in studied if task.lengths)
+    assert recipe.rates.tasks and not set(recipe.rates.tasks) & set(recipe.eval.tasks)
+    reported = {(recipe.tasks[task].needles, recipe.tasks[task].seed) for task in recipe.eval.tasks}
+    assert len(reported) == len(recipe.eval.tasks)  # no two tasks have the same cases
+    assert not {recipe.tasks[task].needles for task in recipe.rates.tasks} & {needles for needles, _ in reported}
+    assert recipe.train.learning_rate in recipe.rates.learning_rates
+    prompts = read_prompts(
+        recipe.pairs.prompts, n=recipe.pairs.n_prompts, having=("messages_without",), resolve=path_of
+    )
+    assert len(prompts.records) == recipe.pairs.n_prompts
+    assert recipe.train.steps * recipe.train.batch_size == 2 * recipe.pairs.n_prompts
+    known = {
+        needle.answer.lower()
+        for task in recipe.eval.tasks
+        for needle in read_needles(path_of(recipe.tasks[task].needles))
+    }
+    codes = {answer for answer in known if answer.isdigit()}
+    texts = " ".join(turn["content"] for record in prompts.records for turn in record["messages"])
+    assert codes and not codes & set(re.findall(r"\d+", texts))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -87,6 +87,28 @@ def test_a_finished_run_has_what_its_profile_and_its_gain_need(finished, tmp_pat
     assert run["weights"] == detected["provenance"]["inputs"]["weights"]
 
 
+def test_a_stage_goes_on_from_the_answers_that_it_has_given(finished, tmp_path, here, monkeypatch):
+    """As one that was killed, which has no result yet."""
+    root = shutil.copytree(finished[0], tmp_path / "work")
+    (root / "knockout/result.json").rename(tmp_path / "before.json")
+    monkeypatch.setattr("retmask_jax.generation.under_masks._answer", None)  # nothing is left to be answered
+    assert here("knockout", f"--config={CONFIG}", f"--workdir={root}").returncode == 0
+    before, after = (json.loads(path.read_text()) for path in (tmp_path / "before.json", root / "knockout/result.json"))
+    assert after["numbers"] == before["numbers"] and after["examples"] == before["examples"]
+    assert after["provenance"]["run_id"] != before["provenance"]["run_id"]
+
+
+def test_a_plan_says_what_is_left_to_do_and_runs_nothing(finished, tmp_path, here):
+    planned = here("run", f"--config={CONFIG}", f"--workdir={finished[0]}", "--plan").stdout.splitlines()
+    assert [line.split()[0] for line in planned[1:-1]] == list(STAGES) and "left to do: about 10 s on" in planned[-1]
+    assert all(line.split()[-1] == "done" for line in planned[1:-1])
+    fresh = here("study", f"--config={CONFIG}", f"--workdir={tmp_path / 'new'}", "--plan").stdout.splitlines()
+    assert not any("done" in line for line in fresh) and not (tmp_path / "new").exists()
+    assert {"detectors", "theta"} <= {line.split()[0] for line in fresh if "about" in line}
+    refused = here("run", f"--config={CONFIG}", f"--workdir={finished[0]}", "--plan", "--config.detect.threshold=0.3")
+    assert refused.returncode == 2 and "detect.threshold" in refused.stderr
+
+
 def test_a_second_run_does_nothing(finished, here):
     root, _ = finished
     before = run_ids(root)

@@ -1,17 +1,18 @@
 """What `retmask diff` finds: the changes of weights and scores between two checkpoints, and which parts carry the gain."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from retmask_jax.data.needles import Case
 from retmask_jax.generation.language_model import LanguageModel, load, outline
 from retmask_jax.heads.builtin_cases import builtin_cases
 from retmask_jax.heads.detectors import DETECTORS
-from retmask_jax.heads.gain.shares import Gain, PartShares, part_shares, parts_of
+from retmask_jax.heads.gain.shares import Gain, PartShares, part_shares, parts_of, tokens_read
 from retmask_jax.heads.gain.weights import WeightChanges, check_pair, weight_changes
-from retmask_jax.heads.scores import HeadScores, scores_for
-from retmask_jax.model.interventions import Head
+from retmask_jax.heads.scores import HeadScores, listed_heads, scores_for
+from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.interventions import Head, all_heads
 
 _DETECTOR = "copy"
 
@@ -26,6 +27,8 @@ class Settings:
         seed: Of the choice and order of needles and sentences.
         scores: A file of head scores, whose best heads are the group of retrieval heads; None: those of the start model.
         threshold: The score that a retrieval head reaches.
+        heads: Those whose shares are measured one by one: a number, of the best by score; or a file, a JSON list of
+            [layer, head], or head scores, of which those count that reach the threshold. None: all.
         detect: Whether both models' copy scores are computed.
         dtype: Of parameters and computation.
         batch_size: Rows in a pass.
@@ -37,6 +40,7 @@ class Settings:
     seed: int = 1
     scores: str | None = None
     threshold: float = 0.1
+    heads: str | None = None
     detect: bool = True
     dtype: str = "float32"
     batch_size: int = 8
@@ -66,12 +70,28 @@ class Difference:
     gains: dict[str, Gain]
     parts: list[PartShares]
 
+    @property
+    def singly(self) -> int:
+        """How many heads were measured one by one."""
+        return sum(part.kind == "head" for part in self.parts)
 
-def compare(start: str, trained: str, settings: Settings) -> Difference:
+    @property
+    def heads(self) -> int:
+        """How many heads the models have."""
+        return sum(map(len, self.changes.q))
+
+
+def compare(
+    start: str,
+    trained: str,
+    settings: Settings,
+    begins: Callable[[ModelConfig, int], None] = lambda config, tokens: None,
+) -> Difference:
     """Loads two checkpoints of one architecture and finds what differs, and where the gain lies.
 
     Args:
         start, trained: Folders, hub ids, .gguf files or "bundled".
+        begins: Called before any weight is read, with the models' config and about how many tokens will be read.
 
     Raises:
         ValueError: The models do not fit each other or are the same, a setting does not fit them, or no detection case
@@ -83,13 +103,18 @@ def compare(start: str, trained: str, settings: Settings) -> Difference:
     config = outlines[0].config
     shape = config.n_layers, config.n_heads
     given = None if settings.scores is None else scores_for(settings.scores, shape, "the models have")
+    best, chosen = _singly(settings, shape)
     cases = builtin_cases(outlines[0], "test", settings.n, settings.lengths, settings.seed)
+    expected = parts_of(config, singly=all_heads(config)[-best:] if best else chosen)
+    begins(config, tokens_read(config, expected, cases) + 2 * settings.detect * sum(len(c.tokens) for c in cases))
     ours, theirs = (load(name, settings.dtype, ignore=settings.ignore) for name in (start, trained))
     changes = weight_changes(config, ours.params, theirs.params)
     found = _copy_scores(ours, theirs, settings) if settings.detect else None
     scores = given or (None if found is None else HeadScores.from_array(found.start))
     retrieval = [] if scores is None else scores.heads(threshold=settings.threshold)
-    parts = parts_of(config, retrieval)
+    if best and scores is not None:  # as `_singly` makes sure of
+        chosen = scores.heads(top_k=best)
+    parts = parts_of(config, retrieval, chosen)
     gains, rows = part_shares(config, ours.params, theirs.params, cases, parts, batch_size=settings.batch_size)
     return Difference(
         start=start,
@@ -109,6 +134,23 @@ def _check(start: str, trained: str, settings: Settings) -> None:
     for name in ("n", "batch_size"):
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least 1")
+
+
+def _singly(settings: Settings, shape: tuple[int, int]) -> tuple[int | None, list[Head] | None]:
+    """(how many of the best heads are measured one by one, or which heads); (None, None) for all."""
+    wanted, total = settings.heads, shape[0] * shape[1]
+    if wanted is None:
+        return None, None
+    if not wanted.isdecimal():
+        listed = listed_heads(wanted, shape)
+        if listed is None:
+            listed = scores_for(wanted, shape, "the models have").heads(threshold=settings.threshold)
+        return None, list(dict.fromkeys(listed))
+    if int(wanted) > total:
+        raise ValueError(f"--heads is {wanted}, the models have {total} heads: leave it out for all")
+    if int(wanted) and not settings.detect and settings.scores is None:
+        raise ValueError(f"--heads={wanted} takes the best heads by score: add --scores=FILE, or leave out --no_copy")
+    return (int(wanted), None) if int(wanted) else (None, [])
 
 
 def _copy_scores(start: LanguageModel, trained: LanguageModel, settings: Settings) -> CopyScores:

@@ -82,8 +82,13 @@ class PartShares:
     recall: Carried
 
 
-def parts_of(config: ModelConfig, retrieval: Sequence[Head] = ()) -> list[Part]:
-    """Named groups, each head and the MLP of each layer. retrieval: the heads of a group, beside one of all other heads."""
+def parts_of(config: ModelConfig, retrieval: Sequence[Head] = (), singly: Sequence[Head] | None = None) -> list[Part]:
+    """Named groups, single heads, and the MLP of each layer.
+
+    Args:
+        retrieval: The heads of a group, beside one of all other heads.
+        singly: The heads that are a part each; None: all.
+    """
     heads, layers = all_heads(config), range(config.n_layers)
     chosen = {tuple(head) for head in retrieval}
     named: Mapping[str, Gates] = {
@@ -95,9 +100,16 @@ def parts_of(config: ModelConfig, retrieval: Sequence[Head] = ()) -> list[Part]:
     }
     without = () if 0 < len(chosen) < len(heads) else ("retrieval heads", "other heads")
     groups = [Part(name, "group", gates) for name, gates in named.items() if name not in without]
-    each_head = [Part(f"head {i}-{j}", "head", Gates.of(config, [(i, j)]), i, j) for i, j in heads]
+    singly = heads if singly is None else singly
+    each_head = [Part(f"head {i}-{j}", "head", Gates.of(config, [(i, j)]), i, j) for i, j in singly]
     each_mlp = [Part(f"MLP {i}", "MLP", Gates.of(config, mlps=[i]), i) for i in layers]
     return [*groups, *each_head, *each_mlp]
+
+
+def tokens_read(config: ModelConfig, parts: Sequence[Part], cases: Sequence[Case]) -> int:
+    """About how many tokens `part_shares` reads in whole passes: what lies before a part is computed once for all."""
+    share = [1 - float(part.gates.first_group(config, False)) / config.repeats for part in parts]
+    return round(2 * (1 + sum(share)) * sum(len(case.tokens) for case in cases))
 
 
 def answers_between(

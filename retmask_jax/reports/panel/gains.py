@@ -26,12 +26,14 @@ class GainRun:
     Attributes:
         weights: Identity of the start model.
         gini: Gini coefficient of its head scores.
+        share: Of all heads, those that reach the threshold.
         gain: What training changed.
     """
 
     name: str
     weights: str
     gini: float
+    share: float
     gain: Number
 
 
@@ -63,16 +65,22 @@ def gain_against_sparsity(runs: Sequence[GainRun]) -> Gains:
 
 
 def sparsity(gains: Gains, number: str) -> "Figure":
-    """Gain of each run, a number of this name, with its interval against the Gini coefficient of its head scores."""
+    """Gain of each run, a number of this name, with its interval against the sparsity of its head scores: their Gini
+    coefficient, and the share of the heads that retrieve."""
     figure = wide_figure(f"Gain against sparsity: {number}", 3.7 + 0.1 * len(gains.rows))
-    ax = figure.add_subplot()
-    ax.axhline(0, color="black", linewidth=0.9)
+    axes = figure.subplots(1, 2, sharey=True)
+    sides = {"Gini coefficient of the head scores": "gini", "share of heads above the threshold": "share"}
+    for ax, (label, side) in zip(axes, sides.items(), strict=True):
+        ax.axhline(0, color="black", linewidth=0.9)
+        for i, row in enumerate(gains.rows):
+            shade, marker = SHADES[i % len(SHADES)], MARKERS[i // len(SHADES) % len(MARKERS)]
+            plotting.interval(ax, row.gain, getattr(row, side), shade, marker, vertical=True)
+        ax.margins(x=0.15)
+        ax.set_xlabel(label)
+    axes[0].set_ylabel("gain")
     for i, row in enumerate(gains.rows):
         shade, marker = SHADES[i % len(SHADES)], MARKERS[i // len(SHADES) % len(MARKERS)]
-        plotting.interval(ax, row.gain, row.gini, shade, marker, vertical=True)
-        ax.plot([], [], marker, color=shade, label=f"{row.name} (n = {row.gain.n})")
-    ax.margins(x=0.15)
-    ax.set(xlabel="Gini coefficient of the head scores (1: one head has all)", ylabel="gain")
+        axes[1].plot([], [], marker, color=shade, label=f"{row.name} (n = {row.gain.n})")
     figure.legend(loc="outside right upper", title="run (n: cases)")
     return captioned(
         figure,

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from retmask_jax.heads.profile import Scored
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.reports.panel.findings import Member
@@ -111,7 +113,8 @@ def _of_evaluation(name: str, root: Path, number: str) -> GainRun:
         nearest = ", ".join(difflib.get_close_matches(number, numbers, cutoff=0))
         raise ValueError(f"eval in {root} has no number {number!r}; the most similar names are {nearest}")
     weights, gini = detect.provenance.inputs["weights"], detect.numbers["detect/gini"].estimate
-    return GainRun(name=name, weights=weights, gini=gini, gain=numbers[number])
+    share = len(detect.heads) / np.size(detect.mean)
+    return GainRun(name=name, weights=weights, gini=gini, share=share, gain=numbers[number])
 
 
 def _read(root: Path, stage: Stage[R]) -> R:

@@ -10,6 +10,7 @@ from retmask_jax.heads.detection import Settled, stability
 from retmask_jax.heads.detectors import DETECTORS, Agreement, Repeats, agreement
 from retmask_jax.model.interventions import Head, mask_heads
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.costs import Cost, cases_cost, task_cost
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, DETECTION, retrieval_heads
@@ -209,6 +210,17 @@ def _detector_numbers(rows: Sequence[DetectorRow], over_seeds: Mapping[str, Repe
     return numbers
 
 
+def _cost(context: Context) -> Cost:
+    config, section = context.config, context.config.detectors
+    detection = cases_cost(config, config.detect.task, section.cases)
+    names = [name for name in section.names if name != "copy" or config.detect.scores or config.detect.released]
+    runs = sum(_PASSES.get(name, 1) for name in names) + len(section.seeds) * len(section.seed_names)
+    masked = (1 + len(section.names)) * task_cost(config, config.knockout.tasks[0]) if config.knockout.tasks else Cost()
+    return runs * Cost(detection.read) + masked
+
+
+_PASSES = {"query_focused": 2, "gradient": 3}  # over the cases; other detectors read them once
+
 DETECTORS_STAGE = Stage(
     name="detectors",
     work=detectors_stage,
@@ -218,4 +230,5 @@ DETECTORS_STAGE = Stage(
     tasks=lambda config: (config.detect.task, *config.knockout.tasks[:1]),
     check=_check,
     check_model=_check_model,
+    cost=_cost,
 )

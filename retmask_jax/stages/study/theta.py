@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.costs import Cost, cases_cost, task_cost
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, DETECTION
@@ -122,6 +123,12 @@ def _check_factors(factors: Sequence[float]) -> None:
         raise ValueError(f"theta.factors {tuple(factors)} must be positive, finite and without repeats")
 
 
+def _cost(context: Context) -> Cost:
+    config, section = context.config, context.config.theta
+    tasks = [task_cost(config, task) for task in section.tasks or config.knockout.tasks[:1]]
+    return len(section.factors) * sum(tasks, cases_cost(config, config.detect.task, section.cases))
+
+
 THETA = Stage(
     name="theta",
     work=theta_stage,
@@ -130,4 +137,5 @@ THETA = Stage(
     settings=(*PROMPTS, "theta.*", "knockout.tasks", *DETECTION),
     tasks=lambda config: (config.detect.task, *(config.theta.tasks or config.knockout.tasks[:1])),
     check=_check,
+    cost=_cost,
 )

@@ -1,0 +1,158 @@
+"""The numbers of a work directory in one file, which is kept where its model and answers are not.
+
+    python -m retmask_jax.reports.panel.records WORKDIR --name=MODEL --out=colab/real
+
+writes colab/real/MODEL.json, of all stages that have finished. `retmask_jax.reports.panel.tables` makes the tables of pages
+from such files.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from retmask_jax.runs.workdir import Result, Workdir, settings_of
+from retmask_jax.stages.detect import DETECT
+from retmask_jax.stages.eval import EVAL
+from retmask_jax.stages.knockout import KNOCKOUT
+from retmask_jax.stages.rope import ROPE
+from retmask_jax.utils.files import read_json, read_object, write_json
+from retmask_jax.utils.numbers import Number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a run found.
+
+    Attributes:
+        model: Its name in tables.
+        weights: Hash of the model's files, as of `utils.fingerprints`.
+        total_heads: Of the model.
+        file: Name of the model's file or folder; sha256: of the file, None where it is a folder.
+        settings: What decides the results, by key of the config.
+        stages: Of each stage the versions of packages, the day and the seconds it took.
+        numbers: Of all stages, by name; those of `eval` also by seed, where there are several.
+        p_values: McNemar's exact test, by name: of a mask against the untouched model, of other masks against that of the
+            retrieval heads ("A minus retrieval"), of rotary pairs ("highest minus lowest"), and of a trained model against
+            the start.
+    """
+
+    model: str
+    weights: str
+    total_heads: int
+    file: str = ""
+    sha256: str | None = None
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stages: dict[str, dict[str, Any]]
+    numbers: dict[str, Number]
+    p_values: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def record_of(name: str, root: Path) -> Record:
+    """The record of a work directory; ValueError where `detect` has not finished there, or the model's file is gone."""
+    work = Workdir(root, {})
+    detect, config = work.result(DETECT.name, DETECT.result), read_object(root / "config.json")
+    source, results = Path(config["model"]), dict(_results(work))
+    numbers = {key: number for result in results.values() for key, number in result.numbers.items()}
+    return Record(
+        model=name,
+        weights=detect.provenance.inputs["weights"],
+        total_heads=np.size(detect.mean),
+        file=source.name,
+        sha256=_sha256(source),
+        settings=settings_of(config) | {"model": source.name},
+        stages={stage: _made(result) for stage, result in results.items()},
+        numbers=numbers | dict(_by_seed(work)),
+        p_values=dict(_p_values(work)),
+    )
+
+
+def read_records(paths: Sequence[Path]) -> list[Record]:
+    """Records of files, and of all files of folders that hold one; ValueError for a file that holds none."""
+    files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    records = []
+    for file in files:
+        found = read_json(file)
+        if isinstance(found, Mapping) and {"model", "numbers"} <= found.keys():
+            records.append(msgspec.convert(found, Record))
+        elif file in paths:
+            raise ValueError(f"{file} is no record of a run: `python -m retmask_jax.reports.panel.records` writes one")
+    return records
+
+
+def _results(work: Workdir) -> Iterator[tuple[str, Result]]:
+    """Each stage with numbers, in the order in which they were made."""
+    names = [path.parent.name for path in work.root.glob("*/result.json")]
+    found = [(name, work.result(name, Result)) for name in names]
+    yield from sorted(((name, one) for name, one in found if one.numbers), key=lambda pair: pair[1].provenance.created)
+
+
+def _made(result: Result) -> dict[str, Any]:
+    made = result.provenance
+    return made.versions | {"created": made.created[:10], "seconds": result.seconds}
+
+
+def _by_seed(work: Workdir) -> Iterator[tuple[str, Number]]:
+    if work.is_finished(EVAL.name):
+        rows = work.result(EVAL.name, EVAL.result).rows
+        seeds = Counter(row.arm for row in rows if row.task == rows[0].task)
+        yield from ((_change(row), row.change) for row in rows if seeds[row.arm] > 1)
+
+
+def _p_values(work: Workdir) -> Iterator[tuple[str, float]]:
+    if work.is_finished(KNOCKOUT.name):
+        knockout = work.result(KNOCKOUT.name, KNOCKOUT.result)
+        for row in knockout.rows:
+            if (row.kind, row.experiment) == ("retrieval", "zero"):
+                yield f"knockout/{row.task}/retrieval", row.mcnemar.p_value
+        for row in knockout.contrasts:
+            if row.experiment == "zero" and row.kind != "none":
+                yield f"knockout/{row.task}/{row.kind} minus retrieval", row.p_value
+    if work.is_finished(ROPE.name):
+        rope = work.result(ROPE.name, ROPE.result)
+        for row in rope.contrasts:
+            if row.site == "rotary":
+                yield f"rope/{row.task}/{row.kind} minus lowest {row.k} pairs", row.p_value
+    if work.is_finished(EVAL.name):
+        for row in work.result(EVAL.name, EVAL.result).rows:
+            if row.mcnemar is not None:
+                yield _change(row), row.mcnemar.p_value
+
+
+def _change(row: Any) -> str:
+    return f"eval/{row.task}/{row.model} minus start"
+
+
+def _sha256(source: Path) -> str | None:
+    if source.suffix != ".gguf":
+        return None
+    if not source.is_file():
+        raise ValueError(f"{source} is not there, so its sha256 is not known: run the command where the model lies")
+    with source.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the record of a work directory."""
+    parser = argparse.ArgumentParser(prog="python -m retmask_jax.reports.panel.records", allow_abbrev=False)
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--name", help="of the model in tables (default: that of the work directory)")
+    parser.add_argument("--out", type=Path, default=Path("colab/real"), help="folder (default: colab/real)")
+    asked = parser.parse_args(argv)
+    name = asked.name or asked.workdir.resolve().name
+    try:
+        made = record_of(name, asked.workdir)
+    except ValueError as error:
+        parser.error(str(error))
+    write_json(asked.out / f"{name}.json", made)
+    print(asked.out / f"{name}.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -42,10 +42,8 @@ def real(model: str) -> ConfigDict:
 
 def _study(config: ConfigDict) -> None:
     config.knockout.tasks = ("needle short", "context short", "closed-book")
-    config.knockout.modes = (
-        "zero",
-        "mean",
-    )  # the mean: is it the missing heads that harm, or what zero does to a text?
+    # The mean: is it the missing heads that harm, or what zero does to a text?
+    config.knockout.modes = ("zero", "mean")
     config.knockout.draws, config.knockout.mode_draws = 3, 1
     config.knockout.activity_windows = 2  # a pass for each head and window
     config.rope.tasks = ("needle short",)
@@ -89,15 +87,8 @@ def _retmask(config: ConfigDict) -> None:
             "context long": _builtin.facts((1024,), per_length=96, seed=9),
         }
     )
-    config.eval.tasks = (
-        "needle 1K",
-        "needle 2K",
-        "needle 4K",
-        "indirect",
-        "context short",
-        "context long",
-        "closed-book",
-    )
+    needles = ("needle 1K", "needle 2K", "needle 4K", "indirect")
+    config.eval.tasks = (*needles, "context short", "context long", "closed-book")
     config.eval.contrast = 0.5  # decode it or train it?
     config.suites.ruler.tasks = ("niah_single_1", "niah_single_2", "niah_multikey_1")
     config.suites.ruler.lengths, config.suites.ruler.n = (1024,), 48

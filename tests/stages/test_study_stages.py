@@ -55,6 +55,7 @@ CASES = _cases()
 def study(tmp_path, monkeypatch):
     """A context with the cases above for every task; the result of `detect` is made up unless it is asked for."""
     monkeypatch.setattr(Context, "cases", lambda self, task, **changes: CASES)
+    monkeypatch.setattr(Context, "model_fingerprint", "of the small model")  # which was not read from a folder
 
     def make(detected=True, **settings):
         config = default.get_config()

@@ -22,7 +22,8 @@ ACTIVATIONS = {
 }
 
 
-_SMALL = nn.initializers.normal(0.02)
+# Under jit, since Flax traces the initializer of every parameter whenever a model is applied: then once per shape.
+_SMALL = jax.jit(nn.initializers.normal(0.02), static_argnums=(1, 2))
 
 
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:

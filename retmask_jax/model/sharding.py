@@ -1,6 +1,7 @@
 """The device mesh and the one table that maps logical axes (declared at the parameters) to mesh axes."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.masking import normalise
 from retmask_jax.model.transformer import transformer
 
@@ -120,12 +121,9 @@ def plain_shapes(config: ModelConfig) -> PyTree:
     )
 
 
-@functools.cache  # tracing the model takes a fifth of a second
 def param_shapes(config: ModelConfig) -> PyTree:
     """The parameter tree as jax.ShapeDtypeStruct, boxed with the logical axes; nothing is computed."""
-    model, tokens = transformer(config), np.zeros((1, 2), np.int32)
-    shapes = jax.eval_shape(lambda seed: model.init(jax.random.key(seed), tokens, normalise(config)), 0)
-    return shapes["params"]
+    return _traced_shapes(_simplest(config))
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> PyTree:
@@ -294,6 +292,43 @@ def place_rows(mesh: Mesh, n: int, make: Callable[[slice], PyTree]) -> PyTree:
     held = [index[0].indices(n)[:2] for index in split.addressable_devices_indices_map((n,)).values() if index]
     part = make(slice(min(begin for begin, _ in held), max(end for _, end in held)))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x, (n, *x.shape[1:])), part)
+
+
+# Fields that no parameter's shape depends on, each with the value that is traced fastest.
+_NO_SHAPE: dict[str, Any] = {
+    "max_length": 2,
+    "norm_eps": 1e-5,
+    "norm_offset": 0.0,
+    "activation": "silu",
+    "embed_scale": None,
+    "residual_scale": None,
+    "logit_scale": None,
+    "query_scale": None,
+    "attention_softcap": None,
+    "logit_softcap": None,
+    "window": None,
+    "rope": Rope(),
+    "sliding_rope": None,
+    "rotary_dim": 2,
+    "rope_pattern": (True,),
+    "normalise_router": False,
+    "bos_id": None,
+    "eos_ids": (),
+    "pad_id": 0,
+    "kernel": "plain",
+}
+
+
+def _simplest(config: ModelConfig) -> ModelConfig:
+    """The config with the same parameters that is traced fastest; models that differ in other fields share it."""
+    return dataclasses.replace(config, layer_pattern=("full",) * len(config.layer_pattern), **_NO_SHAPE)
+
+
+@functools.cache  # tracing the model takes a tenth of a second
+def _traced_shapes(config: ModelConfig) -> PyTree:
+    model, tokens = transformer(config), np.zeros((1, 2), np.int32)
+    shapes = jax.eval_shape(lambda seed: model.init(jax.random.key(seed), tokens, normalise(config)), 0)
+    return shapes["params"]
 
 
 def _holds_arrays(value: Any) -> bool:

@@ -103,14 +103,16 @@ def test_an_evaluation_that_was_stopped_asks_only_for_the_rest(tmp_path, monkeyp
         "--config.text.file=",
         *(f"--config.suites.{key}={value}" for key, value in settings.items()),
     ]
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 4)
-        with pytest.raises(_Cut):
-            main(arguments)
-    assert [path.is_dir() for path in (root / "measured").iterdir()] == [True]
+    for answered in (4, 12 + 4):  # first within the task, whose 16 cases come before those of the suite
+        with monkeypatch.context() as patch:
+            _stop_after(patch, answered)
+            with pytest.raises(_Cut):
+                main(arguments)
+    assert [path.is_dir() for path in (root / "measured").iterdir()] == [True, True]
     added = _stop_after(monkeypatch, 99)
     assert main(arguments) == 0 and len(added) == 2
-    (file,), (answers,) = (sorted((root / "measured").glob(pattern)) for pattern in ("*.json", "*[!n]"))
-    assert len(list(Store(answers))) == 6  # what was answered stays, also when it has been scored
+    (file,) = (root / "measured").glob("*.json")
+    # What was answered stays, also when it has been scored.
+    assert sorted(len(list(Store(path))) for path in (root / "measured").iterdir() if path.is_dir()) == [6, 16]
     assert {len(one["ids"]) for one in json.loads(file.read_text())["measured"]} == {3}
     assert os.path.isfile(file)

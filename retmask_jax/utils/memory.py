@@ -110,13 +110,14 @@ def in_batches(
 
     def run(batch_size: int) -> None:
         for batch, found in work([i for i, result in enumerate(results) if result is None], batch_size):
-            for i, result in zip(batch, found, strict=True):
-                if note is not None and results[i] is None:
+            new = {i: result for i, result in zip(batch, found, strict=True) if results[i] is None}
+            for i, result in new.items():
+                if note is not None:
                     bar.set_postfix_str(note(i, result), refresh=False)
-                if done is not None and results[i] is None:
+                if done is not None:
                     done(i, result)
                 results[i] = result
-            bar.update(len(set(batch)))
+            bar.update(len(new))
 
     with track(None, n, what, unit, done=len(known)) as bar:
         in_smaller_batches(run, batch_size, what)

@@ -121,7 +121,8 @@ def answers(
         for some in _together(lm.config, masks, len(cases)):
             missing = [place for place in itertools.product(some, range(len(cases))) if place not in said]
             _answer(lm, prompts, masks, missing, contrast, add, options)
-    return [_texts(lm, [said[mask, case] for case in range(len(cases))]) for mask in range(n)]
+    texts = lm.tokenizer.batch_decode
+    return [texts([said[mask, case] for case in range(len(cases))], skip_special_tokens=True) for mask in range(n)]
 
 
 def hits(texts: Sequence[str], cases: Sequence[Case], field: str = "answer") -> Bool[np.ndarray, " cases"]:
@@ -213,10 +214,6 @@ def _answer(lm, prompts, masks, missing: Sequence[Place], contrast, add, options
         done=lambda i, generated: add(*missing[i], generated),
         **options,
     )
-
-
-def _texts(lm: LanguageModel, answers: Sequence[Sequence[int]]) -> list[str]:
-    return lm.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def _together(config: ModelConfig, masks: Sequence[Interventions], n_cases: int) -> list[list[int]]:

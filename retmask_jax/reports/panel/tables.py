@@ -1,6 +1,6 @@
 """Tables of pages in Markdown, from the records of runs, and the picture of gain against sparsity.
 
-    python -m retmask_jax.reports.panel.tables colab/panel colab/real --figure=colab/gain.png
+    python -m retmask_jax.reports.panel.tables colab/panel --figure=colab/gain.png
 
 prints them; a test compares the pages with them, line by line.
 """
@@ -123,7 +123,7 @@ def _p_of(record: Record, change: str) -> float | None:
     """The p-value of a change, where it is that of one model: tests are of "retmask-0", pooled changes of "retmask"."""
     arm = re.compile(re.escape(change).replace(r"\ minus", r"(?:-\d+)?\ minus"))
     tests = [p for name, p in record.p_values.items() if arm.fullmatch(name)]
-    return record.p_values.get(change) or (tests[0] if len(tests) == 1 else None)
+    return record.p_values.get(change, tests[0] if len(tests) == 1 else None)
 
 
 def _heads(record: Record) -> str:

@@ -30,6 +30,8 @@ from retmask_jax.utils import stats
 from retmask_jax.utils.files import write_jsonl
 from retmask_jax.utils.numbers import Number
 
+_PASSES = {"query_focused": 2, "gradient": 3}  # over the cases; other detectors read them once
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DetectorRow:
@@ -218,8 +220,6 @@ def _cost(context: Context) -> Cost:
     masked = (1 + len(section.names)) * task_cost(config, config.knockout.tasks[0]) if config.knockout.tasks else Cost()
     return runs * Cost(detection.read) + masked
 
-
-_PASSES = {"query_focused": 2, "gradient": 3}  # over the cases; other detectors read them once
 
 DETECTORS_STAGE = Stage(
     name="detectors",

@@ -89,6 +89,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ValueError: No family can.
     """
+    config = dataclasses.replace(config, kernel=ModelConfig.kernel)  # how attention is computed is no part of a model
     lost = {}
     for name, own in _forms(config).items():
         hf = {"model_type": name} | write_plain(config) | own

@@ -1,5 +1,7 @@
 """The whole command on the bundled model, at small size: results, caching, resume after a kill."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -39,10 +41,20 @@ def retmask(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    root = tmp_path_factory.mktemp("run") / "work"
+    """A run in this process: (its work directory, what it printed)."""
+    root, printed = tmp_path_factory.mktemp("run") / "work", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["run", f"--config={CONFIG}", f"--workdir={root}"]) == 0
+    return root, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished_apart(tmp_path_factory):
+    """The work directory of a run in a process of its own, whose bits another process repeats."""
+    root = tmp_path_factory.mktemp("apart") / "work"
     done = retmask("run", f"--config={CONFIG}", f"--workdir={root}")
     assert done.returncode == 0, done.stderr[-2000:]
-    return root, done.stdout
+    return root
 
 
 def run_ids(root):
@@ -138,12 +150,13 @@ def test_the_study_goes_on_from_what_run_has_done(finished, tmp_path, here):
     assert run_ids(root) == run_ids(finished[0])
 
 
-def test_a_deleted_stage_runs_again_with_what_depends_on_it(finished, tmp_path, here):
+def test_a_deleted_stage_runs_again_with_what_depends_on_it(finished, tmp_path):
+    """In a process of its own, as a user starts it."""
     root = tmp_path / "copy"
     shutil.copytree(finished[0], root)
     before = run_ids(root)
     shutil.rmtree(root / "rope")
-    done = here("run", f"--config={CONFIG}", f"--workdir={root}")
+    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}")
     assert done.returncode == 0, done.stderr[-2000:]
     after = run_ids(root)
     assert {stage for stage in STAGES if before[stage] != after[stage]} == {"rope", "report"}
@@ -199,9 +212,9 @@ def test_a_stage_refuses_results_that_are_out_of_date(finished, tmp_path, here):
 
 
 @pytest.mark.slow
-def test_killed_training_resumes_to_the_same_parameters(finished, tmp_path):
+def test_killed_training_resumes_to_the_same_parameters(finished_apart, tmp_path):
     root = tmp_path / "copy"
-    shutil.copytree(finished[0], root)
+    shutil.copytree(finished_apart, root)
     uninterrupted = (root / "train/retmask-0/model/model.safetensors").read_bytes()
     metrics = _metrics(root)
     shutil.rmtree(root / "train")
@@ -224,9 +237,9 @@ def test_killed_training_resumes_to_the_same_parameters(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_that_is_told_to_stop_says_so_and_goes_on(finished, tmp_path):
+def test_training_that_is_told_to_stop_says_so_and_goes_on(finished_apart, tmp_path):
     root = tmp_path / "copy"
-    shutil.copytree(finished[0], root)
+    shutil.copytree(finished_apart, root)
     model, metrics = (root / "train/retmask-0/model/model.safetensors").read_bytes(), _metrics(root)
     shutil.rmtree(root / "train")
     command = ["train", f"--config={CONFIG}", f"--workdir={root}"]

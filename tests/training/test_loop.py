@@ -40,10 +40,10 @@ from retmask_jax.utils.store import Store
 IDENTITY = {"data": "f"}
 
 
-def run(folder, settings=SETTINGS, params=None, identity=IDENTITY, **options):
+def run(folder, settings=SETTINGS, params=None, identity=IDENTITY, config=CONFIG, **options):
     """(final params, metrics.jsonl less the times)."""
     params = copying_params() if params is None else params
-    params = train(CONFIG, lambda: params, ROWS, settings, folder, one_device(), identity=identity, **options)
+    params = train(config, lambda: params, ROWS, settings, folder, one_device(), identity=identity, **options)
     return params, _metrics(folder)
 
 
@@ -251,8 +251,7 @@ def test_programs_compiled_ahead_are_those_that_updates_take(tmp_path, monkeypat
             needed.append((key[1], spent().programs))
 
     monkeypatch.setattr(training.compiled, "Ahead", AllFirst)
-    jax.clear_caches()
-    run(tmp_path, settings)
+    run(tmp_path, settings, config=dataclasses.replace(CONFIG, max_length=500))  # of which nothing is compiled yet
     (first, before), (second, after) = needed
     assert (first, second) == (False, True) and after == before
 

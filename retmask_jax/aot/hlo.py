@@ -42,12 +42,12 @@ class Work:
         return Work(counts, sent, n * self.memory, self.unknown)
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(
-            dict(Counter(self.counts) + Counter(other.counts)),
-            dict(Counter(self.sent) + Counter(other.sent)),
-            self.memory + other.memory,
-            self.unknown + other.unknown,
+        # Not as Counters, whose sum has no entry for a kind that sends nothing: a collective over one device.
+        counts, sent = (
+            {kind: ours.get(kind, 0) + theirs.get(kind, 0) for kind in {**ours, **theirs}}
+            for ours, theirs in ((self.counts, other.counts), (self.sent, other.sent))
         )
+        return Work(counts, sent, self.memory + other.memory, self.unknown + other.unknown)
 
 
 def read_work(text: str) -> Work:

@@ -174,6 +174,18 @@ def test_work_adds_up():
     assert work == Work({"all-gather": 6}, {"all-gather": 14}, 13, 1)
 
 
+def test_a_collective_over_one_device_counts_and_sends_nothing():
+    """As where a mesh has an axis of one device: XLA keeps the sum, and the time of a step is still known."""
+    alone = module(
+        f"  %x = bf16[64,128]{TPU} parameter(0)\n"
+        f"  ROOT %y = bf16[64,128]{TPU} all-reduce(%x), channel_id=1, replica_groups={{{{0}}}}, to_apply=%add",
+        partitions=1,
+    )
+    compiled = aot_program.Compiled(None, None, read_work(alone), 1.0)
+    facts = aot._time_facts(next(iter(CHIPS.values())), 1e12, {"gradients": compiled, "update": compiled})
+    assert facts["collectives"] == {"all-reduce": {"count": 2, "sent": 0}} and facts["seconds"]
+
+
 # Weights of 6 layers split over 8 devices are gathered in each turn of a scan, a sum over devices is taken after it; and
 # one row of 256 tokens on a mesh that splits rows.
 ON_EIGHT_DEVICES = """

@@ -27,7 +27,7 @@ METHODS = [
     for method, value in vars(getattr(rm, name)).items()
     if not method.startswith("_") and (inspect.isfunction(value) or isinstance(value, classmethod))
 ]
-NAMES = [*PUBLIC, *METHODS, "Interventions.none", "Interventions.__or__"]
+NAMES = [*PUBLIC, *METHODS, *(f"Interventions.{name}" for name in ("none", "__or__", "save", "load"))]
 
 
 FUNCTIONS = [name for name in PUBLIC if inspect.isfunction(getattr(rm, name))]

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from retmask_jax.model.config import ModelConfig
+from retmask_jax.model.exchange.mask_files import MaskFile
 from retmask_jax.model.rope import inverse_frequencies
 from retmask_jax.utils.array_types import Mask
 
@@ -27,7 +28,7 @@ SITES = ("rotary", "projection")
 SHARED_NDIM = {"head_mask": 2, "rope_mask": 3, "head_mean": 3}
 
 
-class Interventions(flax.struct.PyTreeNode):
+class Interventions(MaskFile, flax.struct.PyTreeNode):
     """The heads and rotary pairs that are ablated in a forward pass.
 
     Layers are in absolute order, rotary pairs in the order of the inverse frequencies (highest first). A float mask is a

@@ -55,6 +55,7 @@ def _study(config: ConfigDict) -> None:
     config.theta.factors = (0.25, 0.5, 1.0, 2.0, 4.0)
     config.theta.cases = 16
     config.theta.detector = "copy_position"  # reads each case once
+    config.per_step.cases = 24
 
 
 def _retmask(config: ConfigDict) -> None:

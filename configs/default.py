@@ -169,7 +169,8 @@ def get_config() -> ConfigDict:
 
     # The causal study (`retmask study`): further stages besides detect, knockout and rope.
     config.detectors = ConfigDict()
-    # All detectors. Their units differ, so they are compared by their order of the heads and by their best heads.
+    # Those of retrieval; besides them there are induction and previous_token, which score heads on repeated random tokens.
+    # Units differ, so detectors are compared by their order of the heads and by their best heads.
     config.detectors.names = (
         "copy",  # of `detect`: heads whose strongest key is the token that the model then copies
         "copy_forced",  # the same, read from the finished answer in one pass
@@ -196,6 +197,11 @@ def get_config() -> ConfigDict:
     config.theta.tasks = ()  # empty: the first of knockout.tasks
     config.theta.cases = 60  # of detect.task, spread evenly, on which heads are counted at each base; None: all
     config.theta.detector = "copy"  # the score for which detect.threshold is meant
+
+    # Which heads retrieve at each token of an answer, and for how many tokens in a row.
+    config.per_step = ConfigDict()
+    config.per_step.cases = 60  # of detect.task, spread evenly; None: all
+    config.per_step.seed = 1000  # of the cases instead of detect.task's: other cases than those the heads were found on
 
     # Training dynamics: folders, globs of folders (runs/x/step_*) or owner/name@revision; empty: left out.
     config.dynamics = ConfigDict()

@@ -2,8 +2,9 @@
 
     retmask study --config=tiny_study
 
-Compares eight detectors of retrieval heads and masks the heads of each, masks heads and rotary pairs in many ways,
-compares query norms, changes the RoPE base, and writes study.html. About three minutes on two idle CPU cores.
+Compares eight detectors of retrieval heads and two of other fields, masks the heads of each, masks heads and rotary pairs in
+many ways, compares query norms, changes the RoPE base, follows heads from token to token of an answer, and writes study.html.
+About three minutes on two idle CPU cores.
 
 Training dynamics need checkpoints, and the package has none. Training the model makes some:
 
@@ -34,6 +35,7 @@ def study(config: ConfigDict) -> ConfigDict:
     config.rope.matched = 3
     config.rope.text = True
     # `detect` has 120 cases; the other stages that read them take about a fifth.
+    config.detectors.names = (*config.detectors.names, "induction", "previous_token")
     config.detectors.cases = 24
     config.detectors.seeds = (11,)
     config.detectors.seed_names = ("copy_position",)
@@ -41,6 +43,7 @@ def study(config: ConfigDict) -> ConfigDict:
     config.theta.factors = (0.1, 1.0, 10.0)
     config.theta.cases = 24
     config.theta.detector = "copy_position"  # one program for each base: nothing is decoded
+    config.per_step.cases = 24
     config.dynamics.cases = 40
     config.headlines = (
         "detect/heads",

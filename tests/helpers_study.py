@@ -6,10 +6,13 @@ from helpers_results import DOWN, around, make_results, number
 from retmask_jax.heads.conditions import ConditionRow
 from retmask_jax.heads.detection import Settled
 from retmask_jax.heads.detectors import DETECTORS, Agreement, Repeats
+from retmask_jax.heads.patterns.steps import KINDS, MEASURES, HeadSteps, Persistence, StepRow
 from retmask_jax.heads.query_norms import NormComparison
+from retmask_jax.stages.detect import HeadNumber
 from retmask_jax.stages.study.detector_runs import Concentration
 from retmask_jax.stages.study.detectors import DetectorRow, DetectorsResult
 from retmask_jax.stages.study.dynamics import CheckpointRecall, CheckpointRow, DynamicsResult
+from retmask_jax.stages.study.per_step import PerStepResult
 from retmask_jax.stages.study.theta import BaseHeads, BaseRow, ThetaResult
 from retmask_jax.stages.study.utility import UtilityResult
 from retmask_jax.utils.numbers import McNemar, Permutation
@@ -36,6 +39,7 @@ def detectors_result(names, task, empty=()):
             outcomes={"counted": 20},
             counted=20,
             top=0.9,
+            best=[HeadNumber.of(around(0.9, 20), layer=1, head=0, chosen=True)],
             shared=0.5,
             profile=Concentration(None if name == "gradient" else 0.8, 0.1, 0.7),
             **cost,
@@ -133,6 +137,32 @@ def dynamics_result(task, steps, loss=True):
     )
 
 
+def per_step_result(n=5):
+    """Heads at n tokens of answers, in both senses."""
+    at = [around(0.9 - 0.1 * i, n=20 - i) for i in range(n)]
+    rows = [
+        StepRow(kind=kind, position=i, heads=at[i], following=at[i] if i + 1 < n else None, listed=at[i], active=at[i])
+        for kind in KINDS
+        for i in range(n)
+    ]
+    means = dict.fromkeys(MEASURES, around(0.6))
+    active = [
+        HeadSteps.of(
+            around(0.8 - 0.1 * head), kind=kind, layer=1, head=head, listed=head == 0, run=2.5, by_position=[0.5] * n
+        )
+        for kind in KINDS
+        for head in range(3)
+    ]
+    return PerStepResult(
+        heads=[(1, 0)],
+        outcomes={"counted": 20, "empty answer": 1},
+        rows=rows,
+        persistence=[Persistence(kind=kind, **means) for kind in KINDS],
+        active=active,
+        numbers={f"per_step/{kind}/{words}": around(0.6) for kind in KINDS for words in MEASURES.values()},
+    )
+
+
 def study_results(shape=(4, 8), task="needle", names=tuple(DETECTORS), empty=(), steps=(100, 200, 400, 800)):
     made = make_results(shape=shape, tasks=(task,))
     dynamics = dynamics_result(task, steps) if steps else DynamicsResult(rows=[], numbers={})
@@ -140,5 +170,6 @@ def study_results(shape=(4, 8), task="needle", names=tuple(DETECTORS), empty=(),
         "detectors": detectors_result(names, task, empty),
         "utility": utility_result(shape),
         "theta": theta_result(task, DOWN),
+        "per_step": per_step_result(),
         "dynamics": dynamics,
     }

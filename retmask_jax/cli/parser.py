@@ -26,13 +26,14 @@ GROUPS = {
         "detectors": "compare detectors: agreement, stability, speed, masked recall",
         "utility": "query norms of retrieval heads against others, by rotary pair",
         "theta": "change the RoPE base at inference: recall, and which heads",
+        "per_step": "which heads retrieve at each token of an answer, and how long",
         "dynamics": "detect heads in the checkpoints of a training run",
-        "study": "detect, knockout, rope and these four in order; study.html",
+        "study": "detect, knockout, rope and these five in order; study.html",
     },
     "tools": {
         "doctor": "can this machine work? versions, devices, what to install",
         "inspect": "what a model is, by its config.json: layers, RoPE, memory, stop ids",
-        "export": "write a masked or trained model for HF tools, or pairs",
+        "export": "write a masked or trained model for HF tools, with its card; or pairs",
         "profile": "retrieval heads of many models: how many, where, how sparse",
         "panel": "findings of several studies side by side, with intervals",
         "diff": "two checkpoints: which heads changed, which carry the gain",
@@ -76,6 +77,7 @@ _EXAMPLES_OF = {
     "export": (
         "retmask export --config=tiny --what=retmask-0 --out=my_model",
         "retmask export --config=tiny --heads 1-0 1-2 --out=masked",
+        "retmask export HuggingFaceTB/SmolLM2-135M-Instruct --out=masked --push=me/smollm2-without-retrieval-heads",
     ),
     "doctor": ("retmask doctor", "retmask doctor --json"),
     "inspect": ("retmask inspect bundled", "retmask inspect Qwen/Qwen3-8B --json"),
@@ -281,6 +283,11 @@ def _add_export(stage: argparse.ArgumentParser) -> None:
         "--heads", nargs="+", action="extend", metavar="LAYER-HEAD", help="heads to mask instead of those detected"
     )
     stage.add_argument("--out", required=True, help="folder or file to write")
+    stage.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="also upload the model to the hub, by huggingface_hub's login; it is made there, public, if it is not there",
+    )
 
 
 def _add_benchmarks(stage: argparse.ArgumentParser) -> None:

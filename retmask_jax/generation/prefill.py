@@ -64,8 +64,16 @@ def prefill(
         """The result of chunk c, which is meaningless for positions outside the chunk."""
         part_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, c * chunk, chunk, axis=1)
         local_BP = jnp.clip(rows_BP - c * chunk, 0, chunk - 1)
-        asked = None if probe is None else probe.replace(rows_BP=local_BP)
-        return run(part_BT, rows_BP=local_BP, cache=cache, start_B=start_B + c * chunk, probe=asked)
+        many = (
+            rows_BP.shape[1] > chunk
+        )  # then each position of the chunk is computed once, and not each row in each chunk
+        asked_BP = jnp.broadcast_to(jnp.arange(chunk), (batch, chunk)) if many else local_BP
+        asked = None if probe is None else probe.replace(rows_BP=asked_BP)
+        found = run(part_BT, rows_BP=asked_BP, cache=cache, start_B=start_B + c * chunk, probe=asked)
+        if not many:
+            return found
+        take = jax.vmap(lambda x, rows_P: x[rows_P])
+        return jax.tree.map(lambda x: take(x, local_BP), found.replace(cache=None)).replace(cache=found.cache)
 
     def add(c, state: HiddenRows) -> HiddenRows:
         new, inside_BP = one(c, state.cache), rows_BP // chunk == c

@@ -136,10 +136,9 @@ def score_answers(
     lm: LanguageModel, cases: Sequence[Case], found: Sequence[Answer], *, max_new_tokens: int, released: bool = False
 ) -> Detection:
     """Computes copy scores from the model's answers; arguments and errors as of `detect`."""
-    newline = newline_ids(lm.tokenizer)
     answers, outcomes, per_case = [], [], []
     for case, (tokens_N, key_NLH) in zip(cases, found, strict=True):
-        end = len(tokens_N) if released else _line_end(lm.tokenizer, tokens_N, newline)
+        end = len(tokens_N) if released else answer_end(lm.tokenizer, tokens_N)
         tokens_N, key_NLH = tokens_N[:end], key_NLH[:end]
         answer = lm.tokenizer.decode(tokens_N, skip_special_tokens=True)
         answers.append(answer)
@@ -147,6 +146,21 @@ def score_answers(
         if outcomes[-1] == COUNTED:
             per_case.append(copy_score(np.asarray(case.tokens), case.span, tokens_N, key_NLH, released))
     return collect(per_case, answers, outcomes)
+
+
+def copies(
+    prompt_S: Int[np.ndarray, " S"],
+    span: tuple[int, int],
+    tokens_N: Int[np.ndarray, " N"],
+    key_NLH: Int[np.ndarray, "N L H"],
+) -> tuple[Bool[np.ndarray, "N L H"], Bool[np.ndarray, "N L H"]]:
+    """Returns (whether a head's strongest key is in the needle's answer part, whether it is also the token that is said).
+
+    Args as of `copy_score`.
+    """
+    inside_NLH = (key_NLH >= span[0]) & (key_NLH < span[1])
+    read_NLH = prompt_S[np.minimum(key_NLH, len(prompt_S) - 1)]  # keys after the prompt are in no span
+    return inside_NLH, inside_NLH & (read_NLH == tokens_N[:, None, None])
 
 
 def copy_score(
@@ -166,9 +180,7 @@ def copy_score(
         released: Count every copy, repeats included, and divide by the length of the span.
     """
     start, end = span
-    inside_NLH = (key_NLH >= start) & (key_NLH < end)
-    read_NLH = prompt_S[np.minimum(key_NLH, len(prompt_S) - 1)]  # keys after the prompt are in no span
-    hit_NLH = inside_NLH & (read_NLH == tokens_N[:, None, None])
+    _, hit_NLH = copies(prompt_S, span, tokens_N, key_NLH)
     if released:
         return hit_NLH.sum(axis=0).astype(np.float32) / (end - start)
     needle_ids = np.unique(prompt_S[start:end])
@@ -268,9 +280,9 @@ def _usual_closing(
     return *most_common[0][0], *lm.config.eos_ids[:1]
 
 
-def _line_end(tokenizer: Any, tokens_N: Int[np.ndarray, " N"], newline: Int[np.ndarray, " ids"]) -> int:
+def answer_end(tokenizer: Any, tokens_N: Int[np.ndarray, " N"]) -> int:
     """Returns the index of the first newline after a word, or the number of tokens."""
-    for place in np.flatnonzero(np.isin(tokens_N, newline)):
+    for place in np.flatnonzero(np.isin(tokens_N, newline_ids(tokenizer))):
         if tokenizer.decode(tokens_N[:place], skip_special_tokens=True).strip():
             return int(place)
     return len(tokens_N)

@@ -30,7 +30,8 @@ class Detection:
 
     Attributes:
         scores: Of the counted cases.
-        answers: For each case the model's answer, or the gold answer where the detector reads that instead.
+        answers: For each case the model's answer, or the gold answer where the detector reads that instead; empty where it
+            reads neither.
         outcomes: For each case "counted", or why it does not count.
     """
 

@@ -2,8 +2,8 @@
 
 Each of DETECTORS is called as detector(lm, cases, batch_size=16) and returns a Detection. `copy` and `copy_forced` also
 take max_new_tokens, and score the model's answers. The others read the gold answer, the needle's tokens, after the
-prompt: they need cases with a needle, but not a model that answers right. Scores of different detectors have different
-units, so compare the order of heads (`agreement`).
+prompt: they need cases with a needle, but not a model that answers right. `induction` and `previous_token` read random
+tokens. Scores of different detectors have different units, so compare the order of heads (`agreement`).
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.generation.logprobs import sequence_logprobs
 from retmask_jax.heads.copy_score import RIGHT_RECALL, detect, score_answers, words_of
 from retmask_jax.heads.detection import COUNTED, Detection, collect
+from retmask_jax.heads.patterns.repeated import induction, previous_token
 from retmask_jax.heads.reading import measure_answers, read_answers
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.attention import EVERYWHERE
@@ -178,6 +179,9 @@ DETECTORS: dict[str, Callable[..., Detection]] = {
     "query_focused": query_focused,
     "logit": logit,
     "gradient": gradient,
+    # What other fields look for, on random tokens.
+    "induction": induction,
+    "previous_token": previous_token,
 }
 
 

@@ -65,6 +65,7 @@ def measure_answers(
     measure: Callable[..., Any],
     *,
     spans: Sequence[Sequence[tuple[int, int]]] | None = None,
+    relative: bool = False,
     values: bool = False,
     batch_size: int = 16,
     interventions: Interventions | None = None,
@@ -82,6 +83,7 @@ def measure_answers(
             the positions that predict the answers and target_BN are the answers' tokens. A pure function defined at the
             top of a module, as each function object compiles a program of its own.
         spans: For each prompt as many token spans, which the probe measures as in `Probe`.
+        relative: Whether spans count from the position that is measured, as in `Probe`.
         values: Whether the probe also returns the heads' outputs in the spans.
         batch_size: Answers that are read together.
         interventions: The same for all prompts.
@@ -108,7 +110,7 @@ def measure_answers(
             target_BN, _ = pad_rows([answers[i] for i in batch.rows], config.pad_id, least=width)
             spans_BN2 = None if spans is None else np.array([spans[i] for i in batch.rows], np.int32)
             inputs = batch.prefix, batch.tokens_BT, batch.start_B, batch.end_B, rows_BN, target_BN, spans_BN2
-            out = to_host(read_batch(config, measure, values, lm.params, *inputs, masks, longest))
+            out = to_host(read_batch(config, measure, values, lm.params, *inputs, masks, longest, relative=relative))
             cut = [operator.itemgetter((row, slice(len(answers[i])))) for row, i in enumerate(batch.rows)]
             yield batch.rows, [jax.tree.map(take, out) for take in cut]
 
@@ -116,7 +118,7 @@ def measure_answers(
         return memory.in_batches(len(prompts), batch_size, what, "answer", work)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="relative")
 @row_parallel("tokens_BT", "start_B", "end_B", "rows_BN", "target_BN", "spans_BN2", "masks")
 def read_batch(
     config: ModelConfig,
@@ -132,6 +134,8 @@ def read_batch(
     spans_BN2: Int[jax.Array, "B spans 2"] | None,
     masks: Masks,
     longest: Int[jax.Array, ""],
+    *,
+    relative: bool = False,
 ) -> Any:
     """Measures one batch of texts; the compiled program of `measure_answers`.
 
@@ -146,8 +150,9 @@ def read_batch(
         target_BN: The answers' tokens, which are predicted there.
         spans_BN2: Token spans for the probe, or None.
         longest: Tokens of the longest text and its answer.
+        relative: Static, as in `measure_answers`.
     """
-    probe = Probe(rows_BN, spans_BN2, values=values)
+    probe = Probe(rows_BN, spans_BN2, relative, values=values)
     texts = prefix, tokens_BT, start_B, end_B
     out = read_on(config, params, *texts, masks, rows_BN, probe=probe, longest=longest)
     return measure(config, params, out, target_BN)

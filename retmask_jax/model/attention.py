@@ -66,6 +66,7 @@ class Probe(flax.struct.PyTreeNode):
     Attributes:
         rows_BP: i32, the query rows.
         spans_BN2: i32, token spans [start, end), or None.
+        relative: Whether spans count from each query's own position, so that [-1, 0) is the token before it.
         top: How many keys to report.
         values: Also report the part of the head's output that it reads in each span.
         pairs: The number of rotary pairs, to also report the covariance over the keys of what they add to q.k; 0: do not.
@@ -73,6 +74,7 @@ class Probe(flax.struct.PyTreeNode):
 
     rows_BP: Any
     spans_BN2: Any = None
+    relative: bool = flax.struct.field(pytree_node=False, default=False)
     top: int = flax.struct.field(pytree_node=False, default=1)
     values: bool = flax.struct.field(pytree_node=False, default=False)
     pairs: int = flax.struct.field(pytree_node=False, default=0)
@@ -236,7 +238,8 @@ def probe(q_BPHD: jax.Array, positions_BP: jax.Array, keys: Keys, request: Probe
         if request.spans_BN2 is None:
             return found
         first_BN1, end_BN1 = jnp.split(request.spans_BN2, 2, axis=-1)
-        inside_BNS = (keys.positions_BS[:, None] >= first_BN1) & (keys.positions_BS[:, None] < end_BN1)
+        places_B1S = keys.positions_BS[:, None] - (query_B[:, None, None] if request.relative else 0)
+        inside_BNS = (places_B1S >= first_BN1) & (places_B1S < end_BN1)
         weights_BHS = jax.nn.softmax(jnp.where(seen_B1S, scores.of(products_BHS), HIDDEN), axis=-1)
         mass_BHN = jnp.einsum(
             "bhs,bns->bhn", weights_BHS, inside_BNS.astype(jnp.float32), precision=precision(jnp.float32)

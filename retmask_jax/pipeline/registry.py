@@ -17,7 +17,7 @@ from retmask_jax.runs.context import Context, named_files
 from retmask_jax.runs.limits import check_limits
 from retmask_jax.runs.recipes import flat
 from retmask_jax.runs.stage import Stage, settings_read
-from retmask_jax.runs.workdir import Basis, Result
+from retmask_jax.runs.workdir import Basis, R, Result
 from retmask_jax.stages.compare import COMPARE
 from retmask_jax.stages.detect import DETECT
 from retmask_jax.stages.eval import EVAL
@@ -27,6 +27,7 @@ from retmask_jax.stages.rates import RATES
 from retmask_jax.stages.rope import ROPE
 from retmask_jax.stages.study.detectors import DETECTORS_STAGE
 from retmask_jax.stages.study.dynamics import DYNAMICS
+from retmask_jax.stages.study.per_step import PER_STEP
 from retmask_jax.stages.study.theta import THETA
 from retmask_jax.stages.study.utility import UTILITY
 from retmask_jax.stages.train import TRAIN
@@ -44,6 +45,7 @@ _ALL = (
     DETECTORS_STAGE,
     UTILITY,
     THETA,
+    PER_STEP,
     DYNAMICS,
     STUDY,
     COMPARE,
@@ -94,6 +96,15 @@ def check_upstream(context: Context, stage: Stage) -> None:
     for needed in stage.upstream:
         context.workdir.provenance(needed.name)
         _check_up_to_date(context, stage.name, needed)
+
+
+def up_to_date(context: Context, stage: Stage[R]) -> R | None:
+    """The result of a stage; None where it has not run, or is out of date, or of a version whose results differ."""
+    try:
+        _check_up_to_date(context, stage.name, stage)
+        return stage.of(context)
+    except ValueError:
+        return None
 
 
 def _check_up_to_date(context: Context, reader: str, stage: Stage) -> None:

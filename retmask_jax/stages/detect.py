@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,16 @@ def choose_heads(context: Context, scores: HeadScores) -> list[Head]:
     return heads
 
 
+def best_heads(scores: HeadScores, chosen: Collection[Head], n: int = _LISTED) -> list[HeadNumber]:
+    """The n best heads, best first, with the interval of each one's score over cases; which are among those chosen."""
+    return [
+        HeadNumber.of(
+            stats.bootstrap_mean(scores.per_case[layer, head]), layer=layer, head=head, chosen=(layer, head) in chosen
+        )
+        for layer, head in scores.heads(top_k=min(n, scores.mean.size))
+    ]
+
+
 def _selection(context: Context) -> dict[str, Any]:
     section = context.config.detect
     return {"top_k": section.top_k} if section.threshold is None else {"threshold": section.threshold}
@@ -141,15 +152,7 @@ def _detected(
         profile={name: stats.defined(value) for name, value in shape.items()},
         stability=stability(scores, **_selection(context)),
         mask_hash=_mask_hash(lm, heads),
-        best=[
-            HeadNumber.of(
-                stats.bootstrap_mean(scores.per_case[layer, head]),
-                layer=layer,
-                head=head,
-                chosen=(layer, head) in heads,
-            )
-            for layer, head in scores.heads(top_k=min(_LISTED, scores.mean.size))
-        ],
+        best=best_heads(scores, heads),
         examples=examples,
         numbers=numbers
         | {

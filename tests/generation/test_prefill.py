@@ -45,14 +45,15 @@ def windowed(random_model):
 
 
 # What is read before the rows is itself read from the start.
-@pytest.mark.parametrize("start", [pytest.param(0, marks=pytest.mark.slow), 5])
-def test_chunks_and_rings_equal_one_pass(windowed, close, start):
-    """Rows of different lengths, some of which end chunks before others; states, probes and the next step agree."""
+@pytest.mark.parametrize("start, times", [pytest.param(0, 1, marks=pytest.mark.slow), (5, 1), (5, CHUNK)])
+def test_chunks_and_rings_equal_one_pass(windowed, close, start, times):
+    """Rows of different lengths, some of which end chunks before others; states, probes and the next step agree. Also where
+    more positions are asked for than a chunk has."""
     config, params = windowed.config, windowed.params
     rng = np.random.default_rng(start)
     tokens_BT = rng.integers(0, 41, (4, 45)).astype(np.int32)
     end_B = np.array([45, 9, 30, 17])
-    rows_BP = np.array([[44, 7], [8, 5], [29, 12], [16, 15]]) - start
+    rows_BP = np.tile(np.array([[44, 7], [8, 5], [29, 12], [16, 15]]) - start, times)
     masks = normalise(config)
     # With the token of the next step, which no earlier place sees.
     longer_BT = np.pad(tokens_BT, ((0, 0), (0, 1)))

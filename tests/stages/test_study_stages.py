@@ -16,6 +16,7 @@ from retmask_jax.data.prompter import Prompter
 from retmask_jax.generation.language_model import from_params, save
 from retmask_jax.heads import conditions
 from retmask_jax.heads.detectors import DETECTORS
+from retmask_jax.heads.patterns.steps import by_position, follow, most_active, persistence
 from retmask_jax.heads.profile import profile
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import Interventions, mask_heads
@@ -25,6 +26,7 @@ from retmask_jax.stages.detect import detect_stage
 from retmask_jax.stages.study.detector_runs import Concentration, reused_copy, run_detector, spread
 from retmask_jax.stages.study.detectors import detectors_stage
 from retmask_jax.stages.study.dynamics import checkpoint_prints, dynamics_stage
+from retmask_jax.stages.study.per_step import PER_STEP, per_step_stage
 from retmask_jax.stages.study.theta import theta_stage
 from retmask_jax.stages.study.utility import utility_stage
 from retmask_jax.utils import stats
@@ -64,8 +66,8 @@ def study(tmp_path, monkeypatch):
         config.knockout.tasks = ("detect",)
         config.detectors.names = ("copy_position", "mass", "gradient")
         for key, value in settings.items():
-            section, _, name = key.partition("_")
-            config[section][name] = value
+            section = next(name for name in config if key.startswith(f"{name}_"))
+            config[section][key.removeprefix(f"{section}_")] = value
         context = Context(config.lock(), Workdir(tmp_path, {}))
         context.__dict__["lm"] = LM
         if detected:
@@ -119,6 +121,10 @@ def test_detectors_are_kept_compared_and_their_heads_masked(study, tmp_path, cap
     assert scores["gradient"].mean.min() < 0 and rows["gradient"].profile == Concentration(None, None, None)
     (pair,) = [pair for pair in result.agreement if (pair.a, pair.b) == ("copy_position", "mass")]
     assert pair.jaccard == stats.jaccard(rows["copy_position"].heads, rows["mass"].heads)
+    best = rows["mass"].best
+    assert [(row.layer, row.head) for row in best] == scores["mass"].heads(top_k=2)
+    assert best[0].number == stats.bootstrap_mean(scores["mass"].per_case[rows["mass"].heads[0]])
+    assert [row.chosen for row in best] == [head in [(1, 0), (1, 2)] for head in scores["mass"].heads(top_k=2)]
     assert {name: steps[-1].jaccard for name, steps in result.stability.items()} == dict.fromkeys(scores, 1.0)
     # The same cases for every seed here: they agree wholly.
     assert result.over_seeds["mass"].n == 2 and result.over_seeds["mass"].spearman == pytest.approx(1)
@@ -174,6 +180,36 @@ def test_factor_one_is_the_model_as_it_is_and_another_base_is_not(study, tmp_pat
     assert [found.heads for found in result.heads] == [own.heads(threshold=0.1), other.heads(threshold=0.1)]
     assert result.heads[0].jaccard == 1.0
     assert result.numbers["theta/heads/factor 1000"].value == len(other.heads(threshold=0.1))
+
+
+def test_heads_are_followed_on_cases_of_another_seed(study, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Context, "cases", lambda self, task, **changes: asked.append((task, changes)) or CASES)
+    result = per_step_stage(study(per_step_cases=3, per_step_seed=7), tmp_path / "per_step")
+    assert asked == [("detect", {"seed": 7})] and result.heads == [(1, 0), (1, 2)]
+    assert stored({"per_step": result})["per_step"] == result
+    followed = follow(LM, [CASES[i] for i in spread(len(CASES), 3)], max_new_tokens=NEW, batch_size=BATCH)
+    assert result.outcomes == {"counted": 3} and len(result.examples) == 3
+    for kind, answers in followed.active.items():
+        assert [row for row in result.rows if row.kind == kind] == by_position(kind, answers, result.heads)
+        assert [row for row in result.active if row.kind == kind] == most_active(kind, answers, result.heads)
+        (found,) = [row for row in result.persistence if row.kind == kind]
+        assert found == persistence(kind, answers, result.heads)
+        assert result.numbers[f"per_step/{kind}/tokens in a row"] == found.run
+    printed = PER_STEP.tables(result)[0].rows
+    assert len(printed) == len(result.active) and printed[0][1] == f"{result.active[0].layer}-{result.active[0].head}"
+    with pytest.raises(
+        ValueError, match="per_step.seed is 0, the seed of task 'detect' on whose cases heads are found"
+    ):
+        PER_STEP.check(study(per_step_seed=0).config)
+
+
+def test_no_answer_that_counts_follows_no_head(study, tmp_path, monkeypatch):
+    wrong = [dataclasses.replace(case, needle=dataclasses.replace(case.needle, answer="zebra")) for case in CASES]
+    monkeypatch.setattr(Context, "cases", lambda self, task, **changes: wrong)
+    result = per_step_stage(study(), tmp_path / "per_step")
+    assert (result.rows, result.persistence, result.active, result.numbers) == ([], [], [], {})
+    assert sum(result.outcomes.values()) == len(wrong) and "counted" not in result.outcomes
 
 
 def _save_checkpoints(root):

@@ -17,7 +17,7 @@ from retmask_jax.stages.study.detectors import DetectorRow, DetectorsResult
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SHADES = (*plotting.SHADES, "#000000")  # there are eight detectors
+_SHADES = (*plotting.SHADES, "#000000", "#332288", "#882255")  # there are ten detectors
 
 
 def detectors_section(result: DetectorsResult) -> Markup:
@@ -56,7 +56,19 @@ def detectors_section(result: DetectorsResult) -> Markup:
             note="Gini: none where scores are signed. McNemar's exact test against nothing masked, on the first task, not "
             "adjusted for the number of detectors.",
         ),
+        html.folded("Best heads of each detector", _best(result.rows)),
     )
+
+
+def _best(rows: Sequence[DetectorRow]) -> Markup:
+    """The best heads of each detector with the intervals of their scores."""
+    cells = [
+        [row.name, f"{head.layer}-{head.head}", interval(head), head.n, "yes" if head.chosen else ""]
+        for row in rows
+        for head in row.best
+    ]
+    note = "95% bootstrap interval over cases; each case is another text of random tokens for induction and previous_token."
+    return table(["detector", "head", "score", "n", "head of detect"], cells, note=note)
 
 
 def _by_task(masked: Sequence[ConditionRow]) -> dict[str, dict[str, ConditionRow]]:

@@ -14,6 +14,7 @@ from retmask_jax.reports.report import all_numbers, provenance, where_time_went
 from retmask_jax.reports.rope import rope_section
 from retmask_jax.reports.study.detectors import detectors_section
 from retmask_jax.reports.study.dynamics import dynamics_section
+from retmask_jax.reports.study.per_step import per_step_section
 from retmask_jax.reports.study.theta import base_section
 from retmask_jax.reports.study.utility import norms_section
 from retmask_jax.runs.context import Context
@@ -23,6 +24,7 @@ from retmask_jax.stages.knockout import KNOCKOUT, KnockoutResult
 from retmask_jax.stages.rope import ROPE, RopeResult
 from retmask_jax.stages.study.detectors import DETECTORS_STAGE, DetectorsResult
 from retmask_jax.stages.study.dynamics import DYNAMICS, DynamicsResult
+from retmask_jax.stages.study.per_step import PER_STEP, PerStepResult
 from retmask_jax.stages.study.theta import THETA, ThetaResult
 from retmask_jax.stages.study.utility import UTILITY, UtilityResult
 from retmask_jax.utils.files import write_atomically
@@ -38,6 +40,7 @@ class StudyResults:
     rope: RopeResult
     utility: UtilityResult
     theta: ThetaResult
+    per_step: PerStepResult
     dynamics: DynamicsResult
 
 
@@ -52,6 +55,7 @@ def write_study(path: Path, results: StudyResults, model: str) -> None:
             rope_section(results.rope),
             norms_section(results.utility),
             base_section(results.theta),
+            per_step_section(results.per_step),
             dynamics_section(results.dynamics),
             all_numbers(vars(results)),
             where_time_went(vars(results)),
@@ -88,6 +92,6 @@ STUDY = Stage(
     name="study",
     work=_study_stage,
     result=PageResult,
-    upstream=(DETECT, DETECTORS_STAGE, KNOCKOUT, ROPE, UTILITY, THETA, DYNAMICS),
+    upstream=(DETECT, DETECTORS_STAGE, KNOCKOUT, ROPE, UTILITY, THETA, PER_STEP, DYNAMICS),
     needs_model=False,
 )

@@ -13,7 +13,7 @@ from retmask_jax.runs.context import Context
 from retmask_jax.runs.costs import Cost, cases_cost, task_cost
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result
-from retmask_jax.stages.detect import DETECT, DETECTION, retrieval_heads
+from retmask_jax.stages.detect import DETECT, DETECTION, HeadNumber, best_heads, retrieval_heads
 from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.stages.study.detector_runs import (
     UNTOUCHED,
@@ -30,6 +30,7 @@ from retmask_jax.utils import stats
 from retmask_jax.utils.files import write_jsonl
 from retmask_jax.utils.numbers import Number
 
+_LISTED = 5  # best heads of each detector in the result, with intervals
 _PASSES = {"query_focused": 2, "gradient": 3}  # over the cases; other detectors read them once
 
 
@@ -45,6 +46,8 @@ class DetectorRow:
         top: The best head's score; None where no case counts.
         profile: None where no case counts.
         shared: Jaccard index of `heads` with the heads of `detect`; None where no case counts.
+        best: The first of `heads` with the intervals of their scores, and whether they are heads of `detect`; empty in
+            results of older versions.
     """
 
     name: str
@@ -58,6 +61,7 @@ class DetectorRow:
     top: float | None = None
     profile: Concentration | None = None
     shared: float | None = None
+    best: list[HeadNumber] = dataclasses.field(default_factory=list)
 
     @property
     def gini(self) -> float | None:
@@ -180,6 +184,7 @@ def _detector_row(
         top=float(run.scores.mean[best[0]]),
         profile=concentration(run.scores, context.lm.config.n_kv_heads),
         shared=stats.jaccard(best, heads),
+        best=best_heads(run.scores, heads, min(_LISTED, len(best))),
     )
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers_servers import serve  # noqa: F401  (a fixture)
+from helpers_servers import serve, upload_hub  # noqa: F401  (fixtures)
 
 from retmask_jax.generation.language_model import from_params, load
 from retmask_jax.model.config import ModelConfig

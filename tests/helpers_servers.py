@@ -1,5 +1,6 @@
-"""A server that answers chats and fails as asked."""
+"""A server that answers chats and fails as asked, and one that takes models as the hub does."""
 
+import base64
 import collections
 import email.utils
 import hashlib
@@ -117,6 +118,73 @@ def serve(monkeypatch):
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+class HubServer(http.server.ThreadingHTTPServer):
+    """Speaks the part of the hub's API that uploads.
+
+    models: {name: {file: bytes}}. requests: (path, authorization, body). refusal: a status for every request.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.models, self.requests, self.refusal = {}, [], None
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+
+class HubHandler(Handler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.server.requests.append((self.path.partition("?")[0], self.headers["Authorization"], body))
+        if self.server.refusal:
+            return self.reply(self.server.refusal, "no")
+        match self.path.partition("?")[0].strip("/").split("/"):
+            case ["api", "repos", "create"]:
+                asked = json.loads(body)
+                name = f"{asked['organization']}/{asked['name']}"
+                self.server.models.setdefault(name, {})
+                found = {"url": f"{self.server.url}/{name}"}
+            case ["api", "validate-yaml"]:
+                found = {"errors": [], "warnings": []}
+            case ["api", "models", _, _, "preupload", "main"]:
+                files = [file["path"] for file in json.loads(body)["files"]]
+                found = {"files": [{"path": file, "uploadMode": "regular", "shouldIgnore": False} for file in files]}
+            case ["api", "models", owner, name, "commit", "main"]:
+                lines = [json.loads(line) for line in body.splitlines()]
+                for line in lines:
+                    if line["key"] == "file":
+                        content = base64.b64decode(line["value"]["content"])
+                        self.server.models[f"{owner}/{name}"][line["value"]["path"]] = content
+                found = {"commitUrl": f"{self.server.url}/{owner}/{name}/commit/{'0' * 40}", "commitOid": "0" * 40}
+            case _:
+                return self.reply(404, "{}")
+        self.reply(200, json.dumps(found), {"Content-Type": "application/json"})
+
+    def do_GET(self):
+        self.server.requests.append((self.path, self.headers["Authorization"], b""))
+        self.reply(self.server.refusal or 404, "{}")
+
+
+@pytest.fixture
+def upload_hub(monkeypatch, tmp_path):
+    """The hub of this process, with nobody logged in and no waiting between retries."""
+    from huggingface_hub import constants
+
+    server = HubServer()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 def plan(n, share, seed=0):

@@ -12,29 +12,23 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from retmask_jax.aot import decoding, step
-from retmask_jax.cli import doctor
+from retmask_jax.cli import doctor, exporting
 from retmask_jax.cli.plan import planned, say_how_long, say_how_long_diff
 from retmask_jax.cli.printing import print_numbers, print_table
-from retmask_jax.data.pair_formats import export_pairs, iter_pairs
-from retmask_jax.generation.language_model import load, save
 from retmask_jax.heads.gain import difference
 from retmask_jax.heads.profile import profile_table
+from retmask_jax.hf import hub
 from retmask_jax.hf import summary as inspection
-from retmask_jax.hf.hub import config_folder
-from retmask_jax.model.interventions import mask_heads
 from retmask_jax.model.sharding import split_cpu
-from retmask_jax.pipeline.registry import RUN, STAGES, STUDIED, check_config, check_model, check_upstream, run_stage
+from retmask_jax.pipeline.registry import RUN, STAGES, STUDIED, check_config, check_model, run_stage
 from retmask_jax.reports import comparison, html, plotting
 from retmask_jax.reports import difference as of_difference
 from retmask_jax.reports.comparison import COMPARISON
-from retmask_jax.reports.panel import findings, gains, page, profiles, sources
+from retmask_jax.reports.panel import findings, gains, page, profiles, records, sources
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import Stage
 from retmask_jax.runs.workdir import Example, Result, Workdir, check_free, differing, locked, settings_of, versions
-from retmask_jax.stages.detect import retrieval_heads
 from retmask_jax.stages.eval import EVAL, EvalResult
-from retmask_jax.stages.knockout import KNOCKOUT
-from retmask_jax.stages.train import TRAIN
 from retmask_jax.training.pretrain import build
 from retmask_jax.utils import compiled
 from retmask_jax.utils.files import read_json, write_json
@@ -116,39 +110,31 @@ def plan(config: ConfigDict, root: Path, name: str, aside: bool = False) -> None
     print(left)
 
 
-def export(config: ConfigDict, root: Path, what: str, heads: Sequence[str] | None, form: str, out: Path) -> None:
+def export(
+    config: ConfigDict,
+    root: Path,
+    what: str,
+    heads: Sequence[str] | None,
+    form: str,
+    out: Path,
+    push: str | None = None,
+) -> None:
     """The start model with heads masked in its weights, or a trained model, as an HF checkpoint; or a run's pairs.
 
-    heads: "layer-head" each; None: those that detection found. form: of pairs, see `export_pairs`.
+    heads: "layer-head" each; None: those that detection found. form: of pairs, see `export_pairs`. push: the model's name on
+    the hub, where it is then uploaded.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder: choose another --out")
-    if out.is_symlink() and not out.exists():
-        raise ValueError(f"{out} is a link to {os.readlink(out)}, which is not there: choose another --out")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise ValueError(f"{out} cannot be made, since {above} is a file: choose another --out")
+    exporting.check_target(what, out, push)
     if what.startswith("pairs-"):
-        pairs = Workdir.open(root, config).folder("pairs") / f"{what.removeprefix('pairs-')}.jsonl.gz"
-        if not pairs.exists():
-            raise ValueError(f"--what is {what!r}, but {pairs} does not exist: run `retmask pairs` first")
-        export_pairs(iter_pairs(pairs), out, form)
-        print(f"wrote {out}")
-        return
-    context = _open(config, root, model=what == "masked")
-    if what == "masked":
-        if heads is None:
-            check_upstream(context, KNOCKOUT)  # whose heads are those of an up-to-date detection
-        chosen = retrieval_heads(context) if heads is None else [_head(name) for name in heads]
-        save(context.lm, out, mask_heads(context.lm.config, chosen))
+        exporting.write_pairs(Workdir.open(root, config), what.removeprefix("pairs-"), out, form)
+    elif what == "masked":
+        exporting.write_masked(_open(config, root), heads, out, push)
     else:
-        runs = TRAIN.of(context).runs
-        if what not in runs:
-            known = ", ".join(f"{run}, pairs-{run}" for run in runs)
-            raise ValueError(f"--what is {what!r}; it must be masked or one of {known}")
-        save(load(context.workdir.folder("train") / what / "model", config.dtype, ignore=config.ignore), out)
+        exporting.write_trained(_open(config, root, model=False), what, out, push)
     if primary():
         print(f"wrote {out}")
+    if push is not None and primary():
+        print(f"pushed to {hub.push(out, push)}")
 
 
 def pretrain(config: ConfigDict, root: Path) -> None:
@@ -186,7 +172,7 @@ def inspect(model: str, as_json: bool, ignore: Sequence[str] = ()) -> None:
 
     ignore: attributes of config.json, as of `rm.load`.
     """
-    facts = inspection.describe(config_folder(model, ignore=ignore), ignore)
+    facts = inspection.describe(hub.config_folder(model, ignore=ignore), ignore)
     if as_json:
         print(json.dumps({"model": model} | facts, indent=1))
     else:
@@ -230,20 +216,20 @@ def profile(
 def panel(paths: Sequence[Path], task: str, closed_book: str | None, gain: str | None, out: Path | None) -> None:
     """The findings of several finished studies as one table; as panel.json and panel.html in a folder, if wanted.
 
-    task, closed_book: of `findings.panel`; gain: a number of `sources.read_gains`.
+    paths: Of `sources.read_studies`. task, closed_book: of `findings.panel`. gain: a number of the evaluation.
     """
-    members = sources.read_studies(paths)
-    found = findings.panel(members, task, closed_book)
-    gained = gains.gain_against_sparsity(sources.read_gains(paths, gain)) if gain else None
+    read = sources.read_studies(paths)
+    found = findings.panel(read, task, closed_book)
+    gained = gains.gain_against_sparsity([records.gain_run(record, gain) for record in read]) if gain else None
     print_table(*page.summary(found))
-    for finding in found.findings:
-        print(page.sentence(finding))
+    for text in (*map(page.sentence, found.findings), *page.left_out(found)):
+        print(text)
     if gained:
         print(gained.finding)
     if out:
-        scored = sources.read_models(paths)
+        scored = sources.read_models(sources.work_directories(paths))
         write_json(out / "panel.json", vars(found) | {"gain": gain, "sparsity": gained, "versions": versions()})
-        page.write_panel(out / "panel.html", found, members, scored, profile_table(scored), gain, gained)
+        page.write_panel(out / "panel.html", found, read, scored, profile_table(scored), gain, gained)
         print(f"wrote {out / 'panel.json'}\nwrote {out / 'panel.html'}")
 
 
@@ -328,13 +314,6 @@ def _open(
     if model:
         check_model(context, stages)
     return context
-
-
-def _head(name: str) -> tuple[int, int]:
-    layer, dash, head = name.partition("-")
-    if not (dash and layer.isdigit() and head.isdigit()):
-        raise ValueError(f"--heads takes LAYER-HEAD, such as 1-3; got {name!r}")
-    return int(layer), int(head)
 
 
 def _log() -> None:

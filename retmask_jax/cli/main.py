@@ -92,7 +92,8 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         case "pretrain":
             commands.pretrain(config, root)
         case "export":
-            commands.export(config, root, arguments.what, arguments.heads, arguments.format, Path(arguments.out))
+            target = arguments.format, Path(arguments.out), arguments.push
+            commands.export(config, root, arguments.what, arguments.heads, *target)
         case "run":
             commands.run(config, root, arguments.set_aside)
         case "study":

@@ -50,7 +50,13 @@ def _add_profile(stage: argparse.ArgumentParser) -> None:
 
 
 def _add_panel(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("sources", nargs="+", type=Path, metavar="WORKDIR", help="work directory of a finished study")
+    stage.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="SOURCE",
+        help="work directory of a finished study, or a record of one, or a folder of records, such as colab/panel",
+    )
     stage.add_argument("--task", default="needle short", help="recall task of the studies (default: needle short)")
     stage.add_argument(
         "--closed_book",

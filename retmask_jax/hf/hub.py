@@ -1,5 +1,5 @@
 """The local folder or GGUF file of a model that is given by name: the bundled model, a path, or a checkpoint fetched from the
-hub."""
+hub; and folders that are pushed there."""
 
 import contextlib
 import dataclasses
@@ -66,6 +66,70 @@ def config_folder(
     if (folder := _local(name, revision)) is not None:
         return folder
     return _repo(name, revision, token, cache_dir).fetch_texts(ignore)
+
+
+def hub_id(name: str | os.PathLike[str]) -> str | None:
+    """Returns the name of a model on the hub; None for what lies on this machine, or lay there."""
+    try:
+        return os.fspath(name) if _local(name, None) is None else None
+    except ValueError:
+        return None
+
+
+def check_hub_name(name: str) -> None:
+    """Raises ValueError for what cannot be the name of a model on the hub, owner/name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        if name.count("/") != 1:
+            raise HFValidationError("there is no owner in it")
+    except HFValidationError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name!r} is no name of a model on the hub, owner/name ({reason})") from error
+
+
+def push(folder: Path, name: str) -> str:
+    """Uploads the files of a folder to a model of the hub, which is made if it is not there; returns its address.
+
+    Nothing of the folder is changed.
+
+    Raises:
+        ValueError: Nobody is logged in, or the hub does not take it; one line, with the command that goes on.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        if get_token() is None:
+            raise ValueError("nobody is logged in: set HF_TOKEN or run `hf auth login`")
+        HfApi().create_repo(name, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by retmask_jax")
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        why = without_secrets(_why_not_pushed(error), get_token())
+        raise ValueError(
+            f"{folder} is written and kept, but not pushed to {name}: {why}; then `hf upload {name} {folder}`"
+        ) from error
+    return f"{constants.ENDPOINT}/{name}"
+
+
+def _why_not_pushed(error: Exception) -> str:
+    from huggingface_hub import constants, errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None) or 0
+    reason = " ".join(str(error).split())[:200]
+    match error:
+        case errors.OfflineModeIsEnabled():
+            return "HF_HUB_OFFLINE is set: unset it"
+        case _ if status in (401, 403):
+            return f"{constants.ENDPOINT} refused the token ({status}): make one that may write there"
+        case _ if status == 429 or status >= 500:
+            return f"{constants.ENDPOINT} could not take it ({status}): try again later"
+        case errors.HTTPError() | OSError() | RuntimeError():
+            return f"{type(error).__name__}: {reason}: check the network"
+        case _:
+            return reason
 
 
 def _local(name: str | os.PathLike[str], revision: str | None) -> Path | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers_documents import tables
 
 from retmask_jax.cli.main import main
 
@@ -278,12 +279,28 @@ def test_export_writes_the_masked_and_the_trained_model(finished, tmp_path, here
     wanted = start.logits(tokens, interventions=rm.mask_heads(start.config, heads))
     np.testing.assert_allclose(masked.logits(tokens), wanted, atol=1e-5)
     assert masked.tokenizer.chat_template == start.tokenizer.chat_template
+    numbers = json.loads((root / "knockout/result.json").read_text())["numbers"]
+    _check_card(tmp_path / "masked", f"{len(heads)} of its 32 attention heads", numbers, "/none", "/retrieval")
 
     assert main([*base, "--what=retmask-0", f"--out={tmp_path / 'trained'}"]) == 0
     trained = rm.load(tmp_path / "trained")
     assert np.abs(trained.logits(tokens) - start.logits(tokens)).max() > 1e-4
+    numbers = json.loads((root / "eval/result.json").read_text())["numbers"]
+    _check_card(tmp_path / "trained", "arm | `retmask`: normal answers rather than", numbers, "/start", "/retmask")
     again = here(*base, f"--out={tmp_path / 'masked'}")
     assert again.returncode == 2 and "not an empty folder" in again.stderr
+
+
+def _check_card(folder, words, numbers, *ends):
+    """The card has these words, and on every task the base model and this one with the intervals of these numbers."""
+    card = (folder / "README.md").read_text()
+    (effects,) = (table for table in tables(card) if table[0][0] == "task")
+    assert words in card and len(effects) > 2
+    for task, *cells in effects[1:]:
+        task = task.split(" (")[0]
+        for end, cell in zip(ends, cells, strict=False):
+            number = next(number for name, number in numbers.items() if name.partition("/")[2] == task + end)
+            assert cell == f"{number['value']:.3f} [{number['low']:.3f}, {number['high']:.3f}]", (task, end)
 
 
 @pytest.mark.slow

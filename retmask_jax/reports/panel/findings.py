@@ -3,19 +3,14 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
-
-import numpy as np
+from typing import Any
 
 from retmask_jax.heads.conditions import Contrast
 from retmask_jax.heads.detectors import Agreement
+from retmask_jax.reports.panel.records import Record
 from retmask_jax.reports.wording import direction
-from retmask_jax.stages.detect import DetectResult
-from retmask_jax.stages.knockout import KnockoutResult
-from retmask_jax.stages.rope import RopeResult
-from retmask_jax.stages.study.detectors import DetectorsResult
-from retmask_jax.stages.study.dynamics import DynamicsResult
-from retmask_jax.stages.study.theta import ThetaResult
 from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import Number
 
@@ -23,30 +18,17 @@ from retmask_jax.utils.numbers import Number
 ALPHA = 0.05
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Member:
-    """A finished study: its name, and the results that findings rest on, each under its stage's name."""
-
-    name: str
-    detect: DetectResult
-    detectors: DetectorsResult
-    knockout: KnockoutResult
-    rope: RopeResult
-    theta: ThetaResult | None = None
-    dynamics: DynamicsResult | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """A claim about every model.
 
     Attributes:
-        measure: The effect in a study; None where the study has not measured it.
+        measure: The effect in a model; None where its record does not have it.
         expected: On which side of 0 it should lie: "above", "below", or "on", where the interval should contain 0.
     """
 
     name: str
-    measure: Callable[[Member], Contrast | None]
+    measure: Callable[[Record], Contrast | None]
     expected: str = "above"
 
 
@@ -96,21 +78,21 @@ class ModelRow:
     """What a model is.
 
     Attributes:
-        theta: RoPE base; None where the stage theta has not run.
+        theta: RoPE base; None where it is not known.
         heads: Number of retrieval heads, of so many in all.
         cases_counted: Share of the detection cases; None where scores were given.
-        recall: Of the untouched model; masked: with the retrieval heads masked.
+        recall: Of the untouched model, None where it was not measured; masked: with the retrieval heads masked.
     """
 
     model: str
     theta: float | None
     heads: int
     of: int
-    top_score: float
+    top_score: float | None
     gini: float | None
     cases_counted: Number | None
-    recall: Number
-    masked: Number
+    recall: Number | None
+    masked: Number | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +102,7 @@ class Panel:
     Attributes:
         task: On which recall was measured; closed_book: without context, None where no such task is named.
         centres: By model, the centre of the harm in the rotary spectrum; without models that no window harms.
+        lacking: What is not shown of some models because it was not measured or is not in their records, with their names.
     """
 
     task: str
@@ -128,48 +111,59 @@ class Panel:
     findings: list[Verdict]
     agreement: list[MeanAgreement]
     centres: dict[str, Number]
+    lacking: dict[str, list[str]]
 
 
-def panel(members: Sequence[Member], task: str, closed_book: str | None) -> Panel:
-    """Compares finished studies.
+def panel(records: Sequence[Record], task: str, closed_book: str | None) -> Panel:
+    """Compares models.
 
     Args:
-        members: The studies.
+        records: Of finished studies.
         task: A recall task of all knock-out and rope stages.
         closed_book: A knock-out task without context, or None.
 
     Raises:
         ValueError: A study lacks a task.
     """
-    for member in members:
-        _check(member, task, closed_book)
+    for record in records:
+        _check(record, task, closed_book)
+    found = findings(records, task, closed_book)
     return Panel(
         task=task,
         closed_book=closed_book,
-        models=[_row(member, task) for member in members],
-        findings=[evaluate(finding, members) for finding in findings(members, task, closed_book)],
-        agreement=agreement(members),
-        centres=_centres(members, task),
+        models=[_row(record, task) for record in records],
+        findings=[evaluate(finding, records) for finding in found],
+        agreement=agreement(records),
+        centres={
+            record.model: centre
+            for record in records
+            if (centre := record.numbers.get(f"rope/{task}/centre of mass of the windows")) is not None
+            and centre.value is not None
+        },
+        lacking=_lacking(records, found, task),
     )
 
 
-def findings(members: Sequence[Member], task: str, closed_book: str | None) -> list[Finding]:
+def findings(records: Sequence[Record], task: str, closed_book: str | None) -> list[Finding]:
     """The claims of arXiv 2606.21249 and the controls that it lacks, as far as the studies have measured them."""
-    found = [Finding("masking the retrieval heads lowers recall", lambda m: _masked(m, task, -1))]
+    found = [Finding("masking the retrieval heads lowers recall", lambda r: _masked(r, task, -1))]
     for kind in ("any layer", "layer-matched", "activity-matched", "lowest-scoring"):
-        found.append(Finding(f"more than masking others, {kind}", lambda m, kind=kind: _control(m, task, kind)))
+        of_kind = f"knockout/{task}/{kind} minus retrieval"
+        found.append(Finding(f"more than masking others, {kind}", lambda r, name=of_kind: _tested(r, name, name)))
     if closed_book:
-        found.append(Finding("closed-book recall stays", lambda m: _masked(m, closed_book, 1), "on"))
-    found.append(
-        Finding("a quarter of the pairs: highest leave more recall than lowest", lambda m: _pairs(m, task, "highest"))
-    )
-    found.append(Finding("and random more than lowest", lambda m: _pairs(m, task, "random")))
-    return [finding for finding in found if any(finding.measure(member) for member in members)]
+        found.append(Finding("closed-book recall stays", lambda r: _masked(r, closed_book, 1), "on"))
+    for kind, words in (
+        ("highest", "a quarter of the pairs: highest leave more recall than lowest"),
+        ("random", "and random more than lowest"),
+    ):
+        of_pairs = f"rope/{task}/{kind} minus lowest quarter"
+        found.append(Finding(words, lambda r, name=of_pairs: _tested(r, name, name)))
+    return [finding for finding in found if any(finding.measure(record) for record in records)]
 
 
-def evaluate(finding: Finding, members: Sequence[Member]) -> Verdict:
+def evaluate(finding: Finding, records: Sequence[Record]) -> Verdict:
     """Measures a finding in every model and adjusts its p-values for their number."""
-    measured = [(member.name, found) for member in members if (found := finding.measure(member))]
+    measured = [(record.model, found) for record in records if (found := finding.measure(record))]
     adjusted = stats.benjamini_hochberg([found.p_value for _, found in measured]).tolist()
     rows = [
         FindingRow.of(found.change, model=name, p=found.p_value, q=q, holds=_holds(finding.expected, found.change, q))
@@ -178,11 +172,11 @@ def evaluate(finding: Finding, members: Sequence[Member]) -> Verdict:
     return Verdict(finding.name, finding.expected, rows, sum(row.holds for row in rows), len(rows))
 
 
-def agreement(members: Sequence[Member]) -> list[MeanAgreement]:
+def agreement(records: Sequence[Record]) -> list[MeanAgreement]:
     """Summarises how far each two detectors agree, over the models that have both."""
     by_pair: dict[tuple[str, str], list[Agreement]] = {}
-    for member in members:
-        for row in member.detectors.agreement:
+    for record in records:
+        for row in record.agreement:
             by_pair.setdefault((row.a, row.b), []).append(row)
     return [
         MeanAgreement(a, b, len(rows), _spread([row.jaccard for row in rows]), _spread([row.spearman for row in rows]))
@@ -200,48 +194,44 @@ def groups(names: Sequence[str]) -> dict[str, list[str]]:
     return {key: list(some) for key, some in itertools.groupby(sorted(names, key=stem), key=stem)}
 
 
-def _row(member: Member, task: str) -> ModelRow:
-    detect, numbers = member.detect, member.knockout.numbers
+def _row(record: Record, task: str) -> ModelRow:
+    numbers = record.numbers
+    top = numbers.get("detect/top score")
     return ModelRow(
-        model=member.name,
-        theta=None if member.theta is None else member.theta.theta,
-        heads=len(detect.heads),
-        of=np.size(detect.mean),
-        top_score=max(detect.scores),
-        gini=detect.numbers["detect/gini"].value,
-        cases_counted=detect.numbers.get("detect/cases counted"),
-        recall=numbers[f"knockout/{task}/none"],
-        masked=numbers[f"knockout/{task}/retrieval"],
+        model=record.model,
+        theta=record.theta,
+        heads=round(numbers["detect/heads"].estimate),
+        of=record.total_heads,
+        top_score=None if top is None else top.value,
+        gini=numbers["detect/gini"].value,
+        cases_counted=numbers.get("detect/cases counted"),
+        recall=numbers.get(f"knockout/{task}/none"),
+        masked=numbers.get(f"knockout/{task}/retrieval"),
     )
 
 
-def _masked(member: Member, task: str, sign: int) -> Contrast | None:
+def _masked(record: Record, task: str, sign: int) -> Contrast | None:
     """The change of recall with the retrieval heads masked, times sign."""
-    for row in member.knockout.rows:
-        if (row.task, row.kind, row.experiment) == (task, "retrieval", "zero"):
-            return Contrast(change=_times(row.change, sign), p_value=row.mcnemar.p_value)
-    return None
+    found = _tested(record, f"knockout/{task}/retrieval minus none", f"knockout/{task}/retrieval")
+    return found and Contrast(change=_times(found.change, sign), p_value=found.p_value)
 
 
-def _control(member: Member, task: str, kind: str) -> Contrast | None:
-    """How much more recall masking other heads leaves."""
-    wanted, rows = (task, kind, "zero"), member.knockout.contrasts
-    return next((row for row in rows if (row.task, row.kind, row.experiment) == wanted), None)
+def _tested(record: Record, change: str, test: str) -> Contrast | None:
+    """A paired difference with its p-value, by their names; None where the record lacks one of them."""
+    found, p_value = record.numbers.get(change), record.p_values.get(test)
+    return None if found is None or p_value is None else Contrast(change=found, p_value=p_value)
 
 
-def _pairs(member: Member, task: str, kind: str) -> Contrast | None:
-    """How much more recall ablating a quarter of the pairs, of a kind, leaves than ablating the lowest."""
-    wanted, rows = (task, "rotary", member.rope.n_pairs // 4, kind), member.rope.contrasts
-    return next((row for row in rows if (row.task, row.site, row.k, row.kind) == wanted), None)
-
-
-def _centres(members: Sequence[Member], task: str) -> dict[str, Number]:
-    return {
-        member.name: spectrum.centre
-        for member in members
-        for spectrum in member.rope.spectra
-        if spectrum.task == task and spectrum.centre is not None
+def _lacking(records: Sequence[Record], found: Sequence[Finding], task: str) -> dict[str, list[str]]:
+    """What is shown of some models, and the models of which it is not."""
+    shown: dict[str, Callable[[Record], Any]] = {
+        f"recall on {task}": lambda r: r.numbers.get(f"knockout/{task}/retrieval"),
+        "RoPE base": lambda r: r.theta,
+        "agreement of detectors": lambda r: r.agreement,
+        **{finding.name: finding.measure for finding in found},
     }
+    absent = {what: [r.model for r in records if not measure(r)] for what, measure in shown.items()}
+    return {what: models for what, models in absent.items() if models}
 
 
 def _holds(expected: str, change: Number, q: float) -> bool:
@@ -262,12 +252,9 @@ def _times(change: Number, sign: int) -> Number:
     return Number(value, low, high, change.n)
 
 
-def _check(member: Member, task: str, closed_book: str | None) -> None:
-    for result, stage, wanted in (
-        (member.knockout, "knockout", task),
-        (member.rope, "rope", task),
-        (member.knockout, "knockout", closed_book),
-    ):
-        known = dict.fromkeys(row.task for row in result.rows)
-        if wanted and wanted not in known:
-            raise ValueError(f"{member.name}: {stage} has no task {wanted!r}; it has {', '.join(known)}")
+def _check(record: Record, task: str, closed_book: str | None) -> None:
+    for stage, wanted in (("knockout", task), ("rope", task), ("knockout", closed_book)):
+        names = [match[1] for name in record.numbers if (match := re.fullmatch(rf"{stage}/(.+)/none", name))]
+        known = [name for name in names if name != "text loss"]
+        if wanted and known and wanted not in known:
+            raise ValueError(f"{record.model}: {stage} has no task {wanted!r}; it has {', '.join(known)}")

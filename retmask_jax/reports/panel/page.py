@@ -1,5 +1,6 @@
 """The findings of several studies as a table, as a sentence each, and as one self-contained HTML page."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +11,10 @@ from retmask_jax.heads.detectors import Agreement
 from retmask_jax.heads.profile import ProfileRow, Scored
 from retmask_jax.reports import html, plotting
 from retmask_jax.reports.html import change, count, fixed, interval, p_value, section, signed, table
-from retmask_jax.reports.panel.findings import ALPHA, Member, Panel, Spread, Verdict, groups
+from retmask_jax.reports.panel.findings import ALPHA, Panel, Spread, Verdict, groups
 from retmask_jax.reports.panel.gains import Gains, sparsity
 from retmask_jax.reports.panel.profiles import profiles
+from retmask_jax.reports.panel.records import Record
 from retmask_jax.reports.plotting import DASHES, MARKERS, SHADES, drawn
 from retmask_jax.reports.study.detectors import agreement_matrix
 from retmask_jax.utils.files import write_atomically
@@ -35,9 +37,9 @@ def summary(found: Panel) -> tuple[list[str], list[list[str]]]:
             f"{row.heads} of {row.of}",
             fixed(row.top_score),
             fixed(row.gini),
-            interval(row.recall),
-            interval(row.masked),
-            str(row.recall.n),
+            "–" if row.recall is None else interval(row.recall),
+            "–" if row.masked is None else interval(row.masked),
+            "–" if row.recall is None else str(row.recall.n),
         ]
         for row in found.models
     ]
@@ -51,10 +53,15 @@ def sentence(finding: Verdict) -> str:
     return f"{text}; not in {', '.join(exceptions)}." if exceptions else f"{text}."
 
 
+def left_out(found: Panel) -> list[str]:
+    """A sentence on each thing that some models lack."""
+    return [f"Without {', '.join(models)}: {what}." for what, models in found.lacking.items()]
+
+
 def write_panel(
     path: Path,
     found: Panel,
-    members: Sequence[Member],
+    records: Sequence[Record],
     scored: Sequence[Scored],
     rows: Sequence[ProfileRow],
     gain: str | None,
@@ -65,8 +72,8 @@ def write_panel(
     Args:
         path: Of the page.
         found: What the studies have in common.
-        members: The studies.
-        scored: Head scores of each model.
+        records: Of the studies.
+        scored: Head scores of those models that have them: a record has none.
         rows: Profiles of these.
         gain: The name of the number in `gains`.
         gains: What training gained; None for none.
@@ -77,7 +84,7 @@ def write_panel(
             _findings(found),
             _spectrum(found),
             _agreement(found),
-            _emergence(members),
+            _emergence(records),
             _sparsity(gain, gains),
         ]
     write_atomically(path, html.document("Retrieval heads over several models", sections))
@@ -85,14 +92,16 @@ def write_panel(
 
 def _models(found: Panel, scored: Sequence[Scored], rows: Sequence[ProfileRow]) -> Markup:
     kinds = groups([row.model for row in found.models])
+    lacking = [f"Not shown, because it was not measured or is not in a record: {' '.join(left_out(found))}"]
     return section(
         "Models",
         [
             f"{count(len(found.models), 'model')}, in {count(len(kinds), 'group')} by name "
-            f"({', '.join(f'{key}: {len(some)}' for key, some in kinds.items())}); recall is measured on {found.task}."
+            f"({', '.join(f'{key}: {len(some)}' for key, some in kinds.items())}); recall is measured on {found.task}.",
+            *(lacking if found.lacking else []),
         ],
         table(*summary(found), note="95% interval: Wilson, over cases; n: cases."),
-        drawn({"Head scores of every model": profiles(scored, rows)}, ""),
+        drawn({"Head scores of every model": profiles(scored, rows)} if scored else {}, ""),
     )
 
 
@@ -132,6 +141,8 @@ def _spectrum(found: Panel) -> Markup:
 
 
 def _agreement(found: Panel) -> Markup:
+    if not found.agreement:
+        return Markup()
     rows = [[row.a, row.b, row.n_models, _range(row.jaccard), _range(row.spearman)] for row in found.agreement]
     names = list(dict.fromkeys(name for row in found.agreement for name in (row.a, row.b)))
     means = [
@@ -150,20 +161,30 @@ def _agreement(found: Panel) -> Markup:
     )
 
 
-def _emergence(members: Sequence[Member]) -> Markup:
-    runs = {member.name: member.dynamics.rows for member in members if member.dynamics and member.dynamics.rows}
-    if not runs:
-        return Markup()
+def _emergence(records: Sequence[Record]) -> Markup:
     lines = {
-        "best head's score": {name: [(row.step, row.top) for row in rows] for name, rows in runs.items()},
+        "best head's score": {record.model: _by_step(record, "top score") for record in records},
         "mean score of the final heads": {
-            name: [(row.step, row.emergence) for row in rows] for name, rows in runs.items()
+            record.model: _by_step(record, "mean score of the final heads") for record in records
         },
     }
-    panels = {f"Training dynamics: {title}": _over_training(title, by_model) for title, by_model in lines.items()}
+    shown = {title: {name: points for name, points in runs.items() if points} for title, runs in lines.items()}
+    panels = {f"Training dynamics: {title}": _over_training(title, runs) for title, runs in shown.items() if runs}
+    if not panels:
+        return Markup()
     return section(
         "Training dynamics", [], drawn(panels, "The same detection at every checkpoint, with a line for each model.")
     )
+
+
+def _by_step(record: Record, measure: str) -> list[tuple[int, float | None]]:
+    """(step, value) of a number of the stage dynamics, in the order of training."""
+    found = {
+        int(match[1]): number.value
+        for name, number in record.numbers.items()
+        if (match := re.fullmatch(rf"dynamics/step (\d+)/{measure}", name))
+    }
+    return sorted(found.items())
 
 
 def _sparsity(gain: str | None, gains: Gains | None) -> Markup:

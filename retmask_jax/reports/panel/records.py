@@ -3,11 +3,12 @@
     python -m retmask_jax.reports.panel.records WORKDIR --name=MODEL --out=colab/real
 
 writes colab/real/MODEL.json, of all stages that have finished. `retmask_jax.reports.panel.tables` makes the tables of pages
-from such files.
+from such files, and `retmask panel` puts them beside work directories.
 """
 
 import argparse
 import dataclasses
+import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,16 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from retmask_jax.heads.conditions import Contrast
+from retmask_jax.heads.detectors import Agreement
+from retmask_jax.reports.panel.gains import GainRun
 from retmask_jax.runs.workdir import Result, Workdir, settings_of
 from retmask_jax.stages.detect import DETECT
 from retmask_jax.stages.eval import EVAL
 from retmask_jax.stages.knockout import KNOCKOUT
 from retmask_jax.stages.rope import ROPE
+from retmask_jax.stages.study.detectors import DETECTORS_STAGE
+from retmask_jax.stages.study.theta import THETA
 from retmask_jax.utils.files import read_json, read_object, sha256, write_json
 from retmask_jax.utils.numbers import Number
 
@@ -36,10 +42,13 @@ class Record:
         file: Name of the model's file or folder; sha256: of the file, None where it is a folder.
         settings: What decides the results, by key of the config.
         stages: Of each stage the versions of packages, the day and the seconds it took.
-        numbers: Of all stages, by name; those of `eval` also by seed, where there are several.
+        numbers: Of all stages, by name; those of `eval` also by seed, where there are several. With the paired changes that
+            `p_values` tests ("retrieval minus none" is that of "retrieval").
         p_values: McNemar's exact test, by name: of a mask against the untouched model, of other masks against that of the
             retrieval heads ("A minus retrieval"), of rotary pairs ("highest minus lowest"), and of a trained model against
             the start.
+        theta: RoPE base; None where the stage theta has not run.
+        agreement: Of each two detectors.
     """
 
     model: str
@@ -51,24 +60,37 @@ class Record:
     stages: dict[str, dict[str, Any]]
     numbers: dict[str, Number]
     p_values: dict[str, float] = dataclasses.field(default_factory=dict)
+    theta: float | None = None
+    agreement: list[Agreement] = dataclasses.field(default_factory=list)
 
 
 def record_of(name: str, root: Path) -> Record:
-    """The record of a work directory; ValueError where `detect` has not finished there, or the model's file is gone."""
+    """The record of a work directory, with the hash of the model's file; ValueError as of `read_workdir`, or where that is
+    gone."""
+    source = Path(read_object(root / "config.json")["model"])
+    return dataclasses.replace(read_workdir(name, root), sha256=_sha256(source))
+
+
+def read_workdir(name: str, root: Path) -> Record:
+    """What a work directory holds; ValueError where `detect` has not finished there."""
     work = Workdir(root, {})
     detect, config = work.result(DETECT.name, DETECT.result), read_object(root / "config.json")
     source, results = Path(config["model"]), dict(_results(work))
     numbers = {key: number for result in results.values() for key, number in result.numbers.items()}
+    tests = dict(_tests(work))
     return Record(
         model=name,
         weights=detect.provenance.inputs["weights"],
         total_heads=np.size(detect.mean),
         file=source.name,
-        sha256=_sha256(source),
         settings=settings_of(config) | {"model": source.name},
         stages={stage: _made(result) for stage, result in results.items()},
-        numbers=numbers | dict(_by_seed(work)),
-        p_values=dict(_p_values(work)),
+        numbers=numbers | {_as_change(key): test.change for key, test in tests.items()} | dict(_by_seed(work)),
+        p_values={key: test.p_value for key, test in tests.items()} | dict(_of_training(work)),
+        theta=work.result(THETA.name, THETA.result).theta if work.is_finished(THETA.name) else None,
+        agreement=work.result(DETECTORS_STAGE.name, DETECTORS_STAGE.result).agreement
+        if work.is_finished(DETECTORS_STAGE.name)
+        else [],
     )
 
 
@@ -83,6 +105,20 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
         elif file in paths:
             raise ValueError(f"{file} is no record of a run: `python -m retmask_jax.reports.panel.records` writes one")
     return records
+
+
+def gain_run(record: Record, number: str) -> GainRun:
+    """A record's gain, a number of this name, beside how concentrated its head scores are; ValueError where it has none."""
+    if number not in record.numbers:
+        nearest = ", ".join(difflib.get_close_matches(number, record.numbers, cutoff=0))
+        raise ValueError(f"{record.model} has no number {number!r}; the most similar names are {nearest}")
+    return GainRun(
+        name=record.model,
+        weights=record.weights,
+        gini=record.numbers["detect/gini"].estimate,
+        share=record.numbers["detect/heads"].estimate / record.total_heads,
+        gain=record.numbers[number],
+    )
 
 
 def _results(work: Workdir) -> Iterator[tuple[str, Result]]:
@@ -104,20 +140,31 @@ def _by_seed(work: Workdir) -> Iterator[tuple[str, Number]]:
         yield from ((_change(row), row.change) for row in rows if seeds[row.arm] > 1)
 
 
-def _p_values(work: Workdir) -> Iterator[tuple[str, float]]:
+def _tests(work: Workdir) -> Iterator[tuple[str, Contrast]]:
+    """Each tested difference between masks, by the name that its p-value has."""
     if work.is_finished(KNOCKOUT.name):
         knockout = work.result(KNOCKOUT.name, KNOCKOUT.result)
         for row in knockout.rows:
             if (row.kind, row.experiment) == ("retrieval", "zero"):
-                yield f"knockout/{row.task}/retrieval", row.mcnemar.p_value
+                yield f"knockout/{row.task}/retrieval", Contrast(change=row.change, p_value=row.mcnemar.p_value)
         for row in knockout.contrasts:
             if row.experiment == "zero" and row.kind != "none":
-                yield f"knockout/{row.task}/{row.kind} minus retrieval", row.p_value
+                yield f"knockout/{row.task}/{row.kind} minus retrieval", row
     if work.is_finished(ROPE.name):
         rope = work.result(ROPE.name, ROPE.result)
         for row in rope.contrasts:
             if row.site == "rotary":
-                yield f"rope/{row.task}/{row.kind} minus lowest {row.k} pairs", row.p_value
+                yield f"rope/{row.task}/{row.kind} minus lowest {row.k} pairs", row
+                if row.k == rope.n_pairs // 4:
+                    yield f"rope/{row.task}/{row.kind} minus lowest quarter", row
+
+
+def _as_change(test: str) -> str:
+    """The name of the difference that is tested."""
+    return test if " minus " in test.rpartition("/")[2] else f"{test} minus none"
+
+
+def _of_training(work: Workdir) -> Iterator[tuple[str, float]]:
     if work.is_finished(EVAL.name):
         for row in work.result(EVAL.name, EVAL.result).rows:
             if row.mcnemar is not None:

@@ -1,4 +1,4 @@
-"""Results of other runs, to be compared: files of head scores, and work directories."""
+"""Results of other runs, to be compared: files of head scores, work directories, and their records."""
 
 import difflib
 from collections import Counter
@@ -9,17 +9,12 @@ import numpy as np
 
 from retmask_jax.heads.profile import Scored
 from retmask_jax.heads.scores import HeadScores
-from retmask_jax.reports.panel.findings import Member
 from retmask_jax.reports.panel.gains import GainRun
+from retmask_jax.reports.panel.records import Record, read_records, read_workdir
 from retmask_jax.runs.stage import Stage
 from retmask_jax.runs.workdir import R, Result, Workdir
 from retmask_jax.stages.detect import DETECT
 from retmask_jax.stages.eval import EVAL
-from retmask_jax.stages.knockout import KNOCKOUT
-from retmask_jax.stages.rope import ROPE
-from retmask_jax.stages.study.detectors import DETECTORS_STAGE
-from retmask_jax.stages.study.dynamics import DYNAMICS
-from retmask_jax.stages.study.theta import THETA
 
 _THRESHOLD = 0.1
 
@@ -54,13 +49,27 @@ def read_models(sources: Sequence[Path], kv_heads: Sequence[int] = (), threshold
     return models
 
 
-def read_studies(roots: Sequence[Path]) -> list[Member]:
-    """Reads what findings rest on from each work directory.
+def read_studies(sources: Sequence[Path]) -> list[Record]:
+    """Reads what findings rest on from each source: a work directory, a record, or a folder of records.
 
     Raises:
-        ValueError: A work directory lacks the result of a stage that every study needs.
+        ValueError: A source is none of these, `detect` has not finished in it, or two models have the same name.
     """
-    return [_of_study(name, root) for name, root in zip(_names(roots), roots, strict=True)]
+    roots = work_directories(sources)
+    names, records = dict(zip(roots, _names(roots), strict=True)), []
+    for source in sources:
+        records += [read_workdir(names[source], source)] if source in names else _read_records(source)
+    count = Counter(record.model for record in records)
+    if twice := [name for name, n in count.items() if n > 1]:
+        raise ValueError(
+            f"{count[twice[0]]} of the sources are of a model called {twice[0]}: leave all but one of them out"
+        )
+    return records
+
+
+def work_directories(sources: Sequence[Path]) -> list[Path]:
+    """Those of the sources that are work directories with results."""
+    return [source for source in sources if any(source.glob("*/result.json"))]
 
 
 def read_gains(roots: Sequence[Path], number: str) -> list[GainRun]:
@@ -87,22 +96,14 @@ def _of_run(name: str, root: Path, threshold: float | None) -> Scored:
     return Scored(name, HeadScores.load(scores), result.n_kv_heads, reached)
 
 
-def _of_study(name: str, root: Path) -> Member:
-    work = Workdir(root, {})
-    if not any(root.glob("*/result.json")):
-        raise ValueError(f"{root} is no work directory with results: run `retmask study --workdir={root}` first")
-    for stage in (DETECT, DETECTORS_STAGE, KNOCKOUT, ROPE):
-        if not work.is_finished(stage.name):
-            raise ValueError(f"{name} has no result of {stage.name}: run `retmask study` there first")
-    return Member(
-        name=name,
-        detect=_read(root, DETECT),
-        detectors=_read(root, DETECTORS_STAGE),
-        knockout=_read(root, KNOCKOUT),
-        rope=_read(root, ROPE),
-        theta=_read(root, THETA) if work.is_finished(THETA.name) else None,
-        dynamics=_read(root, DYNAMICS) if work.is_finished(DYNAMICS.name) else None,
-    )
+def _read_records(source: Path) -> list[Record]:
+    found = read_records([source])
+    if not found:
+        raise ValueError(
+            f"{source} is neither a work directory with results nor a folder of records: run `retmask study "
+            f"--workdir={source}` first"
+        )
+    return found
 
 
 def _of_evaluation(name: str, root: Path, number: str) -> GainRun:

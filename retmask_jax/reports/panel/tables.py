@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from retmask_jax.reports import plotting
-from retmask_jax.reports.panel.gains import GainRun, Gains, gain_against_sparsity, sparsity
+from retmask_jax.reports.panel.gains import Gains, gain_against_sparsity, sparsity
 from retmask_jax.reports.panel.profiles import write_both
-from retmask_jax.reports.panel.records import Record, read_records
+from retmask_jax.reports.panel.records import Record, gain_run, read_records
 from retmask_jax.utils.numbers import Number
 
 GAIN = "eval/context long/retmask minus start"
@@ -85,18 +85,7 @@ def training(record: Record) -> Rows:
 def gains(records: Iterable[Record], number: str = GAIN) -> tuple[Rows, Gains]:
     """(a row per model that has the number, the same for the picture)."""
     having = [record for record in records if number in record.numbers]
-    found = gain_against_sparsity(
-        [
-            GainRun(
-                name=record.model,
-                weights=record.weights,
-                gini=record.numbers["detect/gini"].estimate,
-                share=record.numbers["detect/heads"].estimate / record.total_heads,
-                gain=record.numbers[number],
-            )
-            for record in having
-        ]
-    )
+    found = gain_against_sparsity([gain_run(record, number) for record in having])
     rows = [["model", "Gini of the head scores", "share of heads above the threshold", "gain", "n"]]
     rows += [
         [run.name, f"{run.gini:.3f}", f"{run.share:.3f}", _cell(run.gain, signed=True), str(run.gain.n)]

@@ -179,6 +179,9 @@ def test_records_say_what_their_work_directories_say(roots, members, tmp_path, c
     assert results[0] == results[1] == results[2] and results[0]["sparsity"]["n_models"] == 3
     pages = [(tmp_path / name / "panel.html").read_text() for name in "abc"]
     assert ["Head scores of every model" in page for page in pages] == [True, False, True]
+    assert ["Not shown" in page for page in pages] == [False, True, True] and "Without llama-0: scores of all" in pages[
+        2
+    ]
     assert all("Training dynamics: best head" in page and "Gain against sparsity" in page for page in pages)
     assert main(["panel", str(kept), "--task=needle", "--closed_book=", "--gain=eval/needle/retmask"]) == 2
     assert "the most similar names are eval/needle/retmask minus start" in capsys.readouterr().err

@@ -92,13 +92,18 @@ def write_panel(
 
 def _models(found: Panel, scored: Sequence[Scored], rows: Sequence[ProfileRow]) -> Markup:
     kinds = groups([row.model for row in found.models])
-    lacking = [f"Not shown, because it was not measured or is not in a record: {' '.join(left_out(found))}"]
+    unscored = [row.model for row in found.models if row.model not in {model.name for model in scored}]
+    lacking = left_out(found) + ([f"Without {', '.join(unscored)}: scores of all heads."] if unscored else [])
     return section(
         "Models",
         [
             f"{count(len(found.models), 'model')}, in {count(len(kinds), 'group')} by name "
             f"({', '.join(f'{key}: {len(some)}' for key, some in kinds.items())}); recall is measured on {found.task}.",
-            *(lacking if found.lacking else []),
+            *(
+                [f"Not shown, because it was not measured or is not in a record: {' '.join(lacking)}"]
+                if lacking
+                else []
+            ),
         ],
         table(*summary(found), note="95% interval: Wilson, over cases; n: cases."),
         drawn({"Head scores of every model": profiles(scored, rows)} if scored else {}, ""),

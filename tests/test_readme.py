@@ -259,9 +259,9 @@ def _headlines():
 
 
 def counted_heads():
-    """(n, of how many) heads of the bundled model, as its tables say; what is about the model of the first lines is left out."""
-    bundled = README[README.index("## What it finds on the bundled model") :]
-    return re.findall(r"(\d+) of (\d+) heads", bundled + COLAB)
+    """(n, of how many) heads of the small models, as their tables say; what is about real ones is left out."""
+    bundled, small = README[README.index("## What it finds on the bundled model") :], COLAB.split("## Real models")[0]
+    return re.findall(r"(\d+) of (\d+) heads", bundled + small)
 
 
 def test_the_card_says_what_inspect_reads():

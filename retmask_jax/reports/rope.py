@@ -83,7 +83,34 @@ def _doses(result: RopeResult, task: str, k: int) -> list[str]:
     if (gap := result.quarter(task)) is not None:
         words = {"raises": "higher than", "lowers": "lower than", "": "not clearly different from that"}[direction(gap)]
         sentences.append(f"Without the highest quarter of the pairs it is {words} without the lowest: {change(gap)}.")
-    return sentences
+    return [*sentences, *_unmatched(result, task)]
+
+
+def _unmatched(result: RopeResult, task: str) -> list[str]:
+    """Says where no other pairs carry about as much of the variance as the lowest, within a fifth of it."""
+    shares = {
+        k: [
+            [
+                row.variance
+                for row in _rows(result, task, experiment)
+                if (row.kind, row.k) == (kind, k) and row.variance is not None
+            ]
+            for experiment, kind in (("dose", "lowest"), ("matched", "matched"))
+        ]
+        for k in result.pairs
+    }
+    far = {
+        k: (np.mean(matched), lowest[0])
+        for k, (lowest, matched) in shares.items()
+        if lowest and matched and abs(np.mean(matched) - lowest[0]) > 0.2 * abs(lowest[0])
+    }
+    if not far:
+        return []
+    listed = ", ".join(f"{found:.3f} of {wanted:.3f} ({k} pairs)" for k, (found, wanted) in far.items())
+    return [
+        f"No other pairs carry as much of the variance of q.k as the lowest: the nearest sets carry {listed}. So they are no "
+        "control for it here."
+    ]
 
 
 def _dose_figure(title: str, result: RopeResult, means: Sequence[DoseMean], none: DoseMean) -> "Figure":
@@ -114,8 +141,7 @@ def _legend(rows: Sequence[RopeRow]) -> str:
     legend = ""
     if "matched" in kinds:
         legend += (
-            " Matched: other pairs, of any number, that together carry nearly the same share of the variance of q.k as the "
-            "lowest."
+            " Matched: other pairs, of any number, whose share of the variance of q.k is nearest to that of the lowest."
         )
     if "low utility" in kinds:
         legend += " Utility: each head loses the pairs that its query projection writes least (low) or most (high)."

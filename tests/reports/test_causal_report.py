@@ -129,6 +129,13 @@ def test_every_rotary_experiment_has_its_picture_and_words(rotated):
     assert "control heads" not in html.split("Share of variance of")[1].split("</table>")[0]
 
 
+def test_a_control_that_does_not_match_is_called_none(rotated):
+    assert "control for it here" not in _section(rope_section, rotated)
+    rows = [dataclasses.replace(row, variance=0.1) if row.kind == "matched" else row for row in rotated.rows]
+    html = _section(rope_section, dataclasses.replace(rotated, rows=rows))
+    assert "nearest sets carry 0.100 of 0.200 (2 pairs), 0.100 of 0.400 (4 pairs). So they are no control" in html
+
+
 def test_a_spectrum_without_harm_has_no_centre(rotated):
     without = dataclasses.replace(rotated, spectra=[Spectrum(task="needle", centre=None, width=None)])
     assert "No window lowers recall on needle." in _section(rope_section, without)

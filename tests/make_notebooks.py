@@ -81,12 +81,13 @@ def sources(notebook) -> str:
 
 def texts(notebook) -> list[str]:
     """What each code cell has printed and returned, as text; pictures by their place alone."""
-    return ["\n".join(_text(output) for output in cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]
+    return ["".join(map(_text, cell.outputs)) for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def _text(output) -> str:
+    """Prints end their own lines, and may come in parts."""
     data = output.get("data", {})
-    return "(a picture)" if "image/png" in data else output.get("text", "") or data.get("text/plain", "")
+    return output.get("text") or ("(a picture)" if "image/png" in data else data.get("text/plain", "")) + "\n"
 
 
 def _plain(text: str, folder: Path) -> str:

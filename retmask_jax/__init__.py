@@ -20,9 +20,10 @@ if TYPE_CHECKING:
         mask_queries,
         mask_rope,
         random_heads,
-        rope_pairs,
         stack,
+        stream_heads,
     )
+    from retmask_jax.model.rope import rope_pairs
     from retmask_jax.model.transformer import forward
     from retmask_jax.training.losses import dpo_loss
 
@@ -40,8 +41,9 @@ _HOME = {
     "mask_rope": "model.interventions",
     "mask_queries": "model.interventions",
     "random_heads": "model.interventions",
-    "rope_pairs": "model.interventions",
+    "rope_pairs": "model.rope",
     "stack": "model.interventions",
+    "stream_heads": "model.interventions",
     "HeadScores": "heads.scores",
     "find_heads": "heads.builtin_cases",
     "needle_recall": "heads.builtin_cases",
@@ -65,6 +67,7 @@ __all__ = [
     "random_heads",
     "rope_pairs",
     "stack",
+    "stream_heads",
     "HeadScores",
     "find_heads",
     "needle_recall",

@@ -111,12 +111,14 @@ def reference(
     query_mask=None,
     query_mean=None,
     queries=None,
+    streams=None,
 ):
     """(logits [T, V], attention weights [L, H, T, T]) of one row of tokens.
 
     head_mask, query_mask: bool, or a float gate. head_mean, query_mean: [L, H, D], what a masked head writes, or asks.
-    kept: a list that gets the values [T, K, D] of each layer, and the final states before their norm. queries: one that
-    gets the queries [T, H, D] of each layer before they are replaced and turned.
+    streams: (bool or gates [L, H], sink, window) of streaming heads. kept: a list that gets the values [T, K, D] of each
+    layer, and the final states before their norm. queries: one that gets the queries [T, H, D] of each layer before they
+    are replaced and turned.
     """
     length, heads, half = len(tokens_T), config.n_heads, config.head_dim // 2
     frequency_R = config.rope.theta ** -(np.arange(half) / half)
@@ -144,6 +146,10 @@ def reference(
             kv = head // (heads // config.n_kv_heads)
             scores_TS = q_THD[:, head] @ k_TKD[:, kv].T / config.head_dim**0.5
             weights_TS = xp.exp(scores_TS - scores_TS.max(axis=-1, keepdims=True)) * causal_TS
+            if streams is not None:
+                gate_LH, sink, window = streams
+                t, s = np.indices((length, length))
+                weights_TS = weights_TS * (1 - gate_LH[layer][head] * ((s >= sink) & (s <= t - window)))
             weights_TS = weights_TS / weights_TS.sum(axis=-1, keepdims=True)
             attention.append(weights_TS)
             gate = 1.0 if head_mask is None else 1.0 - head_mask[layer][head]

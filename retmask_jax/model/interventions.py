@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.rope import inverse_frequencies
+from retmask_jax.model.rope import check_all_rotate
 from retmask_jax.utils.array_types import Mask
 
 Head = tuple[int, int]
@@ -24,7 +24,10 @@ Head = tuple[int, int]
 SITES = ("rotary", "projection")
 
 # The arrays of interventions, and their axes where all rows share them.
-SHARED_NDIM = {"head_mask": 2, "rope_mask": 3, "head_mean": 3, "query_mask": 2, "query_mean": 3}
+SHARED_NDIM = {"head_mask": 2, "rope_mask": 3, "head_mean": 3, "query_mask": 2, "query_mean": 3, "stream_mask": 2}
+
+# Fields that say what a mask does, by the mask; masks that do different things cannot run together.
+_MEANING = {"rope_mask": ("rope_site",), "stream_mask": ("stream_sink", "stream_window")}
 
 
 class Interventions(flax.struct.PyTreeNode):
@@ -43,6 +46,11 @@ class Interventions(flax.struct.PyTreeNode):
         query_mask: bool[L, H] or [B, L, H]. True: the head's query, the output of q_proj with its bias, before any norm and
             rotation, is replaced.
         query_mean: f32[L, H, D] or [B, L, H, D]: the query in its place, instead of zeros (None).
+        stream_mask: bool[L, H] or [B, L, H]. True: the head streams (arXiv 2309.17453), that is, it sees only the first
+            tokens of its row and its last keys, of those that it sees otherwise. Under a gate g the weights of all other
+            keys are multiplied by 1 - g before they are normalised. No cache gets smaller.
+        stream_sink: How many tokens at the beginning of a row streaming heads see.
+        stream_window: How many keys they see last, with that of the query's own position, as a model's window counts.
 
     >>> import numpy as np, retmask_jax as rm
     >>> lm = rm.load("bundled")
@@ -60,6 +68,9 @@ class Interventions(flax.struct.PyTreeNode):
     head_mean: Float[ArrayLike, "... L H D"] | None = None
     query_mask: Mask[ArrayLike, "... L H"] | None = None
     query_mean: Float[ArrayLike, "... L H D"] | None = None
+    stream_mask: Mask[ArrayLike, "... L H"] | None = None
+    stream_sink: int = flax.struct.field(pytree_node=False, default=4)
+    stream_window: int = flax.struct.field(pytree_node=False, default=256)
 
     @classmethod
     def none(cls, config: ModelConfig) -> "Interventions":
@@ -83,8 +94,8 @@ class Interventions(flax.struct.PyTreeNode):
         """Both at once: logical or, or the maximum where either is a float gate.
 
         Raises:
-            ValueError: The rotary masks are of two sites, the shapes do not fit each other, or heads that one side masks
-                would take a mean that only the other side gives.
+            ValueError: The rotary masks are of two sites, heads stream in two ways, the shapes do not fit each other, or
+                heads that one side masks would take a mean that only the other side gives.
 
         >>> import retmask_jax as rm
         >>> config = rm.load("bundled").config
@@ -94,19 +105,12 @@ class Interventions(flax.struct.PyTreeNode):
         """
         if not isinstance(other, Interventions):
             return NotImplemented
-        if is_empty(self.rope_mask) or is_empty(other.rope_mask):
-            site = self.rope_site if is_empty(other.rope_mask) else other.rope_site
-        elif self.rope_site != other.rope_site:
-            raise ValueError(f"cannot combine rotary masks of site {self.rope_site!r} and {other.rope_site!r}")
-        else:
-            site = self.rope_site
+        masks = {name: n for name, n in SHARED_NDIM.items() if name.endswith("mask")}
         return Interventions(
-            _either(self.head_mask, other.head_mask, 2),
-            _either(self.rope_mask, other.rope_mask, 3),
-            site,
-            _mean_of("head", self, other),
-            _either(self.query_mask, other.query_mask, 2),
-            _mean_of("query", self, other),
+            **{name: _either(getattr(self, name), getattr(other, name), n) for name, n in masks.items()},
+            **_meaning([self, other], "combine"),
+            head_mean=_mean_of("head", self, other),
+            query_mean=_mean_of("query", self, other),
         )
 
 
@@ -114,7 +118,7 @@ def stack(interventions: Sequence[Interventions]) -> Interventions:
     """Many shared masks as one with a leading axis: one mask per row of a batch, or the input of a `jax.vmap`.
 
     Raises:
-        ValueError: The rotary sites differ.
+        ValueError: The rotary masks are of two sites, or heads stream in two ways.
 
     >>> import retmask_jax as rm
     >>> lm = rm.load("bundled")
@@ -123,11 +127,8 @@ def stack(interventions: Sequence[Interventions]) -> Interventions:
     >>> masks.head_mask.shape, lm.tokenizer.convert_ids_to_tokens(lm.logits(tokens, interventions=masks)[:, -1].argmax(-1))
     ((2, 4, 8), ['rome', 'moscow'])
     """
-    sites = {iv.rope_site for iv in interventions}
-    if len(sites) != 1:
-        raise ValueError(f"cannot stack interventions of different rotary sites: {sorted(sites)}")
     parts = {name: [getattr(iv, name) for iv in interventions] for name in SHARED_NDIM}
-    return Interventions(rope_site=sites.pop(), **{name: _stack(masks) for name, masks in parts.items()})
+    return Interventions(**_meaning(interventions, "stack"), **{name: _stack(masks) for name, masks in parts.items()})
 
 
 def mask_heads(
@@ -214,23 +215,21 @@ def mask_rope(
     return Interventions(rope_mask=jnp.asarray(rope_mask), rope_site=site)
 
 
-def check_all_rotate(config: ModelConfig) -> None:
-    """Raises ValueError for a model that takes no rotary masks."""
-    if (why := why_no_rotary_masks(config)) is not None:
-        raise ValueError(f"{why}: mask heads, and leave rope_mask None")
+def stream_heads(config: ModelConfig, heads: Iterable[Head], sink: int = 4, window: int = 256) -> Interventions:
+    """Interventions under which these (layer, head) stream: see `Interventions`.
 
+    Raises:
+        ValueError: The model does not have such a head.
 
-def why_no_rotary_masks(config: ModelConfig) -> str | None:
-    """Returns why a model takes no rotary masks, or None.
-
-    Where some layers have no RoPE, taking out a pair would mean one thing in some heads and another in others.
+    >>> import retmask_jax as rm
+    >>> lm = rm.load("bundled")
+    >>> tokens = lm.tokenizer(["<bos> the home of emma : rome . the home of emma :"])["input_ids"]
+    >>> near = rm.stream_heads(lm.config, [(1, head) for head in range(8)], sink=1, window=4)
+    >>> lm.tokenizer.convert_ids_to_tokens(int(lm.logits(tokens, interventions=near)[0, -1].argmax()))
+    'moscow'
     """
-    if not (still := config.layers_without_rope):
-        return None
-    shown = ", ".join(map(str, still[:4])) + ", ..." * (len(still) > 4)
-    return (
-        f"the model has no RoPE in {len(still)} of its {config.n_layers} layers ({shown}), so it takes no rotary masks"
-    )
+    masked = mask_heads(config, heads).head_mask
+    return Interventions(stream_mask=masked, stream_sink=sink, stream_window=window)
 
 
 def is_empty(mask: ArrayLike | None) -> bool:
@@ -299,30 +298,21 @@ def layer_matched(config: ModelConfig, heads: Iterable[Head], seed: int = 0) -> 
     return _draw_by_layer(np.random.default_rng(seed), free, drawn)
 
 
-def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[int]:
-    """Indices of k rotary pairs: the "low"est or "high"est by frequency after scaling, or "random" by seed.
+def _meaning(interventions: Sequence[Interventions], verb: str) -> dict[str, Any]:
+    """The fields of `_MEANING` for interventions that become one; those that mask nothing have no say.
 
     Raises:
-        ValueError: The model has fewer pairs, or `which` is another word.
-
-    >>> import retmask_jax as rm
-    >>> config = rm.load("bundled").config
-    >>> rm.rope_pairs(config, 4, "low"), rm.rope_pairs(config, 4, "high")
-    ([12, 13, 14, 15], [0, 1, 2, 3])
+        ValueError: Masks do different things.
     """
-    if not 0 <= k <= config.n_pairs:
-        raise ValueError(f"k is {k}; the model has {config.n_pairs} rotary pairs")
-    by_frequency = np.argsort(inverse_frequencies(config), kind="stable")
-    match which:
-        case "low":
-            chosen = by_frequency[:k]
-        case "high":
-            chosen = by_frequency[::-1][:k]
-        case "random":
-            chosen = np.random.default_rng(seed).choice(config.n_pairs, size=k, replace=False)
-        case _:
-            raise ValueError(f'which is {which!r}; it must be "low", "high" or "random"')
-    return sorted(int(pair) for pair in chosen)
+    found = {}
+    for part, names in _MEANING.items():
+        given = [iv for iv in interventions if not is_empty(getattr(iv, part))] or interventions[:1]
+        values = list(dict.fromkeys(tuple(getattr(iv, name) for name in names) for iv in given))
+        if len(values) > 1:
+            several = " and ".join(", ".join(map(repr, value)) for value in values)
+            raise ValueError(f"cannot {verb} interventions whose {part}s have different {', '.join(names)}: {several}")
+        found |= dict(zip(names, values[0], strict=True))
+    return found
 
 
 def _mean_of(part: str, a: Interventions, b: Interventions) -> Any:

@@ -10,8 +10,10 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import SITES, Interventions, check_all_rotate, is_empty
+from retmask_jax.model.interventions import SITES, Interventions, is_empty
+from retmask_jax.model.kernels.blocked import Streams
 from retmask_jax.model.layers import split_layers
+from retmask_jax.model.rope import check_all_rotate
 from retmask_jax.utils.array_types import Array, Mask
 
 
@@ -26,6 +28,8 @@ class Masks(flax.struct.PyTreeNode):
         mean_BLHD: f32, what a masked head writes; zeros of shape [1, L, 1, 1] where no mean was given.
         query_BLH: bool, or a float gate: heads whose query is replaced.
         query_mean_BLHD: f32, the query in its place; zeros of shape [1, L, 1, 1] where no mean was given.
+        streams: Heads that stream, with a gate [#B, L, H]; None where it is known that none does, since only some kernels
+            know such heads.
         rope_site: As in `Interventions`.
     """
 
@@ -34,6 +38,7 @@ class Masks(flax.struct.PyTreeNode):
     mean_BLHD: Float[Array, "#B L #H #D"]
     query_BLH: Mask[Array, "#B L H"]
     query_mean_BLHD: Float[Array, "#B L #H #D"]
+    streams: Streams | None
     rope_site: str = flax.struct.field(pytree_node=False)
 
     @property
@@ -57,8 +62,8 @@ class Masks(flax.struct.PyTreeNode):
     def by_layer(self, config: ModelConfig) -> "ByLayer":
         """`LayerMasks` in the arrangement of `split_layers`, which the blocks are scanned with."""
         first = jax.tree.map(lambda array: jnp.swapaxes(array, 0, 1), self)
-        arrays = first.head_BLH, first.rope_BLHR, first.mean_BLHD, first.query_BLH, first.query_mean_BLHD
-        return split_layers(config, LayerMasks(*arrays, self.rope_site))
+        parts = first.head_BLH, first.rope_BLHR, first.mean_BLHD, first.query_BLH, first.query_mean_BLHD, first.streams
+        return split_layers(config, LayerMasks(*parts, self.rope_site))
 
 
 class LayerMasks(flax.struct.PyTreeNode):
@@ -69,6 +74,7 @@ class LayerMasks(flax.struct.PyTreeNode):
     mean_BHD: jax.Array
     query_BH: jax.Array
     query_mean_BHD: jax.Array
+    streams: Streams | None
     rope_site: str = flax.struct.field(pytree_node=False)
 
     def mask_heads(self, out_BTHD: Shaped[jax.Array, "B T H D"]) -> Shaped[jax.Array, "B T H D"]:
@@ -117,6 +123,7 @@ def normalise(config: ModelConfig, interventions: Interventions | None = None, r
         _dense_mean("head_mean", iv.head_mean, (*heads, config.head_dim), rows),
         _dense_mask("query_mask", iv.query_mask, heads, rows),
         _dense_mean("query_mean", iv.query_mean, (*heads, config.head_dim), rows),
+        _streams(iv, heads, rows),
         iv.rope_site,
     )
 
@@ -125,12 +132,13 @@ def normalise_each(config: ModelConfig, masks: Sequence[Interventions]) -> Masks
     """Several shared masks as one, with a row for each.
 
     Raises:
-        ValueError: As for `normalise`; also where one has a row axis, or where the rotary sites differ.
+        ValueError: As for `normalise`; also where one has a row axis, the rotary sites differ, or heads stream in two ways.
     """
     dense = [normalise(config, iv) for iv in masks]
     if len({one.rope_site for one in dense}) != 1:
         sites = ", ".join(sorted({one.rope_site for one in dense}))
         raise ValueError(f"masks that run together have different rotary sites ({sites}): run each site alone")
+    dense = alike(dense)
     if any(iv.has_rows for iv in masks):
         raise ValueError("masks that run together must be shared by all rows: [L, H] and [L, H, R], without a row axis")
 
@@ -140,6 +148,31 @@ def normalise_each(config: ModelConfig, masks: Sequence[Interventions]) -> Masks
         return xp.concatenate([xp.broadcast_to(array, shape) for array in arrays])
 
     return jax.tree.map(join, *dense)
+
+
+def alike(masks: Sequence[Masks]) -> list[Masks]:
+    """The same masks with streaming heads in all of them, where one has any, so that one program takes them.
+
+    Raises:
+        ValueError: Heads stream in two ways.
+    """
+    ways = {(one.streams.sink, one.streams.window): one.streams for one in masks if one.streams is not None}
+    if len(ways) > 1:
+        listed = " and ".join(f"{sink} and {window}" for sink, window in sorted(ways))
+        raise ValueError(f"masks that run together have streams of different sink and window: {listed}; run each alone")
+    none = [streams.replace(gate=np.zeros((1, *streams.gate.shape[1:]), bool)) for streams in ways.values()]
+    return [one if one.streams is not None or not none else one.replace(streams=none[0]) for one in masks]
+
+
+def _streams(iv: Interventions, heads: tuple[int, int], rows: int | None) -> Streams | None:
+    """Heads that stream, with a row axis; None where none does."""
+    if iv.stream_sink < 0 or iv.stream_window < 1:
+        raise ValueError(
+            f"streaming heads see {iv.stream_sink} tokens and a window of {iv.stream_window}: stream_sink must be at least 0 "
+            "and stream_window at least 1"
+        )
+    gate = _dense_mask("stream_mask", iv.stream_mask, heads, rows)
+    return None if is_empty(gate) else Streams(gate, iv.stream_sink, iv.stream_window)
 
 
 def _dense_mask(name: str, mask: Any, shape: tuple[int, ...], rows: int | None) -> Any:

@@ -253,9 +253,9 @@ class Attention(nn.Module):
         scores = Scores(cfg.attention_scale, cfg.window if kind == "sliding" else None, cfg.attention_softcap)
         positions_BT = None if call.rows_BP is None else call.first_B[:, None] + call.rows_BP
         if call.fork is None:
-            out_BTHD = attend(q_BTHD, keys, scores, call.start_B, cfg.kernel, positions_BT)
+            out_BTHD = attend(q_BTHD, keys, scores, call.start_B, cfg.kernel, positions_BT, masks.streams)
         else:
-            out_BTHD = attend_forked(q_BTHD, k_BTKD, v_BTKD, call.fork, scores, cfg.kernel)
+            out_BTHD = attend_forked(q_BTHD, k_BTKD, v_BTKD, call.fork, scores, cfg.kernel, masks.streams)
         out_BTHD = masks.mask_heads(out_BTHD)
         out_BTE = dense(out_BTHD.reshape(*wanted_BTE.shape[:2], -1), cfg.hidden_size, ("heads", "embed"), "o")
         probed = None
@@ -264,7 +264,7 @@ class Attention(nn.Module):
             q_BPHD, projected_BPHD = (
                 x if call.rows_BP is not None else at_positions(x, asked_BP) for x in (q_BTHD, projected_BTHD)
             )
-            probed = probe(q_BPHD, call.first_B[:, None] + asked_BP, keys, call.probe, scores)
+            probed = probe(q_BPHD, call.first_B[:, None] + asked_BP, keys, call.probe, scores, masks.streams)
             if call.probe.projected:
                 probed = probed.replace(projected=projected_BPHD.astype(jnp.float32))
         return out_BTE, cache, probed

@@ -11,7 +11,7 @@ from helpers_tiny import CONFIG, copying_lm, in_float64, reference
 from retmask_jax.generation.continuous import Request, generate_stream
 from retmask_jax.generation.language_model import save
 from retmask_jax.generation.sweep import sweep
-from retmask_jax.model.interventions import Interventions, mask_heads, mask_queries, mask_rope, stack
+from retmask_jax.model.interventions import Interventions, mask_heads, mask_queries, mask_rope, stack, stream_heads
 from retmask_jax.model.transformer import forward
 
 LM = copying_lm()
@@ -135,7 +135,8 @@ def test_means_join_other_masks_but_no_other_mask_of_their_kind(part, masked, ot
 
 
 MEANS, QUERIES = mask_heads(CONFIG, HEADS, MEAN), mask_queries(CONFIG, HEADS, QUERY)
-MASKS = (Interventions(), mask_heads(CONFIG, HEADS), MEANS, QUERIES, mask_heads(CONFIG, [(0, 0)]) | QUERIES)
+STREAMS = stream_heads(CONFIG, HEADS, sink=2, window=5)
+MASKS = (Interventions(), mask_heads(CONFIG, HEADS), MEANS, QUERIES, mask_heads(CONFIG, [(0, 0)]) | QUERIES, STREAMS)
 
 
 def test_sweeps_write_means_too(close):

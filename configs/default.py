@@ -53,7 +53,8 @@ def get_config() -> ConfigDict:
     config.knockout.draws = 5  # random control sets of each kind: one draw can mislead
     config.knockout.activity_windows = 16  # texts on which the activity of a head is measured
     config.knockout.seed = 0
-    # What a masked head writes: zero, its mean over text, or query (the mean of all keys).
+    # What a masked head writes: zero, its mean over text, query (the mean of all keys), or query_mean (what its mean query
+    # over text reads).
     config.knockout.modes = ("zero",)
     config.knockout.mode_draws = 2  # random sets of each kind in all modes but the first, and in curves
     # Sizes of the sets whose recall makes a curve on the first task, best heads first: numbers of heads, or (floats)

@@ -227,7 +227,10 @@ def mask_hash(config: ModelConfig, mask: Interventions, contrast: ContrastDecodi
     if contrast is not None:
         return digest([mask_hash(config, mask), mask_hash(config, contrast.interventions), *contrast.identity])
     masks = normalise(config, mask)
-    parts = (masks.head_BLH, masks.rope_BLHR, *([] if mask.head_mean is None else [masks.mean_BLHD]))
+    parts = [masks.head_BLH, masks.rope_BLHR]
+    # Masks without these parts keep the hashes that they had before there were any.
+    parts += [] if mask.head_mean is None else [masks.mean_BLHD]
+    parts += [] if mask.query_mask is None else [masks.query_BLH, masks.query_mean_BLHD]
     arrays = [np.asarray(part[0]) for part in parts]
     return digest([mask.rope_site, *([str(x.dtype), digest(x.tobytes())] for x in arrays)])
 

@@ -226,5 +226,5 @@ def _together(config: ModelConfig, masks: Sequence[Interventions], n_cases: int)
 
 
 def _bytes_of_a_mask(config: ModelConfig, masks: Sequence[Interventions]) -> int:
-    width = 1 + config.n_pairs + (4 * config.head_dim if any(mask.head_mean is not None for mask in masks) else 0)
-    return config.n_layers * config.n_heads * width
+    means = sum(any(getattr(mask, name) is not None for mask in masks) for name in ("head_mean", "query_mean"))
+    return config.n_layers * config.n_heads * (2 + config.n_pairs + 4 * config.head_dim * means)

@@ -35,9 +35,9 @@ from retmask_jax.utils.hosts import to_host
 
 IDLE = 0.1  # a head is called idle if masking it changes the text by less than this share of what the most active head does
 
-# What an ablated head writes: nothing (RetMask); its mean over plain text (LOCOS); the mean value of all keys, because
-# its query is zero (the block list of arXiv 2404.15574).
-MODES = ("zero", "mean", "query")
+# What an ablated head writes: nothing (RetMask); its mean over plain text; the mean value of all keys, because its query is
+# zero (the block list of arXiv 2404.15574); what its mean query over plain text reads (LOCOS, arXiv 2607.01002).
+MODES = ("zero", "mean", "query", "query_mean")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,8 @@ def knockout_conditions(
     """The untouched model, the retrieval heads ablated, and the sets of `control_heads`.
 
     Args:
-        mode: One of MODES; "mean" needs mean_LHD (`head_statistics`).
+        mode: One of MODES.
+        mean_LHD: As of `ablate`.
     """
     chosen = [("retrieval", 0, heads)]
     chosen += control_heads(config, heads, activity_LH, draws=draws, seed=seed, scores_LH=scores_LH)
@@ -157,7 +158,16 @@ def minimal_set(
 def ablate(
     config: ModelConfig, heads: Sequence[Head], mode: str, mean_LHD: Float32[np.ndarray, "L H D"] | None = None
 ) -> Interventions:
-    """Interventions that ablate heads in one of MODES; "mean" needs mean_LHD (`head_statistics`)."""
+    """Interventions that ablate heads in one of MODES.
+
+    Args:
+        mean_LHD: For "mean" and "query_mean", the mean outputs or queries (`head_statistics(...).mean_for(mode)`).
+
+    Raises:
+        ValueError: The mode is unknown or needs a mean, or the model has no such head or takes no such mask.
+    """
+    if mode in ("mean", "query_mean") and mean_LHD is None:
+        raise ValueError(f"knock-out mode {mode!r} needs means: give those of head_statistics")
     match mode:
         case "zero":
             return mask_heads(config, heads)
@@ -165,6 +175,8 @@ def ablate(
             return mask_heads(config, heads, mean_LHD)
         case "query":
             return mask_queries(config, heads)
+        case "query_mean":
+            return mask_queries(config, heads, mean_LHD)
     raise ValueError(f"knock-out mode is {mode!r}; it must be one of {', '.join(MODES)}")
 
 
@@ -264,4 +276,4 @@ def _masked_logprobs(config: ModelConfig, params, mask_KLH, start, tokens_BT, st
 
 
 def _layers(config: ModelConfig, params, batch: int, length: int) -> Layers:
-    return Layers(config, params, make_call(config, length, None, jnp.full(batch, length)), "rotary")
+    return Layers(config, params, make_call(config, length, None, jnp.full(batch, length)))

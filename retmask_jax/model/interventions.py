@@ -24,7 +24,7 @@ Head = tuple[int, int]
 SITES = ("rotary", "projection")
 
 # The arrays of interventions, and their axes where all rows share them.
-SHARED_NDIM = {"head_mask": 2, "rope_mask": 3, "head_mean": 3}
+SHARED_NDIM = {"head_mask": 2, "rope_mask": 3, "head_mean": 3, "query_mask": 2, "query_mean": 3}
 
 
 class Interventions(flax.struct.PyTreeNode):
@@ -40,6 +40,9 @@ class Interventions(flax.struct.PyTreeNode):
             zeroes it in the outputs of q_proj and k_proj before any norm, as arXiv 2606.21249 did, which reaches every
             query head of the group.
         head_mean: f32[L, H, D] or [B, L, H, D]: what a masked head writes, before o_proj, instead of nothing (None).
+        query_mask: bool[L, H] or [B, L, H]. True: the head's query, the output of q_proj with its bias, before any norm and
+            rotation, is replaced.
+        query_mean: f32[L, H, D] or [B, L, H, D]: the query in its place, instead of zeros (None).
 
     >>> import numpy as np, retmask_jax as rm
     >>> lm = rm.load("bundled")
@@ -55,6 +58,8 @@ class Interventions(flax.struct.PyTreeNode):
     rope_mask: Mask[ArrayLike, "... L H R"] | None = None
     rope_site: str = flax.struct.field(pytree_node=False, default="rotary")
     head_mean: Float[ArrayLike, "... L H D"] | None = None
+    query_mask: Mask[ArrayLike, "... L H"] | None = None
+    query_mean: Float[ArrayLike, "... L H D"] | None = None
 
     @classmethod
     def none(cls, config: ModelConfig) -> "Interventions":
@@ -79,7 +84,7 @@ class Interventions(flax.struct.PyTreeNode):
 
         Raises:
             ValueError: The rotary masks are of two sites, the shapes do not fit each other, or heads that one side masks
-                would write a mean that only the other side gives.
+                would take a mean that only the other side gives.
 
         >>> import retmask_jax as rm
         >>> config = rm.load("bundled").config
@@ -99,7 +104,9 @@ class Interventions(flax.struct.PyTreeNode):
             _either(self.head_mask, other.head_mask, 2),
             _either(self.rope_mask, other.rope_mask, 3),
             site,
-            _mean_of(self, other),
+            _mean_of("head", self, other),
+            _either(self.query_mask, other.query_mask, 2),
+            _mean_of("query", self, other),
         )
 
 
@@ -145,21 +152,30 @@ def mask_heads(
     return Interventions(head_mask=jnp.asarray(head_mask), head_mean=None if mean is None else jnp.asarray(mean))
 
 
-def mask_queries(config: ModelConfig, heads: Iterable[Head]) -> Interventions:
-    """Interventions that zero the queries of these (layer, head).
+def mask_queries(
+    config: ModelConfig, heads: Iterable[Head], mean: Float[ArrayLike, "L H D"] | None = None
+) -> Interventions:
+    """Interventions that zero the queries of these (layer, head), or replace them by their mean.
 
-    Such a head attends to all keys alike and still writes their mean value, as with the block list of arXiv 2404.15574's
-    code.
+    With a query of zeros a head attends to all keys alike and still writes their mean value, as with the block list of
+    arXiv 2404.15574's code.
+
+    Args:
+        mean: The query in their place, before norm and rotation (LOCOS, arXiv 2607.01002; see
+            `head_outputs.head_statistics`). Where a norm goes over all heads of a layer, it changes for the others too.
 
     Raises:
-        ValueError: The model does not have such a head, or some dimensions of its heads, or some layers, are not rotated:
-            masks of rotary pairs do not reach those.
+        ValueError: The model does not have such a head; or, without a mean, some dimensions of its heads, or some layers,
+            are not rotated: masks of rotary pairs do not reach those.
 
     >>> import retmask_jax as rm
     >>> mask = rm.mask_queries(rm.load("bundled").config, [(1, 0), (1, 3)])
     >>> print(mask.rope_mask[1].all(axis=-1))  # every rotary pair of two heads
     [ True False False  True False False False False]
     """
+    if mean is not None:
+        masked = mask_heads(config, heads)
+        return Interventions(query_mask=masked.head_mask, query_mean=jnp.asarray(mean))
     if 2 * config.n_pairs < config.head_dim:
         raise ValueError(
             f"only {2 * config.n_pairs} of the {config.head_dim} dimensions of a head are rotated, so rotary masks cannot "
@@ -309,14 +325,17 @@ def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[i
     return sorted(int(pair) for pair in chosen)
 
 
-def _mean_of(a: Interventions, b: Interventions) -> Any:
-    """What masked heads write under both together; ValueError where heads of one would write what only the other gives."""
-    given = [(iv, other) for iv, other in ((a, b), (b, a)) if iv.head_mean is not None]
-    if not given:
-        return None
-    if not any(is_empty(other.head_mask) for _, other in given):
-        raise ValueError("head masks of which one has a mean cannot be combined: give all heads to one mask_heads")
-    return next(iv.head_mean for iv, other in given if is_empty(other.head_mask))
+def _mean_of(part: str, a: Interventions, b: Interventions) -> Any:
+    """The mean of "head" or "query" under both; ValueError where heads of one would take what only the other gives."""
+    of = [(getattr(iv, f"{part}_mask"), getattr(iv, f"{part}_mean")) for iv in (a, b)]
+    given = [
+        (mean, other_mask) for (_, mean), (other_mask, _) in zip(of, reversed(of), strict=True) if mean is not None
+    ]
+    fitting = [mean for mean, other_mask in given if is_empty(other_mask)]
+    if given and not fitting:
+        builder = {"head": "mask_heads", "query": "mask_queries"}[part]
+        raise ValueError(f"{part} masks of which one has a mean cannot be combined: give all heads to one {builder}")
+    return fitting[0] if fitting else None
 
 
 def _stack(masks: Sequence[Any]) -> Any:

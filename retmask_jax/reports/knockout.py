@@ -22,6 +22,7 @@ MODES = {
     "zero": "writes nothing",
     "mean": "writes its mean over text",
     "query": "has a query of zeros, so it writes the mean of all values",
+    "query_mean": "has its mean query over text, whatever it reads",
 }
 
 

@@ -36,6 +36,7 @@ MASKS = {
     "both": mask_heads(CONFIG, [(1, 1)]) | mask_rope(CONFIG, [(1, 0)], range(8)),
     "mean": mask_heads(CONFIG, [(1, 0), (0, 2)], np.random.default_rng(9).normal(0, 1, (2, 4, 32)).astype(np.float32)),
     "query": mask_queries(CONFIG, [(1, 0)]),
+    "query mean": mask_queries(CONFIG, [(1, 0)], np.random.default_rng(9).normal(0, 2, (2, 4, 32)).astype(np.float32)),
 }
 
 
@@ -49,6 +50,7 @@ def test_answers_under_many_masks_equal_runs_with_one():
         dense = normalise(CONFIG, mask)
         masks = {"head_mask": dense.head_BLH[0], "rope_mask": dense.rope_BLHR[0]}
         masks |= {} if mask.head_mean is None else {"head_mean": dense.mean_BLHD[0]}
+        masks |= {"query_mask": dense.query_BLH[0], "query_mean": dense.query_mean_BLHD[0]}
         slow = [reference_answer(params, case.tokens, NEW, (tl.EOS,), **masks)[0] for case in cases]
         assert texts == [" ".join(tl.VOCABULARY[i] for i in tokens if i > tl.UNK) for tokens in slow]
     assert len({tuple(texts) for texts in together}) == len(MASKS)  # every mask made a difference

@@ -92,8 +92,8 @@ def _mean(per_text: Sequence[np.ndarray]) -> np.ndarray:
 def _statistics(config, params, tokens_BT, rows_BP):
     """Returns the mean f32[B,L,H,D], the covariance f32[B,L,H,R,R] and the mean query f32[B,L,H,D] of each row."""
     spans_B12 = jnp.broadcast_to(jnp.array(EVERYWHERE), (len(tokens_BT), 1, 2))
-    asked = Probe(rows_BP, spans_B12, values=True, pairs=config.n_pairs, queries=True)
+    asked = Probe(rows_BP, spans_B12, values=True, pairs=config.n_pairs, projected=True)
     probed = hidden_rows(config, params, tokens_BT, normalise(config), rows_BP, probe=asked).probed
     assert probed is not None and probed.values is not None and probed.pairs is not None  # they were asked for
-    assert probed.queries is not None
-    return probed.values[..., 0, :].mean(axis=1), probed.pairs[:, 0], probed.queries.mean(axis=1)
+    assert probed.projected is not None
+    return probed.values[..., 0, :].mean(axis=1), probed.pairs[:, 0], probed.projected.mean(axis=1)

@@ -69,7 +69,7 @@ class Probe(flax.struct.PyTreeNode):
         top: How many keys to report.
         values: Also report the part of the head's output that it reads in each span.
         pairs: The number of rotary pairs, to also report the covariance over the keys of what they add to q.k; 0: do not.
-        queries: Also report the outputs of q_proj, bias included, before any norm, rotation and mask.
+        projected: Also report the outputs of q_proj, bias included, before any norm, rotation and mask.
     """
 
     rows_BP: Any
@@ -77,7 +77,7 @@ class Probe(flax.struct.PyTreeNode):
     top: int = flax.struct.field(pytree_node=False, default=1)
     values: bool = flax.struct.field(pytree_node=False, default=False)
     pairs: int = flax.struct.field(pytree_node=False, default=0)
-    queries: bool = flax.struct.field(pytree_node=False, default=False)
+    projected: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 class Probed(flax.struct.PyTreeNode):
@@ -89,14 +89,14 @@ class Probed(flax.struct.PyTreeNode):
         values: f32[B,P,...,H,N,D], weighted sums of the values in the spans, or None.
         pairs: f32[B,1,...,H,R,R], covariance over the keys of what two rotary pairs add to q.k, mean over the rows, or
             None. The dimensions that are not rotated count as one more pair.
-        queries: f32[B,P,...,H,D], the outputs of q_proj, or None.
+        projected: f32[B,P,...,H,D], the outputs of q_proj, or None.
     """
 
     keys: jax.Array
     mass: jax.Array | None = None
     values: jax.Array | None = None
     pairs: jax.Array | None = None
-    queries: jax.Array | None = None
+    projected: jax.Array | None = None
 
 
 def attend(

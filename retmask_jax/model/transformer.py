@@ -265,8 +265,8 @@ class Attention(nn.Module):
                 x if call.rows_BP is not None else at_positions(x, asked_BP) for x in (q_BTHD, projected_BTHD)
             )
             probed = probe(q_BPHD, call.first_B[:, None] + asked_BP, keys, call.probe, scores)
-            if call.probe.queries:
-                probed = probed.replace(queries=projected_BPHD.astype(jnp.float32))
+            if call.probe.projected:
+                probed = probed.replace(projected=projected_BPHD.astype(jnp.float32))
         return out_BTE, cache, probed
 
     def _project(self, x_BTE: jax.Array, heads: int, name: str) -> jax.Array:

@@ -196,9 +196,10 @@ def get_config() -> ConfigDict:
     # How many heads of each list are ablated, in turn; empty: as many as the first detector finds and the shortest list has.
     config.arena.heads = ()
     config.arena.task = None  # whose cases are answered; None: the first of knockout.tasks
-    config.arena.modes = ("zero", "mean", "query")  # as knockout.modes
+    config.arena.modes = ("zero", "mean", "query", "query_mean")  # as knockout.modes
     config.arena.draws = 1  # of each kind of control
     config.arena.seed = 0
+    config.arena.windows = None  # of the text, on which losses are measured; None: text.windows
 
     config.utility = ConfigDict()
     config.utility.permutations = 10_000  # of heads within layers: p-values down to 1e-4

@@ -1,13 +1,16 @@
 """`retmask export --what=scores`: head scores, or lists of heads, in the forms that others read."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from retmask_jax.cli.parser import HEAD_FORMS, PAIR_FORMS
-from retmask_jax.heads.lists.formats import FORMATS, HeadList, read_heads, write_heads
+from retmask_jax.heads.lists.formats import FORMATS, HEADS_ALONE, HeadList, read_heads, write_heads
 from retmask_jax.model.interventions import Head
+from retmask_jax.pipeline.registry import check_upstream
 from retmask_jax.runs.context import Context
 from retmask_jax.stages.detect import choose_heads, head_scores, retrieval_heads
+from retmask_jax.stages.knockout import KNOCKOUT
 from retmask_jax.utils.hosts import primary
 
 
@@ -38,15 +41,21 @@ def export_heads(context: Context, heads: Sequence[Head] | None, file: Path | No
     """
     if heads is not None and file is not None:
         raise ValueError(f"--heads and --scores={file} both say which heads: leave one of them out")
-    config = context.outline.config
-    if heads is not None:
-        write_heads(out, heads, form, config, str(context.config.model))
-    else:
-        found = (
-            HeadList("", retrieval_heads(context), head_scores(context)) if file is None else read_heads(file, config)
-        )
-        if file is not None and found.scores is not None and FORMATS[form].names_heads:
-            found = HeadList("", choose_heads(context, found.scores), found.scores)
-        write_heads(out, found, form, config, str(context.config.model))
+    found = heads if heads is not None else _detected(context) if file is None else _read(context, file, form)
+    write_heads(out, found, form, context.outline.config, str(context.config.model))
     if primary():
         print(f"wrote {out}: {FORMATS[form].about}")
+
+
+def _detected(context: Context) -> HeadList:
+    """What detection found in the work directory; ValueError where it has not run, or with other settings."""
+    check_upstream(context, KNOCKOUT)  # whose heads are those of an up-to-date detection
+    return HeadList("", retrieval_heads(context), head_scores(context))
+
+
+def _read(context: Context, file: Path, form: str) -> HeadList:
+    """What a file says; where only heads are to be written, of scores those that detection's settings choose."""
+    found = read_heads(file, context.outline.config)
+    if found.scores is None or form not in HEADS_ALONE:
+        return found
+    return dataclasses.replace(found, heads=choose_heads(context, found.scores))

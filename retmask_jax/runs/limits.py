@@ -47,7 +47,7 @@ _LIMITS = {
         pairs.batch_size pairs.max_new_tokens pairs.concurrency
         train.steps train.batch_size train.microbatch_size train.max_tokens
         train.max_prompt_tokens train.widths train.reference_batch_size train.checkpoint_every train.keep detectors.cases
-        detectors.top_k arena.cases arena.heads theta.cases dynamics.cases text.windows tasks.*.lengths
+        detectors.top_k arena.cases arena.heads arena.windows theta.cases dynamics.cases text.windows tasks.*.lengths
         tasks.*.per_length tasks.*.max_new_tokens suites.*.lengths suites.*.n suites.niah.shortest suites.niah.longest
         suites.niah.n_lengths suites.niah.n_depths suites.niah.per_cell suites.*.max_new_tokens suites.rerank.length
         suites.perplexity.windows suites.perplexity.stride suites.*.limit rope.pairs rope.patch_pairs
@@ -75,8 +75,8 @@ _LIMITS = {
 }
 # What may be None: "as needed", "all" or "not".
 _OR_NONE = """detect.threshold detect.top_k detect.scores knockout.minimal rope.patch_pairs pairs.prompts_field pairs.batch_size
-    detectors.cases detectors.top_k arena.cases arena.detect arena.task theta.cases dynamics.threshold dynamics.cases
-    dynamics.task tasks.*.per_length
+    detectors.cases detectors.top_k arena.cases arena.detect arena.task arena.windows theta.cases dynamics.threshold
+    dynamics.cases dynamics.task tasks.*.per_length
     eval.contrast suites.rerank.length suites.perplexity.stride suites.*.limit suites.lm_eval.fewshot suites.helmet.chat
     distributed prompt.chat""".split()
 

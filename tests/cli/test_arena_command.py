@@ -13,6 +13,7 @@ import retmask_jax as rm
 from retmask_jax.cli.main import main
 from retmask_jax.cli.parser import HEAD_FORMS, parse, recipe_of
 from retmask_jax.heads.lists.formats import written_forms
+from retmask_jax.runs.workdir import Provenance
 from retmask_jax.stages.study.arena import ArenaResult
 from retmask_jax.utils.files import write_json
 
@@ -129,7 +130,7 @@ def test_export_turns_files_into_the_forms_of_others(files, tmp_path, capsys):
 def test_export_writes_what_detection_found_and_of_scores_the_heads_that_it_chooses(files, tmp_path):
     scores = np.linspace(0, 0.5, 32).reshape(4, 8)
     heads = [(3, 7), (3, 6)]
-    write_json(tmp_path / "work/detect/result.json", vars(detected(heads)))
+    write_json(tmp_path / "work/detect/result.json", vars(detected(heads, provenance=Provenance(settings={}))))
     rm.HeadScores.from_array(scores).save(tmp_path / "work/detect/scores.json")
     write_json(tmp_path / "work/config.json", {})
     config = rm.load("bundled").config
@@ -157,6 +158,9 @@ def test_exports_that_do_not_go_together_are_refused(files, refused, tmp_path):
     line = refused(*call, "--what=scores", f"--scores={files / 'best.yaml'}", "--heads", "1-0")
     assert "both say which heads: leave one of them out" in line
     assert "stage detect has no result" in refused(*call, "--what=scores")
+    rm.HeadScores.from_array(np.full((4, 8), 0.01)).save(tmp_path / "low.json")
+    line = refused(*call, "--what=scores", f"--scores={tmp_path / 'low.json'}", "--format=list")
+    assert "no head reaches detect.threshold 0.1: the best score is 0.010" in line
     assert "head [4, 0] is out of range" in refused(*call, "--what=scores", "--heads", "4-0")
     assert "invalid choice: 'npy'" in refused(*call, "--what=scores", "--format=npy")
     assert not (tmp_path / "out").exists()

@@ -81,7 +81,7 @@ def prepare(tmp_path, monkeypatch):
 
 
 def test_every_list_is_measured_as_the_slow_model_says(prepare, tmp_path):
-    modes = ("zero", "mean", "query")
+    modes = ("zero", "mean", "query", "query_mean")
     result = arena_stage(prepare(modes=modes, draws=2), tmp_path)
     assert stored({"arena": result})["arena"] == result
     best = DETECTORS["mass"](LM, CASES, batch_size=BATCH).scores
@@ -94,13 +94,17 @@ def test_every_list_is_measured_as_the_slow_model_says(prepare, tmp_path):
         ("mass", "detector", 8, 3),
         ("listed", "file", 3, 0),
     ]
-    means_LHD = head_statistics(LM, WINDOWS).mean_LHD
+    measured = head_statistics(LM, WINDOWS)
     names = [*dict.fromkeys(name for name, _, _ in expected)]
     assert [(row.mode, row.name) for row in result.rows] == [(mode, name) for mode in modes for name in names]
     untouched_N, loss_W = _slow(Interventions())
     assert result.recall == stats.proportion(untouched_N) and result.recall.value == 1
     for row in result.rows:
-        slow = [_slow(ablate(CONFIG, one.heads, row.mode, means_LHD)) for one in result.sets if one.name == row.name]
+        slow = [
+            _slow(ablate(CONFIG, one.heads, row.mode, measured.mean_for(row.mode)))
+            for one in result.sets
+            if one.name == row.name
+        ]
         right_DN, loss_DW = (np.array(values) for values in zip(*slow, strict=True))
         assert row.recall.value == pytest.approx(right_DN.mean())
         assert row.change.value == pytest.approx(right_DN.mean() - 1)
@@ -114,6 +118,7 @@ def _slow(mask):
     """(right or wrong, the loss of each window) under a mask, by the reference."""
     dense, params = normalise(CONFIG, mask), in_float64(LM.params)
     masks = {"head_mask": dense.head_BLH[0], "rope_mask": dense.rope_BLHR[0]}
+    masks |= {"query_mask": dense.query_BLH[0], "query_mean": dense.query_mean_BLHD[0]}
     masks |= {} if mask.head_mean is None else {"head_mean": dense.mean_BLHD[0]}
     texts = [_text(reference_answer(params, case.tokens, NEW, (tl.EOS,), **masks)[0]) for case in CASES]
     losses = []
@@ -263,7 +268,7 @@ def test_lists_of_one_name_are_told_apart_by_their_paths(prepare, tmp_path):
     [
         ({"heads": (4,)}, "arena.heads has 4, the list listed has 3 heads: equal numbers of all lists are compared"),
         ({"heads": (2, 5)}, "arena.heads has 5, the model has 8 heads: as many others are needed as controls"),
-        ({"modes": ()}, r"arena.modes is \(\); it must have some of zero, mean, query"),
+        ({"modes": ()}, r"arena.modes is \(\); it must have some of zero, mean, query, query_mean"),
         ({"modes": ("zero", "median")}, r"arena.modes is \('zero', 'median'\); it must have some of zero"),
         ({"detectors": ("mas",)}, "arena.detectors has 'mas'; known detectors are copy"),
         ({"detectors": (), "files": ()}, "arena.detectors and arena.files are empty: name a list of heads"),

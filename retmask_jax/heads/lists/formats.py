@@ -39,14 +39,12 @@ class HeadList:
 
 class Format(NamedTuple):
     """A form of files. fits: whether content has it: a JSON value, or the text where it is no JSON. read, write: as
-    `read_heads` and `write_heads` call them; None: not written. about: what a file that is written holds. names_heads: it
-    has heads without scores."""
+    `read_heads` and `write_heads` call them; None: not written. about: what a file that is written holds."""
 
     fits: Callable[[Any], bool]
     read: Callable[[Path, Any, ModelConfig], HeadList]
     write: Callable[[HeadList, ModelConfig, str], str] | None
     about: str
-    names_heads: bool = False
 
 
 def read_heads(path: str | os.PathLike, config: ModelConfig) -> HeadList:
@@ -251,12 +249,12 @@ def _write_ranking(found: HeadList, config: ModelConfig, model: str) -> str:
 
 
 def _write_list(found: HeadList, config: ModelConfig, model: str) -> str:
-    return json.dumps(found.heads) + "\n"
+    return json.dumps(_of_model("what is to be written", found.heads, config)) + "\n"
 
 
 def _write_yaml(found: HeadList, config: ModelConfig, model: str) -> str:
     values = {
-        "attn_head_set": ",".join(f"{layer}-{head}" for layer, head in found.heads),
+        "attn_head_set": ",".join(f"{i}-{j}" for i, j in _of_model("what is to be written", found.heads, config)),
         "model_base_class": model.rsplit("/", 1)[-1],
         "model_name_or_path": model,
     }
@@ -309,6 +307,7 @@ def _is_ranking(content: Any) -> bool:
     return isinstance(first, list) and bool(first) and isinstance(first[0], str)
 
 
+HEADS_ALONE = ("qrhead", "list")  # forms without scores
 # The first form that fits a file is its form.
 FORMATS: dict[str, Format] = {
     "locos": Format(
@@ -338,9 +337,7 @@ FORMATS: dict[str, Format] = {
     "qrhead-scores": Format(
         _is_ranking, _read_ranking, _write_ranking, "mean scores, best first, as QRHead's detection writes them"
     ),
-    "list": Format(
-        lambda content: isinstance(content, list), _read_list, _write_list, "heads, best first", names_heads=True
-    ),
+    "list": Format(lambda content: isinstance(content, list), _read_list, _write_list, "heads, best first"),
     "duoattention": Format(
         lambda content: bool(_table(content)),
         _read_gates,
@@ -352,6 +349,5 @@ FORMATS: dict[str, Format] = {
         _read_yaml,
         _write_yaml,
         "heads, best first, as QRRetriever reads them",
-        names_heads=True,
     ),
 }

@@ -57,7 +57,8 @@ def _effects(result: ArenaResult) -> Markup:
             f"Recall of {result.task} is {interval(result.recall)} in the untouched model, over "
             f"{count(result.recall.n, 'case')}; the loss on plain text is {interval(result.loss)} nats per token.",
             *(_extremes(rows, size) for size, rows in of_size.items()),
-            f"Controls are as many other heads as those of {result.reference}, which they are matched to.",
+            f"Controls are as many heads that are not of {result.reference}: of any layer, of its layers, of similar activity, "
+            "and, where it scores heads, the lowest-scoring ones.",
             f"An ablated head, by mode: {'; '.join(f'{mode}: {MODES[mode]}' for mode in result.modes)}.",
         ],
         plotting.drawn(
@@ -95,7 +96,7 @@ def _table(result: ArenaResult, size: int, rows: Sequence[ArenaRow]) -> Markup:
     by_list: dict[str, list[str]] = {}
     for row in rows:
         by_list.setdefault(row.name, []).extend((interval(row.recall), change(row.cost)))
-    head = [f"best {size} heads of", *(cell for mode in result.modes for cell in (f"{mode}: recall", "text"))]
+    head = [f"best {size} heads of", *(cell for mode in result.modes for cell in (f"{mode}: recall", "text loss"))]
     return table(head, [[name, *cells] for name, cells in by_list.items()])
 
 
@@ -123,7 +124,7 @@ def _figure(result: ArenaResult, size: int, rows: Sequence[ArenaRow]) -> "Figure
 def _mark(result: ArenaResult, row: ArenaRow, y: float, recall: "Axes", text: "Axes") -> None:
     """The two numbers of a row, each mode at its height within the list."""
     i = result.modes.index(row.mode)
-    at = y + float(np.linspace(-0.36, 0.36, len(result.modes))[i]) if len(result.modes) > 1 else y
+    at = y + float(np.linspace(-0.3, 0.3, len(result.modes))[i]) if len(result.modes) > 1 else y
     for ax, number in ((recall, row.recall), (text, row.cost)):
         plotting.interval(ax, number, at, plotting.SHADES[i], plotting.MARKERS[i])
 

@@ -103,7 +103,8 @@ def arena_stage(context: Context, folder: Path) -> ArenaResult:
     conditions = _conditions(context, sets, windows)
     distinct, places = _distinct(conditions)
     answered = task_outcomes(context, [task], distinct)
-    outcome_CN, loss_CW = answered.outcomes[task][places], text_losses(context, windows, distinct)[places]
+    outcome_CN = answered.outcomes[task][places]
+    loss_CW = text_losses(context, windows[: section.windows], distinct)[places]
     untouched = stats.proportion(outcome_CN[0]), stats.bootstrap_mean(loss_CW[0])
     return ArenaResult(
         task=task,
@@ -171,14 +172,14 @@ def _activity(context: Context, windows: Windows) -> Float32[np.ndarray, "L H"]:
 def _conditions(context: Context, sets: Sequence[HeadSet], windows: Windows) -> list[Condition]:
     """The untouched model, and every set in every mode."""
     modes, config = context.config.arena.modes, context.lm.config
-    means = head_statistics(context.lm, windows).mean_LHD if "mean" in modes else None
-    return [UNTOUCHED] + [
-        Condition(
-            one.name, one.draw, knockout.ablate(config, one.heads, mode, means), tuple(one.heads), experiment=mode
-        )
-        for mode in modes
-        for one in sets
-    ]
+    measured = head_statistics(context.lm, windows) if {"mean", "query_mean"} & set(modes) else None
+    conditions = [UNTOUCHED]
+    for mode in modes:
+        mean_LHD = None if measured is None else measured.mean_for(mode)
+        for one in sets:
+            mask = knockout.ablate(config, one.heads, mode, mean_LHD)
+            conditions.append(Condition(one.name, one.draw, mask, tuple(one.heads), experiment=mode))
+    return conditions
 
 
 def _distinct(conditions: Sequence[Condition]) -> tuple[list[Condition], list[int]]:
@@ -263,7 +264,7 @@ def _cost(context: Context) -> Cost:
     passes = sum(PASSES.get(name, 1) for name in section.detectors)
     detection = Cost(cases_cost(config, detection_task(config), section.cases).read) if section.detectors else Cost()
     activity = model.n_layers * model.n_heads * config.knockout.activity_windows * text.length // 2
-    plain = Cost(activity + masks * text.windows * text.length)
+    plain = Cost(activity + masks * min(text.windows, section.windows or text.windows) * text.length)
     return passes * detection + masks * task_cost(config, _task(config)) + plain
 
 
@@ -271,7 +272,7 @@ def _tables(result: ArenaResult) -> list[Table]:
     """A row per list: recall and what it costs plain text, in every mode."""
     tables = []
     for size in result.sizes:
-        header = [f"{size} heads ablated", *(cell for mode in result.modes for cell in (mode, "text"))]
+        header = [f"{size} heads ablated", *(cell for mode in result.modes for cell in (mode, "text loss"))]
         by_list: dict[str, list[str]] = {}
         for row in (row for row in result.rows if row.size == size):
             recall, cost = row.recall, row.cost
@@ -282,16 +283,16 @@ def _tables(result: ArenaResult) -> list[Table]:
     return tables
 
 
+# All of its section but the files, of which the content counts: a list that is added makes no other work directory.
+_SETTINGS = """arena.detectors arena.detect arena.cases arena.heads arena.task arena.modes arena.draws arena.seed
+    arena.windows detect.threshold detect.top_k detect.max_new_tokens detectors.null_query knockout.activity_windows
+    text.*""".split()
+
 ARENA = Stage(
     name="arena",
     work=arena_stage,
     result=ArenaResult,
-    settings=(
-        *PROMPTS,
-        *(f"arena.{key}" for key in ("detectors", "detect", "cases", "heads", "task", "modes", "draws", "seed")),
-        *("detect.threshold", "detect.top_k", "detect.max_new_tokens", "detectors.null_query"),
-        *("knockout.activity_windows", "text.*"),
-    ),
+    settings=(*PROMPTS, *_SETTINGS),
     tasks=_tasks,
     inputs=_inputs,
     check=_check,

@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     # Detection: Wu et al. 2404.15574, as RetMask uses it.
     config.detect = ConfigDict()
     config.detect.task = "detect"
-    config.detect.scores = None  # a file of head scores (RetMask's JSON) to use instead of detecting
+    config.detect.scores = None  # a file of head scores, in any known form, to use instead of detecting
     config.detect.max_new_tokens = 50  # the published limit
     config.detect.threshold = 0.1  # RetMask: 0.1 for Llama-3.1, 0.05 for Qwen3 and Olmo-3
     config.detect.top_k = None  # instead of the threshold (which is then None)
@@ -186,6 +186,20 @@ def get_config() -> ConfigDict:
     config.detectors.null_query = "N/A"  # of query_focused, as in QRHead: a question that asks for nothing
     config.detectors.seeds = ()  # more seeds of detect.task: how far a detector repeats itself on other cases
     config.detectors.seed_names = ("copy_position", "mass")  # run on these seeds: they read each case only once
+
+    # Lists of heads, whoever made them, compared by what ablating them does (`retmask arena MODEL a.json b.yaml`).
+    config.arena = ConfigDict()
+    config.arena.files = ()  # of heads, in any of the forms that retmask_jax/heads/README.md lists
+    config.arena.detectors = config.detectors.names  # whose lists are compared with those of files
+    config.arena.detect = None  # the task that detectors run on; None: detect.task
+    config.arena.cases = None  # of it, spread evenly; None: all
+    # How many heads of each list are ablated, in turn; empty: as many as the first detector finds and the shortest list has.
+    config.arena.heads = ()
+    config.arena.task = None  # whose cases are answered; None: the first of knockout.tasks
+    config.arena.modes = ("zero", "mean", "query", "query_mean")  # as knockout.modes
+    config.arena.draws = 1  # of each kind of control
+    config.arena.seed = 0
+    config.arena.windows = None  # of the text, on which losses are measured; None: text.windows
 
     config.utility = ConfigDict()
     config.utility.permutations = 10_000  # of heads within layers: p-values down to 1e-4

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from retmask_jax.generation.language_model import LanguageModel, from_params, load, save
     from retmask_jax.generation.logprobs import sequence_logprobs
     from retmask_jax.heads.builtin_cases import find_heads, needle_recall
+    from retmask_jax.heads.lists.formats import read_heads, write_heads
     from retmask_jax.heads.profile import profile
     from retmask_jax.heads.scores import HeadScores
     from retmask_jax.model.config import ModelConfig
@@ -45,6 +46,8 @@ _HOME = {
     "stack": "model.interventions",
     "stream_heads": "model.interventions",
     "HeadScores": "heads.scores",
+    "read_heads": "heads.lists.formats",
+    "write_heads": "heads.lists.formats",
     "find_heads": "heads.builtin_cases",
     "needle_recall": "heads.builtin_cases",
     "profile": "heads.profile",
@@ -69,6 +72,8 @@ __all__ = [
     "stack",
     "stream_heads",
     "HeadScores",
+    "read_heads",
+    "write_heads",
     "find_heads",
     "needle_recall",
     "profile",

@@ -38,7 +38,11 @@ def run(
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     try:
         resources = {"metadata": {"path": folder}}
-        nbclient.NotebookClient(notebook, timeout=timeout, resources=resources, km=kernel).execute()
+        # Coalesced: what one cell prints is one text, however it comes in.
+        client = nbclient.NotebookClient(
+            notebook, timeout=timeout, resources=resources, km=kernel, coalesce_streams=True
+        )
+        client.execute()
     finally:
         for cell, source in zip(notebook.cells, kept, strict=True):
             cell.source = source

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from retmask_jax.aot import decoding, step
 from retmask_jax.cli import doctor
+from retmask_jax.cli.head_files import export_heads, format_of
 from retmask_jax.cli.plan import planned, say_how_long, say_how_long_diff
 from retmask_jax.cli.printing import print_numbers, print_table
 from retmask_jax.data.pair_formats import export_pairs, iter_pairs
@@ -23,10 +24,18 @@ from retmask_jax.hf import summary as inspection
 from retmask_jax.hf.hub import config_folder
 from retmask_jax.model.interventions import mask_heads
 from retmask_jax.model.sharding import split_cpu
-from retmask_jax.pipeline.registry import RUN, STAGES, STUDIED, check_config, check_model, check_upstream, run_stage
+from retmask_jax.pipeline.registry import (
+    PAGES,
+    RUN,
+    STAGES,
+    STUDIED,
+    check_config,
+    check_model,
+    check_upstream,
+    run_stage,
+)
 from retmask_jax.reports import comparison, html, plotting
 from retmask_jax.reports import difference as of_difference
-from retmask_jax.reports.comparison import COMPARISON
 from retmask_jax.reports.panel import findings, gains, page, profiles, sources
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import Stage
@@ -97,10 +106,10 @@ def one_stage(config: ConfigDict, root: Path, name: str, aside: bool = False) ->
             print(f"{name}: unchanged since {result.provenance.created}")
         _say_where_time_went(context, result)
         _show(stage, result)
-    if name == "compare":
-        run_stage(context, COMPARISON)
+    if page := PAGES.get(name):
+        run_stage(context, page)
         if primary():
-            print(f"page: {root / COMPARISON.of(context).path}")
+            print(f"page: {root / page.of(context).path}")
     return result
 
 
@@ -116,11 +125,20 @@ def plan(config: ConfigDict, root: Path, name: str, aside: bool = False) -> None
     print(left)
 
 
-def export(config: ConfigDict, root: Path, what: str, heads: Sequence[str] | None, form: str, out: Path) -> None:
-    """The start model with heads masked in its weights, or a trained model, as an HF checkpoint; or a run's pairs.
+def export(
+    config: ConfigDict,
+    root: Path,
+    what: str,
+    heads: Sequence[str] | None,
+    form: str | None,
+    scores: Path | None,
+    out: Path,
+) -> None:
+    """The start model with heads masked in its weights, or a trained model, as an HF checkpoint; a run's pairs; or scores.
 
-    heads: "layer-head" each; None: those that detection found. form: of pairs, see `export_pairs`.
+    heads: "layer-head" each; None: those that detection found. form, scores: as of `format_of`.
     """
+    form = format_of(what, form, scores)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out")
     if out.is_symlink() and not out.exists():
@@ -128,6 +146,9 @@ def export(config: ConfigDict, root: Path, what: str, heads: Sequence[str] | Non
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir():
         raise ValueError(f"{out} cannot be made, since {above} is a file: choose another --out")
+    if what == "scores":
+        named = None if heads is None else [_head(name) for name in heads]
+        return export_heads(_open(config, root, model=False), named, scores, form, out)
     if what.startswith("pairs-"):
         pairs = Workdir.open(root, config).folder("pairs") / f"{what.removeprefix('pairs-')}.jsonl.gz"
         if not pairs.exists():

@@ -76,6 +76,8 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
     if arguments.stage == "eval":
         overrides = overrides + _settings_of_eval(arguments)
+    if getattr(arguments, "files", None):
+        overrides = [*overrides, ("arena.files", repr(tuple(arguments.files)))]
     name, overrides = recipe_of(arguments, overrides)
     config = recipes.load_recipe(name, overrides)
     root = Path(arguments.workdir or Path("runs") / name_of_results(arguments, name))
@@ -92,7 +94,8 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         case "pretrain":
             commands.pretrain(config, root)
         case "export":
-            commands.export(config, root, arguments.what, arguments.heads, arguments.format, Path(arguments.out))
+            of_heads = arguments.format, arguments.scores
+            commands.export(config, root, arguments.what, arguments.heads, *of_heads, Path(arguments.out))
         case "run":
             commands.run(config, root, arguments.set_aside)
         case "study":

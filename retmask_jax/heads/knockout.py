@@ -59,28 +59,42 @@ def knockout_conditions(
     mode: str = "zero",
     mean_LHD: Float32[np.ndarray, "L H D"] | None = None,
 ) -> list[Condition]:
-    """The untouched model, the retrieval heads ablated, and, as controls, as many other heads.
-
-    There are `draws` sets of controls of each kind: of any layer, of the same layers, of similar activity (see `activity`)
-    and, where scores_LH are given, the lowest-scoring heads.
+    """The untouched model, the retrieval heads ablated, and the sets of `control_heads`.
 
     Args:
         mode: One of MODES.
         mean_LHD: As of `ablate`.
     """
-    controls: dict[str, Callable[[int], list[Head]]] = {
+    chosen = [("retrieval", 0, heads)]
+    chosen += control_heads(config, heads, activity_LH, draws=draws, seed=seed, scores_LH=scores_LH)
+    return [Condition("none", 0, Interventions(), experiment=mode)] + [
+        Condition(kind, draw, ablate(config, some, mode, mean_LHD), tuple(some), experiment=mode)
+        for kind, draw, some in chosen
+    ]
+
+
+def control_heads(
+    config: ModelConfig,
+    heads: Sequence[Head],
+    activity_LH: ArrayLike,
+    *,
+    draws: int,
+    seed: int = 0,
+    scores_LH: ArrayLike | None = None,
+) -> list[tuple[str, int, list[Head]]]:
+    """As many other heads, as (kind, draw, heads): `draws` sets of each kind.
+
+    They are of any layer, of the same layers, of similar activity (see `activity`) and, where scores_LH are given, the
+    lowest-scoring heads.
+    """
+    kinds: dict[str, Callable[[int], list[Head]]] = {
         "any layer": lambda s: random_heads(config, n=len(heads), exclude=heads, seed=s),
         "layer-matched": lambda s: layer_matched(config, heads, s),
         "activity-matched": lambda s: activity_matched(heads, activity_LH, seed=s),
     }
     if scores_LH is not None:
-        controls["lowest-scoring"] = lambda s: lowest_scoring(scores_LH, heads, seed=s)
-    chosen = [("retrieval", 0, heads)]
-    chosen += [(kind, draw, choose(seed + draw)) for kind, choose in controls.items() for draw in range(draws)]
-    return [Condition("none", 0, Interventions(), experiment=mode)] + [
-        Condition(kind, draw, ablate(config, some, mode, mean_LHD), tuple(some), experiment=mode)
-        for kind, draw, some in chosen
-    ]
+        kinds["lowest-scoring"] = lambda s: lowest_scoring(scores_LH, heads, seed=s)
+    return [(kind, draw, choose(seed + draw)) for kind, choose in kinds.items() for draw in range(draws)]
 
 
 def curve_conditions(

@@ -371,7 +371,9 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast),
             length=cfg.repeats,
             metadata_params={nn.PARTITION_NAME: "layers"},
-            check_constancy_invariants=False,  # nothing is broadcast out of the loop; the check traces all layers once more
+            # Nothing is broadcast out of the loop, and the check traces all layers once more. Without it other parameters
+            # are drawn from a seed, so it stays where a model is made.
+            check_constancy_invariants=self.is_initializing(),
         )
         blocks = scanned(cfg, len(cfg.layer_pattern), name="blocks")
         (x_BTE, block_cache), probed = blocks(

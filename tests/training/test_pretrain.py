@@ -1,16 +1,21 @@
 """Small models by recipe: their architecture, how they grow, how they are kept along the way."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers_tiny import WIDE
 from ml_collections import ConfigDict
 
 from retmask_jax.generation.language_model import load, save
 from retmask_jax.hf.families import from_hf, to_hf
+from retmask_jax.model.lora import Lora
 from retmask_jax.model.transformer import forward
 from retmask_jax.runs import recipes
-from retmask_jax.training.pretrain import grow, kept, model_config, pretrain
+from retmask_jax.training.pretrain import _init, grow, kept, model_config, pretrain
+from retmask_jax.training.step import _new_adapters
 
 FAMILIES = {"panel_llama": "llama", "panel_qwen3": "qwen3", "panel_olmo3": "olmo3"}
 # Norms on both sides, with weights that are added to one: no recipe has it.
@@ -29,6 +34,15 @@ def _grown(random_model, name, changes):
     short, deep = (model_config(_model(name, **changes), layers) for layers in (2, 4))
     params = random_model(short).params
     return short, deep, params, grow(deep, params, random_model(deep, seed=1).params)
+
+
+def test_a_seed_gives_the_parameters_and_the_adapters_that_it_always_gave():
+    """Published models and results were made of them. (What was drawn once; nothing else gives these numbers.)"""
+    up = _init(WIDE, jax.random.key(0))["blocks"]["0"]["mlp"]["up"]["kernel"][:, 0, 0]
+    np.testing.assert_allclose(up, [-0.03150464, 0.00956522, 0.00116159], rtol=1e-5)
+    adapters = _new_adapters(dataclasses.replace(WIDE, lora=Lora(rank=2, alpha=4.0)), 0)
+    query = adapters["blocks"]["0"]["attn"]["q"]["kernel_lora_a"][:, 0, 0]
+    np.testing.assert_allclose(query, [0.68934566, -0.5129018, -0.19141717], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name, changes", GROWING)

@@ -201,6 +201,22 @@ def get_config() -> ConfigDict:
     config.arena.seed = 0
     config.arena.windows = None  # of the text, on which losses are measured; None: text.windows
 
+    # What a model can still do on a budget of keys: KV heads that are kept for a list's best heads see all keys, and all
+    # others stream (`retmask budget MODEL a.json b.yaml`).
+    config.budget = ConfigDict()
+    config.budget.files = ()  # as arena.files
+    config.budget.detectors = ("copy", "mass")  # whose lists are compared with those of files
+    config.budget.detect = None  # the task that detectors run on; None: detect.task
+    config.budget.cases = None  # of it, spread evenly; None: all
+    config.budget.kept = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)  # KV heads: shares of all (floats), or numbers
+    config.budget.sink = 4  # first tokens that streaming heads see
+    config.budget.window = 256  # last keys that they see
+    config.budget.tasks = ()  # whose cases are answered, longer than both; empty: the first of knockout.tasks
+    config.budget.draws = 3  # random lists
+    config.budget.seed = 0
+    config.budget.length = 1024  # tokens of a text on which the loss is measured; None: text.length
+    config.budget.windows = 8  # such texts; None: text.windows
+
     config.utility = ConfigDict()
     config.utility.permutations = 10_000  # of heads within layers: p-values down to 1e-4
     config.utility.resamples = 10_000  # of layers

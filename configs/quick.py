@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
     config.eval.tasks = ("needle 512", "needle 1536", "facts 256", "closed-book")
     config.detectors.cases = 16
     config.arena.detect, config.arena.task, config.arena.windows = "detect 256", "needle 256", 8  # there are many masks
+    config.budget.detect, config.budget.length, config.budget.window = "detect 256", 512, 64
     config.theta.factors, config.theta.cases = (0.5, 1.0, 2.0), 12
     config.headlines = _builtin.headlines(config)
     return config

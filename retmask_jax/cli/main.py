@@ -77,7 +77,7 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
     if arguments.stage == "eval":
         overrides = overrides + _settings_of_eval(arguments)
     if getattr(arguments, "files", None):
-        overrides = [*overrides, ("arena.files", repr(tuple(arguments.files)))]
+        overrides = [*overrides, (f"{arguments.stage}.files", repr(tuple(arguments.files)))]
     name, overrides = recipe_of(arguments, overrides)
     config = recipes.load_recipe(name, overrides)
     root = Path(arguments.workdir or Path("runs") / name_of_results(arguments, name))

@@ -35,6 +35,7 @@ GROUPS = {
         "export": "write a masked or trained model for HF tools, or pairs",
         "profile": "retrieval heads of many models: how many, where, how sparse",
         "arena": "lists of heads, whoever made them: as many of each ablated",
+        "budget": "what a model can do where all but a list's best heads stream",
         "panel": "findings of several studies side by side, with intervals",
         "diff": "two checkpoints: which heads changed, which carry the gain",
         "pretrain": "train a tiny model from its recipe, with its data files",
@@ -79,6 +80,10 @@ _EXAMPLES_OF = {
     "arena": (
         "retmask arena HuggingFaceTB/SmolLM2-135M-Instruct heads.json qrhead.yaml full_attention_heads.tsv",
         "retmask arena --config=tiny heads.json --config.arena.heads='(2, 4)'",
+    ),
+    "budget": (
+        "retmask budget HuggingFaceTB/SmolLM2-135M-Instruct heads.json full_attention_heads.tsv",
+        "retmask budget --config=tiny heads.json --config.budget.kept='(0.0, 0.1, 0.5)'",
     ),
     "pretrain": ("retmask pretrain --config=panel_qwen3 --config.pretrain.seed=1 --workdir=runs/panel_qwen3-1",),
     "export": (
@@ -171,7 +176,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     # argparse would take a setting with a blank in its value for a MODEL.
     settings = [text for text in argv if text.startswith("--config.")]
     arguments, rest = parser.parse_known_args([text for text in argv if text not in settings])
-    if arguments.stage == "arena":
+    if "files" in arguments:
         rest = _take_files(arguments, rest)
     flags = [flag for action in stages.choices[arguments.stage]._actions for flag in action.option_strings]
     return arguments, [_override(text, flags) for text in settings + rest]
@@ -262,7 +267,7 @@ def _add_config(stage: argparse.ArgumentParser, name: str) -> None:
         )
 
 
-def _add_arena(stage: argparse.ArgumentParser) -> None:
+def _add_files(stage: argparse.ArgumentParser) -> None:
     stage.add_argument(
         "files", nargs="*", metavar="FILE", help="of heads: head scores or a list, in any form that is known here"
     )
@@ -359,4 +364,11 @@ def _named_model(text: str) -> tuple[str, str]:
     return name, source
 
 
-_FLAGS = {"arena": _add_arena, "eval": _add_eval, "export": _add_export, "bench": _add_benchmarks, **TOOL_FLAGS}
+_FLAGS = {
+    "arena": _add_files,
+    "budget": _add_files,
+    "eval": _add_eval,
+    "export": _add_export,
+    "bench": _add_benchmarks,
+    **TOOL_FLAGS,
+}

@@ -13,6 +13,7 @@ from retmask_jax.model.sharding import make_mesh
 from retmask_jax.reports.comparison import COMPARISON
 from retmask_jax.reports.report import REPORT
 from retmask_jax.reports.study.arena import ARENA_PAGE
+from retmask_jax.reports.study.budget import BUDGET_PAGE
 from retmask_jax.reports.study.page import STUDY
 from retmask_jax.runs.context import Context, named_files
 from retmask_jax.runs.limits import check_limits
@@ -27,6 +28,7 @@ from retmask_jax.stages.pairs import PAIRS
 from retmask_jax.stages.rates import RATES
 from retmask_jax.stages.rope import ROPE
 from retmask_jax.stages.study.arena import ARENA
+from retmask_jax.stages.study.budget import BUDGET
 from retmask_jax.stages.study.detectors import DETECTORS_STAGE
 from retmask_jax.stages.study.dynamics import DYNAMICS
 from retmask_jax.stages.study.theta import THETA
@@ -50,12 +52,14 @@ _ALL = (
     STUDY,
     ARENA,
     ARENA_PAGE,
+    BUDGET,
+    BUDGET_PAGE,
     COMPARE,
     COMPARISON,
 )
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _ALL}
 # The page that follows a stage which is a command of its own.
-PAGES = {COMPARE.name: COMPARISON, ARENA.name: ARENA_PAGE}
+PAGES = {COMPARE.name: COMPARISON, ARENA.name: ARENA_PAGE, BUDGET.name: BUDGET_PAGE}
 # What `retmask run` and `retmask study` do, in order.
 RUN = (*REPORT.upstream, REPORT)
 STUDIED = (*STUDY.upstream, STUDY)

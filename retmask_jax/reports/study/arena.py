@@ -158,7 +158,6 @@ def _overlap(result: ArenaResult) -> Markup:
 
 
 def _lists(result: ArenaResult) -> Markup:
-    rows = [[row.name, _made_by(row), row.heads or "–", _counted(row)] for row in result.lists]
     sets = [
         [one.name, one.size, one.draw, ", ".join(f"{layer}-{head}" for layer, head in one.heads)] for one in result.sets
     ]
@@ -169,9 +168,15 @@ def _lists(result: ArenaResult) -> Markup:
             if any(row.of_kv_heads for row in result.lists)
             else ""
         ],
-        table(["list", "from", "heads in order", "cases that count"], rows),
+        lists_table(result.lists),
         html.folded("The heads of each", table(["list", "heads", "draw", "layer-head"], sets)),
     )
+
+
+def lists_table(lists: Sequence[ListRow]) -> Markup:
+    """A row per list: who made it, and how many heads it has."""
+    rows = [[row.name, _made_by(row), row.heads or "–", _counted(row)] for row in lists]
+    return table(["list", "from", "heads in order", "cases that count"], rows)
 
 
 def _made_by(row: ListRow) -> str:

@@ -1,4 +1,5 @@
-"""The lists of heads that the stage `arena` compares, of detectors and of files, and how many heads of each are ablated."""
+"""The lists of heads that the stages `arena` and `budget` compare, of detectors and of files, and how many heads of each are
+ablated."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -36,14 +37,20 @@ class ListRow:
     counted: int = 0
 
 
-def all_lists(context: Context) -> tuple[list[ListRow], dict[str, HeadList]]:
+RANDOM = "random"  # the name of lists that are drawn
+
+
+def all_lists(context: Context, of: str = "arena") -> tuple[list[ListRow], dict[str, HeadList]]:
     """(a row per detector and file, the lists by name: those of detectors first).
+
+    Args:
+        of: The section of the config that names detectors and files.
 
     Raises:
         ValueError: There is no list, since no case counts for any detector and no file is given; or as of `given_lists`.
     """
-    given = given_lists(context)
-    rows, lists = _detected(context)
+    given = given_lists(context, of)
+    rows, lists = _detected(context, of)
     rows += [
         ListRow(name=name, source="file", form=found.form, heads=len(found.heads), of_kv_heads=found.of_kv_heads)
         for name, found in given.items()
@@ -54,13 +61,13 @@ def all_lists(context: Context) -> tuple[list[ListRow], dict[str, HeadList]]:
     return rows, lists | given
 
 
-def given_lists(context: Context) -> dict[str, HeadList]:
+def given_lists(context: Context, of: str = "arena") -> dict[str, HeadList]:
     """The lists of files, each under the file's name without its ending, or under its path where that name is taken.
 
     Raises:
         ValueError: A file is given twice, or as of `read_heads`.
     """
-    files, taken = context.config.arena.files, context.config.arena.detectors
+    files, taken = context.config[of].files, (*context.config[of].detectors, RANDOM)
     stems = [Path(file).stem for file in files]
     alone = [stems.count(stem) == 1 and stem not in taken for stem in stems]
     if repeated := [file for file in files if files.count(file) > 1]:
@@ -112,20 +119,20 @@ def check_sizes(sizes: Sequence[int], lengths: Mapping[str, int], total: int) ->
             )
 
 
-def detection_task(config: ConfigDict) -> str:
+def detection_task(config: ConfigDict, of: str = "arena") -> str:
     """The task that detectors run on."""
-    return config.arena.detect or config.detect.task
+    return config[of].detect or config.detect.task
 
 
-def _detected(context: Context) -> tuple[list[ListRow], dict[str, HeadList]]:
+def _detected(context: Context, of: str) -> tuple[list[ListRow], dict[str, HeadList]]:
     """(a row per detector, the lists of those for which cases count).
 
     Their scores are kept next to answers, so that they are there when files are added.
     """
-    rows, lists, section = [], {}, context.config.arena
+    rows, lists, section = [], {}, context.config[of]
     if not section.detectors:
         return rows, lists
-    cases = context.cases(detection_task(context.config))
+    cases = context.cases(detection_task(context.config, of))
     chosen = [cases[i] for i in spread(len(cases), section.cases)]
     read = [[case.tokens, case.span, case.statement, case.question, case.needle.answer] for case in chosen]
     options = [context.config.detect.max_new_tokens, context.config.detectors.null_query]

@@ -74,7 +74,7 @@ class Interventions(flax.struct.PyTreeNode):
 
     @classmethod
     def none(cls, config: ModelConfig) -> "Interventions":
-        """The untouched model: both masks as arrays, all-False.
+        """The untouched model: masks of heads and rotary pairs as arrays, all-False.
 
         >>> import retmask_jax as rm
         >>> untouched = rm.Interventions.none(rm.load("bundled").config)

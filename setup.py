@@ -51,6 +51,7 @@ setup(
         "matplotlib>=3.9",
         "rouge-score>=0.1.2",
         "psutil>=5.9",
+        "pyyaml>=6",
         "rich>=13",
         "tqdm>=4.66",
         "tensorboardX>=2.6",

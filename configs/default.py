@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     # Detection: Wu et al. 2404.15574, as RetMask uses it.
     config.detect = ConfigDict()
     config.detect.task = "detect"
-    config.detect.scores = None  # a file of head scores (RetMask's JSON) to use instead of detecting
+    config.detect.scores = None  # a file of head scores, in any known form, to use instead of detecting
     config.detect.max_new_tokens = 50  # the published limit
     config.detect.threshold = 0.1  # RetMask: 0.1 for Llama-3.1, 0.05 for Qwen3 and Olmo-3
     config.detect.top_k = None  # instead of the threshold (which is then None)
@@ -53,7 +53,8 @@ def get_config() -> ConfigDict:
     config.knockout.draws = 5  # random control sets of each kind: one draw can mislead
     config.knockout.activity_windows = 16  # texts on which the activity of a head is measured
     config.knockout.seed = 0
-    # What a masked head writes: zero, its mean over text, or query (the mean of all keys).
+    # What a masked head writes: zero, its mean over text, query (the mean of all keys), or query_mean (what its mean query
+    # over text reads).
     config.knockout.modes = ("zero",)
     config.knockout.mode_draws = 2  # random sets of each kind in all modes but the first, and in curves
     # Sizes of the sets whose recall makes a curve on the first task, best heads first: numbers of heads, or (floats)
@@ -186,6 +187,36 @@ def get_config() -> ConfigDict:
     config.detectors.null_query = "N/A"  # of query_focused, as in QRHead: a question that asks for nothing
     config.detectors.seeds = ()  # more seeds of detect.task: how far a detector repeats itself on other cases
     config.detectors.seed_names = ("copy_position", "mass")  # run on these seeds: they read each case only once
+
+    # Lists of heads, whoever made them, compared by what ablating them does (`retmask arena MODEL a.json b.yaml`).
+    config.arena = ConfigDict()
+    config.arena.files = ()  # of heads, in any of the forms that retmask_jax/heads/README.md lists
+    config.arena.detectors = config.detectors.names  # whose lists are compared with those of files
+    config.arena.detect = None  # the task that detectors run on; None: detect.task
+    config.arena.cases = None  # of it, spread evenly; None: all
+    # How many heads of each list are ablated, in turn; empty: as many as the first detector finds and the shortest list has.
+    config.arena.heads = ()
+    config.arena.task = None  # whose cases are answered; None: the first of knockout.tasks
+    config.arena.modes = ("zero", "mean", "query", "query_mean")  # as knockout.modes
+    config.arena.draws = 1  # of each kind of control
+    config.arena.seed = 0
+    config.arena.windows = None  # of the text, on which losses are measured; None: text.windows
+
+    # What a model can still do on a budget of keys: KV heads that are kept for a list's best heads see all keys, and all
+    # others stream (`retmask budget MODEL a.json b.yaml`).
+    config.budget = ConfigDict()
+    config.budget.files = ()  # as arena.files
+    config.budget.detectors = ("copy", "mass")  # whose lists are compared with those of files
+    config.budget.detect = None  # the task that detectors run on; None: detect.task
+    config.budget.cases = None  # of it, spread evenly; None: all
+    config.budget.kept = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)  # KV heads: shares of all (floats), or numbers
+    config.budget.sink = 4  # first tokens that streaming heads see
+    config.budget.window = 256  # last keys that they see
+    config.budget.tasks = ()  # whose cases are answered, longer than both; empty: the first of knockout.tasks
+    config.budget.draws = 3  # random lists
+    config.budget.seed = 0
+    config.budget.length = 1024  # tokens of a text on which the loss is measured; None: text.length
+    config.budget.windows = 8  # such texts; None: text.windows
 
     config.utility = ConfigDict()
     config.utility.permutations = 10_000  # of heads within layers: p-values down to 1e-4

@@ -21,6 +21,8 @@ def get_config() -> ConfigDict:
             "detect": _builtin.needles((512, 1024, 2000), per_length=14, seed=1),
             "needle 512": _builtin.codes((512,), per_length=24, seed=2),
             "needle 1536": _builtin.codes((1536,), per_length=12, seed=3),
+            "detect 256": _builtin.needles((256,), per_length=16, seed=6),
+            "needle 256": _builtin.codes((256,), per_length=24, seed=5),
             "facts 256": _builtin.facts((256,), per_length=60, seed=4),
             "closed-book": _builtin.closed_book(),
         }
@@ -45,6 +47,8 @@ def get_config() -> ConfigDict:
     config.train.examples = 3
     config.eval.tasks = ("needle 512", "needle 1536", "facts 256", "closed-book")
     config.detectors.cases = 16
+    config.arena.detect, config.arena.task, config.arena.windows = "detect 256", "needle 256", 8  # there are many masks
+    config.budget.detect, config.budget.length, config.budget.window = "detect 256", 512, 64
     config.theta.factors, config.theta.cases = (0.5, 1.0, 2.0), 12
     config.headlines = _builtin.headlines(config)
     return config

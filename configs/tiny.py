@@ -60,6 +60,8 @@ def get_config() -> ConfigDict:
 
     config.detect.max_new_tokens = 8
     config.knockout.tasks = ("needle short", "context short", "closed-book")
+    config.arena.cases = 24
+    config.budget.window, config.budget.length, config.budget.cases = 16, 128, 24
     config.rope.tasks = ("needle short",)
     config.rope.pairs = (2, 4, 8)
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from retmask_jax.generation.language_model import LanguageModel, from_params, load, save
     from retmask_jax.generation.logprobs import sequence_logprobs
     from retmask_jax.heads.builtin_cases import find_heads, needle_recall
+    from retmask_jax.heads.lists.formats import read_heads, write_heads
     from retmask_jax.heads.profile import profile
     from retmask_jax.heads.scores import HeadScores
     from retmask_jax.model.config import ModelConfig
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
         mask_queries,
         mask_rope,
         random_heads,
-        rope_pairs,
         stack,
+        stream_heads,
     )
+    from retmask_jax.model.rope import rope_pairs
     from retmask_jax.model.transformer import forward
     from retmask_jax.training.losses import dpo_loss
 
@@ -40,9 +42,12 @@ _HOME = {
     "mask_rope": "model.interventions",
     "mask_queries": "model.interventions",
     "random_heads": "model.interventions",
-    "rope_pairs": "model.interventions",
+    "rope_pairs": "model.rope",
     "stack": "model.interventions",
+    "stream_heads": "model.interventions",
     "HeadScores": "heads.scores",
+    "read_heads": "heads.lists.formats",
+    "write_heads": "heads.lists.formats",
     "find_heads": "heads.builtin_cases",
     "needle_recall": "heads.builtin_cases",
     "profile": "heads.profile",
@@ -65,7 +70,10 @@ __all__ = [
     "random_heads",
     "rope_pairs",
     "stack",
+    "stream_heads",
     "HeadScores",
+    "read_heads",
+    "write_heads",
     "find_heads",
     "needle_recall",
     "profile",

@@ -99,11 +99,26 @@ def in_float64(params):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
 
-def reference(params, tokens_T, head_mask=None, rope_mask=None, config=CONFIG, xp=np, kept=None, head_mean=None):
+def reference(
+    params,
+    tokens_T,
+    head_mask=None,
+    rope_mask=None,
+    config=CONFIG,
+    xp=np,
+    kept=None,
+    head_mean=None,
+    query_mask=None,
+    query_mean=None,
+    queries=None,
+    streams=None,
+):
     """(logits [T, V], attention weights [L, H, T, T]) of one row of tokens.
 
-    head_mask: bool, or a float gate. head_mean: [L, H, D], what a masked head writes. kept: a list that gets the values
-    [T, K, D] of each layer, and the final states before their norm.
+    head_mask, query_mask: bool, or a float gate. head_mean, query_mean: [L, H, D], what a masked head writes, or asks.
+    streams: (bool or gates [L, H], sink, window) of streaming heads. kept: a list that gets the values [T, K, D] of each
+    layer, and the final states before their norm. queries: one that gets the queries [T, H, D] of each layer before they
+    are replaced and turned.
     """
     length, heads, half = len(tokens_T), config.n_heads, config.head_dim // 2
     frequency_R = config.rope.theta ** -(np.arange(half) / half)
@@ -116,6 +131,11 @@ def reference(params, tokens_T, head_mask=None, rope_mask=None, config=CONFIG, x
         q_THD, k_TKD, v_TKD = (
             (h_TE @ block["attn"][name]["kernel"]).reshape(length, -1, config.head_dim) for name in "qkv"
         )
+        if queries is not None:
+            queries.append(q_THD)
+        if query_mask is not None:
+            gate_H1 = np.asarray(query_mask)[layer][:, None] * 1.0
+            q_THD = (1 - gate_H1) * q_THD + gate_H1 * (0.0 if query_mean is None else query_mean[layer])
         q_THD, k_TKD = _turn(q_THD, angle_T1R, xp), _turn(k_TKD, angle_T1R, xp)
         if rope_mask is not None:
             q_THD = q_THD * np.tile(~np.asarray(rope_mask)[layer], 2)
@@ -126,6 +146,10 @@ def reference(params, tokens_T, head_mask=None, rope_mask=None, config=CONFIG, x
             kv = head // (heads // config.n_kv_heads)
             scores_TS = q_THD[:, head] @ k_TKD[:, kv].T / config.head_dim**0.5
             weights_TS = xp.exp(scores_TS - scores_TS.max(axis=-1, keepdims=True)) * causal_TS
+            if streams is not None:
+                gate_LH, sink, window = streams
+                t, s = np.indices((length, length))
+                weights_TS = weights_TS * (1 - gate_LH[layer][head] * ((s >= sink) & (s <= t - window)))
             weights_TS = weights_TS / weights_TS.sum(axis=-1, keepdims=True)
             attention.append(weights_TS)
             gate = 1.0 if head_mask is None else 1.0 - head_mask[layer][head]

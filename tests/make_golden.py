@@ -3,10 +3,10 @@
     python tests/make_golden.py [NAME ...]     # needs torch and transformers; the tests themselves do not
 
 Each folder is a checkpoint as transformers saves it, and golden.npz: tokens i32[B,T], head_mask
-bool[L,H], rope_mask bool[L,H,R], logits f32[B,P,V] at POSITIONS under no mask, each mask alone and
-the rotary mask at both sites (float32, eager attention, no padding), and the greedy continuation
-i32[B,12]. A model with layers that have no RoPE has no rotary mask. Of a model that also reads
-images only the text part is asked.
+bool[L,H], rope_mask bool[L,H,R], query_mask bool[L,H] with query_mean f32[L,H,D], logits f32[B,P,V]
+at POSITIONS under no mask, each mask alone and the rotary mask at both sites (float32, eager
+attention, no padding), and the greedy continuation i32[B,12]. A model with layers that have no RoPE
+has no rotary mask. Of a model that also reads images only the text part is asked.
 """
 
 import contextlib
@@ -355,12 +355,24 @@ def random_masks(config, rng: np.random.Generator):
     return order_LH < order_LH.size / 3, pairs_LHR & (other_LH < other_LH.size / 2)[..., None]
 
 
-def torch_logits(model, tokens, head_mask=None, rope_mask=None, rope_site="rotary") -> np.ndarray:
+def random_queries(config, rng: np.random.Generator):
+    """(bool[L,H], f32[L,H,D]): half the heads, and a query for each."""
+    config = config.get_text_config()
+    shape = (config.num_hidden_layers, config.num_attention_heads)
+    order_LH = rng.permutation(np.prod(shape)).reshape(shape)
+    return order_LH < order_LH.size / 2, rng.normal(size=(*shape, _head_dim(config))).astype(np.float32)
+
+
+def torch_logits(
+    model, tokens, head_mask=None, rope_mask=None, rope_site="rotary", query_mask=None, query_mean=None
+) -> np.ndarray:
     """f32[B,T,V] of the model with masks put in by hooks."""
     _forget_length(model)
     with torch.no_grad(), contextlib.ExitStack() as stack:
         if head_mask is not None:
             _mask_heads(stack, model, torch.tensor(head_mask))
+        if query_mask is not None:  # before pairs are taken out of it
+            _replace_queries(stack, model, torch.tensor(query_mask), torch.tensor(query_mean))
         if rope_mask is not None:
             sites = {"rotary": _mask_rotated_queries, "projection": _mask_projections}
             sites[rope_site](stack, model, torch.tensor(rope_mask))
@@ -447,6 +459,20 @@ def _mask_projections(stack, model, rope_mask):
             stack.callback(hook.remove)
 
 
+def _replace_queries(stack, model, query_mask, query_mean):
+    """What q_proj gives for a head, whatever it reads."""
+    for layer, block in enumerate(text_part(model).layers):
+        linear = getattr(block.self_attn, "q_proj", None) or block.self_attn.qkv_proj
+        mean = query_mean[layer].flatten()
+        replaced = query_mask[layer].repeat_interleave(query_mean.shape[-1])
+
+        def replace(_, __, out, mean=mean, replaced=replaced):
+            queries, rest = out[..., : len(mean)], out[..., len(mean) :]
+            return torch.cat([torch.where(replaced, mean, queries), rest], dim=-1)
+
+        stack.callback(linear.register_forward_hook(replace).remove)
+
+
 def _dims(config, pairs):
     """Rotary pair r is the dimensions r and r + R."""
     rest = pairs.new_zeros((*pairs.shape[:-1], _head_dim(config) - 2 * pairs.shape[-1]))
@@ -465,9 +491,10 @@ def _write(name: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, model.config.get_text_config().vocab_size, (ROWS, LENGTH)).astype(np.int32)
     head_mask, rope_mask = random_masks(model.config, rng)
-    greedy = torch_greedy(model, tokens)
-    stored = {"tokens": tokens, "head_mask": head_mask, "greedy": greedy}
-    masks = {"logits": {}, "logits_heads": {"head_mask": head_mask}}
+    query_mask, query_mean = random_queries(model.config, rng)
+    greedy, queries = torch_greedy(model, tokens), {"query_mask": query_mask, "query_mean": query_mean}
+    stored = {"tokens": tokens, "head_mask": head_mask, "greedy": greedy, **queries}
+    masks = {"logits": {}, "logits_heads": {"head_mask": head_mask}, "logits_queries": queries}
     if _all_rotate(model.config):
         stored["rope_mask"] = rope_mask
         masks["logits_rotary"] = {"rope_mask": rope_mask}

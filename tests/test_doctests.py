@@ -36,6 +36,7 @@ ARRAYS = [  # public functions and methods of which arguments or results are arr
     "sequence_logprobs",
     "dpo_loss",
     "mask_heads",
+    "mask_queries",
     "needle_recall",
     "LanguageModel.logits",
     "LanguageModel.generate",

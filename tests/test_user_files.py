@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers_tiny import WIDE
 
 from retmask_jax.cli.main import main
 from retmask_jax.data.needles import read_needles, read_sentences
@@ -10,6 +11,7 @@ from retmask_jax.data.pair_formats import read_pairs
 from retmask_jax.data.prompts import read_prompts
 from retmask_jax.evals.suites.questions import read_questions
 from retmask_jax.evals.suites.rerank import read_queries
+from retmask_jax.heads.lists.formats import read_heads
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.reports.panel.sources import read_models
 from retmask_jax.runs.recipes import load_recipe
@@ -31,6 +33,7 @@ LINES = {
 READERS = LINES | {
     "haystack": (read_sentences, "x.txt", None),
     "scores": (HeadScores.load, "x.json", {"0-0": [1.0]}),
+    "heads": (lambda path: read_heads(path, WIDE), "x.json", [[2, 7], [0, 1]]),
     "question document": (read_questions, "x.json", [QUESTION]),
     "recipe": (lambda path: load_recipe(str(path)), "x.py", None),
     "result": (read_json, "x.json", {}),

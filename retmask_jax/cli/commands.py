@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from retmask_jax.aot import decoding, step
 from retmask_jax.cli import doctor, exporting
+from retmask_jax.cli.head_files import export_heads, format_of
 from retmask_jax.cli.plan import planned, say_how_long, say_how_long_diff
 from retmask_jax.cli.printing import print_numbers, print_table
 from retmask_jax.heads.gain import difference
@@ -20,10 +21,9 @@ from retmask_jax.heads.profile import profile_table
 from retmask_jax.hf import hub
 from retmask_jax.hf import summary as inspection
 from retmask_jax.model.sharding import split_cpu
-from retmask_jax.pipeline.registry import RUN, STAGES, STUDIED, check_config, check_model, run_stage
+from retmask_jax.pipeline.registry import PAGES, RUN, STAGES, STUDIED, check_config, check_model, run_stage
 from retmask_jax.reports import comparison, html, plotting
 from retmask_jax.reports import difference as of_difference
-from retmask_jax.reports.comparison import COMPARISON
 from retmask_jax.reports.panel import findings, gains, page, profiles, records, sources
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import Stage
@@ -91,10 +91,10 @@ def one_stage(config: ConfigDict, root: Path, name: str, aside: bool = False) ->
             print(f"{name}: unchanged since {result.provenance.created}")
         _say_where_time_went(context, result)
         _show(stage, result)
-    if name == "compare":
-        run_stage(context, COMPARISON)
+    if page := PAGES.get(name):
+        run_stage(context, page)
         if primary():
-            print(f"page: {root / COMPARISON.of(context).path}")
+            print(f"page: {root / page.of(context).path}")
     return result
 
 
@@ -115,16 +115,21 @@ def export(
     root: Path,
     what: str,
     heads: Sequence[str] | None,
-    form: str,
+    form: str | None,
+    scores: Path | None,
     out: Path,
     push: str | None = None,
 ) -> None:
-    """The start model with heads masked in its weights, or a trained model, as an HF checkpoint; or a run's pairs.
+    """The start model with heads masked in its weights, or a trained model, as an HF checkpoint; a run's pairs; or scores.
 
-    heads: "layer-head" each; None: those that detection found. form: of pairs, see `export_pairs`. push: the model's name on
+    heads: "layer-head" each; None: those that detection found. form, scores: as of `format_of`. push: the model's name on
     the hub, where it is then uploaded.
     """
+    form = format_of(what, form, scores)
     exporting.check_target(what, out, push)
+    if what == "scores":
+        named = None if heads is None else exporting.named_heads(heads)
+        return export_heads(_open(config, root, model=False), named, scores, form, out)
     if what.startswith("pairs-"):
         exporting.write_pairs(Workdir.open(root, config), what.removeprefix("pairs-"), out, form)
     elif what == "masked":

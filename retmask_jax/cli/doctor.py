@@ -17,7 +17,7 @@ import numpy as np
 from retmask_jax import __version__
 from retmask_jax.generation.language_model import load
 from retmask_jax.hf.hub import BUNDLED
-from retmask_jax.model.attention import kernel_for
+from retmask_jax.model.kernels.choice import kernel_for
 from retmask_jax.utils import compiled, memory
 from retmask_jax.utils.keys import without_secrets
 from retmask_jax.utils.progress import track

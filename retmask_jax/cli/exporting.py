@@ -32,7 +32,7 @@ def check_target(what: str, out: Path, push: str | None) -> None:
     if not above.is_dir():
         raise ValueError(f"{out} cannot be made, since {above} is a file: choose another --out")
     if push is not None:
-        if what.startswith("pairs-"):
+        if what.startswith("pairs-") or what == "scores":
             raise ValueError(f"--push={push} goes with a model, and --what is {what!r}: leave one of them out")
         check_hub_name(push)
 
@@ -55,7 +55,7 @@ def write_masked(context: Context, named: Sequence[str] | None, out: Path, push:
         detect, knockout = DETECT.of(context), up_to_date(context, KNOCKOUT)
         heads = detect.heads
     else:
-        detect, knockout, heads = None, None, [_head(name) for name in named]
+        detect, knockout, heads = None, None, named_heads(named)
     save(context.lm, out, mask_heads(context.lm.config, heads))
     origin = _origin(context, context.lm, out, push, context.model_fingerprint)
     write_atomically(out / _CARD, masked_card(origin, heads, detect, knockout))
@@ -88,8 +88,10 @@ def _origin(context: Context, lm: LanguageModel, out: Path, push: str | None, we
     )
 
 
-def _head(name: str) -> Head:
-    layer, dash, head = name.partition("-")
-    if not (dash and layer.isdigit() and head.isdigit()):
-        raise ValueError(f"--heads takes LAYER-HEAD, such as 1-3; got {name!r}")
-    return int(layer), int(head)
+def named_heads(names: Sequence[str]) -> list[Head]:
+    """Heads from "LAYER-HEAD"."""
+    parts = [name.split("-") for name in names]
+    for name, numbers in zip(names, parts, strict=True):
+        if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+            raise ValueError(f"--heads takes LAYER-HEAD, such as 1-3; got {name!r}")
+    return [(int(layer), int(head)) for layer, head in parts]

@@ -76,6 +76,8 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
     if arguments.stage == "eval":
         overrides = overrides + _settings_of_eval(arguments)
+    if getattr(arguments, "files", None):
+        overrides = [*overrides, (f"{arguments.stage}.files", repr(tuple(arguments.files)))]
     name, overrides = recipe_of(arguments, overrides)
     config = recipes.load_recipe(name, overrides)
     root = Path(arguments.workdir or Path("runs") / name_of_results(arguments, name))
@@ -92,8 +94,11 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         case "pretrain":
             commands.pretrain(config, root)
         case "export":
-            target = arguments.format, Path(arguments.out), arguments.push
-            commands.export(config, root, arguments.what, arguments.heads, *target)
+            of_heads, target = (
+                (arguments.heads, arguments.format, arguments.scores),
+                (Path(arguments.out), arguments.push),
+            )
+            commands.export(config, root, arguments.what, *of_heads, *target)
         case "run":
             commands.run(config, root, arguments.set_aside)
         case "study":

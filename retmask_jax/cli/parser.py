@@ -35,6 +35,8 @@ GROUPS = {
         "inspect": "what a model is, by its config.json: layers, RoPE, memory, stop ids",
         "export": "write a masked or trained model for HF tools, with its card; or pairs",
         "profile": "retrieval heads of many models: how many, where, how sparse",
+        "arena": "lists of heads, whoever made them: as many of each ablated",
+        "budget": "what a model can do where all but a list's best heads stream",
         "panel": "findings of several studies side by side, with intervals",
         "diff": "two checkpoints: which heads changed, which carry the gain",
         "pretrain": "train a tiny model from its recipe, with its data files",
@@ -44,6 +46,9 @@ GROUPS = {
 STAGES = {name: text for stages in GROUPS.values() for name, text in stages.items()}
 TOOLS = ("doctor", "inspect", "profile", "panel", "diff", "bench")  # which read no config
 SCALES = ("quick", "paper")  # recipes for any model
+# Forms in which `export` writes pairs, and head scores; the first of each is the usual one.
+PAIR_FORMS = ("released", "tfds")
+HEAD_FORMS = ("retmask", "headkv", "locos", "qrhead", "qrhead-scores", "duoattention", "list")
 _AHEAD = ("detect", "pairs", "train")  # stages that can be compiled for TPUs that are not here
 # What the help of a stage shows; of one that is not here the general form is enough.
 _EXAMPLES_OF = {
@@ -73,11 +78,20 @@ _EXAMPLES_OF = {
         "retmask run --config=llama3_1_8b --config.mesh.fsdp=8 --workdir=runs/llama",
     ),
     "study": ("retmask study --config=tiny_study",),
+    "arena": (
+        "retmask arena HuggingFaceTB/SmolLM2-135M-Instruct heads.json qrhead.yaml full_attention_heads.tsv",
+        "retmask arena --config=tiny heads.json --config.arena.heads='(2, 4)'",
+    ),
+    "budget": (
+        "retmask budget HuggingFaceTB/SmolLM2-135M-Instruct heads.json full_attention_heads.tsv",
+        "retmask budget --config=tiny heads.json --config.budget.kept='(0.0, 0.1, 0.5)'",
+    ),
     "pretrain": ("retmask pretrain --config=panel_qwen3 --config.pretrain.seed=1 --workdir=runs/panel_qwen3-1",),
     "export": (
         "retmask export --config=tiny --what=retmask-0 --out=my_model",
         "retmask export --config=tiny --heads 1-0 1-2 --out=masked",
         "retmask export HuggingFaceTB/SmolLM2-135M-Instruct --out=masked --push=me/smollm2-without-retrieval-heads",
+        "retmask export MODEL --what=scores --scores=qrhead.yaml --format=duoattention --out=full_attention_heads.tsv",
     ),
     "doctor": ("retmask doctor", "retmask doctor --json"),
     "inspect": ("retmask inspect bundled", "retmask inspect Qwen/Qwen3-8B --json"),
@@ -164,6 +178,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     # argparse would take a setting with a blank in its value for a MODEL.
     settings = [text for text in argv if text.startswith("--config.")]
     arguments, rest = parser.parse_known_args([text for text in argv if text not in settings])
+    if "files" in arguments:
+        rest = _take_files(arguments, rest)
     flags = [flag for action in stages.choices[arguments.stage]._actions for flag in action.option_strings]
     return arguments, [_override(text, flags) for text in settings + rest]
 
@@ -253,6 +269,21 @@ def _add_config(stage: argparse.ArgumentParser, name: str) -> None:
         )
 
 
+def _add_files(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument(
+        "files", nargs="*", metavar="FILE", help="of heads: head scores or a list, in any form that is known here"
+    )
+
+
+def _take_files(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
+    """Adds the files that stand after flags to those before, and what stands for MODEL where a recipe names the model;
+    returns what is left."""
+    arguments.files = [*arguments.files, *(text for text in rest if not text.startswith("-"))]
+    if arguments.config is not None and arguments.model is not None:
+        arguments.files, arguments.model = [arguments.model, *arguments.files], None
+    return [text for text in rest if text.startswith("-")]
+
+
 def _add_eval(stage: argparse.ArgumentParser) -> None:
     stage.add_argument(
         "--compare",
@@ -271,16 +302,27 @@ def _add_export(stage: argparse.ArgumentParser) -> None:
     stage.add_argument(
         "--what",
         default="masked",
-        help='"masked" (retrieval heads), a run such as retmask-0, or its pairs, pairs-retmask-0 (default: masked)',
+        help='"masked" (retrieval heads), a run such as retmask-0, its pairs, pairs-retmask-0, or head scores, "scores" '
+        "(default: masked)",
     )
     stage.add_argument(
         "--format",
-        choices=("released", "tfds"),
-        default="released",
-        help="of pairs: a JSONL file as RetMask and TRL read it, or a folder for TFDS (default: released)",
+        choices=(*PAIR_FORMS, *HEAD_FORMS),
+        help=f"of pairs: {' (JSONL as RetMask and TRL read it) or '.join(PAIR_FORMS)} (a folder for TFDS); of scores: "
+        f"{', '.join(HEAD_FORMS)} (default: the first of each)",
     )
     stage.add_argument(
-        "--heads", nargs="+", action="extend", metavar="LAYER-HEAD", help="heads to mask instead of those detected"
+        "--heads",
+        nargs="+",
+        action="extend",
+        metavar="LAYER-HEAD",
+        help="heads to mask, or to write as a list, instead of those detected",
+    )
+    stage.add_argument(
+        "--scores",
+        type=Path,
+        metavar="FILE",
+        help="of heads, in any of these forms, to write instead of those detected",
     )
     stage.add_argument("--out", required=True, help="folder or file to write")
     stage.add_argument(
@@ -329,4 +371,11 @@ def _named_model(text: str) -> tuple[str, str]:
     return name, source
 
 
-_FLAGS = {"eval": _add_eval, "export": _add_export, "bench": _add_benchmarks, **TOOL_FLAGS}
+_FLAGS = {
+    "arena": _add_files,
+    "budget": _add_files,
+    "eval": _add_eval,
+    "export": _add_export,
+    "bench": _add_benchmarks,
+    **TOOL_FLAGS,
+}

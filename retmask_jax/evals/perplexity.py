@@ -1,6 +1,6 @@
 """Loss on plain text: what an intervention or a training costs in general, and at which positions of the context."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,43 @@ def text_loss(
 ) -> Float64[np.ndarray, " windows"]:
     """Computes the mean negative log-probability per token of each window, in nats."""
     return token_losses(lm, windows, interventions, batch_size=batch_size).mean(axis=1)
+
+
+def losses_under(
+    lm: LanguageModel,
+    windows: Windows,
+    masks: Sequence[Interventions],
+    *,
+    batch_size: int,
+    known: Mapping[tuple[int, int], float] | None = None,
+    done: Callable[[tuple[int, int], float], None] | None = None,
+) -> Float64[np.ndarray, "masks windows"]:
+    """Computes what `text_loss` does under each of many masks, under one progress bar.
+
+    Args:
+        masks: Shared by all windows; those of one kind share a program.
+        known: Losses of an earlier run by (mask, window), which are not computed again.
+        done: Called with each new loss.
+    """
+    n = len(windows)
+
+    def work(todo: list[int], batch_size: int):
+        for mask in sorted({i // n for i in todo}):
+            rows = [i % n for i in todo if i // n == mask]
+            for batch in full_batches(rows, min(batch_size, n)):
+                logps = to_host(token_logprobs(lm.config, lm.params, windows[batch], masks[mask]))
+                yield [mask * n + row for row in batch], (-logps.astype(np.float64)).mean(axis=1).tolist()
+
+    losses = memory.in_batches(
+        len(masks) * n,
+        batch_size,
+        "text loss",
+        "window",
+        work,
+        known={mask * n + row: loss for (mask, row), loss in (known or {}).items()},
+        done=None if done is None else lambda i, loss: done(divmod(i, n), loss),
+    )
+    return np.reshape(np.array(losses, np.float64), (len(masks), n))
 
 
 def token_losses(

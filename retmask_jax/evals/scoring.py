@@ -227,9 +227,14 @@ def mask_hash(config: ModelConfig, mask: Interventions, contrast: ContrastDecodi
     if contrast is not None:
         return digest([mask_hash(config, mask), mask_hash(config, contrast.interventions), *contrast.identity])
     masks = normalise(config, mask)
-    parts = (masks.head_BLH, masks.rope_BLHR, *([] if mask.head_mean is None else [masks.mean_BLHD]))
+    parts = [masks.head_BLH, masks.rope_BLHR]
+    # Masks without these parts keep the hashes that they had before there were any.
+    parts += [] if mask.head_mean is None else [masks.mean_BLHD]
+    parts += [] if mask.query_mask is None else [masks.query_BLH, masks.query_mean_BLHD]
+    ways = [] if masks.streams is None else [f"streams {masks.streams.sink} {masks.streams.window}"]
+    parts += [] if masks.streams is None else [masks.streams.gate]
     arrays = [np.asarray(part[0]) for part in parts]
-    return digest([mask.rope_site, *([str(x.dtype), digest(x.tobytes())] for x in arrays)])
+    return digest([mask.rope_site, *ways, *([str(x.dtype), digest(x.tobytes())] for x in arrays)])
 
 
 def _fitted(pair: Pair, max_length: int) -> list[int]:

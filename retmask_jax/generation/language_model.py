@@ -328,6 +328,10 @@ def _bakeable(config: ModelConfig, interventions: Interventions | None) -> np.nd
         )
     if np.any(masks.rope_BLHR):
         raise ValueError("a rotary mask cannot be baked into weights: save without it and apply it at run time")
+    if masks.streams is not None:
+        raise ValueError("streaming heads cannot be baked into weights: save without them and apply them at run time")
+    if np.any(masks.query_BLH):
+        raise ValueError("a query mask cannot be baked into weights: save without it and apply it at run time")
     if interventions.head_mean is not None:
         raise ValueError("a head's mean cannot be baked into weights: save without it and apply it at run time")
     return np.asarray(masks.head_BLH[0])

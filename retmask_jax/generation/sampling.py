@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions, is_empty
 from retmask_jax.model.layers import unembed
-from retmask_jax.model.masking import Masks
+from retmask_jax.model.masking import Masks, alike
 
 MAX_STOP_IDS = 8  # that a call may name; the files of a model may name more
 NO_STOP = -1
@@ -127,7 +127,7 @@ def side_by_side(masks: Masks, others: Masks) -> Masks:
     """The masks [2B, ...] of the rows of a pass under contrast, from those of each row without and with the contrast.
 
     Raises:
-        ValueError: Rotary masks of two sites.
+        ValueError: Rotary masks of two sites, or heads that stream in two ways.
     """
     sites = {one.rope_site for one in (masks, others) if not is_empty(one.rope_BLHR)}
     if len(sites) > 1:
@@ -142,7 +142,7 @@ def side_by_side(masks: Masks, others: Masks) -> Masks:
         return both.reshape(-1, *shape[1:])
 
     site = sites.pop() if sites else masks.rope_site
-    return jax.tree.map(join, *(one.replace(rope_site=site) for one in (masks, others)))
+    return jax.tree.map(join, *(one.replace(rope_site=site) for one in alike([masks, others])))
 
 
 def pair_rows(rows: Any) -> Any:

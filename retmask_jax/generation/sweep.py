@@ -95,7 +95,7 @@ def _sweep(
 ) -> jax.Array:
     """f32[N,M,...]."""
     call = make_call(config, tokens_MT.shape[1], None, last_M + 1, longest)
-    layers = Layers(config, params, call, masks.rope_site)
+    layers = Layers(config, params, call)
     inputs_RMTE = layers.states(layers.embed(tokens_MT), normalise(config).by_layer(config))
 
     def one(args):
@@ -112,6 +112,9 @@ def _sweep(
 
 def first_groups(config: ModelConfig, masks: Masks) -> np.ndarray:
     """i32[N]: the first group of layers that each mask touches; the last group for a mask that touches none."""
-    touched_NL = np.any(masks.head_BLH != 0, axis=2) | np.any(masks.rope_BLHR != 0, axis=(2, 3))
+    touched_NL = np.any((masks.head_BLH != 0) | (masks.query_BLH != 0), axis=2)
+    touched_NL |= np.any(masks.rope_BLHR != 0, axis=(2, 3))
+    if masks.streams is not None:
+        touched_NL |= np.any(masks.streams.gate != 0, axis=2)
     first_N = np.where(touched_NL.any(axis=1), touched_NL.argmax(axis=1), config.n_layers - 1)
     return (first_N // len(config.layer_pattern)).astype(np.int32)

@@ -95,7 +95,7 @@ def _read(
     batch, width = tokens_BT.shape
     dtype = jax.tree.leaves(params)[0].dtype
     cache = empty_cache(config, batch, cache_slots(width, max_new_tokens), dtype)
-    layers = _layers(config, params, width, lengths_B, longest, normalise(config))
+    layers = _layers(config, params, width, lengths_B, longest)
     carry = layers.embed(tokens_BT), cache["blocks"]
     states_RBTE, blocks = layers.states_and_caches(carry, normalise(config).by_layer(config))
     return states_RBTE, {"blocks": blocks, "tail": cache["tail"]}
@@ -117,14 +117,14 @@ def _answer(
     max_new_tokens: int,
 ) -> Generated:
     """Answers under one mask, from the states before group `start` on."""
-    layers = _layers(config, params, states_RBTE.shape[2], lengths_B, longest, masks)
+    layers = _layers(config, params, states_RBTE.shape[2], lengths_B, longest)
     last_B1 = lengths_B[:, None] - 1
     first = layers.rows_from_group(start, states_RBTE[start], cache, masks.by_layer(config), last_B1)
     return decode_on(config, params, first, lengths_B, masks, draws, None, longest, max_new_tokens)
 
 
-def _layers(config: ModelConfig, params: PyTree, width: int, lengths_B, longest: jax.Array, masks: Masks) -> Layers:
-    return Layers(config, params, make_call(config, width, None, lengths_B, longest), masks.rope_site)
+def _layers(config: ModelConfig, params: PyTree, width: int, lengths_B, longest: jax.Array) -> Layers:
+    return Layers(config, params, make_call(config, width, None, lengths_B, longest))
 
 
 def _most_rows(lm: LanguageModel, length: int) -> int:

@@ -16,7 +16,7 @@ from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.generation.under_masks import answers_under, can_share
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Head, Interventions, stack
+from retmask_jax.model.interventions import Head, Interventions, is_empty, stack
 from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import McNemar, Number
 
@@ -217,14 +217,15 @@ def _answer(lm, prompts, masks, missing: Sequence[Place], contrast, add, options
 
 
 def _together(config: ModelConfig, masks: Sequence[Interventions], n_cases: int) -> list[list[int]]:
-    """Indices of masks of one rotary site, as many at a time as may be repeated for each case in memory."""
-    by_site: dict[str, list[int]] = {}
+    """Indices of masks of one rotary site and way to stream, as many at a time as may be repeated for each case in memory."""
+    by_site: dict[tuple, list[int]] = {}
     for i, mask in enumerate(masks):
-        by_site.setdefault(mask.rope_site, []).append(i)
+        way = None if is_empty(mask.stream_mask) else (mask.stream_sink, mask.stream_window)
+        by_site.setdefault((mask.rope_site, way), []).append(i)
     at_once = max(1, _MASK_BYTES // (n_cases * _bytes_of_a_mask(config, masks)))
     return [some[i : i + at_once] for some in by_site.values() for i in range(0, len(some), at_once)]
 
 
 def _bytes_of_a_mask(config: ModelConfig, masks: Sequence[Interventions]) -> int:
-    width = 1 + config.n_pairs + (4 * config.head_dim if any(mask.head_mean is not None for mask in masks) else 0)
-    return config.n_layers * config.n_heads * width
+    means = sum(any(getattr(mask, name) is not None for mask in masks) for name in ("head_mean", "query_mean"))
+    return config.n_layers * config.n_heads * (3 + config.n_pairs + 4 * config.head_dim * means)

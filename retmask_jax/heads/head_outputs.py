@@ -1,4 +1,5 @@
-"""Mean outputs of heads on plain text, for mean-ablation, and how much their rotary pairs vary, for matched controls."""
+"""Mean outputs and queries of heads on plain text, for mean-ablation, and how much their rotary pairs vary, for matched
+controls."""
 
 import dataclasses
 import functools
@@ -31,10 +32,16 @@ class HeadStatistics:
         mean_LHD: Mean output of the head, before o_proj.
         covariance_LHRR: Covariance of what two rotary pairs add to q.k, over the keys that a query sees; mean over
             queries, without the scale of attention. Dimensions that are not rotated count as one more pair, the last.
+        query_LHD: Mean query of the head: the output of q_proj, bias included, before any norm and rotation.
     """
 
     mean_LHD: Float32[np.ndarray, "L H D"]
     covariance_LHRR: Float32[np.ndarray, "L H R R"]
+    query_LHD: Float32[np.ndarray, "L H D"]
+
+    def mean_for(self, mode: str) -> Float32[np.ndarray, "L H D"] | None:
+        """The mean that a mode of `knockout.ablate` writes, or None."""
+        return {"mean": self.mean_LHD, "query_mean": self.query_LHD}.get(mode)
 
 
 def head_statistics(lm: LanguageModel, texts_NT: Int[np.ndarray, "N T"], *, batch_size: int = 8) -> HeadStatistics:
@@ -53,8 +60,7 @@ def head_statistics(lm: LanguageModel, texts_NT: Int[np.ndarray, "N T"], *, batc
 
     with mesh_of(lm.params):
         results = memory.in_batches(len(texts_NT), batch_size, "head statistics", "text", work)
-    means, covariances = zip(*results, strict=True)
-    return HeadStatistics(_mean(means), _mean(covariances))
+    return HeadStatistics(*map(_mean, zip(*results, strict=True)))
 
 
 def variance_removed(
@@ -84,9 +90,10 @@ def _mean(per_text: Sequence[np.ndarray]) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=0)
 @row_parallel("tokens_BT", "rows_BP")
 def _statistics(config, params, tokens_BT, rows_BP):
-    """Returns the mean f32[B,L,H,D] and the covariance f32[B,L,H,R,R] of each row."""
+    """Returns the mean f32[B,L,H,D], the covariance f32[B,L,H,R,R] and the mean query f32[B,L,H,D] of each row."""
     spans_B12 = jnp.broadcast_to(jnp.array(EVERYWHERE), (len(tokens_BT), 1, 2))
-    asked = Probe(rows_BP, spans_B12, values=True, pairs=config.n_pairs)
+    asked = Probe(rows_BP, spans_B12, values=True, pairs=config.n_pairs, projected=True)
     probed = hidden_rows(config, params, tokens_BT, normalise(config), rows_BP, probe=asked).probed
     assert probed is not None and probed.values is not None and probed.pairs is not None  # they were asked for
-    return probed.values[..., 0, :].mean(axis=1), probed.pairs[:, 0]
+    assert probed.projected is not None
+    return probed.values[..., 0, :].mean(axis=1), probed.pairs[:, 0], probed.projected.mean(axis=1)

@@ -35,9 +35,9 @@ from retmask_jax.utils.hosts import to_host
 
 IDLE = 0.1  # a head is called idle if masking it changes the text by less than this share of what the most active head does
 
-# What an ablated head writes: nothing (RetMask); its mean over plain text (LOCOS); the mean value of all keys, because
-# its query is zero (the block list of arXiv 2404.15574).
-MODES = ("zero", "mean", "query")
+# What an ablated head writes: nothing (RetMask); its mean over plain text; the mean value of all keys, because its query is
+# zero (the block list of arXiv 2404.15574); what its mean query over plain text reads (LOCOS, arXiv 2607.01002).
+MODES = ("zero", "mean", "query", "query_mean")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,27 +59,42 @@ def knockout_conditions(
     mode: str = "zero",
     mean_LHD: Float32[np.ndarray, "L H D"] | None = None,
 ) -> list[Condition]:
-    """The untouched model, the retrieval heads ablated, and, as controls, as many other heads.
-
-    There are `draws` sets of controls of each kind: of any layer, of the same layers, of similar activity (see `activity`)
-    and, where scores_LH are given, the lowest-scoring heads.
+    """The untouched model, the retrieval heads ablated, and the sets of `control_heads`.
 
     Args:
-        mode: One of MODES; "mean" needs mean_LHD (`head_statistics`).
+        mode: One of MODES.
+        mean_LHD: As of `ablate`.
     """
-    controls: dict[str, Callable[[int], list[Head]]] = {
+    chosen = [("retrieval", 0, heads)]
+    chosen += control_heads(config, heads, activity_LH, draws=draws, seed=seed, scores_LH=scores_LH)
+    return [Condition("none", 0, Interventions(), experiment=mode)] + [
+        Condition(kind, draw, ablate(config, some, mode, mean_LHD), tuple(some), experiment=mode)
+        for kind, draw, some in chosen
+    ]
+
+
+def control_heads(
+    config: ModelConfig,
+    heads: Sequence[Head],
+    activity_LH: ArrayLike,
+    *,
+    draws: int,
+    seed: int = 0,
+    scores_LH: ArrayLike | None = None,
+) -> list[tuple[str, int, list[Head]]]:
+    """As many other heads, as (kind, draw, heads): `draws` sets of each kind.
+
+    They are of any layer, of the same layers, of similar activity (see `activity`) and, where scores_LH are given, the
+    lowest-scoring heads.
+    """
+    kinds: dict[str, Callable[[int], list[Head]]] = {
         "any layer": lambda s: random_heads(config, n=len(heads), exclude=heads, seed=s),
         "layer-matched": lambda s: layer_matched(config, heads, s),
         "activity-matched": lambda s: activity_matched(heads, activity_LH, seed=s),
     }
     if scores_LH is not None:
-        controls["lowest-scoring"] = lambda s: lowest_scoring(scores_LH, heads, seed=s)
-    chosen = [("retrieval", 0, heads)]
-    chosen += [(kind, draw, choose(seed + draw)) for kind, choose in controls.items() for draw in range(draws)]
-    return [Condition("none", 0, Interventions(), experiment=mode)] + [
-        Condition(kind, draw, ablate(config, some, mode, mean_LHD), tuple(some), experiment=mode)
-        for kind, draw, some in chosen
-    ]
+        kinds["lowest-scoring"] = lambda s: lowest_scoring(scores_LH, heads, seed=s)
+    return [(kind, draw, choose(seed + draw)) for kind, choose in kinds.items() for draw in range(draws)]
 
 
 def curve_conditions(
@@ -143,7 +158,16 @@ def minimal_set(
 def ablate(
     config: ModelConfig, heads: Sequence[Head], mode: str, mean_LHD: Float32[np.ndarray, "L H D"] | None = None
 ) -> Interventions:
-    """Interventions that ablate heads in one of MODES; "mean" needs mean_LHD (`head_statistics`)."""
+    """Interventions that ablate heads in one of MODES.
+
+    Args:
+        mean_LHD: For "mean" and "query_mean", the mean outputs or queries (`head_statistics(...).mean_for(mode)`).
+
+    Raises:
+        ValueError: The mode is unknown or needs a mean, or the model has no such head or takes no such mask.
+    """
+    if mode in ("mean", "query_mean") and mean_LHD is None:
+        raise ValueError(f"knock-out mode {mode!r} needs means: give those of head_statistics")
     match mode:
         case "zero":
             return mask_heads(config, heads)
@@ -151,6 +175,8 @@ def ablate(
             return mask_heads(config, heads, mean_LHD)
         case "query":
             return mask_queries(config, heads)
+        case "query_mean":
+            return mask_queries(config, heads, mean_LHD)
     raise ValueError(f"knock-out mode is {mode!r}; it must be one of {', '.join(MODES)}")
 
 
@@ -250,4 +276,4 @@ def _masked_logprobs(config: ModelConfig, params, mask_KLH, start, tokens_BT, st
 
 
 def _layers(config: ModelConfig, params, batch: int, length: int) -> Layers:
-    return Layers(config, params, make_call(config, length, None, jnp.full(batch, length)), "rotary")
+    return Layers(config, params, make_call(config, length, None, jnp.full(batch, length)))

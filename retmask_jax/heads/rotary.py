@@ -13,8 +13,8 @@ from retmask_jax.heads.conditions import Condition
 from retmask_jax.heads.head_outputs import HeadStatistics, variance_removed
 from retmask_jax.heads.query_norms import QueryNorms
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Head, Interventions, layer_matched, mask_rope, rope_pairs
-from retmask_jax.model.rope import inverse_frequencies
+from retmask_jax.model.interventions import Head, Interventions, layer_matched, mask_rope
+from retmask_jax.model.rope import inverse_frequencies, rope_pairs
 from retmask_jax.utils.numbers import Number
 
 SPECIFIC = 0.33  # arXiv 2606.21249 calls an ablation specific to retrieval if its ratio of costs is below this

@@ -93,17 +93,7 @@ class HeadScores:
         >>> rm.HeadScores.load("scores.json").heads(threshold=0.1)
         [(0, 0)]
         """
-        pairs = _read_pairs(path)
-        cases = {_parse_key(path, key): _parse_scores(path, key, pairs[key]) for key in pairs}
-        n_layers, n_heads = (1 + max(index[axis] for index in cases) for axis in (0, 1))
-        if len(cases) != n_layers * n_heads:
-            grid = ((i, j) for i in range(n_layers) for j in range(n_heads))
-            layer, head = next(index for index in grid if index not in cases)
-            raise ValueError(
-                f"{path}: head '{layer}-{head}' is missing from {n_layers} layers x {n_heads} "
-                "heads: add it ([] if no case counted) or export the file again"
-            )
-        return cls([[cases[i, j] for j in range(n_heads)] for i in range(n_layers)])
+        return from_pairs(path, _read_pairs(path))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes RetMask's JSON. A process that is killed leaves the old file or the new one, never a part.
@@ -113,8 +103,7 @@ class HeadScores:
         >>> pathlib.Path("scores.json").read_text()
         '{"0-0": [0.5, 1.0], "0-1": []}\\n'
         """
-        scores = {f"{i}-{j}": self.per_case[i, j].tolist() for i, j in np.ndindex(self.counts.shape)}
-        write_atomically(Path(path), json.dumps(scores) + "\n")
+        write_atomically(Path(path), json.dumps(to_pairs(self)) + "\n")
 
     def heads(self, threshold: float | None = None, top_k: int | None = None) -> list[tuple[int, int]]:
         """Returns the best heads, [(layer, head), ...], best first; equal means are ordered by layer and head.
@@ -140,6 +129,46 @@ class HeadScores:
             raise ValueError(f"heads() needs either threshold or top_k, got {threshold=}, {top_k=}")
         best = np.argsort(-scores, kind="stable")[:n]
         return [divmod(int(i), self.mean.shape[1]) for i in best]
+
+
+def from_pairs(path: str | os.PathLike, pairs: Any) -> HeadScores:
+    """Makes HeadScores of {"layer-head": [score of each counted case, ...]}, the content of a file; errors as of
+    `HeadScores.load`."""
+    if type(pairs) is not dict or not pairs:
+        raise ValueError(f'{path}: no head scores: needs an object {{"layer-head": [score, ...]}}')
+    cases = {parse_name(path, name): _parse_scores(path, name, pairs[name]) for name in pairs}
+    n_layers, n_heads = (1 + max(index[axis] for index in cases) for axis in (0, 1))
+    if len(cases) != n_layers * n_heads:
+        grid = ((i, j) for i in range(n_layers) for j in range(n_heads))
+        layer, head = next(index for index in grid if index not in cases)
+        raise ValueError(
+            f"{path}: head '{layer}-{head}' is missing from {n_layers} layers x {n_heads} "
+            "heads: add it ([] if no case counted) or export the file again"
+        )
+    return HeadScores([[cases[i, j] for j in range(n_heads)] for i in range(n_layers)])
+
+
+def to_pairs(scores: HeadScores) -> dict[str, list[float]]:
+    """Returns scores as {"layer-head": [score of each counted case, ...]}, layer by layer."""
+    return {f"{i}-{j}": scores.per_case[i, j].tolist() for i, j in np.ndindex(scores.counts.shape)}
+
+
+def parse_name(path: str | os.PathLike, name: str) -> Head:
+    """Returns the head that a file calls "layer-head"; ValueError for any other text."""
+    match = _KEY.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{path}: {name!r} names no head: write 'layer-head', such as '15-30'")
+    return int(match[1]), int(match[2])
+
+
+def unique_names(path: str | os.PathLike, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the pairs as an object; ValueError where a name is repeated, of which json.loads would drop the first value."""
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"{path}: head {key!r} appears twice: keep one of the two")
+        seen[key] = value
+    return seen
 
 
 def _count_reaching(scores: Float32[np.ndarray, " heads"], threshold: float) -> int:
@@ -190,73 +219,15 @@ def _count_and_sum(per_case: np.ndarray) -> tuple[Int32[np.ndarray, "L H"], Floa
     return counts, per_case.sum(axis=-1, dtype=np.float64)
 
 
-def scores_for(path: str | os.PathLike, shape: tuple[int, int], has: str = "the model has") -> HeadScores:
-    """Reads the scores of a model with shape (L, H); a ValueError whose message says what `has` another shape, or as of
-    `HeadScores.load`."""
-    scores = HeadScores.load(path)
-    if scores.mean.shape != shape:
-        layers, heads = scores.mean.shape
-        raise ValueError(
-            f"{path} scores {layers} layers of {heads} heads, {has} {shape[0]} of {shape[1]}: give scores of this architecture"
-        )
-    return scores
-
-
-def listed_heads(path: str | os.PathLike, shape: tuple[int, int]) -> list[Head] | None:
-    """Returns the heads of a file that is a JSON list of [layer, head]; None for any other file.
-
-    Args:
-        path: The file.
-        shape: (L, H) of the model.
-
-    Raises:
-        ValueError: An entry of the list is no head, or none of the model's.
-    """
-    try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(entries, list):
-        return None
-    for entry in entries:
-        if not (isinstance(entry, list) and len(entry) == 2 and all(type(index) is int for index in entry)):
-            raise ValueError(f"{path}: {entry!r:.40} is no head: write [layer, head], such as [15, 30]")
-        if not all(0 <= index < size for index, size in zip(entry, shape, strict=True)):
-            layers, heads = shape
-            raise ValueError(
-                f"{path}: head {entry} is out of range: the model has {layers} layers of {heads} query heads"
-            )
-    return [(layer, head) for layer, head in entries]
-
-
-def _read_pairs(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the JSON object of a file. A repeated name raises, where json.loads would drop the first value."""
+def _read_pairs(path: str | os.PathLike) -> Any:
+    """Returns the JSON value of a file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        pairs = json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs))
+        return json.loads(text, object_pairs_hook=lambda pairs: unique_names(path, pairs))
     except OSError as error:
         raise ValueError(f"{path}: no head scores ({error.strerror}): check the path") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}): export the head scores again") from error
-    if type(pairs) is not dict or not pairs:
-        raise ValueError(f'{path}: no head scores: needs an object {{"layer-head": [score, ...]}}')
-    return pairs
-
-
-def _unique(path: str | os.PathLike, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise ValueError(f"{path}: head {key!r} appears twice: keep one of the two")
-        seen[key] = value
-    return seen
-
-
-def _parse_key(path: str | os.PathLike, key: str) -> tuple[int, int]:
-    match = _KEY.fullmatch(key)
-    if match is None:
-        raise ValueError(f"{path}: {key!r} names no head: write 'layer-head', such as '15-30'")
-    return int(match[1]), int(match[2])
 
 
 def _parse_scores(path: str | os.PathLike, key: str, values: Any) -> list[float]:

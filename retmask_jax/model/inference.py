@@ -25,7 +25,6 @@ class Layers:
     config: ModelConfig
     params: Any
     call: Call
-    rope_site: str
 
     @property
     def before_last(self) -> int:
@@ -111,7 +110,7 @@ class Layers:
         call: Call,
     ) -> tuple[Carry, PyTree]:
         """(carry after one group with these weights, what it probed). A subclass may make the weights from more than one."""
-        group = Group(self.config, self.rope_site, len(pattern))
+        group = Group(self.config, len(pattern))
         return group.apply({"params": weights}, carry, repeat_and_masks, call)
 
     def normed(self, x_BPE: jax.Array) -> jax.Array:
@@ -156,7 +155,7 @@ def next_hidden(
     longest: jax.Array | int | None = None,
 ) -> Hidden:
     """As `hidden`, for one new token per row, which continues the cache at position start_B[b]; a probe asks about it."""
-    layers = Layers(config, params, make_call(config, 1, start_B, start_B + 1, longest, probe), masks.rope_site)
+    layers = Layers(config, params, make_call(config, 1, start_B, start_B + 1, longest, probe))
     by_layer, carry = masks.by_layer(config), (layers.embed(token_B[:, None]), cache["blocks"])
     (x_B1E, blocks), probed = layers.through_first(carry, by_layer, config.repeats)
     tail, tail_probed = cache["tail"], {}
@@ -184,7 +183,7 @@ def hidden_rows(
         raise ValueError("a model with adapters cannot generate: merge them first (retmask_jax.model.lora.merged)")
     batch, length = tokens_BT.shape
     end_B = jnp.full(batch, length) if end_B is None else end_B
-    layers = Layers(config, params, make_call(config, length, start_B, end_B, longest, probe), masks.rope_site)
+    layers = Layers(config, params, make_call(config, length, start_B, end_B, longest, probe))
     by_layer = masks.by_layer(config)
     cache = cache or NO_CACHE
     carry = layers.embed(tokens_BT), cache["blocks"]

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.exchange.mask_files import MaskFile
-from retmask_jax.model.rope import inverse_frequencies
+from retmask_jax.model.rope import check_all_rotate
 from retmask_jax.utils.array_types import Mask
 
 Head = tuple[int, int]
@@ -25,7 +25,10 @@ Head = tuple[int, int]
 SITES = ("rotary", "projection")
 
 # The arrays of interventions, and their axes where all rows share them.
-SHARED_NDIM = {"head_mask": 2, "rope_mask": 3, "head_mean": 3}
+SHARED_NDIM = {"head_mask": 2, "rope_mask": 3, "head_mean": 3, "query_mask": 2, "query_mean": 3, "stream_mask": 2}
+
+# Fields that say what a mask does, by the mask; masks that do different things cannot run together.
+_MEANING = {"rope_mask": ("rope_site",), "stream_mask": ("stream_sink", "stream_window")}
 
 
 class Interventions(MaskFile, flax.struct.PyTreeNode):
@@ -41,6 +44,14 @@ class Interventions(MaskFile, flax.struct.PyTreeNode):
             zeroes it in the outputs of q_proj and k_proj before any norm, as arXiv 2606.21249 did, which reaches every
             query head of the group.
         head_mean: f32[L, H, D] or [B, L, H, D]: what a masked head writes, before o_proj, instead of nothing (None).
+        query_mask: bool[L, H] or [B, L, H]. True: the head's query, the output of q_proj with its bias, before any norm and
+            rotation, is replaced.
+        query_mean: f32[L, H, D] or [B, L, H, D]: the query in its place, instead of zeros (None).
+        stream_mask: bool[L, H] or [B, L, H]. True: the head streams (arXiv 2309.17453), that is, it sees only the first
+            tokens of its row and its last keys, of those that it sees otherwise. Under a gate g the weights of all other
+            keys are multiplied by 1 - g before they are normalised. No cache gets smaller.
+        stream_sink: How many tokens at the beginning of a row streaming heads see.
+        stream_window: How many keys they see last, with that of the query's own position, as a model's window counts.
 
     >>> import numpy as np, retmask_jax as rm
     >>> lm = rm.load("bundled")
@@ -56,10 +67,15 @@ class Interventions(MaskFile, flax.struct.PyTreeNode):
     rope_mask: Mask[ArrayLike, "... L H R"] | None = None
     rope_site: str = flax.struct.field(pytree_node=False, default="rotary")
     head_mean: Float[ArrayLike, "... L H D"] | None = None
+    query_mask: Mask[ArrayLike, "... L H"] | None = None
+    query_mean: Float[ArrayLike, "... L H D"] | None = None
+    stream_mask: Mask[ArrayLike, "... L H"] | None = None
+    stream_sink: int = flax.struct.field(pytree_node=False, default=4)
+    stream_window: int = flax.struct.field(pytree_node=False, default=256)
 
     @classmethod
     def none(cls, config: ModelConfig) -> "Interventions":
-        """The untouched model: both masks as arrays, all-False.
+        """The untouched model: masks of heads and rotary pairs as arrays, all-False.
 
         >>> import retmask_jax as rm
         >>> untouched = rm.Interventions.none(rm.load("bundled").config)
@@ -79,8 +95,8 @@ class Interventions(MaskFile, flax.struct.PyTreeNode):
         """Both at once: logical or, or the maximum where either is a float gate.
 
         Raises:
-            ValueError: The rotary masks are of two sites, the shapes do not fit each other, or heads that one side masks
-                would write a mean that only the other side gives.
+            ValueError: The rotary masks are of two sites, heads stream in two ways, the shapes do not fit each other, or
+                heads that one side masks would take a mean that only the other side gives.
 
         >>> import retmask_jax as rm
         >>> config = rm.load("bundled").config
@@ -90,17 +106,12 @@ class Interventions(MaskFile, flax.struct.PyTreeNode):
         """
         if not isinstance(other, Interventions):
             return NotImplemented
-        if is_empty(self.rope_mask) or is_empty(other.rope_mask):
-            site = self.rope_site if is_empty(other.rope_mask) else other.rope_site
-        elif self.rope_site != other.rope_site:
-            raise ValueError(f"cannot combine rotary masks of site {self.rope_site!r} and {other.rope_site!r}")
-        else:
-            site = self.rope_site
+        masks = {name: n for name, n in SHARED_NDIM.items() if name.endswith("mask")}
         return Interventions(
-            _either(self.head_mask, other.head_mask, 2),
-            _either(self.rope_mask, other.rope_mask, 3),
-            site,
-            _mean_of(self, other),
+            **{name: _either(getattr(self, name), getattr(other, name), n) for name, n in masks.items()},
+            **_meaning([self, other], "combine"),
+            head_mean=_mean_of("head", self, other),
+            query_mean=_mean_of("query", self, other),
         )
 
 
@@ -108,7 +119,7 @@ def stack(interventions: Sequence[Interventions]) -> Interventions:
     """Many shared masks as one with a leading axis: one mask per row of a batch, or the input of a `jax.vmap`.
 
     Raises:
-        ValueError: The rotary sites differ.
+        ValueError: The rotary masks are of two sites, or heads stream in two ways.
 
     >>> import retmask_jax as rm
     >>> lm = rm.load("bundled")
@@ -117,11 +128,8 @@ def stack(interventions: Sequence[Interventions]) -> Interventions:
     >>> masks.head_mask.shape, lm.tokenizer.convert_ids_to_tokens(lm.logits(tokens, interventions=masks)[:, -1].argmax(-1))
     ((2, 4, 8), ['rome', 'moscow'])
     """
-    sites = {iv.rope_site for iv in interventions}
-    if len(sites) != 1:
-        raise ValueError(f"cannot stack interventions of different rotary sites: {sorted(sites)}")
     parts = {name: [getattr(iv, name) for iv in interventions] for name in SHARED_NDIM}
-    return Interventions(rope_site=sites.pop(), **{name: _stack(masks) for name, masks in parts.items()})
+    return Interventions(**_meaning(interventions, "stack"), **{name: _stack(masks) for name, masks in parts.items()})
 
 
 def mask_heads(
@@ -146,21 +154,30 @@ def mask_heads(
     return Interventions(head_mask=jnp.asarray(head_mask), head_mean=None if mean is None else jnp.asarray(mean))
 
 
-def mask_queries(config: ModelConfig, heads: Iterable[Head]) -> Interventions:
-    """Interventions that zero the queries of these (layer, head).
+def mask_queries(
+    config: ModelConfig, heads: Iterable[Head], mean: Float[ArrayLike, "L H D"] | None = None
+) -> Interventions:
+    """Interventions that zero the queries of these (layer, head), or replace them by their mean.
 
-    Such a head attends to all keys alike and still writes their mean value, as with the block list of arXiv 2404.15574's
-    code.
+    With a query of zeros a head attends to all keys alike and still writes their mean value, as with the block list of
+    arXiv 2404.15574's code.
+
+    Args:
+        mean: The query in their place, before norm and rotation (LOCOS, arXiv 2607.01002; see
+            `head_outputs.head_statistics`). Where a norm goes over all heads of a layer, it changes for the others too.
 
     Raises:
-        ValueError: The model does not have such a head, or some dimensions of its heads, or some layers, are not rotated:
-            masks of rotary pairs do not reach those.
+        ValueError: The model does not have such a head; or, without a mean, some dimensions of its heads, or some layers,
+            are not rotated: masks of rotary pairs do not reach those.
 
     >>> import retmask_jax as rm
     >>> mask = rm.mask_queries(rm.load("bundled").config, [(1, 0), (1, 3)])
     >>> print(mask.rope_mask[1].all(axis=-1))  # every rotary pair of two heads
     [ True False False  True False False False False]
     """
+    if mean is not None:
+        masked = mask_heads(config, heads)
+        return Interventions(query_mask=masked.head_mask, query_mean=jnp.asarray(mean))
     if 2 * config.n_pairs < config.head_dim:
         raise ValueError(
             f"only {2 * config.n_pairs} of the {config.head_dim} dimensions of a head are rotated, so rotary masks cannot "
@@ -199,23 +216,21 @@ def mask_rope(
     return Interventions(rope_mask=jnp.asarray(rope_mask), rope_site=site)
 
 
-def check_all_rotate(config: ModelConfig) -> None:
-    """Raises ValueError for a model that takes no rotary masks."""
-    if (why := why_no_rotary_masks(config)) is not None:
-        raise ValueError(f"{why}: mask heads, and leave rope_mask None")
+def stream_heads(config: ModelConfig, heads: Iterable[Head], sink: int = 4, window: int = 256) -> Interventions:
+    """Interventions under which these (layer, head) stream: see `Interventions`.
 
+    Raises:
+        ValueError: The model does not have such a head.
 
-def why_no_rotary_masks(config: ModelConfig) -> str | None:
-    """Returns why a model takes no rotary masks, or None.
-
-    Where some layers have no RoPE, taking out a pair would mean one thing in some heads and another in others.
+    >>> import retmask_jax as rm
+    >>> lm = rm.load("bundled")
+    >>> tokens = lm.tokenizer(["<bos> the home of emma : rome . the home of emma :"])["input_ids"]
+    >>> near = rm.stream_heads(lm.config, [(1, head) for head in range(8)], sink=1, window=4)
+    >>> lm.tokenizer.convert_ids_to_tokens(int(lm.logits(tokens, interventions=near)[0, -1].argmax()))
+    'moscow'
     """
-    if not (still := config.layers_without_rope):
-        return None
-    shown = ", ".join(map(str, still[:4])) + ", ..." * (len(still) > 4)
-    return (
-        f"the model has no RoPE in {len(still)} of its {config.n_layers} layers ({shown}), so it takes no rotary masks"
-    )
+    masked = mask_heads(config, heads).head_mask
+    return Interventions(stream_mask=masked, stream_sink=sink, stream_window=window)
 
 
 def is_empty(mask: ArrayLike | None) -> bool:
@@ -284,40 +299,34 @@ def layer_matched(config: ModelConfig, heads: Iterable[Head], seed: int = 0) -> 
     return _draw_by_layer(np.random.default_rng(seed), free, drawn)
 
 
-def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[int]:
-    """Indices of k rotary pairs: the "low"est or "high"est by frequency after scaling, or "random" by seed.
+def _meaning(interventions: Sequence[Interventions], verb: str) -> dict[str, Any]:
+    """The fields of `_MEANING` for interventions that become one; those that mask nothing have no say.
 
     Raises:
-        ValueError: The model has fewer pairs, or `which` is another word.
-
-    >>> import retmask_jax as rm
-    >>> config = rm.load("bundled").config
-    >>> rm.rope_pairs(config, 4, "low"), rm.rope_pairs(config, 4, "high")
-    ([12, 13, 14, 15], [0, 1, 2, 3])
+        ValueError: Masks do different things.
     """
-    if not 0 <= k <= config.n_pairs:
-        raise ValueError(f"k is {k}; the model has {config.n_pairs} rotary pairs")
-    by_frequency = np.argsort(inverse_frequencies(config), kind="stable")
-    match which:
-        case "low":
-            chosen = by_frequency[:k]
-        case "high":
-            chosen = by_frequency[::-1][:k]
-        case "random":
-            chosen = np.random.default_rng(seed).choice(config.n_pairs, size=k, replace=False)
-        case _:
-            raise ValueError(f'which is {which!r}; it must be "low", "high" or "random"')
-    return sorted(int(pair) for pair in chosen)
+    found = {}
+    for part, names in _MEANING.items():
+        given = [iv for iv in interventions if not is_empty(getattr(iv, part))] or interventions[:1]
+        values = list(dict.fromkeys(tuple(getattr(iv, name) for name in names) for iv in given))
+        if len(values) > 1:
+            several = " and ".join(", ".join(map(repr, value)) for value in values)
+            raise ValueError(f"cannot {verb} interventions whose {part}s have different {', '.join(names)}: {several}")
+        found |= dict(zip(names, values[0], strict=True))
+    return found
 
 
-def _mean_of(a: Interventions, b: Interventions) -> Any:
-    """What masked heads write under both together; ValueError where heads of one would write what only the other gives."""
-    given = [(iv, other) for iv, other in ((a, b), (b, a)) if iv.head_mean is not None]
-    if not given:
-        return None
-    if not any(is_empty(other.head_mask) for _, other in given):
-        raise ValueError("head masks of which one has a mean cannot be combined: give all heads to one mask_heads")
-    return next(iv.head_mean for iv, other in given if is_empty(other.head_mask))
+def _mean_of(part: str, a: Interventions, b: Interventions) -> Any:
+    """The mean of "head" or "query" under both; ValueError where heads of one would take what only the other gives."""
+    of = [(getattr(iv, f"{part}_mask"), getattr(iv, f"{part}_mean")) for iv in (a, b)]
+    given = [
+        (mean, other_mask) for (_, mean), (other_mask, _) in zip(of, reversed(of), strict=True) if mean is not None
+    ]
+    fitting = [mean for mean, other_mask in given if is_empty(other_mask)]
+    if given and not fitting:
+        builder = {"head": "mask_heads", "query": "mask_queries"}[part]
+        raise ValueError(f"{part} masks of which one has a mean cannot be combined: give all heads to one {builder}")
+    return fitting[0] if fitting else None
 
 
 def _stack(masks: Sequence[Any]) -> Any:

@@ -10,8 +10,10 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import SITES, Interventions, check_all_rotate, is_empty
+from retmask_jax.model.interventions import SITES, Interventions, is_empty
+from retmask_jax.model.kernels.blocked import Streams
 from retmask_jax.model.layers import split_layers
+from retmask_jax.model.rope import check_all_rotate
 from retmask_jax.utils.array_types import Array, Mask
 
 
@@ -24,12 +26,19 @@ class Masks(flax.struct.PyTreeNode):
         head_BLH: bool, or a float gate: heads whose output is replaced.
         rope_BLHR: bool, or a float gate: rotary pairs that drop out of q.k.
         mean_BLHD: f32, what a masked head writes; zeros of shape [1, L, 1, 1] where no mean was given.
+        query_BLH: bool, or a float gate: heads whose query is replaced.
+        query_mean_BLHD: f32, the query in its place; zeros of shape [1, L, 1, 1] where no mean was given.
+        streams: Heads that stream, with a gate [#B, L, H]; None where it is known that none does, since only some kernels
+            know such heads.
         rope_site: As in `Interventions`.
     """
 
     head_BLH: Mask[Array, "#B L H"]
     rope_BLHR: Mask[Array, "#B L H R"]
     mean_BLHD: Float[Array, "#B L #H #D"]
+    query_BLH: Mask[Array, "#B L H"]
+    query_mean_BLHD: Float[Array, "#B L #H #D"]
+    streams: Streams | None
     rope_site: str = flax.struct.field(pytree_node=False)
 
     @property
@@ -52,8 +61,9 @@ class Masks(flax.struct.PyTreeNode):
 
     def by_layer(self, config: ModelConfig) -> "ByLayer":
         """`LayerMasks` in the arrangement of `split_layers`, which the blocks are scanned with."""
-        layers_first = jax.tree.map(lambda array: jnp.swapaxes(array, 0, 1), self)
-        return split_layers(config, LayerMasks(layers_first.head_BLH, layers_first.rope_BLHR, layers_first.mean_BLHD))
+        first = jax.tree.map(lambda array: jnp.swapaxes(array, 0, 1), self)
+        parts = first.head_BLH, first.rope_BLHR, first.mean_BLHD, first.query_BLH, first.query_mean_BLHD, first.streams
+        return split_layers(config, LayerMasks(*parts, self.rope_site))
 
 
 class LayerMasks(flax.struct.PyTreeNode):
@@ -62,13 +72,18 @@ class LayerMasks(flax.struct.PyTreeNode):
     head_BH: jax.Array
     rope_BHR: jax.Array
     mean_BHD: jax.Array
+    query_BH: jax.Array
+    query_mean_BHD: jax.Array
+    streams: Streams | None
+    rope_site: str = flax.struct.field(pytree_node=False)
 
     def mask_heads(self, out_BTHD: Shaped[jax.Array, "B T H D"]) -> Shaped[jax.Array, "B T H D"]:
         """The heads' outputs, with those of masked heads replaced by zero or by their mean."""
-        mask_BTHD, mean_BTHD = self.head_BH[:, None, :, None], self.mean_BHD[:, None].astype(out_BTHD.dtype)
-        if mask_BTHD.dtype == jnp.bool_:
-            return jnp.where(mask_BTHD, mean_BTHD, out_BTHD)
-        return _dropped(out_BTHD, mask_BTHD) + mean_BTHD * mask_BTHD.astype(out_BTHD.dtype)
+        return _replaced(out_BTHD, self.head_BH, self.mean_BHD)
+
+    def mask_queries(self, q_BTHD: Shaped[jax.Array, "B T H D"]) -> Shaped[jax.Array, "B T H D"]:
+        """The outputs of q_proj, with those of masked heads replaced by zero or by their mean."""
+        return _replaced(q_BTHD, self.query_BH, self.query_mean_BHD)
 
     def mask_query_pairs(self, q_BTHD: Shaped[jax.Array, "B T H D"]) -> Shaped[jax.Array, "B T H D"]:
         """The queries without their masked rotary pairs."""
@@ -105,7 +120,10 @@ def normalise(config: ModelConfig, interventions: Interventions | None = None, r
     return Masks(
         _dense_mask("head_mask", iv.head_mask, heads, rows),
         _dense_mask("rope_mask", iv.rope_mask, (*heads, config.n_pairs), rows),
-        _dense_mean(iv.head_mean, (*heads, config.head_dim), rows),
+        _dense_mean("head_mean", iv.head_mean, (*heads, config.head_dim), rows),
+        _dense_mask("query_mask", iv.query_mask, heads, rows),
+        _dense_mean("query_mean", iv.query_mean, (*heads, config.head_dim), rows),
+        _streams(iv, heads, rows),
         iv.rope_site,
     )
 
@@ -114,12 +132,13 @@ def normalise_each(config: ModelConfig, masks: Sequence[Interventions]) -> Masks
     """Several shared masks as one, with a row for each.
 
     Raises:
-        ValueError: As for `normalise`; also where one has a row axis, or where the rotary sites differ.
+        ValueError: As for `normalise`; also where one has a row axis, the rotary sites differ, or heads stream in two ways.
     """
     dense = [normalise(config, iv) for iv in masks]
     if len({one.rope_site for one in dense}) != 1:
         sites = ", ".join(sorted({one.rope_site for one in dense}))
         raise ValueError(f"masks that run together have different rotary sites ({sites}): run each site alone")
+    dense = alike(dense)
     if any(iv.has_rows for iv in masks):
         raise ValueError("masks that run together must be shared by all rows: [L, H] and [L, H, R], without a row axis")
 
@@ -129,6 +148,31 @@ def normalise_each(config: ModelConfig, masks: Sequence[Interventions]) -> Masks
         return xp.concatenate([xp.broadcast_to(array, shape) for array in arrays])
 
     return jax.tree.map(join, *dense)
+
+
+def alike(masks: Sequence[Masks]) -> list[Masks]:
+    """The same masks with streaming heads in all of them, where one has any, so that one program takes them.
+
+    Raises:
+        ValueError: Heads stream in two ways.
+    """
+    ways = {(one.streams.sink, one.streams.window): one.streams for one in masks if one.streams is not None}
+    if len(ways) > 1:
+        listed = " and ".join(f"{sink} and {window}" for sink, window in sorted(ways))
+        raise ValueError(f"masks that run together have streams of different sink and window: {listed}; run each alone")
+    none = [streams.replace(gate=np.zeros((1, *streams.gate.shape[1:]), bool)) for streams in ways.values()]
+    return [one if one.streams is not None or not none else one.replace(streams=none[0]) for one in masks]
+
+
+def _streams(iv: Interventions, heads: tuple[int, int], rows: int | None) -> Streams | None:
+    """Heads that stream, with a row axis; None where none does."""
+    if iv.stream_sink < 0 or iv.stream_window < 1:
+        raise ValueError(
+            f"streaming heads see {iv.stream_sink} tokens and a window of {iv.stream_window}: stream_sink must be at least 0 "
+            "and stream_window at least 1"
+        )
+    gate = _dense_mask("stream_mask", iv.stream_mask, heads, rows)
+    return None if is_empty(gate) else Streams(gate, iv.stream_sink, iv.stream_window)
 
 
 def _dense_mask(name: str, mask: Any, shape: tuple[int, ...], rows: int | None) -> Any:
@@ -141,14 +185,14 @@ def _dense_mask(name: str, mask: Any, shape: tuple[int, ...], rows: int | None) 
     return _with_rows(name, mask, shape, rows)
 
 
-def _dense_mean(mean: Any, shape: tuple[int, ...], rows: int | None) -> Any:
+def _dense_mean(name: str, mean: Any, shape: tuple[int, ...], rows: int | None) -> Any:
     """The mean with a row axis; zeros that stand for every head and dimension where it is None."""
     if mean is None:
         return np.zeros((1, shape[0], 1, 1), np.float32)
     mean = _array(mean)
     if not jnp.issubdtype(mean.dtype, jnp.floating):
-        raise ValueError(f"head_mean has type {mean.dtype}; it must be float")
-    return _with_rows("head_mean", mean, shape, rows)
+        raise ValueError(f"{name} has type {mean.dtype}; it must be float")
+    return _with_rows(name, mean, shape, rows)
 
 
 def _array(values: Any) -> Any:
@@ -167,6 +211,14 @@ def _with_rows(name: str, array: Any, shape: tuple[int, ...], rows: int | None) 
         return array
     per_row = ("B" if rows is None else rows, *shape)
     raise ValueError(f"{name} has shape {array.shape}; the model and batch need {shape} or {per_row}")
+
+
+def _replaced(x_BTHD: Any, mask_BH: Any, mean_BHD: Any) -> Any:
+    """x, with the mean of a head where it is masked; a float mask goes from one to the other."""
+    mask_BTHD, mean_BTHD = mask_BH[:, None, :, None], mean_BHD[:, None].astype(x_BTHD.dtype)
+    if mask_BTHD.dtype == jnp.bool_:
+        return jnp.where(mask_BTHD, mean_BTHD, x_BTHD)
+    return _dropped(x_BTHD, mask_BTHD) + mean_BTHD * mask_BTHD.astype(x_BTHD.dtype)
 
 
 def _dropped(x_BTHD: Any, mask_BTHD: Any) -> Any:

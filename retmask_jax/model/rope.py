@@ -52,6 +52,51 @@ def rotate(x_BTHD: jax.Array, cos_BT1R: jax.Array, sin_BT1R: jax.Array) -> jax.A
     return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1).astype(x_BTHD.dtype)
 
 
+def rope_pairs(config: ModelConfig, k: int, which: str, seed: int = 0) -> list[int]:
+    """Indices of k rotary pairs: the "low"est or "high"est by frequency after scaling, or "random" by seed.
+
+    Raises:
+        ValueError: The model has fewer pairs, or `which` is another word.
+
+    >>> import retmask_jax as rm
+    >>> config = rm.load("bundled").config
+    >>> rm.rope_pairs(config, 4, "low"), rm.rope_pairs(config, 4, "high")
+    ([12, 13, 14, 15], [0, 1, 2, 3])
+    """
+    if not 0 <= k <= config.n_pairs:
+        raise ValueError(f"k is {k}; the model has {config.n_pairs} rotary pairs")
+    by_frequency = np.argsort(inverse_frequencies(config), kind="stable")
+    match which:
+        case "low":
+            chosen = by_frequency[:k]
+        case "high":
+            chosen = by_frequency[::-1][:k]
+        case "random":
+            chosen = np.random.default_rng(seed).choice(config.n_pairs, size=k, replace=False)
+        case _:
+            raise ValueError(f'which is {which!r}; it must be "low", "high" or "random"')
+    return sorted(int(pair) for pair in chosen)
+
+
+def check_all_rotate(config: ModelConfig) -> None:
+    """Raises ValueError for a model that takes no rotary masks."""
+    if (why := why_no_rotary_masks(config)) is not None:
+        raise ValueError(f"{why}: mask heads, and leave rope_mask None")
+
+
+def why_no_rotary_masks(config: ModelConfig) -> str | None:
+    """Returns why a model takes no rotary masks, or None.
+
+    Where some layers have no RoPE, taking out a pair would mean one thing in some heads and another in others.
+    """
+    if not (still := config.layers_without_rope):
+        return None
+    shown = ", ".join(map(str, still[:4])) + ", ..." * (len(still) > 4)
+    return (
+        f"the model has no RoPE in {len(still)} of its {config.n_layers} layers ({shown}), so it takes no rotary masks"
+    )
+
+
 def yarn_attention_scale(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
     """What cos and sin are multiplied by where a checkpoint does not say (arXiv 2309.00071, equation 22)."""
 

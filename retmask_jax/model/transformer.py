@@ -120,7 +120,7 @@ def hidden(
         fork: How the rows fork, without a cache; None: they do not.
         remat: Recompute each block in the backward pass.
     """
-    model = transformer(config, remat=remat, rope_site=masks.rope_site)
+    model = transformer(config, remat=remat)
     return cast(Hidden, model.apply({"params": params}, tokens_BT, masks, start_B, end_B, cache, probe, longest, fork))
 
 
@@ -225,7 +225,6 @@ class Attention(nn.Module):
 
     config: ModelConfig
     place: int
-    rope_site: str
 
     @nn.compact
     def __call__(
@@ -233,17 +232,18 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, KV | None, Probed | None]:
         cfg, kind = self.config, self.config.layer_pattern[self.place]
         wanted_BTE = at_positions(x_BTE, call.rows_BP)
-        q_BTHD = self._project(wanted_BTE, cfg.n_heads, "q")
+        projected_BTHD = self._project(wanted_BTE, cfg.n_heads, "q")
         k_BTKD = self._project(x_BTE, cfg.n_kv_heads, "k")
         v_BTKD = self._project(x_BTE, cfg.n_kv_heads, "v")
-        if self.rope_site == "projection":
+        q_BTHD = masks.mask_queries(projected_BTHD)
+        if masks.rope_site == "projection":
             q_BTHD, k_BTKD = masks.mask_query_pairs(q_BTHD), masks.mask_key_pairs(k_BTKD)
         q_BTHD, k_BTKD = self._normed(q_BTHD, "q_norm"), self._normed(k_BTKD, "k_norm")
         if cfg.has_rope(self.place):
             rotations = call.rotations[kind]
             q_BTHD = rotate(q_BTHD, *(at_positions(x, call.rows_BP) for x in rotations))
             k_BTKD = rotate(k_BTKD, *rotations)
-        if self.rope_site == "rotary":
+        if masks.rope_site == "rotary":
             q_BTHD = masks.mask_query_pairs(q_BTHD)
 
         keys = Keys.of(k_BTKD, v_BTKD)
@@ -253,16 +253,20 @@ class Attention(nn.Module):
         scores = Scores(cfg.attention_scale, cfg.window if kind == "sliding" else None, cfg.attention_softcap)
         positions_BT = None if call.rows_BP is None else call.first_B[:, None] + call.rows_BP
         if call.fork is None:
-            out_BTHD = attend(q_BTHD, keys, scores, call.start_B, cfg.kernel, positions_BT)
+            out_BTHD = attend(q_BTHD, keys, scores, call.start_B, cfg.kernel, positions_BT, masks.streams)
         else:
-            out_BTHD = attend_forked(q_BTHD, k_BTKD, v_BTKD, call.fork, scores, cfg.kernel)
+            out_BTHD = attend_forked(q_BTHD, k_BTKD, v_BTKD, call.fork, scores, cfg.kernel, masks.streams)
         out_BTHD = masks.mask_heads(out_BTHD)
         out_BTE = dense(out_BTHD.reshape(*wanted_BTE.shape[:2], -1), cfg.hidden_size, ("heads", "embed"), "o")
         probed = None
         if call.probe is not None:
             asked_BP = call.probe.rows_BP
-            q_BPHD = q_BTHD if call.rows_BP is not None else at_positions(q_BTHD, asked_BP)
-            probed = probe(q_BPHD, call.first_B[:, None] + asked_BP, keys, call.probe, scores)
+            q_BPHD, projected_BPHD = (
+                x if call.rows_BP is not None else at_positions(x, asked_BP) for x in (q_BTHD, projected_BTHD)
+            )
+            probed = probe(q_BPHD, call.first_B[:, None] + asked_BP, keys, call.probe, scores, masks.streams)
+            if call.probe.projected:
+                probed = probed.replace(projected=projected_BPHD.astype(jnp.float32))
         return out_BTE, cache, probed
 
     def _project(self, x_BTE: jax.Array, heads: int, name: str) -> jax.Array:
@@ -287,7 +291,6 @@ class Block(nn.Module):
 
     config: ModelConfig
     place: int
-    rope_site: str
 
     @nn.compact
     def __call__(
@@ -297,7 +300,7 @@ class Block(nn.Module):
         # A single row would be padded to be split, and the padding copied away wherever states are picked from it.
         rows = "batch" if x_BTE.shape[0] > 1 else None
         x_BTE = nn.with_logical_constraint(x_BTE, (rows, "length", "embed_act"))
-        attention = Attention(cfg, self.place, self.rope_site, name="attn")
+        attention = Attention(cfg, self.place, name="attn")
         out_BTE, cache, probed = attention(self._before("attn_norm", x_BTE), masks, cache, repeat, call)
         x_BTE = at_positions(x_BTE, call.rows_BP) + self._after("attn_post_norm", out_BTE)
         mlp = Experts(cfg, name="experts") if cfg.has_experts(self.place) else GatedMLP(cfg, name="mlp")
@@ -316,7 +319,6 @@ class Group(nn.Module):
     """One repeat of the layer pattern; the body of the scan."""
 
     config: ModelConfig
-    rope_site: str
     n_blocks: int
 
     @nn.compact
@@ -328,7 +330,7 @@ class Group(nn.Module):
         probed = {}
         for place in range(self.n_blocks):
             i = str(place)
-            block = Block(self.config, place, self.rope_site, name=i)
+            block = Block(self.config, place, name=i)
             last = place == self.n_blocks - 1
             block_call = call if last else call.replace(rows_BP=None)
             x_BTE, cache, probed[i] = block(x_BTE, masks[i], None if caches is None else caches[i], repeat, block_call)
@@ -341,7 +343,6 @@ class Transformer(nn.Module):
 
     config: ModelConfig
     remat: bool = False
-    rope_site: str = "rotary"
 
     @nn.compact
     def __call__(
@@ -370,17 +371,16 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast),
             length=cfg.repeats,
             metadata_params={nn.PARTITION_NAME: "layers"},
-            # Nothing is broadcast out of the loop, and the check traces all layers once more. Without it other parameters
-            # are drawn from a seed, so it stays where a model is made.
+            # The check traces all layers once more; without it a seed draws other parameters.
             check_constancy_invariants=self.is_initializing(),
         )
-        blocks = scanned(cfg, self.rope_site, len(cfg.layer_pattern), name="blocks")
+        blocks = scanned(cfg, len(cfg.layer_pattern), name="blocks")
         (x_BTE, block_cache), probed = blocks(
             (x_BTE, cache["blocks"]), (jnp.arange(cfg.repeats), by_layer["blocks"]), call
         )
         tail_cache, tail_probed = cache["tail"], {}
         if cfg.tail:
-            tail = body(cfg, self.rope_site, len(cfg.tail), name="tail")
+            tail = body(cfg, len(cfg.tail), name="tail")
             (x_BTE, tail_cache), tail_probed = tail((x_BTE, tail_cache), (0, by_layer["tail"]), call)
 
         x_BTE = norm(cfg, "norm")(x_BTE)

@@ -12,6 +12,8 @@ from retmask_jax.data.tasks import check_fits, check_writable
 from retmask_jax.model.sharding import make_mesh
 from retmask_jax.reports.comparison import COMPARISON
 from retmask_jax.reports.report import REPORT
+from retmask_jax.reports.study.arena import ARENA_PAGE
+from retmask_jax.reports.study.budget import BUDGET_PAGE
 from retmask_jax.reports.study.page import STUDY
 from retmask_jax.runs.context import Context, named_files
 from retmask_jax.runs.limits import check_limits
@@ -25,6 +27,8 @@ from retmask_jax.stages.knockout import KNOCKOUT
 from retmask_jax.stages.pairs import PAIRS
 from retmask_jax.stages.rates import RATES
 from retmask_jax.stages.rope import ROPE
+from retmask_jax.stages.study.arena import ARENA
+from retmask_jax.stages.study.budget import BUDGET
 from retmask_jax.stages.study.detectors import DETECTORS_STAGE
 from retmask_jax.stages.study.dynamics import DYNAMICS
 from retmask_jax.stages.study.per_step import PER_STEP
@@ -48,10 +52,16 @@ _ALL = (
     PER_STEP,
     DYNAMICS,
     STUDY,
+    ARENA,
+    ARENA_PAGE,
+    BUDGET,
+    BUDGET_PAGE,
     COMPARE,
     COMPARISON,
 )
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _ALL}
+# The page that follows a stage which is a command of its own.
+PAGES = {COMPARE.name: COMPARISON, ARENA.name: ARENA_PAGE, BUDGET.name: BUDGET_PAGE}
 # What `retmask run` and `retmask study` do, in order.
 RUN = (*REPORT.upstream, REPORT)
 STUDIED = (*STUDY.upstream, STUDY)

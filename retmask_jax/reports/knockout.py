@@ -18,10 +18,11 @@ from retmask_jax.stages.outcomes import FROM_MEMORY, mask_name
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MODES = {
+MODES = {
     "zero": "writes nothing",
     "mean": "writes its mean over text",
     "query": "has a query of zeros, so it writes the mean of all values",
+    "query_mean": "has its mean query over text, whatever it reads",
 }
 
 
@@ -101,7 +102,7 @@ def _modes(result: KnockoutResult, tasks: Sequence[str]) -> Markup:
         panels[f"Ways to ablate heads: {task}"] = _kinds_figure(
             f"{task}: ways to ablate", rows, means, _axis(task, means)
         )
-    explained = "; ".join(f"{mode}: {_MODES[mode]}" for mode in modes)
+    explained = "; ".join(f"{mode}: {MODES[mode]}" for mode in modes)
     return drawn(
         panels,
         f"What an ablated head does ({explained}). A name without a mode stands for zero. Dots: single draws; "

@@ -17,8 +17,10 @@ class PageResult(Result):
     path: str
 
 
-def write_page(context: Context, stage: Stage, write: Callable[[Path, Mapping[str, Any], str], None]) -> PageResult:
-    """Write the page of a stage from the results of those it reads."""
-    path = context.workdir.root / f"{stage.name}.html"
+def write_page(
+    context: Context, stage: Stage, write: Callable[[Path, Mapping[str, Any], str], None], name: str | None = None
+) -> PageResult:
+    """Write the page of a stage from the results of those it reads. name: of the file, where it is not that of the stage."""
+    path = context.workdir.root / f"{name or stage.name}.html"
     write(path, {needed.name: needed.of(context) for needed in stage.upstream}, str(context.config.model))
     return PageResult(path=path.name, numbers={})

@@ -128,11 +128,14 @@ class Context:
             self._built[key] = task_cases(self.prompter, SimpleNamespace(**settings))
         return self._built[key]
 
-    def windows(self) -> np.ndarray:
+    def windows(self, length: int | None = None) -> np.ndarray:
+        """Texts of so many tokens; None: as long as the config says."""
         text = self.config.text
         if not text.file:
             raise ValueError("text.file names no file: activity and losses are measured on plain text")
-        return text_windows(self.outline.tokenizer, read_sentences(path_of(text.file)), text.length, text.windows)
+        return text_windows(
+            self.outline.tokenizer, read_sentences(path_of(text.file)), length or text.length, text.windows
+        )
 
     def check_files(self) -> None:
         """ValueError for the first data file of the config that does not exist."""

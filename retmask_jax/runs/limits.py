@@ -34,6 +34,11 @@ _SIZE = Limit(
     (int, float),
     lambda value: value >= 1 if isinstance(value, int) else 0 < value <= 1,
 )
+_KEPT = Limit(
+    "a number of KV heads, of at least 0, or a share, from 0.0 to 1.0",
+    (int, float),
+    lambda value: value >= 0 if isinstance(value, int) else 0 <= value <= 1,
+)
 _TEXT = Limit("text", (str,))
 _CONTRAST = Limit(
     'a number above 0, or "entropy"',
@@ -47,13 +52,16 @@ _LIMITS = {
         pairs.batch_size pairs.max_new_tokens pairs.concurrency
         train.steps train.batch_size train.microbatch_size train.max_tokens
         train.max_prompt_tokens train.widths train.reference_batch_size train.checkpoint_every train.keep detectors.cases
-        detectors.top_k theta.cases per_step.cases dynamics.cases text.windows tasks.*.lengths tasks.*.per_length
-        tasks.*.max_new_tokens suites.*.lengths suites.*.n suites.niah.shortest suites.niah.longest suites.niah.n_lengths
-        suites.niah.n_depths suites.niah.per_cell suites.*.max_new_tokens suites.rerank.length suites.perplexity.windows
-        suites.perplexity.stride suites.*.limit rope.pairs rope.patch_pairs utility.permutations utility.resamples""",
-    _whole(2): "text.length",
+        detectors.top_k arena.cases arena.heads arena.windows budget.cases budget.window budget.windows
+        theta.cases per_step.cases dynamics.cases text.windows tasks.*.lengths tasks.*.per_length tasks.*.max_new_tokens
+        suites.*.lengths suites.*.n suites.niah.shortest suites.niah.longest
+        suites.niah.n_lengths suites.niah.n_depths suites.niah.per_cell suites.*.max_new_tokens suites.rerank.length
+        suites.perplexity.windows suites.perplexity.stride suites.*.limit rope.pairs rope.patch_pairs
+        utility.permutations utility.resamples""",
+    _whole(2): "text.length budget.length",
     _whole(3): "suites.perplexity.length",
     _whole(0): """seed knockout.draws knockout.seed knockout.mode_draws rope.draws rope.seed rope.windows rope.matched
+        arena.draws arena.seed budget.draws budget.seed budget.sink
         pairs.retries train.seeds train.examples train.lora_rank train.profile detectors.seeds utility.seed per_step.seed
         tasks.*.seed tasks.*.distractors suites.*.seed suites.niah.distractors suites.lm_eval.fewshot""",
     _POSITIVE: """programs.gib programs.days
@@ -66,17 +74,20 @@ _LIMITS = {
     _FROM_0_TO_1: "tasks.*.depths eval.contrast_threshold",
     _CONTRAST: "eval.contrast",
     _SIZE: "knockout.curve",
+    _KEPT: "budget.kept",
     Limit("a number", (int, float), lambda value: value == value): "detect.threshold dynamics.threshold",
     _TEXT: """ignore detect.scores pairs.prompts_field pairs.prompts_having rates.tasks
         train.arms train.heads train.lora_targets train.checkpoint_folder
         dynamics.checkpoints dynamics.task knockout.tasks rope.tasks theta.tasks eval.tasks eval.grids detectors.names
-        detectors.seed_names""",
+        detectors.seed_names arena.files arena.detectors arena.detect arena.task arena.modes budget.files
+        budget.detectors budget.detect budget.tasks""",
 }
 # What may be None: "as needed", "all" or "not".
 _OR_NONE = """detect.threshold detect.top_k detect.scores knockout.minimal rope.patch_pairs pairs.prompts_field pairs.batch_size
-    detectors.cases detectors.top_k theta.cases per_step.cases dynamics.threshold dynamics.cases dynamics.task
-    tasks.*.per_length eval.contrast suites.rerank.length suites.perplexity.stride suites.*.limit suites.lm_eval.fewshot
-    suites.helmet.chat distributed prompt.chat""".split()
+    detectors.cases detectors.top_k arena.cases arena.detect arena.task arena.windows budget.cases budget.detect
+    budget.length budget.windows theta.cases per_step.cases dynamics.threshold dynamics.cases dynamics.task tasks.*.per_length
+    eval.contrast suites.rerank.length suites.perplexity.stride suites.*.limit suites.lm_eval.fewshot suites.helmet.chat
+    distributed prompt.chat""".split()
 
 
 def check_limits(values: dict[str, Any]) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.heads.copy_score import detect
 from retmask_jax.heads.detection import Settled, stability
+from retmask_jax.heads.lists.formats import read_scores
 from retmask_jax.heads.profile import profile
-from retmask_jax.heads.scores import HeadScores, scores_for
+from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import Head, mask_heads
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.costs import Cost, task_cost
@@ -62,7 +63,7 @@ def detect_stage(context: Context, folder: Path) -> DetectResult:
     """Head scores, the head set, its stability, and why cases did not count."""
     lm, section = context.lm, context.config.detect
     if section.scores is not None:
-        return _detected(context, folder, read_scores(context, section.scores), [], [])
+        return _detected(context, folder, read_scores(section.scores, context.outline.config), [], [])
     cases = context.cases(section.task)
     found = detect(
         lm,
@@ -90,15 +91,9 @@ def head_scores(context: Context) -> HeadScores:
     return HeadScores.load(context.workdir.folder(DETECT.name) / "scores.json")
 
 
-def read_scores(context: Context, file: str | Path) -> HeadScores:
-    """The head scores of a file; ValueError where they are none, or of another model."""
-    config = context.outline.config
-    return scores_for(file, (config.n_layers, config.n_heads))
-
-
 def choose_heads(context: Context, scores: HeadScores) -> list[Head]:
     """The heads that detect.threshold or detect.top_k choose, best first; ValueError where there are none."""
-    heads = scores.heads(**_selection(context))
+    heads = scores.heads(**selection(context))
     if not heads:
         raise ValueError(
             f"no head reaches detect.threshold {context.config.detect.threshold}: the best score is "
@@ -117,7 +112,8 @@ def best_heads(scores: HeadScores, chosen: Collection[Head], n: int = _LISTED) -
     ]
 
 
-def _selection(context: Context) -> dict[str, Any]:
+def selection(context: Context) -> dict[str, Any]:
+    """How detect.threshold or detect.top_k choose heads, as of `HeadScores.heads`."""
     section = context.config.detect
     return {"top_k": section.top_k} if section.threshold is None else {"threshold": section.threshold}
 
@@ -129,7 +125,7 @@ def _check(config) -> None:
 
 def _check_model(context: Context) -> None:
     if context.config.detect.scores is not None:
-        read_scores(context, context.config.detect.scores)
+        read_scores(context.config.detect.scores, context.outline.config)
 
 
 def _detected(
@@ -150,7 +146,7 @@ def _detected(
         outcomes=dict(Counter(outcomes)),
         n_kv_heads=lm.config.n_kv_heads,
         profile={name: stats.defined(value) for name, value in shape.items()},
-        stability=stability(scores, **_selection(context)),
+        stability=stability(scores, **selection(context)),
         mask_hash=_mask_hash(lm, heads),
         best=best_heads(scores, heads),
         examples=examples,

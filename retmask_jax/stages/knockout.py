@@ -162,14 +162,14 @@ def _check_model(context: Context) -> None:
     config, section = context.outline.config, context.config.knockout
     numbers = [size for size in section.curve if not isinstance(size, float)]
     knockout.head_numbers(numbers, n_retrieval=0, n_all=config.n_layers * config.n_heads)
-    for mode in section.modes:
-        knockout.ablate(config, [], mode)
+    if "query" in section.modes:  # which not every model takes
+        knockout.ablate(config, [], "query")
 
 
 def _conditions(context: Context, heads: Sequence[Head], scores: HeadScores, activity_LH, windows) -> list[Condition]:
     """The conditions of every mode, with the untouched model once."""
     section, conditions = context.config.knockout, []
-    mean_LHD = head_statistics(context.lm, windows).mean_LHD if "mean" in section.modes else None
+    statistics = head_statistics(context.lm, windows) if {"mean", "query_mean"} & set(section.modes) else None
     for mode in section.modes:
         of_mode = knockout.knockout_conditions(
             context.lm.config,
@@ -179,7 +179,7 @@ def _conditions(context: Context, heads: Sequence[Head], scores: HeadScores, act
             seed=section.seed,
             scores_LH=scores.mean,
             mode=mode,
-            mean_LHD=mean_LHD,
+            mean_LHD=None if statistics is None else statistics.mean_for(mode),
         )
         conditions += of_mode if not conditions else of_mode[1:]
     return conditions

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float64
 
 from retmask_jax.data.needles import Case
+from retmask_jax.evals.perplexity import Windows, losses_under
 from retmask_jax.evals.scoring import mask_hash
 from retmask_jax.generation.sampling import ContrastDecoding
 from retmask_jax.heads.conditions import Condition, answers, hits
@@ -86,7 +87,7 @@ def task_answers(
         for m, of_mask in enumerate(hashes)
         for c, case in enumerate(cases)
     }
-    with Store(_kept_in(context)) as kept:
+    with Store(kept_in(context, "answers")) as kept:
         return answers(
             context.lm,
             cases,
@@ -100,11 +101,33 @@ def task_answers(
         )
 
 
-def _kept_in(context: Context) -> Path:
-    """The folder of a model's answers, which lies next to the stages; the RoPE base is not in the files of a model."""
+def text_losses(
+    context: Context, windows: Windows, conditions: Sequence[Condition]
+) -> Float64[np.ndarray, "conditions windows"]:
+    """The loss of each window of text under conditions, in nats per token; kept as answers are."""
+    masks = [condition.interventions for condition in conditions]
+    hashes = [mask_hash(context.lm.config, mask) for mask in masks]
+    keys = {
+        (m, w): request_key("text loss", window, mask=of_mask)
+        for m, of_mask in enumerate(hashes)
+        for w, window in enumerate(windows)
+    }
+    with Store(kept_in(context, "losses")) as kept:
+        return losses_under(
+            context.lm,
+            windows,
+            masks,
+            batch_size=context.config.batch_size,
+            known={place: kept[key] for place, key in keys.items() if key in kept},
+            done=lambda place, loss: kept.add(keys[place], loss),
+        )
+
+
+def kept_in(context: Context, what: str) -> Path:
+    """The folder of what is measured of a model, next to the stages; the RoPE base is not in the files of a model."""
     lm = context.lm
     identity = [context.model_fingerprint, context.config.dtype, repr((lm.config.rope, lm.config.sliding_rope))]
-    return context.workdir.folder("measured") / f"answers-{digest(identity)}"
+    return context.workdir.folder("measured") / f"{what}-{digest(identity)}"
 
 
 def mask_name(kind: str, how: str) -> str:

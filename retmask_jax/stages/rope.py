@@ -11,8 +11,8 @@ from retmask_jax.heads import rotary
 from retmask_jax.heads.conditions import Condition, ConditionRow, Contrast, contrast, mean_over_draws, summarise
 from retmask_jax.heads.head_outputs import HeadStatistics, head_statistics
 from retmask_jax.heads.query_norms import query_norms
-from retmask_jax.model.interventions import SITES, Head, Interventions, why_no_rotary_masks
-from retmask_jax.model.rope import inverse_frequencies
+from retmask_jax.model.interventions import SITES, Head, Interventions
+from retmask_jax.model.rope import inverse_frequencies, why_no_rotary_masks
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.costs import Cost, task_cost
 from retmask_jax.runs.stage import PROMPTS, Stage

@@ -6,11 +6,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from retmask_jax.data.builtin_files import path_of
-from retmask_jax.heads.scores import listed_heads
+from retmask_jax.heads.lists.formats import read_heads
 from retmask_jax.model.interventions import Head, all_heads
 from retmask_jax.runs.context import Context
 from retmask_jax.stages.arms import ARMS
-from retmask_jax.stages.detect import choose_heads, read_scores, retrieval_heads
+from retmask_jax.stages.detect import choose_heads, retrieval_heads
 from retmask_jax.utils.fingerprints import fingerprint
 
 _WORDS = ("all", "retrieval", "others")
@@ -84,11 +84,6 @@ def _others(context: Context) -> list[Head]:
 
 
 def _read(context: Context, file: str) -> Sequence[Head]:
-    """The heads of a file, a JSON list of [layer, head] or head scores."""
-    path, model = path_of(file), context.outline.config
-    heads = listed_heads(path, (model.n_layers, model.n_heads))
-    if heads is None:
-        return choose_heads(context, read_scores(context, path))
-    if not heads:
-        raise ValueError(f"{file} names no head to train: add one as [layer, head], or set train.heads to another")
-    return heads
+    """The heads that a file names, or those of its scores that detection's settings choose."""
+    found = read_heads(path_of(file), context.outline.config)
+    return found.heads if found.scores is None else choose_heads(context, found.scores)

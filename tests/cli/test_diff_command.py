@@ -116,13 +116,13 @@ def test_mistakes_are_one_line_before_any_weight_is_read(refused, noisy, tmp_pat
     assert "leaves no room in the model's 1024" in refused(noisy, "bundled", "--lengths=1024")
     rm.HeadScores.from_array(np.ones((2, 3))).save(tmp_path / "scores.json")
     line = refused(noisy, "bundled", f"--scores={tmp_path / 'scores.json'}")
-    assert "scores 2 layers of 3 heads, the models have 4 of 8" in line
+    assert "scores 2 layers of 3 heads, the model has 4 of 8" in line
     line = refused(noisy, "bundled", "--heads=33")
     assert "--heads is 33, the models have 32 heads: leave it out for all" in line
     assert "--heads=3 takes the best heads by score: add" in refused(noisy, "bundled", "--heads=3", "--no_copy")
     (tmp_path / "heads.json").write_text("[[4, 0]]")
     assert "head [4, 0] is out of range: the model" in refused(noisy, "bundled", f"--heads={tmp_path / 'heads.json'}")
-    assert "no head scores (No such file" in refused(noisy, "bundled", "--heads=nowhere.json")
+    assert "file of heads nowhere.json does not exist" in refused(noisy, "bundled", "--heads=nowhere.json")
     assert "diff reads no config" in refused(noisy, "bundled", "--config.seed=1")
 
 

@@ -48,13 +48,14 @@ def windowed(random_model):
 @pytest.mark.parametrize("start, times", [pytest.param(0, 1, marks=pytest.mark.slow), (5, 1), (5, CHUNK)])
 def test_chunks_and_rings_equal_one_pass(windowed, close, start, times):
     """Rows of different lengths, some of which end chunks before others; states, probes and the next step agree. Also where
-    more positions are asked for than a chunk has."""
+    more positions are asked for than a chunk has. Some heads stream, others in each row."""
     config, params = windowed.config, windowed.params
     rng = np.random.default_rng(start)
     tokens_BT = rng.integers(0, 41, (4, 45)).astype(np.int32)
     end_B = np.array([45, 9, 30, 17])
     rows_BP = np.tile(np.array([[44, 7], [8, 5], [29, 12], [16, 15]]) - start, times)
-    masks = normalise(config)
+    streams = Interventions(stream_mask=rng.random((4, 4, 4)) < 0.5, stream_sink=2, stream_window=6)
+    masks = normalise(config, streams)
     # With the token of the next step, which no earlier place sees.
     longer_BT = np.pad(tokens_BT, ((0, 0), (0, 1)))
     np.put_along_axis(longer_BT, end_B[:, None], tokens_BT[:, :1], axis=1)

@@ -9,7 +9,7 @@ from retmask_jax.data.needles import Case, Needle, Spec
 from retmask_jax.generation.decode import generate_batch
 from retmask_jax.heads import conditions as causal
 from retmask_jax.heads.conditions import Condition, answers, hits, mean_over_draws, summarise
-from retmask_jax.model.interventions import Interventions, all_heads, mask_heads, mask_queries, mask_rope
+from retmask_jax.model.interventions import Interventions, all_heads, mask_heads, mask_queries, mask_rope, stream_heads
 from retmask_jax.model.masking import normalise
 from retmask_jax.utils import stats
 
@@ -36,6 +36,8 @@ MASKS = {
     "both": mask_heads(CONFIG, [(1, 1)]) | mask_rope(CONFIG, [(1, 0)], range(8)),
     "mean": mask_heads(CONFIG, [(1, 0), (0, 2)], np.random.default_rng(9).normal(0, 1, (2, 4, 32)).astype(np.float32)),
     "query": mask_queries(CONFIG, [(1, 0)]),
+    "streams": stream_heads(CONFIG, [(1, 0), (0, 2)], sink=2, window=6),
+    "query mean": mask_queries(CONFIG, [(1, 0)], np.random.default_rng(9).normal(0, 2, (2, 4, 32)).astype(np.float32)),
 }
 
 
@@ -49,6 +51,8 @@ def test_answers_under_many_masks_equal_runs_with_one():
         dense = normalise(CONFIG, mask)
         masks = {"head_mask": dense.head_BLH[0], "rope_mask": dense.rope_BLHR[0]}
         masks |= {} if mask.head_mean is None else {"head_mean": dense.mean_BLHD[0]}
+        masks |= {} if dense.streams is None else {"streams": (dense.streams.gate[0], 2, 6)}
+        masks |= {"query_mask": dense.query_BLH[0], "query_mean": dense.query_mean_BLHD[0]}
         slow = [reference_answer(params, case.tokens, NEW, (tl.EOS,), **masks)[0] for case in cases]
         assert texts == [" ".join(tl.VOCABULARY[i] for i in tokens if i > tl.UNK) for tokens in slow]
     assert len({tuple(texts) for texts in together}) == len(MASKS)  # every mask made a difference

@@ -109,12 +109,18 @@ def test_lowest_scoring_heads_are_a_control_where_scores_are_known():
 
 def test_modes_take_the_same_heads_out_in_their_own_way():
     mean_LHD = np.random.default_rng(0).random((3, 12, 16)).astype(np.float32)
-    zero, mean, query = (ablate(WIDE, HEADS, mode, mean_LHD) for mode in MODES)
+    zero, mean, query, query_mean = (ablate(WIDE, HEADS, mode, mean_LHD) for mode in MODES)
     assert true_at(zero.head_mask) == true_at(mean.head_mask) == set(HEADS)
     assert zero.head_mean is None and zero.rope_mask is None
     np.testing.assert_array_equal(mean.head_mean, mean_LHD)
     assert query.head_mask is None and true_at(query.rope_mask) == {(*head, r) for head in HEADS for r in range(8)}
-    with pytest.raises(ValueError, match="knock-out mode is 'median'; it must be one of zero, mean, query"):
+    assert query_mean.head_mask is None and query_mean.rope_mask is None
+    assert true_at(query_mean.query_mask) == set(HEADS)
+    np.testing.assert_array_equal(query_mean.query_mean, mean_LHD)
+    for mode in ("mean", "query_mean"):
+        with pytest.raises(ValueError, match=f"knock-out mode '{mode}' needs means"):
+            ablate(WIDE, HEADS, mode)
+    with pytest.raises(ValueError, match="knock-out mode is 'median'; it must be one of zero, mean, query, query_mean"):
         ablate(WIDE, HEADS, "median")
 
 

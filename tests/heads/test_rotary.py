@@ -43,7 +43,8 @@ def statistics():
 def _diagonal(variances_R):
     """Statistics of WIDE in which pairs vary apart from each other, alike in all heads."""
     covariance = np.broadcast_to(np.diag(np.asarray(variances_R, np.float32)), (3, 12, 8, 8))
-    return HeadStatistics(np.zeros((3, 12, 16), np.float32), covariance)
+    zeros = np.zeros((3, 12, 16), np.float32)
+    return HeadStatistics(zeros, covariance, zeros)
 
 
 # --- conditions ---
@@ -115,13 +116,17 @@ def test_statistics_of_heads_equal_the_reference(statistics):
     """With texts of fewer tokens than are looked at, every position counts. The logarithm of an attention weight is q.k
     but for a constant of its row, so its variance over keys is that of q.k, with pairs ablated or not."""
     params = in_float64(LM.params)
-    means, values = [], []
+    means, values, queries = [], [], []
     for row in TEXTS:
-        kept = []
-        _, attention = reference(params, row, kept=kept)
+        kept, asked = [], []
+        _, attention = reference(params, row, kept=kept, queries=asked)
+        queries.append(np.mean(asked, axis=1))
         v_LTKD = np.stack(kept[:-1]).repeat(2, axis=2)
         means.append(np.einsum("lhts,lshd->lhd", attention, v_LTKD) / len(row))
     np.testing.assert_allclose(statistics.mean_LHD, np.mean(means, axis=0), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(statistics.query_LHD, np.mean(queries, axis=0), rtol=1e-3, atol=1e-4)
+    assert statistics.mean_for("mean") is statistics.mean_LHD and statistics.mean_for("zero") is None
+    assert statistics.mean_for("query_mean") is statistics.query_LHD
 
     for head, pairs in (((0, 1), [0, 5, 9]), ((1, 2), [3]), ((1, 3), range(14))):
         mask = np.zeros((CONFIG.n_layers, CONFIG.n_heads, CONFIG.n_pairs), bool)

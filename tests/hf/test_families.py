@@ -9,8 +9,8 @@ from conftest import GOLDEN, VARIANTS
 
 from retmask_jax.hf.families import FAMILIES, from_hf, to_hf
 from retmask_jax.model.config import ModelConfig, Rope, shortest_pattern
-from retmask_jax.model.interventions import mask_rope, rope_pairs
-from retmask_jax.model.rope import inverse_frequencies
+from retmask_jax.model.interventions import mask_rope
+from retmask_jax.model.rope import inverse_frequencies, rope_pairs
 
 
 def _hf(name, *without, **changes):

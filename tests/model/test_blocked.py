@@ -38,7 +38,7 @@ def _both(shape, scores):
     @jax.jit
     def both(first_query, first_key, d_out_GTD, *qkv):
         positions = first_query + jnp.arange(length), first_key + jnp.arange(n_keys)
-        ours = with_gradients(lambda *qkv: blocked(*qkv, first_query, first_key, scores))
+        ours = with_gradients(lambda *qkv: blocked(*qkv, first_query, first_key, None, scores))
         reference = with_gradients(lambda *qkv: plain(*qkv, *positions, scores))
         return ours(d_out_GTD, *qkv), reference(d_out_GTD, *qkv)
 
@@ -75,7 +75,7 @@ def test_every_kernel_of_this_device_and_rows_at_once_agree(scores, close):
     # As accelerators do it: all rows and heads at once, each from its own position on.
     late_B = jnp.array([0, 60])
     q_BKGTD = q_BTHD[:, :80].reshape(2, 80, 2, 2, WIDTH).transpose(0, 2, 3, 1, 4)
-    over_heads = jax.vmap(lambda *x: blocked(*x, 0, scores), (0, 0, 0, None))
+    over_heads = jax.vmap(lambda *x: blocked(*x, 0, None, scores), (0, 0, 0, None))
     out_BKGTD = jax.vmap(over_heads)(q_BKGTD, keys.k_BKDS, keys.v_BKSD, late_B)
     expected = attend(q_BTHD[:, :80], keys, scores, late_B, kernel="plain")
     close(out_BKGTD.transpose(0, 3, 1, 2, 4).reshape(2, 80, 4, WIDTH), expected)

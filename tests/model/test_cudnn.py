@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retmask_jax.model.attention import Keys, attend, kernel_for
+from retmask_jax.model.attention import Keys, attend
 from retmask_jax.model.kernels import cudnn
 from retmask_jax.model.kernels.blocked import HIDDEN, Scores
+from retmask_jax.model.kernels.choice import kernel_for
 
 WIDTH = 8
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")

@@ -91,6 +91,11 @@ def test_masks_of_each_row_hold_in_a_prompt_and_its_answers(tiny, close, site):
         head_mask=rng.random(heads) < 0.4,
         rope_mask=rng.random((*heads, config.n_pairs)) < 0.4,
         head_mean=rng.normal(size=(*heads, config.head_dim)).astype(np.float32),
+        stream_mask=rng.random(heads) < 0.4,
+        stream_sink=1,
+        stream_window=3,
+        query_mask=rng.random(heads) < 0.2,
+        query_mean=rng.normal(size=(*heads, config.head_dim)).astype(np.float32),
         rope_site=site,
     )
 

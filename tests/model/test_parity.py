@@ -16,6 +16,7 @@ MASKS = {
     "logits_heads": ("head_mask",),
     "logits_rotary": ("rope_mask",),
     "logits_projection": ("rope_mask",),
+    "logits_queries": ("query_mask", "query_mean"),
 }
 
 
@@ -24,6 +25,8 @@ MASKS = {
 # for every checkpoint, the others come with `make test-slow`.
 DECODED = ("dynamic", "gqa_tied", "mixtral_window", "smollm3_window")
 PROJECTED = ("gemma2", "gqa_tied", "mixtral_window", "qwen2_window_yarn")
+# A norm per head and one over the projection, biases, one matrix for q, k and v with half a head rotated, no RoPE.
+QUERIED = ("gemma3", "gqa_tied", "olmo2_gqa", "phi3_longrope", "qwen2", "smollm3")
 
 
 def _others_slow(names, quick):
@@ -41,6 +44,12 @@ def test_logits_agree_with_torch(read_golden, name, stored, close):
     close(golden.compute(**masks), getattr(golden, stored))
 
 
+@pytest.mark.parametrize("name", _others_slow(VARIANTS, QUERIED))
+def test_logits_with_replaced_queries_agree_with_torch(read_golden, name, close):
+    golden = read_golden(name)
+    close(golden.compute(query_mask=golden.query_mask, query_mean=golden.query_mean), golden.logits_queries)
+
+
 @pytest.mark.parametrize("name", ROTATING)
 def test_logits_without_rotary_pairs_agree_with_torch(read_golden, name, close):
     golden = read_golden(name)
@@ -56,7 +65,7 @@ def test_logits_masked_in_the_projection_agree_with_torch(read_golden, name, clo
 def test_the_stored_masks_change_the_logits(golden):
     """Without this, the comparisons above would pass on masks that do nothing."""
     rotating = golden.name not in PART_ROTATE
-    pairs = [("logits", name) for name in (MASKS if rotating else ["logits_heads"]) if name != "logits"]
+    pairs = [("logits", name) for name, masks in MASKS.items() if masks and (rotating or masks != ("rope_mask",))]
     if rotating and golden.lm.config.n_heads > golden.lm.config.n_kv_heads:  # else both sites are the same thing
         pairs.append(("logits_rotary", "logits_projection"))
     for a, b in pairs:
@@ -133,8 +142,10 @@ def test_a_fresh_checkpoint_agrees_with_torch(tmp_path, close, name):
     rng = np.random.default_rng(21)
     tokens = rng.integers(0, model.config.vocab_size, (2, make_golden.LENGTH))
     head_mask, rope_mask = make_golden.random_masks(model.config, rng)
+    query_mask, query_mean = make_golden.random_queries(model.config, rng)
     lm = load(tmp_path)
-    for masks in ({}, {"head_mask": head_mask, "rope_mask": rope_mask}):
+    all_masks = dict(head_mask=head_mask, rope_mask=rope_mask, query_mask=query_mask, query_mean=query_mean)
+    for masks in ({}, all_masks):
         iv = Interventions(**masks, rope_site="projection")
         expected = make_golden.torch_logits(model, tokens, **masks, rope_site="projection")
         close(lm.logits(tokens, interventions=iv), expected)

@@ -31,7 +31,7 @@ def knocked_out():
     """Every way to ablate heads, a curve and a smallest set."""
     result = knockout_result((4, 8), ("needle",), idle=3)
     rows, means = list(result.rows), list(result.means)
-    for mode in ("mean", "query"):
+    for mode in ("mean", "query", "query_mean"):
         for kind in ("retrieval", "activity-matched"):
             rows.append(condition_row(0.4, kind, experiment=mode))
             means.append(TaskMean.of(around(0.4), task="needle", kind=kind, experiment=mode))

@@ -189,7 +189,7 @@ def test_a_recipe_without_prompts_runs_up_to_there(tmp_path):
         ("x = 1", "has no function get_config() that returns a config"),
         ("def get_config():\n    tiny.get_config()", "has no function get_config() that returns a config"),
         ("def get_config():\n    return {}", "gives a dict, not an ml_collections.ConfigDict"),
-        ("def get_config():\n    return tiny.ConfigDict({'model': 'bundled'})", "makes no 'batch_size': begin with"),
+        ("def get_config():\n    return tiny.ConfigDict({'model': 'bundled'})", "makes no 'arena.cases': begin with"),
         (
             "def get_config():\n    config = tiny.get_config()\n    config.train.stepz = 3\n    return config",
             "sets 'train.stepz', which nothing reads (did you mean 'train.steps'?)",

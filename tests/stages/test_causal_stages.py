@@ -25,7 +25,7 @@ def _config(*overrides):
     [
         (
             "knockout.modes=('mean',)",
-            r"knockout.modes is \('mean',\); it must begin with zero, and may have mean, query",
+            r"knockout.modes is \('mean',\); it must begin with zero, and may have mean, query, query_mean",
         ),
         ("knockout.modes=('zero', 'median')", "it must begin with zero"),
         ("rope.sites=('projection',)", "rope.sites .* must begin with rotary, and may have projection"),

@@ -117,7 +117,7 @@ def test_choices_that_fit_do_not(prepare):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "heads.json names no head to train: add one as"),
+        ([], "heads.json names no head: add one, such as"),
         ([[1, 0], [2, 0]], r"heads.json: head \[2, 0\] is out of range: the model has 2 layers of 4 query heads"),
         ([[0, -1]], r"heads.json: head \[0, -1\] is out of range"),
         ([[1, 0, 0]], r"heads.json: \[1, 0, 0\] is no head: write \[layer, head\], such as"),

@@ -10,7 +10,8 @@ from retmask_jax.heads.builtin_cases import builtin_cases
 from retmask_jax.heads.detectors import DETECTORS
 from retmask_jax.heads.gain.shares import Gain, PartShares, part_shares, parts_of, tokens_read
 from retmask_jax.heads.gain.weights import WeightChanges, check_pair, weight_changes
-from retmask_jax.heads.scores import HeadScores, listed_heads, scores_for
+from retmask_jax.heads.lists.formats import read_heads, read_scores
+from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Head, all_heads
 
@@ -25,10 +26,10 @@ class Settings:
         n: Cases to answer, and as many to detect with.
         lengths: Tokens of their prompts.
         seed: Of the choice and order of needles and sentences.
-        scores: A file of head scores, whose best heads are the group of retrieval heads; None: those of the start model.
+        scores: A file that scores heads, the best of which are the group of retrieval heads; None: those of the start model.
         threshold: The score that a retrieval head reaches.
-        heads: Those whose shares are measured one by one: a number, of the best by score; or a file, a JSON list of
-            [layer, head], or head scores, of which those count that reach the threshold. None: all.
+        heads: Those whose shares are measured one by one: a number, of the best by score; or a file of heads, or of
+            scores, of which those count that reach the threshold. None: all.
         detect: Whether both models' copy scores are computed.
         dtype: Of parameters and computation.
         batch_size: Rows in a pass.
@@ -101,9 +102,8 @@ def compare(
     outlines = [outline(name, ignore=settings.ignore) for name in (start, trained)]
     check_pair(*outlines)
     config = outlines[0].config
-    shape = config.n_layers, config.n_heads
-    given = None if settings.scores is None else scores_for(settings.scores, shape, "the models have")
-    best, chosen = _singly(settings, shape)
+    given = None if settings.scores is None else read_scores(settings.scores, config)
+    best, chosen = _singly(settings, config)
     cases = builtin_cases(outlines[0], "test", settings.n, settings.lengths, settings.seed)
     expected = parts_of(config, singly=all_heads(config)[-best:] if best else chosen)
     begins(config, tokens_read(config, expected, cases) + 2 * settings.detect * sum(len(c.tokens) for c in cases))
@@ -136,16 +136,14 @@ def _check(start: str, trained: str, settings: Settings) -> None:
             raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least 1")
 
 
-def _singly(settings: Settings, shape: tuple[int, int]) -> tuple[int | None, list[Head] | None]:
+def _singly(settings: Settings, config: ModelConfig) -> tuple[int | None, list[Head] | None]:
     """(how many of the best heads are measured one by one, or which heads); (None, None) for all."""
-    wanted, total = settings.heads, shape[0] * shape[1]
+    wanted, total = settings.heads, config.n_layers * config.n_heads
     if wanted is None:
         return None, None
     if not wanted.isdecimal():
-        listed = listed_heads(wanted, shape)
-        if listed is None:
-            listed = scores_for(wanted, shape, "the models have").heads(threshold=settings.threshold)
-        return None, list(dict.fromkeys(listed))
+        found = read_heads(wanted, config)
+        return None, found.scores.heads(threshold=settings.threshold) if found.scores else found.heads
     if int(wanted) > total:
         raise ValueError(f"--heads is {wanted}, the models have {total} heads: leave it out for all")
     if int(wanted) and not settings.detect and settings.scores is None:

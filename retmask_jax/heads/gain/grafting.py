@@ -152,7 +152,7 @@ class _GraftedLayers(Layers):
     def apply_group(self, pattern, weights, carry, repeat_and_masks, call: Call):
         def apply(config: ModelConfig, carry):
             chosen = {place: _chosen(config, self.config.n_kv_heads, graft) for place, graft in weights.items()}
-            plain = Layers(config, {}, self.call, self.rope_site)
+            plain = Layers(config, {}, self.call)
             return plain.apply_group(pattern, chosen, carry, repeat_and_masks, call)
 
         kv_heads, heads = self.config.n_kv_heads, self.config.n_heads
@@ -178,7 +178,7 @@ def _grafted(
     ends = {name: _either(gates.ends, start[name], trained[name]) for name in start if name not in grafts}
     batch, length = tokens_BT.shape
     call = make_call(config, length, None, jnp.full(batch, length), longest)
-    return _GraftedLayers(config, ends | grafts, call, "rotary")
+    return _GraftedLayers(config, ends | grafts, call)
 
 
 def _logits(layers: Layers, first: jax.Array | int, x_BTE: jax.Array, rows_BP: jax.Array | None) -> jax.Array:

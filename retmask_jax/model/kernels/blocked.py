@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Generator
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +19,7 @@ QUERY_BLOCK, KEY_BLOCK = 128, 256  # fastest on CPUs, where a block's scores sta
 _ON_GPU = 256, 1024  # there all rows and heads meet a block at once, and each turn of the loop costs a launch
 _ALIGNED = 16  # numbers that a vector unit takes at once
 HIDDEN = -1e30
+_MOST = 80.0  # logarithm of the largest weight, of a key that counts nothing, so that 0 times it is 0
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
@@ -58,6 +60,33 @@ class Scores:
         return softcap(products * self.scale, self.cap)
 
 
+class Streams(flax.struct.PyTreeNode):
+    """Heads that see only the beginning of their row and their last keys.
+
+    Attributes:
+        gate: [..., H], whether a head streams, or the share of its weight that a key out of reach loses.
+        sink: How many tokens at the beginning are in reach.
+        window: How many keys are in reach at the end, with that at the query's position, as `Scores.window` counts them.
+    """
+
+    gate: jax.Array
+    sink: int = flax.struct.field(pytree_node=False)
+    window: int = flax.struct.field(pytree_node=False)
+
+    def of_groups(self, batch: int, kv_heads: int) -> "Streams":
+        """The same with a gate [B,K,G], from [B,H] or [1,H]."""
+        gate_BH = jnp.broadcast_to(self.gate, (batch, self.gate.shape[-1]))
+        return self.replace(gate=gate_BH.reshape(batch, kv_heads, -1))
+
+    def away(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
+        """Whether a key is out of reach, by absolute positions (broadcast against each other)."""
+        return (key_positions >= self.sink) & (key_positions <= query_positions - self.window)
+
+    def share(self, away: jax.Array) -> jax.Array:
+        """f32[..., H, T, S]: what keys keep of their weights. away: bool[..., T, S], with an axis of heads or none."""
+        return 1 - self.gate.astype(jnp.float32)[..., None, None] * away
+
+
 def plain(
     q_GTD: jax.Array,
     k_DS: jax.Array,
@@ -65,22 +94,31 @@ def plain(
     query_positions_T: jax.Array,
     key_positions_S: jax.Array,
     scores: Scores,
+    streams: Streams | None = None,
 ) -> jax.Array:
     """Attention in one softmax over all S keys; stores G*T*S weights, differentiable to any order."""
     groups, length, width = q_GTD.shape
     raw_GTS = scores.of(dot(q_GTD.reshape(-1, width), k_DS, (1, 0))).reshape(groups, length, -1)
     seen_TS = scores.seen(query_positions_T[:, None], key_positions_S)
-    weights_GTS = jax.nn.softmax(jnp.where(seen_TS, raw_GTS, HIDDEN), axis=-1).astype(v_SD.dtype)
-    return jnp.einsum("gts,sd->gtd", weights_GTS, v_SD, precision=precision(v_SD.dtype))
+    raw_GTS = jnp.where(seen_TS, raw_GTS, HIDDEN)
+    if streams is None:
+        weights_GTS = jax.nn.softmax(raw_GTS, axis=-1)
+    else:
+        share_GTS = streams.share(streams.away(query_positions_T[:, None], key_positions_S))
+        top_GT1 = jnp.where(share_GTS > 0, raw_GTS, HIDDEN).max(axis=-1, keepdims=True)
+        weights_GTS = _weights(raw_GTS, jax.lax.stop_gradient(top_GT1), share_GTS)
+        weights_GTS /= jnp.maximum(weights_GTS.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    return jnp.einsum("gts,sd->gtd", weights_GTS.astype(v_SD.dtype), v_SD, precision=precision(v_SD.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def blocked(
     q_GTD: jax.Array,
     k_DS: jax.Array,
     v_SD: jax.Array,
     first_query: jax.Array | int,
     first_key: jax.Array | int,
+    streams: Streams | None,
     scores: Scores,
 ) -> jax.Array:
     """Attention block by block, for queries at first_query, first_query + 1, ... and keys at first_key, ...
@@ -89,7 +127,7 @@ def blocked(
     keys cost. The gradient recomputes the weights block by block from their normalisers (arXiv 2205.14135); it can be
     taken once, and not in forward mode.
     """
-    return _forward(q_GTD, k_DS, v_SD, first_query, first_key, scores)[0]
+    return _forward(q_GTD, k_DS, v_SD, first_query, first_key, streams, scores)[0]
 
 
 def _forward(
@@ -98,6 +136,7 @@ def _forward(
     v_SD: jax.Array,
     first_query: jax.Array | int,
     first_key: jax.Array | int,
+    streams: Streams | None,
     scores: Scores,
 ) -> tuple[jax.Array, jax.Array]:
     """(output, log of the normaliser f32[C,N] per block of queries)."""
@@ -107,9 +146,10 @@ def _forward(
     def block_of_queries(c):
         def add(s, state):
             top_N, total_N, sum_ND = state
-            raw_NS = tiles.scores(q_CND[c], k_DS, c, s)
-            new_top_N = jnp.maximum(top_N, raw_NS.max(axis=1))
-            weights_NS = jnp.exp(raw_NS - new_top_N[:, None])
+            raw_NS, share_NS = tiles.scores(q_CND[c], k_DS, c, s), tiles.share(streams, c, s)
+            counted_NS = raw_NS if share_NS is None else jnp.where(share_NS > 0, raw_NS, HIDDEN)
+            new_top_N = jnp.maximum(top_N, counted_NS.max(axis=1))
+            weights_NS = _weights(raw_NS, new_top_N[:, None], share_NS)
             shrink_N = jnp.exp(top_N - new_top_N)
             sum_ND = sum_ND * shrink_N[:, None] + dot(weights_NS.astype(v_SD.dtype), tiles.block(v_SD, s, 0), (1, 0))
             return new_top_N, total_N * shrink_N + weights_NS.sum(axis=1), sum_ND
@@ -130,14 +170,15 @@ def _forward_saving(
     v_SD: jax.Array,
     first_query: jax.Array | int,
     first_key: jax.Array | int,
+    streams: Streams | None,
     scores: Scores,
 ) -> tuple[jax.Array, tuple]:
-    out_GTD, normaliser_CN = _forward(q_GTD, k_DS, v_SD, first_query, first_key, scores)
-    return out_GTD, (q_GTD, k_DS, v_SD, first_query, first_key, out_GTD, normaliser_CN)
+    out_GTD, normaliser_CN = _forward(q_GTD, k_DS, v_SD, first_query, first_key, streams, scores)
+    return out_GTD, (q_GTD, k_DS, v_SD, first_query, first_key, streams, out_GTD, normaliser_CN)
 
 
 def _backward(scores: Scores, saved: tuple, d_out_GTD: jax.Array) -> tuple:
-    q_GTD, k_DS, v_SD, first_query, first_key, out_GTD, normaliser_CN = saved
+    q_GTD, k_DS, v_SD, first_query, first_key, streams, out_GTD, normaliser_CN = saved
     tiles = _Tiles(q_GTD.shape, k_DS.shape[1], first_query, first_key, scores)
     q_CND, d_out_CND = tiles.queries(q_GTD), tiles.queries(d_out_GTD)
     keys_DS, values_SD = tiles.keys(k_DS, 1), tiles.keys(v_SD, 0)
@@ -146,11 +187,14 @@ def _backward(scores: Scores, saved: tuple, d_out_GTD: jax.Array) -> tuple:
 
     def block_of_queries(sums, c):
         def add(s, state):
-            d_q_ND, d_k_DS, d_v_DS = state
-            raw_NS = tiles.scores(q_CND[c], keys_DS, c, s)
-            weights_NS = jnp.exp(raw_NS - normaliser_CN[c][:, None])
+            d_q_ND, d_gate_G, d_k_DS, d_v_DS = state
+            raw_NS, share_NS = tiles.scores(q_CND[c], keys_DS, c, s), tiles.share(streams, c, s)
+            weights_NS = _weights(raw_NS, normaliser_CN[c][:, None], share_NS)
             d_weights_NS = dot(d_out_CND[c], tiles.block(values_SD, s, 0), (1, 1))
             d_raw_NS = weights_NS * (d_weights_NS - mean_CN[c][:, None])
+            if d_gate_G is not None:
+                whole_NS = _weights(raw_NS, normaliser_CN[c][:, None], tiles.away(streams, c, s))
+                d_gate_G -= (whole_NS * (d_weights_NS - mean_CN[c][:, None])).reshape(tiles.groups, -1).sum(axis=1)
             if scores.cap is not None:  # of a hidden score the weight is 0 already
                 d_raw_NS *= 1 - jnp.square(jnp.where(raw_NS == HIDDEN, 0.0, raw_NS) / scores.cap)
             d_raw_NS = (d_raw_NS * scores.scale).astype(q_GTD.dtype)
@@ -158,16 +202,19 @@ def _backward(scores: Scores, saved: tuple, d_out_GTD: jax.Array) -> tuple:
             # The values' sum has its width first, too: a product then turns round its narrow factor, not the weights.
             d_k_DS = tiles.add(d_k_DS, s, dot(q_CND[c], d_raw_NS, (0, 0)))
             d_v_DS = tiles.add(d_v_DS, s, dot(d_out_CND[c], weights_NS.astype(d_out_GTD.dtype), (0, 0)))
-            return d_q_ND, d_k_DS, d_v_DS
+            return d_q_ND, d_gate_G, d_k_DS, d_v_DS
 
         d_q_ND, *sums = jax.lax.fori_loop(*tiles.seen_by(c), add, (jnp.zeros(q_CND.shape[1:]), *sums))
         return tuple(sums), d_q_ND.astype(q_GTD.dtype)
 
+    is_gate = streams is not None and streams.gate.dtype != jnp.bool_
     zeros = jnp.zeros(keys_DS.shape, jnp.float32), jnp.zeros(values_SD.shape[::-1], jnp.float32)
-    (d_k_DS, d_v_DS), d_q_CND = jax.lax.scan(block_of_queries, zeros, jnp.arange(len(q_CND)))
+    zeros = jnp.zeros(tiles.groups) if is_gate else None, *zeros
+    (d_gate_G, d_k_DS, d_v_DS), d_q_CND = jax.lax.scan(block_of_queries, zeros, jnp.arange(len(q_CND)))
+    d_streams = streams.replace(gate=d_gate_G.astype(streams.gate.dtype)) if is_gate else None
     n_keys = k_DS.shape[1]
     d_k_DS, d_v_SD = d_k_DS[:, :n_keys].astype(k_DS.dtype), d_v_DS.T[:n_keys].astype(v_SD.dtype)
-    return tiles.unblocked(d_q_CND), d_k_DS, d_v_SD, None, None
+    return tiles.unblocked(d_q_CND), d_k_DS, d_v_SD, None, None, d_streams
 
 
 blocked.defvjp(_forward_saving, _backward)
@@ -223,17 +270,37 @@ class _Tiles:
 
     def scores(self, q_ND: jax.Array, k_DS: jax.Array, c: jax.Array, s: jax.Array) -> jax.Array:
         """f32[N,S] of query block c and key block s, HIDDEN where a query does not see a key."""
+        query_T, key_S = self.positions(c, s)
+        seen_NS = self.rule.seen(jnp.tile(query_T, self.groups)[:, None], key_S)
+        exists_S = key_S < self.first_key + self.n_keys
+        return jnp.where(seen_NS & exists_S, self.rule.of(dot(q_ND, self.block(k_DS, s, 1), (1, 0))), HIDDEN)
+
+    def positions(self, c: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Absolute positions of the queries of block c and of the keys of block s."""
         query_T = self.first_query + c * self.query_block + jnp.arange(self.query_block)
-        index_S = s * self.key_block + jnp.arange(self.key_block)
-        seen_NS = self.rule.seen(jnp.tile(query_T, self.groups)[:, None], self.first_key + index_S)
-        return jnp.where(
-            seen_NS & (index_S < self.n_keys), self.rule.of(dot(q_ND, self.block(k_DS, s, 1), (1, 0))), HIDDEN
-        )
+        return query_T, self.first_key + s * self.key_block + jnp.arange(self.key_block)
+
+    def away(self, streams: Streams, c: jax.Array, s: jax.Array) -> jax.Array:
+        """bool[N,S]: whether a key of block s is out of reach for a streaming head of query block c."""
+        query_T, key_S = self.positions(c, s)
+        return streams.away(jnp.tile(query_T, self.groups)[:, None], key_S)
+
+    def share(self, streams: Streams | None, c: jax.Array, s: jax.Array) -> jax.Array | None:
+        """f32[N,S]: what the keys keep of their weights; None where no head streams."""
+        if streams is None:
+            return None
+        away_GTS = self.away(streams, c, s).reshape(self.groups, self.query_block, -1)
+        return streams.share(away_GTS).reshape(-1, self.key_block)
 
 
 def even_size(length: int, most: int, aligned: int = _ALIGNED) -> int:
     """The size of equal parts, at most `most` and a multiple of `aligned`, that pad a length least."""
     return min(most, aligned * -(-length // (aligned * -(-length // most))))
+
+
+def _weights(raw: jax.Array, top: jax.Array, share: jax.Array | None) -> jax.Array:
+    """exp(raw - top), times the share that keys keep of it, where there is one."""
+    return jnp.exp(raw - top) if share is None else jnp.exp(jnp.minimum(raw - top, _MOST)) * share
 
 
 def _padded(x: jax.Array, axis: int, multiple_of: int) -> jax.Array:

@@ -101,7 +101,7 @@ def _after_cache_backward(scores: Scores, saved: tuple, d_out_BTHD: jax.Array) -
     def in_blocks(q_BTHD, k_BKDS, v_BKSD):
         batch, length, heads, width = q_BTHD.shape
         q_BKGTD = q_BTHD.reshape(batch, length, k_BKDS.shape[1], -1, width).transpose(0, 2, 3, 1, 4)
-        over_heads = jax.vmap(lambda *x: blocked(*x, scores), (0, 0, 0, None, None))
+        over_heads = jax.vmap(lambda *x: blocked(*x, None, scores), (0, 0, 0, None, None))
         out_BKGTD = jax.vmap(over_heads)(q_BKGTD, k_BKDS, v_BKSD, start_B, first_B)
         return out_BKGTD.reshape(batch, heads, length, width).swapaxes(1, 2)
 

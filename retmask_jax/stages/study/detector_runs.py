@@ -21,6 +21,7 @@ from retmask_jax.stages.detect import DETECT
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import read_json, read_jsonl, write_json
 
+PASSES = {"query_focused": 2, "gradient": 3}  # of a detector over the cases; others read them once
 UNTOUCHED = Condition("none", 0, Interventions())
 
 

@@ -16,6 +16,7 @@ from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, DETECTION, HeadNumber, best_heads, retrieval_heads
 from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.stages.study.detector_runs import (
+    PASSES,
     UNTOUCHED,
     Concentration,
     DetectorRun,
@@ -31,7 +32,6 @@ from retmask_jax.utils.files import write_jsonl
 from retmask_jax.utils.numbers import Number
 
 _LISTED = 5  # best heads of each detector in the result, with intervals
-_PASSES = {"query_focused": 2, "gradient": 3}  # over the cases; other detectors read them once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,7 +221,7 @@ def _cost(context: Context) -> Cost:
     config, section = context.config, context.config.detectors
     detection = cases_cost(config, config.detect.task, section.cases)
     names = [name for name in section.names if name != "copy" or config.detect.scores or config.detect.released]
-    runs = sum(_PASSES.get(name, 1) for name in names) + len(section.seeds) * len(section.seed_names)
+    runs = sum(PASSES.get(name, 1) for name in names) + len(section.seeds) * len(section.seed_names)
     masked = (1 + len(section.names)) * task_cost(config, config.knockout.tasks[0]) if config.knockout.tasks else Cost()
     return runs * Cost(detection.read) + masked
 

@@ -37,6 +37,7 @@ ARRAYS = [  # public functions and methods of which arguments or results are arr
     "dpo_loss",
     "mask_heads",
     "needle_recall",
+    "look",
     "LanguageModel.logits",
     "LanguageModel.generate",
     "HeadScores.from_array",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from retmask_jax.model.rope import rope_pairs
     from retmask_jax.model.transformer import forward
+    from retmask_jax.reports.looking.view import look
     from retmask_jax.training.losses import dpo_loss
 
 __version__ = "0.2.0"
@@ -51,6 +52,7 @@ _HOME = {
     "find_heads": "heads.builtin_cases",
     "needle_recall": "heads.builtin_cases",
     "profile": "heads.profile",
+    "look": "reports.looking.view",
     "sequence_logprobs": "generation.logprobs",
     "dpo_loss": "training.losses",
 }
@@ -77,6 +79,7 @@ __all__ = [
     "find_heads",
     "needle_recall",
     "profile",
+    "look",
     "sequence_logprobs",
     "dpo_loss",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 from retmask_jax.evals.compare import ArmRow, ModelRow, headlines
 from retmask_jax.heads.conditions import ConditionRow
 from retmask_jax.heads.detection import Settled
-from retmask_jax.stages.detect import DetectResult
+from retmask_jax.stages.detect import DetectResult, HeadNumber
 from retmask_jax.stages.eval import Cell, EvalResult
 from retmask_jax.stages.knockout import KindNumber, KnockoutResult, LossRow, TaskMean
 from retmask_jax.stages.pairs import PairsResult
@@ -62,6 +62,7 @@ def detect_result(shape, counted, threshold):
         outcomes={"counted": counted, "wrong answer, cut at the token limit": 3, "empty answer": 1},
         profile={"n_heads": 3, "gini": 0.871, "layer_com": None},
         stability=[Settled(n, 3, 1.0 if n == counted else 0.75) for n in cases],
+        best=[HeadNumber.of(around(0.9, counted), layer=1, head=0, chosen=True)],
         numbers={
             "detect/cases counted": around(0.9123),
             "detect/heads": number(3.0, n=counted),

@@ -38,6 +38,7 @@ ARRAYS = [  # public functions and methods of which arguments or results are arr
     "mask_heads",
     "mask_queries",
     "needle_recall",
+    "look",
     "LanguageModel.logits",
     "LanguageModel.generate",
     "HeadScores.from_array",

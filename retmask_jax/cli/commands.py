@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from retmask_jax.aot import decoding, step
 from retmask_jax.cli import doctor, exporting
 from retmask_jax.cli.head_files import export_heads, format_of
 from retmask_jax.cli.plan import planned, say_how_long, say_how_long_diff
-from retmask_jax.cli.printing import print_numbers, print_table
+from retmask_jax.cli.printing import print_numbers, print_table, show_log
 from retmask_jax.heads.gain import difference
 from retmask_jax.heads.profile import profile_table
 from retmask_jax.hf import hub
@@ -146,7 +145,7 @@ def pretrain(config: ConfigDict, root: Path) -> None:
     """Train the tiny model and write it with its data files, in the layout of the package's assets."""
     if "pretrain" not in config:
         raise ValueError("this config has no section `pretrain`: use tiny, panel_llama, panel_qwen3 or panel_olmo3")
-    _log()
+    show_log()
     workdir = Workdir.open(root, config)
     if (stored := root / "config.json").exists():
         ours, theirs = (settings_of(made, ("pretrain.*",)) for made in (workdir.config, read_json(stored)))
@@ -162,7 +161,7 @@ def pretrain(config: ConfigDict, root: Path) -> None:
 
 def ahead(config: ConfigDict, name: str, topology: str, stage: str) -> bool:
     """Compile what a stage runs for a topology that need not be here and print what it takes; whether it fits."""
-    _log()
+    show_log()
     if stage == "train":
         row = step.check_training(config, topology)
         print(step.describe(row, name))
@@ -243,7 +242,7 @@ def diff(start: str, trained: str, settings: dict, out: Path | None) -> None:
 
     settings: of `difference.Settings`.
     """
-    _log()
+    show_log()
     chosen = difference.Settings(**settings)
     found = difference.compare(start, trained, chosen, functools.partial(say_how_long_diff, chosen.dtype))
     for sentence in of_difference.sentences(found):
@@ -305,7 +304,7 @@ def _open(
         aside: As of `Workdir.open`.
         model: Whether the command needs the model, so that the config is checked against it.
     """
-    _log()
+    show_log()
     split_cpu(config.cpu_devices)
     keep = config.programs
     compiled.keep_programs(keep.folder or None, compiled.Limits(keep.gib, keep.days))
@@ -319,12 +318,6 @@ def _open(
     if model:
         check_model(context, stages)
     return context
-
-
-def _log() -> None:
-    """RETMASK_LOG=INFO shows what is going on inside."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("retmask_jax").setLevel(os.environ.get("RETMASK_LOG", "WARNING").upper())
 
 
 def _say_where_time_went(context: Context, result: Result) -> None:

@@ -67,6 +67,10 @@ def _use(arguments: argparse.Namespace) -> int:
             own = ("stage", "start", "trained", "out")
             settings = {name: value for name, value in vars(arguments).items() if name not in own}
             commands.diff(arguments.start, arguments.trained, settings, arguments.out)
+        case "look":
+            from retmask_jax.cli import looking
+
+            looking.look(arguments)
     return 0
 
 

@@ -39,12 +39,13 @@ GROUPS = {
         "budget": "what a model can do where all but a list's best heads stream",
         "panel": "findings of several studies side by side, with intervals",
         "diff": "two checkpoints: which heads changed, which carry the gain",
+        "look": "one page: where heads look while the model writes an answer",
         "pretrain": "train a tiny model from its recipe, with its data files",
         "bench": "speed, memory and results against what others run",
     },
 }
 STAGES = {name: text for stages in GROUPS.values() for name, text in stages.items()}
-TOOLS = ("doctor", "inspect", "profile", "panel", "diff", "bench")  # which read no config
+TOOLS = ("doctor", "inspect", "profile", "panel", "diff", "look", "bench")  # which read no config
 SCALES = ("quick", "paper")  # recipes for any model
 # Forms in which `export` writes pairs, and head scores; the first of each is the usual one.
 PAIR_FORMS = ("released", "tfds")
@@ -98,6 +99,7 @@ _EXAMPLES_OF = {
     "profile": ("retmask profile runs/llama runs/qwen --out=profiles",),
     "panel": ("retmask panel runs/llama runs/qwen --out=panel",),
     "diff": ("retmask diff bundled my_model --lengths=128 --out=diff", "retmask diff START TRAINED --dtype=bfloat16"),
+    "look": ("retmask look bundled", "retmask look MODEL --file=page.txt --heads=18-6,17-3 --out=page.html"),
     "bench": ("retmask bench generate", "retmask bench dpo --size=30m --repeats=3"),
 }
 

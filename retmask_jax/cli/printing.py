@@ -1,5 +1,7 @@
-"""Tables on the terminal."""
+"""Tables and messages on the terminal."""
 
+import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -33,3 +35,9 @@ def print_table(
         table.add_row(*map(escape, row))
     width = None if sys.stdout.isatty() else 10_000  # lines of a file are never broken
     Console(file=sys.stdout, width=width, highlight=False).print(table)
+
+
+def show_log() -> None:
+    """RETMASK_LOG=INFO shows what is going on inside."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("retmask_jax").setLevel(os.environ.get("RETMASK_LOG", "WARNING").upper())

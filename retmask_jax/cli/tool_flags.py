@@ -105,6 +105,45 @@ def _add_diff(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--out", type=Path, help="folder for diff.json and diff.html")
 
 
+def _add_look(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("model", metavar="MODEL", help='a folder, hub id, .gguf file or "bundled"')
+    asked = stage.add_mutually_exclusive_group()
+    asked.add_argument("--prompt", metavar="TEXT", help="what the user of a chat model says, or a text to continue")
+    asked.add_argument("--file", type=Path, help="a file with that text")
+    asked.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="tokens of a built-in question about a code, else (default: 2000 at most)",
+    )
+    stage.add_argument("--begin", default="", metavar="TEXT", help="how the reply to a text begins")
+    stage.add_argument(
+        "--plain", action="store_true", help="put the text to the model as it is, without a chat template"
+    )
+    stage.add_argument("--answer", metavar="TEXT", help="what the model is to say (default: its own answer)")
+    stage.add_argument(
+        "--heads",
+        metavar="N|LAYER-HEAD[,...]|FILE",
+        help="heads to show first, and to mask in the second answer: the best N by score, some by name, or a file "
+        "of heads in any published form (default: the best 8)",
+    )
+    scores = stage.add_mutually_exclusive_group()
+    scores.add_argument(
+        "--scores",
+        metavar="FILE",
+        help="head scores in any published form (default: the copy score in this very prompt)",
+    )
+    scores.add_argument(
+        "--find", action="store_true", help="find head scores first, with 24 built-in cases of 512 tokens"
+    )
+    stage.add_argument(
+        "--new_tokens", type=int, default=24, metavar="N", help="tokens of the longest answer (default: 24)"
+    )
+    stage.add_argument("--dtype", default="float32", help="of parameters and computation (default: float32)")
+    stage.add_argument("--ignore", type=_names, default=(), metavar="NAME[,NAME...]", help="as of `retmask inspect`")
+    stage.add_argument("--out", type=Path, default=Path("look.html"), help="file to write (default: look.html)")
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
@@ -121,4 +160,5 @@ TOOL_FLAGS = {
     "profile": _add_profile,
     "panel": _add_panel,
     "diff": _add_diff,
+    "look": _add_look,
 }

@@ -1,6 +1,7 @@
 """The tokenizer of a checkpoint, read by transformers or built from a GGUF file. Code of a checkpoint is never run."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from retmask_jax.hf.gguf import tokenizer as gguf_tokenizer
 from retmask_jax.hf.gguf.file import is_gguf, open_file
 from retmask_jax.utils.files import read_object
 
+_PART, _LONGEST = "\ufffd", 6  # what stands for a part of a character, and tokens that may make up one
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
@@ -54,6 +56,34 @@ def has_chat_template(folder: Path) -> bool:
         return True
     settings = folder / "tokenizer_config.json"
     return settings.exists() and bool(read_object(settings).get("chat_template"))
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Returns the text of each token as it stands within a text: with its blanks, special tokens by their names.
+
+    Where several tokens make up one character, the first has it and the others have no text.
+
+    >>> tokenizer = load_tokenizer(Path("retmask_jax/assets/tiny"))
+    >>> token_texts(tokenizer, tokenizer("<bos> the home of emma")["input_ids"])
+    ['<bos>', ' the', ' home', ' of', ' emma']
+    """
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # some decoders drop the blank before a first word
+    before = tokenizer.decode(anchor)
+
+    def text(some: Sequence[int]) -> str:
+        after, alone = tokenizer.decode([*anchor, *some]), tokenizer.decode(some)
+        return after[len(before) :] if after.startswith(before) else alone
+
+    alone, texts, i = {one: text([one]) for one in set(ids)}, [], 0
+    while i < len(ids):
+        n = 1
+        whole = alone[ids[i]]
+        if _PART in whole:
+            joined = ((n, text(ids[i : i + n])) for n in range(2, _LONGEST + 1))
+            n, whole = next(((n, found) for n, found in joined if _PART not in found), (1, whole))
+        texts += [whole, *[""] * (n - 1)]
+        i += n
+    return texts[: len(ids)]
 
 
 def _auto_tokenizer():

@@ -68,6 +68,8 @@ class Probe(flax.struct.PyTreeNode):
         relative: Whether spans count from each query's own position, so that [-1, 0) is the token before it.
         top: How many keys to report.
         values: Also report the part of the head's output that it reads in each span.
+        weights: Also report the weights of the `top` keys.
+        queries: Also report the queries, as they meet the keys.
         pairs: The number of rotary pairs, to also report the covariance over the keys of what they add to q.k; 0: do not.
         projected: Also report the outputs of q_proj, bias included, before any norm, rotation and mask.
     """
@@ -77,6 +79,8 @@ class Probe(flax.struct.PyTreeNode):
     relative: bool = flax.struct.field(pytree_node=False, default=False)
     top: int = flax.struct.field(pytree_node=False, default=1)
     values: bool = flax.struct.field(pytree_node=False, default=False)
+    weights: bool = flax.struct.field(pytree_node=False, default=False)
+    queries: bool = flax.struct.field(pytree_node=False, default=False)
     pairs: int = flax.struct.field(pytree_node=False, default=0)
     projected: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -91,6 +95,8 @@ class Probed(flax.struct.PyTreeNode):
         pairs: f32[B,1,...,H,R,R], covariance over the keys of what two rotary pairs add to q.k, mean over the rows, or
             None. The dimensions that are not rotated count as one more pair.
         projected: f32[B,P,...,H,D], the outputs of q_proj, or None.
+        weights: f32[B,P,...,H,top], the softmax's weights of `keys`, 0 where there is no key; or None.
+        queries: [B,P,...,H,D], after norm and rotation; or None.
     """
 
     keys: jax.Array
@@ -98,6 +104,8 @@ class Probed(flax.struct.PyTreeNode):
     values: jax.Array | None = None
     pairs: jax.Array | None = None
     projected: jax.Array | None = None
+    weights: jax.Array | None = None
+    queries: jax.Array | None = None
 
 
 def attend(
@@ -268,15 +276,21 @@ def probe(
             share_BHS = streams.share(away_B11S)[:, :, 0]
             seen_BHS &= share_BHS > 0
             raw_BHS = order_BHS = raw_BHS + jnp.log(jnp.where(share_BHS > 0, share_BHS, 1))
-        found = Probed(_top(jnp.where(seen_BHS, order_BHS, HIDDEN), keys.positions_BS, request.top))
+        slots_BHN, keys_BHN = _top(jnp.where(seen_BHS, order_BHS, HIDDEN), keys.positions_BS, request.top)
+        found = Probed(keys_BHN, queries=q_BHD if request.queries else None)
         if request.pairs:
             found = found.replace(pairs=_covariance(q_BKGTD[:, :, :, 0], seen_BHS, keys, request.pairs))
+        if request.spans_BN2 is None and not request.weights:
+            return found
+        weights_BHS = jax.nn.softmax(jnp.where(seen_BHS, raw_BHS, HIDDEN), axis=-1)
+        if request.weights:
+            top_BHN = jnp.take_along_axis(weights_BHS, slots_BHN, axis=-1, mode="fill", fill_value=0)
+            found = found.replace(weights=jnp.where(keys_BHN < 0, 0, top_BHN))
         if request.spans_BN2 is None:
             return found
         first_BN1, end_BN1 = jnp.split(request.spans_BN2, 2, axis=-1)
         places_B1S = keys.positions_BS[:, None] - (query_B[:, None, None] if request.relative else 0)
         inside_BNS = (places_B1S >= first_BN1) & (places_B1S < end_BN1)
-        weights_BHS = jax.nn.softmax(jnp.where(seen_BHS, raw_BHS, HIDDEN), axis=-1)
         mass_BHN = jnp.einsum(
             "bhs,bns->bhn", weights_BHS, inside_BNS.astype(jnp.float32), precision=precision(jnp.float32)
         )
@@ -313,8 +327,8 @@ def _covariance(q_BKGD: jax.Array, seen_BHS: jax.Array, keys: Keys, n_pairs: int
     return jnp.einsum("bhrs,bhqs->bhrq", around_BHRS, around_BHRS, precision=exact) / n_BH11
 
 
-def _top(products_BHS: jax.Array, positions_BS: jax.Array, n: int) -> jax.Array:
-    """i32[B,H,n]: positions of the n largest, the earlier slot first among equals; -1 for hidden ones."""
+def _top(products_BHS: jax.Array, positions_BS: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """i32[B,H,n]: slots of the n largest, the earlier first among equals, and their positions, -1 for hidden ones."""
     if n == 1:
         slots_BHN = jnp.argmax(products_BHS, axis=-1)[..., None]
     else:
@@ -325,7 +339,7 @@ def _top(products_BHS: jax.Array, positions_BS: jax.Array, n: int) -> jax.Array:
         positions_BS, slots_BHN
     )
     hidden = jnp.take_along_axis(products_BHS, slots_BHN, axis=-1, mode="fill", fill_value=HIDDEN) == HIDDEN
-    return jnp.where(hidden, -1, found_BHN)
+    return slots_BHN, jnp.where(hidden, -1, found_BHN)
 
 
 def _over_heads(function: Callable[..., jax.Array], of_heads: Any, keys: Keys) -> jax.Array:

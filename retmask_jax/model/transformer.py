@@ -250,7 +250,7 @@ class Attention(nn.Module):
         if cache is not None:
             seen, cache = cache.extend(repeat, k_BTKD, v_BTKD, call.first_B, call.end_B)
             keys = keys if call.start_B is None else seen
-        scores = Scores(cfg.attention_scale, cfg.window if kind == "sliding" else None, cfg.attention_softcap)
+        scores = Scores.for_layer(cfg, self.place)
         positions_BT = None if call.rows_BP is None else call.first_B[:, None] + call.rows_BP
         if call.fork is None:
             out_BTHD = attend(q_BTHD, keys, scores, call.start_B, cfg.kernel, positions_BT, masks.streams)

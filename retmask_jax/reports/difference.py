@@ -1,6 +1,6 @@
 """What `retmask diff` finds, as sentences, tables and a page: changes of weights and scores, and what carries the gain."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from retmask_jax.heads.gain.shares import PartShares
 from retmask_jax.heads.gain.weights import WeightChanges
 from retmask_jax.reports import html, plotting
 from retmask_jax.reports.html import change, count, fixed, interval, section, table
-from retmask_jax.reports.plotting import drawn, head_map
+from retmask_jax.reports.plotting import Tips, drawn, head_map
 from retmask_jax.utils.files import write_atomically
 from retmask_jax.utils.numbers import Number
 
@@ -83,19 +83,22 @@ def _gain(found: Difference) -> Markup:
 
 
 def _carried(found: Difference) -> Markup:
-    maps = {}
-    for name, measure in (("log-probability", "logprob"), ("recall", "recall")):
+    panels, tips = {}, {}
+    for measure_name, measure in (("log-probability", "logprob"), ("recall", "recall")):
         for way, title in (("put_in", "put into the start model"), ("taken_out", "taken out of the trained one")):
-            values_LH = _by_head(found, lambda part, m=measure, w=way: getattr(getattr(part, m), w).estimate)
+            numbers = {(p.layer, p.head): getattr(getattr(p, measure), way) for p in found.parts if p.kind == "head"}
+            values_LH = _by_head(found, {head: number.estimate for head, number in numbers.items()}, np.nan)
             if np.isfinite(values_LH).any():
-                maps[f"Gain in {name}, head {title}"] = values_LH
-    panels = {title: head_map(title, values, found.retrieval, "share", signed=True) for title, values in maps.items()}
+                name = f"Gain in {measure_name}, head {title}"
+                panels[name] = head_map(name, values_LH, found.retrieval, "share", signed=True)
+                shares = {head: f"share {change(number)}" for head, number in numbers.items()}
+                tips[name] = Tips(_by_head(found, shares, "not measured").tolist())
     each = [part for part in found.parts if part.kind != "group"]
     every = table(["part", *_HEADER], [[part.name, *_cells(part)] for part in each])
     return section(
         "Which heads carry it",
         [],
-        drawn(panels, f"Share of the gain that a head alone carries.{_unmeasured(found)}{_outlined(found)}"),
+        drawn(panels, f"Share of the gain that a head alone carries.{_unmeasured(found)}{_outlined(found)}", tips),
         table(*best_heads(found), note=_NOTE),
         html.folded("Every head that was measured, and every MLP", every),
     )
@@ -104,6 +107,13 @@ def _carried(found: Difference) -> Markup:
 def _weights(found: Difference) -> Markup:
     changes = found.changes
     panels = {f"Change of {name}": _change_map(name, changes, found) for name in ("q", "k", "v", "o")}
+    tips = {
+        f"Change of {name}": Tips(
+            [[f"relative change {_small(value)}" for value in row] for row in _array(getattr(changes, name))],
+            _across(name, found),
+        )
+        for name in ("q", "k", "v", "o")
+    }
     layers = zip(_means(changes), changes.mlps, changes.norms, strict=True)
     rows = [[layer, *map(_small, [*means, mlp, norms])] for layer, (means, mlp, norms) in enumerate(layers)]
     return section(
@@ -112,7 +122,7 @@ def _weights(found: Difference) -> Markup:
             "The size of a change is the Frobenius norm of the difference over that of the start model's weights.",
             f"{', '.join(f'{name}: {_small(value)}' for name, value in changes.ends.items())}.",
         ],
-        drawn(panels, f"Relative change of each head's weights, biases included.{_outlined(found)}"),
+        drawn(panels, f"Relative change of each head's weights, biases included.{_outlined(found)}", tips),
         html.folded("Every layer", table(["layer", "q", "k", "v", "o", "MLP", "norms"], rows, "Heads: mean.")),
     )
 
@@ -127,15 +137,27 @@ def _scores(found: Difference) -> Markup:
         "Copy score after": head_map("Copy score after", scores.trained, found.retrieval, "score"),
         "Change of the copy score": head_map("Change of the copy score", moved_LH, found.retrieval, "", signed=True),
     }
+    texts = [
+        [f"copy score {fixed(a)} before, {fixed(b)} after" for a, b in zip(before, after, strict=True)]
+        for before, after in zip(scores.start, scores.trained, strict=True)
+    ]
     counted = " and ".join(map(str, scores.counted))
-    return section("Copy scores", [f"{counted} of {found.settings.n} cases count."], drawn(panels, _outlined(found)))
+    return section(
+        "Copy scores",
+        [f"{counted} of {found.settings.n} cases count."],
+        drawn(panels, _outlined(found), dict.fromkeys(panels, Tips(texts))),
+    )
 
 
 def _change_map(name: str, changes: WeightChanges, found: Difference) -> "Figure":
-    values = _array(getattr(changes, name))
-    shared = name in ("k", "v") and values.shape != _array(changes.q).shape
-    heads: Sequence = [] if shared else found.retrieval
-    return head_map(f"Change of {name}", values, heads, "relative change", across="KV head" if shared else "head")
+    across = _across(name, found)
+    heads: Sequence = found.retrieval if across == "head" else []
+    return head_map(f"Change of {name}", _array(getattr(changes, name)), heads, "relative change", across=across)
+
+
+def _across(name: str, found: Difference) -> str:
+    """What the columns of a map of q, k, v or o are."""
+    return "head" if len(getattr(found.changes, name)[0]) == len(found.changes.q[0]) else "KV head"
 
 
 def _unmeasured(found: Difference) -> str:
@@ -146,12 +168,10 @@ def _outlined(found: Difference) -> str:
     return " Retrieval heads are outlined." if found.retrieval else ""
 
 
-def _by_head(found: Difference, value) -> np.ndarray:
-    values_LH = np.full_like(_array(found.changes.q), np.nan)
-    for part in found.parts:
-        if part.kind == "head":
-            values_LH[part.layer, part.head] = value(part)
-    return values_LH
+def _by_head(found: Difference, values: Mapping[Any, Any], otherwise: Any) -> np.ndarray:
+    """[L,H] of values by (layer, head)."""
+    shape = len(found.changes.q), len(found.changes.q[0])
+    return np.array([[values.get((i, j), otherwise) for j in range(shape[1])] for i in range(shape[0])])
 
 
 def _means(changes: WeightChanges) -> np.ndarray:

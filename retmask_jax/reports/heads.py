@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from retmask_jax.heads.detection import Settled
 from retmask_jax.reports import plotting
-from retmask_jax.reports.html import count, fixed, replies, section, table
+from retmask_jax.reports.html import count, fixed, interval, replies, section, table
 from retmask_jax.reports.plotting import colour, drawn
 from retmask_jax.stages.detect import DetectResult
 
@@ -69,12 +69,21 @@ def heads_section(result: DetectResult) -> Markup:
             source,
             _settled(result.stability),
         ],
-        drawn(panels, caption),
+        drawn(panels, caption, {"Head scores": plotting.Tips(_score_texts(result))}),
         replies(result.examples),
         table(
             ["profile", "value"], [[_PROFILE.get(name, name), fixed(value)] for name, value in result.profile.items()]
         ),
     )
+
+
+def _score_texts(result: DetectResult) -> list[list[str]]:
+    """The score of each head, with its interval where that is known."""
+    known = {(number.layer, number.head): number for number in result.best}
+    return [
+        [f"mean score {interval(known[i, j]) if (i, j) in known else fixed(score)}" for j, score in enumerate(row)]
+        for i, row in enumerate(result.mean)
+    ]
 
 
 def _settled(rows: Sequence[Settled]) -> str:

@@ -14,29 +14,35 @@ from retmask_jax.runs.workdir import Example
 from retmask_jax.utils.numbers import Number
 
 
+def render(template: str, **values: Any) -> Markup:
+    """A template of `templates/` by name, filled in."""
+    return Markup(_environment().get_template(f"{template}.html").render(values))
+
+
 def document(title: str, sections: Iterable[Markup]) -> Markup:
-    """The whole page."""
-    return _render("page", title=title, sections=sections)
+    """The whole page, with the script of its tooltips if it has any."""
+    sections = list(sections)
+    return render("page", title=title, sections=sections, tips=any(" data-tips=" in part for part in sections))
 
 
 def section(title: str, sentences: Iterable[str], *parts: Markup) -> Markup:
     """A heading, a line per sentence, and the parts that follow them."""
-    return _render("section", title=title, parts=[lines(*sentences), *parts])
+    return render("section", title=title, parts=[lines(*sentences), *parts])
 
 
 def figure(drawings: Iterable[Markup], caption: str) -> Markup:
     """Drawings side by side, as many as fit, over a caption."""
-    return _render("figure", drawings=drawings, caption=caption)
+    return render("figure", drawings=drawings, caption=caption)
 
 
 def lines(*sentences: str) -> Markup:
     """A line per sentence; empty ones are left out."""
-    return _render("lines", sentences=sentences)
+    return render("lines", sentences=sentences)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], note: str = "") -> Markup:
     """A table that scrolls sideways on a narrow screen, with a note below."""
-    return _render("table", head=head, rows=rows, note=note)
+    return render("table", head=head, rows=rows, note=note)
 
 
 def replies(examples: Sequence[Example]) -> Markup:
@@ -52,7 +58,7 @@ def replies(examples: Sequence[Example]) -> Markup:
 
 def folded(summary: str, content: Markup) -> Markup:
     """Content that a click on its summary opens."""
-    return _render("folded", summary=summary, content=content)
+    return render("folded", summary=summary, content=content)
 
 
 # --- numbers ---
@@ -108,10 +114,6 @@ def span(values: Sequence[float]) -> str:
     """The smallest and the largest change."""
     low, high = signed(min(values)), signed(max(values))
     return low if low == high else f"{low} to {high}"
-
-
-def _render(template: str, **values: Any) -> Markup:
-    return Markup(_environment().get_template(f"{template}.html").render(values))
 
 
 @functools.cache

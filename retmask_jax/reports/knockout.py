@@ -64,6 +64,7 @@ def knockout_section(result: KnockoutResult, heads: Sequence[Head]) -> Markup:
             {"Head activity": activity},
             "Mean change of the log-probability of a token of text when one head alone is "
             "masked, on a logarithmic scale. Retrieval heads are outlined.",
+            {"Head activity": plotting.Tips([[f"change of {x:.3g} nats" for x in row] for row in result.activity])},
         ),
         _curve(result.curve, len(heads)),
         _minimal(result.minimal),

@@ -10,7 +10,7 @@ import io
 import re
 import textwrap
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -116,12 +116,28 @@ def inline(figure: "Figure", alt: str) -> Markup:
     return min(drawing, image, key=len)
 
 
-def drawn(panels: Mapping[str, "Figure"], caption: str) -> Markup:
+class Tips(NamedTuple):
+    """What the tooltips of a head map say: the number of each head, [L][H], in words. across: what the columns are."""
+
+    texts: Sequence[Sequence[str]]
+    across: str = "head"
+
+
+def drawn(panels: Mapping[str, "Figure"], caption: str, tips: Mapping[str, Tips] | None = None) -> Markup:
     """Figures side by side over a caption; nothing where there are none.
 
-    panels: figures by name; the name is read out to those who cannot see the figure.
+    panels: figures by name; the name is read out to those who cannot see the figure. tips: of the head maps among them.
     """
-    return html.figure([inline(figure, name) for name, figure in panels.items()], caption) if panels else Markup()
+    tips, drawings = tips or {}, []
+    for name, figure in panels.items():
+        drawing = inline(figure, name)
+        if name in tips:
+            cells = figure.axes[0].get_position()  # of the figure's width and height, from below
+            sides = {"left": cells.x0, "top": 1 - cells.y1, "width": cells.width, "height": cells.height}
+            place = ";".join(f"{side}:{100 * share:.2f}%" for side, share in sides.items())
+            drawing = html.render("heads", drawing=drawing, label=name, place=place, **tips[name]._asdict())
+        drawings.append(drawing)
+    return html.figure(drawings, caption) if panels else Markup()
 
 
 # --- parts of a panel ---

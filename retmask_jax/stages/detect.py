@@ -23,7 +23,7 @@ from retmask_jax.utils import stats
 from retmask_jax.utils.files import digest, write_jsonl
 from retmask_jax.utils.numbers import Number
 
-_LISTED = 20  # best heads in the result, with intervals
+_LISTED = 20  # best heads in the table, with intervals
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class DetectResult(Result):
     """heads: the retrieval heads, best first, with their `scores`. mean: [L][H] scores of all heads. threshold: None where
     heads were chosen by their number. outcomes: cases by outcome, empty where scores were given. profile: as of
     `heads.profile`, None where undefined. n_kv_heads: None in results of older versions. best: the best heads, chosen or
-    not, with intervals; empty in results of older versions."""
+    not, with intervals, and all retrieval heads; empty in results of older versions."""
 
     heads: list[Head]
     scores: list[float]
@@ -148,7 +148,7 @@ def _detected(
         profile={name: stats.defined(value) for name, value in shape.items()},
         stability=stability(scores, **selection(context)),
         mask_hash=_mask_hash(lm, heads),
-        best=best_heads(scores, heads),
+        best=best_heads(scores, heads, max(_LISTED, len(heads))),
         examples=examples,
         numbers=numbers
         | {
@@ -177,7 +177,7 @@ def _tables(result: DetectResult) -> list[Table]:
             f"[{number.low:.3f}, {number.high:.3f}]",
             "retrieval head" if number.chosen else "",
         )
-        for number in result.best
+        for number in result.best[:_LISTED]
         if number.low is not None
     ]
     cases = [(outcome, str(n)) for outcome, n in result.outcomes.items()]

@@ -18,6 +18,7 @@ from retmask_jax.heads.gain.difference import Difference
 from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.reports import plotting
 from retmask_jax.reports.difference import best_heads, groups, sentences
+from retmask_jax.reports.html import change
 from retmask_jax.runs.costs import Speed
 
 QUICK = ("--n=2", "--lengths=96")
@@ -67,6 +68,13 @@ def test_the_command_prints_and_writes_what_it_finds(noisy, tmp_path, capsys):
     page = Page((tmp_path / "out" / "diff.html").read_text())
     assert page.headings == ["The gain", "Which heads carry it", "Which weights changed"]
     assert [name for name in page.drawings if name.startswith("Change of")] == [f"Change of {name}" for name in "qkvo"]
+    maps = [attributes for _, attributes in page.tags if "data-tips" in attributes]
+    tips = {tags["aria-label"].removesuffix(", head by head with the arrow keys"): tags["data-tips"] for tags in maps}
+    assert list(tips) == page.drawings and {tags["data-across"] for tags in maps} == {"head"}
+    shares = tips["Gain in log-probability, head put into the start model"].split("|")
+    heads = [part for part in found.parts if part.kind == "head"]
+    assert shares == [f"share {change(part.logprob.put_in)}" for part in heads]
+    assert tips["Change of o"].split("|")[9] == f"relative change {found.changes.o[1][1]:.2g}"
     assert not [value for _, attributes in page.tags for value in attributes.values() if "http" in str(value)[:5]]
     for part in found.parts:
         assert any(row and row[0].startswith(part.name) for row in page.rows), part.name

@@ -187,6 +187,25 @@ def test_probe_finds_the_largest_attention_weight_by_absolute_position(window):
     assert (np.take_along_axis(unmasked, rows_BP[:, :, None], axis=1) != expected).any()
 
 
+@pytest.mark.parametrize("scores", [Scores(0.3), Scores(0.3, window=4, cap=2.0)])
+def test_probe_reports_the_weights_of_its_keys_and_the_queries(scores, close):
+    q, k, v = _random_qkv(12, keys=20, batch=3, heads=4, kv_heads=2)
+    start_B, rows_BP = np.array([0, 5, 8]), np.array([[0, 11], [3, 7], [11, 2]])
+    weights_BTHS = _weights(q, k, scores, start_B)[0].swapaxes(1, 2)
+    expected_BPHS = np.take_along_axis(weights_BTHS, rows_BP[:, :, None, None], axis=1)
+    q_BPHD, positions_BP = at_positions(jnp.asarray(q), jnp.asarray(rows_BP)), jnp.asarray(start_B[:, None] + rows_BP)
+    for top in (1, 3, 25):  # the last: more than there are keys
+        request = Probe(jnp.asarray(rows_BP), top=top, weights=True, queries=True)
+        found = probe(q_BPHD, positions_BP, _keys(k, v), request, scores)
+        largest = -np.sort(-expected_BPHS, axis=-1)[..., :top]
+        close(found.weights[..., :20], largest, 1e-5)
+        np.testing.assert_array_equal(found.keys[..., :20] >= 0, largest > 0)
+        assert not np.any(found.weights[..., 20:]) and np.all(found.keys[..., 20:] == -1)
+        taken = np.take_along_axis(expected_BPHS, np.maximum(found.keys[..., :20], 0), axis=-1)
+        close(np.where(found.keys[..., :20] < 0, 0, taken), largest, 1e-6)
+        np.testing.assert_array_equal(found.queries, q_BPHD)
+
+
 # --- layout of the layers ---
 
 

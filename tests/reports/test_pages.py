@@ -2,10 +2,13 @@
 
 import dataclasses
 import html.parser
+import io
 import re
 import subprocess
 import sys
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from helpers_results import (
@@ -107,10 +110,52 @@ def test_sections_and_drawings(small):
     ]
 
 
+def test_head_maps_tell_the_number_of_every_head_and_its_interval_where_there_is_one(small):
+    by_name = {
+        attributes["aria-label"].split(",")[0]: attributes
+        for _, attributes in Page(small).tags
+        if "data-tips" in attributes
+    }
+    assert list(by_name) == ["Head scores", "Head activity"]
+    results = make_results()
+    scores, texts = results["detect"].mean, by_name["Head scores"]["data-tips"].split("|")
+    assert by_name["Head scores"]["data-heads"] == str(len(scores[0])) and len(texts) == np.size(scores)
+    assert texts[8] == "mean score 0.900 [0.859,\N{NO-BREAK SPACE}0.943]"  # head 1-0
+    assert texts[9:] == [f"mean score {score:.3f}" for score in np.ravel(scores)[9:]]
+    nats = by_name["Head activity"]["data-tips"].split("|")
+    assert nats == [f"change of {value:.3g} nats" for value in np.ravel(results["knockout"].activity)]
+
+
+def test_the_cells_of_a_head_map_lie_where_they_are_drawn():
+    """Measured in a picture: the box of the tooltips is that of the colours."""
+    with plotting.style():
+        values_LH = np.ones((4, 8))
+        figure = plotting.head_map("Ones", values_LH, [], "one")
+        figure.axes[0].images[0].set_cmap(matplotlib.colors.ListedColormap(["#ff0000"]))
+        shown = str(plotting.drawn({"Ones": figure}, "", {"Ones": plotting.Tips(values_LH.astype(str).tolist())}))
+        figure.savefig(picture := io.BytesIO(), format="png", dpi=72)
+    red_YX = (plt.imread(io.BytesIO(picture.getvalue()))[..., :3] == [1, 0, 0]).all(axis=-1)
+    red_YX[:, int(0.82 * red_YX.shape[1]) :] = False  # the bar of colours
+    (top, left), (height, width) = np.argwhere(red_YX).min(axis=0), red_YX.shape
+    bottom, right = np.argwhere(red_YX).max(axis=0) + 1
+    expected = {
+        "left": left / width,
+        "top": top / height,
+        "width": (right - left) / width,
+        "height": (bottom - top) / height,
+    }
+    for side, share in expected.items():
+        assert float(re.search(rf"\b{side}:([\d.]+)%", shown)[1]) == pytest.approx(100 * share, abs=1)
+
+
+def test_a_page_without_head_maps_has_no_script():
+    assert "<script" not in page.document("title", [page.section("a", ["b"])])
+
+
 def test_the_page_is_closed_and_small(small):
     assert "http" not in small and len(small) < 600_000
     for tag, attributes in Page(small).tags:
-        assert tag not in ("script", "link", "iframe")
+        assert tag not in ("link", "iframe") and (tag != "script" or not attributes)
         for name in ("href", "xlink:href", "src"):
             assert attributes.get(name, "#").startswith(("#", "data:image/png"))
 
@@ -123,7 +168,7 @@ def test_names_that_a_user_gives_are_escaped(render):
         arms=("<u>",),
         changes={"<i>$a$": UP},
     )
-    assert "<script>" not in text and "<i>" not in text and "<u>" not in text
+    assert "<script>x" not in text and text.count("<script>") == 1 and "<i>" not in text and "<u>" not in text
     found = Page(text)
     assert 'Retrieval heads of <script>x</script> & "y"' in found.text
     assert "Knock-out: <i>$a$ & b_{c}" in found.drawings  # and the dollars did not turn it into a formula

@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.layers import precision, softcap
 
 QUERY_BLOCK, KEY_BLOCK = 128, 256  # fastest on CPUs, where a block's scores stay in the cache; a wide optimum
@@ -49,6 +50,12 @@ class Scores:
     scale: float
     window: int | None = None
     cap: float | None = None
+
+    @classmethod
+    def for_layer(cls, config: ModelConfig, place: int) -> "Scores":
+        """Of the layers at one place of a model's layer pattern."""
+        window = config.window if config.layer_pattern[place] == "sliding" else None
+        return cls(config.attention_scale, window, config.attention_softcap)
 
     def seen(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
         """Whether a query sees a key, by their absolute positions (broadcast against each other)."""

@@ -40,7 +40,7 @@ def test_the_command_measures_lists_and_random_ones(files, tmp_path, capsys, com
     assert result.names == ["copy_position", "copying", "last", "random"]
     assert (result.sizes, result.total, result.tasks) == ([0, 4, 16], 16, ["needle short"])
     recall = {(row.name, row.kept): row for row in result.rows if row.measure == "needle short"}
-    assert recall["copying", 4].value == 1 > recall["last", 4].value  # which heads need the long context
+    assert recall["copying", 4].value >= 0.75 > recall["last", 4].value  # which heads need the long context; of 4 cases
     assert recall["last", 16].value == result.untouched["needle short"].value == 1
     assert ("copying", 16) not in recall and {kept for _, kept in recall} == {0, 4, 16}
     for measure in ("needle short", TEXT):

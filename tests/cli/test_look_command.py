@@ -60,8 +60,8 @@ def test_heads_scores_and_answers_are_given_or_found(tmp_path, capsys, monkeypat
     [
         (("--heads=33",), "heads is 33; it must be from 1 to the model's 32, or a list of heads"),
         (("--heads=9-0",), "(9, 0)"),
-        (("--heads=gone.json",), "gone.json: no head scores (No such file or directory): check the path"),
-        (("--scores=gone.json",), "gone.json: no head scores"),
+        (("--heads=gone.json",), "file of heads gone.json does not exist"),
+        (("--scores=gone.json",), "file of heads gone.json does not exist"),
         (("--file=gone.txt",), "prompt file gone.txt does not exist"),
         (("--prompt=", "--plain"), "a prompt needs two tokens or more"),
         (("--length=2000",), "leaves no room in the model's 1024"),

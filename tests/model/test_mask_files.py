@@ -65,6 +65,8 @@ def test_a_file_is_safetensors_with_the_models_shape(tmp_path):
             "what": "retmask_jax masks",
             "shape": '{"L": 3, "H": 4, "R": 4, "D": 8}',
             "rope_site": '"projection"',
+            "stream_sink": "4",
+            "stream_window": "256",
         }
 
 

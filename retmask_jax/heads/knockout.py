@@ -39,6 +39,8 @@ IDLE = 0.1  # a head is called idle if masking it changes the text by less than 
 # zero (the block list of arXiv 2404.15574); what its mean query over plain text reads (LOCOS, arXiv 2607.01002).
 MODES = ("zero", "mean", "query", "query_mean")
 
+CONTROLS = ("any layer", "layer-matched", "activity-matched", "lowest-scoring")  # the kinds of `control_heads`
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spared:

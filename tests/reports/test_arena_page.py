@@ -13,7 +13,7 @@ from retmask_jax.stages.study.listed_heads import ListRow
 MODES = ["zero", "query"]
 
 
-def made(sizes=(3,), of_kv_heads=False):
+def made(sizes=(3,), of_kv_heads=False, tied=0):
     effects = {"copy": 0.1, "theirs": 0.4, "any layer": 0.9}
     sources = dict(zip(effects, ("detector", "file", "control"), strict=True))
     rows = [
@@ -44,7 +44,7 @@ def made(sizes=(3,), of_kv_heads=False):
             ListRow(name="theirs", source="file", form="qrhead", heads=16, of_kv_heads=of_kv_heads),
         ],
         sets=[
-            HeadSet(name=name, source=sources[name], size=size, draw=0, heads=[(0, 1), (5, 2), (29, 8)])
+            HeadSet(name=name, source=sources[name], size=size, draw=0, heads=[(0, 1), (5, 2), (29, 8)], tied=tied)
             for size in sizes
             for name in effects
         ],
@@ -82,6 +82,8 @@ def test_the_page_has_a_row_per_list_and_says_whose_heads_matter(render):
     assert rows["theirs"][-1] == "0-1, 5-2, 29-8"
     assert "names whole groups of query heads" not in page.text
     assert "names whole groups of query heads" in render(made(of_kv_heads=True)).text
+    assert "among equals" not in page.text
+    assert "theirs is cut at 3 among equals: its last head scores as 4 heads left out." in render(made(tied=4)).text
     assert len(render(made(sizes=(2, 3))).drawings) == 2
 
 

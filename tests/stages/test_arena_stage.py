@@ -241,6 +241,14 @@ def test_overlaps_are_of_lists_and_not_of_controls(prepare, tmp_path):
     assert {row.name for row in result.rows} == {"listed", "again", "any layer", "layer-matched", "activity-matched"}
 
 
+def test_heads_that_score_alike_are_counted_where_a_list_is_cut(prepare, tmp_path):
+    (tmp_path / "gates.tsv").write_text("0.5\t1.0\n1.0\t0.0\n")  # KV heads of two query heads each
+    result = arena_stage(prepare(detectors=(), files=("gates.tsv", "listed.json"), heads=(1, 2)), tmp_path)
+    cut = {(one.name, one.size): (one.heads, one.tied) for one in result.sets if one.source == "file"}
+    assert cut["gates", 1] == ([(0, 2)], 3) and cut["gates", 2] == ([(0, 2), (0, 3)], 2)
+    assert cut["listed", 1] == ([(1, 3)], 0) and [row.of_kv_heads for row in result.lists] == [True, False]
+
+
 def test_a_detector_for_which_no_case_counts_is_left_out_and_said(prepare, tmp_path, monkeypatch):
     monkeypatch.setattr(
         listed_heads, "run_detector", lambda *arguments: DetectorRun(None, ["wrong answer"] * 3, 1.0, 3)
@@ -253,10 +261,10 @@ def test_a_detector_for_which_no_case_counts_is_left_out_and_said(prepare, tmp_p
 
 
 def test_lists_of_one_name_are_told_apart_by_their_paths(prepare, tmp_path):
-    for name in ("a/heads.json", "b/heads.yaml", "mass.json"):
+    for name in ("a/heads.json", "b/heads.yaml", "mass.json", "any layer.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("[[0, 0], [0, 1]]")
-    files = ("listed.json", "a/heads.json", "b/heads.yaml", "mass.json")
+    files = ("listed.json", "a/heads.json", "b/heads.yaml", "mass.json", "any layer.json")
     names = list(listed_heads.given_lists(prepare(files=files)))
     assert names == ["listed", *(str(tmp_path / name) for name in files[1:])]
     with pytest.raises(ValueError, match="listed.json is given twice: leave it out once"):

@@ -166,7 +166,12 @@ def _lists(result: ArenaResult) -> Markup:
         [
             "A list of KV heads names whole groups of query heads, of which the last may be cut to make the number equal."
             if any(row.of_kv_heads for row in result.lists)
-            else ""
+            else "",
+            *(
+                f"{one.name} is cut at {one.size} among equals: its last head scores as {count(one.tied, 'head')} left out."
+                for one in result.sets
+                if one.tied
+            ),
         ],
         lists_table(result.lists),
         html.folded("The heads of each", table(["list", "heads", "draw", "layer-head"], sets)),

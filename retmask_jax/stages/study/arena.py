@@ -31,13 +31,19 @@ from retmask_jax.utils.store import Store, request_key
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadSet:
-    """The heads of a list that are ablated together. draw: of a control, of which there may be several."""
+    """The heads of a list that are ablated together.
+
+    Attributes:
+        draw: Of a control, of which there may be several.
+        tied: How many more heads score as the last of these, so that which are taken is the order of layers and heads.
+    """
 
     name: str
     source: str
     size: int
     draw: int
     heads: list[Head]
+    tied: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +147,8 @@ def _sets(context: Context, lists: Mapping[str, HeadList], sizes: Sequence[int],
         best = _best(lists, size)
         for name, heads in best.items():
             source = "detector" if name in section.detectors else "file"
-            sets.append(HeadSet(name=name, source=source, size=size, draw=0, heads=heads))
+            tied = _tied(lists[name], size)
+            sets.append(HeadSet(name=name, source=source, size=size, draw=0, heads=heads, tied=tied))
         controls = knockout.control_heads(
             context.lm.config,
             best[reference],
@@ -154,6 +161,13 @@ def _sets(context: Context, lists: Mapping[str, HeadList], sizes: Sequence[int],
             HeadSet(name=kind, source="control", size=size, draw=draw, heads=heads) for kind, draw, heads in controls
         ]
     return sets
+
+
+def _tied(found: HeadList, size: int) -> int:
+    if found.scores is None:
+        return 0
+    mean_LH = found.scores.mean
+    return sum(bool(mean_LH[head] == mean_LH[found.heads[size - 1]]) for head in found.heads[size:])
 
 
 def _activity(context: Context, windows: Windows) -> Float32[np.ndarray, "L H"]:

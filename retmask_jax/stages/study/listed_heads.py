@@ -8,6 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from retmask_jax.data.builtin_files import path_of
+from retmask_jax.heads.knockout import CONTROLS
 from retmask_jax.heads.lists.formats import HeadList, read_heads
 from retmask_jax.runs.context import Context
 from retmask_jax.stages.detect import selection
@@ -67,7 +68,7 @@ def given_lists(context: Context, of: str = "arena") -> dict[str, HeadList]:
     Raises:
         ValueError: A file is given twice, or as of `read_heads`.
     """
-    files, taken = context.config[of].files, (*context.config[of].detectors, RANDOM)
+    files, taken = context.config[of].files, (*context.config[of].detectors, *CONTROLS, RANDOM)
     stems = [Path(file).stem for file in files]
     alone = [stems.count(stem) == 1 and stem not in taken for stem in stems]
     if repeated := [file for file in files if files.count(file) > 1]:

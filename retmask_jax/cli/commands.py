@@ -115,9 +115,9 @@ def export(
     what: str,
     heads: Sequence[str] | None,
     form: str | None,
-    scores: Path | None,
     out: Path,
     push: str | None = None,
+    scores: Path | None = None,
 ) -> None:
     """The start model with heads masked in its weights, or a trained model, as an HF checkpoint; a run's pairs; or scores.
 

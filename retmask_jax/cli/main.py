@@ -98,11 +98,8 @@ def _run(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         case "pretrain":
             commands.pretrain(config, root)
         case "export":
-            of_heads, target = (
-                (arguments.heads, arguments.format, arguments.scores),
-                (Path(arguments.out), arguments.push),
-            )
-            commands.export(config, root, arguments.what, *of_heads, *target)
+            what, target = (arguments.what, arguments.heads, arguments.format), (Path(arguments.out), arguments.push)
+            commands.export(config, root, *what, *target, arguments.scores)
         case "run":
             commands.run(config, root, arguments.set_aside)
         case "study":

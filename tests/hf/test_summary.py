@@ -153,7 +153,7 @@ def test_weights_are_not_read_and_a_tokenizer_is_not_needed(tmp_path, shown):
 
 def test_a_hub_id_is_looked_up_without_its_weights(folder_of, shown, monkeypatch):
     folder = folder_of("Qwen/Qwen3-0.6B")
-    monkeypatch.setattr(commands, "config_folder", lambda model, **options: {"Qwen/Qwen3-0.6B": folder}[model])
+    monkeypatch.setattr(commands.hub, "config_folder", lambda model, **options: {"Qwen/Qwen3-0.6B": folder}[model])
     facts, table = shown("Qwen/Qwen3-0.6B")
     assert facts["model"] == table["model"] == "Qwen/Qwen3-0.6B"
     assert facts["parameters"] == 596_049_920 and table["width"].endswith("output tied to the embeddings")

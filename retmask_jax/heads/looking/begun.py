@@ -57,7 +57,7 @@ class Begun:
     room: int
 
     @classmethod
-    def of(cls, lm: LanguageModel, prompt: Sequence[int], interventions: Interventions | None, room: int) -> "Begun":
+    def begin(cls, lm: LanguageModel, prompt: Sequence[int], interventions: Interventions | None, room: int) -> "Begun":
         """Reads a prompt of at least two tokens, which are checked by the caller."""
         masks = normalise(lm.config, interventions)
         *tokens, _ = prompt

@@ -80,12 +80,15 @@ def sources(notebook) -> str:
 
 
 def texts(notebook) -> list[str]:
-    """What each code cell has printed and returned, as text; pictures by their place alone."""
-    return ["".join(map(_text, cell.outputs)) for cell in notebook.cells if cell.cell_type == "code"]
+    """What each code cell has shown and then printed, as text; pictures by their place alone.
+
+    What is printed comes in parts, and sometimes after what was shown later.
+    """
+    cells = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    return ["".join(map(_text, sorted(outputs, key=lambda one: one.output_type == "stream"))) for outputs in cells]
 
 
 def _text(output) -> str:
-    """Prints end their own lines, and may come in parts."""
     data = output.get("data", {})
     return output.get("text") or ("(a picture)" if "image/png" in data else data.get("text/plain", "")) + "\n"
 

@@ -30,7 +30,8 @@ def made_up(shape=(3, 4), length=40, answers=("7 1 .", "no ."), texts=None, keys
 def _reply(rng, name, texts, shape, length, n_keys, heads):
     n = len(texts)
     weights_NLHK = -np.sort(-rng.dirichlet(np.full(n_keys, 0.2), (n, *shape)).astype(np.float32), axis=-1)
-    keys_NLHK = np.argsort(rng.random((n, *shape, length)), axis=-1)[..., :n_keys].astype(np.int32)
+    begin_NLH1 = rng.integers(length, size=(n, *shape, 1))
+    keys_NLHK = ((begin_NLH1 + length // n_keys * np.arange(n_keys)) % length).astype(np.int32)
     attention = np.zeros((n, length + n, len(heads)), np.float32)
     for i, (layer, head) in enumerate(heads):
         weights_NLHK[:, layer, head] = [0.6, 0.3, *[0.0] * (n_keys - 2)]

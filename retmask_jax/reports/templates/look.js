@@ -321,6 +321,7 @@ promptBox.addEventListener("keydown", (event) => {
   place.classList.add("at");
   reveal(stops[to]);
   requestAnimationFrame(() => {
+    if (!place?.classList.contains("at")) return; // gone in the meantime
     const r = place.getBoundingClientRect();
     tip.show(describe(place), r.left + r.width / 2, r.top);
   });

@@ -57,7 +57,9 @@ class Begun:
     room: int
 
     @classmethod
-    def begin(cls, lm: LanguageModel, prompt: Sequence[int], interventions: Interventions | None, room: int) -> "Begun":
+    def of_prompt(
+        cls, lm: LanguageModel, prompt: Sequence[int], interventions: Interventions | None, room: int
+    ) -> "Begun":
         """Reads a prompt of at least two tokens, which are checked by the caller."""
         masks = normalise(lm.config, interventions)
         *tokens, _ = prompt

@@ -127,13 +127,13 @@ def look_at(lm: LanguageModel, question: Question) -> Looks:
     """
     asked, given, room, n, named, scores = question
     with track(None, 4, "look", "pass") as shown:
-        plain = Begun.begin(lm, asked.tokens, None, room)
+        plain = Begun.of_prompt(lm, asked.tokens, None, room)
         shown.update()
         first = given or plain.answer()
         used = scores or _own_scores(lm, asked, first, plain.see(first).keys[..., 0])
         chosen = named or _best(used, n)
         shown.update()
-        masked = Begun.begin(lm, asked.tokens, mask_heads(lm.config, chosen), room)
+        masked = Begun.of_prompt(lm, asked.tokens, mask_heads(lm.config, chosen), room)
         shown.update()
         models = {UNTOUCHED: plain, MASKED: masked}
         replies = [

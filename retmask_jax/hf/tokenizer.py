@@ -65,7 +65,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
     >>> tokenizer = load_tokenizer(Path("retmask_jax/assets/tiny"))
     >>> token_texts(tokenizer, tokenizer("<bos> the home of emma")["input_ids"])
-    ['<bos>', ' the', ' home', ' of', ' emma']
+    [' <bos>', ' the', ' home', ' of', ' emma']
     """
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # some decoders drop the blank before a first word
     before = tokenizer.decode(anchor)

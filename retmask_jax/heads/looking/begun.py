@@ -65,10 +65,9 @@ class Begun:
         *tokens, _ = prompt
         tokens_1T = np.full((1, bucket(len(tokens))), lm.config.pad_id, np.int32)
         tokens_1T[0, : len(tokens)] = tokens
-        longest, width = np.int32(len(prompt) + room), -(-room // _WIDTH_STEP) * _WIDTH_STEP
+        end_1, longest = np.array([len(tokens)], np.int32), np.int32(len(prompt) + room)
         with mesh_of(lm.params):
-            end_1 = np.array([len(tokens)], np.int32)
-            cache = _begin(lm.config, lm.params, tokens_1T, end_1, masks, longest, room=width)
+            cache = _begin(lm.config, lm.params, tokens_1T, end_1, masks, longest, room=_width(room))
         return cls(lm, tuple(prompt), masks, cache, room)
 
     def answer(self) -> list[int]:
@@ -78,15 +77,14 @@ class Begun:
         shared = self.masks, draws, np.int32(len(self.prompt) + self.room)
         with mesh_of(self.lm.params):
             arguments = self.lm.config, self.lm.params, self.cache, last_11, start_1, *shared
-            out = to_host(_decode(*arguments, max_new_tokens=-(-self.room // _WIDTH_STEP) * _WIDTH_STEP))
+            out = to_host(_decode(*arguments, max_new_tokens=_width(self.room)))
         n, stop = int(out.lengths[0]), int(out.stops[0])
         return [*map(int, out.tokens[0, :n]), *([stop] if stop >= 0 else [])]
 
     def see(self, answer: Sequence[int], heads: Sequence[Head] = ()) -> Seen:
         """Reads an answer of at least one token, and of at most `room`; heads: those of which all weights are reported."""
         config, n, first = self.lm.config, len(answer), len(self.prompt) - 1
-        width = -(-self.room // _WIDTH_STEP) * _WIDTH_STEP
-        tokens_1N, target_1N = np.full((2, 1, width), config.pad_id, np.int32)
+        tokens_1N, target_1N = np.full((2, 1, _width(self.room)), config.pad_id, np.int32)
         tokens_1N[0, :n], target_1N[0, :n] = [self.prompt[-1], *answer[:-1]], answer
         start_1 = np.array([first], np.int32)
         shared = self.masks, np.int32(len(self.prompt) + self.room)
@@ -158,6 +156,10 @@ def _softmax(scores: Scores, queries_1NLHD, k_R1KDS, at: jax.Array, start_1: jax
     q_ND, k_DS = queries_1NLHD[0, :, at[0], at[1]], k_R1KDS[at[2], 0, at[3]]
     seen_NS = scores.seen(start_1 + jnp.arange(len(q_ND))[:, None], jnp.arange(k_DS.shape[1]))
     return jax.nn.softmax(jnp.where(seen_NS, scores.of(dot(q_ND, k_DS, (1, 0))), HIDDEN), axis=-1)
+
+
+def _width(room: int) -> int:
+    return -(-room // _WIDTH_STEP) * _WIDTH_STEP
 
 
 def _dtype(params: PyTree):

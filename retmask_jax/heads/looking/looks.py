@@ -60,7 +60,7 @@ class Looks:
         span: Of what a right answer copies, if that is known.
         scores: Of all heads.
         scored: What the scores are, in words.
-        heads: The chosen ones, best first, which are masked in the second answer unless other interventions were given.
+        heads: The chosen ones, best first, which are masked in the second answer.
         replies: The answer, and that of the masked model.
     """
 

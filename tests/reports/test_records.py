@@ -127,3 +127,29 @@ def test_gain_against_sparsity_is_a_row_for_each_model_and_a_picture(record, tmp
     assert all(words in drawn for words in ("share of heads above the threshold", "model-1 (n = 40)"))
     both = records.read_records([tmp_path / "out"])
     assert len(every_table(both, GAIN)) == 5 and not re.search(r"\bnan\b", printed)
+
+
+def test_stages_that_a_record_lacks_are_added_from_another_work_directory(work, record, tmp_path, capsys):
+    """The causal study and training may have been run in different places; what the file has stays as it is."""
+    out, last = [f"--out={tmp_path}", "--name=tiny"], work / "eval/result.json"
+    trained = last.read_text()
+    last.unlink()
+    records.main([str(work), *out])
+    (without,) = records.read_records([tmp_path / "tiny.json"])
+    assert GAIN in record.numbers and GAIN not in without.numbers and "eval" not in without.stages
+
+    last.write_text(trained)
+    write_json(work / "config.json", {"model": str(tmp_path / "tiny.gguf"), "detect": {"threshold": 0.5}})
+    knockout = json.loads((work / "knockout/result.json").read_text())
+    knockout["numbers"] = dict.fromkeys(knockout["numbers"], {"value": 0.5, "low": None, "high": None, "n": 1})
+    write_json(work / "knockout/result.json", knockout)
+    records.main([str(work), *out, "--add"])
+    assert records.read_records([tmp_path / "tiny.json"]) == [record]
+
+    detect = json.loads((work / "detect/result.json").read_text())
+    detect["provenance"]["inputs"]["weights"] = "of others"
+    write_json(work / "detect/result.json", detect)
+    for of, named in ((out, "another model"), ([f"--out={tmp_path}", "--name=none"], "none.json")):
+        with pytest.raises(SystemExit):
+            records.main([str(work), *of, "--add"])
+        assert named in capsys.readouterr().err

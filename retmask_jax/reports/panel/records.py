@@ -2,15 +2,16 @@
 
     python -m retmask_jax.reports.panel.records WORKDIR --name=MODEL --out=colab/real
 
-writes colab/real/MODEL.json, of all stages that have finished. `retmask_jax.reports.panel.tables` makes the tables of pages
-from such files, and `retmask panel` puts them beside work directories.
+writes colab/real/MODEL.json, of all stages that have finished. With `--add` the file keeps what it has, and gets the stages
+that it lacks from a further work directory of the same model and heads. `retmask_jax.reports.panel.tables` makes the tables of
+pages from such files, and `retmask panel` puts them beside work directories.
 """
 
 import argparse
 import dataclasses
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Record:
         weights: Hash of the model's files, as of `utils.fingerprints`.
         total_heads: Of the model.
         file: Name of the model's file or folder; sha256: of the file, None where it is a folder.
-        settings: What decides the results, by key of the config.
+        settings: What decides the results, by key of the config; of stages that were added, as it was for them.
         stages: Of each stage the versions of packages, the day and the seconds it took.
         numbers: Of all stages, by name; those of `eval` also by seed, where there are several. With the paired changes that
             `p_values` tests ("retrieval minus none" is that of "retrieval").
@@ -75,23 +76,52 @@ def read_workdir(name: str, root: Path) -> Record:
     """What a work directory holds; ValueError where `detect` has not finished there."""
     work = Workdir(root, {})
     detect, config = work.result(DETECT.name, DETECT.result), read_object(root / "config.json")
-    source, results = Path(config["model"]), dict(_results(work))
-    numbers = {key: number for result in results.values() for key, number in result.numbers.items()}
-    tests = dict(_tests(work))
-    return Record(
+    source = Path(config["model"])
+    empty = Record(
         model=name,
         weights=detect.provenance.inputs["weights"],
         total_heads=np.size(detect.mean),
         file=source.name,
         settings=settings_of(config) | {"model": source.name},
-        stages={stage: _made(result) for stage, result in results.items()},
-        numbers=numbers | {_as_change(key): test.change for key, test in tests.items()} | dict(_by_seed(work)),
-        p_values={key: test.p_value for key, test in tests.items()} | dict(_of_training(work)),
-        theta=work.result(THETA.name, THETA.result).theta if work.is_finished(THETA.name) else None,
-        agreement=work.result(DETECTORS_STAGE.name, DETECTORS_STAGE.result).agreement
-        if work.is_finished(DETECTORS_STAGE.name)
-        else [],
+        stages={},
+        numbers={},
     )
+    return _filled(empty, work, dict(_results(work)))
+
+
+def added(record: Record, root: Path) -> Record:
+    """The record with the stages that it lacks, from a work directory.
+
+    Raises:
+        ValueError: `detect` has not finished there, or it has another model, or found other heads.
+    """
+    work, more = Workdir(root, {}), read_workdir(record.model, root)
+    heads = {key: number for key, number in more.numbers.items() if key.startswith(f"{DETECT.name}/")}
+    if more.weights != record.weights or not heads.items() <= record.numbers.items():
+        raise ValueError(f"{root} is of another model than the record of {record.model}, or found other heads in it")
+    results = {stage: result for stage, result in _results(work) if stage not in record.stages}
+    settings = {key: value for result in results.values() for key, value in (result.provenance.settings or {}).items()}
+    return _filled(dataclasses.replace(record, settings=record.settings | settings), work, results)
+
+
+def _filled(record: Record, work: Workdir, results: Mapping[str, Result]) -> Record:
+    """The record with the numbers and tests of these stages of a work directory."""
+    numbers = {key: number for result in results.values() for key, number in result.numbers.items()}
+    tests = dict(_tests(work, results))
+    changes = {_as_change(key): test.change for key, test in tests.items()}
+    p_values = {key: test.p_value for key, test in tests.items()} | dict(_of_training(work, results))
+    found = dataclasses.replace(
+        record,
+        stages=record.stages | {stage: _made(result) for stage, result in results.items()},
+        numbers=record.numbers | numbers | changes | dict(_by_seed(work, results)),
+        p_values=record.p_values | p_values,
+    )
+    if THETA.name in results:
+        found = dataclasses.replace(found, theta=work.result(THETA.name, THETA.result).theta)
+    if DETECTORS_STAGE.name in results:
+        agreement = work.result(DETECTORS_STAGE.name, DETECTORS_STAGE.result).agreement
+        found = dataclasses.replace(found, agreement=agreement)
+    return found
 
 
 def read_records(paths: Sequence[Path]) -> list[Record]:
@@ -133,16 +163,16 @@ def _made(result: Result) -> dict[str, Any]:
     return made.versions | {"created": made.created[:10], "seconds": result.seconds}
 
 
-def _by_seed(work: Workdir) -> Iterator[tuple[str, Number]]:
-    if work.is_finished(EVAL.name):
+def _by_seed(work: Workdir, stages: Container[str]) -> Iterator[tuple[str, Number]]:
+    if EVAL.name in stages:
         rows = work.result(EVAL.name, EVAL.result).rows
         seeds = Counter(row.arm for row in rows if row.task == rows[0].task)
         yield from ((_change(row), row.change) for row in rows if seeds[row.arm] > 1)
 
 
-def _tests(work: Workdir) -> Iterator[tuple[str, Contrast]]:
+def _tests(work: Workdir, stages: Container[str]) -> Iterator[tuple[str, Contrast]]:
     """Each tested difference between masks, by the name that its p-value has."""
-    if work.is_finished(KNOCKOUT.name):
+    if KNOCKOUT.name in stages:
         knockout = work.result(KNOCKOUT.name, KNOCKOUT.result)
         for row in knockout.rows:
             if (row.kind, row.experiment) == ("retrieval", "zero"):
@@ -150,7 +180,7 @@ def _tests(work: Workdir) -> Iterator[tuple[str, Contrast]]:
         for row in knockout.contrasts:
             if row.experiment == "zero" and row.kind != "none":
                 yield f"knockout/{row.task}/{row.kind} minus retrieval", row
-    if work.is_finished(ROPE.name):
+    if ROPE.name in stages:
         rope = work.result(ROPE.name, ROPE.result)
         for row in rope.contrasts:
             if row.site == "rotary":
@@ -164,8 +194,8 @@ def _as_change(test: str) -> str:
     return test if " minus " in test.rpartition("/")[2] else f"{test} minus none"
 
 
-def _of_training(work: Workdir) -> Iterator[tuple[str, float]]:
-    if work.is_finished(EVAL.name):
+def _of_training(work: Workdir, stages: Container[str]) -> Iterator[tuple[str, float]]:
+    if EVAL.name in stages:
         for row in work.result(EVAL.name, EVAL.result).rows:
             if row.mcnemar is not None:
                 yield _change(row), row.mcnemar.p_value
@@ -184,19 +214,21 @@ def _sha256(source: Path) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the record of a work directory."""
+    """Writes the record of a work directory, or adds to it."""
     parser = argparse.ArgumentParser(prog="python -m retmask_jax.reports.panel.records", allow_abbrev=False)
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--name", help="of the model in tables (default: that of the work directory)")
     parser.add_argument("--out", type=Path, default=Path("colab/real"), help="folder (default: colab/real)")
+    parser.add_argument("--add", action="store_true", help="keep what the file has, and add the stages that it lacks")
     asked = parser.parse_args(argv)
     name = asked.name or asked.workdir.resolve().name
+    file = asked.out / f"{name}.json"
     try:
-        made = record_of(name, asked.workdir)
+        made = added(*read_records([file]), asked.workdir) if asked.add else record_of(name, asked.workdir)
     except ValueError as error:
         parser.error(str(error))
-    write_json(asked.out / f"{name}.json", made)
-    print(asked.out / f"{name}.json")
+    write_json(file, made)
+    print(file)
 
 
 if __name__ == "__main__":

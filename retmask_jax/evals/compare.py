@@ -9,6 +9,7 @@ from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import McNemar, Number
 
 START = "start"
+RETMASK = "retmask"
 
 Samples = Mapping[str, Mapping[str, np.ndarray]]  # model -> task -> one value per case
 
@@ -36,6 +37,19 @@ class ArmRow:
     task: str
     mean: Number
     change: Number | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArmContrast:
+    """By how much more the arm retmask does on a task than another arm, paired by case.
+
+    mcnemar: The exact test, where each arm is one model and samples are right or wrong.
+    """
+
+    other: str
+    task: str
+    change: Number
+    mcnemar: McNemar | None = None
 
 
 def model_rows(samples: Samples, runs: Mapping[str, tuple[str, int]]) -> list[ModelRow]:
@@ -69,6 +83,23 @@ def arm_rows(samples: Samples, arms: Mapping[str, Sequence[str]]) -> list[ArmRow
     ]
 
 
+def arm_contrasts(samples: Samples, arms: Mapping[str, Sequence[str]]) -> list[ArmContrast]:
+    """The arm retmask against every other arm, its controls, on every task that all their models have.
+
+    Args:
+        samples: Of all models.
+        arms: Names of the models of each arm but the start model.
+    """
+    ours = arms.get(RETMASK, ())
+    return [
+        _contrast(samples, ours, theirs, other=other, task=task)
+        for other, theirs in arms.items()
+        if ours and other != RETMASK
+        for task in samples[START]
+        if all(task in samples[name] for name in (*ours, *theirs))
+    ]
+
+
 def headlines(rows: Iterable[ArmRow]) -> dict[str, Number]:
     """The means as "eval/TASK/ARM", the changes as "eval/TASK/ARM minus start".
 
@@ -88,6 +119,13 @@ def _new_name(row: ArmRow, suffix: str, taken: Mapping[str, Number]) -> str:
     while (name := f"eval/{row.task}/{arm}{suffix}") in taken:
         arm = f'"{arm}"'
     return name
+
+
+def _contrast(samples: Samples, ours: Sequence[str], theirs: Sequence[str], *, other: str, task: str) -> ArmContrast:
+    ours_MN, theirs_MN = (np.stack([samples[name][task] for name in names]) for names in (ours, theirs))
+    single = len(ours) == len(theirs) == 1 and ours_MN.dtype == theirs_MN.dtype == bool
+    test = stats.mcnemar(theirs_MN[0], ours_MN[0]) if single else None
+    return ArmContrast(other=other, task=task, change=stats.paired_bootstrap(ours_MN, theirs_MN), mcnemar=test)
 
 
 def _model_row(samples: Samples, name: str, arm: str, seed: int, task: str) -> ModelRow:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float64
 from markupsafe import Markup
 
-from retmask_jax.evals.compare import START, ModelRow
+from retmask_jax.evals.compare import START, ArmContrast, ModelRow
 from retmask_jax.reports import html, plotting
 from retmask_jax.reports.html import change, count, p_value, section, signed, table
 from retmask_jax.reports.plotting import DASHES, MARKERS, WIDTH, colour, drawn
@@ -54,6 +54,7 @@ def evaluation_section(result: EvalResult, trained: bool = True) -> Markup:
             f"cases, not adjusted for the number of tasks. {fixed} has no width where no case changes.",
         ),
         _change_table(changes, result.rows),
+        _contrast_table(result.contrasts),
         _helmet(result.helmet),
         html.lines(*_grid_means(grids)),
         drawn(
@@ -106,6 +107,23 @@ def _change_table(changes: Mapping[str, Mapping[str, Number]], rows: Sequence[Mo
     tasks = dict.fromkeys(task for by_task in changes.values() for task in by_task)
     cells = [[task, *(cell for arm in changes for cell in both(arm, task))] for task in tasks]
     return table(head, cells, note="p: McNemar's exact test, for single models and answers that are right or wrong.")
+
+
+def _contrast_table(contrasts: Sequence[ArmContrast]) -> Markup:
+    """By how much more the arm retmask does than each other arm, which is what its heads add to training as such."""
+    if not contrasts:
+        return Markup()
+    found = {(row.other, row.task): row for row in contrasts}
+    others, tasks = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
+
+    def both(row: ArmContrast | None) -> tuple[str, str]:
+        if row is None:
+            return "–", "–"
+        return change(row.change), p_value(row.mcnemar.p_value) if row.mcnemar else "–"
+
+    head = ["retmask minus", *(cell for other in others for cell in (other, "p"))]
+    cells = [[task, *(cell for other in others for cell in both(found.get((other, task))))] for task in tasks]
+    return table(head, cells, note="Paired by case. p: McNemar's exact test, as above.")
 
 
 def _helmet(by_model: Mapping[str, Mapping[str, Helmet]]) -> Markup:

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from retmask_jax.data.builtin_files import path_of
 from retmask_jax.data.tasks import GridCell, by_cell
-from retmask_jax.evals.compare import START, ArmRow, ModelRow, arm_rows, headlines, model_rows
+from retmask_jax.evals import compare
+from retmask_jax.evals.compare import START, ArmContrast, ArmRow, ModelRow
 from retmask_jax.evals.external.helmet import run_helmet
 from retmask_jax.evals.external.helmet_means import helmet_means
 from retmask_jax.evals.external.lm_eval import run_lm_eval
@@ -89,6 +90,7 @@ class EvalResult(Result):
     Attributes:
         rows: Every model on every task.
         arms: Every arm on every task, pooled over its models, the start model first.
+        contrasts: The arm retmask against every other; empty in results of older versions.
         grids: Cells of the grids over length and depth, of each model.
         metrics: What the values of a suite's task are, such as "exact match".
         series: Tasks of suites that differ only in their place on an axis.
@@ -103,6 +105,7 @@ class EvalResult(Result):
     series: dict[str, Place]
     missing: dict[str, dict[str, dict[str, int]]]
     helmet: dict[str, dict[str, Helmet]]
+    contrasts: list[ArmContrast] = dataclasses.field(default_factory=list)
 
     @property
     def means(self) -> dict[str, dict[str, Number]]:
@@ -169,11 +172,12 @@ def compared(context: Context, contenders: Mapping[str, Contender]) -> EvalResul
     models: dict[str, list[str]] = {}
     for name, (arm, _) in others.items():
         models.setdefault(arm, []).append(name)
-    arms = arm_rows(samples, models)
+    arms = compare.arm_rows(samples, models)
     tasks = [task for model in measured.values() for task in model.suites]
     return EvalResult(
-        rows=model_rows(samples, others),
+        rows=compare.model_rows(samples, others),
         arms=arms,
+        contrasts=compare.arm_contrasts(samples, models),
         grids=[cell for name, model in measured.items() for cell in _cells(name, contenders[name], model)],
         metrics={task.name: task.metric for task in tasks},
         series={task.name: place for task in tasks if (place := _place(task))},
@@ -182,7 +186,7 @@ def compared(context: Context, contenders: Mapping[str, Contender]) -> EvalResul
             for name, model in measured.items()
         },
         helmet={name: _helmet_means(model.suites) for name, model in measured.items()},
-        numbers=headlines(arms),
+        numbers=compare.headlines(arms),
     )
 
 

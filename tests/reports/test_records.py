@@ -9,6 +9,7 @@ import pytest
 from helpers_documents import tables
 from helpers_results import ACROSS, ALL_ARMS, UP, make_results, number
 
+from retmask_jax.evals.compare import ArmContrast
 from retmask_jax.reports.panel import records
 from retmask_jax.reports.panel.tables import every_table, gains, main, markdown, masks, rotary, training
 from retmask_jax.runs.workdir import Provenance
@@ -66,6 +67,15 @@ def test_changes_are_also_given_by_seed_where_there_are_several(work):
     (header, row) = training(record)
     assert header[3:] == ["retmask", "retmask-0", "retmask-1"]
     assert row[3] == "+0.100 [+0.050, +0.150]" and row[4] == f"{row[3]}, p 0.012" == row[5]
+
+
+def test_retmask_against_a_control_is_in_the_record_and_in_the_table(work):
+    result = make_results(tasks=("needle short",), changes={"needle short": UP})["eval"]
+    test = McNemar(9, 1, 10, 0.012)
+    row = ArmContrast(other="any_layer", task="needle short", change=number(0.2, 0.1, 0.3, 10), mcnemar=test)
+    write_json(work / "eval/result.json", dataclasses.replace(result, contrasts=[row]))
+    header, cells = training(records.record_of("tiny", work))
+    assert header[-1] == "retmask minus any_layer" and cells[-1] == "+0.200 [+0.100, +0.300], p 0.012"
 
 
 def test_a_record_is_written_and_read_back(work, record, tmp_path, capsys):

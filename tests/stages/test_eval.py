@@ -9,7 +9,7 @@ import pytest
 from helpers_results import evaluated
 
 from retmask_jax.cli.main import main
-from retmask_jax.evals.compare import arm_rows, headlines, model_rows
+from retmask_jax.evals.compare import arm_contrasts, arm_rows, headlines, model_rows
 from retmask_jax.evals.measured import Measured
 from retmask_jax.generation.language_model import load, save
 from retmask_jax.hf.hub import BUNDLED
@@ -159,6 +159,29 @@ def test_a_model_that_cannot_run_a_suite_lacks_its_tasks_alone():
     assert page.count("<tr>") == 1 + 3 and page.count("<td>–</td>") >= 2 * 2
     _, cells = table(model_rows(samples, {name: (name, 0) for name in ("trained", "part")}), {})
     assert [row[-3:] == ["–"] * 3 for row in cells] == [True, False, True]
+
+
+def test_retmask_is_compared_with_its_controls_case_by_case():
+    """Two gains over the start model do not say whether one is larger than the other."""
+    right = {
+        "start": [0, 0, 0, 0, 1, 1],
+        "r-0": [1, 1, 1, 1, 1, 1],
+        "c-0": [0, 0, 1, 0, 1, 0],
+        "c-1": [1, 0, 1, 0, 1, 0],
+    }
+    samples = {
+        name: {"task": np.array(values, bool), "loss": np.array(values, float)} for name, values in right.items()
+    }
+    samples["c-1"].pop("loss")
+    rows = arm_contrasts(samples, {"retmask": ["r-0"], "one": ["c-0"], "two": ["c-0", "c-1"]})
+    assert [(row.other, row.task) for row in rows] == [("one", "task"), ("one", "loss"), ("two", "task")]
+    assert [row.change.value for row in rows] == pytest.approx([4 / 6, 4 / 6, 3.5 / 6])
+    assert (rows[0].mcnemar.p_value, rows[1].mcnemar, rows[2].mcnemar) == (0.125, None, None)  # 4 of 4 one way
+    assert arm_contrasts(samples, {"one": ["c-0"], "two": ["c-1"]}) == []
+
+    page = str(evaluation._contrast_table(rows))
+    assert page.count("<tr>") == 1 + 2 and "0.125" in page and "+0.667" in page
+    assert not evaluation._contrast_table([])
 
 
 @pytest.mark.parametrize("contrast", [None, 0.5, "entropy"])

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from retmask_jax.evals.compare import RETMASK, ArmContrast
 from retmask_jax.heads.conditions import Contrast
 from retmask_jax.heads.detectors import Agreement
 from retmask_jax.reports.panel.gains import GainRun
@@ -43,7 +44,8 @@ class Record:
         file: Name of the model's file or folder; sha256: of the file, None where it is a folder.
         settings: What decides the results, by key of the config; of stages that were added, as it was for them.
         stages: Of each stage the versions of packages, the day and the seconds it took.
-        numbers: Of all stages, by name; those of `eval` also by seed, where there are several. With the paired changes that
+        numbers: Of all stages, by name; those of `eval` also by seed, where there are several, and of retmask against every
+            other arm. With the paired changes that
             `p_values` tests ("retrieval minus none" is that of "retrieval").
         p_values: McNemar's exact test, by name: of a mask against the untouched model, of other masks against that of the
             retrieval heads ("A minus retrieval"), of rotary pairs ("highest minus lowest"), and of a trained model against
@@ -113,7 +115,7 @@ def _filled(record: Record, work: Workdir, results: Mapping[str, Result]) -> Rec
     found = dataclasses.replace(
         record,
         stages=record.stages | {stage: _made(result) for stage, result in results.items()},
-        numbers=record.numbers | numbers | changes | dict(_by_seed(work, results)),
+        numbers=record.numbers | numbers | changes | dict(_of_arms(work, results)),
         p_values=record.p_values | p_values,
     )
     if THETA.name in results:
@@ -163,9 +165,11 @@ def _made(result: Result) -> dict[str, Any]:
     return made.versions | {"created": made.created[:10], "seconds": result.seconds}
 
 
-def _by_seed(work: Workdir, stages: Container[str]) -> Iterator[tuple[str, Number]]:
+def _of_arms(work: Workdir, stages: Container[str]) -> Iterator[tuple[str, Number]]:
     if EVAL.name in stages:
-        rows = work.result(EVAL.name, EVAL.result).rows
+        result = work.result(EVAL.name, EVAL.result)
+        yield from ((_against(row), row.change) for row in result.contrasts)
+        rows = result.rows
         seeds = Counter(row.arm for row in rows if row.task == rows[0].task)
         yield from ((_change(row), row.change) for row in rows if seeds[row.arm] > 1)
 
@@ -199,10 +203,17 @@ def _of_training(work: Workdir, stages: Container[str]) -> Iterator[tuple[str, f
         for row in work.result(EVAL.name, EVAL.result).rows:
             if row.mcnemar is not None:
                 yield _change(row), row.mcnemar.p_value
+        for row in work.result(EVAL.name, EVAL.result).contrasts:
+            if row.mcnemar is not None:
+                yield _against(row), row.mcnemar.p_value
 
 
 def _change(row: Any) -> str:
     return f"eval/{row.task}/{row.model} minus start"
+
+
+def _against(row: ArmContrast) -> str:
+    return f"eval/{row.task}/{RETMASK} minus {row.other}"
 
 
 def _sha256(source: Path) -> str | None:
@@ -224,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = asked.name or asked.workdir.resolve().name
     file = asked.out / f"{name}.json"
     try:
-        made = added(*read_records([file]), asked.workdir) if asked.add else record_of(name, asked.workdir)
+        made = added(read_records([file])[0], asked.workdir) if asked.add else record_of(name, asked.workdir)
     except ValueError as error:
         parser.error(str(error))
     write_json(file, made)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from retmask_jax.evals.compare import START
 from retmask_jax.reports import plotting
 from retmask_jax.reports.panel.gains import Gains, gain_against_sparsity, sparsity
 from retmask_jax.reports.panel.profiles import write_both
@@ -19,7 +20,7 @@ from retmask_jax.utils.numbers import Number
 GAIN = "eval/context long/retmask minus start"
 TASK = "needle short"
 _KINDS = ("layer-matched", "any layer", "activity-matched", "lowest-scoring")
-_CHANGE = re.compile(r"eval/(.+)/(.+) minus start")
+_CHANGE = re.compile(r"eval/(.+)/(.+) minus (.+)")
 
 Rows = list[list[str]]
 
@@ -67,16 +68,18 @@ def rotary(records: Iterable[Record], task: str = TASK) -> Rows:
 
 
 def training(record: Record) -> Rows:
-    """What each arm changes on each task, with p where a single model was trained, and n."""
+    """What each arm changes on each task, and retmask against the others, with p where a single model was trained, and n."""
     changes = [match for name in record.numbers if (match := _CHANGE.fullmatch(name))]
     tasks = list(dict.fromkeys(match[1] for match in changes))
-    arms = list(dict.fromkeys(match[2] for match in changes))
+    arms = {
+        (match[2], match[3]): match[2] if match[3] == START else f"{match[2]} minus {match[3]}" for match in changes
+    }
     if not changes:
         return []
     starts = {task: record.numbers[f"eval/{task}/start"] for task in tasks}
-    rows = [["task", "n", f"{record.model}, start", *arms]]
+    rows = [["task", "n", f"{record.model}, start", *arms.values()]]
     for task, start in starts.items():
-        names = [f"eval/{task}/{arm} minus start" for arm in arms]
+        names = [f"eval/{task}/{arm} minus {other}" for arm, other in arms]
         cells = [_with_p(record.numbers.get(name), _p_of(record, name), signed=True) for name in names]
         rows.append([task, str(start.n), _cell(start), *cells])
     return rows

@@ -256,9 +256,10 @@ def compare(reply, heads, weights_NLHS):
 def torch_attention(torch, path, row, last=None):
     """[L,H,T,S] of transformers' eager attention; last: only of that many last queries, after the others in a cache."""
     folder, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32, **options
-    ).eval()
+    images = path.is_dir() and transformers.AutoConfig.from_pretrained(folder).model_type == "mistral3"
+    auto = transformers.AutoModelForImageTextToText if images else transformers.AutoModelForCausalLM
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = auto.from_pretrained(folder, dtype=torch.float32, **eager, **options).eval()
     tokens, begin = torch.tensor([row]), 0 if last is None else len(row) - last
     with torch.no_grad():
         cache = model(tokens[:, :begin], use_cache=True).past_key_values if begin else None

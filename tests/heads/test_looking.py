@@ -255,11 +255,13 @@ def compare(reply, heads, weights_NLHS):
 
 def torch_attention(torch, path, row, last=None):
     """[L,H,T,S] of transformers' eager attention; last: only of that many last queries, after the others in a cache."""
-    folder, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
-    images = path.is_dir() and transformers.AutoConfig.from_pretrained(folder).model_type == "mistral3"
-    auto = transformers.AutoModelForImageTextToText if images else transformers.AutoModelForCausalLM
-    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    model = auto.from_pretrained(folder, dtype=torch.float32, **eager, **options).eval()
+    import make_golden  # needs torch
+
+    if path.is_file():
+        auto = transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **make_golden.EAGER).eval()
+    else:
+        model = make_golden.load(path)
     tokens, begin = torch.tensor([row]), 0 if last is None else len(row) - last
     with torch.no_grad():
         cache = model(tokens[:, :begin], use_cache=True).past_key_values if begin else None

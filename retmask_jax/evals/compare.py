@@ -92,7 +92,12 @@ def arm_contrasts(samples: Samples, arms: Mapping[str, Sequence[str]]) -> list[A
     """
     ours = arms.get(RETMASK, ())
     return [
-        _contrast(samples, ours, theirs, other=other, task=task)
+        ArmContrast(
+            other=other,
+            task=task,
+            change=_change(samples, ours, task, theirs),
+            mcnemar=_test(samples, ours[0], task, theirs[0]) if len(ours) == len(theirs) == 1 else None,
+        )
         for other, theirs in arms.items()
         if ours and other != RETMASK
         for task in samples[START]
@@ -121,22 +126,15 @@ def _new_name(row: ArmRow, suffix: str, taken: Mapping[str, Number]) -> str:
     return name
 
 
-def _contrast(samples: Samples, ours: Sequence[str], theirs: Sequence[str], *, other: str, task: str) -> ArmContrast:
-    ours_MN, theirs_MN = (np.stack([samples[name][task] for name in names]) for names in (ours, theirs))
-    single = len(ours) == len(theirs) == 1 and ours_MN.dtype == theirs_MN.dtype == bool
-    test = stats.mcnemar(theirs_MN[0], ours_MN[0]) if single else None
-    return ArmContrast(other=other, task=task, change=stats.paired_bootstrap(ours_MN, theirs_MN), mcnemar=test)
-
-
 def _model_row(samples: Samples, name: str, arm: str, seed: int, task: str) -> ModelRow:
     mean, change = _mean(samples, [name], task), _change(samples, [name], task)
     test = _test(samples, name, task)
     return ModelRow.of(mean, model=name, arm=arm, seed=seed, task=task, change=change, mcnemar=test)
 
 
-def _test(samples: Samples, name: str, task: str) -> McNemar | None:
-    ours, start = samples[name][task], samples[START][task]
-    return stats.mcnemar(start, ours) if ours.dtype == start.dtype == bool else None
+def _test(samples: Samples, name: str, task: str, other: str = START) -> McNemar | None:
+    ours, theirs = samples[name][task], samples[other][task]
+    return stats.mcnemar(theirs, ours) if ours.dtype == theirs.dtype == bool else None
 
 
 def _mean(samples: Samples, names: Sequence[str], task: str) -> Number:
@@ -144,6 +142,6 @@ def _mean(samples: Samples, names: Sequence[str], task: str) -> Number:
     return stats.proportion(values[0]) if len(names) == 1 and values.dtype == bool else stats.bootstrap_mean(values)
 
 
-def _change(samples: Samples, names: Sequence[str], task: str) -> Number:
-    values = np.stack([samples[name][task] for name in names])
-    return stats.paired_bootstrap(values, samples[START][task][None])
+def _change(samples: Samples, names: Sequence[str], task: str, others: Sequence[str] = (START,)) -> Number:
+    ours_MN, theirs_MN = (np.stack([samples[name][task] for name in models]) for models in (names, others))
+    return stats.paired_bootstrap(ours_MN, theirs_MN)

@@ -8,7 +8,7 @@ import numpy as np
 
 from retmask_jax.data.builtin_files import path_of
 from retmask_jax.data.needles import read_sentences
-from retmask_jax.evals.compare import START, ArmRow, arm_rows
+from retmask_jax.evals.compare import RETMASK, START, ArmRow, arm_rows
 from retmask_jax.evals.perplexity import text_loss, text_windows
 from retmask_jax.heads.conditions import Condition
 from retmask_jax.model.interventions import Interventions
@@ -22,7 +22,6 @@ from retmask_jax.stages.train import train_settings, trained_run, training_token
 from retmask_jax.stages.trained_heads import file_prints, trained_heads
 from retmask_jax.training.settings import Settings
 
-_ARM = "retmask"
 _LOSS = "text loss"
 _SET_HERE = ("objective", "seed", "learning_rate", "final_learning_rate", "heads")
 
@@ -49,14 +48,14 @@ def rates_stage(context: Context, folder: Path) -> RatesResult:
     """Trains at every rate from the same start on the same pairs; models stay in the folder."""
     section, train = context.config.rates, context.config.train
     model = context.outline.replace(params=None, source=context.source())
-    usual = train_settings(context.config, _ARM, train.seeds[0], trained_heads(context, _ARM))
+    usual = train_settings(context.config, RETMASK, train.seeds[0], trained_heads(context, RETMASK))
     share = usual.final_learning_rate / usual.learning_rate
     samples = {START: _samples(context)}
     for rate in section.learning_rates:
         settings = dataclasses.replace(usual, learning_rate=rate, final_learning_rate=share * rate)
         target = folder / f"{rate:g}"
-        trained_run(context, model, _ARM, settings, target)
-        samples[f"{rate:g}"] = _samples(context.of(context.load(target / f"{_ARM}-{settings.seed}" / "model")))
+        trained_run(context, model, RETMASK, settings, target)
+        samples[f"{rate:g}"] = _samples(context.of(context.load(target / f"{RETMASK}-{settings.seed}" / "model")))
     rows = arm_rows(samples, {name: [name] for name in samples if name != START})
     chosen = choose(rows, section.learning_rates, section.most_loss)
     return RatesResult(
@@ -105,8 +104,8 @@ def _check_run(config) -> None:
     for name, words in (("learning_rates", "several rates"), ("tasks", "tasks that eval does not report")):
         if not config.rates[name]:
             raise ValueError(f"rates.{name} is empty: name {words}")
-    if _ARM not in config.train.arms:
-        raise ValueError(f"train.arms lacks {_ARM}, whose pairs the rates are tried on: add it")
+    if RETMASK not in config.train.arms:
+        raise ValueError(f"train.arms lacks {RETMASK}, whose pairs the rates are tried on: add it")
 
 
 def _tables(result: RatesResult) -> list[Table]:

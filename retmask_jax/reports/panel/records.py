@@ -97,9 +97,10 @@ def added(record: Record, root: Path) -> Record:
     Raises:
         ValueError: `detect` has not finished there, or it has another model, or found other heads.
     """
-    work, more = Workdir(root, {}), read_workdir(record.model, root)
-    heads = {key: number for key, number in more.numbers.items() if key.startswith(f"{DETECT.name}/")}
-    if more.weights != record.weights or not heads.items() <= record.numbers.items():
+    work = Workdir(root, {})
+    detect = work.result(DETECT.name, DETECT.result)
+    same = detect.provenance.inputs["weights"] == record.weights and detect.numbers.items() <= record.numbers.items()
+    if not same:
         raise ValueError(f"{root} is of another model than the record of {record.model}, or found other heads in it")
     results = {stage: result for stage, result in _results(work) if stage not in record.stages}
     settings = {key: value for result in results.values() for key, value in (result.provenance.settings or {}).items()}
@@ -200,12 +201,9 @@ def _as_change(test: str) -> str:
 
 def _of_training(work: Workdir, stages: Container[str]) -> Iterator[tuple[str, float]]:
     if EVAL.name in stages:
-        for row in work.result(EVAL.name, EVAL.result).rows:
-            if row.mcnemar is not None:
-                yield _change(row), row.mcnemar.p_value
-        for row in work.result(EVAL.name, EVAL.result).contrasts:
-            if row.mcnemar is not None:
-                yield _against(row), row.mcnemar.p_value
+        result = work.result(EVAL.name, EVAL.result)
+        yield from ((_change(row), row.mcnemar.p_value) for row in result.rows if row.mcnemar is not None)
+        yield from ((_against(row), row.mcnemar.p_value) for row in result.contrasts if row.mcnemar is not None)
 
 
 def _change(row: Any) -> str:

@@ -29,7 +29,7 @@ setup(
         ],
         "retmask_jax.configs": ["README.md"],
     },
-    entry_points={"console_scripts": ["retmask = retmask_jax.cli.main:main"]},
+    entry_points={"console_scripts": ["retmask = retmask_jax.cli.start:start"]},
     install_requires=[
         "jax>=0.8",
         "flax>=0.12",

@@ -5,6 +5,7 @@ tokenizer, so that all models get the same cases.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,8 +183,9 @@ def build_cases(
     """
     _check_used(needles, specs)
     sizes = _sizes(prompter, sentences)
+    naming = functools.cache(lambda key: np.array([key in sentence for sentence in sentences], bool))
     shown = track(specs, len(specs), "needle cases", "case")
-    return [_build(prompter, sentences, sizes, needles, spec, shuffle, at_start, prefix) for spec in shown]
+    return [_build(prompter, sentences, sizes, naming, needles, spec, shuffle, at_start, prefix) for spec in shown]
 
 
 def question_case(prompter: Prompter, needle: Needle, *, prefix: bool = False) -> Case:
@@ -253,13 +255,15 @@ def _prompt(
     return text, tokens[:end], offsets[:end]
 
 
-def _build(prompter, sentences, sizes, needles, spec, shuffle, at_start, prefix) -> Case:
+def _build(prompter, sentences, sizes, naming, needles, spec, shuffle, at_start, prefix) -> Case:
+    """naming: which of the sentences hold a key."""
     needle = needles[spec.needle]
     rng = np.random.default_rng(spec.seed)
     planted = [needles[i].needle for i in spec.distractors]
     keys = [needles[i].key for i in (spec.needle, *spec.distractors) if needles[i].key]
     order = rng.permutation(len(sentences)) if shuffle else np.arange(len(sentences))
-    order = [i for i in order if not any(key in sentences[i] for key in keys)] if keys else order
+    for key in keys:
+        order = order[~naming(key)[order]]
     places = np.sort(rng.random(len(planted)))
     _, fixed, _ = _prompt(prompter, " ".join([needle.needle, *planted]), needle, prefix)
     room = spec.length - len(fixed)

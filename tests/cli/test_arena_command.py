@@ -62,7 +62,7 @@ def test_files_stand_anywhere_after_the_model_or_beside_a_recipe(call, model, fi
     assert dict(overrides).get("model", "bundled") == model
 
 
-def test_the_command_compares_lists_and_goes_on_where_one_is_added(files, tmp_path, capsys):
+def test_the_command_compares_lists(files, tmp_path, capsys):
     work = tmp_path / "work"
     call = ["arena", *SETTINGS, str(files / "best.yaml"), f"--workdir={work}", str(files / "last.tsv")]
     assert main(call) == 0
@@ -85,11 +85,19 @@ def test_the_command_compares_lists_and_goes_on_where_one_is_added(files, tmp_pa
     assert page.headings[:3] == ["What ablating them does", "Overlap of the lists", "The lists"]
     assert page.drawings == ["4 heads of each list ablated"] and f"page: {work / 'arena.html'}" in printed
     assert main(call) == 0 and "arena: unchanged since" in capsys.readouterr().out
-    assert main([*call, str(files / "more.json")]) == 0
-    more = msgspec.convert(json.loads((work / "arena/result.json").read_text()), ArenaResult)
-    assert [row.name for row in more.lists][-1] == "more"
-    assert (work / "set-aside/arena-1/result.json").exists()
-    assert {row.name: row for row in more.rows}["best"] == by_name["best"]
+
+
+@pytest.mark.slow
+def test_what_was_measured_stays_where_a_list_is_added(files, tmp_path):
+    work, results = tmp_path / "work", []
+    call = ["arena", *SETTINGS, f"--workdir={work}", str(files / "best.yaml"), str(files / "last.tsv")]
+    for more in ((), (str(files / "more.json"),)):
+        assert main([*call, *more]) == 0
+        results.append(msgspec.convert(json.loads((work / "arena/result.json").read_text()), ArenaResult))
+    before, after = results
+    assert [row.name for row in after.lists][-1] == "more" and (work / "set-aside/arena-1/result.json").exists()
+    rows = [{row.name: row for row in result.rows if row.name in ("best", "last")} for result in (before, after)]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
 
 
 def test_mistakes_are_one_line_before_anything_is_measured(files, refused, tmp_path):

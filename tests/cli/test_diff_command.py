@@ -83,8 +83,13 @@ def test_the_command_prints_and_writes_what_it_finds(noisy, tmp_path, capsys):
         assert any(row and row[0].startswith(part.name) for row in page.rows), part.name
 
 
-def test_heads_are_chosen_by_score_or_by_a_file_and_the_groups_stay(noisy, tmp_path, capsys, monkeypatch):
-    """Their shares are those that they have among all heads; the output says how many were measured."""
+@pytest.mark.parametrize(
+    "names",
+    [("scores.json", "2"), pytest.param(("all", "scores.json", "2", "heads.json", "0"), marks=pytest.mark.slow)],
+    ids=["two", "every"],
+)
+def test_heads_are_chosen_by_score_or_by_a_file_and_the_groups_stay(noisy, tmp_path, capsys, monkeypatch, names):
+    """Their shares are those that they have among more heads; the output says how many were measured."""
     monkeypatch.setattr("retmask_jax.cli.plan.measured_speed", lambda dtype: Speed(1e8, 1e8))
     scores_LH = np.zeros((4, 8))
     scores_LH[1, :4] = 0.5, 0.2, 0.4, 0.3
@@ -92,7 +97,7 @@ def test_heads_are_chosen_by_score_or_by_a_file_and_the_groups_stay(noisy, tmp_p
     (tmp_path / "heads.json").write_text("[[3, 1], [0, 7], [3, 1]]")
     flags = (*QUICK, "--no_copy", f"--scores={tmp_path / 'scores.json'}")
     found, said = {}, {}
-    for name in ("all", "2", "heads.json", "scores.json", "0"):
+    for name in names:
         chosen = () if name == "all" else (f"--heads={name if name.isdecimal() else tmp_path / name}",)
         assert main(["diff", str(noisy), "bundled", *flags, *chosen, f"--out={tmp_path / name}.out"]) == 0
         found[name], printed = read(tmp_path / f"{name}.out"), capsys.readouterr()
@@ -100,14 +105,16 @@ def test_heads_are_chosen_by_score_or_by_a_file_and_the_groups_stay(noisy, tmp_p
         sentence = f"{found[name].singly} of 32 heads were measured one by one."
         assert sentence in printed.out and sentence in Page((tmp_path / f"{name}.out/diff.html").read_text()).text
     heads = {name: [(p.layer, p.head) for p in one.parts if p.kind == "head"] for name, one in found.items()}
-    assert heads["2"] == [(1, 0), (1, 2)] and heads["heads.json"] == [(3, 1), (0, 7)]
-    assert heads["scores.json"] == [(1, 0), (1, 2), (1, 3), (1, 1)] and heads["0"] == [] and len(heads["all"]) == 32
-    whole = {part.name: part for part in found["all"].parts}
+    everything = [(layer, head) for layer in range(4) for head in range(8)]
+    expected = {"all": everything, "scores.json": [(1, 0), (1, 2), (1, 3), (1, 1)], "2": [(1, 0), (1, 2)]}
+    expected |= {"heads.json": [(3, 1), (0, 7)], "0": []}
+    assert heads == {name: expected[name] for name in names}
+    whole = {part.name: part for part in found[names[0]].parts}
     for one in found.values():
         assert [p.name for p in one.parts if p.kind != "head"] == [p.name for p in whole.values() if p.kind != "head"]
         for part in one.parts:
             assert part.logprob.put_in.value == pytest.approx(whole[part.name].logprob.put_in.value, abs=1e-4)
-    assert said["all"] > said["scores.json"] >= said["0"]
+    assert [said[name] for name in names] == sorted(said.values(), reverse=True) and said[names[0]] > said[names[-1]]
 
 
 def test_mistakes_are_one_line_before_any_weight_is_read(refused, noisy, tmp_path, monkeypatch):

@@ -89,7 +89,10 @@ def _prompts(lm, records, chat=False):
 
 
 def _answers(lm, prompts, **options):
-    out = [lm.generate(np.array([row]), [len(row)], NEW, **options) for row in prompts]
+    padded = [
+        np.pad(row, (0, LENGTH - len(row)))[None] for row in prompts
+    ]  # of one width, so that one program serves all
+    out = [lm.generate(some, [len(row)], NEW, **options) for some, row in zip(padded, prompts, strict=True)]
     return [lm.tokenizer.decode(one.tokens[0, : one.lengths[0]], skip_special_tokens=True) for one in out]
 
 

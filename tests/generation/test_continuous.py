@@ -22,6 +22,7 @@ from retmask_jax.model.masking import normalise_each
 
 BATCH, NEW, VOCAB = 3, 24, 31
 STOPS = (3, 4, 5)
+DRAWN = {"temperature": 1.3, "top_p": 0.95}
 _SMALL = dict(
     vocab_size=VOCAB, hidden_size=16, mlp_size=20, n_heads=4, n_kv_heads=2, head_dim=4, max_length=90, kernel="plain"
 )
@@ -39,11 +40,6 @@ MODELS = {
         rope=Rope(kind="dynamic", theta=100.0, factor=4.0, original_length=32),
     ),
 }
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def lm(request, random_model):
-    return random_model(MODELS[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +102,17 @@ def _assert_same(results, expected):
         assert result.stops == expected[i].stops
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.3, "top_p": 0.95}], ids=["greedy", "sampled"])
-def test_a_request_gets_what_the_simple_path_gives_for_its_prompt_mask_and_seed(lm, options):
+@pytest.mark.parametrize(
+    "model, options",
+    [
+        pytest.param("short window", {}, id="short window-greedy", marks=pytest.mark.slow),
+        pytest.param("short window", DRAWN, id="short window-sampled"),
+        pytest.param("long window", {}, id="long window-greedy"),
+        pytest.param("long window", DRAWN, id="long window-sampled", marks=pytest.mark.slow),
+    ],
+)
+def test_a_request_gets_what_the_simple_path_gives_for_its_prompt_mask_and_seed(random_model, model, options):
+    lm = random_model(MODELS[model])
     requests, masks = _requests(), _masks()(lm.config)
     results = list(_stream(lm, requests, masks, **options))
     _assert_same(results, _simply(lm, requests, masks, **options))

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 from conftest import QUICK_FLAGS
 
-# The recipes' mesh on eight devices, for each memory: bytes that each device is said to have; None: what the machine says.
+# The recipes' mesh on eight devices, each of which is said to have so many bytes; None: what the machine says.
 _DECODE = textwrap.dedent("""
     import json, sys, tempfile
     from pathlib import Path
@@ -65,37 +65,34 @@ _DECODE = textwrap.dedent("""
             "trained": sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(begun)),
         }
 
-    print(json.dumps([decoded(said) for said in json.loads(sys.argv[1])]))
+    print(json.dumps(decoded(json.loads(sys.argv[1]))))
 """)
 
 
 LITTLE = 3_000_000  # of 2.8 MB of weights
 
 
-@pytest.fixture(scope="module")
-def decoded():
-    """What decoding is under each memory, from one process."""
+def _decoded(memory):
+    """What decoding is where each device has so many bytes, in a process of its own."""
     settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK_FLAGS}"}
     inherited = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
     done = subprocess.run(
-        [sys.executable, "-c", _DECODE, json.dumps([None, LITTLE])],
-        env=inherited | settings,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", _DECODE, json.dumps(memory)], env=inherited | settings, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip((None, LITTLE), json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_under_the_recipes_mesh_a_decoding_step_moves_nothing_where_a_copy_fits_each_device(decoded):
-    found = decoded[None]
+def test_under_the_recipes_mesh_a_decoding_step_moves_nothing_where_a_copy_fits_each_device():
+    found = _decoded(None)
     assert sum(found["sent"].values()) == 0, found
     assert found["same"] and found["held"] == found["weights"] and found["mesh"]["data"] == 8
     assert found["trained"] < found["weights"] / 7  # training gets them over all devices, as its mesh says
 
 
-def test_under_the_recipes_mesh_a_decoding_step_moves_activations_alone_where_no_copy_fits(decoded):
-    found = decoded[LITTLE]
+@pytest.mark.slow
+def test_under_the_recipes_mesh_a_decoding_step_moves_activations_alone_where_no_copy_fits():
+    found = _decoded(LITTLE)
     assert found["mesh"] == {"data": 2, "fsdp": 1, "tensor": 4, "context": 1} and found["same"], found
     assert found["held"] < found["weights"] / 3
     layers, width, vocabulary = 4, 128, 354

@@ -45,7 +45,7 @@ def windowed(random_model):
 
 
 # What is read before the rows is itself read from the start.
-@pytest.mark.parametrize("start, times", [pytest.param(0, 1, marks=pytest.mark.slow), (5, 1), (5, CHUNK)])
+@pytest.mark.parametrize("start, times", [*(pytest.param(n, 1, marks=pytest.mark.slow) for n in (0, 5)), (5, CHUNK)])
 def test_chunks_and_rings_equal_one_pass(windowed, close, start, times):
     """Rows of different lengths, some of which end chunks before others; states, probes and the next step agree. Also where
     more positions are asked for than a chunk has. Some heads stream, others in each row."""

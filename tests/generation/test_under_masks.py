@@ -55,11 +55,18 @@ def _masks(config):
     ]
 
 
-@pytest.mark.parametrize("config", [CONFIG, pytest.param(PLAIN, marks=pytest.mark.slow)], ids=["patterned", "dynamic"])
-def test_answers_are_those_of_a_run_for_each_mask(random_model, config):
+@pytest.mark.parametrize(
+    "config, chosen",
+    [  # Each kind of mask is a program more.
+        pytest.param(CONFIG, (0, 1, 2, 6), id="heads"),
+        pytest.param(CONFIG, range(7), id="patterned", marks=pytest.mark.slow),
+        pytest.param(PLAIN, range(7), id="dynamic", marks=pytest.mark.slow),
+    ],
+)
+def test_answers_are_those_of_a_run_for_each_mask(random_model, config, chosen):
     lm, rng = random_model(config), np.random.default_rng(3)
     prompts = [rng.integers(0, config.vocab_size, n).tolist() for n in (30, 12, 21)]
-    masks = _masks(config)
+    masks = [_masks(config)[i] for i in chosen]
     found = answers_under(lm, prompts, masks, max_new_tokens=NEW, batch_size=3)
     options = {"max_new_tokens": NEW, "batch_size": 3}
     different = set()
@@ -69,7 +76,7 @@ def test_answers_are_those_of_a_run_for_each_mask(random_model, config):
             np.testing.assert_array_equal(a.tokens, b.tokens)
             assert int(a.stops) == int(b.stops)
         different.add(tuple(tuple(one.tokens.tolist()) for one in ours))
-    assert len(different) >= 5  # the masks do something
+    assert len(different) >= len(masks) - 2  # the masks do something
     if config.depends_on_length:  # then a row's answer depends on its batch
         return
     again = answers_under(lm, prompts, masks[2:4], max_new_tokens=NEW, batch_size=1)

@@ -48,6 +48,7 @@ def _stored(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_small_updates_of_adapters_move_every_weight_of_a_float32_checkpoint(start, tmp_path):
     """Computed in bfloat16, where a change of 1e-5 of a weight is lost in half of them."""
     lm = load(start, ADAPTERS.start_dtype)

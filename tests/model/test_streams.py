@@ -189,7 +189,9 @@ def test_a_key_that_counts_nothing_may_be_of_any_size():
 # --- every way through the model ---
 
 
-@pytest.mark.parametrize("name", ("gqa_tied", "gemma2", "smollm3_window"))
+@pytest.mark.parametrize(
+    "name", ("gqa_tied", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "smollm3_window")))
+)
 def test_decoding_with_a_cache_is_the_argmax_of_full_passes(read_golden, name):
     """Rings included, each row under its own mask, one of which masks nothing; the probe sees the keys in reach."""
     lm, tokens = read_golden(name).lm, read_golden(name).tokens

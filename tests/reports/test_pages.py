@@ -261,6 +261,7 @@ def test_runs_say_how_many_parameters_were_trained():
     assert shown == {"retmask-0": "1,234,567", "no_fact-0": "–"}
 
 
+@pytest.mark.slow
 def test_large_results_fit(tmp_path, monkeypatch):
     """Every arm, several seeds, 32 x 32 heads, long names: nothing is cut off or crowded, and the page stays small."""
     drawn, inline = {}, plotting.inline

@@ -136,6 +136,7 @@ def test_dynamics_say_when_half_of_the_score_is_reached(render):
     )
 
 
+@pytest.mark.slow
 def test_large_results_fit(tmp_path, monkeypatch):
     drawn, inline = {}, plotting.inline
     monkeypatch.setattr(plotting, "inline", lambda figure, name: inline(drawn.setdefault(name, figure), name))

@@ -80,8 +80,10 @@ def prepare(tmp_path, monkeypatch):
     return make
 
 
-def test_every_list_is_measured_as_the_slow_model_says(prepare, tmp_path):
-    modes = ("zero", "mean", "query", "query_mean")
+@pytest.mark.parametrize(
+    "modes", [("zero", "query_mean"), pytest.param(("zero", "mean", "query", "query_mean"), marks=pytest.mark.slow)]
+)
+def test_every_list_is_measured_as_the_slow_model_says(prepare, tmp_path, modes):
     result = arena_stage(prepare(modes=modes, draws=2), tmp_path)
     assert stored({"arena": result})["arena"] == result
     best = DETECTORS["mass"](LM, CASES, batch_size=BATCH).scores

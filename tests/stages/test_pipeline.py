@@ -151,13 +151,12 @@ def test_the_study_goes_on_from_what_run_has_done(finished, tmp_path, here):
     assert run_ids(root) == run_ids(finished[0])
 
 
-def test_a_deleted_stage_runs_again_with_what_depends_on_it(finished, tmp_path):
-    """In a process of its own, as a user starts it."""
+def test_a_deleted_stage_runs_again_with_what_depends_on_it(finished, tmp_path, here):
     root = tmp_path / "copy"
     shutil.copytree(finished[0], root)
     before = run_ids(root)
     shutil.rmtree(root / "rope")
-    done = retmask("run", f"--config={CONFIG}", f"--workdir={root}")
+    done = here("run", f"--config={CONFIG}", f"--workdir={root}")
     assert done.returncode == 0, done.stderr[-2000:]
     after = run_ids(root)
     assert {stage for stage in STAGES if before[stage] != after[stage]} == {"rope", "report"}

@@ -594,6 +594,17 @@ def test_rows_that_do_not_divide_over_the_mesh_are_refused():
         training.check_mesh(SETTINGS, mesh)
 
 
+def test_the_steps_asked_for_are_traced_and_no_others(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    with training._profile(tmp_path, (1, 2)) as before:
+        for step, so_far in enumerate([[], [str(tmp_path / "profile")], [str(tmp_path / "profile"), "stop"]]):
+            before(step)
+            assert calls == so_far
+
+
+@pytest.mark.slow
 def test_a_trace_of_the_steps_asked_for_is_written(tmp_path):
     with training._profile(tmp_path, (1, 2)) as before:
         for step in range(3):

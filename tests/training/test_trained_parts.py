@@ -78,6 +78,7 @@ def test_twenty_updates_leave_the_bits_of_all_but_the_heads(tmp_path):
     assert len(rows) == 20 and rows[-1]["loss"] < 0.98 * rows[0]["loss"]
 
 
+@pytest.mark.slow
 def test_adapters_of_some_heads_change_no_other_weight(tmp_path):
     """Merged on the device, and on the host, as `save` does."""
     params = trained_params(tmp_path, one_device(), ADAPTED)

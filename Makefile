@@ -25,6 +25,7 @@ demo-real: .venv/.installed
 	$(BIN)/retmask run models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 test: .venv/.tested lint
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not real" tests
 
 test-slow: .venv/.tested

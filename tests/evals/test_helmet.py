@@ -89,9 +89,7 @@ def _prompts(lm, records, chat=False):
 
 
 def _answers(lm, prompts, **options):
-    padded = [
-        np.pad(row, (0, LENGTH - len(row)))[None] for row in prompts
-    ]  # of one width, so that one program serves all
+    padded = [np.pad(row, (0, LENGTH - len(row)))[None] for row in prompts]  # of one width: one program
     out = [lm.generate(some, [len(row)], NEW, **options) for some, row in zip(padded, prompts, strict=True)]
     return [lm.tokenizer.decode(one.tokens[0, : one.lengths[0]], skip_special_tokens=True) for one in out]
 

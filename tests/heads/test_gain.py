@@ -19,8 +19,8 @@ from retmask_jax.heads.gain.shares import answers_between, part_shares, parts_of
 from retmask_jax.heads.gain.weights import check_pair, weight_changes
 from retmask_jax.model.interventions import all_heads
 
-# Soft caps, windows, norms before and after, a tail; a KV head for each head; a norm over the projection; biases. The slow
-# tests have all others, among them experts and norms over each head.
+# A norm over the projection; biases. The slow tests have all others, among them soft caps, windows and tails, a KV head for
+# each head, experts and norms over each head.
 FAMILIES = ("olmo2_gqa", "qwen2")
 # Here XLA rounds one and the same model differently in two programs, by a last digit.
 ROUNDED = ("gemma2_mqa", "gemma3", "gemma3_images", "gemma3_short")

@@ -20,7 +20,7 @@ from retmask_jax.model.layers import Fork
 LENGTHS, WIDTH = np.array([1, 16, 6]), 16
 OWN = np.array([[9, 4], [1, 7], [3, 9]])  # lengths of the answers
 LONGEST = int((LENGTHS[:, None] + OWN).max())
-# Caps and windows, frequencies that depend on the length; experts, layers without RoPE, norms over the whole projection.
+# Windows, frequencies that depend on the length; caps, experts, layers without RoPE, norms over the whole projection.
 FAMILIES = ("mistral_window", "dynamic")
 SLOW = ("gemma2", "qwen3_moe", "smollm3_window", "olmo2_gqa", "phi3_longrope", "gemma3")
 

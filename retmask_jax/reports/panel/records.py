@@ -45,11 +45,10 @@ class Record:
         settings: What decides the results, by key of the config; of stages that were added, as it was for them.
         stages: Of each stage the versions of packages, the day and the seconds it took.
         numbers: Of all stages, by name; those of `eval` also by seed, where there are several, and of retmask against every
-            other arm. With the paired changes that
-            `p_values` tests ("retrieval minus none" is that of "retrieval").
+            other arm. With the paired changes that `p_values` tests ("retrieval minus none" is that of "retrieval").
         p_values: McNemar's exact test, by name: of a mask against the untouched model, of other masks against that of the
-            retrieval heads ("A minus retrieval"), of rotary pairs ("highest minus lowest"), and of a trained model against
-            the start.
+            retrieval heads ("A minus retrieval"), of rotary pairs ("highest minus lowest"), of a trained model against
+            the start, and of retmask against every other arm.
         theta: RoPE base; None where the stage theta has not run.
         agreement: Of each two detectors.
     """

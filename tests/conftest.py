@@ -98,8 +98,8 @@ def random_model():
 
         def draw(path, leaf):
             if path[-1].key == "scale":
-                return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
-            return jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32)
+                return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32))
+            return jnp.asarray(rng.normal(0, 0.3, leaf.shape).astype(np.float32))
 
         return from_params(config, jax.tree.map_with_path(draw, nn.unbox(param_shapes(config))))
 

@@ -51,7 +51,7 @@ def start_params(config=CONFIG):
 
     def draw(path, leaf):
         values = rng.uniform(0.5, 1.5, leaf.shape) if path[-1].key == "scale" else rng.normal(0, 0.3, leaf.shape)
-        return jnp.asarray(values, jnp.float32)
+        return jnp.asarray(values.astype(np.float32))
 
     return jax.tree.map_with_path(draw, plain_shapes(config))
 

@@ -278,6 +278,7 @@ def test_the_card_says_what_inspect_reads():
     assert totals == {facts["layers"] * facts["query_heads"]}
 
 
+@pytest.mark.slow
 def test_needle_recall_is_what_the_pages_say():
     """Untouched and without the heads that copy, on the recipe's own cases; heads by a detector that only reads."""
     context = Context(load_recipe("tiny", [("tasks.detect.lengths", "(128,)")]), Workdir(ROOT / "runs", {}))

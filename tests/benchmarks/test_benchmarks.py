@@ -238,7 +238,9 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(dpo, "TrlPeer", Replayed)
 
 
-@pytest.mark.parametrize("name, size", QUICK)
+@pytest.mark.parametrize(
+    "name, size", [pytest.param(*key, marks=pytest.mark.slow) if key == ("detect", "bundled") else key for key in QUICK]
+)
 def test_every_benchmark_against_a_peer_runs_and_agrees(quick, stand_ins, name, size):
     options = QUICK[name, size] | {"size": size, "layers": None}
     report = importlib.import_module(f"retmask_jax.benchmarks.{name}").run(**options)

@@ -18,7 +18,7 @@ from retmask_jax.stages.study.arena import ArenaResult
 from retmask_jax.utils.files import write_json
 
 CONFIG = str(Path(__file__).parents[1] / "tiny_small.py")
-SETTINGS = (f"--config={CONFIG}", "--config.arena.detectors=('copy_position',)", "--config.arena.modes=('zero',)")
+SETTINGS = (f"--config={CONFIG}", "--config.arena.detectors=()", "--config.arena.modes=('zero',)")
 BEST = [(1, 0), (1, 1), (1, 2), (1, 3)]  # of the bundled model
 
 
@@ -69,7 +69,6 @@ def test_the_command_compares_lists(files, tmp_path, capsys):
     printed = capsys.readouterr().out
     result = msgspec.convert(json.loads((work / "arena/result.json").read_text()), ArenaResult)
     assert [(row.name, row.form, row.of_kv_heads) for row in result.lists] == [
-        ("copy_position", "", False),
         ("best", "qrhead", False),
         ("last", "duoattention", True),
     ]

@@ -13,7 +13,8 @@ from retmask_jax.stages.study.budget import BudgetResult
 from retmask_jax.stages.study.budget_rows import TEXT
 
 CONFIG = str(Path(__file__).parents[1] / "tiny_small.py")
-SETTINGS = (f"--config={CONFIG}", "--config.budget.detectors=('copy_position',)", "--config.budget.kept=(0.0, 4, 1.0)")
+SETTINGS = (f"--config={CONFIG}", "--config.budget.kept=(0.0, 4, 1.0)")
+FILES_ALONE = "--config.budget.detectors=()"
 COPYING = [(1, head) for head in range(8)]  # of the bundled model
 
 
@@ -29,7 +30,7 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("command", ("run", "plan"))
 def test_the_command_measures_lists_and_random_ones(files, tmp_path, capsys, command):
     work = tmp_path / "work"
-    call = ["budget", *SETTINGS, str(files / "copying.yaml"), f"--workdir={work}", str(files / "last.tsv")]
+    call = ["budget", *SETTINGS, FILES_ALONE, str(files / "copying.yaml"), f"--workdir={work}", str(files / "last.tsv")]
     if command == "plan":
         assert main([*call, "--plan"]) == 0
         assert "left to do" in capsys.readouterr().out and not (work / "budget").exists()
@@ -37,7 +38,7 @@ def test_the_command_measures_lists_and_random_ones(files, tmp_path, capsys, com
     assert main(call) == 0
     printed = capsys.readouterr().out
     result = msgspec.convert(json.loads((work / "budget/result.json").read_text()), BudgetResult)
-    assert result.names == ["copy_position", "copying", "last", "random"]
+    assert result.names == ["copying", "last", "random"]
     assert (result.sizes, result.total, result.tasks) == ([0, 4, 16], 16, ["needle short"])
     recall = {(row.name, row.kept): row for row in result.rows if row.measure == "needle short"}
     assert recall["copying", 4].value >= 0.75 > recall["last", 4].value  # which heads need the long context; of 4 cases
@@ -45,7 +46,7 @@ def test_the_command_measures_lists_and_random_ones(files, tmp_path, capsys, com
     assert ("copying", 16) not in recall and {kept for _, kept in recall} == {0, 4, 16}
     for measure in ("needle short", TEXT):
         header = next(line for line in printed.splitlines() if line.strip().startswith(f"{measure}: KV heads kept"))
-        assert header.split()[-4:] == result.names
+        assert header.split()[-3:] == result.names
     row = recall["copying", 4]
     assert f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" in printed
     page = Page((work / "budget.html").read_text())

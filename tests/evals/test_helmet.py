@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers_tiny import copying_lm
+from helpers_tiny import copying_lm, in_float64, reference_answer
 
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.evals import scoring
@@ -88,10 +88,11 @@ def _prompts(lm, records, chat=False):
     return rows
 
 
-def _answers(lm, prompts, **options):
-    padded = [np.pad(row, (0, LENGTH - len(row)))[None] for row in prompts]  # of one width: one program
-    out = [lm.generate(some, [len(row)], NEW, **options) for some, row in zip(padded, prompts, strict=True)]
-    return [lm.tokenizer.decode(one.tokens[0, : one.lengths[0]], skip_special_tokens=True) for one in out]
+def _answers(lm, prompts, **masks):
+    """By the slow reference, one row at a time."""
+    params = in_float64(lm.params)
+    answers = [reference_answer(params, row, NEW, lm.config.eos_ids, **masks)[0] for row in prompts]
+    return [lm.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
 
 
 def test_exact_prompts_go_to_the_model_and_answers_are_scored_after_their_prefix(tmp_path, monkeypatch):
@@ -133,7 +134,7 @@ def test_exact_prompts_go_to_the_model_and_answers_are_scored_after_their_prefix
     assert sorted(spy.prompts) == sorted(prompts) and masked.measured[0].ids == recall.ids
     (_, written) = sorted((tmp_path / "out").rglob("json_kv*.json"), key=lambda path: path.stat().st_mtime)
     masked_outputs = [row["output"] for row in json.loads(written.read_text())["data"]]
-    expected = _answers(lm, prompts, interventions=iv)
+    expected = _answers(lm, prompts, head_mask=np.asarray(iv.head_mask))
     assert masked_outputs == [f"{r['question']} :{t}" for r, t in zip(records, expected, strict=True)] != outputs
 
 

@@ -5,7 +5,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers_tiny import BATCH, NEW, copying_lm
+import scipy.special
+from helpers_tiny import BATCH, NEW, copying_lm, in_float64, reference, reference_answer
 
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.evals import scoring
@@ -27,18 +28,16 @@ def _pairs(config):
 
 
 def _greedy(lm, prompt, n):
-    """Row by row, BATCH times the same one: the shape that the batches have, which is compiled already."""
-    return lm.generate(np.array([prompt] * BATCH), [len(prompt)] * BATCH, NEW, stop_ids=()).tokens[0, :n].tolist()
+    """The first n tokens of the answer, by the slow reference."""
+    return reference_answer(in_float64(lm.params), prompt, n)[0]
 
 
-def _naive(lm, pairs, interventions=None):
-    """By the logits of one row at a time."""
-    found = []
+def _naive(lm, pairs, head_mask=None):
+    """By the slow reference of one row at a time."""
+    found, params = [], in_float64(lm.params)
     for context, continuation in pairs:
         row = [*context, *continuation]
-        padded = np.zeros((1, 64), np.int32)
-        padded[0, : len(row)] = row
-        logps_TV = np.asarray(jax.nn.log_softmax(lm.logits(padded, interventions=interventions)[0]), np.float64)
+        logps_TV = scipy.special.log_softmax(reference(params, np.array(row), head_mask)[0], axis=-1)
         before = np.arange(len(context) - 1, len(row) - 1)
         chosen = logps_TV[before, continuation]
         found.append((chosen.sum(), bool((logps_TV[before].argmax(axis=1) == continuation).all())))
@@ -53,7 +52,7 @@ def test_batches_give_what_a_loop_over_rows_gives(masked):
     pairs += [(context, _greedy(lm, context, 2)) for context, _ in pairs[1:4]]
     # Most likely up to the last token.
     pairs += [(context, [*_greedy(lm, context, 1), tl.UNK]) for context, _ in pairs[1:2]]
-    expected = _naive(lm, pairs, iv)
+    expected = _naive(lm, pairs, iv and np.asarray(iv.head_mask))
     found = scoring.continuation_logprobs(lm, pairs, iv, batch_size=BATCH)
     np.testing.assert_allclose([a for a, _ in found], [e for e, _ in expected], atol=1e-4)
     assert [flag for _, flag in found] == [flag for _, flag in expected]

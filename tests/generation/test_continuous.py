@@ -15,7 +15,7 @@ import pytest
 from retmask_jax.generation import continuous
 from retmask_jax.generation.continuous import Request, generate_stream
 from retmask_jax.generation.continuous_programs import Shared
-from retmask_jax.generation.decode import generate_many
+from retmask_jax.generation.decode import Generated, generate_many
 from retmask_jax.model.config import ModelConfig, Rope
 from retmask_jax.model.interventions import Interventions, stack
 from retmask_jax.model.masking import normalise_each
@@ -178,7 +178,7 @@ def test_results_of_several_groups(plain, monkeypatch):
     job = continuous._Job(plain.config, NEW, Shared({}, None, None, None), requests)
     longest_first = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
     assert len(continuous._groups(job, longest_first, BATCH, "sample")) == 2
-    _assert_same(list(_stream(plain, requests, masks)), _simply(plain, requests, masks))
+    _assert_same(list(_stream(plain, requests, masks, **DRAWN)), _simply(plain, requests, masks, **DRAWN))
 
 
 def test_each_device_takes_prompts_into_its_own_free_rows():
@@ -203,9 +203,9 @@ def test_where_memory_runs_out_the_batch_is_halved_and_nothing_is_lost(plain, mo
 
     requests, masks = _requests(), _masks()(plain.config)
     monkeypatch.setattr(continuous, "decode_rows", exhausted)
-    results = list(_stream(plain, requests, masks, what="pairs"))
+    results = list(_stream(plain, requests, masks, what="pairs", **DRAWN))
     assert set(sizes) == {BATCH, 1} and "pairs ran out of memory" in caplog.text
-    _assert_same(results, _simply(plain, requests, masks))
+    _assert_same(results, _simply(plain, requests, masks, **DRAWN))
 
 
 # --- errors ---
@@ -267,8 +267,17 @@ def test_rows_fill_the_free_memory_by_what_their_programs_need(single, monkeypat
 
 
 def test_rows_that_fill_the_memory_are_no_more_than_requests_and_at_least_one(single, monkeypatch):
-    assert _rows_that_fill(monkeypatch, single, 10**9, _requests())[0] == [11]
-    assert _rows_that_fill(monkeypatch, single, 1000, _requests()[:2])[0][0] == 1
+    sizes = []
+
+    def answered(job, group, rows):
+        sizes.append(rows)
+        yield from ((i, Generated([], 0, -1)) for i in group)
+
+    monkeypatch.setattr(continuous, "_refilled", answered)
+    for free, requests in ((10**9, _requests()), (1000, _requests()[:2])):
+        monkeypatch.setattr(continuous.memory, "limit", lambda: free)
+        list(_stream(single, requests, batch_size=None, masks=_masks()(single.config)))
+    assert sizes == [11, 1]
 
 
 def test_where_rows_that_were_to_fill_the_memory_do_not_fit_they_are_halved(single, monkeypatch):

@@ -171,12 +171,12 @@ def test_alpha_0_is_plain_decoding(run, bundled, options):
 # --- many prompts, refilled batches ---
 
 PROMPTS = [np.random.default_rng(4).integers(16, 300, n).tolist() for n in (60, 3, 41, 7, 12, 50, 9)]
-OPTIONS = {"max_new_tokens": 16, "stop_ids": (2, 34, 67, 124, 209), "temperature": 5.0}
+OPTIONS = {"max_new_tokens": 8, "stop_ids": (2, 34, 67, 124, 209), "temperature": 5.0}
 FLAT = "entropy", 1e-4  # with the temperature: answers that vary
 
 
 def _many(lm, contrast, **options):
-    return generate_many(lm.config, lm.params, PROMPTS, batch_size=3, contrast=contrast, **OPTIONS | options)
+    return generate_many(lm.config, lm.params, PROMPTS, batch_size=4, contrast=contrast, **OPTIONS | options)
 
 
 def test_many_prompts_have_the_masks_of_their_contrast(bundled, run):

@@ -20,13 +20,13 @@ NEW, WIDTH, VOCABULARY = 8, 5, 41
 
 @pytest.fixture(scope="module")
 def lm(random_model):
-    """Sliding layers, and two of the ids end an answer."""
+    """A sliding layer and a full one, and two of the ids end an answer."""
     return random_model(
         ModelConfig(
             vocab_size=VOCABULARY,
             hidden_size=16,
             mlp_size=20,
-            n_layers=4,
+            n_layers=2,
             n_heads=4,
             n_kv_heads=2,
             head_dim=4,
@@ -90,17 +90,18 @@ def test_small_batches_go_on_together(lm, prompts, plain, monkeypatch):
 
 
 def test_a_line_end_ends_an_answer_after_its_first_word(lm, prompts, plain):
-    """In a draft or after it; before the first word it is passed over."""
+    """In a draft or after it, in batches of every kind; before the first word it is passed over."""
     said = [one.tokens.tolist() for one in plain]
     row = max(range(len(said)), key=lambda i: len(set(said[i])))
-    first, *others = said[row]
-    later = next(token for token in others if token != first)
-    at = said[row].index(later)
-    for draft in ((), said[row]):
-        (found,) = _answers(lm, prompts[row : row + 1], [draft], line_ends=(later,))
-        assert found.tokens.tolist() == said[row][:at] and int(found.stops) == later
-        (found,) = _answers(lm, prompts[row : row + 1], [draft], line_ends=(later,), words=())
-        _assert_equal([found], [plain[row]])
+    later = next(token for token in said[row] if token != said[row][0])
+    cuts = [tokens[1:].index(later) + 1 if later in tokens[1:] else None for tokens in said]
+    assert None in cuts
+    for drafts in ([()] * len(prompts), said):
+        found = _answers(lm, prompts, drafts, line_ends=(later,))
+        for ours, theirs, cut in zip(found, plain, cuts, strict=True):
+            stop = int(theirs.stops) if cut is None else later
+            assert ours.tokens.tolist() == theirs.tokens[:cut].tolist() and int(ours.stops) == stop
+        _assert_equal(_answers(lm, prompts, drafts, line_ends=(later,), words=()), plain)
 
 
 def test_what_was_found_is_told_as_it_comes(lm, prompts, plain):

@@ -1,5 +1,7 @@
 """Log-probabilities of sequences against a plain log_softmax of the logits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,7 +90,8 @@ def test_the_gradient_is_that_of_a_plain_log_softmax(tiny, close):
         return sequence_logprobs(tiny.config, params, TOKENS, LOSS_MASK, **options)
 
     def plain(params, iv):
-        return _plain(forward(tiny.config, params, TOKENS, interventions=iv), LOSS_MASK)
+        config = dataclasses.replace(tiny.config, kernel="plain")
+        return _plain(forward(config, params, TOKENS, interventions=iv), LOSS_MASK)
 
     def gradients(function):
         weighted = jax.grad(lambda *args: function(*args) @ jnp.float32([1, -0.5]), argnums=(0, 1))

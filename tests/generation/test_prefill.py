@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retmask_jax.generation.batching import pad_rows
 from retmask_jax.generation.decode import generate_many
 from retmask_jax.generation.prefill import common_prefix, prefill, share_prefixes, slots_for
 from retmask_jax.heads.reading import read_answers
@@ -44,22 +45,44 @@ def windowed(random_model):
     )
 
 
+@pytest.fixture(scope="module")
+def one_group(windowed):
+    """Two layers that are the whole pattern, as early checkpoints of a model that grows."""
+    params = windowed.params | {"blocks": jax.tree.map(lambda leaf: leaf[:1], windowed.params["blocks"])}
+    return windowed.replace(config=dataclasses.replace(windowed.config, n_layers=2), params=params)
+
+
 # What is read before the rows is itself read from the start.
-@pytest.mark.parametrize("start, times", [*(pytest.param(n, 1, marks=pytest.mark.slow) for n in (0, 5)), (5, CHUNK)])
-def test_chunks_and_rings_equal_one_pass(windowed, close, start, times):
+@pytest.mark.parametrize(
+    "start, times, model",
+    [
+        (5, CHUNK, "one_group"),
+        *(pytest.param(*case, "windowed", marks=pytest.mark.slow) for case in ((0, 1), (5, 1), (5, CHUNK))),
+    ],
+)
+def test_chunks_and_rings_equal_one_pass(request, close, start, times, model):
     """Rows of different lengths, some of which end chunks before others; states, probes and the next step agree. Also where
-    more positions are asked for than a chunk has. Some heads stream, others in each row."""
-    config, params = windowed.config, windowed.params
+    more positions are asked for than a chunk has. Some heads stream, others in each row. A pass over a part of the positions
+    gives them, too, and a model of one group has nothing before it."""
+    lm = request.getfixturevalue(model)
+    config, params = lm.config, lm.params
     rng = np.random.default_rng(start)
     tokens_BT = rng.integers(0, 41, (4, 45)).astype(np.int32)
     end_B = np.array([45, 9, 30, 17])
     rows_BP = np.tile(np.array([[44, 7], [8, 5], [29, 12], [16, 15]]) - start, times)
-    streams = Interventions(stream_mask=rng.random((4, 4, 4)) < 0.5, stream_sink=2, stream_window=6)
-    masks = normalise(config, streams)
+    stream_BLH = rng.random((4, 4, 4))[:, : config.n_layers] < 0.5
+    masks = normalise(config, Interventions(stream_mask=stream_BLH, stream_sink=2, stream_window=6))
     # With the token of the next step, which no earlier place sees.
     longer_BT = np.pad(tokens_BT, ((0, 0), (0, 1)))
     np.put_along_axis(longer_BT, end_B[:, None], tokens_BT[:, :1], axis=1)
-    full = jax.jit(lambda params: hidden(config, params, longer_BT, masks, probe=Probe(rows_BP + start)))(params)
+    asked = Probe(rows_BP + start)
+
+    @jax.jit
+    def at_once(params):
+        rows = hidden_rows(config, params, tokens_BT, masks, asked.rows_BP, probe=asked)
+        return hidden(config, params, longer_BT, masks, probe=asked), rows
+
+    full, rows = at_once(params)
 
     @jax.jit
     def chunked(params, head_BT, tail_BT):
@@ -93,52 +116,29 @@ def test_chunks_and_rings_equal_one_pass(windowed, close, start, times):
 
     out, next_BE = chunked(params, tokens_BT[:, :start], tokens_BT[:, start:])
     assert out.cache["blocks"]["0"].slots == config.window and out.cache["blocks"]["1"].slots > 45
-    close(out.x_BPE, np.take_along_axis(np.asarray(full.x_BTE), (rows_BP + start)[..., None], axis=1), 1e-5)
-    np.testing.assert_array_equal(out.probed.keys, full.probed.keys)
-    rows = jax.jit(lambda params: hidden_rows(config, params, tokens_BT, masks, jnp.asarray(rows_BP + start)))(params)
+    for found in (out, rows):
+        close(found.x_BPE, np.take_along_axis(np.asarray(full.x_BTE), asked.rows_BP[..., None], axis=1), 1e-5)
+        np.testing.assert_array_equal(found.probed.keys, full.probed.keys)
     close(out.rms_BP, rows.rms_BP, 1e-5)
     close(next_BE, full.x_BTE[np.arange(4), end_B], 1e-5)
 
 
-@pytest.mark.parametrize("grouping", ["repeats", "repeats and a tail"])
-def test_rows_of_the_last_layer_equal_those_of_a_whole_pass(five_layers, grouping, close):
-    lm = five_layers[grouping != "repeats"]
+def test_rows_of_the_last_layer_equal_those_of_a_whole_pass(five_layers, close):
+    """Of the model as repeats of one layer, and of the same model as repeats of two layers and a tail."""
+    lm = five_layers[0]
     rng = np.random.default_rng(3)
     tokens_BT = rng.integers(0, 31, (3, 20)).astype(np.int32)
-    rows_BP = jnp.asarray([[19, 4, 0], [7, 8, 9], [2, 2, 18]])
+    rows_BP = np.array([[19, 4, 0], [7, 8, 9], [2, 2, 18]])
     masks = normalise(lm.config, Interventions(head_mask=rng.random((3, 5, 4)) < 0.3))
-    probe = Probe(rows_BP, spans_BN2=jnp.asarray([[[0, 4], [2, 9]]] * 3), top=2)
+    probe = Probe(rows_BP, spans_BN2=np.array([[[0, 4], [2, 9]]] * 3), top=2)
     full = jax.jit(lambda params: hidden(lm.config, params, tokens_BT, masks, probe=probe))(lm.params)
-    rows = jax.jit(lambda params: hidden_rows(lm.config, params, tokens_BT, masks, rows_BP, probe=probe))(lm.params)
-    close(rows.x_BPE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)
-    np.testing.assert_array_equal(rows.probed.keys, full.probed.keys)
-    close(rows.probed.mass, full.probed.mass, 1e-5)
-
-
-def test_a_model_of_one_group_has_nothing_before_it(windowed, close):
-    """Two layers that are the whole pattern, as early checkpoints of a model that grows."""
-    config = dataclasses.replace(windowed.config, n_layers=2)
-    params = windowed.params | {"blocks": jax.tree.map(lambda leaf: leaf[:1], windowed.params["blocks"])}
-    tokens_BT, rows_BP = np.arange(24, dtype=np.int32).reshape(2, 12), jnp.array([[11, 3], [7, 8]])
-    masks = normalise(config)
-
-    @jax.jit
-    def both(params):
-        full = hidden(config, params, tokens_BT, masks, probe=Probe(rows_BP))
-        return full, hidden_rows(config, params, tokens_BT, masks, rows_BP, probe=Probe(rows_BP))
-
-    full, rows = both(params)
-    close(rows.x_BPE, np.take_along_axis(np.asarray(full.x_BTE), np.asarray(rows_BP)[..., None], axis=1), 1e-5)
-    np.testing.assert_array_equal(rows.probed.keys, full.probed.keys)
-
-
-def test_generation_over_several_chunks_equals_decoding_without_a_cache(windowed):
-    """A prompt longer than a chunk, shortened for the test by the function's own argument: every token's best next."""
-    lm = windowed
-    prompt = np.random.default_rng(2).integers(0, 41, 150).tolist()
-    (out,) = generate_many(lm.config, lm.params, [prompt], batch_size=1, max_new_tokens=6, stop_ids=(), probe=True)
-    logits = lm.logits(np.array([prompt + out.tokens[:-1].tolist()]))[0, len(prompt) - 1 :]
-    np.testing.assert_array_equal(np.argmax(logits, axis=-1), out.tokens)
+    expected_BPE = np.take_along_axis(np.asarray(full.x_BTE), rows_BP[..., None], axis=1)
+    for config, params in ((grouped.config, grouped.params) for grouped in five_layers):
+        run = jax.jit(lambda params: hidden_rows(config, params, tokens_BT, masks, rows_BP, probe=probe))
+        rows = run(params)
+        close(rows.x_BPE, expected_BPE, 1e-5)
+        np.testing.assert_array_equal(rows.probed.keys, full.probed.keys)
+        close(rows.probed.mass, full.probed.mass, 1e-5)
 
 
 # --- shared beginnings ---
@@ -175,28 +175,59 @@ def test_common_prefix(a, b, n):
     assert common_prefix(a, b) == n
 
 
-def test_reading_answers_equals_decoding_them(windowed):
-    """Prompts with and without a shared beginning, answers of different lengths, sliding layers."""
-    lm = windowed
+@pytest.fixture(scope="module")
+def prompts():
+    """With and without a shared beginning."""
     rng = np.random.default_rng(4)
     hay = rng.integers(0, 41, 90).tolist()
-    prompts = [[*hay[:n], *rng.integers(0, 41, 10).tolist()] for n in (80, 90, 70, 88)]
-    prompts += [rng.integers(0, 41, n).tolist() for n in (70, 99)]
-    decoded = generate_many(lm.config, lm.params, prompts, batch_size=4, max_new_tokens=7, stop_ids=(), probe=True)
-    answers = [result.tokens[: 3 + i].tolist() for i, result in enumerate(decoded)]
-    assert share_prefixes(prompts)[0].prefix
-    for read, result, answer in zip(read_answers(lm, prompts, answers, batch_size=3), decoded, answers, strict=True):
+    some = [[*hay[:n], *rng.integers(0, 41, 10).tolist()] for n in (80, 90, 70, 88)]
+    some += [rng.integers(0, 41, n).tolist() for n in (70, 99)]
+    assert share_prefixes(some)[0].prefix
+    return some
+
+
+@pytest.fixture(scope="module")
+def decoded(windowed, prompts):
+    options = {"batch_size": 4, "max_new_tokens": 7, "stop_ids": (), "probe": True}
+    return generate_many(windowed.config, windowed.params, prompts, **options)
+
+
+@pytest.fixture(scope="module")
+def best_next(windowed, prompts):
+    """The model's best token at each place of an answer after each prompt, in one pass without a cache."""
+
+    def best(answers):
+        rows, lengths = pad_rows([[*p, *a] for p, a in zip(prompts, answers, strict=True)], pad_id=0, least=107)
+        best_BT = np.asarray(windowed.logits(rows, lengths)).argmax(axis=-1)
+        return [
+            best_BT[b, len(p) - 1 : len(p) + len(a) - 1] for b, (p, a) in enumerate(zip(prompts, answers, strict=True))
+        ]
+
+    return best
+
+
+def test_generation_equals_decoding_without_a_cache(decoded, best_next):
+    """Prompts that fill the rings many times over: every token is the best next one."""
+    for result, best_N in zip(decoded, best_next([result.tokens for result in decoded]), strict=True):
+        np.testing.assert_array_equal(result.tokens, best_N)
+
+
+def test_reading_answers_equals_decoding_them(windowed, prompts, decoded):
+    """Prompts with and without a shared beginning, answers of different lengths, sliding layers."""
+    answers = [result.tokens[: 2 + i].tolist() for i, result in enumerate(decoded)]
+    found = read_answers(windowed, prompts, answers, batch_size=3)
+    for read, result, answer in zip(found, decoded, answers, strict=True):
         np.testing.assert_array_equal(read.predicted, answer)
         np.testing.assert_array_equal(read.argmax, result.argmax[: len(answer)])
 
 
-def test_other_answers_are_read_as_given(windowed):
+def test_other_answers_are_read_as_given(windowed, prompts, decoded, best_next):
     """Where the model would say something else, its own choice shows."""
-    lm = windowed
-    prompt, answer = [3, 1, 4, 1, 5], [9, 2, 6]
-    (read,) = read_answers(lm, [prompt], [answer])
-    logits = lm.logits(np.array([[*prompt, *answer[:-1]]]))[0, len(prompt) - 1 :]
-    np.testing.assert_array_equal(read.predicted, np.argmax(logits, axis=-1))
+    answers = [((result.tokens[: 2 + i] + 1 + np.arange(2 + i)) % 41).tolist() for i, result in enumerate(decoded)]
+    expected = best_next(answers)
+    for read, best_N in zip(read_answers(windowed, prompts, answers, batch_size=3), expected, strict=True):
+        np.testing.assert_array_equal(read.predicted, best_N)
+    assert any((best_N != np.array(answer)).any() for best_N, answer in zip(expected, answers, strict=True))
 
 
 @pytest.mark.parametrize("prompts, answers", [([[1]], []), ([[]], [[1]]), ([[1]], [[]])])

@@ -28,16 +28,18 @@ def _cases(n):
 # --- answers ---
 
 
+# Both means are in every mask that has one of them, so that one program takes them all.
+HEAD_MEAN, QUERY_MEAN = (np.random.default_rng(9).normal(0, size, (2, 4, 32)).astype(np.float32) for size in (1, 2))
 MASKS = {
     "none": Interventions(),
     "two heads": mask_heads(CONFIG, [(1, 0), (0, 2)]),
     "all heads": mask_heads(CONFIG, all_heads(CONFIG)),
     "rotary pairs": mask_rope(CONFIG, [(1, 0), (1, 3)], [0, 1, 4]),
     "both": mask_heads(CONFIG, [(1, 1)]) | mask_rope(CONFIG, [(1, 0)], range(8)),
-    "mean": mask_heads(CONFIG, [(1, 0), (0, 2)], np.random.default_rng(9).normal(0, 1, (2, 4, 32)).astype(np.float32)),
+    "mean": mask_heads(CONFIG, [(1, 0), (0, 2)], HEAD_MEAN).replace(query_mean=QUERY_MEAN),
     "query": mask_queries(CONFIG, [(1, 0)]),
     "streams": stream_heads(CONFIG, [(1, 0), (0, 2)], sink=2, window=6),
-    "query mean": mask_queries(CONFIG, [(1, 0)], np.random.default_rng(9).normal(0, 2, (2, 4, 32)).astype(np.float32)),
+    "query mean": mask_queries(CONFIG, [(1, 0)], QUERY_MEAN).replace(head_mean=HEAD_MEAN),
 }
 
 
@@ -81,7 +83,7 @@ def test_many_masks_are_repeated_for_the_cases_in_parts(monkeypatch):
 def test_answers_that_are_known_are_not_computed_again(masks):
     """Whether prompts are shared among masks or not, each new answer is given away as soon as it is there."""
     cases, chosen, made = _cases(3), [MASKS[name] for name in masks], {}
-    options = {"max_new_tokens": NEW, "batch_size": 1}
+    options = {"max_new_tokens": NEW, "batch_size": BATCH}
     whole = answers(LM, cases, chosen, done=made.__setitem__, **options)
     assert set(made) == {(mask, case) for mask in range(len(masks)) for case in range(3)}
 

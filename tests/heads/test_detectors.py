@@ -64,15 +64,16 @@ def _per_case(found):
 
 @pytest.mark.parametrize("answer", ["itself", "other"])
 def test_copies_that_are_read_afterwards_score_exactly_as_those_of_decoding(answer):
-    """Also where the model says something else than the needle, or nothing."""
-    said = [reference_answer(PARAMS, case.tokens, NEW, (tl.EOS,))[0] for case in CASES]
+    """Also where the model says something else than the needle, or nothing. All rows are padded to one width."""
+    built = _built_cases(length=50)
+    said = [reference_answer(PARAMS, case.tokens, NEW, (tl.EOS,))[0] for case in built]
     texts = [" ".join(tl.VOCABULARY[i] for i in tokens if i > tl.UNK) for tokens in said]
     assert sum(map(bool, texts)) >= 3
     if answer == "other":
         texts = ["nothing of it", *texts[1:]]
     cases = [
         dataclasses.replace(case, needle=dataclasses.replace(case.needle, answer=text))
-        for case, text in zip(CASES, texts, strict=True)
+        for case, text in zip(built, texts, strict=True)
     ]
     silent = dataclasses.replace(cases[0], tokens=(*cases[0].tokens[:-30], *[tl.EOS] * 30))
     decoded = detect(LM, [*cases, silent], max_new_tokens=NEW, batch_size=BATCH, read=False)

@@ -1,6 +1,7 @@
 """Models between two checkpoints against weights spliced by hand; what parts carry of a gain; changes of weights."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,8 @@ from retmask_jax.heads.gain.grafting import Gates, logits
 from retmask_jax.heads.gain.shares import answers_between, part_shares, parts_of
 from retmask_jax.heads.gain.weights import check_pair, weight_changes
 from retmask_jax.model.interventions import all_heads
+from retmask_jax.model.sharding import plain_shapes
 
-# A norm over the projection; biases. The slow tests have all others, among them soft caps, windows and tails, a KV head for
-# each head, experts and norms over each head.
-FAMILIES = ("olmo2_gqa", "qwen2")
 # Here XLA rounds one and the same model differently in two programs, by a last digit.
 ROUNDED = ("gemma2_mqa", "gemma3", "gemma3_images", "gemma3_short")
 TOKENS = np.random.default_rng(0).integers(4, 50, (2, 12)).astype(np.int32)
@@ -31,7 +30,13 @@ between = jax.jit(logits, static_argnums=0)
 def trained_from(params, seed=1, size=0.3):
     """Parameters near others, every tensor of them changed."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: (x + size * jnp.std(x) * rng.standard_normal(x.shape)).astype(x.dtype), params)
+
+    def changed(x):
+        values = np.asarray(x, np.float32)
+        values = values + size * values.std() * rng.standard_normal(x.shape)
+        return jax.device_put(values.astype(x.dtype), x.sharding)
+
+    return jax.tree.map(changed, params)
 
 
 def random_gates(config, seed):
@@ -44,7 +49,7 @@ def layers_of(config, params):
     """The blocks in absolute order, as NumPy arrays."""
     period = len(config.layer_pattern)
     blocks = [
-        jax.tree.map(lambda x, r=i // period: np.array(x[r]), params["blocks"][str(i % period)])
+        jax.tree.map(lambda x, r=i // period: np.array(np.asarray(x)[r]), params["blocks"][str(i % period)])
         for i in range(period * config.repeats)
     ]
     return blocks + [jax.tree.map(np.array, params["tail"][str(i)]) for i in range(len(config.tail))]
@@ -93,7 +98,7 @@ def pair_of(lm):
 def check_exact(golden, close):
     """All gates give the trained model and none the start model, and the other model's weights are not even touched."""
     lm, (start, trained) = golden.lm, pair_of(golden.lm)
-    unknown = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), start)
+    unknown = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, np.nan, x.dtype), x.sharding), start)
     for gates, params, others in (
         (Gates.of(lm.config), start, (start, unknown)),
         (~Gates.of(lm.config), trained, (unknown, trained)),
@@ -118,16 +123,22 @@ def check_spliced(golden, close, seeds):
         close(between(config, start, trained, gates, TOKENS), expected, tolerance)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_weights_are_chosen_exactly_and_as_spliced_by_hand(family, read_golden, close):
-    golden = read_golden(family)
-    check_exact(golden, close)
-    check_spliced(golden, close, [2])
+def test_weights_are_chosen_exactly_and_as_spliced_by_hand(read_golden, close):
+    """Of a model that norms whole projections, as OLMo 2, and has biases, as Qwen 2."""
+    lm, rng = read_golden("olmo2_gqa").lm, np.random.default_rng(3)
+    config = dataclasses.replace(lm.config, qkv_bias=True)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), plain_shapes(config))
+    params = jax.device_put(params, jax.devices()[0])  # as parameters are that were loaded: the same program
+    assert "bias" in params["blocks"]["0"]["attn"]["q"]
+    model = SimpleNamespace(name="OLMo 2 with biases", lm=lm.replace(config=config, params=params))
+    check_exact(model, close)
+    check_spliced(model, close, [2])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [name for name in VARIANTS if name not in FAMILIES])
+@pytest.mark.parametrize("family", VARIANTS)
 def test_weights_are_chosen_exactly_in_all_families(family, read_golden, close):
+    """Soft caps, windows and tails, a KV head for each head, experts and norms over each head are among them."""
     golden = read_golden(family)
     check_exact(golden, close)
     check_spliced(golden, close, range(4))
@@ -185,11 +196,12 @@ COPYING = [(1, 0), (1, 1), (1, 2), (1, 3)]
 
 def without_heads(lm, heads):
     """Parameters in which these heads write nothing."""
-    kernel = np.array(lm.params["blocks"]["0"]["attn"]["o"]["kernel"])
+    before = lm.params["blocks"]["0"]["attn"]["o"]["kernel"]
+    kernel = np.array(before)
     for layer, head in heads:
         kernel[layer, head * lm.config.head_dim : (head + 1) * lm.config.head_dim] = 0
     block = lm.params["blocks"]["0"]
-    attn = block["attn"] | {"o": {"kernel": jnp.asarray(kernel)}}
+    attn = block["attn"] | {"o": {"kernel": jax.device_put(kernel, before.sharding)}}
     return lm.params | {"blocks": {"0": block | {"attn": attn}}}
 
 
@@ -206,7 +218,8 @@ def test_answers_are_those_of_whole_passes_and_no_gates_compile(bundled, cases, 
     words = [np.array(words_of(case)) for case in cases]
     tokens_NT, lengths_N = pad_rows([(*case.tokens, *words_of(case)) for case in cases], config.pad_id)
     for (_, one), logp_N, right_N in zip(gates, found.logp_GN, found.right_GN, strict=True):
-        logits_NTV = between(config, start, trained, one, tokens_NT)
+        wide, params = spliced(config, start, trained, one)
+        logits_NTV = bundled.replace(config=wide, params=params).logits(tokens_NT)
         for logits_TV, answer, length, logp, right in zip(logits_NTV, words, lengths_N, logp_N, right_N, strict=True):
             logits_PV = np.asarray(logits_TV, np.float64)[length - len(answer) - 1 : length - 1]
             each = logits_PV[np.arange(len(answer)), answer] - scipy.special.logsumexp(logits_PV, axis=1)

@@ -248,6 +248,19 @@ def _activity_is_that_of_whole_passes(lm):
 
 
 @pytest.fixture
+def nothing_compiled(monkeypatch):
+    """Passes of `activity` give numbers of their own for every mask and token, and nothing is compiled."""
+    of_head_LH = np.arange(1.0, 9.0).reshape(2, 4)
+
+    def masked_logprobs(config, params, mask_KLH, start, tokens_BT, states_RBTE):
+        of_mask_K = (mask_KLH * of_head_LH).sum(axis=(1, 2))
+        return of_mask_K[None, :, None] * tokens_BT[:, None, 1:]
+
+    monkeypatch.setattr(knockout_module, "_masked_logprobs", masked_logprobs)
+    monkeypatch.setattr(knockout_module, "_states", lambda config, params, tokens_BT: None)
+
+
+@pytest.fixture
 def passes(monkeypatch):
     """Of each compiled pass of `activity`, in order: (texts, masks of each, first group of layers)."""
     made, compiled = [], knockout_module._masked_logprobs
@@ -265,7 +278,7 @@ ROWS = np.random.default_rng(6).integers(4, CONFIG.vocab_size, (3, 12)).tolist()
 
 @pytest.mark.parametrize("batch_size, texts, masks", [(1, 1, 1), (2, 2, 1), (3, 3, 1), (6, 3, 2), (64, 3, 8)])
 def test_a_pass_of_activity_has_no_more_rows_than_the_batch_and_no_layer_before_the_mask(
-    passes, batch_size, texts, masks
+    nothing_compiled, passes, batch_size, texts, masks
 ):
     activity(LM, ROWS, batch_size=batch_size)
     assert {(rows, some) for rows, some, _ in passes} == {(texts, masks)}
@@ -274,7 +287,7 @@ def test_a_pass_of_activity_has_no_more_rows_than_the_batch_and_no_layer_before_
         assert begun.count(0) == -(-3 // texts) * -(-CONFIG.n_heads // masks)  # of the first layer's heads alone
 
 
-def test_activity_says_how_far_it_is_after_every_pass(monkeypatch, passes):
+def test_activity_says_how_far_it_is_after_every_pass(monkeypatch, nothing_compiled, passes):
     updates = []
     update = progress._Bar.update
     monkeypatch.setattr(
@@ -286,7 +299,7 @@ def test_activity_says_how_far_it_is_after_every_pass(monkeypatch, passes):
     assert np.diff([0, *(made for _, _, made in updates)]).max() <= 2  # the untouched model, and the first mask
 
 
-def test_activity_goes_on_with_half_where_memory_runs_out(monkeypatch, passes):
+def test_activity_goes_on_with_half_where_memory_runs_out(monkeypatch, nothing_compiled, passes):
     whole, compiled = activity(LM, ROWS, batch_size=6), knockout_module._masked_logprobs
     passes.clear()
 
@@ -297,4 +310,5 @@ def test_activity_goes_on_with_half_where_memory_runs_out(monkeypatch, passes):
 
     monkeypatch.setattr(knockout_module, "_masked_logprobs", scarce)
     np.testing.assert_allclose(activity(LM, ROWS, batch_size=6), whole, rtol=1e-5, atol=1e-7)
+    assert len(np.unique(whole)) == whole.size
     assert {rows * masks for rows, masks, _ in passes} == {6, 3}

@@ -121,9 +121,9 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
 
 
 def _needle_cases():
-    """Cases whose needle is what the model says, found in its prompt, and one whose answer is wrong."""
+    """Cases whose needle is what the model says, found in its prompt, and one whose answer is wrong: two full batches."""
     cases = []
-    for seed in range(6):
+    for seed in range(2 * BATCH - 1):
         tokens = (tl.BOS, *np.random.default_rng(seed).integers(tl.UNK + 1, len(tl.VOCABULARY), 50).tolist())
         said, _ = reference_answer(PARAMS, tokens, NEW, (tl.EOS,))
         place = next((i for i, token in enumerate(tokens) if said and token == said[0]), 5)
@@ -178,7 +178,7 @@ def test_heads_are_followed_through_the_answers_that_count(followed):
             assert [{*map(tuple, np.argwhere(active_LH))} for active_LH in active_NLH] == _sets(case)[kind]
     assert sum(a.sum() for a in followed.active[IN_NEEDLE]) > sum(a.sum() for a in followed.active[COPIES]) > 0
     with pytest.raises(NoCaseCounts):
-        steps.follow(LM, NEEDLES[-1:], max_new_tokens=NEW, batch_size=BATCH)
+        steps.follow(LM, NEEDLES[-1:] * BATCH, max_new_tokens=NEW, batch_size=BATCH)
 
 
 @pytest.mark.parametrize("kind", [IN_NEEDLE, COPIES])

@@ -224,7 +224,7 @@ def test_frequencies_that_depend_on_the_length_follow_the_longest_row(read_golde
     assert np.abs(short - long).max() > 1e-2
     close(short[:, :16], golden.lm.logits(tokens[:, :16]), 1e-6)
     out = golden.lm.generate(tokens, np.array([5, 4]), 12, stop_ids=())
-    alone = golden.lm.generate(tokens[1:], np.array([4]), 12, stop_ids=())
+    alone = golden.lm.generate(tokens[[1, 1]], np.array([4, 4]), 12, stop_ids=())
     assert not np.array_equal(out.tokens[1], alone.tokens[0])  # 17 tokens there, 16 here
 
 

@@ -20,7 +20,7 @@ SHAPES = [(2, 130, 301), (1, 70, 530), (3, 257, 257)]  # groups, queries, keys: 
 
 def _draw(seed, *shapes):
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
 @functools.cache
@@ -68,17 +68,23 @@ def test_blocks_equal_one_softmax(shape, scores, data):
 @pytest.mark.parametrize("scores", RULES, ids=str)
 def test_every_kernel_of_this_device_and_rows_at_once_agree(scores, close):
     q_BTHD, k_BTKD, v_BTKD = _draw(3, (2, 140, 4, WIDTH), (2, 140, 2, WIDTH), (2, 140, 2, WIDTH))
-    keys = Keys.of(k_BTKD, v_BTKD)
-    one = attend(q_BTHD, keys, scores, kernel="plain")
-    close(attend(q_BTHD, keys, scores, kernel="blocked"), one)
-    close(attend(q_BTHD, keys, scores), one)
-    # As accelerators do it: all rows and heads at once, each from its own position on.
-    late_B = jnp.array([0, 60])
-    q_BKGTD = q_BTHD[:, :80].reshape(2, 80, 2, 2, WIDTH).transpose(0, 2, 3, 1, 4)
-    over_heads = jax.vmap(lambda *x: blocked(*x, 0, None, scores), (0, 0, 0, None))
-    out_BKGTD = jax.vmap(over_heads)(q_BKGTD, keys.k_BKDS, keys.v_BKSD, late_B)
-    expected = attend(q_BTHD[:, :80], keys, scores, late_B, kernel="plain")
-    close(out_BKGTD.transpose(0, 3, 1, 2, 4).reshape(2, 80, 4, WIDTH), expected)
+
+    @jax.jit
+    def run(q_BTHD, k_BTKD, v_BTKD):
+        keys = Keys.of(k_BTKD, v_BTKD)
+        all_at_0 = [attend(q_BTHD, keys, scores, kernel=kernel) for kernel in ("plain", "blocked", "auto")]
+        # As accelerators do it: all rows and heads at once, each from its own position on.
+        late_B = jnp.array([0, 60])
+        q_BKGTD = q_BTHD[:, :80].reshape(2, 80, 2, 2, WIDTH).transpose(0, 2, 3, 1, 4)
+        over_heads = jax.vmap(lambda *x: blocked(*x, 0, None, scores), (0, 0, 0, None))
+        out_BKGTD = jax.vmap(over_heads)(q_BKGTD, keys.k_BKDS, keys.v_BKSD, late_B)
+        out_BTHD = out_BKGTD.transpose(0, 3, 1, 2, 4).reshape(2, 80, 4, WIDTH)
+        return all_at_0, (out_BTHD, attend(q_BTHD[:, :80], keys, scores, late_B, kernel="plain"))
+
+    (one, *others), (at_once, expected) = run(q_BTHD, k_BTKD, v_BTKD)
+    for other in others:
+        close(other, one)
+    close(at_once, expected)
 
 
 def test_an_unknown_kernel_is_refused():
@@ -96,9 +102,14 @@ def test_probes_are_read_off_the_weights(scores):
     q_BTHD, k_BSKD, v_BSKD = _draw(5, (2, 50, 4, WIDTH), (2, 60, 2, WIDTH), (2, 60, 2, WIDTH))
     start_B, rows_BP = np.array([3, 10]), np.array([[0, 49, 7], [20, 1, 33]])
     spans_BN2 = np.array([[[0, 5], [4, 40]], [[9, 9], [0, 60]]])
-    q_BPHD, positions_BP = at_positions(q_BTHD, jnp.asarray(rows_BP)), jnp.asarray(start_B[:, None] + rows_BP)
-    request = Probe(jnp.asarray(rows_BP), jnp.asarray(spans_BN2), top=4, values=True)
-    found = probe(q_BPHD, positions_BP, Keys.of(k_BSKD, v_BSKD), request, scores)
+    request = Probe(rows_BP, spans_BN2, top=4, values=True)
+
+    @jax.jit
+    def run(q_BTHD, k_BSKD, v_BSKD):
+        q_BPHD, positions_BP = at_positions(q_BTHD, jnp.asarray(rows_BP)), jnp.asarray(start_B[:, None] + rows_BP)
+        return probe(q_BPHD, positions_BP, Keys.of(k_BSKD, v_BSKD), request, scores)
+
+    found = jax.tree.map(np.asarray, run(q_BTHD, k_BSKD, v_BSKD))
     k_BSHD, v_BSHD = (np.repeat(np.asarray(x, np.float64), 2, axis=2) for x in (k_BSKD, v_BSKD))
     q_BTHD = np.asarray(q_BTHD, np.float64)
     for b, p in np.ndindex(rows_BP.shape):

@@ -26,7 +26,7 @@ MASKS = {
 DECODED = ("dynamic", "gqa_tied", "mixtral_window", "smollm3_window")
 PROJECTED = ("gemma2", "gqa_tied", "mixtral_window", "qwen2_window_yarn")
 # A norm per head and one over the projection, biases, one matrix for q, k and v with half a head rotated, no RoPE.
-QUERIED = ("gemma3", "gqa_tied", "olmo2_gqa", "phi3_longrope", "qwen2", "smollm3")
+QUERIED = ("gemma3_short", "gqa_tied", "olmo2_gqa", "phi3_longrope", "qwen2", "smollm3")
 
 
 def _others_slow(names, quick):

@@ -29,6 +29,7 @@ TOKENS = np.random.default_rng(5).integers(4, CONFIG.vocab_size, (2, 24)).astype
 SINK, WINDOW, HEADS = 2, 5, (CONFIG.n_layers, CONFIG.n_heads)
 GATES = np.random.default_rng(6).permutation(np.float32([0, 0, 0, 0.3, 0.3, 0.7, 0.7] + [1] * 9)).reshape(2, *HEADS)
 _logits = jax.jit(lambda iv: forward(CONFIG, LM.params, TOKENS, interventions=iv))
+_untouched = jax.jit(lambda: forward(CONFIG, LM.params, TOKENS))
 
 
 def _streams(mask, sink=SINK, window=WINDOW):
@@ -56,7 +57,8 @@ def test_all_heads_streaming_without_a_beginning_are_a_model_with_that_window(re
     whole = golden.lm.replace(config=dataclasses.replace(config, layer_pattern=("full",), window=None))
     streams = stream_heads(config, all_heads(config), sink=0, window=config.window)
     close(whole.logits(golden.tokens, interventions=streams)[:, STORED], golden.logits)
-    assert np.abs(whole.logits(golden.tokens)[:, STORED] - golden.logits).max() > 1e-2
+    one = stream_heads(config, [(0, 0)], sink=0, window=config.window)
+    assert np.abs(whole.logits(golden.tokens, interventions=one)[:, STORED] - golden.logits).max() > 1e-2
     options = {"max_new_tokens": golden.greedy.shape[1], "stop_ids": ()}
     out = whole.generate(golden.tokens, np.full(2, golden.tokens.shape[1]), interventions=streams, **options)
     np.testing.assert_array_equal(out.tokens, golden.greedy)
@@ -91,8 +93,7 @@ def test_no_streaming_head_is_the_untouched_model_and_values_compile_nothing(com
 @pytest.mark.parametrize("kind", (bool, np.float32))
 def test_a_program_with_streams_changes_nothing_where_no_head_streams(kind):
     """Inside a user's own jit it is not known which heads stream, and the bits are the same."""
-    without = jax.jit(lambda: forward(CONFIG, LM.params, TOKENS))()
-    np.testing.assert_array_equal(_logits(_streams(np.zeros(HEADS, kind))), without)
+    np.testing.assert_array_equal(_logits(_streams(np.zeros(HEADS, kind))), _untouched())
     one = _streams(np.arange(8).reshape(HEADS) == 5)
     close_to = _logits(one.replace(stream_mask=one.stream_mask.astype(kind)))
     np.testing.assert_allclose(close_to, LM.logits(TOKENS, interventions=one), atol=1e-5)
@@ -173,17 +174,24 @@ def test_blocks_equal_one_softmax(shape, kind):
 def test_a_key_that_counts_nothing_may_be_of_any_size():
     """Its weight would be e to the thousands of what is in reach, yet outputs are those without it, and slopes finite."""
     rng = np.random.default_rng(10)
-    q_GTD, k_DS, v_SD = (
-        jnp.asarray(rng.uniform(0.5, 1, shape), jnp.float32) for shape in ((2, 40, 8), (8, 40), (40, 8))
-    )
-    huge_DS, positions = k_DS.at[:, 3].multiply(2000.0), (jnp.arange(40), jnp.arange(40))
-    for attention in (
-        lambda k_DS, gate: blocked(q_GTD, k_DS, v_SD, 0, 0, Streams(gate, 2, 6), Scores(0.4)),
-        lambda k_DS, gate: plain(q_GTD, k_DS, v_SD, *positions, Scores(0.4), Streams(gate, 2, 6)),
-    ):
-        (with_it, pull), gate = jax.vjp(attention, huge_DS, jnp.ones(2)), jnp.ones(2)
-        np.testing.assert_allclose(with_it[:, 9:], attention(k_DS, gate)[:, 9:], atol=1e-6)
-        assert all(np.isfinite(slope).all() for slope in pull(with_it.at[:, :9].set(0)))
+    q_GTD, k_DS, v_SD = (rng.uniform(0.5, 1, shape).astype(np.float32) for shape in ((2, 40, 8), (8, 40), (40, 8)))
+    huge_DS, positions = k_DS.copy(), (np.arange(40), np.arange(40))
+    huge_DS[:, 3] *= 2000
+
+    @jax.jit
+    def run(k_DS, huge_DS, gate):
+        found = []
+        for attention in (
+            lambda k_DS, gate: blocked(q_GTD, k_DS, v_SD, 0, 0, Streams(gate, 2, 6), Scores(0.4)),
+            lambda k_DS, gate: plain(q_GTD, k_DS, v_SD, *positions, Scores(0.4), Streams(gate, 2, 6)),
+        ):
+            with_it, pull = jax.vjp(attention, huge_DS, gate)
+            found.append((with_it, attention(k_DS, gate), pull(with_it.at[:, :9].set(0))))
+        return found
+
+    for with_it, without, slopes in run(k_DS, huge_DS, np.ones(2, np.float32)):
+        np.testing.assert_allclose(with_it[:, 9:], without[:, 9:], atol=1e-6)
+        assert all(np.isfinite(slope).all() for slope in slopes)
 
 
 # --- every way through the model ---
@@ -203,7 +211,8 @@ def test_decoding_with_a_cache_is_the_argmax_of_full_passes(read_golden, name):
     full = np.concatenate([tokens, out.tokens], axis=1)
     logits = lm.logits(full, interventions=masks)
     np.testing.assert_array_equal(np.asarray(logits).argmax(-1)[:, 23:-1], out.tokens)
-    assert np.abs(logits - lm.logits(full))[[0, 2]].max(axis=(1, 2)).min() > 1e-2
+    others = _streams(np.asarray(masks.stream_mask)[[1, 0, 1]])  # rows 0 and 2 of the first masks stream
+    assert np.abs(logits - lm.logits(full, interventions=others))[[0, 2]].max(axis=(1, 2)).min() > 1e-2
     behind = np.arange(23, 29)[None, :, None, None] - out.argmax  # how far each head's strongest key lies back
     in_reach = (behind < WINDOW) | (out.argmax < SINK)
     assert in_reach[0][:, np.asarray(masks.stream_mask[0]) == 1].all() and not in_reach[1].all()
@@ -216,9 +225,13 @@ def test_probes_report_the_weights_in_reach():
     gates = rng.choice(np.float32([0, 0.5, 1]), (2, 4))
     rows_BP, spans_BN2 = np.array([[39, 20], [7, 0]]), np.array([[[0, 3], [10, 30]], [[2, 8], [0, 40]]])
     q_BPHD = np.take_along_axis(q_BTHD, rows_BP[..., None, None], axis=1)
-    request = Probe(jnp.asarray(rows_BP), jnp.asarray(spans_BN2), top=3, values=True)
-    streams = Streams(jnp.asarray(gates), 3, 6)
-    found = probe(jnp.asarray(q_BPHD), jnp.asarray(rows_BP), Keys.of(k_BSKD, v_BSKD), request, Scores(0.5), streams)
+    request = Probe(rows_BP, spans_BN2, top=3, values=True)
+
+    @jax.jit
+    def run(q_BPHD, k_BSKD, v_BSKD, gates):
+        return probe(q_BPHD, rows_BP, Keys.of(k_BSKD, v_BSKD), request, Scores(0.5), Streams(gates, 3, 6))
+
+    found = jax.tree.map(np.asarray, run(q_BPHD, k_BSKD, v_BSKD, gates))
     for b, p, h in np.ndindex(2, 2, 4):
         t, s = rows_BP[b, p], np.arange(40)
         away = (s >= 3) & (s <= t - 6)

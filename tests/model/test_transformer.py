@@ -162,15 +162,28 @@ def test_attention_in_chunks_is_one_softmax(length, scores, close):
 
 
 def test_attention_shares_kv_heads_in_order(close):
-    q, *kv = qkv = _random_qkv(5, heads=6, kv_heads=3)
-    close(attend(q, _keys(*kv), Scores(0.5)), _plain(*qkv, Scores(0.5)), 1e-5)
+    qkv = _random_qkv(5, heads=6, kv_heads=3)
+    out = jax.jit(lambda q, *kv: attend(q, _keys(*kv), Scores(0.5)))(*qkv)
+    close(out, _plain(*qkv, Scores(0.5)), 1e-5)
 
 
 @pytest.mark.parametrize("scores", [Scores(0.5), Scores(0.5, window=3, cap=0.9)])
 def test_attention_over_a_cache_ends_at_each_rows_position(scores, close):
     start_B = np.array([3, 0, 6])
-    q, *kv = qkv = _random_qkv(2, keys=9, batch=3, heads=4, kv_heads=2)
-    close(attend(q, _keys(*kv), scores, jnp.asarray(start_B)), _plain(*qkv, scores, start_B), 1e-5)
+    qkv = _random_qkv(2, keys=9, batch=3, heads=4, kv_heads=2)
+    out = jax.jit(lambda q, *kv: attend(q, _keys(*kv), scores, jnp.asarray(start_B)))(*qkv)
+    close(out, _plain(*qkv, scores, start_B), 1e-5)
+
+
+def _probed(q, k, v, start_B, request, scores):
+    """What `probe` finds, in one program, for rows whose first query is at start_B."""
+
+    @jax.jit
+    def run(q, k, v):
+        rows_BP = jnp.asarray(request.rows_BP)
+        return probe(at_positions(q, rows_BP), start_B[:, None] + rows_BP, _keys(k, v), request, scores)
+
+    return jax.tree.map(np.asarray, run(q, k, v))
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -180,8 +193,7 @@ def test_probe_finds_the_largest_attention_weight_by_absolute_position(window):
     scores = Scores(0.3, window, cap=2.0)
     best_BTH = _weights(q, k, scores, start_B)[0].argmax(-1).swapaxes(1, 2)
     expected = np.take_along_axis(best_BTH, rows_BP[:, :, None], axis=1)
-    q_BPHD, positions_BP = at_positions(jnp.asarray(q), jnp.asarray(rows_BP)), jnp.asarray(start_B[:, None] + rows_BP)
-    actual = probe(q_BPHD, positions_BP, _keys(k, v), Probe(jnp.asarray(rows_BP)), scores).keys[..., 0]
+    actual = _probed(q, k, v, start_B, Probe(rows_BP), scores).keys[..., 0]
     np.testing.assert_array_equal(actual, expected)
     unmasked = np.einsum("bthd,bhsd->bths", q, np.repeat(k, 2, axis=1)).argmax(-1)
     assert (np.take_along_axis(unmasked, rows_BP[:, :, None], axis=1) != expected).any()
@@ -193,10 +205,9 @@ def test_probe_reports_the_weights_of_its_keys_and_the_queries(scores, close):
     start_B, rows_BP = np.array([0, 5, 8]), np.array([[0, 11], [3, 7], [11, 2]])
     weights_BTHS = _weights(q, k, scores, start_B)[0].swapaxes(1, 2)
     expected_BPHS = np.take_along_axis(weights_BTHS, rows_BP[:, :, None, None], axis=1)
-    q_BPHD, positions_BP = at_positions(jnp.asarray(q), jnp.asarray(rows_BP)), jnp.asarray(start_B[:, None] + rows_BP)
+    q_BPHD = np.take_along_axis(q, rows_BP[:, :, None, None], axis=1)
     for top in (1, 3, 25):  # the last: more than there are keys
-        request = Probe(jnp.asarray(rows_BP), top=top, weights=True, queries=True)
-        found = probe(q_BPHD, positions_BP, _keys(k, v), request, scores)
+        found = _probed(q, k, v, start_B, Probe(rows_BP, top=top, weights=True, queries=True), scores)
         largest = -np.sort(-expected_BPHS, axis=-1)[..., :top]
         close(found.weights[..., :20], largest, 1e-5)
         np.testing.assert_array_equal(found.keys[..., :20] >= 0, largest > 0)

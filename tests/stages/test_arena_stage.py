@@ -1,9 +1,11 @@
 """The stage `arena` on a small model whose heads copy: what it measures against a slow reference, and what it keeps."""
 
 import dataclasses
+import functools
 import json
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from helpers_results import stored
@@ -16,14 +18,14 @@ from retmask_jax.data.prompter import Prompter
 from retmask_jax.evals.perplexity import losses_under, text_loss
 from retmask_jax.heads.conditions import hits
 from retmask_jax.heads.detectors import DETECTORS
-from retmask_jax.heads.head_outputs import head_statistics
+from retmask_jax.heads.head_outputs import HeadStatistics, head_statistics
 from retmask_jax.heads.knockout import ablate, activity, control_heads
 from retmask_jax.model.interventions import Interventions, mask_heads
 from retmask_jax.model.masking import normalise
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.workdir import Workdir
 from retmask_jax.stages import outcomes
-from retmask_jax.stages.study import listed_heads
+from retmask_jax.stages.study import arena, listed_heads
 from retmask_jax.stages.study.arena import ARENA, arena_stage
 from retmask_jax.stages.study.detector_runs import DetectorRun
 from retmask_jax.utils import stats
@@ -80,8 +82,9 @@ def prepare(tmp_path, monkeypatch):
     return make
 
 
+# Without means one program serves all masks. That a mode gets its own means is held below.
 @pytest.mark.parametrize(
-    "modes", [("zero", "query_mean"), pytest.param(("zero", "mean", "query", "query_mean"), marks=pytest.mark.slow)]
+    "modes", [("zero", "query"), pytest.param(("zero", "mean", "query", "query_mean"), marks=pytest.mark.slow)]
 )
 def test_every_list_is_measured_as_the_slow_model_says(prepare, tmp_path, modes):
     result = arena_stage(prepare(modes=modes, draws=2), tmp_path)
@@ -96,17 +99,18 @@ def test_every_list_is_measured_as_the_slow_model_says(prepare, tmp_path, modes)
         ("mass", "detector", 8, 3),
         ("listed", "file", 3, 0),
     ]
-    measured = head_statistics(LM, WINDOWS)
+    measured = head_statistics(LM, WINDOWS) if {"mean", "query_mean"} & set(modes) else None
     names = [*dict.fromkeys(name for name, _, _ in expected)]
     assert [(row.mode, row.name) for row in result.rows] == [(mode, name) for mode in modes for name in names]
     untouched_N, loss_W = _slow(Interventions())
     assert result.recall == stats.proportion(untouched_N) and result.recall.value == 1
+
+    @functools.cache
+    def ablated(heads, mode):
+        return _slow(ablate(CONFIG, heads, mode, measured and measured.mean_for(mode)))
+
     for row in result.rows:
-        slow = [
-            _slow(ablate(CONFIG, one.heads, row.mode, measured.mean_for(row.mode)))
-            for one in result.sets
-            if one.name == row.name
-        ]
+        slow = [ablated(tuple(one.heads), row.mode) for one in result.sets if one.name == row.name]
         right_DN, loss_DW = (np.array(values) for values in zip(*slow, strict=True))
         assert row.recall.value == pytest.approx(right_DN.mean())
         assert row.change.value == pytest.approx(right_DN.mean() - 1)
@@ -129,6 +133,29 @@ def _slow(mask):
         logp_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=-1, keepdims=True))
         losses.append(-logp_TV[np.arange(len(logp_TV)), window_T[1:]].mean())
     return hits(texts, CASES), np.array(losses)
+
+
+def test_heads_of_every_set_are_ablated_with_the_means_of_each_mode(prepare, monkeypatch):
+    mean_LHD, query_LHD = np.random.default_rng(1).normal(size=(2, 2, 4, 32)).astype(np.float32)
+    means, measured = {"mean": mean_LHD, "query_mean": query_LHD}, []
+
+    def statistics(lm, windows):
+        measured.append((lm, windows))
+        return HeadStatistics(mean_LHD, np.zeros((2, 4, 17, 17), np.float32), query_LHD)
+
+    monkeypatch.setattr(arena, "head_statistics", statistics)
+    sets = [
+        arena.HeadSet(name=name, source="file", size=2, draw=draw, heads=heads)
+        for name, draw, heads in (("a", 0, [(1, 3), (0, 0)]), ("b", 1, [(0, 1), (1, 2)]))
+    ]
+    modes = ("query_mean", "zero", "mean")
+    untouched, *conditions = arena._conditions(prepare(modes=modes), sets, WINDOWS)
+    assert not untouched.heads and measured == [(LM, WINDOWS)]
+    expected = [(mode, one) for mode in modes for one in sets]
+    for condition, (mode, one) in zip(conditions, expected, strict=True):
+        assert (condition.experiment, condition.kind, condition.draw) == (mode, one.name, one.draw)
+        masks = (ablate(CONFIG, one.heads, mode, means.get(mode)), condition.interventions)
+        jax.tree.map(np.testing.assert_array_equal, *(normalise(CONFIG, mask) for mask in masks))
 
 
 def test_losses_under_many_masks_are_those_under_one():

@@ -1,6 +1,7 @@
 """The stage `budget` on a small model, against a slow reference of it: recall, loss, shares of keys, and who is compared."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -76,6 +77,11 @@ def prepare(tmp_path, monkeypatch):
 
 def _slow(kept):
     """(right or wrong, the loss of each window) where all but these KV heads stream, by the reference."""
+    return _slow_of(frozenset(kept))
+
+
+@functools.cache
+def _slow_of(kept):
     mask_LH = np.asarray(stream_all_but(CONFIG, kept, SINK, WINDOW).stream_mask)
     streams = {"streams": (mask_LH, SINK, WINDOW)}
     texts = [_text(reference_answer(PARAMS, case.tokens, NEW, (tl.EOS,), **streams)[0]) for case in CASES]

@@ -239,7 +239,7 @@ def test_any_text_may_be_the_name_of_a_model(tmp_path, capsys):
     """Through the command: the table, the page and the result have every model, whatever characters its name has."""
     names = ("org/model-v1.5", *NAMES[5:7])
     flags = ["--compare", *(f"{name}=bundled" for name in names)]
-    flags += ["--config.eval.tasks=('closed-book',)", "--config.eval.grids=()", "--config.text.windows=2"]
+    flags += ["--config.eval.tasks=('closed-book',)", "--config.eval.grids=()"]
     assert main(["eval", f"--config={CONFIG}", f"--workdir={tmp_path / 'work'}", *flags]) == 0
     result = json.loads((tmp_path / "work/compare/result.json").read_text())
     page = html.unescape((tmp_path / "work/comparison.html").read_text())

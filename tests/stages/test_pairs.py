@@ -45,11 +45,11 @@ def _prompts():
 def prepare(tmp_path):
     """A context whose earlier stages have run, and the folder of the pairs stage."""
 
-    def make(name="work", prompts=None, arms=tuple(ARMS), **section):
+    def make(name="work", prompts=None, arms=tuple(ARMS), seeds=SEEDS, **section):
         write_jsonl(tmp_path / "prompts.jsonl", _prompts() if prompts is None else prompts)
         config = default.get_config()
         config.batch_size, config.train.batch_size = BATCH, 2
-        config.train.arms, config.train.seeds = arms, SEEDS
+        config.train.arms, config.train.seeds = arms, seeds
         config.pairs.update({"prompts": str(tmp_path / "prompts.jsonl"), "max_new_tokens": NEW, "temperature": 1.5})
         config.pairs.update(section)
         root = tmp_path / name
@@ -147,7 +147,7 @@ def test_examples_are_the_first_pairs_also_where_another_host_has_written_the_fi
 
 
 def test_without_arms_there_are_no_pairs_and_no_examples(prepare):
-    result = pairs_stage(*prepare(arms=()))
+    result = pairs_stage(*prepare(arms=(), seeds=(0, 1, 2, 3)))  # as many masks as one arm of two seeds has
     assert (result.counts, result.examples) == ({}, [])
 
 

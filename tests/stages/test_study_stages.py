@@ -87,7 +87,7 @@ def test_copies_taken_from_detect_are_those_of_decoding_the_same_cases(study, tm
     context = study(detected=False)
     found = dataclasses.replace(detect_stage(context, tmp_path / "detect"), seconds=3.5)
     write_json(tmp_path / "detect/result.json", found)
-    for places in ([0, 1, 2, 3], [0, 2]):
+    for places in ([0, 1, 2, 3], spread(4, 2)):
         taken = reused_copy(context, places)
         target = tmp_path / f"copy-{len(places)}.json"
         decoded = run_detector(context, "copy", [CASES[i] for i in places], target)
@@ -185,11 +185,11 @@ def test_factor_one_is_the_model_as_it_is_and_another_base_is_not(study, tmp_pat
 def test_heads_are_followed_on_cases_of_another_seed(study, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(Context, "cases", lambda self, task, **changes: asked.append((task, changes)) or CASES)
-    result = per_step_stage(study(per_step_cases=3, per_step_seed=7), tmp_path / "per_step")
+    result = per_step_stage(study(per_step_cases=2, per_step_seed=7), tmp_path / "per_step")
     assert asked == [("detect", {"seed": 7})] and result.heads == [(1, 0), (1, 2)]
     assert stored({"per_step": result})["per_step"] == result
-    followed = follow(LM, [CASES[i] for i in spread(len(CASES), 3)], max_new_tokens=NEW, batch_size=BATCH)
-    assert result.outcomes == {"counted": 3} and len(result.examples) == 3
+    followed = follow(LM, [CASES[i] for i in spread(len(CASES), 2)], max_new_tokens=NEW, batch_size=BATCH)
+    assert result.outcomes == {"counted": 2} and len(result.examples) == 2
     for kind, answers in followed.active.items():
         assert [row for row in result.rows if row.kind == kind] == by_position(kind, answers, result.heads)
         assert [row for row in result.active if row.kind == kind] == most_active(kind, answers, result.heads)

@@ -97,14 +97,16 @@ def test_contrast_loss_is_the_divergence_from_the_sharpened_distribution():
     """KL(t, p) with t = p (p/q)^s / sum, in float64; its gradient holds t fixed: p - t at the logits."""
     rng = np.random.default_rng(4)
     normal, ablated = rng.normal(size=(2, 3, 5, 11)) * 2
+    loss_of = jax.jit(contrast_loss)
+    slopes_of = jax.jit(jax.grad(lambda *given: contrast_loss(*given).sum(), (0, 1)))
     for strength in (0.0, 0.5, 4.0):
         p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (normal, ablated))
         target = p * (p / q) ** strength
         target /= target.sum(-1, keepdims=True)
         expected = (target * np.log(target / p)).sum(-1)
-        logits = jnp.float32(normal), jnp.float32(ablated)
-        np.testing.assert_allclose(contrast_loss(*logits, strength), expected, rtol=1e-4, atol=1e-5)
-        to_normal, to_ablated = jax.grad(lambda *xs: contrast_loss(*xs, strength).sum(), (0, 1))(*logits)  # noqa: B023
+        logits = np.float32(normal), np.float32(ablated)
+        np.testing.assert_allclose(loss_of(*logits, strength), expected, rtol=1e-4, atol=1e-5)
+        to_normal, to_ablated = slopes_of(*logits, strength)
         np.testing.assert_allclose(to_normal, p - target, rtol=1e-3, atol=1e-5)
         assert not np.asarray(to_ablated).any()
 
@@ -165,11 +167,15 @@ def _settings(**changes):
 
 @pytest.fixture(scope="module")
 def plain(batch):
-    """[pair][side]: (log-probability, its gradient), float64."""
+    """[pair][side]: (log-probability, its gradient), float64. Rows are filled up to one length, so that one program does."""
+
+    def filled(tokens, counted):
+        return (np.pad(row, (0, 20 - len(row))) for row in (tokens, counted))
+
     with jax.enable_x64(True):
         function = jax.jit(jax.value_and_grad(lambda p, tokens, mask: reference_logprob(p, tokens, mask, xp=jnp)))
         params = jax.tree.map(jnp.asarray, in_float64(copying_params()))
-        found = [[function(params, *_row(batch, pair, side)) for side in range(2)] for pair in range(2)]
+        found = [[function(params, *filled(*_row(batch, pair, side))) for side in range(2)] for pair in range(2)]
         assert found[0][0][0].dtype == jnp.float64
         return jax.tree.map(np.asarray, found)
 

@@ -40,12 +40,15 @@ def test_a_seed_gives_the_parameters_and_the_adapters_that_it_always_gave():
     """Published models and results were made of them. (What was drawn once; nothing else gives these numbers.)"""
     up = _init(WIDE, jax.random.key(0))["blocks"]["0"]["mlp"]["up"]["kernel"][:, 0, 0]
     np.testing.assert_allclose(up, [-0.03150464, 0.00956522, 0.00116159], rtol=1e-5)
-    adapters = _new_adapters(dataclasses.replace(WIDE, lora=Lora(rank=2, alpha=4.0)), 0)
+    adapters = jax.jit(_new_adapters, static_argnums=0)(dataclasses.replace(WIDE, lora=Lora(rank=2, alpha=4.0)), 0)
     query = adapters["blocks"]["0"]["attn"]["q"]["kernel_lora_a"][:, 0, 0]
     np.testing.assert_allclose(query, [0.68934566, -0.5129018, -0.19141717], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name, changes", GROWING)
+# `grow` does with panel_qwen3 what it does with panel_llama: both have norms before attention and MLP, and none after.
+@pytest.mark.parametrize(
+    "name, changes", [pytest.param(*one, marks=pytest.mark.slow if one[0] == "panel_qwen3" else ()) for one in GROWING]
+)
 def test_growing_keeps_the_function(random_model, close, name, changes):
     short, deep, params, grown = _grown(random_model, name, changes)
     tokens = jnp.arange(60).reshape(2, 30)

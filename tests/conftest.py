@@ -38,6 +38,11 @@ WITH_IMAGES = ("gemma3_images", "mistral3_images")  # of which the text model is
 STORED = slice(2, None, 3)  # positions whose logits are stored, POSITIONS of make_golden.py
 
 
+def pytest_sessionfinish():
+    """What is left goes with the process; to search it for garbage takes seconds."""
+    gc.freeze()
+
+
 def pytest_collection_finish():
     """Garbage is looked for less often, and not among what was imported: a tenth of the time went into it."""
     gc.collect()

@@ -12,8 +12,10 @@ from helpers_results import Page, detected
 import retmask_jax as rm
 from retmask_jax.cli.main import main
 from retmask_jax.cli.parser import HEAD_FORMS, parse, recipe_of
+from retmask_jax.heads import knockout
 from retmask_jax.heads.lists.formats import written_forms
 from retmask_jax.runs.workdir import Provenance
+from retmask_jax.stages import outcomes
 from retmask_jax.stages.study.arena import ArenaResult
 from retmask_jax.utils.files import write_json
 
@@ -62,7 +64,28 @@ def test_files_stand_anywhere_after_the_model_or_beside_a_recipe(call, model, fi
     assert dict(overrides).get("model", "bundled") == model
 
 
-def test_the_command_compares_lists(files, tmp_path, capsys):
+@pytest.fixture(params=["made up", pytest.param("measured", marks=pytest.mark.slow)])
+def model(request, monkeypatch):
+    """What the model does. Made up: it answers unless all of the best heads are masked, and each masked head costs text."""
+    if request.param == "measured":
+        return
+
+    def masked(mask):
+        return np.zeros((4, 8)) if mask.head_mask is None else np.asarray(mask.head_mask)
+
+    def answers(lm, cases, masks, **_):
+        lost = [masked(mask)[tuple(zip(*BEST, strict=True))].all() for mask in masks]
+        return [["" if gone else case.needle.answer for case in cases] for gone in lost]
+
+    def losses(lm, windows, masks, **_):
+        return np.array([[2 + 0.01 * masked(mask).sum()] * len(windows) for mask in masks])
+
+    monkeypatch.setattr(outcomes, "answers", answers)
+    monkeypatch.setattr(outcomes, "losses_under", losses)
+    monkeypatch.setattr(knockout, "activity", lambda lm, rows, batch_size: np.arange(32.0).reshape(4, 8))
+
+
+def test_the_command_compares_lists(model, files, tmp_path, capsys):
     work = tmp_path / "work"
     call = ["arena", *SETTINGS, str(files / "best.yaml"), f"--workdir={work}", str(files / "last.tsv")]
     assert main(call) == 0

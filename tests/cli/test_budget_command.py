@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from helpers_results import Page
 
 import retmask_jax as rm
 from retmask_jax.cli.main import main
+from retmask_jax.stages import outcomes
 from retmask_jax.stages.study.budget import BudgetResult
 from retmask_jax.stages.study.budget_rows import TEXT
 
@@ -27,14 +29,35 @@ def files(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", ("run", "plan"))
-def test_the_command_measures_lists_and_random_ones(files, tmp_path, capsys, command):
+@pytest.fixture(params=["made up", pytest.param("measured", marks=pytest.mark.slow)])
+def model(request, monkeypatch):
+    """What the model does. Made up: it answers unless most heads of its copying layer stream, and streaming costs text."""
+    if request.param == "measured":
+        return
+
+    def streaming(mask):
+        return np.zeros((4, 8)) if mask.stream_mask is None else np.asarray(mask.stream_mask)
+
+    def answers(lm, cases, masks, **_):
+        lost = [streaming(mask)[1].mean() > 0.5 for mask in masks]
+        return [["" if gone else case.needle.answer for case in cases] for gone in lost]
+
+    def losses(lm, windows, masks, **_):
+        return np.array([[2 + 0.01 * streaming(mask).sum()] * len(windows) for mask in masks])
+
+    monkeypatch.setattr(outcomes, "answers", answers)
+    monkeypatch.setattr(outcomes, "losses_under", losses)
+
+
+def test_a_plan_measures_nothing(files, tmp_path, capsys):
+    work = tmp_path / "work"
+    assert main(["budget", *SETTINGS, str(files / "copying.yaml"), f"--workdir={work}", "--plan"]) == 0
+    assert "left to do" in capsys.readouterr().out and not (work / "budget").exists()
+
+
+def test_the_command_measures_lists_and_random_ones(model, files, tmp_path, capsys):
     work = tmp_path / "work"
     call = ["budget", *SETTINGS, FILES_ALONE, str(files / "copying.yaml"), f"--workdir={work}", str(files / "last.tsv")]
-    if command == "plan":
-        assert main([*call, "--plan"]) == 0
-        assert "left to do" in capsys.readouterr().out and not (work / "budget").exists()
-        return
     assert main(call) == 0
     printed = capsys.readouterr().out
     result = msgspec.convert(json.loads((work / "budget/result.json").read_text()), BudgetResult)

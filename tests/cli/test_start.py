@@ -1,9 +1,11 @@
-"""The command's process: started once more where that gives huge pages, with the same arguments, and nowhere else."""
+"""The command's process: started once more where that gives huge pages, with the same arguments, and nowhere else; garbage
+is looked for less often, and not at the end."""
 
 import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +17,16 @@ class Replaced(Exception):
 
 
 @pytest.fixture
-def begin(monkeypatch, tmp_path):
+def told(monkeypatch):
+    """What Python's search for garbage is told, and when the command runs."""
+    told = []
+    garbage = SimpleNamespace(set_threshold=lambda *sizes: told.append(sizes), freeze=lambda: told.append("no more"))
+    monkeypatch.setattr(start, "gc", garbage)
+    return told
+
+
+@pytest.fixture
+def begin(monkeypatch, tmp_path, told):
     """begin(what the system's file says, GLIBC_TUNABLES): what `start` gives, or raises `Replaced`."""
 
     def replaced(program, arguments):
@@ -27,7 +38,7 @@ def begin(monkeypatch, tmp_path):
             system.write_text(says)
         monkeypatch.setattr(start, "_SYSTEM", system)
         monkeypatch.setattr(os, "execv", replaced)
-        monkeypatch.setattr(main, "main", lambda: "main")
+        monkeypatch.setattr(main, "main", lambda: told.append("the command") or "main")
         monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "retmask", "detect", "--config=a b"])
         monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
         if tunables is not None:
@@ -57,6 +68,12 @@ def test_the_process_starts_once_more_with_the_same_arguments(begin):
 def test_nothing_changes_elsewhere(begin, says, tunables):
     assert begin(says, tunables) == "main"
     assert os.environ.get("GLIBC_TUNABLES") == tunables
+
+
+def test_garbage_is_looked_for_less_often_and_not_at_the_end(begin, told):
+    begin(None)
+    sizes, *others = told
+    assert others == ["the command", "no more"] and all(map(int.__gt__, sizes, (700, 10, 10)))
 
 
 def test_a_process_that_starts_once_more_ends_with_the_status_of_the_command(tmp_path):

@@ -155,6 +155,7 @@ def test_a_loaded_model_stops_at_the_ids_of_all_its_files_in_every_path(changed)
     assert answers(whole, [prompt], max_new_tokens=2, batch_size=1) == ["rome ."]
 
 
+@pytest.mark.slow  # test_drafts.py has both quickly, on a small model that two ids stop
 def test_reading_and_decoding_detect_the_same_where_several_ids_stop(changed):
     from retmask_jax.runs.recipes import load_recipe
 

@@ -118,6 +118,8 @@ def test_a_plan_says_what_is_left_to_do_and_runs_nothing(finished, tmp_path, her
     fresh = here("study", f"--config={CONFIG}", f"--workdir={tmp_path / 'new'}", "--plan").stdout.splitlines()
     assert not any("done" in line for line in fresh) and not (tmp_path / "new").exists()
     assert {"detectors", "theta"} <= {line.split()[0] for line in fresh if "about" in line}
+    both = here("study", f"--config={CONFIG}", f"--workdir={finished[0]}", "--plan").stdout.splitlines()
+    assert [line.split()[0] for line in both if "done" in line] == ["detect", "knockout", "rope"]
     refused = here("run", f"--config={CONFIG}", f"--workdir={finished[0]}", "--plan", "--config.detect.threshold=0.3")
     assert refused.returncode == 2 and "detect.threshold" in refused.stderr
 
@@ -130,6 +132,7 @@ def test_a_second_run_does_nothing(finished, here):
     assert run_ids(root) == before
 
 
+@pytest.mark.slow
 def test_the_study_goes_on_from_what_run_has_done(finished, tmp_path, here):
     """Both commands share a work directory of one config: three stages are done, five are new."""
     root = tmp_path / "copy"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers_cut_off import Cut, stop_after
 from helpers_results import evaluated
 
 from retmask_jax.cli.main import main
@@ -22,6 +23,7 @@ from retmask_jax.runs.workdir import Workdir
 from retmask_jax.stages import eval
 from retmask_jax.stages.eval import Measurement, common_samples
 from retmask_jax.utils.numbers import Number
+from retmask_jax.utils.store import Store
 
 CONFIG = str(Path(__file__).parents[1] / "tiny_small.py")
 NIAH = [
@@ -90,6 +92,25 @@ def test_a_suite_that_has_run_is_kept_when_others_are_asked_for(compared, monkey
     assert main([*arguments, *more]) == 0  # another suite is no other work directory
     assert ran == ["perplexity"]
     assert any(line.startswith("perplexity/") for line in capsys.readouterr().out.splitlines())
+
+
+def test_an_evaluation_that_was_stopped_asks_only_for_the_rest(tmp_path, monkeypatch):
+    root = tmp_path / "work"
+    settings = ["--config.eval.tasks=('closed-book',)", "--config.eval.grids=()", "--config.text.file=", *NIAH]
+    settings.append("--config.suites.niah.n_depths=3")
+    arguments = ["eval", f"--config={CONFIG}", f"--workdir={root}", "--compare", "same=bundled", *settings]
+    for answered in (4, 12 + 4):  # first within the task, whose 16 cases come before those of the suite
+        with monkeypatch.context() as patch:
+            stop_after(patch, answered)
+            with pytest.raises(Cut):
+                main(arguments)
+    assert [path.is_dir() for path in (root / "measured").iterdir()] == [True, True]
+    added = stop_after(monkeypatch, 99)
+    assert main(arguments) == 0 and len(added) == 2
+    (file,) = (root / "measured").glob("*.json")
+    # What was answered stays, also when it has been scored.
+    assert sorted(len(list(Store(path))) for path in (root / "measured").iterdir() if path.is_dir()) == [6, 16]
+    assert {len(one["ids"]) for one in json.loads(file.read_text())["measured"]} == {3}
 
 
 def test_weights_that_are_swapped_in_place_are_measured_anew(tmp_path):

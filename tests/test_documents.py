@@ -1,6 +1,9 @@
 """What the documents name exists: links, files, commands, flags, config keys, recipes."""
 
 import ast
+import contextlib
+import functools
+import io
 import re
 import shutil
 
@@ -149,16 +152,16 @@ def test_commands_between_fences_parse_as_they_stand(path):
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=by_name)
-def test_stages_and_flags_in_the_text_exist(path, capsys):
+def test_stages_and_flags_in_the_text_exist(path):
     """Of commands that stand in a sentence, perhaps without all they need."""
     for code in inline(read(path)):
         for call in commands(code, "retmask") if code.startswith("retmask ") else ():
             assert call[0] in parser.STAGES, code
             stage = call[:2] if call[0] == "bench" and len(call) > 1 else call[:1]
-            assert flags(call) <= flags_of(stage, capsys), code
+            assert flags(call) <= flags_of(*stage), code
         if code.startswith("--") and not code.startswith("--config."):
             everywhere = [[stage] for stage in parser.STAGES] + [["bench", name] for name in parser.BENCHMARKS]
-            assert any(flags(code.split()) <= flags_of(stage, capsys) for stage in everywhere), code
+            assert any(flags(code.split()) <= flags_of(*stage) for stage in everywhere), code
 
 
 def test_config_keys_that_are_named_exist(known_keys):
@@ -212,7 +215,9 @@ def flags(words):
     return {word.partition("=")[0] for word in words if re.match(r"--\w", word) and not re.match(r"--config[.=]", word)}
 
 
-def flags_of(stage, capsys):
-    with pytest.raises(SystemExit):
+@functools.cache
+def flags_of(*stage):
+    """The flags that `retmask STAGE --help` lists."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
         parser.parse([*stage, "--help"])
-    return set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    return set(re.findall(r"--[\w-]+", printed.getvalue()))

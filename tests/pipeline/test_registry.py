@@ -3,6 +3,7 @@
 import fnmatch
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from retmask_jax.pipeline import registry
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.recipes import load_recipe
-from retmask_jax.runs.workdir import Workdir, settings_of
+from retmask_jax.runs.stage import Stage
+from retmask_jax.runs.workdir import Result, Workdir, settings_of
 
 CONFIG = str(Path(__file__).parents[1] / "tiny_small.py")
 # Keys whose values reach a stage's result by another way: which files are read is told by their fingerprints, and a
@@ -79,6 +81,31 @@ def _undeclared(root, names, *overrides):
             if not any(fnmatch.fnmatchcase(key, pattern) for pattern in ELSEWHERE)
         }
     return found
+
+
+def test_a_deleted_stage_runs_again_with_what_depends_on_it(tmp_path):
+    ran = []
+
+    def stage(name, *upstream):
+        def work(context, folder):
+            ran.append(name)
+            return Result(numbers={})
+
+        return Stage(name=name, work=work, result=Result, upstream=upstream, needs_model=False)
+
+    first = stage("first")
+    second, other = stage("second", first), stage("other", first)
+    stages = (first, second, other, stage("last", second))
+    config = load_recipe("tiny", [])
+    context = Context(config, Workdir.open(tmp_path / "work", config))
+    for _ in range(2):
+        for one in stages:
+            registry.run_stage(context, one)
+    assert ran == ["first", "second", "other", "last"]
+    shutil.rmtree(tmp_path / "work/second")
+    for one in stages:
+        registry.run_stage(context, one)
+    assert ran[4:] == ["second", "last"]
 
 
 def test_detection_is_judged_by_all_it_reads(tmp_path):

@@ -154,6 +154,7 @@ def test_the_study_goes_on_from_what_run_has_done(finished, tmp_path, here):
     assert run_ids(root) == run_ids(finished[0])
 
 
+@pytest.mark.slow
 def test_a_deleted_stage_runs_again_with_what_depends_on_it(finished, tmp_path, here):
     root = tmp_path / "copy"
     shutil.copytree(finished[0], root)

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers_servers import serve, upload_hub  # noqa: F401  (fixtures)
+from markupsafe import Markup
 
 from retmask_jax.generation.language_model import from_params, load
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.layers import split_layers
 from retmask_jax.model.sharding import param_shapes
+from retmask_jax.reports import plotting
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -154,6 +156,13 @@ def close():
         assert error <= tolerance, f"differs by {error:.2e} of the scale"
 
     return check
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures of pages are made, and their names stand in the page; they are not drawn, which takes most of the time."""
+    named = Markup('<svg role="img" aria-label="{}"></svg>')
+    monkeypatch.setattr(plotting, "inline", lambda figure, alt: named.format(alt))
 
 
 @pytest.fixture

@@ -88,7 +88,9 @@ def test_the_command_prints_and_writes_what_it_finds(noisy, tmp_path, capsys):
     [("scores.json", "2"), pytest.param(("all", "scores.json", "2", "heads.json", "0"), marks=pytest.mark.slow)],
     ids=["two", "every"],
 )
-def test_heads_are_chosen_by_score_or_by_a_file_and_the_groups_stay(noisy, tmp_path, capsys, monkeypatch, names):
+def test_heads_are_chosen_by_score_or_by_a_file_and_the_groups_stay(
+    undrawn, noisy, tmp_path, capsys, monkeypatch, names
+):
     """Their shares are those that they have among more heads; the output says how many were measured."""
     monkeypatch.setattr("retmask_jax.cli.plan.measured_speed", lambda dtype: Speed(1e8, 1e8))
     scores_LH = np.zeros((4, 8))

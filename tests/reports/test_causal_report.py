@@ -141,7 +141,7 @@ def test_a_spectrum_without_harm_has_no_centre(rotated):
     assert "No window lowers recall on needle." in _section(rope_section, without)
 
 
-def test_the_report_holds_a_study_of_both(knocked_out, rotated, tmp_path):
+def test_the_report_holds_a_study_of_both(undrawn, knocked_out, rotated, tmp_path):
     results = make_results(tasks=("needle",), changes={"needle": (0.1, 0.05, 0.15)})
     write_report(tmp_path / "report.html", results | {"knockout": knocked_out, "rope": rotated}, "tiny")
     text = (tmp_path / "report.html").read_text()

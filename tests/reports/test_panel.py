@@ -163,7 +163,7 @@ def test_the_command_reports_each_finding_and_writes_the_page(roots, tmp_path, c
     assert "is neither a work directory with results nor a folder of records" in capsys.readouterr().err
 
 
-def test_records_say_what_their_work_directories_say(roots, members, tmp_path, capsys):
+def test_records_say_what_their_work_directories_say(undrawn, roots, members, tmp_path, capsys):
     """But for the head scores, which are in no record; beside work directories too."""
     asked = ["--task=needle", "--closed_book=closed", "--gain=eval/needle/retmask minus start"]
     kept = tmp_path / "kept"

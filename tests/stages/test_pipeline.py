@@ -190,7 +190,7 @@ def test_what_only_says_how_to_compute_may_change_as_our_messages_advise(finishe
     assert run_ids(root) == before
 
 
-def test_pages_need_no_model(finished, tmp_path, here):
+def test_pages_need_no_model(undrawn, finished, tmp_path, here):
     """Neither its weights nor its config.json: the page of a run can be made where only the results are."""
     root = tmp_path / "copy"
     shutil.copytree(finished[0], root)

@@ -20,7 +20,6 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.layers import split_layers
 from retmask_jax.model.sharding import param_shapes
-from retmask_jax.reports import plotting
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -162,7 +161,7 @@ def close():
 def undrawn(monkeypatch):
     """Figures of pages are made, and their names stand in the page; they are not drawn, which takes most of the time."""
     named = Markup('<svg role="img" aria-label="{}"></svg>')
-    monkeypatch.setattr(plotting, "inline", lambda figure, alt: named.format(alt))
+    monkeypatch.setattr("retmask_jax.reports.plotting.inline", lambda figure, alt: named.format(alt))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 import yaml
+from helpers_made_up import make_up
 from helpers_results import Page, detected
 
 import retmask_jax as rm
@@ -15,12 +16,11 @@ from retmask_jax.cli.parser import HEAD_FORMS, parse, recipe_of
 from retmask_jax.heads import knockout
 from retmask_jax.heads.lists.formats import written_forms
 from retmask_jax.runs.workdir import Provenance
-from retmask_jax.stages import outcomes
 from retmask_jax.stages.study.arena import ArenaResult
 from retmask_jax.utils.files import write_json
 
 CONFIG = str(Path(__file__).parents[1] / "tiny_small.py")
-SETTINGS = (f"--config={CONFIG}", "--config.arena.detectors=()", "--config.arena.modes=('zero',)")
+SETTINGS = (f"--config={CONFIG}", "--config.arena.detectors=('copy_position',)", "--config.arena.modes=('zero',)")
 BEST = [(1, 0), (1, 1), (1, 2), (1, 3)]  # of the bundled model
 
 
@@ -65,33 +65,28 @@ def test_files_stand_anywhere_after_the_model_or_beside_a_recipe(call, model, fi
 
 
 @pytest.fixture(params=["made up", pytest.param("measured", marks=pytest.mark.slow)])
-def model(request, monkeypatch):
-    """What the model does. Made up: it answers unless all of the best heads are masked, and each masked head costs text."""
+def detectors(request, monkeypatch):
+    """Those that are asked. Without any, what the model does is made up: it answers unless all of the best heads are masked."""
     if request.param == "measured":
-        return
+        return ("copy_position",)
 
     def masked(mask):
         return np.zeros((4, 8)) if mask.head_mask is None else np.asarray(mask.head_mask)
 
-    def answers(lm, cases, masks, **_):
-        lost = [masked(mask)[tuple(zip(*BEST, strict=True))].all() for mask in masks]
-        return [["" if gone else case.needle.answer for case in cases] for gone in lost]
-
-    def losses(lm, windows, masks, **_):
-        return np.array([[2 + 0.01 * masked(mask).sum()] * len(windows) for mask in masks])
-
-    monkeypatch.setattr(outcomes, "answers", answers)
-    monkeypatch.setattr(outcomes, "losses_under", losses)
+    make_up(monkeypatch, masked, lambda masked_LH: masked_LH[tuple(zip(*BEST, strict=True))].all())
     monkeypatch.setattr(knockout, "activity", lambda lm, rows, batch_size: np.arange(32.0).reshape(4, 8))
+    return ()
 
 
-def test_the_command_compares_lists(model, files, tmp_path, capsys):
+def test_the_command_compares_lists(detectors, files, tmp_path, capsys):
     work = tmp_path / "work"
     call = ["arena", *SETTINGS, str(files / "best.yaml"), f"--workdir={work}", str(files / "last.tsv")]
+    call.append(f"--config.arena.detectors={detectors}")
     assert main(call) == 0
     printed = capsys.readouterr().out
     result = msgspec.convert(json.loads((work / "arena/result.json").read_text()), ArenaResult)
     assert [(row.name, row.form, row.of_kv_heads) for row in result.lists] == [
+        *((name, "", False) for name in detectors),
         ("best", "qrhead", False),
         ("last", "duoattention", True),
     ]

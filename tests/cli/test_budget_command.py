@@ -6,17 +6,16 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from helpers_made_up import make_up
 from helpers_results import Page
 
 import retmask_jax as rm
 from retmask_jax.cli.main import main
-from retmask_jax.stages import outcomes
 from retmask_jax.stages.study.budget import BudgetResult
 from retmask_jax.stages.study.budget_rows import TEXT
 
 CONFIG = str(Path(__file__).parents[1] / "tiny_small.py")
-SETTINGS = (f"--config={CONFIG}", "--config.budget.kept=(0.0, 4, 1.0)")
-FILES_ALONE = "--config.budget.detectors=()"
+SETTINGS = (f"--config={CONFIG}", "--config.budget.detectors=('copy_position',)", "--config.budget.kept=(0.0, 4, 1.0)")
 COPYING = [(1, head) for head in range(8)]  # of the bundled model
 
 
@@ -30,23 +29,16 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(params=["made up", pytest.param("measured", marks=pytest.mark.slow)])
-def model(request, monkeypatch):
-    """What the model does. Made up: it answers unless most heads of its copying layer stream, and streaming costs text."""
+def detectors(request, monkeypatch):
+    """Those that are asked. Without any, what the model does is made up: it answers unless most of its copying layer streams."""
     if request.param == "measured":
-        return
+        return ("copy_position",)
 
     def streaming(mask):
         return np.zeros((4, 8)) if mask.stream_mask is None else np.asarray(mask.stream_mask)
 
-    def answers(lm, cases, masks, **_):
-        lost = [streaming(mask)[1].mean() > 0.5 for mask in masks]
-        return [["" if gone else case.needle.answer for case in cases] for gone in lost]
-
-    def losses(lm, windows, masks, **_):
-        return np.array([[2 + 0.01 * streaming(mask).sum()] * len(windows) for mask in masks])
-
-    monkeypatch.setattr(outcomes, "answers", answers)
-    monkeypatch.setattr(outcomes, "losses_under", losses)
+    make_up(monkeypatch, streaming, lambda streaming_LH: streaming_LH[1].mean() > 0.5)
+    return ()
 
 
 def test_a_plan_measures_nothing(files, tmp_path, capsys):
@@ -55,13 +47,14 @@ def test_a_plan_measures_nothing(files, tmp_path, capsys):
     assert "left to do" in capsys.readouterr().out and not (work / "budget").exists()
 
 
-def test_the_command_measures_lists_and_random_ones(model, files, tmp_path, capsys):
+def test_the_command_measures_lists_and_random_ones(detectors, files, tmp_path, capsys):
     work = tmp_path / "work"
-    call = ["budget", *SETTINGS, FILES_ALONE, str(files / "copying.yaml"), f"--workdir={work}", str(files / "last.tsv")]
+    call = ["budget", *SETTINGS, str(files / "copying.yaml"), f"--workdir={work}", str(files / "last.tsv")]
+    call.append(f"--config.budget.detectors={detectors}")
     assert main(call) == 0
     printed = capsys.readouterr().out
     result = msgspec.convert(json.loads((work / "budget/result.json").read_text()), BudgetResult)
-    assert result.names == ["copying", "last", "random"]
+    assert result.names == [*detectors, "copying", "last", "random"]
     assert (result.sizes, result.total, result.tasks) == ([0, 4, 16], 16, ["needle short"])
     recall = {(row.name, row.kept): row for row in result.rows if row.measure == "needle short"}
     assert recall["copying", 4].value >= 0.75 > recall["last", 4].value  # which heads need the long context; of 4 cases
@@ -69,7 +62,7 @@ def test_the_command_measures_lists_and_random_ones(model, files, tmp_path, caps
     assert ("copying", 16) not in recall and {kept for _, kept in recall} == {0, 4, 16}
     for measure in ("needle short", TEXT):
         header = next(line for line in printed.splitlines() if line.strip().startswith(f"{measure}: KV heads kept"))
-        assert header.split()[-3:] == result.names
+        assert header.split()[-len(result.names) :] == result.names
     row = recall["copying", 4]
     assert f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" in printed
     page = Page((work / "budget.html").read_text())

@@ -18,15 +18,15 @@ from retmask_jax.model.config import ModelConfig
 NEW, WIDTH, VOCABULARY = 8, 5, 41
 
 
-@pytest.fixture(scope="module")
-def lm(random_model):
-    """A sliding layer and a full one, and two of the ids end an answer."""
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def lm(request, random_model):
+    """Sliding layers and full ones in turn, and two of the ids end an answer."""
     return random_model(
         ModelConfig(
             vocab_size=VOCABULARY,
             hidden_size=16,
             mlp_size=20,
-            n_layers=2,
+            n_layers=request.param,
             n_heads=4,
             n_kv_heads=2,
             head_dim=4,

@@ -48,26 +48,29 @@ def test_batches_and_gradients_in_either_order(axes, close):
         close(gradient, plain_gradient, 1e-5)
 
 
-@pytest.fixture(scope="module")
-def model(random_model):
+@pytest.fixture(
+    scope="module",
+    params=[
+        {"n_layers": 2, "expert_pattern": (False, True), "normalise_router": True, "kernel": "plain"},
+        pytest.param({"n_layers": 3, "expert_pattern": (True, False)}, id="with a tail", marks=pytest.mark.slow),
+    ],
+)
+def model(request, random_model):
     return random_model(
         ModelConfig(
+            **request.param,
             vocab_size=41,
             hidden_size=16,
             mlp_size=20,
-            n_layers=2,
             n_heads=4,
             n_kv_heads=2,
             head_dim=4,
             max_length=40,
             layer_pattern=("full", "sliding"),
             window=3,
-            expert_pattern=(False, True),
             n_experts=5,
             experts_per_token=2,
             expert_size=6,
-            normalise_router=True,
-            kernel="plain",
         )
     )
 
@@ -77,6 +80,7 @@ TOKENS = RNG.integers(0, 41, (2, 12))
 
 def test_every_expert_chosen_with_equal_matrices_is_one_mlp(model, close):
     """Where all experts are the same and their weights sum to one, routing cannot matter."""
+    config = dataclasses.replace(model.config, normalise_router=True)
     params = jax.tree.map_with_path(
         lambda path, leaf: (
             np.broadcast_to(np.asarray(leaf)[..., :1, :, :], leaf.shape)
@@ -85,14 +89,16 @@ def test_every_expert_chosen_with_equal_matrices_is_one_mlp(model, close):
         ),
         model.params,
     )
-    two = model.replace(params=params)
-    all_of_them = two.replace(config=dataclasses.replace(model.config, experts_per_token=5))
-    close(two.logits(TOKENS), all_of_them.logits(TOKENS), 1e-5)
+    two = model.replace(config=config, params=params)
+    one, all_of_them = (two.replace(config=dataclasses.replace(config, experts_per_token=n)) for n in (1, 5))
+    for others in (one, all_of_them):
+        close(two.logits(TOKENS), others.logits(TOKENS), 1e-5)
     assert np.abs(two.logits(TOKENS) - model.logits(TOKENS)).max() > 1e-2  # else the experts would not matter
 
 
 def test_masks_through_vmap_and_grad(model, compiles, close):
-    masks_NLH = RNG.random((6, 2, 4)) < 0.4
+    layers = model.config.n_layers
+    masks_NLH = RNG.random((6, layers, 4)) < 0.4
 
     @jax.jit
     def many(masks):
@@ -109,9 +115,9 @@ def test_masks_through_vmap_and_grad(model, compiles, close):
     def loss(gate):
         return forward(model.config, model.params, TOKENS, interventions=Interventions(gate))[:, -1].sum()
 
-    gate = np.full((2, 4), 0.3, np.float32)
+    gate = np.full((layers, 4), 0.3, np.float32)
     _, slope = loss(gate)
-    for layer, head in ((0, 1), (1, 3)):
-        step = np.zeros((2, 4), np.float32)
+    for layer, head in ((0, 1), (layers - 1, 3)):
+        step = np.zeros((layers, 4), np.float32)
         step[layer, head] = 1e-2
         close(slope[layer, head], (loss(gate + step)[0] - loss(gate - step)[0]) / 2e-2, 2e-2)

@@ -83,6 +83,11 @@ def _add_diff(stage: argparse.ArgumentParser) -> None:
     )
     stage.add_argument("--seed", type=int, default=1, help="of the needles and texts (default: 1)")
     stage.add_argument(
+        "--needles",
+        metavar="FILE",
+        help="JSONL of the needles that are asked for, such as builtin:facts, which contradict what models know (default: codes)",
+    )
+    stage.add_argument(
         "--scores",
         metavar="FILE",
         help='head scores {"layer-head": [score, ...]} that say which are the retrieval heads (default: START\'s copy scores)',

@@ -37,6 +37,8 @@ def sentences(found: Difference) -> list[str]:
         f"{change(gain.gain)}, of {count(gain.gain.n, 'case')}"
         for name, gain in found.gains.items()
     ]
+    if found.settings.needles:
+        lines.append(f"The questions are those of {found.settings.needles}.")
     if _holds_zero(found.gains["logprob"].gain):
         lines.append("The interval of the gain holds 0: what shares of it are carried where is not known.")
     if found.copy_scores or found.settings.scores:

@@ -14,6 +14,8 @@ from helpers_results import Page
 
 import retmask_jax as rm
 from retmask_jax.cli.main import main
+from retmask_jax.data.builtin_files import DATA
+from retmask_jax.heads.builtin_cases import builtin_cases
 from retmask_jax.heads.gain.difference import Difference
 from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.reports import plotting
@@ -83,6 +85,26 @@ def test_the_command_prints_and_writes_what_it_finds(noisy, tmp_path, capsys):
         assert any(row and row[0].startswith(part.name) for row in page.rows), part.name
 
 
+def test_a_file_says_what_is_asked(undrawn, noisy, tmp_path, capsys):
+    """The gain is that of a plain forward pass over the prompts of these needles and their answers."""
+    flags = (*QUICK, "--no_copy", "--heads=0", "--needles=bundled/test_facts.jsonl", f"--out={tmp_path}")
+    assert main(["diff", str(noisy), "bundled", *flags]) == 0
+    said = "The questions are those of bundled/test_facts.jsonl."
+    assert said in capsys.readouterr().out and said in Page((tmp_path / "diff.html").read_text()).text
+    lm = rm.load("bundled")
+    cases = builtin_cases(lm, "test", 2, (96,), 1, "bundled/test_facts.jsonl")
+    facts = {json.loads(line)["answer"] for line in (DATA / "test_facts.jsonl").read_text().splitlines()}
+    assert {case.needle.answer for case in cases} <= facts
+    for model, side in ((rm.load(noisy), "start"), (lm, "trained")):
+        logps = []
+        for case in cases:
+            answer = case.tokens[slice(*case.span)]
+            logits = rm.forward(lm.config, model.params, jnp.array([[*case.tokens, *answer]]))[0]
+            logp = jax.nn.log_softmax(logits[len(case.tokens) - 1 : -1])
+            logps.append(sum(float(logp[i, token]) for i, token in enumerate(answer)))
+        assert getattr(read(tmp_path).gains["logprob"], side).value == pytest.approx(np.mean(logps), abs=2e-4)
+
+
 @pytest.mark.parametrize(
     "names",
     [("scores.json", "2"), pytest.param(("all", "scores.json", "2", "heads.json", "0"), marks=pytest.mark.slow)],
@@ -143,6 +165,8 @@ def test_mistakes_are_one_line_before_any_weight_is_read(refused, noisy, tmp_pat
     (tmp_path / "heads.json").write_text("[[4, 0]]")
     assert "head [4, 0] is out of range: the model" in refused(noisy, "bundled", f"--heads={tmp_path / 'heads.json'}")
     assert "file of heads nowhere.json does not exist" in refused(noisy, "bundled", "--heads=nowhere.json")
+    assert "there is no built-in text 'builtin:fact'; there are" in refused(noisy, "bundled", "--needles=builtin:fact")
+    assert "nowhere.jsonl" in refused(noisy, "bundled", "--needles=nowhere.jsonl")
     assert "diff reads no config" in refused(noisy, "bundled", "--config.seed=1")
 
 

@@ -26,6 +26,7 @@ class Settings:
         n: Cases to answer, and as many to detect with.
         lengths: Tokens of their prompts.
         seed: Of the choice and order of needles and sentences.
+        needles: A JSONL file of the needles that are asked for, or a built-in one by name; None: codes.
         scores: A file that scores heads, the best of which are the group of retrieval heads; None: those of the start model.
         threshold: The score that a retrieval head reaches.
         heads: Those whose shares are measured one by one: a number, of the best by score; or a file of heads, or of
@@ -39,6 +40,7 @@ class Settings:
     n: int = 20
     lengths: tuple[int, ...] = (512,)
     seed: int = 1
+    needles: str | None = None
     scores: str | None = None
     threshold: float = 0.1
     heads: str | None = None
@@ -104,7 +106,7 @@ def compare(
     config = outlines[0].config
     given = None if settings.scores is None else read_scores(settings.scores, config)
     best, chosen = _singly(settings, config)
-    cases = builtin_cases(outlines[0], "test", settings.n, settings.lengths, settings.seed)
+    cases = builtin_cases(outlines[0], "test", settings.n, settings.lengths, settings.seed, settings.needles)
     expected = parts_of(config, singly=all_heads(config)[-best:] if best else chosen)
     begins(config, tokens_read(config, expected, cases) + 2 * settings.detect * sum(len(c.tokens) for c in cases))
     ours, theirs = (load(name, settings.dtype, ignore=settings.ignore) for name in (start, trained))

@@ -2,15 +2,14 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import pytest
+from helpers_processes import environment, printed
 
 from retmask_jax.aot import decoding as aot_decoding
 from retmask_jax.aot import program as aot_program
@@ -221,11 +220,7 @@ for compiled in (scanned(), one_row()):
 
 @pytest.fixture(scope="module")
 def on_eight_devices():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0"}
-    done = subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()[-2:]]
+    return [json.loads(line) for line in printed("-c", ON_EIGHT_DEVICES, env=environment(8)).splitlines()[-2:]]
 
 
 def test_a_program_over_devices_of_a_cpu(on_eight_devices):

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from helpers_processes import environment
 
 from retmask_jax.generation import continuous
 from retmask_jax.generation.continuous import Request, generate_stream
@@ -349,12 +349,8 @@ _MESHES = textwrap.dedent("""
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 2, 1), (1, 2, 2)])
 def test_on_a_mesh_results_and_the_number_of_programs_are_the_same(sizes):
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
-    }
     command = [sys.executable, "-c", _MESHES, *map(str, sizes)]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(4), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["same"] and len(set(found["lengths"])) > 3, found

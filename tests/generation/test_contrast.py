@@ -2,14 +2,12 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import jax
 import numpy as np
 import pytest
+from helpers_processes import environment, printed
 from helpers_tiny import in_float64, reference
 
 from retmask_jax.generation import continuous
@@ -283,11 +281,7 @@ _MESHES = textwrap.dedent("""
 @pytest.mark.slow
 def test_on_meshes_answers_and_the_number_of_programs_are_the_same(bundled):
     given = [PROMPTS, RETRIEVAL, FLAT, OPTIONS | {"batch_size": 4}]
-    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    inherited = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
-    command = [sys.executable, "-c", _MESHES, json.dumps(given), json.dumps([(4, 1, 1), (2, 2, 1), (1, 2, 2)])]
-    done = subprocess.run(command, env=inherited | settings, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found, programs = json.loads(done.stdout)
+    sizes = json.dumps([(4, 1, 1), (2, 2, 1), (1, 2, 2)])
+    found, programs = json.loads(printed("-c", _MESHES, json.dumps(given), sizes, env=environment(4)))
     alone = _many(bundled, ContrastDecoding(mask_heads(bundled.config, RETRIEVAL), *FLAT))
     assert found == [[[result.tokens.tolist() for result in alone]] * 2] * 3 and programs == [3, 3, 3, 3]

@@ -2,14 +2,11 @@
 answers are those of one device."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
 import pytest
-from conftest import QUICK_FLAGS
+from helpers_processes import environment, printed
 from helpers_tiny import in_float64, reference
 
 from retmask_jax.generation.language_model import load
@@ -74,14 +71,8 @@ MASKED = [[], [(1, 0), (1, 3)]]  # heads, of every other prompt
 
 def _decoded(memory):
     """What decoding is where each device has so many bytes, in a process of its own. same: whether answers are as defined."""
-    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK_FLAGS}"}
-    # No other process needs these programs, so they are not kept.
-    unwanted = ("JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")
-    inherited = {name: value for name, value in os.environ.items() if name not in unwanted}
-    command = [sys.executable, "-c", _DECODE, json.dumps([PROMPTS, MASKED, memory])]
-    done = subprocess.run(command, env=inherited | settings, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    out = printed("-c", _DECODE, json.dumps([PROMPTS, MASKED, memory]), env=environment(8, kept=False))
+    found = json.loads(out.splitlines()[-1])
     return found | {"same": _is_greedy(found["answers"])}
 
 

@@ -1,13 +1,10 @@
 """Answers from drafts are those of plain greedy decoding, whatever is drafted, and end where an answer ends."""
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
 import pytest
-from conftest import QUICK_FLAGS
+from helpers_processes import environment, printed
 
 from retmask_jax.generation import drafts as module
 from retmask_jax.generation.decode import generate_many
@@ -155,7 +152,4 @@ _ON_A_MESH = textwrap.dedent("""
 
 @pytest.mark.slow
 def test_on_a_mesh_small_batches_go_on_together():
-    env = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
-    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK_FLAGS}"}
-    done = subprocess.run([sys.executable, "-c", _ON_A_MESH], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed("-c", _ON_A_MESH, env=environment(2))

@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 from itertools import product
 
 import jax
 import pytest
-from conftest import QUICK_FLAGS
+from helpers_processes import environment, printed
 
 from retmask_jax.model import sharding
 
@@ -102,17 +100,6 @@ SPLIT = textwrap.dedent("""
 """)
 
 
-def _run(script: str, *arguments: str, **environment) -> str:
-    # Only what this test sets may choose the number of devices. No other process needs these programs: none is kept.
-    unwanted = ("JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")
-    inherited = {name: value for name, value in os.environ.items() if name not in unwanted}
-    quick = {"XLA_FLAGS": QUICK_FLAGS, "JAX_PLATFORMS": "cpu"}
-    command, settings = [sys.executable, "-c", script, *arguments], inherited | quick | environment
-    done = subprocess.run(command, env=settings, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core makes one device")
 @pytest.mark.parametrize(
     "what, rows",
@@ -122,7 +109,7 @@ def _run(script: str, *arguments: str, **environment) -> str:
     ],
 )
 def test_rows_over_two_devices_give_what_one_gives_without_a_word_between_them(what, rows):
-    found = json.loads(_run(SPLIT, what, str(rows)))
+    found = json.loads(printed("-c", SPLIT, what, rows, env=environment(None, kept=False)))
     worst = max(found["difference"], key=found["difference"].get)
     assert found["difference"][worst] < 1e-4, (worst, found["difference"])
     assert found.get("talks", []) == []
@@ -133,7 +120,7 @@ def test_rows_over_two_devices_give_what_one_gives_without_a_word_between_them(w
 )
 def test_a_number_of_devices_that_the_user_chose_stays(chosen):
     script = "import jax; from retmask_jax.model import sharding; sharding.split_cpu(8); print(jax.device_count())"
-    assert _run(script, **chosen) == "3\n"
+    assert printed("-c", script, env=environment(None, kept=False, **chosen)) == "3\n"
 
 
 def test_splitting_a_cpu_that_is_in_use_changes_nothing():

@@ -1,7 +1,5 @@
 import functools
 import os
-import subprocess
-import sys
 import textwrap
 
 import flax.linen as nn
@@ -9,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers_processes import environment, printed
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
@@ -165,10 +164,4 @@ def test_split_over_a_mesh():
         for a, b in zip(ours, exact, strict=True):
             assert abs(a - b).max() < 1e-4 * abs(b).max()
     """
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.path.dirname(__file__),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-    }
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    printed("-c", textwrap.dedent(code), env=environment(8, PYTHONPATH=os.path.dirname(__file__)))

@@ -2,16 +2,14 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICK_FLAGS, STORED
+from conftest import STORED
+from helpers_processes import environment, printed
 from helpers_tiny import CONFIG, copying_lm, copying_params, in_float64, reference
 
 from retmask_jax.evals.scoring import mask_hash
@@ -282,12 +280,8 @@ MESHED = textwrap.dedent("""
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ({"context": 2, "data": 2}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}), ids=str)
 def test_streaming_heads_on_several_devices_are_those_of_one(mesh):
-    flags = f"--xla_force_host_platform_device_count=4 {QUICK_FLAGS}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", MESHED, json.dumps(mesh)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert max(json.loads(done.stdout)) < 1e-4, done.stdout
+    out = printed("-c", MESHED, json.dumps(mesh), env=environment(4))
+    assert max(json.loads(out)) < 1e-4, out
 
 
 # --- what is refused, and how masks join ---

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from helpers_processes import environment
 from helpers_tiny import copying_params
 
 pytestmark = pytest.mark.slow
@@ -26,12 +27,7 @@ MESHES = {
 
 
 def _start(folder, devices, options) -> subprocess.Popen:
-    env = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
-    env |= {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
-    }
+    env = environment(devices, PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]))
     command = [sys.executable, str(HERE / "mesh_training.py"), str(folder), json.dumps(options)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -141,11 +137,12 @@ def test_two_hosts_save_what_one_device_saves(tmp_path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        env = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
-        env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
         command = [sys.executable, "-c", SAVE, str(BUNDLED), str(tmp_path / str(hosts))]
         several = [[port, str(host)] for host in range(hosts)] if hosts > 1 else [[]]
-        running = [subprocess.Popen(command + more, env=env, stderr=subprocess.PIPE, text=True) for more in several]
+        running = [
+            subprocess.Popen(command + more, env=environment(devices), stderr=subprocess.PIPE, text=True)
+            for more in several
+        ]
         for process in running:
             _, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors[-3000:]

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +11,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from heads_training import ALONE, CONFIG, HEADS, MIXED, start_params, trained_params
+from helpers_processes import environment, printed
 from helpers_training import one_device
 
 from retmask_jax.model import lora as adapters
@@ -111,14 +110,8 @@ def test_adapters_that_add_nothing_keep_the_sign_of_zero():
     ids=str,
 )
 def test_on_four_devices_too(tmp_path, mesh, changes):
-    env = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"} | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-    }
-    command = [sys.executable, str(TESTS / "heads_training.py"), str(tmp_path), json.dumps({"mesh": mesh} | changes)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    env = environment(4, PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)]))
+    printed(TESTS / "heads_training.py", tmp_path, json.dumps({"mesh": mesh} | changes), env=env)
     params = unflatten_dict({tuple(name.split("/")): x for name, x in np.load(tmp_path / "params.npz").items()})
     lora = dataclasses.replace(ALONE, **changes).lora
     params = params if lora is None else adapters.merged(params, lora)

@@ -81,7 +81,7 @@ def _add_diff(stage: argparse.ArgumentParser) -> None:
     stage.add_argument(
         "--lengths", type=_whole_numbers, default=[512], metavar="N[,N...]", help="tokens of a prompt (default: 512)"
     )
-    stage.add_argument("--seed", type=int, default=1, help="of the needles and texts (default: 1)")
+    stage.add_argument("--seed", type=int, default=1, help="of needles, texts and control heads (default: 1)")
     stage.add_argument(
         "--needles",
         metavar="FILE",

@@ -61,7 +61,7 @@ def test_the_command_prints_and_writes_what_it_finds(noisy, tmp_path, capsys):
     found, printed = read(tmp_path / "out"), capsys.readouterr().out
     assert (found.start, found.trained, found.copy_scores) == (str(noisy), "bundled", None)
     assert found.retrieval == [(1, 0), (1, 1), (1, 2), (1, 3)]
-    assert [sum(part.kind == kind for part in found.parts) for kind in ("group", "head", "MLP")] == [5, 32, 4]
+    assert [sum(part.kind == kind for part in found.parts) for kind in ("group", "head", "MLP")] == [11, 32, 4]
     assert found.gains["logprob"].gain.value > 0 and found.gains["logprob"].gain.n == 2
     assert 0.35 < np.mean(found.changes.q) < 0.45 and np.shape(found.changes.q) == (4, 8)
     assert all(sentence in printed for sentence in [*sentences(found), "4 heads score at least 0.1."])

@@ -231,25 +231,41 @@ def test_what_some_heads_lost_is_carried_by_them_alone(bundled, cases):
     """Both ways; and what a part and all others carry is more or less than the whole by the interaction."""
     config, start = bundled.config, without_heads(bundled, COPYING)
     parts = parts_of(config, COPYING)
-    names = ["retrieval heads", "other heads", "all heads", "all MLPs", "norms and embeddings"]
-    assert [part.name for part in parts if part.kind == "group"] == names
+    groups = [part for part in parts if part.kind == "group"]
+    controls = [f"{kind}, draw {i}" for kind in ("any layer", "layer-matched") for i in (1, 2, 3)]
+    names = ["retrieval heads", "other heads", *controls, "all heads", "all MLPs", "norms and embeddings"]
+    assert [part.name for part in groups] == names
     assert [(part.layer, part.head) for part in parts if part.kind == "head"] == all_heads(config)
     assert [part.layer for part in parts if part.kind == "MLP"] == list(range(config.n_layers))
     alone, sibling = (next(part for part in parts if part.name == f"head {name}") for name in ("1-0", "1-4"))
     rest = dataclasses.replace(alone, name="all but head 1-0", gates=~alone.gates)
-    gains, rows = part_shares(config, start, bundled.params, cases, [*parts[:5], alone, rest, sibling], batch_size=3)
+    gains, rows = part_shares(config, start, bundled.params, cases, [*groups, alone, rest, sibling], batch_size=3)
     assert gains["logprob"].gain.low > 0 and gains["recall"].trained.value > gains["recall"].start.value == 0
-    for row in rows[:5]:
+    for row in rows[: len(groups)]:
         share = 1.0 if row.name in ("retrieval heads", "all heads") else 0.0
         for carried in (row.logprob, row.recall):
             assert carried.put_in.value == pytest.approx(share, abs=1e-5), row.name
             assert carried.taken_out.value == pytest.approx(share, abs=1e-5), row.name
             assert carried.interaction.value == pytest.approx(0, abs=1e-5), row.name
-    assert (rows[0].heads, rows[1].heads) == (4, 28)
-    of_head, of_rest, of_sibling = (row.logprob for row in rows[5:])
+    assert [row.heads for row in rows[: len(groups)]] == [4, 28, *[4] * 6, 32, 0, 0]
+    of_head, of_rest, of_sibling = (row.logprob for row in rows[len(groups) :])
     both = of_head.put_in.value + of_rest.put_in.value
     assert of_head.interaction.value == pytest.approx(both - 1, abs=1e-5) and abs(both - 1) > 1e-3
     assert of_sibling.put_in.value == pytest.approx(0, abs=1e-5)
+
+
+def test_controls_are_as_many_other_heads_where_there_are_enough(bundled):
+    parts = {part.name: part.gates.heads_LH for part in parts_of(bundled.config, COPYING, [], seed=3)}
+    drawn = {name: heads_LH for name, heads_LH in parts.items() if "draw" in name}
+    chosen_LH = parts["retrieval heads"]
+    assert len(drawn) == 6 and not any((heads_LH & chosen_LH).any() for heads_LH in drawn.values())
+    for name, heads_LH in drawn.items():
+        alike = (heads_LH.sum(axis=1) == chosen_LH.sum(axis=1)).all()
+        assert heads_LH.sum() == chosen_LH.sum() and (alike or name.startswith("any layer"))
+    again = {part.name: part.gates.heads_LH for part in parts_of(bundled.config, COPYING, [], seed=4)}
+    np.testing.assert_array_equal(again["any layer, draw 1"], drawn["any layer, draw 2"])  # a seed begins where it says
+    for most in (all_heads(bundled.config)[:17], all_heads(bundled.config), []):
+        assert not [part.name for part in parts_of(bundled.config, most, []) if "draw" in part.name]
 
 
 # --- weights ---

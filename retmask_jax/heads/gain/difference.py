@@ -25,7 +25,7 @@ class Settings:
     Attributes:
         n: Cases to answer, and as many to detect with.
         lengths: Tokens of their prompts.
-        seed: Of the choice and order of needles and sentences.
+        seed: Of the choice and order of needles and sentences, and of the heads drawn as controls.
         needles: A JSONL file of the needles that are asked for, or a built-in one by name; None: codes.
         scores: A file that scores heads, the best of which are the group of retrieval heads; None: those of the start model.
         threshold: The score that a retrieval head reaches.
@@ -116,7 +116,7 @@ def compare(
     retrieval = [] if scores is None else scores.heads(threshold=settings.threshold)
     if best and scores is not None:  # as `_singly` makes sure of
         chosen = scores.heads(top_k=best)
-    parts = parts_of(config, retrieval, chosen)
+    parts = parts_of(config, retrieval, chosen, settings.seed)
     gains, rows = part_shares(config, ours.params, theirs.params, cases, parts, batch_size=settings.batch_size)
     return Difference(
         start=start,

@@ -11,7 +11,7 @@ from retmask_jax.generation.batching import full_batches, pad_rows
 from retmask_jax.heads.copy_score import words_of
 from retmask_jax.heads.gain.grafting import Gates, states, target_logprobs
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Head, all_heads
+from retmask_jax.model.interventions import Head, all_heads, layer_matched, random_heads
 from retmask_jax.model.sharding import full_share, mesh_of
 from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory, stats
@@ -19,6 +19,7 @@ from retmask_jax.utils.hosts import to_host
 from retmask_jax.utils.numbers import Number
 
 _MULTIPLE = 64  # to which rows are padded
+_DRAWS = 3  # of other heads, as controls for the retrieval heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,18 +83,22 @@ class PartShares:
     recall: Carried
 
 
-def parts_of(config: ModelConfig, retrieval: Sequence[Head] = (), singly: Sequence[Head] | None = None) -> list[Part]:
+def parts_of(
+    config: ModelConfig, retrieval: Sequence[Head] = (), singly: Sequence[Head] | None = None, seed: int = 0
+) -> list[Part]:
     """Named groups, single heads, and the MLP of each layer.
 
     Args:
-        retrieval: The heads of a group, beside one of all other heads.
+        retrieval: The heads of a group, beside one of all other heads, and draws of as many of these where there are enough.
         singly: The heads that are a part each; None: all.
+        seed: Of the first draw.
     """
     heads, layers = all_heads(config), range(config.n_layers)
     chosen = {tuple(head) for head in retrieval}
     named: Mapping[str, Gates] = {
         "retrieval heads": Gates.of(config, chosen),
         "other heads": Gates.of(config, [head for head in heads if head not in chosen]),
+        **{name: Gates.of(config, drawn) for name, drawn in _controls(config, chosen, seed).items()},
         "all heads": Gates.of(config, heads),
         "all MLPs": Gates.of(config, mlps=layers),
         "norms and embeddings": Gates.of(config, others=True),
@@ -104,6 +109,16 @@ def parts_of(config: ModelConfig, retrieval: Sequence[Head] = (), singly: Sequen
     each_head = [Part(f"head {i}-{j}", "head", Gates.of(config, [(i, j)]), i, j) for i, j in singly]
     each_mlp = [Part(f"MLP {i}", "MLP", Gates.of(config, mlps=[i]), i) for i in layers]
     return [*groups, *each_head, *each_mlp]
+
+
+def _controls(config: ModelConfig, chosen: set[Head], seed: int) -> dict[str, list[Head]]:
+    """As many other heads as are chosen, of any layer and of the same layers; nothing where too few are left."""
+    n = len(chosen)
+    if not 0 < n <= config.n_layers * config.n_heads - n:
+        return {}
+    of_any = {f"any layer, draw {i + 1}": random_heads(config, n, chosen, seed=seed + i) for i in range(_DRAWS)}
+    alike = {f"layer-matched, draw {i + 1}": layer_matched(config, chosen, seed + i) for i in range(_DRAWS)}
+    return of_any | alike
 
 
 def tokens_read(config: ModelConfig, parts: Sequence[Part], cases: Sequence[Case]) -> int:

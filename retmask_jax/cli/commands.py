@@ -248,8 +248,9 @@ def diff(start: str, trained: str, settings: dict, out: Path | None) -> None:
     for sentence in of_difference.sentences(found):
         print(sentence)
     print_table(*of_difference.groups(found), justify="right")
-    print()
-    print_table(*of_difference.best_heads(found), justify="right")
+    if found.singly:
+        print()
+        print_table(*of_difference.best_heads(found), justify="right")
     if out:
         write_json(out / "diff.json", found)
         of_difference.write_difference(out / "diff.html", found)

@@ -178,8 +178,8 @@ def build_cases(
             the answer.
 
     Raises:
-        ValueError: A length has no room for needle and question, the answer is not found in the needle exactly once, or
-            it has no letter or digit.
+        ValueError: A length has no room for needle and question, there is no needle, the answer is not found in it exactly
+            once, or has no letter or digit.
     """
     _check_used(needles, specs)
     sizes = _sizes(prompter, sentences)
@@ -229,8 +229,10 @@ def question_span(prompter: Prompter, text: str, offsets: Sequence[tuple[int, in
 
 
 def _check_used(needles: Sequence[Needle], specs: Sequence[Spec]) -> None:
-    for i in sorted({spec.needle for spec in specs}):
-        check_words(needles[i])
+    for needle in (needles[i] for i in sorted({spec.needle for spec in specs})):
+        check_words(needle)
+        if not needle.needle:
+            raise ValueError(f"{needle.question!r} has no needle, the statement that a text is to hold: give it one")
 
 
 def _sizes(prompter: Prompter, sentences: Sequence[str]) -> np.ndarray:

@@ -57,8 +57,8 @@ def check_writable(tokenizer: Any, name: str) -> None:
     ):
         return
     raise ValueError(
-        f"the model's tokenizer cannot write {name!r}, such as {needle.question!r}: it needs a recipe with other texts "
-        "(--config=tiny for the bundled model)"
+        f"the model's tokenizer cannot write {name!r}, such as {needle.question!r}: it needs other texts (those of "
+        "--config=tiny for the bundled model)"
     )
 
 

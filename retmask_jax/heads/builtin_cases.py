@@ -12,6 +12,7 @@ from retmask_jax.data.builtin_files import haystack as read_haystack
 from retmask_jax.data.builtin_files import path_of
 from retmask_jax.data.needles import Case, Needle, build_cases, can_write, draw_specs, read_needles
 from retmask_jax.data.prompter import make_prompter
+from retmask_jax.data.tasks import check_writable
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.heads.conditions import answers, hits
 from retmask_jax.heads.detectors import DETECTORS
@@ -142,7 +143,9 @@ def builtin_cases(
         raise ValueError(f"a prompt of {max(lengths)} tokens leaves no room in the model's {lm.config.max_length}")
     texts = _texts_for(lm.tokenizer, needles is None or haystack is None)
     if needles is None or isinstance(needles, (str, os.PathLike)):
-        needles = read_needles(path_of(os.fspath(needles or getattr(texts, use))))
+        name = os.fspath(needles or getattr(texts, use))
+        check_writable(lm.tokenizer, name)
+        needles = read_needles(path_of(name))
     sentences = read_haystack(os.fspath(haystack or texts.haystack), lengths)
     prompter = make_prompter(lm.tokenizer, texts.template, chat=None, template_kwargs={"enable_thinking": False})
     each = -(-n // len(lengths))

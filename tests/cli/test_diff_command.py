@@ -166,6 +166,10 @@ def test_mistakes_are_one_line_before_any_weight_is_read(refused, noisy, tmp_pat
     assert "head [4, 0] is out of range: the model" in refused(noisy, "bundled", f"--heads={tmp_path / 'heads.json'}")
     assert "file of heads nowhere.json does not exist" in refused(noisy, "bundled", "--heads=nowhere.json")
     assert "there is no built-in text 'builtin:fact'; there are" in refused(noisy, "bundled", "--needles=builtin:fact")
+    line = refused(noisy, "bundled", "--needles=builtin:facts")
+    assert "the model's tokenizer cannot write 'builtin:facts', such as 'What is the capital of" in line
+    closed_book = f"--needles={DATA / 'closed_book.jsonl'}"
+    assert " has no needle, the statement that a text is to hold: give it one" in refused(noisy, "bundled", closed_book)
     assert "nowhere.jsonl" in refused(noisy, "bundled", "--needles=nowhere.jsonl")
     assert "diff reads no config" in refused(noisy, "bundled", "--config.seed=1")
 

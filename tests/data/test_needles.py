@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import types
 from pathlib import Path
 
@@ -174,6 +175,13 @@ def test_absent_or_ambiguous_answer_raises():
     ):
         with pytest.raises(ValueError, match=words):
             answer_span(text, offsets, dataclasses.replace(needle, **changed))
+
+
+def test_a_text_is_not_built_around_a_question_without_a_statement(large):
+    with pytest.raises(
+        ValueError, match=re.escape("'Where?' has no needle, the statement that a text is to hold: give")
+    ):
+        build_cases(large, SENTENCES, [Needle("", "Where?", "rome")], [Spec(300, 0.5, 0, (), 3)])
 
 
 def test_counted_tokens_are_those_of_the_encoding(large):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from retmask_jax.training.loop import check_mesh, train
 from retmask_jax.training.optimizer import count_trained
 from retmask_jax.training.settings import Settings
 from retmask_jax.utils import stats
-from retmask_jax.utils.files import is_whole, mark_whole, read_jsonl
+from retmask_jax.utils.files import digest, is_whole, mark_whole, read_jsonl
 from retmask_jax.utils.fingerprints import fingerprint
 from retmask_jax.utils.progress import track
 
@@ -111,7 +111,7 @@ def trained_run(context: Context, model: LanguageModel, arm: str, settings: Sett
     target = folder / f"{arm}-{settings.seed}"
     rows, identity = _rows(context, model.config, target)
     if not is_whole(target / "model"):
-        start = {"model": context.model_fingerprint, "dtype": settings.compute_dtype}
+        identity |= {"model": context.model_fingerprint, "dtype": settings.compute_dtype}
         contrast = settings.objective == "contrast"
         params = train(
             model.config,
@@ -120,9 +120,10 @@ def trained_run(context: Context, model: LanguageModel, arm: str, settings: Sett
             settings,
             target,
             context.mesh,
-            identity=identity | start,
+            identity=identity,
             what=f"train {target.name}",
             ablated=mask_heads(model.config, retrieval_heads(context)) if contrast else None,
+            reference=_reference(context, target, identity),
         )
         trained = dataclasses.replace(model.config, lora=settings.lora)
         save(model.replace(config=trained, params=params), target / "model")
@@ -131,6 +132,12 @@ def trained_run(context: Context, model: LanguageModel, arm: str, settings: Sett
     cut = {"answers_cut": rows.cut, "prompts_cut": rows.prompts_cut}
     trained = count_trained(model.config, settings)
     return Run(arm=arm, seed=settings.seed, examples=len(rows), trained_parameters=trained, steps=steps, **cut)
+
+
+def _reference(context: Context, target: Path, identity: Mapping[str, Any]) -> Path:
+    """Where runs on the same pairs find the start model's log-probabilities of them, whatever they train and how fast."""
+    begun = target / "reference"  # by a version in which each run had its own
+    return begun if begun.exists() else context.workdir.folder("measured") / f"reference-{digest(identity)}"
 
 
 def check_batch(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:

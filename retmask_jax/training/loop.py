@@ -54,11 +54,12 @@ def train(
     identity: Mapping[str, Any],
     what: str = "train",
     ablated: Interventions | None = None,
+    reference: Path | None = None,
 ) -> PyTree:
     """Trains on preference rows from load_params() on, and resumes from the newest checkpoint in `folder`.
 
-    The outcome equals an uninterrupted run. Into `folder` go reference/ (a store), metrics.jsonl, tensorboard/ and
-    checkpoints/, or a note of where the checkpoints are if settings.checkpoint_folder names another place.
+    The outcome equals an uninterrupted run. Into `folder` go reference/ (unless it is elsewhere), metrics.jsonl,
+    tensorboard/ and checkpoints/, or a note of where the checkpoints are if settings.checkpoint_folder names another place.
 
     Args:
         load_params: Gives the start model's parameters in settings.start_dtype; called once at most. Only the trained
@@ -68,6 +69,8 @@ def train(
             rows.
         what: Name of the run in its progress bar, messages and metrics.
         ablated: The interventions of the objective "contrast".
+        reference: The store of the start model's log-probabilities, which runs of the same identity may share; None: in
+            `folder`.
 
     Returns:
         The final parameters: all of them in float32, or adapters next to the frozen model, which are parameters of a
@@ -89,7 +92,7 @@ def train(
             config,
             start,
             rows,
-            folder / "reference",
+            reference or folder / "reference",
             mesh,
             batch_size=settings.reference_batch_size,
             compute_dtype=settings.compute_dtype,

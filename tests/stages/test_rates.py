@@ -106,5 +106,7 @@ def test_rates_are_tried_on_the_pairs_and_the_chosen_one_suits_the_next_stage(tm
     trained = (tmp_path / "train/retmask-0/metrics.jsonl").read_text().splitlines()
     tried = (tmp_path / f"rates/{chosen:g}/retmask-0/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in trained] == [json.loads(line)["loss"] for line in tried]
+    assert len(list((tmp_path / "measured").glob("reference-*"))) == 1  # which the three runs share
+    assert not list(tmp_path.glob("*/**/reference"))
     assert main(["rates", f"--config={CONFIG}", f"--workdir={tmp_path}", *TRIED, *flags]) == 0
     assert "rates: unchanged since" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import settings_read
 from retmask_jax.runs.workdir import Basis, Workdir
 from retmask_jax.stages.arms import ARMS
-from retmask_jax.stages.train import TRAIN, train_settings
+from retmask_jax.stages.train import TRAIN, _reference, train_settings
 from retmask_jax.stages.trained_heads import check_choice, trained_heads
 from retmask_jax.utils.files import write_json
 
@@ -65,6 +65,16 @@ def test_arms_that_train_some_heads_differ_from_retmask_in_nothing_else(prepare)
     assert trained_heads(prepare(heads="others"), "retmask_retrieval") == FOUND  # an arm's own choice comes first
     assert [name for name, arm in ARMS.items() if arm.heads] == ["retmask_retrieval", "retmask_others"]
     assert len({arm.colour for arm in ARMS.values()}) == len(ARMS) - 1  # random and any_layer share one
+
+
+def test_the_reference_is_shared_by_what_it_depends_on_unless_a_run_began_with_its_own(prepare, tmp_path):
+    context, target = prepare(), tmp_path / "work/train/retmask-0"
+    place = _reference(context, target, {"data": "f", "model": "m"})
+    assert place.parent == tmp_path / "work/measured" and place.name.startswith("reference-")
+    assert _reference(context, tmp_path / "rates/0.1/retmask-0", {"model": "m", "data": "f"}) == place
+    assert _reference(context, target, {"data": "g", "model": "m"}) != place
+    (target / "reference").mkdir(parents=True)
+    assert _reference(context, target, {"data": "f", "model": "m"}) == target / "reference"
 
 
 def test_a_file_lists_heads_or_scores_them(prepare, tmp_path):

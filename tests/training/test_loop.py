@@ -283,11 +283,11 @@ def test_reference_holds_the_start_models_log_probabilities(whole):
             assert stored[pair, side] == pytest.approx(reference_logprob(params, row, counted), rel=1e-4)
 
 
-def _one_step(folder, monkeypatch):
+def _one_step(folder, monkeypatch, **options):
     """The metrics of a run that ends after its first step."""
     with monkeypatch.context() as patch, pytest.raises(_Stopped):
         _interrupt_after(patch, 1)
-        run(folder)
+        run(folder, **options)
     return _metrics(folder)
 
 
@@ -297,6 +297,19 @@ def _plant(folder, values_ND, identity=IDENTITY):
         for pair, values in enumerate(values_ND.tolist()):
             if not np.isnan(values).any():
                 store.add((pair,), values)
+
+
+def test_runs_of_one_identity_share_the_reference_that_the_first_of_them_computes(tmp_path, whole, monkeypatch):
+    shared, faster = tmp_path / "shared", dataclasses.replace(SETTINGS, learning_rate=10 * SETTINGS.learning_rate)
+    first = _one_step(tmp_path / "first", monkeypatch, reference=shared)
+    monkeypatch.setattr("retmask_jax.training.reference.batch_logprobs", None)
+    second = _one_step(tmp_path / "second", monkeypatch, reference=shared, settings=faster)
+    assert first == whole[1][:1] and second[0]["loss"] == first[0]["loss"]
+    assert not [
+        tmp_path / name / "reference" for name in ("first", "second") if (tmp_path / name / "reference").exists()
+    ]
+    with pytest.raises(ValueError, match="shared was made with another data f, now g"):
+        run(tmp_path / "third", reference=shared, identity=IDENTITY | {"data": "g"})
 
 
 def test_reference_is_read_where_the_identity_matches_and_refused_where_it_does_not(tmp_path, whole, monkeypatch):

@@ -252,7 +252,7 @@ def diff(start: str, trained: str, settings: dict, out: Path | None) -> None:
         print()
         print_table(*of_difference.best_heads(found), justify="right")
     if out:
-        write_json(out / "diff.json", found)
+        write_json(out / "diff.json", dataclasses.replace(found, versions=versions()))
         of_difference.write_difference(out / "diff.html", found)
         print(f"wrote {out / 'diff.json'}\nwrote {out / 'diff.html'}")
 

@@ -60,6 +60,7 @@ def test_the_command_prints_and_writes_what_it_finds(noisy, tmp_path, capsys):
     assert main(["diff", str(noisy), "bundled", *flags]) == 0
     found, printed = read(tmp_path / "out"), capsys.readouterr().out
     assert (found.start, found.trained, found.copy_scores) == (str(noisy), "bundled", None)
+    assert found.versions["jax"] == jax.__version__
     assert found.retrieval == [(1, 0), (1, 1), (1, 2), (1, 3)]
     assert [sum(part.kind == kind for part in found.parts) for kind in ("group", "head", "MLP")] == [11, 32, 4]
     assert found.gains["logprob"].gain.value > 0 and found.gains["logprob"].gain.n == 2

@@ -62,7 +62,8 @@ class CopyScores:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
     """changes: of weights. copy_scores: None where they were not computed. retrieval: the heads of that group. gains: by
-    measure, "logprob" and "recall". parts: groups first, then heads, then MLPs."""
+    measure, "logprob" and "recall". parts: groups first, then heads, then MLPs. versions: of the packages, where the
+    command has written it."""
 
     start: str
     trained: str
@@ -72,6 +73,7 @@ class Difference:
     retrieval: list[Head]
     gains: dict[str, Gain]
     parts: list[PartShares]
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def singly(self) -> int:

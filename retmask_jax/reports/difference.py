@@ -25,8 +25,8 @@ _MEASURES = {"logprob": "log-probability of the right answer (nats)", "recall": 
 _NOTE = (
     "Share of the gain in log-probability that the start model has with this part of the trained one, and that the trained "
     "model loses with this part of the start model. Interaction: the first less the second, which is the share of the part "
-    "plus that of all others together less 1; below 0 the part needs others, above 0 others can do without it. 95% "
-    "bootstrap intervals over cases."
+    "plus that of all others together less 1; below 0 the part needs others, above 0 others can do without it. Draws: "
+    "as many other heads as there are retrieval heads. 95% bootstrap intervals over cases."
 )
 
 

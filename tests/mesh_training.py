@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -43,6 +44,7 @@ def main(folder: Path, options: dict) -> None:
     def stopping(run, state, *rest):
         if int(state.step) == options.get("stop_at") and jax.process_index() == options.get("who", 0):
             os.kill(os.getpid(), signal.SIGTERM if options["how"] == "term" else signal.SIGKILL)
+            time.sleep(1)  # the steps that are left take less than the word to the other host, where cores are busy
         return update(run, state, *rest)
 
     training._update = stopping

@@ -78,7 +78,7 @@ def knockout_conditions(
 def control_heads(
     config: ModelConfig,
     heads: Sequence[Head],
-    activity_LH: ArrayLike,
+    activity_LH: ArrayLike | None = None,
     *,
     draws: int,
     seed: int = 0,
@@ -86,14 +86,15 @@ def control_heads(
 ) -> list[tuple[str, int, list[Head]]]:
     """As many other heads, as (kind, draw, heads): `draws` sets of each kind.
 
-    They are of any layer, of the same layers, of similar activity (see `activity`) and, where scores_LH are given, the
-    lowest-scoring heads.
+    They are of any layer, of the same layers, where activity_LH is given of similar activity (see `activity`) and, where
+    scores_LH are given, the lowest-scoring heads.
     """
     kinds: dict[str, Callable[[int], list[Head]]] = {
         "any layer": lambda s: random_heads(config, n=len(heads), exclude=heads, seed=s),
         "layer-matched": lambda s: layer_matched(config, heads, s),
-        "activity-matched": lambda s: activity_matched(heads, activity_LH, seed=s),
     }
+    if activity_LH is not None:
+        kinds["activity-matched"] = lambda s: activity_matched(heads, activity_LH, seed=s)
     if scores_LH is not None:
         kinds["lowest-scoring"] = lambda s: lowest_scoring(scores_LH, heads, seed=s)
     return [(kind, draw, choose(seed + draw)) for kind, choose in kinds.items() for draw in range(draws)]

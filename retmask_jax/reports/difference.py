@@ -101,7 +101,7 @@ def _carried(found: Difference) -> Markup:
         "Which heads carry it",
         [],
         drawn(panels, f"Share of the gain that a head alone carries.{_unmeasured(found)}{_outlined(found)}", tips),
-        table(*best_heads(found), note=_NOTE),
+        table(*best_heads(found), note=_NOTE) if found.singly else Markup(),
         html.folded("Every head that was measured, and every MLP", every),
     )
 

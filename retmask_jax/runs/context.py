@@ -144,6 +144,10 @@ class Context:
         if self.config.pairs.prompts:
             source_files(self.config.pairs.prompts, path_of)
 
+    def measured(self, what: str, identity: Any) -> Path:
+        """The folder, next to those of the stages, of values that stages share, by all that these depend on."""
+        return self.workdir.folder("measured") / f"{what}-{digest(identity)}"
+
     def data_file(self, name: str) -> Path:
         """The path of a data file of the config; ValueError where no such file is there."""
         path = path_of(name)

@@ -15,7 +15,6 @@ from retmask_jax.heads.conditions import Condition, answers, hits
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import SHOWN
 from retmask_jax.runs.workdir import Example
-from retmask_jax.utils.files import digest
 from retmask_jax.utils.store import Store, request_key
 
 FROM_MEMORY = ": from memory"  # what the name of a task ends with where answers from the model's memory are counted
@@ -127,7 +126,7 @@ def kept_in(context: Context, what: str) -> Path:
     """The folder of what is measured of a model, next to the stages; the RoPE base is not in the files of a model."""
     lm = context.lm
     identity = [context.model_fingerprint, context.config.dtype, repr((lm.config.rope, lm.config.sliding_rope))]
-    return context.workdir.folder("measured") / f"{what}-{digest(identity)}"
+    return context.measured(what, identity)
 
 
 def mask_name(kind: str, how: str) -> str:

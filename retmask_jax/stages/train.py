@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from retmask_jax.training.loop import check_mesh, train
 from retmask_jax.training.optimizer import count_trained
 from retmask_jax.training.settings import Settings
 from retmask_jax.utils import stats
-from retmask_jax.utils.files import digest, is_whole, mark_whole, read_jsonl
+from retmask_jax.utils.files import is_whole, mark_whole, read_jsonl
 from retmask_jax.utils.fingerprints import fingerprint
 from retmask_jax.utils.progress import track
 
@@ -134,10 +134,10 @@ def trained_run(context: Context, model: LanguageModel, arm: str, settings: Sett
     return Run(arm=arm, seed=settings.seed, examples=len(rows), trained_parameters=trained, steps=steps, **cut)
 
 
-def _reference(context: Context, target: Path, identity: Mapping[str, Any]) -> Path:
+def _reference(context: Context, target: Path, identity: dict[str, Any]) -> Path:
     """Where runs on the same pairs find the start model's log-probabilities of them, whatever they train and how fast."""
     begun = target / "reference"  # by a version in which each run had its own
-    return begun if begun.exists() else context.workdir.folder("measured") / f"reference-{digest(identity)}"
+    return begun if begun.exists() else context.measured("reference", identity)
 
 
 def check_batch(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:

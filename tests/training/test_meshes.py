@@ -27,9 +27,10 @@ MESHES = {
 
 
 def _start(folder, devices, options) -> subprocess.Popen:
-    env = environment(devices, PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]))
     command = [sys.executable, str(HERE / "mesh_training.py"), str(folder), json.dumps(options)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def _run(folder, devices=1, status=0, hosts=1, **options):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -110,8 +109,8 @@ def test_adapters_that_add_nothing_keep_the_sign_of_zero():
     ids=str,
 )
 def test_on_four_devices_too(tmp_path, mesh, changes):
-    env = environment(4, PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)]))
-    printed(TESTS / "heads_training.py", tmp_path, json.dumps({"mesh": mesh} | changes), env=env)
+    options = json.dumps({"mesh": mesh} | changes)
+    printed(TESTS / "heads_training.py", tmp_path, options, env=environment(4))
     params = unflatten_dict({tuple(name.split("/")): x for name, x in np.load(tmp_path / "params.npz").items()})
     lora = dataclasses.replace(ALONE, **changes).lora
     params = params if lora is None else adapters.merged(params, lora)

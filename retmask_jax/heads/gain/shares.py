@@ -10,8 +10,9 @@ from retmask_jax.data.needles import Case
 from retmask_jax.generation.batching import full_batches, pad_rows
 from retmask_jax.heads.copy_score import words_of
 from retmask_jax.heads.gain.grafting import Gates, states, target_logprobs
+from retmask_jax.heads.knockout import control_heads
 from retmask_jax.model.config import ModelConfig
-from retmask_jax.model.interventions import Head, all_heads, layer_matched, random_heads
+from retmask_jax.model.interventions import Head, all_heads
 from retmask_jax.model.sharding import full_share, mesh_of
 from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory, stats
@@ -95,10 +96,12 @@ def parts_of(
     """
     heads, layers = all_heads(config), range(config.n_layers)
     chosen = {tuple(head) for head in retrieval}
+    enough = 0 < len(chosen) <= len(heads) - len(chosen)
+    controls = control_heads(config, sorted(chosen), draws=_DRAWS, seed=seed) if enough else []
     named: Mapping[str, Gates] = {
         "retrieval heads": Gates.of(config, chosen),
         "other heads": Gates.of(config, [head for head in heads if head not in chosen]),
-        **{name: Gates.of(config, drawn) for name, drawn in _controls(config, chosen, seed).items()},
+        **{f"{kind}, draw {draw + 1}": Gates.of(config, some) for kind, draw, some in controls},
         "all heads": Gates.of(config, heads),
         "all MLPs": Gates.of(config, mlps=layers),
         "norms and embeddings": Gates.of(config, others=True),
@@ -109,16 +112,6 @@ def parts_of(
     each_head = [Part(f"head {i}-{j}", "head", Gates.of(config, [(i, j)]), i, j) for i, j in singly]
     each_mlp = [Part(f"MLP {i}", "MLP", Gates.of(config, mlps=[i]), i) for i in layers]
     return [*groups, *each_head, *each_mlp]
-
-
-def _controls(config: ModelConfig, chosen: set[Head], seed: int) -> dict[str, list[Head]]:
-    """As many other heads as are chosen, of any layer and of the same layers; nothing where too few are left."""
-    n = len(chosen)
-    if not 0 < n <= config.n_layers * config.n_heads - n:
-        return {}
-    of_any = {f"any layer, draw {i + 1}": random_heads(config, n, chosen, seed=seed + i) for i in range(_DRAWS)}
-    alike = {f"layer-matched, draw {i + 1}": layer_matched(config, chosen, seed + i) for i in range(_DRAWS)}
-    return of_any | alike
 
 
 def tokens_read(config: ModelConfig, parts: Sequence[Part], cases: Sequence[Case]) -> int:

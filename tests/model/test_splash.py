@@ -135,7 +135,7 @@ def test_split_over_a_mesh():
         import flax.linen as nn, jax
         from retmask_jax.model.attention import Scores
         from retmask_jax.model.sharding import RULES, make_mesh
-        from test_splash import draw, interpreted, out_and_gradients, plain
+        from model.test_splash import draw, interpreted, out_and_gradients, plain
 
         scores, mesh = Scores(0.3, window=40), make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
         cases = {

@@ -21,12 +21,21 @@ if TYPE_CHECKING:
 
 _BEST = 10
 _HEADER = ["put into the start model", "taken out of the trained one", "interaction", "of recall, put in", "taken out"]
+_WAYS = (  # attribute, name, colour, marker, how far above the middle of its row
+    ("put_in", "put into the start model", plotting.SHADES[1], "o", 0.15),
+    ("taken_out", "taken out of the trained one", plotting.SHADES[0], "s", -0.15),
+)
 _MEASURES = {"logprob": "log-probability of the right answer (nats)", "recall": "share of right answers"}
 _NOTE = (
     "Share of the gain in log-probability that the start model has with this part of the trained one, and that the trained "
     "model loses with this part of the start model. Interaction: the first less the second, which is the share of the part "
     "plus that of all others together less 1; below 0 the part needs others, above 0 others can do without it. Draws: "
     "as many other heads as there are retrieval heads. 95% bootstrap intervals over cases."
+)
+
+_CARRIED = (
+    "In brackets: how many heads a group has. Dotted: nothing, and the whole gain. Shares of groups need not add up to 1, "
+    "since parts can do each other's work. 95% bootstrap intervals over cases."
 )
 
 
@@ -63,6 +72,23 @@ def best_heads(found: Difference, n: int = _BEST) -> tuple[list[str], list[list[
     return [f"best {len(heads)} heads", *_HEADER], rows
 
 
+def groups_figure(found: Difference, title: str, measure: str) -> "Figure":
+    """What each group of parts carries of a gain, put in and taken out. measure: "logprob" or "recall"."""
+    parts = [part for part in found.parts if part.kind == "group"]
+    figure, ax = plotting.panel(title, 1.0 + 0.3 * len(parts))
+    for share in (0, 1):
+        ax.axvline(share, color="black", linewidth=0.7, linestyle=":")
+    for way, label, shade, marker, above in _WAYS:
+        for y, part in enumerate(parts):
+            number = getattr(getattr(part, measure), way)
+            if number.value is not None:
+                plotting.interval(ax, number, y - above, shade, marker)
+        ax.plot([], [], marker, color=shade, label=label)
+    plotting.rows(ax, [_name(part) for part in parts], f"share of the gain (n = {found.gains[measure].gain.n})")
+    figure.legend(loc="outside lower center")
+    return figure
+
+
 def write_difference(path: Path, found: Difference) -> None:
     """Write the page."""
     with plotting.style():
@@ -76,10 +102,12 @@ def _gain(found: Difference) -> Markup:
         for name, gain in found.gains.items()
     ]
     note = "An answer is right where each of its tokens is the most likely one. Gain: paired by case."
+    titles = {"What carries the gain in log-probability": "logprob", "What carries the gain in recall": "recall"}
     return section(
         "The gain",
         sentences(found)[len(rows) :],
         table(["measure", "start", "trained", "gain", "n"], rows, note),
+        drawn({title: groups_figure(found, title, name) for title, name in titles.items()}, _CARRIED),
         table(*groups(found), note=_NOTE),
     )
 

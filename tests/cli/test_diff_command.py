@@ -19,7 +19,7 @@ from retmask_jax.heads.builtin_cases import builtin_cases
 from retmask_jax.heads.gain.difference import Difference
 from retmask_jax.hf.hub import BUNDLED
 from retmask_jax.reports import plotting
-from retmask_jax.reports.difference import best_heads, groups, sentences
+from retmask_jax.reports.difference import best_heads, groups, groups_figure, sentences
 from retmask_jax.reports.html import change
 from retmask_jax.runs.costs import Speed
 
@@ -74,9 +74,13 @@ def test_the_command_prints_and_writes_what_it_finds(noisy, tmp_path, capsys):
     maps = [attributes for _, attributes in page.tags if "data-tips" in attributes]
     tips = {tags["aria-label"].removesuffix(", head by head with the arrow keys"): tags["data-tips"] for tags in maps}
     across = {"Change of k": "KV head", "Change of v": "KV head"}  # which these are shared by
-    assert list(tips) == page.drawings and [tags["data-across"] for tags in maps] == [
-        across.get(n, "head") for n in tips
-    ]
+    carried = [f"What carries the gain in {name}" for name in ("log-probability", "recall")]
+    assert page.drawings == [*carried, *tips]
+    assert [tags["data-across"] for tags in maps] == [across.get(name, "head") for name in tips]
+    (axes,) = groups_figure(found, "", "logprob").axes
+    marked = [line.get_xdata()[0] for line in axes.lines if line.get_marker() in "os" and len(line.get_xdata())]
+    of_groups = [part.logprob for part in found.parts if part.kind == "group"]
+    assert marked == [shares.put_in.value for shares in of_groups] + [shares.taken_out.value for shares in of_groups]
     shares = tips["Gain in log-probability, head put into the start model"].split("|")
     heads = [part for part in found.parts if part.kind == "head"]
     assert shares == [f"share {change(part.logprob.put_in)}" for part in heads]

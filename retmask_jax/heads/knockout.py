@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -183,15 +183,25 @@ def ablate(
     raise ValueError(f"knock-out mode is {mode!r}; it must be one of {', '.join(MODES)}")
 
 
-def activity(lm: LanguageModel, rows: Sequence[Sequence[int]], *, batch_size: int) -> Float32[np.ndarray, "L H"]:
+def activity(
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    known: Mapping[tuple[int, Head], float] | None = None,
+    done: Callable[[tuple[int, Head], float], None] | None = None,
+) -> Float32[np.ndarray, "L H"]:
     """Mean absolute change of the log-probability of a token (nats) when one head alone is masked, on texts of tokens.
 
     Each pass starts at the first layer with a masked head, from the states that the untouched model had there.
 
     Args:
         batch_size: Rows in a pass, each a text under one mask; halved where memory runs out.
+        known: Changes, summed over the tokens of a text, by (text, head), which are not computed again.
+        done: Called with each new one.
     """
     config, heads = lm.config, all_heads(lm.config)
+    places = [(text, head) for text in range(len(rows)) for head in heads]
     tokens_NT, lengths_N = pad_rows(rows, config.pad_id)
     check_tokens(config, tokens_NT)
     real_NT = np.arange(1, tokens_NT.shape[1]) < lengths_N[:, None]
@@ -214,7 +224,15 @@ def activity(lm: LanguageModel, rows: Sequence[Sequence[int]], *, batch_size: in
                 yield [text * len(heads) + h for text in batch for h in some], total_BK.ravel().tolist()
 
     with mesh_of(lm.params):
-        total_NLH = memory.in_batches(len(rows) * len(heads), batch_size, "activity", "mask", work)
+        total_NLH = memory.in_batches(
+            len(places),
+            batch_size,
+            "activity",
+            "mask",
+            work,
+            known=None if known is None else {i: known[place] for i, place in enumerate(places) if place in known},
+            done=None if done is None else lambda i, total: done(places[i], total),
+        )
     total_LH = np.sum(np.reshape(total_NLH, (len(rows), config.n_layers, config.n_heads)), axis=0)
     return (total_LH / real_NT.sum()).astype(np.float32)
 

@@ -55,6 +55,11 @@ def task_cost(config: Any, name: str) -> Cost:
     return Cost(each * sum(task.lengths), written, rows=config.batch_size)
 
 
+def activity_cost(config: Any, model: ModelConfig) -> Cost:
+    """The cost of the activity of all heads; a pass begins at the masked head, which is half the layers on average."""
+    return Cost(model.n_layers * model.n_heads * config.knockout.activity_windows * config.text.length // 2)
+
+
 def cases_cost(config: Any, name: str, n: int | None) -> Cost:
     """The cost of n cases of a task, evenly spread; None: of all."""
     whole, task = task_cost(config, name), config.tasks[name]

@@ -13,11 +13,12 @@ from retmask_jax.model.interventions import Head, layer_matched, random_heads
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What the heads of an arm are chosen from: the retrieval heads, the activity of all heads, and the training seed."""
+    """What the heads of an arm are chosen from: the retrieval heads, the activity of all heads, which is measured when first
+    asked for, and the training seed."""
 
     config: ModelConfig
     heads: list[Head]
-    activity_LH: Float[np.ndarray, "L H"]
+    activity: Callable[[], Float[np.ndarray, "L H"]]
     seed: int
 
 
@@ -76,7 +77,7 @@ def _layer_matched(given: Given) -> list[Head]:
 
 
 def _activity_matched(given: Given) -> list[Head]:
-    return activity_matched(given.heads, given.activity_LH, seed=given.seed)
+    return activity_matched(given.heads, given.activity(), seed=given.seed)
 
 
 ARMS = {

@@ -7,18 +7,24 @@ from pathlib import Path
 
 import numpy as np
 
-from retmask_jax.evals.perplexity import text_loss
 from retmask_jax.heads import knockout
 from retmask_jax.heads.conditions import Condition, ConditionRow, Contrast, contrast, hits, mean_over_draws, summarise
 from retmask_jax.heads.head_outputs import head_statistics
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.model.interventions import Head, Interventions, mask_heads
 from retmask_jax.runs.context import Context
-from retmask_jax.runs.costs import Cost, task_cost
+from retmask_jax.runs.costs import Cost, activity_cost, task_cost
 from retmask_jax.runs.stage import PROMPTS, Stage, Table
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, head_scores, retrieval_heads
-from retmask_jax.stages.outcomes import check_choices, mask_name, task_answers, task_outcomes
+from retmask_jax.stages.outcomes import (
+    check_choices,
+    head_activity,
+    mask_name,
+    task_answers,
+    task_outcomes,
+    text_losses,
+)
 from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import Number
 
@@ -116,17 +122,14 @@ def knockout_stage(context: Context, folder: Path) -> KnockoutResult:
     Where the config asks for them: other ways to ablate a head, curves over the number of heads, and the smallest set that
     matters.
     """
-    lm, section, heads = context.lm, context.config.knockout, retrieval_heads(context)
-    scores = head_scores(context)
+    section, heads, scores = context.config.knockout, retrieval_heads(context), head_scores(context)
     windows = context.windows()
-    activity_LH = knockout.activity(
-        lm, windows[: section.activity_windows].tolist(), batch_size=context.config.batch_size
-    )
+    activity_LH = head_activity(context)
     conditions = _conditions(context, heads, scores, activity_LH, windows)
     answered = task_outcomes(context, section.tasks, conditions)
     outcomes = answered.outcomes
     with_loss = [c for c in conditions if c.experiment == "zero" or c.kind == "retrieval"]
-    losses = [text_loss(lm, windows, c.interventions, batch_size=context.config.batch_size) for c in with_loss]
+    losses = text_losses(context, windows, with_loss)
     means, loss_means = _task_means(conditions, outcomes), _loss_means(with_loss, losses)
     idle = int((activity_LH < knockout.IDLE * activity_LH.max()).sum())
     curve = _curve(context, scores, heads)
@@ -296,10 +299,7 @@ def _cost(context: Context) -> Cost:
     section, model, text = context.config.knockout, context.outline.config, context.config.text
     kinds, modes = 4, len(section.modes) - 1  # kinds of controls
     conditions = 2 + kinds * section.draws + modes * (1 + kinds * section.mode_draws)
-    activity = (
-        model.n_layers * model.n_heads * section.activity_windows * text.length // 2
-    )  # half the layers on average
-    cost = Cost(activity + conditions * text.windows * text.length)
+    cost = activity_cost(context.config, model) + Cost(conditions * text.windows * text.length)
     return sum((conditions * task_cost(context.config, task) for task in section.tasks), cost)
 
 

@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float32, Float64
 
 from retmask_jax.data.needles import Case
 from retmask_jax.evals.perplexity import Windows, losses_under
 from retmask_jax.evals.scoring import mask_hash
 from retmask_jax.generation.sampling import ContrastDecoding
+from retmask_jax.heads import knockout
 from retmask_jax.heads.conditions import Condition, answers, hits
+from retmask_jax.model.interventions import all_heads
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import SHOWN
 from retmask_jax.runs.workdir import Example
@@ -100,6 +102,25 @@ def task_answers(
         )
 
 
+def head_activity(context: Context) -> Float32[np.ndarray, "L H"]:
+    """`knockout.activity` on the first `knockout.activity_windows` texts; kept as answers are, each head as it comes.
+
+    Weights are not loaded where all of it is kept.
+    """
+    rows = context.windows()[: context.config.knockout.activity_windows].tolist()
+    heads = all_heads(context.outline.config)
+    keys = {(text, head): request_key("activity", row, head=head) for text, row in enumerate(rows) for head in heads}
+    with Store(kept_in(context, "activity")) as kept:
+        known = {place: kept[key] for place, key in keys.items() if key in kept}
+        return knockout.activity(
+            context.outline if len(known) == len(keys) else context.lm,
+            rows,
+            batch_size=context.config.batch_size,
+            known=known,
+            done=lambda place, total: kept.add(keys[place], total),
+        )
+
+
 def text_losses(
     context: Context, windows: Windows, conditions: Sequence[Condition]
 ) -> Float64[np.ndarray, "conditions windows"]:
@@ -124,8 +145,8 @@ def text_losses(
 
 def kept_in(context: Context, what: str) -> Path:
     """The folder of what is measured of a model, next to the stages; the RoPE base is not in the files of a model."""
-    lm = context.lm
-    identity = [context.model_fingerprint, context.config.dtype, repr((lm.config.rope, lm.config.sliding_rope))]
+    model = context.outline.config
+    identity = [context.model_fingerprint, context.config.dtype, repr((model.rope, model.sliding_rope))]
     return context.measured(what, identity)
 
 

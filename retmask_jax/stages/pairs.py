@@ -2,13 +2,12 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
-
-import numpy as np
 
 from retmask_jax.data.builtin_files import path_of
 from retmask_jax.data.prompts import read_prompts, source_files
@@ -19,7 +18,7 @@ from retmask_jax.runs.stage import PROMPTS, SHOWN, Stage
 from retmask_jax.runs.workdir import Example, Result
 from retmask_jax.stages.arms import ARMS, NORMAL, Answers, Given, answering
 from retmask_jax.stages.detect import DETECT, retrieval_heads
-from retmask_jax.stages.knockout import KNOCKOUT
+from retmask_jax.stages.outcomes import head_activity
 from retmask_jax.training import endpoints, pairs
 from retmask_jax.training.pairs import Question, Variant
 from retmask_jax.utils import memory, stats
@@ -101,9 +100,9 @@ def prompt_prints(context: Context) -> dict[str, Any]:
 
 def _masked(context: Context) -> Masked:
     """The heads masked in each variant that has some, for each training seed."""
-    heads, activity_LH = retrieval_heads(context), np.array(KNOCKOUT.of(context).activity)
+    heads, activity = retrieval_heads(context), functools.cache(lambda: head_activity(context))
     return {
-        (seed, variant.name): variant.heads(Given(context.outline.config, heads, activity_LH, seed))
+        (seed, variant.name): variant.heads(Given(context.outline.config, heads, activity, seed))
         for seed in context.config.train.seeds
         for variant in answering(context.config.train.arms)
         if variant.heads is not None
@@ -260,8 +259,8 @@ PAIRS = Stage(
     name="pairs",
     work=pairs_stage,
     result=PairsResult,
-    upstream=(DETECT, KNOCKOUT),
-    settings=(*PROMPTS, "pairs.*", "train.arms", "train.seeds"),
+    upstream=(DETECT,),
+    settings=(*PROMPTS, "pairs.*", "train.arms", "train.seeds", "knockout.activity_windows", "text.*"),
     inputs=prompt_prints,
     batch_key="pairs.batch_size",
     check=_check,

@@ -74,7 +74,7 @@ def detectors(request, monkeypatch):
         return np.zeros((4, 8)) if mask.head_mask is None else np.asarray(mask.head_mask)
 
     make_up(monkeypatch, masked, lambda masked_LH: masked_LH[tuple(zip(*BEST, strict=True))].all())
-    monkeypatch.setattr(knockout, "activity", lambda lm, rows, batch_size: np.arange(32.0).reshape(4, 8))
+    monkeypatch.setattr(knockout, "activity", lambda lm, rows, **how: np.arange(32.0).reshape(4, 8))
     return ()
 
 

@@ -82,6 +82,27 @@ def prepare(tmp_path, monkeypatch):
     return make
 
 
+def test_activity_is_kept_head_by_head_and_then_needs_no_weights(prepare, monkeypatch):
+    context, add, added = prepare(), Store.add, []
+    rows = WINDOWS[: context.config.knockout.activity_windows].tolist()
+    wanted = activity(LM, rows, batch_size=BATCH)
+
+    def killed(store, key, value):
+        if len(added) == 5:
+            raise KeyboardInterrupt
+        added.append(key)
+        add(store, key, value)
+
+    monkeypatch.setattr(Store, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        outcomes.head_activity(context)
+    monkeypatch.setattr(Store, "add", lambda store, key, value: (added.append(key), add(store, key, value)))
+    np.testing.assert_array_equal(outcomes.head_activity(context), wanted)
+    assert len(set(added)) == len(added) == len(rows) * wanted.size
+    context.__dict__["lm"] = LM.replace(params=None)
+    np.testing.assert_array_equal(outcomes.head_activity(context), wanted)
+
+
 # Without means one program serves all masks. That a mode gets its own means is held below.
 @pytest.mark.parametrize(
     "modes", [("zero", "query"), pytest.param(("zero", "mean", "query", "query_mean"), marks=pytest.mark.slow)]

@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers_results import detected, knocked_out
+from helpers_results import detected
 from helpers_servers import plan
 from helpers_tiny import BATCH, CONFIG, NEW, copying_lm
 from ml_collections import ConfigDict
@@ -21,6 +22,7 @@ from retmask_jax.configs import default
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.workdir import Workdir
+from retmask_jax.stages import pairs as stage
 from retmask_jax.stages.arms import ARMS
 from retmask_jax.stages.pairs import pairs_stage, prompt_prints
 from retmask_jax.utils import files
@@ -42,8 +44,9 @@ def _prompts():
 
 
 @pytest.fixture
-def prepare(tmp_path):
-    """A context whose earlier stages have run, and the folder of the pairs stage."""
+def prepare(tmp_path, monkeypatch):
+    """A context with detected heads, whose activity is made up, and the folder of the pairs stage."""
+    monkeypatch.setattr(stage, "head_activity", lambda context: np.array([[1.0, 2.0, 3.0, 4.0]] * 2))
 
     def make(name="work", prompts=None, arms=tuple(ARMS), seeds=SEEDS, **section):
         write_jsonl(tmp_path / "prompts.jsonl", _prompts() if prompts is None else prompts)
@@ -54,7 +57,6 @@ def prepare(tmp_path):
         config.pairs.update(section)
         root = tmp_path / name
         write_json(root / "detect/result.json", vars(detected(HEADS)))
-        write_json(root / "knockout/result.json", vars(knocked_out(activity=[[1.0, 2.0, 3.0, 4.0]] * 2)))
         context = Context(config.lock(), Workdir(root, {}))
         context.__dict__["lm"] = copying_lm()
         return context, root / "pairs"
@@ -229,8 +231,7 @@ def test_the_command_killed_three_times_gives_the_same_files(tmp_path):
     config = Path(__file__).parents[1] / "tiny_small.py"
     base = [sys.executable, "-m", "retmask_jax.cli.main"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for stage in ("detect", "knockout"):
-        subprocess.run([*base, stage, f"--config={config}", f"--workdir={whole}"], check=True, capture_output=True)
+    subprocess.run([*base, "detect", f"--config={config}", f"--workdir={whole}"], check=True, capture_output=True)
     shutil.copytree(whole, killed)
     # Of two rows at a time, so that answers are written often enough to be killed between.
     base, rng = [*base, "pairs", f"--config={config}", "--config.pairs.batch_size=2"], random.Random(0)
@@ -251,6 +252,20 @@ def test_the_command_killed_three_times_gives_the_same_files(tmp_path):
     assert _files(killed / "pairs") == _files(whole / "pairs") != {}
     counts = [json.loads((root / "pairs/result.json").read_text())["counts"] for root in (whole, killed)]
     assert counts[0] == counts[1]
+
+
+def test_only_an_arm_of_heads_of_similar_activity_has_it_measured(prepare, monkeypatch):
+    measured = []
+
+    def measure(context):
+        measured.append(context)
+        return np.array([[1.0, 2.0, 3.0, 4.0]] * 2)
+
+    runs = [prepare("every"), prepare("few", arms=("retmask", "layer_matched"))]
+    monkeypatch.setattr(stage, "head_activity", measure)
+    for run in runs:
+        pairs_stage(*run)
+    assert measured == [runs[0][0]]
 
 
 def test_prompts_are_known_by_what_they_hold_wherever_they_lie(prepare, tmp_path):

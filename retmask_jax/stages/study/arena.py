@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
 
 from retmask_jax.data.builtin_files import path_of
 from retmask_jax.evals.perplexity import Windows
@@ -17,16 +16,15 @@ from retmask_jax.heads.lists.formats import HeadList
 from retmask_jax.heads.lists.overlap import Overlap, overlaps
 from retmask_jax.model.interventions import Head
 from retmask_jax.runs.context import Context
-from retmask_jax.runs.costs import Cost, cases_cost, task_cost
+from retmask_jax.runs.costs import Cost, activity_cost, cases_cost, task_cost
 from retmask_jax.runs.stage import PROMPTS, Stage, Table
 from retmask_jax.runs.workdir import Result
-from retmask_jax.stages.outcomes import kept_in, task_outcomes, text_losses
+from retmask_jax.stages.outcomes import head_activity, task_outcomes, text_losses
 from retmask_jax.stages.study.detector_runs import PASSES, UNTOUCHED, check_detector_names
 from retmask_jax.stages.study.listed_heads import ListRow, all_lists, check_sizes, detection_task, given_lists, sizes_of
 from retmask_jax.utils import stats
 from retmask_jax.utils.fingerprints import fingerprint
 from retmask_jax.utils.numbers import Number
-from retmask_jax.utils.store import Store, request_key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +103,7 @@ def arena_stage(context: Context, folder: Path) -> ArenaResult:
     section, task, config = context.config.arena, _task(context.config), context.lm.config
     rows, lists = all_lists(context)
     sizes, windows = sizes_of(context, lists), context.windows()
-    sets = _sets(context, lists, sizes, windows)
+    sets = _sets(context, lists, sizes)
     conditions = _conditions(context, sets, windows)
     distinct, places = _distinct(conditions)
     answered = task_outcomes(context, [task], distinct)
@@ -139,10 +137,10 @@ def _best(lists: Mapping[str, HeadList], size: int) -> dict[str, list[Head]]:
     return {name: found.heads[:size] for name, found in lists.items()}
 
 
-def _sets(context: Context, lists: Mapping[str, HeadList], sizes: Sequence[int], windows: Windows) -> list[HeadSet]:
+def _sets(context: Context, lists: Mapping[str, HeadList], sizes: Sequence[int]) -> list[HeadSet]:
     """The best heads of every list, and controls of the first one, at every size."""
     section, (reference, first), sets = context.config.arena, next(iter(lists.items())), []
-    activity_LH = _activity(context, windows)
+    activity_LH = head_activity(context)
     for size in sizes:
         best = _best(lists, size)
         for name, heads in best.items():
@@ -168,16 +166,6 @@ def _tied(found: HeadList, size: int) -> int:
         return 0
     mean_LH = found.scores.mean
     return sum(bool(mean_LH[head] == mean_LH[found.heads[size - 1]]) for head in found.heads[size:])
-
-
-def _activity(context: Context, windows: Windows) -> Float32[np.ndarray, "L H"]:
-    """The activity of heads on the first windows, which is kept."""
-    rows, size = windows[: context.config.knockout.activity_windows], context.config.batch_size
-    with Store(kept_in(context, "activity")) as kept:
-        key = request_key("activity", *rows)
-        if key not in kept:
-            kept.add(key, knockout.activity(context.lm, rows.tolist(), batch_size=size).tolist())
-        return np.array(kept[key], np.float32)
 
 
 # --- what ablating them does ---
@@ -277,8 +265,9 @@ def _cost(context: Context) -> Cost:
     masks = 1 + len(section.modes) * (len(section.heads) or 1) * (lists + kinds * section.draws)
     passes = sum(PASSES.get(name, 1) for name in section.detectors)
     detection = Cost(cases_cost(config, detection_task(config), section.cases).read) if section.detectors else Cost()
-    activity = model.n_layers * model.n_heads * config.knockout.activity_windows * text.length // 2
-    plain = Cost(activity + masks * min(text.windows, section.windows or text.windows) * text.length)
+    plain = activity_cost(config, model) + Cost(
+        masks * min(text.windows, section.windows or text.windows) * text.length
+    )
     return passes * detection + masks * task_cost(config, _task(config)) + plain
 
 

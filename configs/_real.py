@@ -13,7 +13,7 @@ from retmask_jax.configs import _builtin, default
 ARMS = (
     *("retmask", "any_layer", "layer_matched"),  # the paper's
     *("activity_matched", "no_fact", "contrast", "sft_filtered"),  # other controls
-    *("retmask_retrieval", "retmask_others"),  # which heads must change
+    *("retmask_retrieval", "retmask_matched", "retmask_others"),  # which heads must change
 )
 
 

@@ -121,8 +121,9 @@ def get_config() -> ConfigDict:
     config.train.steps = 1148  # 2 epochs of 294K pairs
     config.train.batch_size = 512  # pairs per update
     config.train.microbatch_size = 16  # pairs per forward and backward pass; gradients are accumulated
-    # Which heads are trained: "all" (and all other parameters), "retrieval", "others" (all but these), or a file: a JSON
-    # list of [layer, head], or head scores, of which those count that detect.threshold or detect.top_k choose.
+    # Which heads are trained: "all" (and all other parameters), "retrieval", "others" (all but these), "matched" (as many
+    # others, of the same layers), or a file: a JSON list of [layer, head], or head scores, of which those count that
+    # detect.threshold or detect.top_k choose.
     config.train.heads = "all"
     config.train.mlp = False  # where only some heads are trained: whether the MLPs and experts of all layers are, too
     config.train.lora_rank = 0  # of adapters, which are trained instead of the weights and merged on export; 0: none

@@ -96,6 +96,12 @@ ARMS = {
         rejected=_RETMASK,
         heads="others",
     ),
+    "retmask_matched": Arm(
+        label="as retmask, with as many other heads as there are retrieval heads alone trained, of the same layers",
+        colour="#44AA99",
+        rejected=_RETMASK,
+        heads="matched",
+    ),
     "random": Arm(
         label="normal answers rather than those with as many heads masked, drawn from all heads",
         colour="#56B4E9",

@@ -48,7 +48,8 @@ def rates_stage(context: Context, folder: Path) -> RatesResult:
     """Trains at every rate from the same start on the same pairs; models stay in the folder."""
     section, train = context.config.rates, context.config.train
     model = context.outline.replace(params=None, source=context.source())
-    usual = train_settings(context.config, RETMASK, train.seeds[0], trained_heads(context, RETMASK))
+    seed = train.seeds[0]
+    usual = train_settings(context.config, RETMASK, seed, trained_heads(context, RETMASK, seed))
     share = usual.final_learning_rate / usual.learning_rate
     samples = {START: _samples(context)}
     for rate in section.learning_rates:

@@ -84,7 +84,7 @@ def train_stage(context: Context, folder: Path) -> TrainResult:
     """Train every arm and seed from the same start and export each as an HF checkpoint."""
     section, model = context.config.train, context.outline.replace(params=None, source=context.source())
     settings = [
-        (arm, train_settings(context.config, arm, seed, trained_heads(context, arm)))
+        (arm, train_settings(context.config, arm, seed, trained_heads(context, arm, seed)))
         for arm in section.arms
         for seed in section.seeds
     ]

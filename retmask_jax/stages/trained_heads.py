@@ -1,4 +1,4 @@
-"""Which heads an arm trains: all of the model, the retrieval heads, the other heads, or those of a file."""
+"""Which heads an arm trains: all of the model, the retrieval heads, others, as many others, or those of a file."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,21 +7,22 @@ from ml_collections import ConfigDict
 
 from retmask_jax.data.builtin_files import path_of
 from retmask_jax.heads.lists.formats import read_heads
-from retmask_jax.model.interventions import Head, all_heads
+from retmask_jax.model.interventions import Head, all_heads, layer_matched
 from retmask_jax.runs.context import Context
 from retmask_jax.stages.arms import ARMS
 from retmask_jax.stages.detect import choose_heads, retrieval_heads
 from retmask_jax.utils.fingerprints import fingerprint
 
-_WORDS = ("all", "retrieval", "others")
+_WORDS = ("all", "retrieval", "others", "matched")
 _OF_HEADS = ("q", "k", "v", "o")
 
 
-def trained_heads(context: Context, arm: str) -> Sequence[Head] | None:
-    """The heads that an arm trains; None: it trains all parameters.
+def trained_heads(context: Context, arm: str, seed: int) -> Sequence[Head] | None:
+    """The heads that an arm trains; None: it trains all parameters. seed: of the training, which draws matched heads.
 
     Raises:
-        ValueError: Detection has not run, every head is a retrieval head and the others are wanted, or as of `check_file`.
+        ValueError: Detection has not run, too few heads are no retrieval heads where others are wanted, or as of
+            `check_file`.
     """
     match _choice(context.config, arm):
         case "all":
@@ -30,6 +31,8 @@ def trained_heads(context: Context, arm: str) -> Sequence[Head] | None:
             return retrieval_heads(context)
         case "others":
             return _others(context)
+        case "matched":
+            return layer_matched(context.outline.config, retrieval_heads(context), seed)
         case file:
             return _read(context, file)
 

@@ -122,7 +122,7 @@ def test_scores_of_another_model(refused, tmp_path):
 
 def test_heads_to_train_that_there_are_not(refused, tmp_path):
     line = refused("train", "--config.train.heads=retreival", "--workdir=work")
-    assert "train.heads is 'retreival'; it must be all, retrieval, others or a file of heads" in line
+    assert "train.heads is 'retreival'; it must be all, retrieval, others, matched or a file of heads" in line
     (tmp_path / "heads.json").write_text("[[1, 0], [4, 0]]")
     line = refused("run", "--config.train.heads=heads.json", "--workdir=work")
     assert "heads.json: head [4, 0] is out of range: the model has 4 layers of 8 query heads" in line

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from retmask_jax.cli.main import main
 from retmask_jax.heads.scores import HeadScores
 from retmask_jax.hf.hub import BUNDLED
+from retmask_jax.model.interventions import layer_matched
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.stage import settings_read
 from retmask_jax.runs.workdir import Basis, Workdir
@@ -24,6 +25,7 @@ from retmask_jax.utils.files import write_json
 SMALL = Path(__file__).parents[1] / "tiny_small.py"
 FOUND = [(1, 2), (1, 0), (0, 3)]
 OTHERS = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 3)]
+MATCHED = layer_matched(copying_lm().config, FOUND, seed=3)  # as many of them, of the same layers
 
 
 @pytest.fixture
@@ -47,10 +49,12 @@ def _file(path, content):
     return str(path)
 
 
-@pytest.mark.parametrize(("word", "heads"), [("all", None), ("retrieval", FOUND), ("others", OTHERS)])
+@pytest.mark.parametrize(
+    ("word", "heads"), [("all", None), ("retrieval", FOUND), ("others", OTHERS), ("matched", MATCHED)]
+)
 def test_words_name_the_heads_that_were_found_and_those_that_were_not(prepare, word, heads):
     context = prepare(heads=word)
-    assert trained_heads(context, "retmask") == heads
+    assert trained_heads(context, "retmask", 3) == heads
     assert train_settings(context.config, "retmask", 3).heads is None
     chosen = train_settings(context.config, "retmask", 3, heads).heads
     assert chosen == (None if heads is None else tuple(sorted(heads)))
@@ -58,12 +62,14 @@ def test_words_name_the_heads_that_were_found_and_those_that_were_not(prepare, w
 
 def test_arms_that_train_some_heads_differ_from_retmask_in_nothing_else(prepare):
     plain = ARMS["retmask"]
-    for word, heads in (("retrieval", FOUND), ("others", OTHERS)):
+    for word, heads in (("retrieval", FOUND), ("others", OTHERS), ("matched", MATCHED)):
         arm = ARMS[f"retmask_{word}"]
         assert (arm.rejected, arm.objective, arm.heads) == (plain.rejected, plain.objective, word)
-        assert trained_heads(prepare(heads="all"), f"retmask_{word}") == heads
-    assert trained_heads(prepare(heads="others"), "retmask_retrieval") == FOUND  # an arm's own choice comes first
-    assert [name for name, arm in ARMS.items() if arm.heads] == ["retmask_retrieval", "retmask_others"]
+        assert trained_heads(prepare(heads="all"), f"retmask_{word}", 3) == heads
+    assert trained_heads(prepare(heads="others"), "retmask_retrieval", 0) == FOUND  # an arm's own choice comes first
+    assert [name for name, arm in ARMS.items() if arm.heads] == [
+        f"retmask_{word}" for word in ("retrieval", "others", "matched")
+    ]
     assert len({arm.colour for arm in ARMS.values()}) == len(ARMS) - 1  # random and any_layer share one
 
 
@@ -81,10 +87,10 @@ def test_a_file_lists_heads_or_scores_them(prepare, tmp_path):
     listed = _file(tmp_path / "heads.json", [[1, 3], [0, 0]])
     context = prepare(heads=listed)
     TRAIN.check_model(context)
-    assert trained_heads(context, "retmask") == [(1, 3), (0, 0)]
+    assert trained_heads(context, "retmask", 3) == [(1, 3), (0, 0)]
     scores = tmp_path / "scores.json"
     HeadScores.from_array([[0.1, 0.5, 0.0, 0.0], [0.9, 0.0, 0.4, 0.0]]).save(scores)
-    assert trained_heads(prepare(heads=str(scores)), "retmask") == [(1, 0), (0, 1)]  # as detect.threshold says
+    assert trained_heads(prepare(heads=str(scores)), "retmask", 0) == [(1, 0), (0, 1)]  # as detect.threshold says
 
 
 def test_what_is_trained_is_a_part_of_what_a_run_is_made_from(prepare, tmp_path):
@@ -105,7 +111,10 @@ def test_what_is_trained_is_a_part_of_what_a_run_is_made_from(prepare, tmp_path)
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"heads": "retreival"}, "train.heads is 'retreival'; it must be all, retrieval, others or a file of heads"),
+        (
+            {"heads": "retreival"},
+            "train.heads is 'retreival'; it must be all, retrieval, others, matched or a file of heads",
+        ),
         ({"mlp": True}, "train.mlp is True, which only goes with some heads"),
         (
             {"arms": ("retmask", "retmask_others"), "lora_rank": 2, "lora_targets": ("up", "down")},
@@ -148,11 +157,20 @@ def test_files_that_do_not_fit_raise(prepare, tmp_path, content, message):
     assert "\n" not in str(raised.value)
 
 
+def test_matched_heads_are_other_ones_in_each_training(prepare):
+    context = prepare(heads="matched")
+    drawn = [trained_heads(context, "retmask", seed) for seed in range(8)]
+    assert all(sorted(layer for layer, _ in heads) == [0, 1, 1] and set(heads) <= set(OTHERS) for heads in drawn)
+    assert len(set(map(tuple, drawn))) > 1
+    with pytest.raises(ValueError, match="5 other heads are wanted, the model has 3 left"):
+        trained_heads(prepare(found=OTHERS, heads="matched"), "retmask", 0)
+
+
 def test_no_others_are_left_where_every_head_retrieves(prepare):
     context = prepare(found=[*FOUND, *OTHERS], heads="others")
     message = "all 8 heads of the model are retrieval heads, so no others can be trained: raise detect.threshold"
     with pytest.raises(ValueError, match=message):
-        trained_heads(context, "retmask")
+        trained_heads(context, "retmask", 3)
 
 
 def _bits(array):

@@ -131,7 +131,12 @@ def trained_card(
 
 def _trained(heads: str, lora_rank: int) -> str:
     """What was trained; heads: of the settings, a word or a file."""
-    what = {"all": "all weights", "retrieval": "the retrieval heads", "others": "all heads but the retrieval heads"}
+    what = {
+        "all": "all weights",
+        "retrieval": "the retrieval heads",
+        "others": "all heads but the retrieval heads",
+        "matched": "as many other heads as there are retrieval heads, of the same layers",
+    }
     found = what.get(heads, f"the heads of {PurePath(heads).name}")
     return f"adapters of {found}, merged into them" if lora_rank else found
 

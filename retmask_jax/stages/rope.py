@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from retmask_jax.evals.perplexity import text_loss
 from retmask_jax.heads import rotary
 from retmask_jax.heads.conditions import Condition, ConditionRow, Contrast, contrast, mean_over_draws, summarise
 from retmask_jax.heads.head_outputs import HeadStatistics, head_statistics
@@ -18,7 +17,7 @@ from retmask_jax.runs.costs import Cost, task_cost
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, retrieval_heads
-from retmask_jax.stages.outcomes import check_choices, task_outcomes
+from retmask_jax.stages.outcomes import check_choices, task_outcomes, text_losses
 from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import Number
 
@@ -222,17 +221,17 @@ def _spectrum(task: str, conditions: Sequence[Condition], outcome_CN) -> Iterato
 
 def _costs(context: Context, conditions: Sequence[Condition], outcomes, ks: Sequence[int]) -> list[CostRow]:
     """The costs of the lowest and of the highest pairs."""
-    windows, size = context.windows(), context.config.batch_size
-    untouched = text_loss(context.lm, windows, batch_size=size)
-    rows = []
-    for kind, k in ((kind, k) for k in ks for kind in ("lowest", "highest")):
-        dose = "dose", kind, "rotary", k
-        i = next(i for i, c in enumerate(conditions) if (c.experiment, c.kind, c.site, c.n_pairs) == dose)
-        change = text_loss(context.lm, windows, conditions[i].interventions, batch_size=size) - untouched
-        for task, outcome_CN in outcomes.items():
-            costs = rotary.cost_intervals(change, outcome_CN[0], outcome_CN[i])
-            rows.append(CostRow(**vars(costs), task=task, kind=kind, k=k))
-    return rows
+    doses = [("dose", kind, "rotary", k) for k in ks for kind in ("lowest", "highest")]
+    places = {(c.experiment, c.kind, c.site, c.n_pairs): i for i, c in reversed(list(enumerate(conditions)))}
+    chosen = [0, *(places[dose] for dose in doses)]
+    untouched, *losses = text_losses(context, context.windows(), [conditions[i] for i in chosen])
+    return [
+        CostRow(
+            **vars(rotary.cost_intervals(loss - untouched, outcome_CN[0], outcome_CN[i])), task=task, kind=kind, k=k
+        )
+        for (_, kind, _, k), i, loss in zip(doses, chosen[1:], losses, strict=True)
+        for task, outcome_CN in outcomes.items()
+    ]
 
 
 def _is_window(row: Condition | ConditionRow) -> bool:

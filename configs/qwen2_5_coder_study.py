@@ -7,7 +7,8 @@
 
 The settings, with their reasons, are in configs/_real.py; `--plan` says how long each stage takes here.
 
-Hardware: two CPU cores of 64 GFLOP/s each: about six hours for the study, fourteen more for RetMask with adapters.
+Hardware: two CPU cores of 64 GFLOP/s each: about six hours for the study, fourteen more for RetMask with adapters. We have run
+`detect`, `knockout` and `rope` with fewer draws (colab/README.md), not RetMask: untouched, the model already follows a text.
 """
 
 from ml_collections import ConfigDict

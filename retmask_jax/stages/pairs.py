@@ -7,14 +7,14 @@ import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from retmask_jax.data.builtin_files import path_of
 from retmask_jax.data.prompts import read_prompts, source_files
 from retmask_jax.model.interventions import Head, mask_heads
-from retmask_jax.runs.context import Context
+from retmask_jax.runs.context import Context, named_files
 from retmask_jax.runs.costs import Cost
-from retmask_jax.runs.stage import PROMPTS, SHOWN, Stage
+from retmask_jax.runs.stage import PROMPTS, SHOWN, Stage, settings_read
 from retmask_jax.runs.workdir import Example, Result
 from retmask_jax.stages.arms import ARMS, NORMAL, Answers, Given, answering
 from retmask_jax.stages.detect import DETECT, retrieval_heads
@@ -57,7 +57,7 @@ Masked = dict[Variant, list[Head]]  # the heads masked in each variant that has 
 def pairs_stage(context: Context, folder: Path) -> PairsResult:
     """Collect normal and ablated answers to unlabelled prompts, per training seed, and write them as pairs per arm.
 
-    Answers are stored as they come, so that an interrupted run asks only for those that are missing.
+    Answers are stored as they come, so that an interrupted run, or one with more arms, asks only for those that are missing.
     """
     config, section = context.config, context.config.pairs
     read = read_prompts(
@@ -73,11 +73,12 @@ def pairs_stage(context: Context, folder: Path) -> PairsResult:
     questions, too_long = _questions(context, read.records, masked)
     asked = {question.id for question in questions}
     prompts = [prompt for prompt in read.records if prompt["id"] in asked]
-    _collect(context, folder / "answers", masked, questions)
+    place = _answers_folder(context, folder)
+    _collect(context, place, masked, questions)
     runs = [(arm, seed) for seed in config.train.seeds for arm in config.train.arms]
-    with Store(folder / "answers") as answers:
+    with Store(place) as answers:
         counts = {f"{arm}-{seed}": _write_arm(folder, prompts, answers, seed, arm) for arm, seed in runs}
-        cut = _cut_short(answers)
+        cut = _cut_short(answers, questions)
         examples = [example for arm, seed in runs[:1] for example in _examples(prompts, answers, seed, arm)]
     numbers = {f"pairs/{run}/kept": stats.wilson(count[pairs.KEPT], len(prompts)) for run, count in counts.items()}
     return PairsResult(
@@ -124,6 +125,17 @@ def _questions(context: Context, prompts: Sequence[dict], masked: Masked) -> tup
                 for n, row in zip(numbers, tokens[variant.messages], strict=True)
             ]
     return questions, len(prompts) - len(numbers)
+
+
+def _answers_folder(context: Context, folder: Path) -> Path:
+    """Where answers are stored, by all that decides them: arms and seeds do not, so those added later find the others'."""
+    begun = folder / "answers"  # by a version that kept them with the pairs
+    if begun.exists():
+        return begun
+    settings = {key: value for key, value in settings_read(context, PAIRS).items() if not key.startswith("train.")}
+    settings["pairs.endpoints"] = bool(context.config.pairs.endpoints)  # each arm may have a server of its own
+    files = context.fingerprints(named_files(settings)) | prompt_prints(context)
+    return context.measured("sampled", [settings, files, context.model_fingerprint, retrieval_heads(context)])
 
 
 def _collect(context: Context, folder: Path, masked: Masked, questions: list[Question]) -> None:
@@ -213,12 +225,12 @@ def _examples(prompts: Sequence[dict], answers: Store, seed: int, arm: str) -> l
     ]
 
 
-def _cut_short(answers: Store) -> dict[str, int]:
+def _cut_short(answers: Store, questions: Sequence[Question]) -> dict[str, int]:
     """How many answers of each variant and seed max_new_tokens has cut."""
     cut = collections.Counter()
-    for key in answers:
-        seed, name, _ = cast(tuple, key)
-        cut[f"{name}-{seed}"] += not answers[key]["finished"]
+    for question in questions:
+        seed, name = question.variant
+        cut[f"{name}-{seed}"] += not answers[question.key]["finished"]
     return dict(sorted(cut.items()))
 
 

@@ -47,6 +47,7 @@ def _prompts():
 def prepare(tmp_path, monkeypatch):
     """A context with detected heads, whose activity is made up, and the folder of the pairs stage."""
     monkeypatch.setattr(stage, "head_activity", lambda context: np.array([[1.0, 2.0, 3.0, 4.0]] * 2))
+    monkeypatch.setattr(Context, "model_fingerprint", "of the small model")  # which was not read from a folder
 
     def make(name="work", prompts=None, arms=tuple(ARMS), seeds=SEEDS, **section):
         write_jsonl(tmp_path / "prompts.jsonl", _prompts() if prompts is None else prompts)
@@ -57,11 +58,17 @@ def prepare(tmp_path, monkeypatch):
         config.pairs.update(section)
         root = tmp_path / name
         write_json(root / "detect/result.json", vars(detected(HEADS)))
-        context = Context(config.lock(), Workdir(root, {}))
+        context = Context(config.lock(), Workdir(root, json.loads(config.to_json())))
         context.__dict__["lm"] = copying_lm()
         return context, root / "pairs"
 
     return make
+
+
+def _answers_of(folder):
+    """Where the answers of the only run of a work directory are."""
+    (found,) = folder.parent.glob("measured/sampled-*")
+    return found
 
 
 def _files(folder):
@@ -96,7 +103,8 @@ def test_killed_three_times_the_files_are_those_of_an_undisturbed_run(prepare, m
     assert f"{len(SEEDS) * len(VARIANTS) * N} answers are stored; asking for the others" in caplog.text
     assert _files(killed) == _files(folder)
     # Every answer was sampled once, those of "normal" for all arms.
-    lines = [json.loads(line) for shard in (killed / "answers").iterdir() for line in shard.read_text().splitlines()]
+    shards = list(_answers_of(killed).iterdir())
+    lines = [json.loads(line) for shard in shards for line in shard.read_text().splitlines()]
     keys = [tuple(line["key"]) for line in lines]
     assert sorted(keys) == sorted((seed, name, f"p{9 - i}") for seed in SEEDS for name in VARIANTS for i in range(N))
 
@@ -118,7 +126,7 @@ def test_files_follow_the_prompts_and_counts_add_up(prepare):
     result = pairs_stage(context, folder)
     asked = [prompt["id"] for i, prompt in enumerate(prompts) if i not in (2, 5)]
     assert result.prompts == 7 and result.left_out == {"redacted": 1, "empty": 0, "duplicate": 0, "too long": 1}
-    answers = Store(folder / "answers")
+    answers = Store(_answers_of(folder))
     for arm, rejected in (("retmask", "retmask"), ("no_fact", "no_fact"), ("sft_filtered", "retmask")):
         for seed in SEEDS:
             records = read_jsonl(folder / f"{arm}-{seed}.jsonl.gz")
@@ -238,10 +246,10 @@ def test_the_command_killed_three_times_gives_the_same_files(tmp_path):
     subprocess.run([*base, f"--workdir={whole}"], check=True, capture_output=True)
     command = [*base, f"--workdir={killed}"]
     for _ in range(3):
-        before = sum(path.stat().st_size for path in killed.glob("pairs/answers/*"))
+        before = sum(path.stat().st_size for path in killed.glob("measured/sampled-*/*"))
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end = time.time() + 120
-        while sum(path.stat().st_size for path in killed.glob("pairs/answers/*")) == before:
+        while sum(path.stat().st_size for path in killed.glob("measured/sampled-*/*")) == before:
             assert process.poll() is None and time.time() < end, "it ended before it could be killed"
             time.sleep(0.002)
         time.sleep(0.01 * rng.random())
@@ -252,6 +260,33 @@ def test_the_command_killed_three_times_gives_the_same_files(tmp_path):
     assert _files(killed / "pairs") == _files(whole / "pairs") != {}
     counts = [json.loads((root / "pairs/result.json").read_text())["counts"] for root in (whole, killed)]
     assert counts[0] == counts[1]
+
+
+def test_more_arms_ask_for_their_own_answers_alone_and_other_settings_for_all(prepare, monkeypatch):
+    asked, sample = [], stage.pairs.sample
+
+    def asking(lm, questions, *given, **options):
+        asked.append(sorted({question.variant for question in questions}))
+        return sample(lm, questions, *given, **options)
+
+    monkeypatch.setattr(stage.pairs, "sample", asking)
+    context, folder = prepare(arms=("retmask",), seeds=(0,))
+    pairs_stage(context, folder)
+    first = _files(folder)
+    found = pairs_stage(*prepare(arms=("retmask", "any_layer"), seeds=(0,)))
+    assert asked == [[(0, "normal"), (0, "retmask")], [(0, "any_layer")]]
+    assert first.items() < _files(folder).items() and set(found.answers_cut) == {"normal-0", "retmask-0", "any_layer-0"}
+    assert set(pairs_stage(*prepare(arms=("retmask",), seeds=(0,))).answers_cut) == {"normal-0", "retmask-0"}
+    pairs_stage(*prepare(arms=("retmask",), seeds=(0,), temperature=1.0))
+    assert asked[2:] == [[(0, "normal"), (0, "retmask")]]
+
+
+def test_answers_that_lie_with_the_pairs_stay_there(prepare):
+    context, folder = prepare(arms=("retmask",))
+    wanted = pairs_stage(context, folder)
+    place = _answers_of(folder)
+    place.rename(folder / "answers")
+    assert pairs_stage(context, folder) == wanted and not place.exists()
 
 
 def test_only_an_arm_of_heads_of_similar_activity_has_it_measured(prepare, monkeypatch):

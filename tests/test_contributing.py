@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN, STORED
-from helpers_results import Page, detected, knocked_out
+from helpers_results import Page, detected
 from helpers_samples import byte_pairs, said_by, text_of
 from helpers_tiny import CONFIG, copying_lm, copying_params, in_float64, reference_logprob
 from test_architecture import DATA, PACKAGES
@@ -148,9 +148,8 @@ def test_an_arm_is_one_entry(add, tmp_path):
     config = recipes.load_recipe("tiny", [*overrides, ("pairs.prompts", str(tmp_path / "prompts.jsonl"))])
     check_config(config)
     write_json(tmp_path / "work/detect/result.json", vars(detected([(1, 2), (1, 0), (0, 3)])))
-    write_json(tmp_path / "work/knockout/result.json", vars(knocked_out(activity=[[1.0] * 4] * 2)))
     context = Context(config, Workdir(tmp_path / "work", {}))
-    context.__dict__["lm"] = copying_lm()
+    context.__dict__ |= {"lm": copying_lm(), "model_fingerprint": "of the small model"}  # read from no folder
     result = pairs_stage(context, tmp_path / "work/pairs")
     assert result.heads == {"half-0": [(1, 2)]} and sum(result.counts["half-0"].values()) == result.prompts == 12
     assert set(result.answers_cut) == {"normal-0", "half-0"}

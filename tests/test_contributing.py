@@ -149,7 +149,7 @@ def test_an_arm_is_one_entry(add, tmp_path):
     check_config(config)
     write_json(tmp_path / "work/detect/result.json", vars(detected([(1, 2), (1, 0), (0, 3)])))
     context = Context(config, Workdir(tmp_path / "work", {}))
-    context.__dict__ |= {"lm": copying_lm(), "model_fingerprint": "of the small model"}  # read from no folder
+    context.__dict__.update(lm=copying_lm(), model_fingerprint="of the small model")  # which was read from no folder
     result = pairs_stage(context, tmp_path / "work/pairs")
     assert result.heads == {"half-0": [(1, 2)]} and sum(result.counts["half-0"].values()) == result.prompts == 12
     assert set(result.answers_cut) == {"normal-0", "half-0"}

@@ -167,11 +167,10 @@ def using(mesh: Mesh) -> Generator[None, None, None]:
 
 def mesh_of(params: PyTree) -> contextlib.AbstractContextManager:
     """`using` the mesh of the parameters; a context that does nothing where they have no mesh, or there are none."""
-    leaf = next(iter(jax.tree.leaves(params)), None)
+    leaf: Any = next(iter(jax.tree.leaves(params)), None)
     placed = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    if placed and isinstance(leaf.sharding, NamedSharding):
-        return using(leaf.sharding.mesh)
-    return contextlib.nullcontext()
+    on_mesh = placed and isinstance(leaf.sharding, NamedSharding)
+    return using(leaf.sharding.mesh) if on_mesh else contextlib.nullcontext()
 
 
 # Where the results of a `row_parallel` function lie: arrays [B, ...]; arrays [X, B, ...]; the sum over all rows.

@@ -15,10 +15,10 @@ from retmask_jax.reports.report import REPORT
 from retmask_jax.reports.study.arena import ARENA_PAGE
 from retmask_jax.reports.study.budget import BUDGET_PAGE
 from retmask_jax.reports.study.page import STUDY
-from retmask_jax.runs.context import Context, named_files
+from retmask_jax.runs.context import Context
 from retmask_jax.runs.limits import check_limits
 from retmask_jax.runs.recipes import flat
-from retmask_jax.runs.stage import Stage, settings_read
+from retmask_jax.runs.stage import Stage, inputs_read, settings_read
 from retmask_jax.runs.workdir import Basis, R, Result
 from retmask_jax.stages.compare import COMPARE
 from retmask_jax.stages.detect import DETECT
@@ -93,11 +93,8 @@ def run_stage(context: Context, stage: Stage, begins: Callable[[], None] = lambd
 
 def basis(context: Context, stage: Stage) -> Basis:
     """What the result of a stage rests on, as the config and the files are now."""
-    settings = settings_read(context, stage)
-    inputs = {"weights": context.model_fingerprint} if stage.needs_model else {}
-    inputs |= {f"file {file}": of_it for file, of_it in context.fingerprints(named_files(settings)).items()}
     upstream = {needed.name: context.workdir.run_id(needed.name) for needed in stage.upstream}
-    return Basis(settings, inputs | stage.inputs(context), upstream)
+    return Basis(settings_read(context, stage), inputs_read(context, stage), upstream)
 
 
 def check_upstream(context: Context, stage: Stage) -> None:

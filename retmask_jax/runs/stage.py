@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple
 
-from retmask_jax.runs.context import Context
+from retmask_jax.runs.context import Context, named_files
 from retmask_jax.runs.costs import Cost
 from retmask_jax.runs.workdir import R, settings_of
 
@@ -67,6 +67,13 @@ def settings_read(context: Context, stage: Stage) -> dict[str, Any]:
     of_tasks = [f"tasks.{glob.escape(task)}.*" for task in stage.tasks(context.config)]
     of_model = ["ignore"] if stage.needs_model else []
     return settings_of(context.workdir.config, (*stage.settings, *of_tasks, *of_model))
+
+
+def inputs_read(context: Context, stage: Stage) -> dict[str, Any]:
+    """Fingerprints of the files that decide a stage's result: the model's, those that its settings name, its own."""
+    weights = {"weights": context.model_fingerprint} if stage.needs_model else {}
+    named = context.fingerprints(named_files(settings_read(context, stage)))
+    return weights | {f"file {file}": of_it for file, of_it in named.items()} | stage.inputs(context)
 
 
 PROMPTS = ("dtype", "prompt.*")  # settings of every stage that asks a model

@@ -12,9 +12,9 @@ from typing import Any
 from retmask_jax.data.builtin_files import path_of
 from retmask_jax.data.prompts import read_prompts, source_files
 from retmask_jax.model.interventions import Head, mask_heads
-from retmask_jax.runs.context import Context, named_files
+from retmask_jax.runs.context import Context
 from retmask_jax.runs.costs import Cost
-from retmask_jax.runs.stage import PROMPTS, SHOWN, Stage, settings_read
+from retmask_jax.runs.stage import PROMPTS, SHOWN, Stage, inputs_read, settings_read
 from retmask_jax.runs.workdir import Example, Result
 from retmask_jax.stages.arms import ARMS, NORMAL, Answers, Given, answering
 from retmask_jax.stages.detect import DETECT, retrieval_heads
@@ -134,8 +134,7 @@ def _answers_folder(context: Context, folder: Path) -> Path:
         return begun
     settings = {key: value for key, value in settings_read(context, PAIRS).items() if not key.startswith("train.")}
     settings["pairs.endpoints"] = bool(context.config.pairs.endpoints)  # each arm may have a server of its own
-    files = context.fingerprints(named_files(settings)) | prompt_prints(context)
-    return context.measured("sampled", [settings, files, context.model_fingerprint, retrieval_heads(context)])
+    return context.measured("sampled", [settings, inputs_read(context, PAIRS), retrieval_heads(context)])
 
 
 def _collect(context: Context, folder: Path, masked: Masked, questions: list[Question]) -> None:

@@ -222,8 +222,8 @@ def _spectrum(task: str, conditions: Sequence[Condition], outcome_CN) -> Iterato
 def _costs(context: Context, conditions: Sequence[Condition], outcomes, ks: Sequence[int]) -> list[CostRow]:
     """The costs of the lowest and of the highest pairs."""
     doses = [("dose", kind, "rotary", k) for k in ks for kind in ("lowest", "highest")]
-    places = {(c.experiment, c.kind, c.site, c.n_pairs): i for i, c in reversed(list(enumerate(conditions)))}
-    chosen = [0, *(places[dose] for dose in doses)]
+    known = [(c.experiment, c.kind, c.site, c.n_pairs) for c in conditions]
+    chosen = [0, *map(known.index, doses)]
     untouched, *losses = text_losses(context, context.windows(), [conditions[i] for i in chosen])
     return [
         CostRow(

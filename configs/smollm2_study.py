@@ -6,7 +6,7 @@
     retmask run --config=smollm2_study                  # RetMask: with the flags that `rates` prints
 
 The settings, with their reasons, are in configs/_real.py; `--plan` says how long each stage takes here.
-All weights are trained, of nine arms. The second seed of the paper's arms is a run of its own, on the same heads:
+All weights are trained, of ten arms. The second seed of the paper's arms is a run of its own, on the same heads:
 
     mkdir runs/smollm2_study-1
     cp -r runs/smollm2_study/{config.json,detect,knockout,rope,measured} runs/smollm2_study-1

@@ -25,8 +25,9 @@ from retmask_jax.reports import comparison, html, plotting
 from retmask_jax.reports import difference as of_difference
 from retmask_jax.reports.panel import findings, gains, page, profiles, records, sources
 from retmask_jax.runs.context import Context
+from retmask_jax.runs.lock import check_free, locked
 from retmask_jax.runs.stage import Stage
-from retmask_jax.runs.workdir import Example, Result, Workdir, check_free, differing, locked, settings_of, versions
+from retmask_jax.runs.workdir import Example, Result, Workdir, differing, settings_of, versions
 from retmask_jax.stages.eval import EVAL, EvalResult
 from retmask_jax.training.pretrain import build
 from retmask_jax.utils import compiled

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from retmask_jax.model.config import ModelConfig
+from retmask_jax.pipeline.registry import up_to_date
 from retmask_jax.reports import html
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.costs import Cost, in_words, measured_speed, seconds
@@ -14,12 +15,12 @@ _WORTH_SAYING = 20.0  # seconds
 
 
 def planned(context: Context, stages: Sequence[Stage]) -> tuple[Table, str]:
-    """(a row per stage, what is left to do in a sentence); a stage that has a result counts as done."""
+    """(a row per stage, what is left to do in a sentence); a stage whose result is up to date counts as done."""
     rows, left = [], 0.0
     for stage in stages:
         cost = stage.cost(context)
         duration = 0.0 if cost == Cost() else _duration(context, cost)
-        finished = context.workdir.is_finished(stage.name)
+        finished = up_to_date(context, stage) is not None
         left += 0.0 if finished else duration
         tokens = [f"{count / 1e3:,.0f}K" if count else "" for count in (cost.read, cost.written, cost.trained)]
         rows.append((stage.name, *tokens, in_words(duration) if duration else "seconds", "done" if finished else ""))

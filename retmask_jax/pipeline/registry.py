@@ -81,7 +81,9 @@ def run_stage(context: Context, stage: Stage, begins: Callable[[], None] = lambd
     config = context.config
     about = {"model": str(config.model), "revision": config.revision, "seed": config.seed}
     try:
-        ran = context.workdir.run(stage.name, basis(context, stage), work, about, stage.result)
+        ran = context.workdir.run(
+            stage.name, basis(context, stage), work, about, stage.result, lambda folder: stage.stays(context, folder)
+        )
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
             raise

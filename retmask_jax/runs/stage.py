@@ -31,6 +31,7 @@ class Stage(Generic[R]):
         settings: Patterns of the config's keys that decide its result.
         tasks: Names of the tasks it answers, whose sections decide its result, too.
         inputs: Fingerprints of files that it alone reads.
+        stays: Names of folders within its own that are as they would be made again, and stay where the stage is.
         needs_model: Whether it needs the model, or works on results alone.
         batch_key: The config's key that lowers the memory it takes.
         check: Raises ValueError for a config that could only fail later, before anything runs.
@@ -48,6 +49,7 @@ class Stage(Generic[R]):
     settings: tuple[str, ...] = ()
     tasks: Callable[[Any], Iterable[str]] = lambda config: ()
     inputs: Callable[[Context], dict[str, Any]] = lambda context: {}
+    stays: Callable[[Context, Path], Iterable[str]] = lambda context, folder: ()
     needs_model: bool = True
     batch_key: str = "batch_size"
     check: Callable[[Any], None] = lambda config: None

@@ -6,15 +6,12 @@ file by file, to a new folder under `set-aside`.
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import fnmatch
 import logging
 import os
-import socket
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +19,7 @@ import msgspec
 from ml_collections import ConfigDict
 
 from retmask_jax.data.needles import Needle
+from retmask_jax.runs.lock import LOCK, locked
 from retmask_jax.runs.recipes import as_json
 from retmask_jax.utils.compiled import Spent, spent
 from retmask_jax.utils.files import digest, read_json, wait_until_listed, wait_until_seen, write_json
@@ -33,7 +31,6 @@ log = logging.getLogger(__name__)
 
 _RESULT = "result.json"
 _STARTED = "started.json"
-_LOCK = ".lock"
 _ASIDE = "set-aside"
 # Keys that say how to compute and not what: batch sizes, devices, servers, what is kept and shown along the way. They
 # decide no result beyond rounding, so they may change between runs of a work directory.
@@ -149,7 +146,7 @@ class Workdir:
         if (work.root / "config.json").exists():
             if not aside:
                 work._check_settings()
-        elif work.root.exists() and (not work.root.is_dir() or any(p.name != _LOCK for p in work.root.iterdir())):
+        elif work.root.exists() and (not work.root.is_dir() or any(p.name != LOCK for p in work.root.iterdir())):
             raise ValueError(f"work directory {root} exists and is not one of ours: choose another --workdir")
         return work
 
@@ -190,26 +187,34 @@ class Workdir:
         work: Callable[[Path], Result],
         about: Mapping[str, Any] | None = None,
         kind: type[Result] = Result,
+        stays: Callable[[Path], Iterable[str]] = lambda folder: (),
     ) -> bool:
         """Run a stage unless it has finished on the same basis; returns whether it ran.
 
         What an interrupted run on the same basis left is kept, so that the stage can resume; what another one left is
         set aside. Versions of packages are recorded, and a change is reported. A rerun has a new id, which makes the
         stages that depend on it run again. about: more for its provenance. kind: of the result; one that another version
-        wrote in a form that is not read is kept, and the stage goes on from its other files. Raises ValueError while
-        another process runs a stage here.
+        wrote in a form that is not read is kept, and the stage goes on from its other files. stays: of the stage's folder,
+        the names of folders in it that are not set aside, since they are as they would be made again; only the first host
+        asks. Raises ValueError while another process runs a stage here.
         """
         with locked(self.root) if primary() else contextlib.nullcontext():
-            return self._run(stage, basis, work, dict(about or {}), kind)
+            return self._run(stage, basis, work, dict(about or {}), kind, stays)
 
     def _run(
-        self, stage: str, basis: Basis, work: Callable[[Path], Result], about: dict[str, Any], kind: type[Result]
+        self,
+        stage: str,
+        basis: Basis,
+        work: Callable[[Path], Result],
+        about: dict[str, Any],
+        kind: type[Result],
+        stays: Callable[[Path], Iterable[str]],
     ) -> bool:
         folder = self.folder(stage)
         write_json(self.root / "config.json", self.config)
         wait_for_all(f"{stage} begins")
         wait_until_seen(self.root / "config.json")
-        if first_alone(lambda: self._prepare(stage, basis, kind)) == "finished":
+        if first_alone(lambda: self._prepare(stage, basis, kind, stays)) == "finished":
             return False
         begin, before = time.time(), spent()
         result = work(folder)
@@ -221,7 +226,7 @@ class Workdir:
         wait_for_all(f"{stage} ends")
         return True
 
-    def _prepare(self, stage: str, basis: Basis, kind: type[Result]) -> str:
+    def _prepare(self, stage: str, basis: Basis, kind: type[Result], stays: Callable[[Path], Iterable[str]]) -> str:
         """ "finished", "resumed" or "new": the first of what a stage's folder is, which now fits the basis."""
         folder, changes = self.folder(stage), []
         for name, state in ((_RESULT, "finished"), (_STARTED, "resumed")):
@@ -234,10 +239,12 @@ class Workdir:
                     continue
                 _report_versions(stage, made.versions)
                 return state
-        if target := set_aside(folder, self.root / _ASIDE):
+        staying = sorted(stays(folder))
+        if target := set_aside(folder, self.root / _ASIDE, staying):
             more = f" and {len(changes) - 2} more changes" if len(changes) > 2 else ""
             why = "; ".join(changes[:2]) or "it has no record of what it was made from"
-            log.warning("%s is made again (%s%s); what was there is kept in %s", stage, why, more, target)
+            but = f", but for {', '.join(staying)}, made from what has not changed" if staying else ""
+            log.warning("%s is made again (%s%s); what was there is kept in %s%s", stage, why, more, target, but)
         write_json(folder / _STARTED, _record(stage, basis))
         return "new"
 
@@ -300,14 +307,17 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {old[key]!r} there, {new.get(key)!r} here" for key in sorted(old) if old[key] != new.get(key)]
 
 
-def set_aside(folder: Path, shelf: Path) -> Path | None:
+def set_aside(folder: Path, shelf: Path, staying: Sequence[str] = ()) -> Path | None:
     """Move the files of a folder to a new one on the shelf, shelf/NAME-1, -2, ..., and return it; None if there are none.
 
+    staying: Names of folders in it whose files are not moved.
     Files are moved one by one, the record that the stage began last: a move that is cut off goes on in the same place.
     """
     marker = folder / _STARTED
     wait_until_listed([marker, folder / _RESULT])
-    files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    there = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    stay = [folder / name for name in staying]
+    files = sorted(path for path in there if not any(path.is_relative_to(other) for other in stay))
     if not files:
         return None
     number = 1
@@ -323,26 +333,6 @@ def set_aside(folder: Path, shelf: Path) -> Path | None:
         if not any(path.iterdir()):
             path.rmdir()
     return target
-
-
-@contextlib.contextmanager
-def locked(root: str | Path) -> Generator[None, None, None]:
-    """Hold a folder for this process, as long as it lives; ValueError naming host and process where another does."""
-    path = Path(root) / _LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        _lock(file)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-def check_free(root: str | Path) -> None:
-    """ValueError if another process is writing a folder; creates nothing."""
-    if (Path(root) / _LOCK).exists():
-        with open(Path(root) / _LOCK, "a+") as file:
-            _lock(file)
 
 
 def versions() -> dict[str, str]:
@@ -373,19 +363,3 @@ def _record(stage: str, basis: Basis) -> dict[str, Any]:
 def _report_versions(stage: str, stored: Mapping[str, str]) -> None:
     if changed := changed_versions(stored):
         log.warning("%s: what is kept was made with %s", stage, changed)
-
-
-def _lock(file) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read() or "another process"
-        raise ValueError(
-            f"work directory {Path(file.name).parent} is being written by {holder}: wait for it, stop it, or choose "
-            "another --workdir"
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
-        log.warning("%s: this file system has no locks (%s): run one command at a time", file.name, error.strerror)

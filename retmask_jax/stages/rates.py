@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from retmask_jax.data.builtin_files import path_of
 from retmask_jax.data.needles import read_sentences
@@ -18,7 +19,7 @@ from retmask_jax.runs.stage import PROMPTS, Stage, Table
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.outcomes import FROM_MEMORY, task_outcomes
 from retmask_jax.stages.pairs import PAIRS
-from retmask_jax.stages.train import train_settings, trained_run, training_tokens
+from retmask_jax.stages.train import left_to_train, train_settings, trained_run, training_tokens, unchanged
 from retmask_jax.stages.trained_heads import file_prints, trained_heads
 from retmask_jax.training.settings import Settings
 
@@ -46,26 +47,37 @@ class RatesResult(Result):
 
 def rates_stage(context: Context, folder: Path) -> RatesResult:
     """Trains at every rate from the same start on the same pairs; models stay in the folder."""
-    section, train = context.config.rates, context.config.train
+    section = context.config.rates
     model = context.outline.replace(params=None, source=context.source())
-    seed = train.seeds[0]
-    usual = train_settings(context.config, RETMASK, seed, trained_heads(context, RETMASK, seed))
-    share = usual.final_learning_rate / usual.learning_rate
     samples = {START: _samples(context)}
-    for rate in section.learning_rates:
-        settings = dataclasses.replace(usual, learning_rate=rate, final_learning_rate=share * rate)
-        target = folder / f"{rate:g}"
-        trained_run(context, model, RETMASK, settings, target)
-        samples[f"{rate:g}"] = _samples(context.of(context.load(target / f"{RETMASK}-{settings.seed}" / "model")))
+    for name, settings in _runs(context).items():
+        rate = f"{settings.learning_rate:g}"
+        trained_run(context, model, RETMASK, settings, folder / rate)
+        samples[rate] = _samples(context.of(context.load(folder / name / "model")))
     rows = arm_rows(samples, {name: [name] for name in samples if name != START})
     chosen = choose(rows, section.learning_rates, section.most_loss)
     return RatesResult(
         rows=rows,
         chosen=chosen,
-        last=share * chosen,
+        last=_last_share(context.config) * chosen,
         most_loss=section.most_loss,
         numbers={f"rates/{row.task}/{row.arm} minus {START}": row.change for row in rows if row.change is not None},
     )
+
+
+def _runs(context: Context) -> dict[str, Settings]:
+    """{folder of a run, RATE/ARM-SEED: how it is trained}, the arm retmask with the first seed."""
+    seed = context.config.train.seeds[0]
+    usual = train_settings(context.config, RETMASK, seed, trained_heads(context, RETMASK, seed))
+    share = _last_share(context.config)
+    return {
+        f"{rate:g}/{RETMASK}-{seed}": dataclasses.replace(usual, learning_rate=rate, final_learning_rate=share * rate)
+        for rate in context.config.rates.learning_rates
+    }
+
+
+def _last_share(config: ConfigDict) -> float:
+    return config.train.final_learning_rate / config.train.learning_rate
 
 
 def choose(rows: Sequence[ArmRow], rates: Sequence[float], most_loss: float) -> float:
@@ -117,9 +129,10 @@ def _tables(result: RatesResult) -> list[Table]:
 
 def _cost(context: Context) -> Cost:
     config, rates = context.config, len(context.config.rates.learning_rates)
+    left = left_to_train(context, RATES.name, _runs, rates)
     measured = sum((task_cost(config, task) for task in config.rates.tasks), Cost())
     text = Cost(config.text.windows * config.text.length if config.text.file else 0)
-    return (1 + rates) * (measured + text) + Cost(trained=rates * training_tokens(config))
+    return (1 + rates) * (measured + text) + Cost(trained=left * training_tokens(config))
 
 
 RATES = Stage(
@@ -138,6 +151,7 @@ RATES = Stage(
     ),
     tasks=lambda config: config.rates.tasks,
     inputs=file_prints,
+    stays=lambda context, folder: unchanged(context, folder, _runs(context)),
     batch_key="train.microbatch_size",
     check=_check,
     check_run=_check_run,

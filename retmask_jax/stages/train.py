@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,12 @@ from retmask_jax.data.pair_rows import PairRows, encode_blocks, kept_rows
 from retmask_jax.generation.language_model import LanguageModel, save
 from retmask_jax.heads.conditions import answers
 from retmask_jax.hf.end_tokens import Ends
-from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.interventions import Head, Interventions, mask_heads
 from retmask_jax.model.sharding import make_mesh
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.costs import Cost
 from retmask_jax.runs.stage import PROMPTS, Stage
-from retmask_jax.runs.workdir import Example, Result
+from retmask_jax.runs.workdir import Example, Result, differing, settings_of
 from retmask_jax.stages.arms import ARMS
 from retmask_jax.stages.detect import retrieval_heads
 from retmask_jax.stages.pairs import PAIRS
@@ -30,9 +29,11 @@ from retmask_jax.training.loop import check_mesh, train
 from retmask_jax.training.optimizer import count_trained
 from retmask_jax.training.settings import Settings
 from retmask_jax.utils import stats
-from retmask_jax.utils.files import is_whole, mark_whole, read_jsonl
+from retmask_jax.utils.files import is_whole, mark_whole, read_json, read_jsonl, write_json
 from retmask_jax.utils.fingerprints import fingerprint
 from retmask_jax.utils.progress import track
+
+_MADE = "made.json"  # in the folder of a run: what it is made from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,12 +84,11 @@ class TrainResult(Result):
 def train_stage(context: Context, folder: Path) -> TrainResult:
     """Train every arm and seed from the same start and export each as an HF checkpoint."""
     section, model = context.config.train, context.outline.replace(params=None, source=context.source())
-    settings = [
-        (arm, train_settings(context.config, arm, seed, trained_heads(context, arm, seed)))
-        for arm in section.arms
-        for seed in section.seeds
-    ]
-    runs = {f"{arm}-{each.seed}": trained_run(context, model, arm, each, folder) for arm, each in settings}
+    runs, settings = {}, _runs(context)
+    for arm in section.arms:
+        for seed in section.seeds:
+            name = f"{arm}-{seed}"
+            runs[name] = trained_run(context, model, arm, settings[name], folder)
     shown = list(runs)[:1] if section.examples else []
     examples = [example for name in shown for example in _examples(context, folder / name)]
     numbers = {f"train/{name}/final loss": stats.exact(run.steps[-1].loss, run.examples) for name, run in runs.items()}
@@ -106,10 +106,12 @@ def train_settings(config: ConfigDict, arm: str, seed: int, heads: Sequence[Head
 def trained_run(context: Context, model: LanguageModel, arm: str, settings: Settings, folder: Path) -> Run:
     """Train one arm with one seed into folder/ARM-SEED, unless its exported model is there and whole.
 
-    The model has no parameters yet.
+    The model has no parameters yet. What the run is made from is noted there, for `unchanged`.
     """
     target = folder / f"{arm}-{settings.seed}"
-    rows, identity = _rows(context, model.config, target)
+    write_json(target / _MADE, _made_from(context, target.name, settings))
+    identity = _rows_from(context, target.name)
+    rows = _rows(context, target, identity)
     if not is_whole(target / "model"):
         identity |= {"model": context.model_fingerprint, "dtype": settings.compute_dtype}
         contrast = settings.objective == "contrast"
@@ -134,6 +136,43 @@ def trained_run(context: Context, model: LanguageModel, arm: str, settings: Sett
     return Run(arm=arm, seed=settings.seed, examples=len(rows), trained_parameters=trained, steps=steps, **cut)
 
 
+def unchanged(context: Context, folder: Path, runs: Mapping[str, Settings]) -> list[str]:
+    """Those of some runs, {path in the folder: settings}, that were made from what they would be made from now, whether
+    they have ended or not."""
+
+    def made(name: str) -> bool:
+        note = folder / name / _MADE
+        return note.exists() and not differing(read_json(note), _made_from(context, note.parent.name, runs[name]))
+
+    return [name for name in runs if made(name)]
+
+
+def left_to_train(context: Context, stage: str, runs: Callable[[Context], Mapping[str, Settings]], n: int) -> int:
+    """How many of the n runs of a stage have no model that `unchanged` would keep."""
+    if not context.workdir.is_finished(PAIRS.name):
+        return n
+    folder = context.workdir.folder(stage)
+    return n - sum(is_whole(folder / name / "model") for name in unchanged(context, folder, runs(context)))
+
+
+def _made_from(context: Context, name: str, settings: Settings) -> dict[str, Any]:
+    """All that decides a run, {name: JSON value}: pairs, model, settings, and the heads that an objective masks."""
+    masked = sorted(retrieval_heads(context)) if settings.objective == "contrast" else []
+    of_settings = msgspec.json.decode(msgspec.json.encode(settings))  # with lists for tuples, as a file has them
+    made = {"model": context.model_fingerprint, "masked": [list(head) for head in masked], "train": of_settings}
+    return _rows_from(context, name) | settings_of(made)
+
+
+def _runs(context: Context) -> dict[str, Settings]:
+    """{name of a run, ARM-SEED: how it is trained}."""
+    arms, seeds = context.config.train.arms, context.config.train.seeds
+    return {
+        f"{arm}-{seed}": train_settings(context.config, arm, seed, trained_heads(context, arm, seed))
+        for arm in arms
+        for seed in seeds
+    }
+
+
 def _reference(context: Context, target: Path, identity: dict[str, Any]) -> Path:
     """Where runs on the same pairs find the start model's log-probabilities of them, whatever they train and how fast."""
     begun = target / "reference"  # by a version in which each run had its own
@@ -145,14 +184,22 @@ def check_batch(config: ConfigDict, devices: Sequence[jax.Device] | None = None)
     check_mesh(train_settings(config, "retmask", 0), make_mesh(config.mesh, devices))
 
 
-def _rows(context: Context, model: ModelConfig, target: Path) -> tuple[PairRows, dict[str, Any]]:
-    """(token rows of a run's pairs, what they were made from), encoded once and kept in target/rows."""
-    section, name = context.config.train, target.name
-    file = context.workdir.folder("pairs") / f"{name}.jsonl.gz"
+def _rows_from(context: Context, name: str) -> dict[str, Any]:
+    """What the token rows of a run are made from, {name: JSON value}: its pairs, the tokenizer and the limits."""
+    section = context.config.train
+    return {
+        "data": fingerprint(_pairs_file(context, name)),
+        "tokenizer": context.pairs_prompter.identity(),
+        "end": _ends(context).usual,
+        "max_tokens": section.max_tokens,
+        "max_prompt_tokens": section.max_prompt_tokens,
+    }
+
+
+def _rows(context: Context, target: Path, identity: dict[str, Any]) -> PairRows:
+    """The token rows of a run's pairs, encoded once and kept in target/rows; identity: as of `_rows_from`."""
+    section, name, file = context.config.train, target.name, _pairs_file(context, target.name)
     limits = {"max_tokens": section.max_tokens, "max_prompt_tokens": section.max_prompt_tokens}
-    prompter = context.pairs_prompter
-    ends = Ends.of(prompter.tokenizer, model.eos_ids, chat=prompter.chat, template_kwargs=prompter.template_kwargs)
-    identity = {"data": fingerprint(file), "tokenizer": prompter.identity(), "end": ends.usual, **limits}
 
     def blocks() -> Iterator[PairRows]:
         n = sum(1 for _ in iter_pairs(file))
@@ -162,9 +209,18 @@ def _rows(context: Context, model: ModelConfig, target: Path) -> tuple[PairRows,
                 "add prompts or lower train.batch_size"
             )
         records = track(iter_pairs(file), n, f"tokenize {name}", "pair")
-        return encode_blocks(prompter, records, ends=ends, **limits)
+        return encode_blocks(context.pairs_prompter, records, ends=_ends(context), **limits)
 
-    return kept_rows(target / "rows", identity, blocks), identity
+    return kept_rows(target / "rows", identity, blocks)
+
+
+def _pairs_file(context: Context, name: str) -> Path:
+    return context.workdir.folder(PAIRS.name) / f"{name}.jsonl.gz"
+
+
+def _ends(context: Context) -> Ends:
+    prompter, eos_ids = context.pairs_prompter, context.outline.config.eos_ids
+    return Ends.of(prompter.tokenizer, eos_ids, chat=prompter.chat, template_kwargs=prompter.template_kwargs)
 
 
 def _examples(context: Context, run: Path) -> list[Example]:
@@ -207,7 +263,8 @@ def _cost(context: Context) -> Cost:
     section = context.config.train
     task = _shown_task(context.config)
     read = 2 * section.examples * max(context.config.tasks[task].lengths) if task else 0
-    return Cost(read=read, trained=len(section.arms) * len(section.seeds) * training_tokens(context.config))
+    runs = left_to_train(context, TRAIN.name, _runs, len(section.arms) * len(section.seeds))
+    return Cost(read=read, trained=runs * training_tokens(context.config))
 
 
 TRAIN = Stage(
@@ -217,6 +274,7 @@ TRAIN = Stage(
     upstream=(PAIRS,),
     settings=(*PROMPTS, "pairs.template_kwargs", "train.*"),
     inputs=file_prints,
+    stays=lambda context, folder: unchanged(context, folder, _runs(context)),
     batch_key="train.microbatch_size",
     check=_check,
     check_run=check_batch,

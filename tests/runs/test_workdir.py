@@ -12,12 +12,13 @@ import pytest
 
 from retmask_jax.cli.main import main
 from retmask_jax.runs import workdir
+from retmask_jax.runs.lock import check_free, locked
 from retmask_jax.runs.recipes import load_recipe
-from retmask_jax.runs.workdir import Basis, Result, Workdir, check_free, locked, settings_of
+from retmask_jax.runs.workdir import Basis, Result, Workdir, settings_of
 
 HOLDER = """
 import sys, time
-from retmask_jax.runs.workdir import locked
+from retmask_jax.runs.lock import locked
 
 with locked(sys.argv[1]):
     print("held", flush=True)
@@ -209,6 +210,23 @@ def test_other_settings_set_a_stage_aside_only_where_the_user_says_so(tmp_path):
     assert not _run(_opened(tmp_path, aside=True, **{"train.steps": 7}), ran)
     kept = {name.removeprefix("train/"): content for name, content in before.items() if name.startswith("train/")}
     assert _files(tmp_path / "set-aside" / "train-1") == kept
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_folders_that_stay_are_left_where_they_are_and_named(tmp_path, caplog, finished):
+    names, work = ("run-0/model", "run-1/deep/model", "rate/run-2/model", "rate/run-3/model"), _opened(tmp_path)
+    _run(work, [], inputs={"weights": "one"}, files=names)
+    if not finished:
+        (tmp_path / "train" / "result.json").unlink()
+    before, asked, basis = _files(tmp_path / "train"), [], Basis(inputs={"weights": "two"})
+    left = lambda folder: asked.append(folder) or ("run-0", "rate/run-3")  # noqa: E731
+    there = []
+    work.run("train", basis, lambda folder: there.extend(_files(folder)) or Result(numbers={}), stays=left)
+    assert asked == [tmp_path / "train"] and set(there) == {"run-0/model", "rate/run-3/model", "started.json"}
+    moved = {name: content for name, content in before.items() if name not in there or name == "started.json"}
+    assert _files(tmp_path / "set-aside" / "train-1") == moved
+    assert caplog.messages[0].endswith("train-1, but for rate/run-3, run-0, made from what has not changed")
+    assert not work.run("train", basis, pytest.fail, stays=pytest.fail)  # nothing is asked where nothing has changed
 
 
 def test_a_move_that_is_cut_off_goes_on_in_the_same_place(tmp_path, monkeypatch):

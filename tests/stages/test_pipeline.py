@@ -16,6 +16,7 @@ import pytest
 from helpers_documents import tables
 
 from retmask_jax.cli.main import main
+from retmask_jax.training.loop import train
 
 CONFIG = str(Path(__file__).parents[1] / "tiny_small.py")
 STAGES = ("detect", "knockout", "rope", "pairs", "train", "eval", "report")
@@ -213,6 +214,55 @@ def test_a_stage_refuses_results_that_are_out_of_date(finished, tmp_path, here):
     done = here("report", f"--config={CONFIG}", f"--workdir={root}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "reads the result of knockout, which is out of date" in done.stderr
+
+
+def test_only_what_is_new_is_trained(finished, tmp_path, here, monkeypatch, caplog):
+    """An arm that is added leaves the others' runs as they are; a setting of training makes all of them anew, and what a
+    step is computed with none."""
+    root, trained = shutil.copytree(finished[0], tmp_path / "work"), []
+    monkeypatch.setattr(
+        "retmask_jax.stages.train.train",
+        lambda *given, **named: trained.append(named["what"]) or train(*given, **named),
+    )
+
+    def files(folder="train/retmask-0"):
+        return {
+            path.relative_to(root / folder): (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in (root / folder).rglob("*")
+            if path.is_file() and path.name != "made.json"
+        }
+
+    def retrain(*flags):
+        trained.clear()
+        caplog.clear()
+        options = (f"--config={CONFIG}", f"--workdir={root}", "--set-aside", *flags)
+        planned = here("train", "--plan", *options)
+        assert here("pairs", *options).returncode == 0
+        done = here("train", *options)
+        assert done.returncode == 0, done.stderr
+        return planned.stdout, caplog.messages[-1]
+
+    before, arms = files(), "--config.train.arms=('retmask', 'retmask_others')"
+    one = _trained_on(here("train", "--plan", f"--config={CONFIG}", f"--workdir={tmp_path / 'new'}").stdout)
+    planned, said = retrain(arms)
+    assert trained == ["train retmask_others-0"] and files() == before and _trained_on(planned) == one
+    assert said.endswith("but for retmask-0, made from what has not changed")
+    result = json.loads((root / "train/result.json").read_text())
+    old = json.loads((finished[0] / "train/result.json").read_text())
+    assert result["runs"]["retmask-0"] == old["runs"]["retmask-0"] and len(result["runs"]) == 2
+    planned, said = retrain(arms, "--config.train.steps=5")
+    assert trained == ["train retmask-0", "train retmask_others-0"] and "but for" not in said
+    assert {name: content for name, (content, _) in files("set-aside/train-2/retmask-0").items()} == {
+        name: content for name, (content, _) in before.items()
+    }
+    _, said = retrain(arms, "--config.train.steps=5", "--config.train.examples=1", "--config.train.checkpoint_every=3")
+    assert trained == [] and said.endswith("but for retmask-0, retmask_others-0, made from what has not changed")
+
+
+def _trained_on(planned):
+    """The tokens that the stage is said to train on."""
+    (line,) = [line for line in planned.splitlines() if line.startswith("train")]
+    return line.split("  ")
 
 
 @pytest.mark.slow

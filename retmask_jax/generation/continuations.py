@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from retmask_jax.generation.batching import bucket, full_batches, pad_rows
-from retmask_jax.generation.prefill import ALIGNED, prefill, share_prefixes, slots_for, usual_chunk
+from retmask_jax.generation.prefill import ALIGNED, part_size, prefill, share_prefixes, slots_for, usual_chunk
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import HiddenRows
@@ -24,6 +24,7 @@ from retmask_jax.model.sharding import full_share
 _CHUNK = {"cpu": 128}
 _CHUNK_ELSEWHERE = 256
 _WIDTH_STEP = 64  # texts without a shared prefix are padded to a multiple of this
+_SLOTS_STEP = 128  # of a cache that begins with a shared prefix, so that few groups differ in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Batch:
 
     Attributes:
         rows: The index of each text; a full batch may repeat one.
-        prefix: The cache of the prefix that the texts continue, or None.
+        prefix: The cache of the prefix that the texts continue, with slots for them and the tokens after them; or None.
         tokens_BT: The texts after the prefix, right-padded.
         start_B: The number of the prefix's tokens that each text continues.
         end_B: The length of each text, including the prefix.
@@ -57,6 +58,7 @@ def shared_batches(
     batch_size: int,
     masks: Masks,
     longest: np.int32,
+    more: int = 0,
     least: int = 0,
 ) -> Iterator[Batch]:
     """Batches of prompts with the tokens given after them, of the indices `todo`.
@@ -65,20 +67,27 @@ def shared_batches(
         given: For each prompt; may be empty.
         masks: The same for all prompts.
         longest: As in `hidden`.
+        more: Free slots for this many tokens after each prompt.
         least: Texts without a shared prefix are padded to this many tokens, or more.
     """
     for group in share_prefixes([prompts[i] for i in todo]):
         group = dataclasses.replace(group, members=tuple(todo[i] for i in group.members))
-        prefix = _read_prefix(config, params, group.prefix, masks, longest)
         # After a shared prefix, chunks are computed up to the longest row of a batch. So rows are sorted by length, and
         # batches are small on a CPU, which two rows, or one per device, keep busy. All batches are padded to one width,
         # for one program.
-        shared = prefix is not None
+        shared = bool(group.prefix)
         size = min(batch_size, full_share(2 if shared and platform() == "cpu" else len(group.members)))
         starts = dict(zip(group.members, group.starts, strict=True))
         rest = {i: (*prompts[i][starts[i] :], *given[i]) for i in group.members}
-        width = slots_for(max(map(len, rest.values())), _chunk()) if shared else -(-least // _WIDTH_STEP) * _WIDTH_STEP
-        for batch in full_batches(sorted(rest, key=lambda i: starts[i] - len(prompts[i])), size):
+        width = slots_for(max(map(len, rest.values())), _chunk()) if shared else least
+        width = -(-width // _WIDTH_STEP) * _WIDTH_STEP
+        batches = list(full_batches(sorted(rest, key=lambda i: starts[i] - len(prompts[i])), size))
+        prefix = None
+        if shared:
+            filled = max(_filled([starts[i] for i in batch], [len(rest[i]) for i in batch], width) for batch in batches)
+            slots = max(filled, max(len(prompts[i]) for i in group.members) + more)
+            prefix = _read_prefix(config, params, group.prefix, masks, longest, slots)
+        for batch in batches:
             texts = [rest[i] for i in batch]
             tokens_BT, lengths_B = pad_rows(texts, config.pad_id, multiple_of=_WIDTH_STEP, least=width)
             start_B, prompt_B = (
@@ -105,19 +114,20 @@ def read_on(
 
     Args:
         rows_BP: As in `prefill`; those after the end of a text stand for its last one.
-        more: Free slots for this many tokens more in the cache that is returned; None: no cache is needed.
+        more: Free slots for this many tokens more in the cache that is returned, which a prefix has already; None: no cache
+            is needed.
         probe: Asks about rows_BP, whatever its own rows are.
         longest: As in `prefill`.
     """
     batch, length = tokens_BT.shape
-    n_prefix, chunk = (0, usual_chunk()) if prefix is None else (prefix["blocks"]["0"].slots, _chunk())
+    chunk = usual_chunk() if prefix is None else _chunk()
     cache = None
-    if prefix is not None or length > chunk or more is not None:
-        dtype = jax.tree.leaves(params)[0].dtype
-        slots = -(-(n_prefix + slots_for(length, chunk) + (more or 0)) // ALIGNED) * ALIGNED
-        cache = empty_cache(config, batch, slots, dtype, rings=False)
     if prefix is not None:
-        cache = jax.tree.map(lambda new, old: new.at[_corner(new, old)].set(old), cache, prefix)
+        cache = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=1), prefix)
+    elif length > chunk or more is not None:
+        dtype = jax.tree.leaves(params)[0].dtype
+        slots = -(-(slots_for(length, chunk) + (more or 0)) // ALIGNED) * ALIGNED
+        cache = empty_cache(config, batch, slots, dtype, rings=False)
     rows_BP = jnp.minimum(rows_BP, (end_B - start_B)[:, None] - 1)
     return prefill(
         config,
@@ -138,24 +148,23 @@ def _chunk() -> int:
     return _CHUNK.get(platform(), _CHUNK_ELSEWHERE)
 
 
+def _filled(starts: Sequence[int], lengths: Sequence[int], width: int) -> int:
+    """The slots that a batch fills, with the padding of its rows to whole parts of the longest one."""
+    part = part_size(width, _chunk())
+    return max(starts) + -(-max(lengths) // part) * part
+
+
 def _read_prefix(
-    config: ModelConfig, params: PyTree, prefix: Sequence[int], masks: Masks, longest: np.int32
-) -> PyTree | None:
-    """The cache of a shared prefix (one row, every position), or None for an empty one."""
-    if not prefix:
-        return None
+    config: ModelConfig, params: PyTree, prefix: Sequence[int], masks: Masks, longest: np.int32, slots: int
+) -> PyTree:
+    """The cache of a shared prefix (one row, every position), with so many slots or somewhat more."""
     length = bucket(len(prefix))
+    slots = -(-max(slots, slots_for(length)) // _SLOTS_STEP) * _SLOTS_STEP
     tokens_1T = np.pad(np.array([prefix], np.int32), ((0, 0), (0, length - len(prefix))))
-    return _prefix_cache(config, params, tokens_1T, np.array([len(prefix)], np.int32), masks, longest)
+    return _prefix_cache(config, params, tokens_1T, np.array([len(prefix)], np.int32), masks, longest, slots=slots)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _prefix_cache(config, params, tokens_1T, end_1, masks, longest):
-    dtype = jax.tree.leaves(params)[0].dtype
-    cache = empty_cache(config, 1, slots_for(tokens_1T.shape[1]), dtype, rings=False)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="slots")
+def _prefix_cache(config, params, tokens_1T, end_1, masks, longest, *, slots: int):
+    cache = empty_cache(config, 1, slots, jax.tree.leaves(params)[0].dtype, rings=False)
     return prefill(config, params, tokens_1T, end_1, masks, cache, jnp.zeros((1, 1), jnp.int32), longest=longest).cache
-
-
-def _corner(new, old):
-    """The index at which a cache [R,1,K,...] of fewer slots is copied into [R,B,K,...]: the first slots of every row."""
-    return (slice(None), slice(None), *(slice(size) for size in old.shape[2:]))

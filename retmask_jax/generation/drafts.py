@@ -95,7 +95,7 @@ def answer_drafts(
 
     def work(todo: list[int], batch_size: int):
         waiting: list[_Begun] = []  # small batches with an answer that goes on after its draft
-        common = {"batch_size": batch_size, "masks": masks, "longest": longest, "least": least}
+        common = {"batch_size": batch_size, "masks": masks, "longest": longest, "more": max_new_tokens, "least": least}
 
         def go_on() -> Iterator[tuple[list[int], list[Generated]]]:
             parts = tuple(begun.state for begun in waiting)

@@ -57,7 +57,7 @@ def prefill(
     if length <= chunk:
         return run(tokens_BT, rows_BP=rows_BP, cache=cache, start_B=start_B, probe=probe)
     start_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
-    chunk = even_size(length, chunk, min(_CHUNK_ALIGNED, chunk))
+    chunk = part_size(length, chunk)
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -length % chunk)))
 
     def one(c: jax.Array | int, cache: Cache | None) -> HiddenRows:
@@ -97,11 +97,13 @@ def usual_chunk() -> int:
 
 def slots_for(length: int, chunk: int | None = None) -> int:
     """The number of slots that a cache needs for `length` new tokens, with the padding of the last chunk."""
-    chunk = chunk or usual_chunk()
-    if length <= chunk:
-        return length
-    even = even_size(length, chunk, min(_CHUNK_ALIGNED, chunk))
-    return -(-length // even) * even
+    part = part_size(length, chunk or usual_chunk())
+    return -(-length // part) * part
+
+
+def part_size(length: int, chunk: int) -> int:
+    """The size of the equal parts in which `length` tokens of a row pass through the model, each of at most `chunk`."""
+    return length if length <= chunk else even_size(length, chunk, min(_CHUNK_ALIGNED, chunk))
 
 
 @dataclasses.dataclass(frozen=True)

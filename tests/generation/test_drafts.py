@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers_processes import environment, printed
 
+from retmask_jax.generation import continuations
 from retmask_jax.generation import drafts as module
 from retmask_jax.generation.decode import generate_many
 from retmask_jax.generation.drafts import Ends, answer_drafts
@@ -84,6 +85,22 @@ def test_small_batches_go_on_together(lm, prompts, plain, monkeypatch):
     monkeypatch.setattr(module, "decode_together", lambda *args: calls.append(len(args[2])) or decode(*args))
     _assert_equal(_answers(lm, prompts, [()] * len(prompts)), plain)
     assert calls == [2]
+
+
+def test_what_goes_on_after_a_beginning_has_the_room_it_needs_and_no_more(lm, monkeypatch):
+    """In several parts, the last of which is padded, after half of the beginning and after nearly all of it."""
+    rng = np.random.default_rng(9)
+    hay, kinds = rng.integers(0, VOCABULARY, 160).tolist(), ((70, 40), (80, 38), (155, 34), (160, 33))
+    prompts = [[*hay[:n], *rng.integers(0, VOCABULARY, m).tolist()] for n, m in kinds]
+    monkeypatch.setattr(continuations, "_CHUNK", {"cpu": 16})
+    monkeypatch.setattr(continuations, "_SLOTS_STEP", 1)
+    slots, read = [], continuations._prefix_cache
+    monkeypatch.setattr(
+        continuations, "_prefix_cache", lambda *args, **named: slots.append(named["slots"]) or read(*args, **named)
+    )
+    plain = generate_many(lm.config, lm.params, prompts, batch_size=4, max_new_tokens=NEW, probe=True)
+    _assert_equal(_answers(lm, prompts, [()] * len(prompts)), plain)
+    assert slots == [192 + 3 * 16]  # whose beginning it is goes on from its last token, next to a row of 34 more
 
 
 def test_a_line_end_ends_an_answer_after_its_first_word(lm, prompts, plain):

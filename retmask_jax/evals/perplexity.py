@@ -58,13 +58,6 @@ def sliding_windows(
     return np.array([bos + ids[start : start + body] for start in starts], np.int32)
 
 
-def text_loss(
-    lm: LanguageModel, windows: Windows, interventions: Interventions | None = None, *, batch_size: int
-) -> Float64[np.ndarray, " windows"]:
-    """Computes the mean negative log-probability per token of each window, in nats."""
-    return token_losses(lm, windows, interventions, batch_size=batch_size).mean(axis=1)
-
-
 def losses_under(
     lm: LanguageModel,
     windows: Windows,
@@ -74,7 +67,7 @@ def losses_under(
     known: Mapping[tuple[int, int], float] | None = None,
     done: Callable[[tuple[int, int], float], None] | None = None,
 ) -> Float64[np.ndarray, "masks windows"]:
-    """Computes what `text_loss` does under each of many masks, under one progress bar.
+    """Computes the mean negative log-probability per token of each window, in nats, under each of many masks.
 
     Args:
         masks: Shared by all windows; those of one kind share a program.

@@ -51,6 +51,9 @@ class Condition:
         return self.interventions.rope_site
 
 
+UNTOUCHED = Condition("none", 0, Interventions())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConditionRow(Number):
     """The share of a task's cases that are right under a condition, and the paired test against the untouched model.

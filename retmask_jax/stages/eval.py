@@ -19,7 +19,7 @@ from retmask_jax.evals.external.helmet import run_helmet
 from retmask_jax.evals.external.helmet_means import helmet_means
 from retmask_jax.evals.external.lm_eval import run_lm_eval
 from retmask_jax.evals.measured import Measured, as_json, from_json, paired
-from retmask_jax.evals.perplexity import POSITIONS, text_loss
+from retmask_jax.evals.perplexity import POSITIONS
 from retmask_jax.evals.scoring import mask_hash, shared_mask
 from retmask_jax.evals.suites.niah import heat_map
 from retmask_jax.evals.suites.registry import SUITES, check_context, check_suites, run_suites, suite_files, suites_on
@@ -33,7 +33,7 @@ from retmask_jax.runs.recipes import as_json as config_json
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result, changed_versions, versions
 from retmask_jax.stages.detect import retrieval_heads
-from retmask_jax.stages.outcomes import task_outcomes
+from retmask_jax.stages.outcomes import task_outcomes, text_losses
 from retmask_jax.stages.train import TRAIN
 from retmask_jax.utils.files import digest, read_json, write_json
 from retmask_jax.utils.hosts import wait_for_all
@@ -225,9 +225,7 @@ def _measured(context: Context, name: str, contender: Contender) -> Measurement:
     outcomes = task_outcomes(there, config.eval.tasks, conditions, contender.contrast).outcomes
     samples = {task: outcome_CN[0] for task, outcome_CN in outcomes.items()}
     if config.text.file and contender.contrast is None:
-        samples["text loss"] = text_loss(
-            there.lm, there.windows(), contender.interventions, batch_size=config.batch_size
-        )
+        samples["text loss"] = text_losses(there, there.windows(), conditions)[0]
     grids = {}
     for task in config.eval.grids:
         answered = task_outcomes(there, [task], conditions, contender.contrast)

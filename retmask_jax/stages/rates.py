@@ -10,14 +10,13 @@ from ml_collections import ConfigDict
 from retmask_jax.data.builtin_files import path_of
 from retmask_jax.data.needles import read_sentences
 from retmask_jax.evals.compare import RETMASK, START, ArmRow, arm_rows
-from retmask_jax.evals.perplexity import text_loss, text_windows
-from retmask_jax.heads.conditions import Condition
-from retmask_jax.model.interventions import Interventions
+from retmask_jax.evals.perplexity import text_windows
+from retmask_jax.heads.conditions import UNTOUCHED
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.costs import Cost, task_cost
 from retmask_jax.runs.stage import PROMPTS, Stage, Table
 from retmask_jax.runs.workdir import Result
-from retmask_jax.stages.outcomes import FROM_MEMORY, task_outcomes
+from retmask_jax.stages.outcomes import FROM_MEMORY, task_outcomes, text_losses
 from retmask_jax.stages.pairs import PAIRS
 from retmask_jax.stages.train import left_to_train, train_settings, trained_run, training_tokens, unchanged
 from retmask_jax.stages.trained_heads import file_prints, trained_heads
@@ -97,12 +96,12 @@ def _gain(changes: Mapping[str, float]) -> float:
 def _samples(there: Context) -> dict[str, np.ndarray]:
     """Values by task, and of the text after the windows that other stages read."""
     config = there.config
-    answered = task_outcomes(there, config.rates.tasks, [Condition("none", 0, Interventions())])
+    answered = task_outcomes(there, config.rates.tasks, [UNTOUCHED])
     samples = {task: outcome_CN[0] for task, outcome_CN in answered.outcomes.items()}
     if (text := config.text).file:
         sentences = read_sentences(path_of(text.file))
         windows = text_windows(there.outline.tokenizer, sentences, text.length, 2 * text.windows)[text.windows :]
-        samples[_LOSS] = text_loss(there.lm, windows, batch_size=config.batch_size)
+        samples[_LOSS] = text_losses(there, windows, [UNTOUCHED])[0]
     return samples
 
 

@@ -15,7 +15,7 @@ from retmask_jax.configs import default
 from retmask_jax.data import tiny_language as tl
 from retmask_jax.data.needles import Needle, build_cases, draw_specs
 from retmask_jax.data.prompter import Prompter
-from retmask_jax.evals.perplexity import losses_under, text_loss
+from retmask_jax.evals.perplexity import losses_under, token_losses
 from retmask_jax.heads.conditions import hits
 from retmask_jax.heads.detectors import DETECTORS
 from retmask_jax.heads.head_outputs import HeadStatistics, head_statistics
@@ -181,7 +181,7 @@ def test_heads_of_every_set_are_ablated_with_the_means_of_each_mode(prepare, mon
 
 def test_losses_under_many_masks_are_those_under_one():
     masks = [Interventions(), mask_heads(CONFIG, [(1, 0)]), mask_heads(CONFIG, [(0, 1), (1, 2)])]
-    single = [text_loss(LM, WINDOWS, mask, batch_size=BATCH) for mask in masks]
+    single = [token_losses(LM, WINDOWS, mask, batch_size=BATCH).mean(axis=1) for mask in masks]
     told = {}
     found = losses_under(LM, WINDOWS, masks, batch_size=BATCH, done=lambda place, loss: told.update({place: loss}))
     np.testing.assert_array_equal(found, single)

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from markupsafe import Markup
 
-from retmask_jax.heads.conditions import ConditionRow
+from retmask_jax.heads.conditions import UNTOUCHED, ConditionRow
 from retmask_jax.heads.detection import Settled
 from retmask_jax.heads.detectors import Agreement
 from retmask_jax.reports import html, plotting
 from retmask_jax.reports.html import change, count, fixed, interval, p_value, signed, table
-from retmask_jax.stages.study.detector_runs import UNTOUCHED
 from retmask_jax.stages.study.detectors import DetectorRow, DetectorsResult
 
 if TYPE_CHECKING:

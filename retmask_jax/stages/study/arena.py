@@ -10,7 +10,7 @@ import numpy as np
 from retmask_jax.data.builtin_files import path_of
 from retmask_jax.evals.perplexity import Windows
 from retmask_jax.heads import knockout
-from retmask_jax.heads.conditions import Condition
+from retmask_jax.heads.conditions import UNTOUCHED, Condition
 from retmask_jax.heads.head_outputs import head_statistics
 from retmask_jax.heads.lists.formats import HeadList
 from retmask_jax.heads.lists.overlap import Overlap, overlaps
@@ -20,7 +20,7 @@ from retmask_jax.runs.costs import Cost, activity_cost, cases_cost, task_cost
 from retmask_jax.runs.stage import PROMPTS, Stage, Table
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.outcomes import head_activity, task_outcomes, text_losses
-from retmask_jax.stages.study.detector_runs import PASSES, UNTOUCHED, check_detector_names
+from retmask_jax.stages.study.detector_runs import PASSES, check_detector_names
 from retmask_jax.stages.study.listed_heads import ListRow, all_lists, check_sizes, detection_task, given_lists, sizes_of
 from retmask_jax.utils import stats
 from retmask_jax.utils.fingerprints import fingerprint

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from retmask_jax.data.builtin_files import path_of
-from retmask_jax.heads.conditions import Condition
+from retmask_jax.heads.conditions import UNTOUCHED, Condition
 from retmask_jax.heads.lists.formats import HeadList
 from retmask_jax.heads.lists.keys_kept import (
     KVHead,
@@ -24,7 +24,7 @@ from retmask_jax.runs.stage import PROMPTS, Stage, Table
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.outcomes import task_outcomes, text_losses
 from retmask_jax.stages.study.budget_rows import TEXT, BudgetRow, BudgetSet, Enough, Margin, Measured
-from retmask_jax.stages.study.detector_runs import PASSES, UNTOUCHED, check_detector_names
+from retmask_jax.stages.study.detector_runs import PASSES, check_detector_names
 from retmask_jax.stages.study.listed_heads import RANDOM, ListRow, all_lists, detection_task, given_lists
 from retmask_jax.utils.fingerprints import fingerprint
 from retmask_jax.utils.numbers import Number

@@ -10,19 +10,17 @@ from typing import Any
 import numpy as np
 
 from retmask_jax.data.needles import Case
-from retmask_jax.heads.conditions import Condition
 from retmask_jax.heads.detection import COUNTED, NoCaseCounts
 from retmask_jax.heads.detectors import DETECTORS, Repeats, over_seeds
 from retmask_jax.heads.profile import profile
 from retmask_jax.heads.scores import HeadScores
-from retmask_jax.model.interventions import Head, Interventions
+from retmask_jax.model.interventions import Head
 from retmask_jax.runs.context import Context
 from retmask_jax.stages.detect import DETECT
 from retmask_jax.utils import stats
 from retmask_jax.utils.files import read_json, read_jsonl, write_json
 
 PASSES = {"query_focused": 2, "gradient": 3}  # of a detector over the cases; others read them once
-UNTOUCHED = Condition("none", 0, Interventions())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from retmask_jax.heads.conditions import Condition, ConditionRow, summarise
+from retmask_jax.heads.conditions import UNTOUCHED, Condition, ConditionRow, summarise
 from retmask_jax.heads.detection import Settled, stability
 from retmask_jax.heads.detectors import DETECTORS, Agreement, Repeats, agreement
 from retmask_jax.model.interventions import Head, mask_heads
@@ -17,7 +17,6 @@ from retmask_jax.stages.detect import DETECT, DETECTION, HeadNumber, best_heads,
 from retmask_jax.stages.outcomes import task_outcomes
 from retmask_jax.stages.study.detector_runs import (
     PASSES,
-    UNTOUCHED,
     Concentration,
     DetectorRun,
     check_detector_names,

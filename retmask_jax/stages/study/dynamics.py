@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from retmask_jax.data.tasks import check_fits
-from retmask_jax.evals.perplexity import text_loss
-from retmask_jax.heads.conditions import Condition
+from retmask_jax.heads.conditions import UNTOUCHED, Condition
 from retmask_jax.hf.checkpoint_files import read_config
 from retmask_jax.hf.families import from_hf, ignorable
 from retmask_jax.hf.hub import config_folder
@@ -20,9 +19,8 @@ from retmask_jax.runs.context import Context, checkpoint_fingerprint
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECTION
-from retmask_jax.stages.outcomes import task_outcomes
+from retmask_jax.stages.outcomes import task_outcomes, text_losses
 from retmask_jax.stages.study.detector_runs import (
-    UNTOUCHED,
     DetectorRun,
     Found,
     check_detector_names,
@@ -186,7 +184,7 @@ def _recall(there: Context, best: Sequence[Head]) -> CheckpointRecall | None:
 def _text_loss(there: Context) -> Number | None:
     if not there.config.text.file:
         return None
-    return stats.bootstrap_mean(text_loss(there.lm, there.windows(), batch_size=there.config.batch_size))
+    return stats.bootstrap_mean(text_losses(there, there.windows(), [UNTOUCHED])[0])
 
 
 def _numbers(rows: Sequence[CheckpointRow]) -> dict[str, Number]:

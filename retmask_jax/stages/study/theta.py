@@ -5,13 +5,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from retmask_jax.heads.conditions import UNTOUCHED
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.costs import Cost, cases_cost, task_cost
 from retmask_jax.runs.stage import PROMPTS, Stage
 from retmask_jax.runs.workdir import Result
 from retmask_jax.stages.detect import DETECT, DETECTION
 from retmask_jax.stages.outcomes import task_outcomes
-from retmask_jax.stages.study.detector_runs import UNTOUCHED, Found, check_detector_names, heads_found, scored
+from retmask_jax.stages.study.detector_runs import Found, check_detector_names, heads_found, scored
 from retmask_jax.stages.study.variants import with_base
 from retmask_jax.utils import stats
 from retmask_jax.utils.numbers import McNemar, Number

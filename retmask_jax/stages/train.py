@@ -215,7 +215,13 @@ def _rows(context: Context, target: Path, identity: dict[str, Any]) -> PairRows:
 
 
 def _pairs_file(context: Context, name: str) -> Path:
-    return context.workdir.folder(PAIRS.name) / f"{name}.jsonl.gz"
+    folder = context.workdir.folder(PAIRS.name)
+    if not (file := folder / f"{name}.jsonl.gz").exists():
+        raise ValueError(
+            f"{file} is gone, which `retmask pairs` has written: move {folder} away and run it again; answers that were "
+            "sampled are found in `measured`"
+        )
+    return file
 
 
 def _ends(context: Context) -> Ends:

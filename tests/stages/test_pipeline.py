@@ -216,6 +216,14 @@ def test_a_stage_refuses_results_that_are_out_of_date(finished, tmp_path, here):
     assert "reads the result of knockout, which is out of date" in done.stderr
 
 
+def test_pairs_that_are_gone_are_named_and_nothing_is_moved(finished, tmp_path, here):
+    root = shutil.copytree(finished[0], tmp_path / "work")
+    (root / "pairs/retmask-0.jsonl.gz").unlink()
+    done = here("train", f"--config={CONFIG}", f"--workdir={root}", "--config.train.steps=5", "--set-aside")
+    assert done.returncode == 2 and f"{root / 'pairs/retmask-0.jsonl.gz'} is gone" in done.stderr
+    assert (root / "train/result.json").exists() and not (root / "set-aside").exists()
+
+
 def test_only_what_is_new_is_trained(finished, tmp_path, here, monkeypatch, caplog):
     """An arm that is added leaves the others' runs as they are; a setting of training makes all of them anew, and what a
     step is computed with none."""

@@ -7,10 +7,18 @@ from pathlib import Path
 import numpy as np
 
 from retmask_jax.heads import rotary
-from retmask_jax.heads.conditions import Condition, ConditionRow, Contrast, contrast, mean_over_draws, summarise
+from retmask_jax.heads.conditions import (
+    UNTOUCHED,
+    Condition,
+    ConditionRow,
+    Contrast,
+    contrast,
+    mean_over_draws,
+    summarise,
+)
 from retmask_jax.heads.head_outputs import HeadStatistics, head_statistics
 from retmask_jax.heads.query_norms import query_norms
-from retmask_jax.model.interventions import SITES, Head, Interventions
+from retmask_jax.model.interventions import SITES, Head
 from retmask_jax.model.rope import inverse_frequencies, why_no_rotary_masks
 from retmask_jax.runs.context import Context
 from retmask_jax.runs.costs import Cost, task_cost
@@ -103,7 +111,7 @@ def rope_stage(context: Context, folder: Path) -> RopeResult:
     )
     text = context.config.text.file
     statistics = head_statistics(lm, context.windows()[: context.config.knockout.activity_windows]) if text else None
-    conditions = [Condition("none", 0, Interventions())]
+    conditions = [UNTOUCHED]
     if section.tasks:  # a model that takes no rotary masks is asked for none
         conditions += _conditions(context, heads, ks, statistics)
     outcomes = task_outcomes(context, section.tasks, conditions).outcomes

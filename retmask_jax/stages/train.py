@@ -109,8 +109,8 @@ def trained_run(context: Context, model: LanguageModel, arm: str, settings: Sett
     The model has no parameters yet. What the run is made from is noted there, for `unchanged`.
     """
     target = folder / f"{arm}-{settings.seed}"
-    write_json(target / _MADE, _made_from(context, target.name, settings))
     identity = _rows_from(context, target.name)
+    write_json(target / _MADE, _made_from(context, identity, settings))
     rows = _rows(context, target, identity)
     if not is_whole(target / "model"):
         identity |= {"model": context.model_fingerprint, "dtype": settings.compute_dtype}
@@ -142,7 +142,10 @@ def unchanged(context: Context, folder: Path, runs: Mapping[str, Settings]) -> l
 
     def made(name: str) -> bool:
         note = folder / name / _MADE
-        return note.exists() and not differing(read_json(note), _made_from(context, note.parent.name, runs[name]))
+        if not note.exists():
+            return False
+        wanted = _made_from(context, _rows_from(context, note.parent.name), runs[name])
+        return not differing(read_json(note), wanted)
 
     return [name for name in runs if made(name)]
 
@@ -155,12 +158,12 @@ def left_to_train(context: Context, stage: str, runs: Callable[[Context], Mappin
     return n - sum(is_whole(folder / name / "model") for name in unchanged(context, folder, runs(context)))
 
 
-def _made_from(context: Context, name: str, settings: Settings) -> dict[str, Any]:
-    """All that decides a run, {name: JSON value}: pairs, model, settings, and the heads that an objective masks."""
+def _made_from(context: Context, rows_from: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """All that decides a run, {name: JSON value}: its rows, model, settings, and the heads that an objective masks."""
     masked = sorted(retrieval_heads(context)) if settings.objective == "contrast" else []
     of_settings = msgspec.json.decode(msgspec.json.encode(settings))  # with lists for tuples, as a file has them
     made = {"model": context.model_fingerprint, "masked": [list(head) for head in masked], "train": of_settings}
-    return _rows_from(context, name) | settings_of(made)
+    return rows_from | settings_of(made)
 
 
 def _runs(context: Context) -> dict[str, Settings]:
@@ -186,20 +189,13 @@ def check_batch(config: ConfigDict, devices: Sequence[jax.Device] | None = None)
 
 def _rows_from(context: Context, name: str) -> dict[str, Any]:
     """What the token rows of a run are made from, {name: JSON value}: its pairs, the tokenizer and the limits."""
-    section = context.config.train
-    return {
-        "data": fingerprint(_pairs_file(context, name)),
-        "tokenizer": context.pairs_prompter.identity(),
-        "end": _ends(context).usual,
-        "max_tokens": section.max_tokens,
-        "max_prompt_tokens": section.max_prompt_tokens,
-    }
+    data, tokenizer = fingerprint(_pairs_file(context, name)), context.pairs_prompter.identity()
+    return {"data": data, "tokenizer": tokenizer, "end": _ends(context).usual, **_limits(context)}
 
 
 def _rows(context: Context, target: Path, identity: dict[str, Any]) -> PairRows:
     """The token rows of a run's pairs, encoded once and kept in target/rows; identity: as of `_rows_from`."""
     section, name, file = context.config.train, target.name, _pairs_file(context, target.name)
-    limits = {"max_tokens": section.max_tokens, "max_prompt_tokens": section.max_prompt_tokens}
 
     def blocks() -> Iterator[PairRows]:
         n = sum(1 for _ in iter_pairs(file))
@@ -209,7 +205,7 @@ def _rows(context: Context, target: Path, identity: dict[str, Any]) -> PairRows:
                 "add prompts or lower train.batch_size"
             )
         records = track(iter_pairs(file), n, f"tokenize {name}", "pair")
-        return encode_blocks(context.pairs_prompter, records, ends=_ends(context), **limits)
+        return encode_blocks(context.pairs_prompter, records, ends=_ends(context), **_limits(context))
 
     return kept_rows(target / "rows", identity, blocks)
 
@@ -222,6 +218,11 @@ def _pairs_file(context: Context, name: str) -> Path:
             "sampled are found in `measured`"
         )
     return file
+
+
+def _limits(context: Context) -> dict[str, int]:
+    section = context.config.train
+    return {"max_tokens": section.max_tokens, "max_prompt_tokens": section.max_prompt_tokens}
 
 
 def _ends(context: Context) -> Ends:

@@ -161,6 +161,11 @@ class ModelConfig:
         """Whether the layers at this place of the pattern have experts instead of one MLP."""
         return self.expert_pattern[place % len(self.expert_pattern)]
 
+    def first_like(self, place: int) -> int:
+        """The first place of the pattern whose layers compute the same as those at this place."""
+        traits = [(kind, self.has_rope(i), self.has_experts(i)) for i, kind in enumerate(self.layer_pattern)]
+        return traits.index(traits[place])
+
     def has_rope(self, place: int) -> bool:
         """Whether the layers at this place of the pattern have RoPE."""
         return self.rope_pattern[place % len(self.rope_pattern)]

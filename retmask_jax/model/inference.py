@@ -3,6 +3,8 @@ one token. For inference only: the loop over groups has no gradient.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax.struct
@@ -15,7 +17,7 @@ from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.kv_cache import NO_CACHE, Cache
 from retmask_jax.model.layers import Embedding, norm
 from retmask_jax.model.masking import ByLayer, LayerMasks, Masks
-from retmask_jax.model.transformer import Call, Carry, Group, Hidden, make_call, merge_probed
+from retmask_jax.model.transformer import Block, Call, Carry, Group, Hidden, make_call, merge_probed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Layers:
         self, r: jax.Array | int, carry: Carry, masks: ByLayer, call: Call | None = None
     ) -> tuple[Carry, PyTree]:
         """(carry after repeat r, what it probed). call: used for this repeat instead of the usual one."""
-        weights, masks = jax.tree.map(lambda leaf: leaf[r], (self.params["blocks"], masks["blocks"]))
+        of_r = functools.partial(jax.lax.dynamic_index_in_dim, index=r, keepdims=False, allow_negative_indices=False)
+        weights, masks = jax.tree.map(of_r, (self.params["blocks"], masks["blocks"]))
         return self.apply_group(self.config.layer_pattern, weights, carry, (r, masks), call or self.call)
 
     def through_first(self, carry: Carry, masks: ByLayer, n: int) -> tuple[Carry, PyTree]:
@@ -110,8 +113,9 @@ class Layers:
         call: Call,
     ) -> tuple[Carry, PyTree]:
         """(carry after one group with these weights, what it probed). A subclass may make the weights from more than one."""
-        group = Group(self.config, len(pattern))
-        return group.apply({"params": weights}, carry, repeat_and_masks, call)
+        repeat, masks = repeat_and_masks
+        group = Group(self.config, len(pattern), functools.partial(_block_of, weights))
+        return group.apply({}, carry, (jnp.int32(repeat), masks), call)
 
     def normed(self, x_BPE: jax.Array) -> jax.Array:
         return cast(jax.Array, norm(self.config, None).apply({"params": self.params["norm"]}, x_BPE))
@@ -119,6 +123,17 @@ class Layers:
     def _up_to_last(self, start: jax.Array | int, carry: Carry, masks: ByLayer) -> Carry:
         """The carry after the groups from `start` on, without the last."""
         return jax.lax.fori_loop(start, self.before_last, lambda r, carry: self.through(r, carry, masks)[0], carry)
+
+
+def _block_of(weights: PyTree, config: ModelConfig, place: int, name: str) -> Callable[..., Any]:
+    """What a Group calls for a block, in place of a Block that declares its weights."""
+    return functools.partial(_through_block, config, config.first_like(place), weights[name])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _through_block(config, place, weights, x_BTE, masks, cache, repeat, call):
+    """A Block. Under jit, so that it is traced once for all places that are alike and wherever a program has it again."""
+    return Block(config, place, parent=None).apply({"params": weights}, x_BTE, masks, cache, repeat, call)
 
 
 class HiddenRows(flax.struct.PyTreeNode):

@@ -1,6 +1,6 @@
 """The transformer: blocks scanned over the repeats of the layer pattern, interventions as scanned inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -316,10 +316,11 @@ class Block(nn.Module):
 
 
 class Group(nn.Module):
-    """One repeat of the layer pattern; the body of the scan."""
+    """One repeat of the layer pattern; the body of the scan. block: makes what is called for a block of it."""
 
     config: ModelConfig
     n_blocks: int
+    block: Callable[..., Any] = Block
 
     @nn.compact
     def __call__(
@@ -330,9 +331,8 @@ class Group(nn.Module):
         probed = {}
         for place in range(self.n_blocks):
             i = str(place)
-            block = Block(self.config, place, name=i)
-            last = place == self.n_blocks - 1
-            block_call = call if last else call.replace(rows_BP=None)
+            block = self.block(self.config, place, name=i)
+            block_call = call if place == self.n_blocks - 1 else call.replace(rows_BP=None)
             x_BTE, cache, probed[i] = block(x_BTE, masks[i], None if caches is None else caches[i], repeat, block_call)
             caches = None if caches is None else caches | {i: cast(KV, cache)}
         return (x_BTE, caches), probed

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from retmask_jax.model.inference import hidden_rows
 from retmask_jax.model.interventions import Interventions
 from retmask_jax.model.kv_cache import empty_cache
 from retmask_jax.model.masking import normalise
+from retmask_jax.model.sharding import param_shapes
 from retmask_jax.model.transformer import hidden
 
 CHUNK = 8
@@ -139,6 +141,28 @@ def test_rows_of_the_last_layer_equal_those_of_a_whole_pass(five_layers, close):
         close(rows.x_BPE, expected_BPE, 1e-5)
         np.testing.assert_array_equal(rows.probed.keys, full.probed.keys)
         close(rows.probed.mass, full.probed.mass, 1e-5)
+
+
+@pytest.mark.parametrize("pattern, times", [(("full",), 2), (("sliding", "sliding", "sliding", "full"), 3)])
+def test_layers_that_are_alike_are_traced_once(pattern, times):
+    """Wherever a program of chunks and a probe has them: one of each kind, and the last one of the rows asked for."""
+    sizes = dict.fromkeys(("hidden_size", "mlp_size", "vocab_size"), 16) | {
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "head_dim": 4,
+    }
+    config = ModelConfig(**sizes, n_layers=12, max_length=64, layer_pattern=pattern, window=6)
+    rows_BP = np.array([[39, 3]])
+
+    def run(params, tokens_BT):
+        cache = empty_cache(config, 1, 48, jnp.float32)
+        asked = jnp.asarray(rows_BP)
+        return prefill(
+            config, params, tokens_BT, jnp.array([40]), normalise(config), cache, asked, probe=Probe(asked), chunk=CHUNK
+        )
+
+    shapes = nn.unbox(param_shapes(config)), jax.ShapeDtypeStruct((1, 40), jnp.int32)
+    assert jax.jit(run).lower(*shapes).as_text().count("func.func private @_through_block") == times
 
 
 # --- shared beginnings ---

@@ -52,10 +52,14 @@ def main(folder: str, dtype: str) -> None:
     done.set()
     watcher.join()
     leaves = jax.tree.leaves(params)
+    parts = [[(str(s.index), s.data) for s in leaf.addressable_shards] for leaf in leaves]
+    buffers = {data.unsafe_buffer_pointer(): data.nbytes for of_leaf in parts for _, data in of_leaf}
     print(
         json.dumps(
             {
-                "over": peak[0] - start - sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards),
+                "over": peak[0] - start - sum(buffers.values()),
+                "buffers": len(buffers),
+                "parts": sum(len({index for index, _ in of_leaf}) for of_leaf in parts),
                 "parameters": sum(leaf.nbytes for leaf in leaves),
                 "largest_shard": max(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards),
                 "devices": len({s.device for leaf in leaves for s in leaf.addressable_shards}),

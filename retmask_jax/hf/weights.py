@@ -40,6 +40,7 @@ _OUTPUT = "lm_head.weight"
 _INV_FREQ = ".rotary_emb.inv_freq"
 _STRIPE = 128  # rows read at a time
 _READERS = 4  # threads
+_ALIGNMENT = 64  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,11 +224,19 @@ def _place(shape, dtype, sharding, fill) -> jax.Array:
         devices.setdefault(bounds, []).append(device)
     shards = []
     for bounds, holders in devices.items():
-        host = np.empty([end - begin for begin, end in bounds], dtype)
+        host = _aligned([end - begin for begin, end in bounds], dtype)
         fill(host, bounds)
         shards += [jax.device_put(host, device) for device in holders]
         jax.block_until_ready(shards)
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _aligned(shape: Sequence[int], dtype) -> np.ndarray:
+    """An empty array that begins where JAX uses it as it lies: the devices of a CPU then share it, where each would copy it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    return memory[first : first + size].view(dtype).reshape(shape)
 
 
 def _fill(pieces: list[_Piece], tensors, host: np.ndarray, bounds) -> None:

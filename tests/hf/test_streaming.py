@@ -85,6 +85,7 @@ def test_each_device_gets_its_part_and_nothing_is_read_twice(tmp_path):
     assert seen["devices"] == 8
     assert seen["read"] == size  # fp16 norms are whole on every device, yet read once
     assert seen["largest_read"] <= seen["largest_shard"]
+    assert seen["buffers"] == seen["parts"]  # what several devices have whole lies in memory once
     leaves = [leaf[..., :1] for leaf in jax.tree.leaves(load(tmp_path / "model").params)]
     assert seen["checksum"] == pytest.approx(sum(np.abs(np.asarray(x, np.float64)).sum() for x in leaves), rel=1e-12)
 

@@ -229,9 +229,10 @@ def test_folders_that_stay_are_left_where_they_are_and_named(tmp_path, caplog, f
     assert not work.run("train", basis, pytest.fail, stays=pytest.fail)  # nothing is asked where nothing has changed
 
 
-def test_a_move_that_is_cut_off_goes_on_in_the_same_place(tmp_path, monkeypatch):
+@pytest.mark.parametrize("staying", [(), ("run-0",)])
+def test_a_move_that_is_cut_off_goes_on_in_the_same_place(tmp_path, monkeypatch, staying):
     ran, replace = [], os.replace
-    _run(_opened(tmp_path), ran, files=("a", "b", "c"))
+    _run(_opened(tmp_path), ran, files=("a", "b", "c", "run-0/model"))
     before = _files(tmp_path / "train")
     with monkeypatch.context() as patch:
         moved = []
@@ -239,10 +240,11 @@ def test_a_move_that_is_cut_off_goes_on_in_the_same_place(tmp_path, monkeypatch)
             os, "replace", lambda old, new: moved.append(old) if len(moved) < 2 and not replace(old, new) else 1 / 0
         )
         with pytest.raises(ZeroDivisionError):
-            workdir.set_aside(tmp_path / "train", tmp_path / "set-aside")
-    assert 0 < len(_files(tmp_path / "train")) < len(before)
-    workdir.set_aside(tmp_path / "train", tmp_path / "set-aside")
-    assert _files(tmp_path / "set-aside" / "train-1") == before and not _files(tmp_path / "train")
+            workdir.set_aside(tmp_path / "train", tmp_path / "set-aside", staying)
+    assert len(staying) < len(_files(tmp_path / "train")) < len(before)
+    workdir.set_aside(tmp_path / "train", tmp_path / "set-aside", staying)
+    left = {name: before.pop(name) for name in before.copy() if name.split("/")[0] in staying}
+    assert _files(tmp_path / "set-aside" / "train-1") == before and _files(tmp_path / "train") == left
 
 
 def test_a_work_directory_of_version_0_1_is_refused_in_one_line_or_set_aside(tmp_path):

@@ -39,8 +39,8 @@ class HeadNumber(Number):
 class DetectResult(Result):
     """heads: the retrieval heads, best first, with their `scores`. mean: [L][H] scores of all heads. threshold: None where
     heads were chosen by their number. outcomes: cases by outcome, empty where scores were given. profile: as of
-    `heads.profile`, None where undefined. n_kv_heads: None in results of older versions. best: the best heads, chosen or
-    not, with intervals, and all retrieval heads; empty in results of older versions."""
+    `heads.profile`, None where undefined. n_kv_heads, rope_base (of full layers): None in results of older versions. best:
+    the best heads, chosen or not, with intervals, and all retrieval heads; empty in results of older versions."""
 
     heads: list[Head]
     scores: list[float]
@@ -48,6 +48,7 @@ class DetectResult(Result):
     threshold: float | None
     outcomes: dict[str, int]
     n_kv_heads: int | None = None
+    rope_base: float | None = None
     profile: dict[str, float | None]
     stability: list[Settled]
     mask_hash: str
@@ -145,6 +146,7 @@ def _detected(
         threshold=section.threshold,
         outcomes=dict(Counter(outcomes)),
         n_kv_heads=lm.config.n_kv_heads,
+        rope_base=lm.config.rope.theta,
         profile={name: stats.defined(value) for name, value in shape.items()},
         stability=stability(scores, **selection(context)),
         mask_hash=_mask_hash(lm, heads),

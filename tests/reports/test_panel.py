@@ -138,6 +138,11 @@ def test_studies_without_a_task_are_named_and_what_they_lack_is_said(members, ro
         "and random more than lowest": ["llama-1"],
     }
     assert "llama-1" not in found.centres and found.findings[-1].of == 2
+    detected = dataclasses.replace(
+        detect_result((4, 8), 20, 0.1), rope_base=5e5, provenance=Provenance(inputs={"weights": "w"})
+    )
+    write_json(roots[1] / "detect" / "result.json", detected)  # by a version that notes the base
+    assert [row.theta for row in sources.read_studies(roots)] == [1e4, 5e5, 1e4]
     with pytest.raises(ValueError, match="empty is neither a work directory with results nor a folder of records"):
         (tmp_path / "empty").mkdir()
         sources.read_studies([tmp_path / "empty"])

@@ -49,7 +49,7 @@ class Record:
         p_values: McNemar's exact test, by name: of a mask against the untouched model, of other masks against that of the
             retrieval heads ("A minus retrieval"), of rotary pairs ("highest minus lowest"), of a trained model against
             the start, and of retmask against every other arm.
-        theta: RoPE base; None where the stage theta has not run.
+        theta: RoPE base; None where `detect` is of an older version and the stage theta has not run.
         agreement: Of each two detectors.
     """
 
@@ -86,6 +86,7 @@ def read_workdir(name: str, root: Path) -> Record:
         settings=settings_of(config) | {"model": source.name},
         stages={},
         numbers={},
+        theta=detect.rope_base,
     )
     return _filled(empty, work, dict(_results(work)))
 

@@ -61,7 +61,7 @@ def shared_batches(
     more: int = 0,
     least: int = 0,
 ) -> Iterator[Batch]:
-    """Batches of prompts with the tokens given after them, of the indices `todo`.
+    """Batches of prompts with the tokens given after them, of the indices `todo`; the longest prompts come first.
 
     Args:
         given: For each prompt; may be empty.
@@ -70,7 +70,8 @@ def shared_batches(
         more: Free slots for this many tokens after each prompt.
         least: Texts without a shared prefix are padded to this many tokens, or more.
     """
-    for group in share_prefixes([prompts[i] for i in todo]):
+    groups = share_prefixes([prompts[i] for i in todo])
+    for group in sorted(groups, key=lambda group: -max(len(prompts[todo[i]]) for i in group.members)):
         group = dataclasses.replace(group, members=tuple(todo[i] for i in group.members))
         # After a shared prefix, chunks are computed up to the longest row of a batch. So rows are sorted by length, and
         # batches are small on a CPU, which two rows, or one per device, keep busy. All batches are padded to one width,

@@ -117,7 +117,7 @@ def empty_state(
     """The state of a batch of free rows. blank_B: zeros i32[B], as many as there are rows. passes: as of `Draws`."""
     dtype = jax.tree.leaves(params)[0].dtype
     rows = Rows.begin(blank_B, blank_B.astype(jnp.uint32), blank_B, max_new_tokens, done=True)
-    return _laid_out(rows, empty_cache(config, passes * len(blank_B), slots, dtype))
+    return laid_out(rows, empty_cache(config, passes * len(blank_B), slots, dtype))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="max_new_tokens")
@@ -131,7 +131,7 @@ def start_rows(config: ModelConfig, shared: Shared, prompts: Prompts, *, max_new
     given, end_F = draws.spread(tokens_FT), draws.spread(length_F)
     first = prefill(config, shared.params, given, end_F, masks, cache, end_F[:, None] - 1, longest=shared.longest)
     rows = Rows.begin(length_F, seed_F, mask_F, max_new_tokens, done=False)
-    return _laid_out(rows.draw(config, shared, first.x_BPE), first.cache)
+    return laid_out(rows.draw(config, shared, first.x_BPE), first.cache)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -140,7 +140,7 @@ def replace_rows(row_F: jax.Array, rows: Rows, cache: Cache, new_rows: Rows, new
     """The state with the new rows in its rows row_F."""
     batch, cached = len(rows.done_B), jax.tree.leaves(cache)[0].shape[1]
     rows = jax.tree.map(lambda old, new: old.at[row_F].set(new, mode="drop"), rows, new_rows)
-    return _laid_out(rows, put_rows(cache, new_cache, row_F if cached == batch else pair_rows(row_F)))
+    return laid_out(rows, put_rows(cache, new_cache, row_F if cached == batch else pair_rows(row_F)))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache", compiler_options=DECODING)
@@ -163,10 +163,11 @@ def decode_rows(
         step, (rows, _) = loop
         return (step < steps) & (jnp.sum(rows.done_B) < enough)
 
-    return _laid_out(*jax.lax.while_loop(unfinished, one, (jnp.int32(0), (rows, cache)))[1])
+    return laid_out(*jax.lax.while_loop(unfinished, one, (jnp.int32(0), (rows, cache)))[1])
 
 
-def _laid_out(rows: Rows, cache: Cache | None) -> State:
+def laid_out(rows: Any, cache: Cache | None) -> tuple[Any, Any]:
+    """A state as every program of it returns it, so that each is compiled once."""
     return constrain(rows, ("batch",)), constrain(cache, (None, "batch", "heads"))
 
 

@@ -15,19 +15,22 @@ from jaxtyping import Bool, PyTree
 
 from retmask_jax.generation.batching import pad_rows
 from retmask_jax.generation.continuations import read_on, shared_batches
+from retmask_jax.generation.continuous_programs import laid_out, replace_rows
 from retmask_jax.generation.decode import DECODING, Generated, one_row
 from retmask_jax.generation.language_model import LanguageModel
 from retmask_jax.generation.sampling import NO_STOP, Draws, check_options
 from retmask_jax.model.attention import Probe
 from retmask_jax.model.config import ModelConfig
 from retmask_jax.model.inference import next_hidden
-from retmask_jax.model.kv_cache import Cache
+from retmask_jax.model.kv_cache import Cache, empty_cache
 from retmask_jax.model.layers import unembed
 from retmask_jax.model.masking import Masks, normalise
-from retmask_jax.model.sharding import ROWS, STACKED_ROWS, mesh_of, row_parallel
+from retmask_jax.model.sharding import ROWS, STACKED_ROWS, full_share, mesh_of, row_parallel, row_shares
 from retmask_jax.model.transformer import check_tokens
 from retmask_jax.utils import memory
 from retmask_jax.utils.hosts import to_host
+
+_FREE = -1  # the owner of a row without an answer in progress
 
 
 class Ends(NamedTuple):
@@ -93,37 +96,18 @@ def answer_drafts(
     drafts = [tuple(draft)[:width] for draft in drafts]
     masks, longest = normalise(config), np.int32(longest + max_new_tokens)
 
-    def work(todo: list[int], batch_size: int):
-        waiting: list[_Begun] = []  # small batches with an answer that goes on after its draft
+    def work(todo: list[int], batch_size: int) -> Iterator[tuple[list[int], list[Generated]]]:
+        going_on = _GoingOn(config, lm.params, ends, masks, longest, max_new_tokens, full_share(batch_size))
         common = {"batch_size": batch_size, "masks": masks, "longest": longest, "more": max_new_tokens, "least": least}
-
-        def go_on() -> Iterator[tuple[list[int], list[Generated]]]:
-            parts = tuple(begun.state for begun in waiting)
-            parts += parts[-1:] * (batch_size // len(waiting[0].rows) - len(parts))  # for one program
-            found = to_host(decode_together(config, lm.params, parts, ends, masks, longest))
-            for begun, out in zip(waiting, found, strict=False):
-                yield begun.rows, _each_row(out)
-            waiting.clear()
-
         for batch in shared_batches(config, lm.params, prompts, drafts, todo, **common):
             draft_BN, said_B = pad_rows([drafts[i] for i in batch.rows], config.pad_id, least=width)
             drafted = Drafted(batch.tokens_BT, batch.start_B, batch.end_B, batch.prompt_B, draft_BN, said_B)
             arguments = config, lm.params, batch.prefix, drafted, ends, masks, longest
             if batch.prefix is None or 2 * len(batch.rows) > batch_size:
                 yield batch.rows, _each_row(to_host(answer_batch(*arguments, max_new_tokens=max_new_tokens)))
-                continue
-            begun = _Begun(batch.rows, read_drafts(*arguments, max_new_tokens=max_new_tokens))
-            known = to_host(begun.state.rows)
-            if known.done_B.all():
-                yield batch.rows, _each_row(_result(config, known))
-                continue
-            if waiting and begun.shape != waiting[0].shape:
-                yield from go_on()
-            waiting.append(begun)
-            if (len(waiting) + 1) * len(batch.rows) > batch_size:
-                yield from go_on()
-        if waiting:
-            yield from go_on()
+            else:
+                yield from going_on.add(batch.rows, read_drafts(*arguments, max_new_tokens=max_new_tokens))
+        yield from going_on.rest()
 
     with mesh_of(lm.params):
         return memory.in_batches(len(prompts), batch_size, what, "answer", work, note)
@@ -149,11 +133,13 @@ class _Rows(NamedTuple):
     """The answers in progress.
 
     Attributes:
+        prompt_B: The length of each prompt.
         tokens_BM: The tokens so far; count_B of them are known, and the last of these is in no cache yet.
         argmax_BMLH: The keys that heads looked at most when the tokens were predicted.
         stop_B: The token that ended the answer, which is not counted, or NO_STOP.
     """
 
+    prompt_B: Any
     tokens_BM: Any
     argmax_BMLH: Any
     count_B: Any
@@ -161,23 +147,61 @@ class _Rows(NamedTuple):
     stop_B: Any
 
 
-class _State(NamedTuple):
-    """Answers in progress (`_Rows`), and what decoding goes on from: the length of each prompt and the cache."""
-
-    rows: Any
-    prompt_B: Any
-    cache: Any
+_State = tuple[_Rows, Any]  # answers in progress, and the cache that decoding goes on from
+_STATE = ROWS, STACKED_ROWS
 
 
-class _Begun(NamedTuple):
-    """A batch whose drafts are read. rows: the index of each prompt."""
+class _GoingOn:
+    """The answers that go on after their drafts: rows of one batch, which are refilled as answers end."""
 
-    rows: list[int]
-    state: _State
+    def __init__(self, config: ModelConfig, params, ends: Ends, masks: Masks, longest, max_new_tokens: int, batch: int):
+        self._shared = config, params, ends, masks, longest
+        self._new_tokens = max_new_tokens
+        self._owner_B = np.full(batch, _FREE)
+        self._state: _State | None = None
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.state.cache["blocks"]["0"].v.shape
+    def add(self, owners: Sequence[int], state: _State) -> Iterator[tuple[list[int], list[Generated]]]:
+        """Takes answers in progress, of which owners are the prompts; yields those that have ended, also to make room."""
+        rows = to_host(state[0])
+        if rows.done_B.any():
+            yield self._ended(rows, np.where(rows.done_B, owners, _FREE))
+        goes_on_F = ~rows.done_B & np.isin(np.arange(len(owners)), np.unique(owners, return_index=True)[1])
+        if not goes_on_F.any():
+            return
+        if self._state is None or not _slots(self._state) / 2 < _slots(state) <= _slots(self._state):
+            yield from self.rest()  # a row in a cache far longer than it needs would be slow
+            config, params, blank_B = *self._shared[:2], np.zeros(len(self._owner_B), np.int32)
+            self._state = _blank(config, params, blank_B, slots=_slots(state), max_new_tokens=self._new_tokens)
+        shares = row_shares(len(owners))
+        owner_DB, goes_on_DF = self._owner_B.reshape(shares, -1), goes_on_F.reshape(shares, -1)
+        needed = goes_on_DF.sum(axis=1)
+        if ((owner_DB == _FREE).sum(axis=1) < needed).any():
+            yield from self._decode(needed.max())
+        row_DF = np.full(goes_on_DF.shape, owner_DB.shape[1], np.int32)  # beyond the last one: left out
+        for device, goes_on_F in enumerate(goes_on_DF):
+            free = np.flatnonzero(owner_DB[device] == _FREE)[: needed[device]]
+            row_DF[device, goes_on_F] = free
+            owner_DB[device, free] = np.reshape(owners, goes_on_DF.shape)[device, goes_on_F]
+        self._state = replace_rows(row_DF.ravel(), *self._state, *state)
+
+    def rest(self) -> Iterator[tuple[list[int], list[Generated]]]:
+        """Decodes and yields all that is left."""
+        if (self._owner_B != _FREE).any():
+            yield from self._decode(len(self._owner_B))
+
+    def _decode(self, enough: int) -> Iterator[tuple[list[int], list[Generated]]]:
+        """Decodes until each device has so many rows that are free or done, or no others; yields those that are done."""
+        assert self._state is not None
+        self._state = _decode_rows(*self._shared, np.int32(enough), *self._state)
+        rows = to_host(self._state[0])
+        owners = np.where(rows.done_B, self._owner_B, _FREE)
+        if (owners != _FREE).any():
+            yield self._ended(rows, owners)
+        self._owner_B[rows.done_B] = _FREE
+
+    def _ended(self, rows: _Rows, owners: np.ndarray) -> tuple[list[int], list[Generated]]:
+        found, at = _result(self._shared[0], rows), np.flatnonzero(owners != _FREE)
+        return owners[at].tolist(), [one_row(found, row) for row in at.tolist()]
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="max_new_tokens", compiler_options=DECODING)
@@ -195,11 +219,11 @@ def answer_batch(
 ) -> Generated:
     """The compiled program of `answer_drafts` for a full batch. prefix: as of `Batch`."""
     state = _read(config, params, prefix, drafted, ends, masks, longest, max_new_tokens)
-    return _result(config, _decode(config, params, state, ends, masks, longest))
+    return _result(config, _decode(config, params, ends, masks, longest, len(drafted.end_B), state)[0])
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="max_new_tokens")
-@row_parallel("drafted", results=_State(ROWS, ROWS, STACKED_ROWS))
+@row_parallel("drafted", results=_STATE)
 def read_drafts(
     config: ModelConfig,
     params: PyTree,
@@ -212,21 +236,35 @@ def read_drafts(
     max_new_tokens: int,
 ) -> _State:
     """The first half of `answer_batch`, for a small batch: what the model says as far as it agrees with the drafts."""
-    return _read(config, params, prefix, drafted, ends, masks, longest, max_new_tokens)
+    return laid_out(*_read(config, params, prefix, drafted, ends, masks, longest, max_new_tokens))
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=DECODING)
-def decode_together(
-    config: ModelConfig, params: PyTree, parts: tuple[_State, ...], ends: Ends, masks: Masks, longest: jax.Array
-) -> list[Generated]:
-    """The second half of `answer_batch`, for several small batches at once, whose caches have as many slots."""
-    rows = jax.tree.map(lambda *x: jnp.concatenate(x), *(part.rows for part in parts))
-    cache = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *(part.cache for part in parts))
-    prompt_B = jnp.concatenate([part.prompt_B for part in parts])
-    out = _result(config, _decode_rows(config, params, prompt_B, rows, cache, ends, masks, longest))
-    bounds = np.cumsum([len(part.prompt_B) for part in parts])[:-1].tolist()
-    split = [jnp.split(x, bounds) for x in jax.tree.leaves(out)]
-    return [jax.tree.unflatten(jax.tree.structure(out), leaves) for leaves in zip(*split, strict=True)]
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "max_new_tokens"))
+@row_parallel("blank_B", results=_STATE)
+def _blank(config: ModelConfig, params: PyTree, blank_B: jax.Array, *, slots: int, max_new_tokens: int) -> _State:
+    """A batch of free rows. blank_B: zeros i32[B], as many as there are rows."""
+    batch = len(blank_B)
+    tokens_BM = jnp.zeros((batch, max_new_tokens), jnp.int32)
+    argmax_BMLH = jnp.zeros((*tokens_BM.shape, config.n_layers, config.n_heads), jnp.int32)
+    rows = _Rows(blank_B, tokens_BM, argmax_BMLH, blank_B + 1, jnp.full(batch, True), blank_B)
+    return laid_out(rows, empty_cache(config, batch, slots, jax.tree.leaves(params)[0].dtype, rings=False))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache", compiler_options=DECODING)
+@row_parallel("rows", stacked=("cache",), results=_STATE)
+def _decode_rows(
+    config: ModelConfig,
+    params: PyTree,
+    ends: Ends,
+    masks: Masks,
+    longest: jax.Array,
+    enough: jax.Array,
+    rows: _Rows,
+    cache: Cache,
+) -> _State:
+    """The second half of `answer_batch`, until each device has so many rows that are done, or no others."""
+    enough = jnp.minimum(enough, len(rows.done_B))
+    return laid_out(*_decode(config, params, ends, masks, longest, enough, (rows, cache)))
 
 
 def _read(
@@ -249,42 +287,36 @@ def _read(
     chosen_BP = jnp.argmax(unembed(config, params, out.x_BPE), axis=-1).astype(jnp.int32)
     agrees_BN = (chosen_BP[:, :width] == draft_BN) & (jnp.arange(width) < said_B[:, None])
     known_B = jnp.cumprod(agrees_BN, axis=1).sum(axis=1) + 1
-    rows = _begin(config, ends, chosen_BP, out.probed.keys[..., 0], known_B, max_new_tokens)
-    return _State(rows, prompt_B, out.cache)
+    rows = _begin(config, ends, prompt_B, chosen_BP, out.probed.keys[..., 0], known_B, max_new_tokens)
+    return rows, out.cache
 
 
-@row_parallel("prompt_B", "rows", stacked=("cache",))
-def _decode_rows(
+def _decode(
     config: ModelConfig,
     params: PyTree,
-    prompt_B: jax.Array,
-    rows: _Rows,
-    cache: Cache,
     ends: Ends,
     masks: Masks,
     longest: jax.Array,
-) -> _Rows:
-    return _decode(config, params, _State(rows, prompt_B, cache), ends, masks, longest)
+    enough: jax.Array | int,
+    state: _State,
+) -> _State:
+    """The state with the answers decoded, token by token, until `enough` rows are done."""
+    probe = Probe(jnp.zeros((len(state[0].done_B), 1), jnp.int32))
 
+    def unfinished(state):
+        return jnp.sum(state[0].done_B) < enough
 
-def _decode(config: ModelConfig, params: PyTree, state: _State, ends: Ends, masks: Masks, longest: jax.Array) -> _Rows:
-    """The answers, token by token until all rows are done."""
-    probe = Probe(jnp.zeros((len(state.prompt_B), 1), jnp.int32))
-
-    def unfinished(carry):
-        return ~carry[0].done_B.all()
-
-    def step(carry):
-        rows, cache = carry
+    def step(state):
+        rows, cache = state
         last_B = rows.count_B - 1
         token_B = jnp.take_along_axis(rows.tokens_BM, last_B[:, None], axis=1)[:, 0]
-        at_B = state.prompt_B + last_B
+        at_B = rows.prompt_B + last_B
         new = next_hidden(config, params, token_B, masks, cache=cache, start_B=at_B, probe=probe, longest=longest)
         assert new.probed is not None  # it was asked for
         next_B = jnp.argmax(unembed(config, params, new.x_BTE)[:, 0], axis=-1).astype(jnp.int32)
         return _add(ends, rows, next_B, new.probed.keys[:, 0, :, :, 0]), new.cache
 
-    return jax.lax.while_loop(unfinished, step, (state.rows, state.cache))[0]
+    return jax.lax.while_loop(unfinished, step, state)
 
 
 def _result(config: ModelConfig, rows: _Rows) -> Generated:
@@ -295,11 +327,15 @@ def _result(config: ModelConfig, rows: _Rows) -> Generated:
     return Generated(tokens_BM, rows.count_B, rows.stop_B, rows.argmax_BMLH)
 
 
+def _slots(state: _State) -> int:
+    return state[1]["blocks"]["0"].slots
+
+
 def _each_row(out: Generated) -> list[Generated]:
     return [one_row(out, row) for row in range(len(out.lengths))]
 
 
-def _begin(config, ends: Ends, chosen_BP, argmax_BPLH, known_B, max_new_tokens: int) -> _Rows:
+def _begin(config, ends: Ends, prompt_B, chosen_BP, argmax_BPLH, known_B, max_new_tokens: int) -> _Rows:
     """The answers after the drafts: the model's first `known_B` choices, cut where one of them ends the answer."""
     n = min(chosen_BP.shape[1], max_new_tokens)
     chosen_BP, argmax_BPLH = chosen_BP[:, :n], argmax_BPLH[:, :n]
@@ -310,6 +346,7 @@ def _begin(config, ends: Ends, chosen_BP, argmax_BPLH, known_B, max_new_tokens: 
     stop_B = jnp.where(ended_B, jnp.take_along_axis(chosen_BP, first_B[:, None], axis=1)[:, 0], NO_STOP)
     more = (0, 0), (0, max_new_tokens - n)
     return _Rows(
+        prompt_B,
         jnp.pad(chosen_BP, more, constant_values=config.pad_id),
         jnp.pad(argmax_BPLH, (*more, (0, 0), (0, 0))),
         jnp.where(ended_B, first_B, known_B),
@@ -326,6 +363,7 @@ def _add(ends: Ends, rows: _Rows, token_B, argmax_BLH) -> _Rows:
     at_B = jnp.where(rows.done_B | ends_B, rows.tokens_BM.shape[1], at_B)  # which is dropped
     count_B = rows.count_B + (~rows.done_B & ~ends_B)
     return _Rows(
+        rows.prompt_B,
         rows.tokens_BM.at[all_B, at_B].set(token_B, mode="drop"),
         rows.argmax_BMLH.at[all_B, at_B].set(argmax_BLH, mode="drop"),
         count_B,

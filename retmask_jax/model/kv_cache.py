@@ -91,12 +91,15 @@ def empty_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike, 
 def put_rows(cache: Cache, new: Cache, row_F: jax.Array) -> Cache:
     """The cache with rows row_F i32[F] taken from another cache, which has as many slots or fewer.
 
-    Rows whose index lies beyond the last row must come last, and are left out. Further slots keep what they held: no query
-    sees a slot before its position has been written there.
+    Rows whose index lies beyond the last row are left out. Further slots keep what they held: no query sees a slot before its
+    position has been written there.
     """
 
+    order_F = jnp.argsort(row_F)  # those that are left out come last
+
     def put(kv: KV, new: KV) -> KV:
-        def row(f, kv: KV) -> KV:
+        def row(n, kv: KV) -> KV:
+            f = order_F[n]
             at = (0, row_F[f], 0, 0, 0)
             return kv.replace(
                 k=jax.lax.dynamic_update_slice(kv.k, jax.lax.dynamic_slice_in_dim(new.k, f, 1, axis=1), at),

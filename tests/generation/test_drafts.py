@@ -81,10 +81,28 @@ def test_no_draft_changes_an_answer(lm, prompts, plain):
 
 def test_small_batches_go_on_together(lm, prompts, plain, monkeypatch):
     """Of prompts that begin alike a CPU reads two at a time; what goes on after the drafts is decoded in one batch."""
-    calls, decode = [], module.decode_together
-    monkeypatch.setattr(module, "decode_together", lambda *args: calls.append(len(args[2])) or decode(*args))
+    calls, decode = [], module._decode_rows
+    monkeypatch.setattr(module, "_decode_rows", lambda *args: calls.append(len(args[6].done_B)) or decode(*args))
     _assert_equal(_answers(lm, prompts, [()] * len(prompts)), plain)
-    assert calls == [2]
+    assert calls == [4]
+
+
+def test_rows_are_refilled_as_answers_end(lm, monkeypatch):
+    """Of texts with two beginnings, whose caches differ in length; what drafts have ended is not decoded, nor is what fills
+    a batch. One program decodes them all."""
+    rng = np.random.default_rng(6)
+    hay = [rng.integers(0, VOCABULARY, n).tolist() for n in (90, 200)]
+    prompts = [[*hay[i % 2], *rng.integers(0, VOCABULARY, 6).tolist()] for i in range(26)]
+    plain = generate_many(lm.config, lm.params, prompts, batch_size=4, max_new_tokens=NEW, probe=True)
+    assert {len(one.tokens) < NEW for one in plain} == {True, False}
+    drafts = [one.tokens.tolist()[: i % 6] for i, one in enumerate(plain)]  # so that they end at different times
+    states, decode = [], module._decode_rows
+    monkeypatch.setattr(module, "_decode_rows", lambda *args: states.append(args[6]) or decode(*args))
+    before = decode._cache_size()
+    _assert_equal(_answers(lm, prompts, drafts), plain)
+    assert decode._cache_size() == before + 1
+    busy = [int((~rows.done_B).sum()) for rows in states]
+    assert all(n >= 3 for n in busy[:-1]) and len(states) < 26 / 2  # two rows are read at a time
 
 
 def test_what_goes_on_after_a_beginning_has_the_room_it_needs_and_no_more(lm, monkeypatch):
@@ -155,15 +173,17 @@ _ON_A_MESH = textwrap.dedent("""
     prompts = [[*hay[:n], n] for n in (150, 140, 130, 120, 110, 100, 90, 80)]
     lm = rm.load("bundled", mesh=make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "context": 1}))
     ends = drafts.Ends.of(lm.config, *np.array([[False], [True]]).repeat(lm.config.vocab_size, axis=1))
-    calls, decode = [], drafts.decode_together
-    drafts.decode_together = lambda *args: calls.append(len(args[2])) or decode(*args)
+    calls, decode = [], drafts._decode_rows
+    drafts._decode_rows = lambda *args: calls.append(len(args[6].done_B)) or decode(*args)
     options = {"max_new_tokens": 6, "batch_size": 8}
     found = drafts.answer_drafts(lm, prompts, [()] * len(prompts), ends, width=4, **options)
     expected = generate_many(lm.config, lm.params, prompts, probe=True, **options)
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
-        np.testing.assert_array_equal(ours.argmax, theirs.argmax)
-    assert calls and calls[0] > 1, calls
+    half = [one.tokens.tolist() if i % 3 else () for i, one in enumerate(expected)]
+    for drafted in (found, drafts.answer_drafts(lm, prompts, half, ends, width=6, max_new_tokens=6, batch_size=4)):
+        for ours, theirs in zip(drafted, expected, strict=True):
+            np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+            np.testing.assert_array_equal(ours.argmax, theirs.argmax)
+    assert calls[0] == 8 and calls[1:] and set(calls[1:]) == {4}, calls
 """)
 
 

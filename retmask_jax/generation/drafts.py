@@ -106,8 +106,8 @@ def answer_drafts(
             if batch.prefix is None or 2 * len(batch.rows) > batch_size:
                 yield batch.rows, _each_row(to_host(answer_batch(*arguments, max_new_tokens=max_new_tokens)))
             else:
-                yield from going_on.add(batch.rows, read_drafts(*arguments, max_new_tokens=max_new_tokens))
-        yield from going_on.rest()
+                yield from going_on.take_on(batch.rows, read_drafts(*arguments, max_new_tokens=max_new_tokens))
+        yield from going_on.decode_rest()
 
     with mesh_of(lm.params):
         return memory.in_batches(len(prompts), batch_size, what, "answer", work, note)
@@ -160,7 +160,7 @@ class _GoingOn:
         self._owner_B = np.full(batch, _FREE)
         self._state: _State | None = None
 
-    def add(self, owners: Sequence[int], state: _State) -> Iterator[tuple[list[int], list[Generated]]]:
+    def take_on(self, owners: Sequence[int], state: _State) -> Iterator[tuple[list[int], list[Generated]]]:
         """Takes answers in progress, of which owners are the prompts; yields those that have ended, also to make room."""
         rows = to_host(state[0])
         if rows.done_B.any():
@@ -169,14 +169,14 @@ class _GoingOn:
         if not goes_on_F.any():
             return
         if self._state is None or not _slots(self._state) / 2 < _slots(state) <= _slots(self._state):
-            yield from self.rest()  # a row in a cache far longer than it needs would be slow
+            yield from self.decode_rest()  # a row in a cache far longer than it needs would be slow
             config, params, blank_B = *self._shared[:2], np.zeros(len(self._owner_B), np.int32)
             self._state = _blank(config, params, blank_B, slots=_slots(state), max_new_tokens=self._new_tokens)
         shares = row_shares(len(owners))
         owner_DB, goes_on_DF = self._owner_B.reshape(shares, -1), goes_on_F.reshape(shares, -1)
         needed = goes_on_DF.sum(axis=1)
         if ((owner_DB == _FREE).sum(axis=1) < needed).any():
-            yield from self._decode(needed.max())
+            yield from self._decode_until(needed.max())
         row_DF = np.full(goes_on_DF.shape, owner_DB.shape[1], np.int32)  # beyond the last one: left out
         for device, goes_on_F in enumerate(goes_on_DF):
             free = np.flatnonzero(owner_DB[device] == _FREE)[: needed[device]]
@@ -184,12 +184,12 @@ class _GoingOn:
             owner_DB[device, free] = np.reshape(owners, goes_on_DF.shape)[device, goes_on_F]
         self._state = replace_rows(row_DF.ravel(), *self._state, *state)
 
-    def rest(self) -> Iterator[tuple[list[int], list[Generated]]]:
+    def decode_rest(self) -> Iterator[tuple[list[int], list[Generated]]]:
         """Decodes and yields all that is left."""
         if (self._owner_B != _FREE).any():
-            yield from self._decode(len(self._owner_B))
+            yield from self._decode_until(len(self._owner_B))
 
-    def _decode(self, enough: int) -> Iterator[tuple[list[int], list[Generated]]]:
+    def _decode_until(self, enough: int) -> Iterator[tuple[list[int], list[Generated]]]:
         """Decodes until each device has so many rows that are free or done, or no others; yields those that are done."""
         assert self._state is not None
         self._state = _decode_rows(*self._shared, np.int32(enough), *self._state)

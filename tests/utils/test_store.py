@@ -29,14 +29,16 @@ def _value(i):
 
 
 def test_killed_at_random_nothing_added_is_lost_or_doubled(tmp_path):
-    rng, size, added = random.Random(0), 20_000, []
+    rng, size, added, writers = random.Random(0), 20_000, [], 0
     for delay in (0.05, 0.15, 0.1, None):
         process = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path, str(size)], stdout=subprocess.PIPE)
+        told = []
         if delay is not None:
-            added.append(process.stdout.readline())  # the writer is at work
+            told.append(process.stdout.readline())  # the writer is at work
             time.sleep(delay * rng.random())
             process.send_signal(signal.SIGKILL)
-        added += process.communicate()[0].splitlines(keepends=True)
+        told += process.communicate()[0].splitlines(keepends=True)
+        added, writers = added + told, writers + bool(told)
         assert process.returncode == (0 if delay is None else -signal.SIGKILL)
         store = Store(tmp_path)
         # A number may be printed in part; whoever was told that a value was added finds it.
@@ -45,7 +47,7 @@ def test_killed_at_random_nothing_added_is_lost_or_doubled(tmp_path):
     assert sorted(store) == [(i, "x") for i in range(size)]
     lines = [line for shard in tmp_path.iterdir() for line in shard.read_bytes().splitlines(keepends=True)]
     assert sum(line.endswith(b"\n") for line in lines) == size
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == writers >= 3  # a fast one leaves nothing to the last
 
 
 @pytest.mark.parametrize(

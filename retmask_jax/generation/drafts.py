@@ -163,8 +163,7 @@ class _GoingOn:
     def take_on(self, owners: Sequence[int], state: _State) -> Iterator[tuple[list[int], list[Generated]]]:
         """Takes answers in progress, of which owners are the prompts; yields those that have ended, also to make room."""
         rows = to_host(state[0])
-        if rows.done_B.any():
-            yield self._ended(rows, np.where(rows.done_B, owners, _FREE))
+        yield from self._ended(rows, np.asarray(owners))
         goes_on_F = ~rows.done_B & np.isin(np.arange(len(owners)), np.unique(owners, return_index=True)[1])
         if not goes_on_F.any():
             return
@@ -178,10 +177,11 @@ class _GoingOn:
         if ((owner_DB == _FREE).sum(axis=1) < needed).any():
             yield from self._decode_until(needed.max())
         row_DF = np.full(goes_on_DF.shape, owner_DB.shape[1], np.int32)  # beyond the last one: left out
-        for device, goes_on_F in enumerate(goes_on_DF):
-            free = np.flatnonzero(owner_DB[device] == _FREE)[: needed[device]]
-            row_DF[device, goes_on_F] = free
-            owner_DB[device, free] = np.reshape(owners, goes_on_DF.shape)[device, goes_on_F]
+        for own_B, row_F, mine_F, stay_F in zip(
+            owner_DB, row_DF, np.reshape(owners, row_DF.shape), goes_on_DF, strict=True
+        ):
+            free = np.flatnonzero(own_B == _FREE)[: stay_F.sum()]
+            row_F[stay_F], own_B[free] = free, mine_F[stay_F]
         self._state = replace_rows(row_DF.ravel(), *self._state, *state)
 
     def decode_rest(self) -> Iterator[tuple[list[int], list[Generated]]]:
@@ -194,14 +194,15 @@ class _GoingOn:
         assert self._state is not None
         self._state = _decode_rows(*self._shared, np.int32(enough), *self._state)
         rows = to_host(self._state[0])
-        owners = np.where(rows.done_B, self._owner_B, _FREE)
-        if (owners != _FREE).any():
-            yield self._ended(rows, owners)
+        yield from self._ended(rows, self._owner_B)
         self._owner_B[rows.done_B] = _FREE
 
-    def _ended(self, rows: _Rows, owners: np.ndarray) -> tuple[list[int], list[Generated]]:
-        found, at = _result(self._shared[0], rows), np.flatnonzero(owners != _FREE)
-        return owners[at].tolist(), [one_row(found, row) for row in at.tolist()]
+    def _ended(self, rows: _Rows, owner_B: np.ndarray) -> Iterator[tuple[list[int], list[Generated]]]:
+        """Yields the answers that are done, where there are any."""
+        at = np.flatnonzero(rows.done_B & (owner_B != _FREE))
+        if len(at):
+            found = _result(self._shared[0], rows)
+            yield owner_B[at].tolist(), [one_row(found, row) for row in at.tolist()]
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="max_new_tokens", compiler_options=DECODING)
